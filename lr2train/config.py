@@ -1,0 +1,424 @@
+"""Every knob of lr2train as a plain dataclass, and the one door from Hydra's world into ours.
+
+Choice: structured Hydra schemas give the types, YAML under ``conf/`` gives the values, and ``load`` turns a composed config into frozen-in-spirit
+dataclasses once, at the top of a verb. Cost: a key has to be written here before it can be written in YAML; in return a typo or a wrong type fails at
+composition and names the key. Units stand in the names: ``_tokens``, ``_steps``, ``_s``, ``_gib``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONF_FOLDER = Path(__file__).resolve().parent.parent / "conf"
+EXIT_BAD_INPUT = 2
+
+
+class UserError(ValueError):
+    """Input that a user can mend. The text is one sentence: what, the value, the limit, the config key, the remedy. Verbs exit with code 2."""
+
+
+class LongAttention(Enum):
+    """What a token of a long segment may attend to: the whole segment (the paper, Figure 5b) or its own document (the authors' released example)."""
+
+    segment = "segment"
+    document = "document"
+
+
+class OverLong(Enum):
+    """What becomes of a document longer than the target window when segments are planned."""
+
+    split = "split"
+    truncate = "truncate"
+    drop = "drop"
+
+
+@dataclass
+class ModelConfig:
+    """The causal LM: a Hugging Face folder or hub id to start from, or an architecture to train from scratch."""
+
+    path: str | None = None  # folder with config.json and safetensors, or a hub id; None trains `architecture` from scratch
+    revision: str | None = None  # commit of a hub model, so that a run can be repeated
+    allow_download: bool = False  # hub ids are refused unless this is true: nothing is downloaded by surprise
+    architecture: dict[str, Any] = field(default_factory=dict)  # transformers config values, `model_type` first; used when `path` is None
+    original_window_tokens: int | None = None  # L0; None reads it from the model's own config
+    dtype: str = "float32"  # what weights are held and multiplied in: float32 | bfloat16 | float16
+
+
+@dataclass
+class RopeConfig:
+    """Where the long window's factors come from: a method with its parameters, or a factors.json that a search wrote."""
+
+    target_window_tokens: int = 131072  # L
+    factors: str | None = None  # a factors.json, or a model folder whose config carries a `longrope` dict; wins over `method`
+    method: str = "longrope2"  # a name of lr2train.rope.METHODS
+    critical_index: int | None = None  # rcd, zero-based cosine index; longrope2, yarn_rcd, ntk_rcd
+    tail: list[float] = field(default_factory=list)  # rescale factors from the critical index on (longrope2); one number stands for a constant tail
+    attention_factor: float | None = None  # of the long window, multiplies cos and sin; None takes the method's own. The short window is always 1
+    options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the method
+
+
+@dataclass
+class SourceConfig:
+    """One origin of documents. `kind` picks the reader: stdlib | folder | hub | needles, or `_target_` names a class of your own."""
+
+    name: str = MISSING
+    kind: str = "folder"
+    path: str | None = None  # folder or file (folder), hub id (hub)
+    text_column: str = "text"  # of .jsonl and .parquet records
+    max_documents: int | None = None
+    max_bytes: int | None = None  # of text, read in order; None reads all
+    weight: float = 1.0  # share of the planned tokens that this source gets, relative to the other sources
+    options: dict[str, Any] = field(default_factory=dict)  # what the kind needs beyond this (needles: lengths, wording …)
+
+
+@dataclass
+class StageConfig:
+    """One stage of the curriculum that trains a tiny base model from scratch."""
+
+    steps: int = MISSING
+    length_tokens: int = MISSING  # of every document; rows of `segment_tokens` hold segment_tokens / length_tokens of them
+    repeats: float = 0.0  # share of rows that repeat random tokens (loss on the repeats only)
+    needles: float = 0.0  # share of rows that are needle documents
+    text: float = 0.0  # share of rows that are plain text
+
+
+@dataclass
+class NeedleConfig:
+    """How needle documents read."""
+
+    wording: str = "paper"  # a name of lr2train.data.needles.WORDINGS
+    digits: int = 7  # of the hidden number
+    max_pairs: int = 1  # needles hidden in one training document (1 … max); the search and the evaluation hide one
+    max_questions: int = 1  # of them, asked at its end (1 … max); more questions are more answers to learn from in a curriculum's row
+
+
+@dataclass
+class DataConfig:
+    """Documents, tokens, segments."""
+
+    path: str | None = None  # the corpus that `prepare` wrote (runs/<name>)
+    kind: str = "segments"  # segments: planned segments of the corpus | curriculum: `stages` below, for a base model from scratch
+    sources: list[SourceConfig] = field(default_factory=list)
+    tokenizer: str | None = None  # folder or tokenizer.json; None trains a byte-level BPE on the sources
+    vocab_size: int = 1024  # of the trained tokenizer
+    tokenizer_train_bytes: int = 100_000_000  # of text that the tokenizer learns from, an equal part from each source; merges settle long before
+    segment_tokens: int = 131072  # length of a packed row: the target window
+    short_tokens: int = 0  # budget of tokens in short segments; 0 plans every document once
+    long_tokens: int = 0  # budget of tokens in long segments; 0 plans every document once
+    long_attention: LongAttention = LongAttention.segment
+    over_long: OverLong = OverLong.split
+    holdout: float = 0.02  # share of documents kept out of training, for the search and the evaluation
+    align_sp: int = 1  # documents of short segments do not cross the borders of this many equal shards, so that they cost no communication
+    needles: NeedleConfig = field(default_factory=NeedleConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks divide the work: world = data parallel x sequence parallel."""
+
+    sp: int = 1  # ranks that share one segment
+    strategy: str = "auto"  # auto | ulysses | local
+    timeout_s: float = 600.0  # after which a collective that somebody does not join ends the job
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 2e-5
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices; norms and biases are never decayed
+    clip: float = 1.0  # global gradient norm
+    schedule: str = "cosine"  # cosine | linear | constant
+    warmup_steps: int = 40
+    min_lr_ratio: float = 0.0  # of lr, where the schedule ends
+    steps: int = 0  # optimizer steps; 0 is one epoch of the planned segments
+    segments_per_step: int = 64  # the global batch: data-parallel ranks x accumulation
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed."""
+
+    zero_stage: int = 3
+    activation_checkpointing: bool = True
+    loss_chunk_tokens: int = 4096  # positions whose logits exist at one time
+    checkpoint_every_steps: int = 100
+    keep_checkpoints: int = 2
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged over the DeepSpeed config that we write, for what we do not name
+
+
+@dataclass
+class SearchConfig:
+    """Needle-driven evolutionary search (paper, Algorithms 1 and 2)."""
+
+    population: int = 64  # P
+    generations: int = 40
+    top_k: int = 16  # parents kept each generation; the paper leaves it open: a quarter of P keeps diversity at this budget
+    mutation_probability: float = 0.3  # p, per entry of the tail
+    mutation_step: float = 0.01  # grid of the factors (the LongRoPE family's)
+    mutation_spread: float = 0.25  # standard deviation of a mutated entry's move, as a share of its range: most moves are local, some cross it
+    move_critical_index: float = 0.2  # probability that a child's rcd moves by one or two; the paper does not say that it does
+    crossover: float = 0.0  # probability that a child takes its rcd and attention factor from a second parent (LongRoPE v1 has it)
+    documents: int = 10
+    depth: float = 0.0  # of the needle: 0 is the start of the document
+    tail_low: float = 1.0  # bounds of the tail, in multiples of s = L / L0
+    tail_high: float = 2.0
+    critical_index: int | None = None  # fix rcd instead of searching d10 … tcd
+    search_attention_factor: bool = True  # False: keep rope.attention_factor (1 when unset), as the paper does
+    attention_factor_low: float = 1.0
+    attention_factor_high: float = 1.4
+    seed: int = 0
+
+
+@dataclass
+class EvalConfig:
+    """Needle retrieval and perplexity by length."""
+
+    lengths_tokens: list[int] = field(default_factory=lambda: [4096, 8192, 16384, 32768, 65536, 131072])
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    samples: int = 10  # needle documents per length and depth (the paper runs 10)
+    text_documents: int = 4  # plain documents per length, for perplexity
+    methods: list[str] = field(default_factory=lambda: ["none", "pi", "ntk", "yarn"])  # shown beside, on the untrained model
+    seed: int = 0
+
+
+@dataclass
+class LoggerConfig:
+    """Metric sinks. runs/<name>/metrics.jsonl is always written."""
+
+    tensorboard: bool = True
+    wandb: bool = False
+    project: str = "lr2train"
+    entity: str | None = None
+    mode: str = "online"  # online | offline
+    every_steps: int = 1
+
+
+@dataclass
+class ExportConfig:
+    """A folder for other runtimes."""
+
+    folder: str | None = None  # None: runs/<run>/export
+    dtype: str | None = None  # None keeps the trained weights' dtype
+
+
+@dataclass
+class GenerateConfig:
+    """Text from a model, across the window switch."""
+
+    prompt: str | None = None
+    prompt_file: str | None = None  # a text file, for long prompts
+    max_new_tokens: int = 64
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    window: str = "auto"  # auto: switch with re-prefill when the total exceeds L0 | short | long
+
+
+@dataclass
+class HardwareConfig:
+    """What `plan` assumes of a cluster."""
+
+    gpus: int = 64
+    gpus_per_node: int = 8
+    gpu_memory_gib: float = 80.0
+    gpu_bf16_tflops: float = 312.0  # dense peak (A100)
+    mfu: float = 0.4  # share of the peak that training reaches
+    gpu_hour_price: float = 2.0  # USD
+
+
+@dataclass
+class Config:
+    """A whole experiment; each verb reads the groups that it needs."""
+
+    name: str = MISSING  # the run folder is runs_folder/name
+    runs_folder: str = "runs"
+    run: str | None = None  # a finished run that evaluate and export read
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda
+    threads: int = 0  # CPU threads per rank; 0: the machine's cores divided by the local ranks
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+
+VERBS = ("prepare", "search", "train", "evaluate", "export", "generate", "plan", "report")
+
+
+def load(composed: DictConfig) -> Config:
+    """Turn a composed Hydra config into a validated ``Config``.
+
+    Raises:
+        UserError: a mandatory key is missing, or a value is out of its limits.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(f"{missing[0]} has no value and no default; set it on the command line: {missing[0]}=…")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    _validate(config)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values (enums by name), for provenance and comparison."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]
+
+
+def compose(verb: str, overrides: list[str]) -> Config:
+    """Compose ``conf/<verb>.yaml`` with overrides, without Hydra's command line.
+
+    Raises:
+        UserError: an unknown key, group or option, or a value of the wrong type; the text names it.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+
+    register_schema()
+    try:
+        with initialize_config_dir(str(CONF_FOLDER), version_base="1.3"):
+            return load(hydra_compose(verb, overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_sentence(error)) from error
+
+
+def register_schema() -> None:
+    """Make the dataclasses known to Hydra; ``conf/base.yaml`` starts from them."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def main(verb: str, job: Callable[[Config], Any]) -> None:
+    """Run a verb from the command line: ``key=value`` overrides, or any of Hydra's flags (``--help``, ``--cfg job``, ``--multirun``).
+
+    Exit codes: 0 done; 2 the input was wrong (one sentence on stderr); 130 interrupted; anything else is a defect, with its traceback.
+    """
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    if any(a.startswith("-") for a in arguments):
+        _hydra_main(verb, job)
+        return
+    try:
+        job(compose(verb, arguments))
+    except UserError as error:
+        _die(verb, error)
+    except KeyboardInterrupt:
+        print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _hydra_main(verb: str, job: Callable[[Config], Any]) -> None:
+    import hydra
+
+    register_schema()
+
+    def run(composed: DictConfig) -> None:
+        try:
+            job(load(composed))
+        except (UserError, OmegaConfBaseException) as error:
+            _die(verb, error)
+
+    hydra.main(config_path=str(CONF_FOLDER), config_name=verb, version_base="1.3")(run)()
+
+
+def _die(verb: str, error: Exception) -> None:
+    """Say it once a machine (ranks share their input, so they share the error) and leave with the code for bad input."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"{verb}: {_one_sentence(error)}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def _one_sentence(error: Exception) -> str:
+    """Hydra and OmegaConf explain over several lines and causes; join the telling ones."""
+    texts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip() and not line.strip().startswith(("full_key:", "object_type="))]
+        key = getattr(cause, "full_key", None)
+        text = " ".join(lines) + (f" (key: {key})" if key and key not in " ".join(lines) else "")
+        if text and not any(text in seen or seen in text for seen in texts):
+            texts.append(text)
+        cause = cause.__cause__ if isinstance(cause, (OmegaConfBaseException,)) or not isinstance(cause, UserError) else None
+    return "; ".join(texts)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield ``key: old -> new`` for every leaf that differs between two plain configs."""
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}: {a!r} -> {b!r}"
+
+
+def _validate(config: Config) -> None:
+    for key, value, low in (
+        ("parallel.sp", config.parallel.sp, 1),
+        ("optim.segments_per_step", config.optim.segments_per_step, 1),
+        ("optim.steps", config.optim.steps, 0),
+        ("data.segment_tokens", config.data.segment_tokens, 2),
+        ("data.align_sp", config.data.align_sp, 1),
+        ("rope.target_window_tokens", config.rope.target_window_tokens, 1),
+        ("engine.loss_chunk_tokens", config.engine.loss_chunk_tokens, 1),
+        ("engine.checkpoint_every_steps", config.engine.checkpoint_every_steps, 1),
+        ("engine.keep_checkpoints", config.engine.keep_checkpoints, 1),
+        ("search.population", config.search.population, 2),
+        ("search.documents", config.search.documents, 1),
+        ("eval.samples", config.eval.samples, 1),
+    ):
+        _at_least(key, value, low)
+    for key, value, allowed in (
+        ("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16")),
+        ("device", config.device, ("auto", "cpu", "cuda")),
+        ("optim.schedule", config.optim.schedule, ("cosine", "linear", "constant")),
+        ("data.kind", config.data.kind, ("segments", "curriculum")),
+        ("parallel.strategy", config.parallel.strategy, ("auto", "ulysses", "local")),
+        ("generate.window", config.generate.window, ("auto", "short", "long")),
+        ("logger.mode", config.logger.mode, ("online", "offline")),
+        ("engine.zero_stage", config.engine.zero_stage, (0, 1, 2, 3)),
+    ):
+        _one_of(key, value, allowed)
+    for key, value in (("data.holdout", config.data.holdout), ("search.mutation_probability", config.search.mutation_probability), ("search.depth", config.search.depth)):
+        if not 0.0 <= value <= 1.0:
+            raise UserError(f"{key}={value} is not between 0 and 1; set {key} inside these limits")
+    if not config.optim.lr > 0:
+        raise UserError(f"optim.lr={config.optim.lr} is not positive; set optim.lr to a learning rate such as 2e-5")
+    if config.search.top_k > config.search.population:
+        raise UserError(f"search.top_k={config.search.top_k} exceeds search.population={config.search.population}; set search.top_k to at most the population")
+    if config.data.segment_tokens % config.parallel.sp:
+        raise UserError(
+            f"data.segment_tokens={config.data.segment_tokens} is not divisible by parallel.sp={config.parallel.sp}; "
+            f"set data.segment_tokens to {config.data.segment_tokens // config.parallel.sp * config.parallel.sp} or change parallel.sp"
+        )
+
+
+def _at_least(key: str, value: int, low: int) -> None:
+    if value < low:
+        raise UserError(f"{key}={value} is below {low}; set {key} to {low} or more")
+
+
+def _one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key}={value} is not one of {', '.join(map(str, allowed))}; set {key} to one of them")

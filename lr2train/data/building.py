@@ -1,0 +1,303 @@
+"""The steps of ``prepare``: tokenizer, a store for each source, the plan, the manifest. Each is skipped where its result lies there already.
+
+Choice: a step's result carries the fingerprint of all that decided it (config, files, tokenizer), and is reused when the fingerprint is the same. So a
+run that was killed goes on at the source where it was, and a changed L0 plans again without tokenising again. Cost: file times and sizes are trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lr2train.config import DataConfig, SourceConfig, UserError, to_dict
+from lr2train.data import buckets, packing, sources, store
+from lr2train.data import tokenizer as tokenizers
+from lr2train.data.batch import LONG, SHORT
+from lr2train.data.corpus import FORMAT, HOLDOUT, MANIFEST, PLAN, TOKENIZER, TRAIN, store_prefix
+from lr2train.data.needles import NeedleMaker
+from lr2train.data.text import Text
+from lr2train.data.tokenizer import Tokenizer
+from lr2train.run import read_json, stream, write_json
+
+Log = Callable[[str], None]
+NEEDLES = "needles"
+_ENCODE_BYTES = 4_000_000  # of text handed to the tokenizer at one time: enough for all cores, little memory
+_LOG_EVERY_S = 15.0
+
+
+def check(data: DataConfig, original_window_tokens: int) -> None:
+    """Refuse a config that cannot be prepared, before anything is read.
+
+    Raises:
+        UserError: no sources, bad names, no text among them, or windows that do not fit each other.
+    """
+    names = [source.name for source in data.sources]
+    if not names:
+        raise UserError("data.sources is empty; add a source such as {name: stdlib, kind: stdlib}")
+    for name in names:
+        if names.count(name) > 1 or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UserError(
+                f"data.sources has the name {name!r} {names.count(name)} times; give each its own name of letters, digits, - and _"
+            )
+    if all(source.kind == NEEDLES for source in data.sources):
+        raise UserError("data.sources has needles only, and needles hide in the text of other sources; add a source of text")
+    if data.segment_tokens < original_window_tokens:
+        raise UserError(
+            f"data.segment_tokens={data.segment_tokens} is below the original window of {original_window_tokens}; set data.segment_tokens to that or more"
+        )
+    for source in data.sources:
+        if source.kind != NEEDLES:
+            sources.reader_of(source)
+
+
+def ensure_tokenizer(folder: Path, data: DataConfig, log: Log) -> Tokenizer:
+    """The corpus' tokenizer: copied from ``data.tokenizer``, or trained on the sources."""
+    texts = [source for source in data.sources if source.kind != NEEDLES]
+    learned_from = [data.vocab_size, data.tokenizer_train_bytes, [_recipe(source) for source in texts]]
+    fingerprint = _hash(tokenizers.load(data.tokenizer).fingerprint if data.tokenizer else learned_from)
+    target, note = folder / TOKENIZER, folder / f"{TOKENIZER}.manifest.json"
+    if note.exists() and read_json(note)["fingerprint"] == fingerprint:
+        return tokenizers.load(str(target))
+    note.unlink(missing_ok=True)
+    if data.tokenizer:
+        made = tokenizers.load(data.tokenizer)
+    else:
+        started = time.monotonic()
+        share = data.tokenizer_train_bytes // len(texts)
+        made = tokenizers.train((document.text for source in texts for document in _beginning(source, share)), data.vocab_size)
+        log(f"trained a tokenizer of {made.vocab_size} entries in {time.monotonic() - started:.1f} s")
+    made.save(target)
+    write_json(note, {"fingerprint": fingerprint})
+    return tokenizers.load(str(target))
+
+
+def _beginning(source: SourceConfig, size: int) -> Iterator[sources.Document]:
+    """Documents of a source until they add up to ``size`` characters."""
+    read = 0
+    for document in sources.read(source, sources.Tally()):
+        yield document
+        read += len(document.text)
+        if read >= size:
+            return
+
+
+def ensure_stores(folder: Path, data: DataConfig, tokenizer: Tokenizer, seed: int, log: Log) -> list[dict[str, Any]]:
+    """A store for every source, text before needles; returns their manifests in the order of ``data.sources``."""
+    made = {source.name: _ensure_text(folder, source, tokenizer, data.holdout, log) for source in data.sources if source.kind != NEEDLES}
+    texts = list(made)
+    for source in data.sources:
+        if source.kind == NEEDLES:
+            made[source.name] = _ensure_needles(
+                folder, source, data, tokenizer, [(name, made[name]["fingerprint"]) for name in texts], seed, log
+            )
+    return [made[source.name] for source in data.sources]
+
+
+def _ensure_text(folder: Path, source: SourceConfig, tokenizer: Tokenizer, holdout: float, log: Log) -> dict[str, Any]:
+    fingerprint = _hash([FORMAT, _recipe(source), tokenizer.fingerprint, holdout])
+    found = _finished(folder, source.name, fingerprint)
+    if found is not None:
+        log(f"{source.name}: done before, {_counts(found)}")
+        return found
+    about: dict[str, Any] = {"name": source.name, "kind": source.kind, "fingerprint": fingerprint}
+    train, held = (store.StoreWriter(store_prefix(folder, source.name, split), tokenizer.vocab_size, about) for split in (TRAIN, HOLDOUT))
+    tally, started = sources.Tally(), time.monotonic()
+    with train, held:
+        for document, ids in _tokenised(_watched(sources.read(source, tally), source, tally, log), tokenizer):
+            (held if is_held_out(document.id, holdout) else train).add(tokenizer.bound(ids))
+        about.update(asdict(tally))
+    return _report(folder, source.name, fingerprint, started, log)
+
+
+def _ensure_needles(
+    folder: Path, source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, texts: list[tuple[str, str]], seed: int, log: Log
+) -> dict[str, Any]:
+    """Synthetic documents in the training text of the other sources; none is held out."""
+    knobs = data.needles
+    defaults = {"lengths_tokens": [data.segment_tokens], "count": 100, "max_pairs": knobs.max_pairs, "questions": knobs.max_questions}
+    options = sources.take_options(source, **defaults)
+    fingerprint = _hash([FORMAT, options, to_dict(knobs), texts, tokenizer.fingerprint, seed])
+    found = _finished(folder, source.name, fingerprint)
+    if found is not None:
+        log(f"{source.name}: done before, {_counts(found)}")
+        return found
+    text = Text([store.Store(store_prefix(folder, name)) for name, _ in texts], tokenizer.n_borders)
+    maker, rng = (
+        NeedleMaker(tokenizer.encode, knobs.wording, knobs.digits, tokenizer.bos, tokenizer.eos),
+        stream(seed, "needles", source.name),
+    )
+    about = {"name": source.name, "kind": source.kind, "fingerprint": fingerprint, "broken": 0}
+    train, held = (store.StoreWriter(store_prefix(folder, source.name, split), tokenizer.vocab_size, about) for split in (TRAIN, HOLDOUT))
+    started = time.monotonic()
+    with train, held:
+        for length in islice(cycle(options["lengths_tokens"]), options["count"]):
+            n_pairs = int(rng.integers(1, options["max_pairs"], endpoint=True))
+            train.add(maker.make(rng, text.draw(rng, 1, length)[0], length, None, n_pairs, min(n_pairs, options["questions"])).tokens)
+    return _report(folder, source.name, fingerprint, started, log)
+
+
+def is_held_out(document: str, share: float) -> bool:
+    """Whether a document is kept out of training: by the hash of its id, so always the same ones, however many there are and whoever reads them."""
+    whole = document.partition(sources.PART)[0]
+    return int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=8).digest(), "little") < share * 2**64
+
+
+def _tokenised(documents: Iterable[sources.Document], tokenizer: Tokenizer) -> Iterator[tuple[sources.Document, list[int]]]:
+    """Documents with their ids, encoded some megabytes at a time on all cores."""
+    group: list[sources.Document] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document.text)
+        if size >= _ENCODE_BYTES:
+            yield from zip(group, tokenizer.encode_batch([one.text for one in group]), strict=True)
+            group, size = [], 0
+    yield from zip(group, tokenizer.encode_batch([one.text for one in group]), strict=True)
+
+
+def _watched(documents: Iterable[sources.Document], source: SourceConfig, tally: sources.Tally, log: Log) -> Iterator[sources.Document]:
+    """The documents, with a line now and then: how many a source has is not known before it was read."""
+    started = last = time.monotonic()
+    for document in documents:
+        yield document
+        now = time.monotonic()
+        if now - last >= _LOG_EVERY_S:
+            last = now
+            limit = f" of at most {source.max_bytes / 1e6:.0f}" if source.max_bytes else ""
+            log(
+                f"{source.name}: {tally.documents} documents, {tally.text_bytes / 1e6:.0f}{limit} MB, {tally.text_bytes / 1e6 / (now - started):.1f} MB/s"
+            )
+
+
+def _finished(folder: Path, source: str, fingerprint: str) -> dict[str, Any] | None:
+    """What a source's finished stores say; the two are opened, so that truncated files are found here and not in training."""
+    about = [store.finished(store_prefix(folder, source, split), fingerprint) for split in (TRAIN, HOLDOUT)]
+    train, held = about
+    if train is None or held is None:
+        return None
+    for split in (TRAIN, HOLDOUT):
+        store.Store(store_prefix(folder, source, split))
+    return {**train, "holdout_documents": held["documents"], "holdout_tokens": held["tokens"], "holdout_sha256": held["sha256"]}
+
+
+def _report(folder: Path, source: str, fingerprint: str, started: float, log: Log) -> dict[str, Any]:
+    made = _finished(folder, source, fingerprint)
+    assert made is not None
+    log(f"{source}: {_counts(made)} in {time.monotonic() - started:.1f} s")
+    return made
+
+
+def _counts(manifest: dict[str, Any]) -> str:
+    held = f", {manifest['holdout_documents']} documents with {manifest['holdout_tokens']} tokens held out"
+    return f"{manifest['documents']} documents, {manifest['tokens']} tokens{held}, {manifest['broken']} broken records skipped"
+
+
+def ensure_plan(
+    folder: Path, data: DataConfig, made: Sequence[dict[str, Any]], original_window_tokens: int, seed: int, log: Log
+) -> dict[str, Any]:
+    """Plan the segments and write the manifest; returns the manifest.
+
+    Raises:
+        UserError: the documents do not fill a single segment.
+    """
+    knobs = [
+        data.segment_tokens,
+        data.short_tokens,
+        data.long_tokens,
+        data.over_long.name,
+        data.align_sp,
+        [source.weight for source in data.sources],
+    ]
+    fingerprint = _hash(
+        [FORMAT, original_window_tokens, seed, knobs, [(one["fingerprint"], one["sha256"], one["holdout_sha256"]) for one in made]]
+    )
+    manifest_file = folder / MANIFEST
+    if manifest_file.exists() and (folder / PLAN).exists() and read_json(manifest_file).get("fingerprint") == fingerprint:
+        log("plan: done before")
+        return read_json(manifest_file)
+    manifest_file.unlink(missing_ok=True)
+    started = time.monotonic()
+    counts, plan = plan_segments(folder, data, original_window_tokens, seed)
+    _write_plan(folder / PLAN, plan)
+    head = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "original_window_tokens": original_window_tokens,
+        "segment_tokens": data.segment_tokens,
+    }
+    write_json(manifest_file, {**head, "sources": list(made), **counts})
+    for window in (SHORT, LONG):
+        if not plan[window].n_segments:
+            log(f"plan: no {window} segment, because documents of that window fill none; training will see the other window alone")
+    if not any(one["holdout_documents"] for one in made):
+        log("nothing is held out, so the search and the evaluation will have no text; prepare more documents, or a greater data.holdout")
+    log(
+        f"plan: {counts['windows'][SHORT]['segments']} short and {counts['windows'][LONG]['segments']} long segments in {time.monotonic() - started:.1f} s"
+    )
+    return read_json(manifest_file)
+
+
+def plan_segments(
+    folder: Path, data: DataConfig, original_window_tokens: int, seed: int
+) -> tuple[dict[str, Any], dict[str, packing.Pieces]]:
+    """The pieces of both windows, and what to say of them."""
+    lengths = [np.load(store_prefix(folder, f"{source.name}.lengths.npy"), mmap_mode="r") for source in data.sources]
+    short, long = buckets.sort_by_window(lengths, original_window_tokens)
+    weights = [source.weight for source in data.sources]
+    pieces = packing.pack_short(
+        buckets.draw(short, weights, data.short_tokens, stream(seed, "plan", SHORT)), data.segment_tokens, data.align_sp
+    )
+    stretched, lost = packing.pack_long(
+        buckets.draw(long, weights, data.long_tokens, stream(seed, "plan", LONG)), data.segment_tokens, data.over_long
+    )
+    plan = {SHORT: pieces, LONG: stretched}
+    if not pieces.n_segments + stretched.n_segments:
+        raise UserError(
+            f"{sum(map(len, lengths))} documents do not fill one segment of data.segment_tokens={data.segment_tokens}; add text or set a smaller data.segment_tokens"
+        )
+    available = {SHORT: short, LONG: long}
+    windows = {window: _window_counts(plan[window], available[window], [source.name for source in data.sources]) for window in plan}
+    return {"windows": windows, "lost_tokens": asdict(lost)}, plan
+
+
+def _window_counts(pieces: packing.Pieces, available: Sequence[buckets.Selection], names: Sequence[str]) -> dict[str, Any]:
+    planned = np.bincount(pieces.source, weights=pieces.stop - pieces.start, minlength=len(names)).astype(int)
+    by_source = {
+        name: {"documents": len(one), "tokens": one.tokens, "planned_tokens": int(tokens)}
+        for name, one, tokens in zip(names, available, planned, strict=True)
+    }
+    return {
+        "segments": pieces.n_segments,
+        "planned_tokens": pieces.tokens,
+        "padding_share": round(pieces.padding_share, 6),
+        "sources": by_source,
+    }
+
+
+def _write_plan(path: Path, plan: dict[str, packing.Pieces]) -> None:
+    temporary = path.with_name(f"{path.name}.partial")
+    with temporary.open("wb") as file:
+        np.savez(file, **{f"{window}_{column}": getattr(pieces, column) for window, pieces in plan.items() for column in packing.COLUMNS})
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _recipe(source: SourceConfig) -> list[Any]:
+    """What decides a source's documents: its config without the weight, which only plans, and its files."""
+    config = {key: value for key, value in to_dict(source).items() if key != "weight"}
+    return [config, sources.identity(source)]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

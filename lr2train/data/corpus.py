@@ -1,0 +1,147 @@
+"""A prepared corpus on disk: tokenizer, token stores, the plan of segments, a manifest. What ``prepare`` writes and everybody else opens.
+
+    corpus.json            manifest: fingerprint, L0, T, vocabulary, sources, counts
+    tokenizer/             a Hugging Face tokenizer folder
+    store/<source>.*       training documents; store/<source>.holdout.* documents that no segment holds
+    segments.npz           the plan: a table of pieces for each window
+
+Choice: documents are stored with their BOS and EOS, so a plan of lengths is a plan of tokens. Cost: another convention means tokenising again.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lr2train.config import UserError
+from lr2train.data import tokenizer as tokenizers
+from lr2train.data.batch import WINDOWS
+from lr2train.data.packing import COLUMNS, Pieces
+from lr2train.data.store import Store
+from lr2train.data.text import Text
+from lr2train.run import read_json
+
+MANIFEST, PLAN, TOKENIZER = "corpus.json", "segments.npz", "tokenizer"
+TRAIN, HOLDOUT = "train", "holdout"
+FORMAT = 1
+
+
+def store_prefix(folder: Path, source: str, split: str = TRAIN) -> Path:
+    """Path of a source's store, without suffix."""
+    return folder / "store" / (source if split == TRAIN else f"{source}.{split}")
+
+
+class Documents(Sequence[np.ndarray]):
+    """The documents of several stores as one sequence of token arrays (views of files)."""
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self._stores = stores
+        self._ends = list(accumulate(map(len, stores)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        store = bisect_right(self._ends, index)
+        return self._stores[store][index - (self._ends[store] - len(self._stores[store]))]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64."""
+        return np.concatenate([np.zeros(0, np.int64), *(store.lengths.astype(np.int64) for store in self._stores)])
+
+
+class Corpus:
+    """An opened corpus. Stores are mapped, not read; the tokenizer and the plan are read when asked for."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def open(cls, path: str | Path | None) -> Corpus:
+        """Open what ``prepare`` wrote.
+
+        Raises:
+            UserError: no finished corpus there, or one of another format.
+        """
+        if path is None or not (Path(path) / MANIFEST).is_file():
+            raise UserError(f"data.path={path} holds no finished corpus ({MANIFEST}); run prepare and set data.path to its run folder")
+        manifest = read_json(Path(path) / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise UserError(
+                f"data.path={path} is a corpus of format {manifest.get('format')}, this version reads {FORMAT}; run prepare again"
+            )
+        return cls(Path(path), manifest)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of tokens and plan."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def original_window_tokens(self) -> int:
+        """L0 that documents were sorted by."""
+        return self.manifest["original_window_tokens"]
+
+    @property
+    def segment_tokens(self) -> int:
+        """T that segments were planned for."""
+        return self.manifest["segment_tokens"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie below it."""
+        return self.manifest["vocab_size"]
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """A Hugging Face tokenizer folder."""
+        return self.folder / TOKENIZER
+
+    @cached_property
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """Of the stored tokens."""
+        return tokenizers.load(str(self.tokenizer_folder))
+
+    def stores(self, split: str = TRAIN) -> list[Store]:
+        """One store a source, in the order that the plan's ``source`` column counts. Sources without holdout documents have an empty one."""
+        return [Store(store_prefix(self.folder, source["name"], split)) for source in self.manifest["sources"]]
+
+    def documents(self, split: str = TRAIN) -> Documents:
+        """Token arrays, BOS and EOS included, of ``train`` or ``holdout``. Synthetic documents are never held out."""
+        assert split in (TRAIN, HOLDOUT)
+        return Documents(self.stores(split))
+
+    def text(self, split: str = TRAIN) -> Text:
+        """Random stretches of its text.
+
+        Raises:
+            UserError: the split has none.
+        """
+        text = Text(self.stores(split), self.tokenizer.n_borders)
+        if not text.tokens:
+            raise UserError(f"the corpus {self.folder} has no {split} document; prepare it with more documents, or another data.holdout")
+        return text
+
+    def pieces(self, window: str) -> Pieces:
+        """The plan of one window.
+
+        Raises:
+            UserError: the plan is missing or cut short.
+        """
+        assert window in WINDOWS
+        path = self.folder / PLAN
+        try:
+            with np.load(path) as arrays:
+                return Pieces(*(arrays[f"{window}_{column}"] for column in COLUMNS), segment_tokens=self.segment_tokens)
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is unusable ({error}); remove it and {MANIFEST}, and run prepare again") from None

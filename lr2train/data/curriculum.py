@@ -1,0 +1,164 @@
+"""Batches that teach a base model from scratch to read: repeated random tokens, needle documents, plain text, stage by stage.
+
+Choice: nothing is planned. A segment is filled with rows of one length from its own random stream, keyed by (seed, step, segment), so it does not
+depend on the number of ranks and any step can be made at once. Text is cropped at random from training documents. Cost: no epochs; tokens repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lr2train.config import DataConfig, StageConfig, UserError
+from lr2train.data.batch import IGNORE, SHORT, Batch
+from lr2train.data.corpus import Corpus
+from lr2train.data.needles import NeedleMaker
+from lr2train.data.text import Text
+from lr2train.run import stream
+
+Rows = tuple[np.ndarray, np.ndarray]  # tokens and labels, each int64 [rows, length]
+
+
+class CurriculumLoader:
+    """Batches by stage; after the last stage's steps the last stage goes on.
+
+    Args:
+        corpus: gives the tokenizer and training text.
+        data: ``stages``, ``needles``, ``segment_tokens``.
+        seed: of everything.
+        dp_rank, dp_size: this data-parallel rank and their number.
+        accumulation: batches a step on this rank.
+
+    Raises:
+        UserError: no stages, a stage without rows, or one whose documents cannot be made.
+    """
+
+    def __init__(self, corpus: Corpus, data: DataConfig, seed: int, dp_rank: int, dp_size: int, accumulation: int) -> None:
+        if not data.stages:
+            raise UserError("data.stages is empty, and data.kind=curriculum needs them; add a stage")
+        self._stages, self._size, self._seed = data.stages, data.segment_tokens, seed
+        self._segments = range(dp_rank, dp_size * accumulation, dp_size)
+        self._eos = corpus.tokenizer.eos
+        self._rows = RowMaker(corpus, data)
+        self._ends = np.cumsum([stage.steps for stage in data.stages])
+        self.fingerprint = f"{corpus.fingerprint}-curriculum"
+        for number, stage in enumerate(data.stages):
+            self._rows.check(number, stage)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of all stages."""
+        return int(self._ends[-1])
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's batches of a step."""
+        stage = self._stages[min(int(np.searchsorted(self._ends, step, side="right")), len(self._stages) - 1)]
+        return [self._batch(stage, stream(self._seed, "curriculum", step, segment)) for segment in self._segments]
+
+    def _batch(self, stage: StageConfig, rng: np.random.Generator) -> Batch:
+        length, n_rows = stage.length_tokens, self._size // stage.length_tokens
+        row_tokens, row_labels = self._rows.make(stage, n_rows, rng)
+        used = n_rows * length
+        tokens, labels, positions = (
+            np.full(self._size, self._eos, np.int64),
+            np.full(self._size, IGNORE, np.int64),
+            np.zeros(self._size, np.int64),
+        )
+        tokens[:used], labels[:used] = row_tokens.ravel(), row_labels.ravel()
+        positions[:used] = np.tile(np.arange(length), n_rows)
+        spans = tuple((start, start + length) for start in range(0, used, length))
+        return Batch(tokens, labels, positions, spans, SHORT, int(np.count_nonzero(labels != IGNORE)))
+
+
+class RowMaker:
+    """Rows of a stage. Every row begins with BOS where the tokenizer has one, and its labels are shifted inside the row."""
+
+    def __init__(self, corpus: Corpus, data: DataConfig) -> None:
+        tokenizer = corpus.tokenizer
+        self._bos = [] if tokenizer.bos is None else [tokenizer.bos]
+        self._ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.special_ids)
+        self._text = Text(corpus.stores(), tokenizer.n_borders)
+        self._needles, self._size = data.needles, data.segment_tokens
+        self._maker = NeedleMaker(tokenizer.encode, data.needles.wording, data.needles.digits, tokenizer.bos, None)
+        self._most_pairs: dict[int, int] = {}
+        self._kinds: dict[str, Callable[[np.random.Generator, int, int], Rows]] = {
+            "repeats": self._repeats,
+            "needles": self._needle_rows,
+            "text": self._text_rows,
+        }
+
+    def check(self, number: int, stage: StageConfig) -> None:
+        """Refuse a stage that cannot be made, before training starts.
+
+        Raises:
+            UserError: see ``CurriculumLoader``.
+        """
+        where, length = f"data.stages[{number}]", stage.length_tokens
+        if stage.steps < 1 or not 8 <= length <= self._size:
+            raise UserError(
+                f"{where} has steps={stage.steps}, length_tokens={length}; steps must be 1 or more, length_tokens 8 to data.segment_tokens={self._size}"
+            )
+        if self._shares(stage).min() < 0 or not self._shares(stage).sum() > 0:
+            raise UserError(
+                f"{where} has shares repeats={stage.repeats}, needles={stage.needles}, text={stage.text}; set one above 0 and none below"
+            )
+        if stage.needles and not self._pairs_that_fit(length):
+            raise UserError(
+                f"{where}.length_tokens={length} has no room for a needle; use a greater length, fewer data.needles.digits, or data.needles.wording=code"
+            )
+        if stage.needles or stage.text:
+            if self._text.longest < length:
+                raise UserError(
+                    f"{where}.length_tokens={length} is longer than every training document ({self._text.longest} tokens); use a smaller length or other sources"
+                )
+
+    def make(self, stage: StageConfig, n_rows: int, rng: np.random.Generator) -> Rows:
+        """Rows of every kind, each kind's number within one of its share."""
+        shares = self._shares(stage).cumsum()
+        # One random offset for all rows (systematic sampling): shares are kept in every segment, not only on average.
+        borders = np.floor(shares / shares[-1] * n_rows + rng.random()).astype(int).clip(0, n_rows)
+        borders[shares == shares[-1]] = n_rows
+        counts = np.diff(borders, prepend=0)
+        made = [self._kinds[kind](rng, int(count), stage.length_tokens) for kind, count in zip(self._kinds, counts, strict=True) if count]
+        return np.concatenate([tokens for tokens, _ in made]), np.concatenate([labels for _, labels in made])
+
+    def _shares(self, stage: StageConfig) -> np.ndarray:
+        return np.array([getattr(stage, kind) for kind in self._kinds], dtype=np.float64)
+
+    def _repeats(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
+        """BOS, random tokens, the same tokens again; only the second time can they be known, from their second token on."""
+        body = length - len(self._bos)
+        half = -(-body // 2)
+        once = self._ordinary[rng.integers(len(self._ordinary), size=(n_rows, half))]
+        tokens, labels = self._after_bos(np.concatenate([once, once[:, : body - half]], axis=1))
+        labels[:, : len(self._bos) + half] = IGNORE
+        return tokens, labels
+
+    def _text_rows(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
+        return self._after_bos(self._text.draw(rng, n_rows, length - len(self._bos)))
+
+    def _needle_rows(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
+        """Needle documents with random places, pairs and questions; a target at every token."""
+        fillers = self._text.draw(rng, n_rows, length)
+        n_pairs = rng.integers(1, min(self._needles.max_pairs, self._pairs_that_fit(length)), size=n_rows, endpoint=True)
+        n_questions = rng.integers(1, np.minimum(n_pairs, self._needles.max_questions), endpoint=True)
+        counts = zip(fillers, n_pairs.tolist(), n_questions.tolist(), strict=True)
+        tokens = np.stack([self._maker.make(rng, filler, length, None, pairs, questions).tokens for filler, pairs, questions in counts])
+        return tokens, _shifted(tokens)
+
+    def _after_bos(self, body: np.ndarray) -> Rows:
+        first = np.broadcast_to(np.array(self._bos, dtype=np.int64), (len(body), len(self._bos)))
+        tokens = np.concatenate([first, body], axis=1)
+        return tokens, _shifted(tokens)
+
+    def _pairs_that_fit(self, length: int) -> int:
+        if length not in self._most_pairs:
+            self._most_pairs[length] = self._maker.most_pairs(length, self._needles.max_questions)
+        return self._most_pairs[length]
+
+
+def _shifted(tokens: np.ndarray) -> np.ndarray:
+    labels = np.full_like(tokens, IGNORE)
+    labels[:, :-1] = tokens[:, 1:]
+    return labels

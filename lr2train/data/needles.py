@@ -1,0 +1,292 @@
+"""Needle documents: key-value sentences hidden in text, asked for at the end (paper, Appendix C; RULER's niah tasks).
+
+Choice: every piece (sentence up to the number, number, question) is tokenised apart and the ids are joined, so the answer's tokens are known exactly,
+for any tokenizer, and are the same in the needle and after the question. Cost: at a piece's border the ids may differ from those of the joined text.
+The space before a number belongs to the answer only where the tokenizer merges it with the digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from lr2train.config import NeedleConfig, UserError
+from lr2train.data.corpus import HOLDOUT, Corpus
+
+Encode = Callable[[str], np.ndarray]
+
+ADJECTIVES = (
+    "amber ancient brave bright calm clever cold copper crimson curious dusty eager early fierce gentle golden happy hidden hollow humble "
+    "icy jolly keen lively lonely lucky mellow misty noble numerous odd pale proud quiet rapid rusty silent silver tiny wild"
+).split()
+NOUNS = (
+    "anchor apple arrow badge basket beacon bell bridge candle canyon castle cloud comet copper desk drum eagle ember falcon feather "
+    "forest garden hammer harbor island kite lantern maple meadow mirror mountain needle orchard pebble river saddle stone tower valley whistle"
+).split()
+N_KEYS = len(ADJECTIVES) * len(NOUNS)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a document reads. The number follows ``needle`` and ``question`` after one space; ``{key}`` stands for the pair's name."""
+
+    needle: str
+    needle_end: str
+    question: str
+    question_end: str = "\n"  # between an answer and the next question
+    intro: str = ""
+    key_joint: str = "-"
+
+    def key(self, index: int) -> str:
+        """Name number ``index`` of ``N_KEYS``."""
+        return self.key_joint.join((ADJECTIVES[index // len(NOUNS)], NOUNS[index % len(NOUNS)]))
+
+
+WORDINGS: dict[str, Wording] = {
+    "paper": Wording(
+        intro="A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards.\n",
+        needle="One of the special magic numbers for {key} is:",
+        needle_end=". ",
+        question="\nWhat is the special magic number for {key} mentioned in the provided text? "
+        "The special magic number for {key} mentioned in the provided text is",
+    ),
+    "plain": Wording(needle="The magic number of {key} is:", needle_end=".\n", question="\nThe magic number of {key} is:"),
+    "code": Wording(needle="{key} =", needle_end="\n", question="\n{key} =", key_joint="_"),
+}
+
+
+@dataclass(frozen=True)
+class NeedleDocument:
+    """A document of exactly the length asked for.
+
+    Attributes:
+        tokens: int64 [length_tokens].
+        answer_spans: half-open token ranges of the answers after the questions, in order; ``tokens[start:stop]`` is the number and nothing else.
+        depth: where the needle that is asked first stands in the filler, 0 start … 1 end; as asked for, where it was asked for.
+        answers: the numbers as text, one a span.
+    """
+
+    tokens: np.ndarray
+    answer_spans: tuple[tuple[int, int], ...]
+    depth: float
+    answers: tuple[str, ...]
+
+    @property
+    def n_answer_tokens(self) -> int:
+        """Tokens that are scored."""
+        return sum(stop - start for start, stop in self.answer_spans)
+
+
+class NeedleMaker:
+    """Makes needle documents of one wording with one tokenizer; remembers the ids of what it tokenised.
+
+    Args:
+        encode: text to ids, without special tokens.
+        wording: a name of ``WORDINGS``.
+        digits: of a hidden number; its first is never 0.
+        bos: id before the document, or None.
+        eos: id after the last answer, or None.
+
+    Raises:
+        UserError: unknown wording, or a number without tokens.
+    """
+
+    def __init__(self, encode: Encode, wording: str, digits: int, bos: int | None, eos: int | None) -> None:
+        if wording not in WORDINGS:
+            raise UserError(f"data.needles.wording={wording} is not one of {', '.join(WORDINGS)}; set data.needles.wording to one of them")
+        if not 1 <= digits <= 18:
+            raise UserError(f"data.needles.digits={digits} is not between 1 and 18; set data.needles.digits inside these limits")
+        self._encode, self._wording, self._digits = encode, WORDINGS[wording], digits
+        self._known: dict[str, list[int]] = {}
+        self._anchor = _ids(encode("\n"))
+        self._bos, self._eos = [] if bos is None else [bos], [] if eos is None else [eos]
+
+    def make(
+        self,
+        rng: np.random.Generator,
+        filler: np.ndarray,
+        length_tokens: int,
+        depth: float | None = None,
+        n_pairs: int = 1,
+        n_questions: int = 1,
+    ) -> NeedleDocument:
+        """One document.
+
+        Args:
+            rng: draws keys, numbers and places.
+            filler: text to hide in, at least ``length_tokens`` of it; its beginning is used.
+            length_tokens: of the whole document, BOS and EOS included.
+            depth: of the needle that is asked first; None puts it at random, as the others always are.
+            n_pairs: needles.
+            n_questions: of the pairs, asked at the end.
+
+        Raises:
+            UserError: the length has no room for the pieces, the filler is too short, or more questions than pairs.
+        """
+        if not 1 <= n_questions <= n_pairs <= N_KEYS:
+            raise UserError(
+                f"needle document with {n_pairs} pairs and {n_questions} questions; ask at least one question, and at most one a pair (of {N_KEYS})"
+            )
+        keys, numbers = self._draw(rng, n_pairs)
+        needles = [self._needle(key, number) for key, number in zip(keys, numbers, strict=True)]
+        questions = [self._question(key, number) for key, number in zip(keys[:n_questions], numbers, strict=False)]
+        head = self._bos + self._piece(self._wording.intro)
+        tail, spans = self._ask(questions)
+        room = length_tokens - len(head) - len(tail) - sum(map(len, needles))
+        self._check(room, length_tokens, len(filler))
+        places = rng.integers(0, room, size=n_pairs, endpoint=True)
+        if depth is not None:
+            places[0] = round(depth * room)
+        tokens = _hide(head, filler[:room], needles, places, tail)
+        first = length_tokens - len(tail)
+        answer_spans = tuple((first + start, first + stop) for start, stop in spans)
+        return NeedleDocument(
+            tokens, answer_spans, float(places[0]) / max(1, room) if depth is None else depth, tuple(numbers[:n_questions])
+        )
+
+    def most_pairs(self, length_tokens: int, max_questions: int = 1) -> int:
+        """How many pairs, each asked up to ``max_questions``, a document of this length holds for sure, whatever the keys and numbers."""
+        fixed, needle, question = self._costs
+        room = length_tokens - fixed
+        asked = min(max_questions, room // (needle + question))
+        return max(0, asked if asked < max_questions else (room - asked * question) // needle)
+
+    @cached_property
+    def _costs(self) -> tuple[int, int, int]:
+        """Most tokens of what stands in every document, of a needle, and of a question with its answer. A digit costs one token at most."""
+        wording, number = self._wording, self._digits + 1
+        keys = [wording.key(index) for index in range(N_KEYS)]
+        needle = max(len(self._piece(wording.needle, key)) for key in keys) + number + len(self._piece(wording.needle_end))
+        question = max(len(self._piece(wording.question, key)) for key in keys) + number + len(self._piece(wording.question_end))
+        return len(self._bos) + len(self._eos) + len(self._piece(wording.intro)), needle, question
+
+    def _draw(self, rng: np.random.Generator, n_pairs: int) -> tuple[list[str], list[str]]:
+        """Distinct keys, and numbers."""
+        indices = rng.choice(N_KEYS, n_pairs, replace=False) if n_pairs > 1 else rng.integers(N_KEYS, size=1)
+        numbers = rng.integers(10 ** (self._digits - 1) if self._digits > 1 else 0, 10**self._digits, size=n_pairs)
+        return [self._wording.key(index) for index in indices.tolist()], [str(number) for number in numbers.tolist()]
+
+    def _needle(self, key: str, number: str) -> list[int]:
+        joint, answer = self._number(number)
+        return self._piece(self._wording.needle, key) + joint + answer + self._piece(self._wording.needle_end)
+
+    def _question(self, key: str, number: str) -> tuple[list[int], list[int]]:
+        """Ids up to the answer, and the answer."""
+        joint, answer = self._number(number)
+        return self._piece(self._wording.question, key) + joint, answer
+
+    def _ask(self, questions: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[tuple[int, int]]]:
+        tail: list[int] = []
+        spans = []
+        for before, answer in questions:
+            tail += (self._piece(self._wording.question_end) if tail else []) + before
+            spans.append((len(tail), len(tail) + len(answer)))
+            tail += answer
+        return tail + self._eos, spans
+
+    def _number(self, number: str) -> tuple[list[int], list[int]]:
+        """Ids of the space before the number, where it is a token of its own, and of the number."""
+        space, ids = self._piece(" "), self._apart(f" {number}")
+        joint = space if space and ids[: len(space)] == space else []
+        answer = ids[len(joint) :]
+        if not answer:
+            raise UserError(
+                f"the tokenizer turns the number {number} into no token, so nothing is left to score; set data.tokenizer to one that knows digits"
+            )
+        return joint, answer
+
+    def _piece(self, template: str, key: str = "") -> list[int]:
+        text = template.format(key=key)
+        if text not in self._known:
+            self._known[text] = self._apart(text) if text else []
+        return self._known[text]
+
+    def _apart(self, text: str) -> list[int]:
+        """Ids of a text as they are after a line break: SentencePiece tokenizers put a space before whatever comes first."""
+        after_break, n = _ids(self._encode(f"\n{text}")), len(self._anchor)
+        return after_break[n:] if after_break[:n] == self._anchor else _ids(self._encode(text))
+
+    @staticmethod
+    def _check(room: int, length_tokens: int, filler_tokens: int) -> None:
+        if room < 0:
+            raise UserError(
+                f"a needle document of {length_tokens} tokens is {-room} too short for its sentences; use a greater length, fewer pairs, or data.needles.wording=code"
+            )
+        if room > filler_tokens:
+            raise UserError(
+                f"a needle document of {length_tokens} tokens needs {room} tokens of filler and has {filler_tokens}; give longer filler text"
+            )
+
+
+def _hide(head: list[int], filler: np.ndarray, needles: list[list[int]], places: np.ndarray, tail: list[int]) -> np.ndarray:
+    parts: list[list[int] | np.ndarray] = [head]
+    done = 0
+    for index in np.argsort(places, kind="stable").tolist():
+        place = int(places[index])
+        parts += [filler[done:place], needles[index]]
+        done = place
+    return np.concatenate([np.asarray(part, dtype=np.int64) for part in (*parts, filler[done:], tail)])
+
+
+def _ids(encoded: np.ndarray) -> list[int]:
+    return np.asarray(encoded).tolist()
+
+
+def make_needle_document(
+    rng: np.random.Generator,
+    encode: Encode,
+    filler: np.ndarray,
+    length_tokens: int,
+    wording: str = "paper",
+    depth: float | None = 0.0,
+    digits: int = 7,
+    n_pairs: int = 1,
+    n_questions: int = 1,
+    bos: int | None = None,
+    eos: int | None = None,
+) -> NeedleDocument:
+    """One needle document; see ``NeedleMaker`` for the arguments. Who makes many keeps a maker.
+
+    Raises:
+        UserError: see ``NeedleMaker``.
+    """
+    return NeedleMaker(encode, wording, digits, bos, eos).make(rng, filler, length_tokens, depth, n_pairs, n_questions)
+
+
+def needle_set(
+    corpus: Corpus, needles: NeedleConfig, n_documents: int, length_tokens: int, depths: Sequence[float], rng: np.random.Generator
+) -> list[NeedleDocument]:
+    """Needle documents for measuring: held-out filler, one needle, one question (paper, Appendix C).
+
+    Args:
+        corpus: gives the tokenizer and the filler.
+        needles: wording and digits.
+        n_documents: at each depth.
+        length_tokens: of each document.
+        depths: of the needle.
+        rng: decides texts, keys and numbers.
+
+    Raises:
+        UserError: nothing is held out, or the length has no room.
+    """
+    tokenizer = corpus.tokenizer
+    maker = NeedleMaker(tokenizer.encode, needles.wording, needles.digits, tokenizer.bos, None)
+    fillers = corpus.text(HOLDOUT).draw(rng, n_documents * len(depths), length_tokens)
+    return [
+        maker.make(rng, filler, length_tokens, depth)
+        for filler, depth in zip(fillers, np.repeat(depths, n_documents).tolist(), strict=True)
+    ]
+
+
+def text_set(corpus: Corpus, n_documents: int, length_tokens: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Held-out text for perplexity: int64 [length_tokens] each, BOS first where the tokenizer has one.
+
+    Raises:
+        UserError: nothing is held out.
+    """
+    bos = [] if corpus.tokenizer.bos is None else [corpus.tokenizer.bos]
+    bodies = corpus.text(HOLDOUT).draw(rng, n_documents, length_tokens - len(bos))
+    return [np.concatenate([np.array(bos, dtype=np.int64), body]) for body in bodies]

@@ -1,0 +1,168 @@
+"""Text to token ids and back: a byte-level BPE that we train, or one that came with a model.
+
+Choice: digits are grouped in pairs from the left and all of 00 … 99 are tokens, so a hidden number costs few tokens and never merges with what stands
+around it. Cost: 100 entries of the vocabulary. Ids are plain numpy; BOS and EOS are added by whoever stores documents, never by the tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+
+from lr2train.config import UserError
+from lr2train.run import write_json
+
+BOS, EOS = "<s>", "</s>"
+DIGIT_PAIRS = tuple(f"{number:02d}" for number in range(100))
+SMALLEST_VOCABULARY = 2 + 256 + len(DIGIT_PAIRS)  # specials, bytes, pairs
+
+# A bare tokenizer.json does not say which special token begins or ends a document; these are the names in use.
+_KNOWN_BOS = (BOS, "<bos>", "<|begin_of_text|>", "<|startoftext|>")
+_KNOWN_EOS = (EOS, "<eos>", "<|end_of_text|>", "<|endoftext|>")
+
+
+class Tokenizer:
+    """A fast tokenizer with its document borders.
+
+    Attributes:
+        bos: id that begins a document, None where the model has none (Qwen).
+        eos: id that ends a document.
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer, bos: int | None, eos: int) -> None:
+        core.no_truncation()
+        core.no_padding()
+        self._core, self.bos, self.eos = core, bos, eos
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries, added tokens included."""
+        return self._core.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids of added tokens and document borders: never part of ordinary text."""
+        borders = {id for id in (self.bos, self.eos) if id is not None}
+        return tuple(sorted(borders | set(self._core.get_added_tokens_decoder())))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the vocabulary, its rules and the borders."""
+        return hashlib.sha256(f"{self._core.to_str()} {self.bos} {self.eos}".encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int64, without BOS or EOS."""
+        return np.array(self._core.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts on all cores, without BOS or EOS."""
+        return [encoding.ids for encoding in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, special tokens included."""
+        return self._core.decode([int(id) for id in ids], skip_special_tokens=False)
+
+    def bound(self, ids: np.ndarray | Sequence[int]) -> np.ndarray:
+        """A document as it is stored: BOS ids EOS (no BOS where the model has none)."""
+        return np.concatenate([[] if self.bos is None else [self.bos], ids, [self.eos]]).astype(np.int64)
+
+    @property
+    def n_borders(self) -> int:
+        """Tokens that ``bound`` adds."""
+        return 1 if self.bos is None else 2
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that ``AutoTokenizer.from_pretrained`` loads; ``tokenizer.json`` comes last, so its presence means that all is there."""
+        named = {"bos_token": self._name(self.bos), "eos_token": self._name(self.eos), "pad_token": self._name(self.eos)}
+        write_json(
+            folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
+        )
+        write_json(folder / "tokenizer.json", json.loads(self._core.to_str()))
+
+    def _name(self, id: int | None) -> str | None:
+        return None if id is None else self._core.id_to_token(id)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE in which every string 00 … 99 is one token.
+
+    Args:
+        texts: what to learn merges from.
+        vocab_size: entries in all, special tokens included.
+
+    Raises:
+        UserError: the vocabulary has no room for bytes and digit pairs, or other merges crowded some pair out.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"data.vocab_size={vocab_size} is below {SMALLEST_VOCABULARY} (bytes, digit pairs, BOS, EOS); set data.vocab_size to {SMALLEST_VOCABULARY} or more"
+        )
+    core = tokenizers.Tokenizer(models.BPE())
+    pairs = pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([pairs, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    core.train_from_iterator(_with_digit_pairs(texts), trainer)
+    # Other people's runtimes put BOS before a prompt because the tokenizer says so; our own code asks for none and adds its borders itself.
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, core.token_to_id(BOS))]
+    )
+    missing = [pair for pair in DIGIT_PAIRS if core.token_to_id(pair) is None]
+    if missing:
+        raise UserError(
+            f"data.vocab_size={vocab_size} leaves no room for {len(missing)} of the 100 digit pairs; set data.vocab_size to {vocab_size + len(missing)} or more"
+        )
+    return Tokenizer(core, core.token_to_id(BOS), core.token_to_id(EOS))
+
+
+def _with_digit_pairs(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, then each digit pair often enough (once per 1000 characters) to rank among the first merges of English or code."""
+    characters = 0
+    for text in texts:
+        characters += len(text)
+        yield text
+    page = " ".join(DIGIT_PAIRS)
+    yield from (page for _ in range(100 + characters // 1000))
+
+
+def load(path: str) -> Tokenizer:
+    """Read a Hugging Face tokenizer folder, or a bare ``tokenizer.json``.
+
+    Raises:
+        UserError: nothing readable there, or no token that ends a document.
+    """
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"data.tokenizer={path} has no tokenizer.json; set data.tokenizer to a folder or a file with a fast tokenizer")
+    try:
+        core = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"data.tokenizer={file} is no tokenizer.json ({error}); set data.tokenizer to a fast tokenizer's file") from None
+    names = _border_names(file.with_name("tokenizer_config.json"))
+    bos = _border(core, names.get("bos_token"), () if names else _KNOWN_BOS)
+    eos = _border(core, names.get("eos_token"), _KNOWN_EOS)
+    if eos is None:
+        raise UserError(f"data.tokenizer={path} names no token that ends a document; add eos_token to its tokenizer_config.json")
+    return Tokenizer(core, bos, eos)
+
+
+def _border_names(file: Path) -> dict[str, str | None]:
+    """What tokenizer_config.json says of BOS and EOS: a string, or a dict with its content."""
+    if not file.is_file():
+        return {}
+    config = json.loads(file.read_text())
+    values = {key: config.get(key) for key in ("bos_token", "eos_token")}
+    return {key: value["content"] if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def _border(core: tokenizers.Tokenizer, name: str | None, known: Sequence[str]) -> int | None:
+    found = (core.token_to_id(candidate) for candidate in ([name] if name else known))
+    return next((id for id in found if id is not None), None)

@@ -1,0 +1,1 @@
+"""What came out: needle retrieval and perplexity by length."""

@@ -1,0 +1,1 @@
+"""Needle-driven evolutionary search for RoPE factors."""

@@ -1,0 +1,100 @@
+"""generate: text from a model, across the window switch.
+
+    python -m lr2train.generate run=tiny_4k generate.prompt='import os'
+    python -m lr2train.generate model.path=runs/tiny_4k/export generate.prompt_file=book.txt
+
+Below the original window the original RoPE serves; the moment the text grows beyond it, the cache is computed anew under the rescaled RoPE. The new text
+goes to stdout as it comes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lr2train import run
+from lr2train.config import Config, UserError, main
+from lr2train.model import decode, load, rotary
+from lr2train.parallel import processes
+from lr2train.rope import hf as rope_hf
+from lr2train.rope.factors import Factors
+from lr2train.rope.methods import build
+
+
+def generate(config: Config) -> dict[str, Any]:
+    """Run the verb; returns prompt and text with the token counts. With ``run=`` it also stands in ``generate.json`` of that run.
+
+    Raises:
+        UserError: no model, no prompt, or a text longer than the target window.
+    """
+    folder = _folder(config)
+    prompt = _prompt(config)
+    factors = factors_of(folder, config)
+    tokenizer = load.load_tokenizer(folder)
+    tokens = tokenizer(prompt)["input_ids"]
+    _refuse_too_long(len(tokens), config, factors)
+    device = processes.pick_device(config.device)
+    model = load.load_whole(folder, config.model.dtype, str(device))
+    table = rotary.install(model, factors)
+    original, knobs = factors.spectrum.window_tokens, config.generate
+    start, new, shown = time.monotonic(), [], ""
+    for token in decode.generate(model, table, tokens, knobs.max_new_tokens, original, knobs.window, knobs.temperature, knobs.top_p, tokenizer.eos_token_id, config.seed):
+        new.append(token)
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character that is not complete yet
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+    result = {
+        "prompt_tokens": len(tokens), "new_tokens": len(new), "text": tokenizer.decode(new, skip_special_tokens=True), "window": table.window,
+        "switched": len(tokens) <= original and table.window == "long", "seconds": time.monotonic() - start,
+    }  # fmt: skip
+    if config.run:
+        run.write_json(Path(config.runs_folder) / config.run / "generate.json", {"prompt": prompt, **result})
+    run.say("generate", f"{result['prompt_tokens']} + {result['new_tokens']} tokens, window {result['window']}{' after a switch with re-prefill' if result['switched'] else ''}, {result['seconds']:.1f} s")
+    return result
+
+
+def _folder(config: Config) -> Path:
+    if config.run is not None:
+        export = Path(config.runs_folder) / config.run / "export"
+        return export if export.is_dir() else Path(config.runs_folder) / config.run / "model"
+    if config.model.path is None:
+        raise UserError("neither run nor model.path is set; set run=<name of a finished run>, or model.path to an exported folder")
+    return load.folder_of(config.model)
+
+
+def _prompt(config: Config) -> str:
+    if config.generate.prompt_file is not None:
+        try:
+            return Path(config.generate.prompt_file).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"generate.prompt_file={config.generate.prompt_file} cannot be read ({error}); set it to a text file") from error
+    if config.generate.prompt is None:
+        if sys.stdin.isatty():
+            raise UserError("generate.prompt is empty; set generate.prompt, generate.prompt_file, or pipe a text in")
+        return sys.stdin.read()
+    return config.generate.prompt
+
+
+def factors_of(folder: Path, config: Config) -> Factors:
+    """The factors of a model folder: its factors.json (exact in both windows), else its config's `longrope` dict, else the ``rope`` group."""
+    if (folder / "factors.json").exists():
+        return Factors.load(folder / "factors.json")
+    hf_config = load.config_of(load.ModelConfig(path=str(folder)))
+    return rope_hf.factors_of(load.plain_config(hf_config)) or build(config.rope, load.spectrum_of(hf_config, config.model))
+
+
+def _refuse_too_long(prompt_tokens: int, config: Config, factors: Factors) -> None:
+    total = prompt_tokens + config.generate.max_new_tokens
+    if total > factors.target_window_tokens:
+        raise UserError(
+            f"the prompt's {prompt_tokens} tokens and generate.max_new_tokens={config.generate.max_new_tokens} make {total}, beyond the model's window of "
+            f"{factors.target_window_tokens}; shorten the prompt or lower generate.max_new_tokens"
+        )
+
+
+if __name__ == "__main__":
+    main("generate", generate)

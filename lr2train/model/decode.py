@@ -1,0 +1,76 @@
+"""Generation across the window switch (paper, Section 3.3: original RoPE up to L0, then rescaled RoPE with a one-time recomputation of the cache).
+
+Choice: the moment prompt plus generated tokens exceed the original window, the cache is thrown away and the whole text is prefilled under the long
+table. Re-rotating cached keys would be cheaper and wrong: from the second layer on, keys and values depend on hidden states that were computed under the
+old table. Cost: one prefill of L0 tokens, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lr2train.config import UserError
+from lr2train.model.rotary import WindowRotary
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, rotary: WindowRotary, prompt: list[int], max_new_tokens: int, original_window_tokens: int, window: str = "auto",
+    temperature: float = 0.0, top_p: float = 1.0, stop: int | None = None, seed: int = 0,
+) -> Iterator[int]:
+    """Yield new token ids one by one.
+
+    Args:
+        model: a Hugging Face causal LM whose rotary module is ``rotary``.
+        prompt: token ids, at least one.
+        original_window_tokens: L0, where "auto" switches.
+        window: "auto", or "short" | "long" to hold one table throughout.
+        temperature: 0 is greedy.
+        stop: end after this id (it is yielded).
+
+    Raises:
+        UserError: the prompt is empty.
+    """
+    if not prompt:
+        raise UserError("the prompt is empty; set generate.prompt or generate.prompt_file to some text")
+    generator = torch.Generator().manual_seed(seed)
+    tokens, cache = list(prompt), None
+    for _ in range(max_new_tokens):
+        now = window_of(len(tokens), original_window_tokens, window)
+        if now != rotary.window or cache is None:
+            rotary.window, cache = now, None
+        logits, cache = _forward(model, tokens, cache)
+        token = _pick(logits, temperature, top_p, generator)
+        tokens.append(token)
+        yield token
+        if token == stop:
+            return
+
+
+def window_of(total_tokens: int, original_window_tokens: int, window: str = "auto") -> str:
+    """The table for a text of ``total_tokens`` (prompt and generated): original up to L0, rescaled beyond."""
+    if window != "auto":
+        return window
+    return "short" if total_tokens <= original_window_tokens else "long"
+
+
+def _forward(model: Any, tokens: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
+    """Logits [V] after the last token; with a cache only the last token is new, without one everything is."""
+    device = next(model.parameters()).device
+    first = 0 if cache is None else len(tokens) - 1
+    ids = torch.tensor([tokens[first:]], device=device)
+    positions = torch.arange(first, len(tokens), device=device)[None]
+    out = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return out.logits[0, -1].float().cpu(), out.past_key_values
+
+
+def _pick(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
+    outside = probabilities.cumsum(-1) - probabilities >= top_p
+    probabilities[outside] = 0.0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])

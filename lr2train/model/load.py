@@ -1,0 +1,281 @@
+"""Hugging Face models in and out: configs, weights, tokenizers.
+
+Choice: a model is built empty inside the engine's init context and its tensors are streamed in one group at a time, read by rank 0 from the
+memory-mapped safetensors. No rank ever holds the whole model, on the way in or out. A hub id is refused unless a download is allowed: nothing is fetched by
+surprise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lr2train.config import ModelConfig, UserError
+from lr2train.rope import hf as rope_hf
+from lr2train.rope.spectrum import Spectrum
+from lr2train.run import rank, write_json
+
+Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GROUP_BYTES = 512 * 2**20  # parameters gathered at one time while weights stream in or out
+SHARD_BYTES = 4 * 2**30
+
+
+def whole(_: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+    """The gather of a model that is not partitioned."""
+    return contextlib.nullcontext()
+
+
+def config_of(model: ModelConfig) -> Any:
+    """The transformers config of ``model.path`` or ``model.architecture``.
+
+    Raises:
+        UserError: neither is given, the folder is missing, or a hub id is given without ``model.allow_download``.
+    """
+    from transformers import AutoConfig
+
+    if model.path is None:
+        return _scratch_config(model.architecture)
+    try:
+        return AutoConfig.from_pretrained(folder_of(model))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={model.path} has no readable config.json ({str(error).splitlines()[0]}); set model.path to a Hugging Face model folder") from error
+
+
+def _scratch_config(architecture: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    values = dict(architecture)
+    if "model_type" not in values:
+        raise UserError("model.path is empty and model.architecture has no model_type; set model.path to a folder, or choose experiment=tiny_base to train from scratch")
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def folder_of(model: ModelConfig) -> Path:
+    """The local folder of a pretrained model; fetched from the hub only where ``model.allow_download`` says so."""
+    path = Path(str(model.path)).expanduser()
+    if path.is_dir():
+        return path
+    looks_like_hub_id = str(model.path).count("/") == 1 and not str(model.path).startswith((".", "/", "~", "runs/"))
+    if not looks_like_hub_id:
+        raise UserError(f"model.path={model.path} is no folder; set model.path to a Hugging Face model folder")
+    if not model.allow_download:
+        raise UserError(f"model.path={model.path} is no local folder and downloads are off; set model.path to a folder, or model.allow_download=true to fetch it from the hub")
+    return _download(model)
+
+
+def _download(model: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model.path), revision=model.revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:  # the hub client raises a dozen kinds; each means the same to the user
+        raise UserError(f"model.path={model.path} cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); download it by hand and set model.path to the folder") from error
+
+
+def build_empty(hf_config: Any, dtype: str, init_context: Callable[[], contextlib.AbstractContextManager[Any]]) -> Any:
+    """An architecture without weights, built inside ``init_context`` (ZeRO's, so that parameters are partitioned as they are made)."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with init_context(), no_init_weights():
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=DTYPES[dtype])
+    model.tie_weights()
+    _refuse_unusual_heads(model)
+    return model
+
+
+def _refuse_unusual_heads(model: Any) -> None:
+    head, config = model.get_output_embeddings(), model.config
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise UserError(f"{type(model).__name__} has no plain linear head without bias; set model.path to a model that has one")
+    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise UserError(f"{type(model).__name__} scales its logits ({key}={getattr(config, key)}), which the chunked loss does not; set model.path to a model without it")
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Callable[[], torch.Tensor]] | None, gather: Gather = whole) -> None:
+    """Copy named tensors into a built model, group by group.
+
+    Args:
+        model: from ``build_empty``.
+        tensors: name -> reader, the same names on every rank; called on rank 0 only when ``gather`` broadcasts, else on every rank.
+        gather: context manager over a list of parameters that makes them whole and, on exit, spreads rank 0's values.
+
+    Raises:
+        UserError: a parameter of the model has no tensor.
+    """
+    assert tensors is not None
+    names = tied_names(model)
+    missing = [name for name, aliases in names.items() if not any(alias in tensors for alias in aliases)]
+    if missing:
+        raise UserError(f"the weights lack {len(missing)} tensors of the model ({', '.join(missing[:3])} …); set model.path to a complete folder of the same architecture")
+    for group in _groups(model):
+        with gather([parameter for _, parameter in group]), torch.no_grad():
+            for name, parameter in group:
+                if gather is whole or rank() == 0:
+                    alias = next(a for a in names[name] if a in tensors)
+                    parameter.copy_(tensors[alias]().to(parameter.dtype))
+
+
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """name -> every name of the same Parameter (tied embeddings have two)."""
+    first: dict[int, str] = {}
+    names: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        names.setdefault(owner, []).append(name)
+    return names
+
+
+def _groups(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    group: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in model.named_parameters():
+        size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        group.append((name, parameter))
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def safetensors_of(folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
+    """name -> reader over every .safetensors of a folder (memory-mapped: a tensor is read when it is asked for).
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Callable[[], torch.Tensor]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error}); fetch it again") from error
+        for name in file.keys():
+            tensors[name] = lambda file=file, name=name: file.get_tensor(name)
+    if not tensors:
+        raise UserError(f"model.path={folder} holds no .safetensors; convert the weights to safetensors first")
+    return tensors
+
+
+def scratch_weights(hf_config: Any, seed: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """Freshly initialised weights: the same for a seed on any number of ranks. Only for models small enough to be trained from scratch."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    return {name: lambda tensor=tensor: tensor for name, tensor in model.state_dict().items()}
+
+
+def load_whole(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Any:
+    """A complete model in one process, for the search, evaluation and generation; in eval mode, without gradients.
+
+    Raises:
+        UserError: the folder is missing or is not a model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model_config = ModelConfig(path=str(folder))
+    config_of(model_config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder_of(model_config), dtype=DTYPES[dtype], attn_implementation="sdpa")
+    except OSError as error:
+        raise UserError(f"{folder} has no readable weights ({str(error).splitlines()[0]}); set model.path to a complete model folder") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def write_folder(model: nn.Module, config: Mapping[str, Any], folder: Path, gather: Gather = whole, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and safetensors shards; every rank calls it, rank 0 writes. The folder appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if rank() == 0:
+        _empty(temporary)
+    index: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    size, count, total = 0, 0, 0
+
+    def flush() -> None:
+        nonlocal shard, size, count
+        count += 1
+        name = f"model-{count:05d}.safetensors"
+        save_file(shard, temporary / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, name))
+        shard, size = {}, 0
+
+    for group in _groups(model):
+        with gather([parameter for _, parameter in group]):
+            if rank() == 0:
+                for name, parameter in group:
+                    shard[name] = parameter.detach().to("cpu", dtype or parameter.dtype, copy=True).contiguous()
+                    size += shard[name].nbytes
+                    total += shard[name].nbytes
+                    if size >= SHARD_BYTES:
+                        flush()
+    if rank() == 0:
+        if shard:
+            flush()
+        _finish(temporary, folder, config, index, total, count)
+
+
+def _finish(temporary: Path, folder: Path, config: Mapping[str, Any], index: dict[str, str], total: int, count: int) -> None:
+    if count == 1:
+        (temporary / "model-00001.safetensors").rename(temporary / "model.safetensors")
+    else:
+        write_json(temporary / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    write_json(temporary / "config.json", config)
+    old = folder.with_name(f".{folder.name}.old")
+    _remove(old)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    _remove(old)
+
+
+def _empty(folder: Path) -> None:
+    _remove(folder)
+    folder.mkdir(parents=True)
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def plain_config(hf_config: Any) -> dict[str, Any]:
+    """A transformers config as the dict that config.json holds."""
+    return json.loads(hf_config.to_json_string(use_diff=False))
+
+
+def spectrum_of(hf_config: Any, model: ModelConfig) -> Spectrum:
+    """The model's original RoPE spectrum; ``model.original_window_tokens`` overrides the window that its config states."""
+    spectrum = rope_hf.spectrum_of(plain_config(hf_config))
+    return replace(spectrum, window_tokens=model.original_window_tokens) if model.original_window_tokens else spectrum
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The fast tokenizer of a folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no readable tokenizer ({str(error).splitlines()[0]}); set data.tokenizer to a folder that has one") from error

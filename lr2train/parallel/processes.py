@@ -1,0 +1,63 @@
+"""Joining the job: device, process group, CPU threads. Works under any launcher that sets RANK and WORLD_SIZE, and without one."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from lr2train.config import Config, UserError
+
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+
+
+def start(config: Config) -> torch.device:
+    """Pick the device, join the process group (nccl on CUDA, gloo on CPU) and set this rank's CPU threads.
+
+    Raises:
+        UserError: CUDA is asked for and torch sees none.
+    """
+    device = pick_device(config.device)
+    if not dist.is_initialized():
+        _init_process_group(device, config.parallel.timeout_s)
+    if device.type == "cpu":
+        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // _local_world()))
+    return device
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device for ``auto | cpu | cuda``; on CUDA this rank's own.
+
+    Raises:
+        UserError: CUDA is asked for and torch sees none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda but torch sees no GPU; set device=cpu, or install a CUDA build of torch")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _init_process_group(device: torch.device, timeout_s: float) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    os.environ.update(_ALONE)  # DeepSpeed reads them, launcher or not
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _local_world() -> int:
+    """Processes of the job on this machine: torchrun and DeepSpeed's launcher name it differently."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,7 @@
+"""RoPE rescaling: spectra, factors, the methods behind them, their Hugging Face form. numpy only; knows no model, no process group."""
+
+from lr2train.rope.factors import Factors
+from lr2train.rope.methods import METHODS, build
+from lr2train.rope.spectrum import Spectrum
+
+__all__ = ["METHODS", "Factors", "Spectrum", "build"]

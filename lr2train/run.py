@@ -1,0 +1,214 @@
+"""A run folder: where a verb writes, what it ran with, how it draws random numbers, logs and shows progress.
+
+Choice: one folder a run, ``<runs_folder>/<name>``, opened by every verb the same way. The resolved config lies in it; opening it again with another
+config is refused with the keys that differ, so a resumed run is the run that was started. Files are written whole or not at all (temporary name,
+then rename), because any of them may be cut by kill -9.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lr2train.config import Config, UserError, differences, to_dict
+
+T = TypeVar("T")
+
+# Groups that may change between a run and its resumption without changing what it computes.
+FREE_KEYS = ("logger", "hardware", "generate", "export", "device", "threads", "run", "runs_folder")
+_PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy", "flash-attn", "ring-flash-attn")
+
+
+def rank() -> int:
+    """This process's global rank, from the launcher's environment; 0 outside a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """The number of processes of the job; 1 outside a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run folder."""
+
+    folder: Path
+    verb: str
+
+    def log(self, message: str) -> None:
+        """One line to the terminal and to ``log.txt``, from rank 0 alone."""
+        if rank() == 0:
+            say(self.verb, message)
+            with (self.folder / "log.txt").open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {self.verb}: {message}\n")
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write ``value`` as JSON under the run folder, atomically, from rank 0 alone."""
+        path = self.folder / name
+        if rank() == 0:
+            write_json(path, value)
+        return path
+
+
+def open_run(config: Config, verb: str, groups: tuple[str, ...] = ()) -> Run:
+    """Open or create ``<runs_folder>/<name>`` for a verb.
+
+    Args:
+        config: the experiment; saved as ``<verb>.config.json``.
+        verb: the verb's name.
+        groups: the top-level config keys that decide what the verb computes; a change of another key does not matter. Empty: all but ``FREE_KEYS``.
+
+    Raises:
+        UserError: the folder holds a run of the same verb with another config; the keys that differ are listed.
+    """
+    folder = Path(config.runs_folder) / config.name
+    values = {key: value for key, value in to_dict(config).items() if (key in groups if groups else key not in FREE_KEYS)}
+    saved = folder / f"{verb}.config.json"
+    if saved.exists():
+        _refuse_other_config(saved, values, config.name)
+    elif rank() == 0:
+        write_json(folder / f"{verb}.provenance.json", provenance())
+        write_json(saved, values)
+    return Run(folder, verb)
+
+
+def _refuse_other_config(saved: Path, values: dict[str, Any], name: str) -> None:
+    changed = list(differences(read_json(saved), json.loads(json.dumps(values))))
+    if changed:
+        raise UserError(
+            f"run folder {saved.parent} belongs to another config ({len(changed)} keys differ: {'; '.join(changed[:8])}); "
+            f"choose another name= (now {name}), or remove the folder to start over"
+        )
+
+
+def provenance() -> dict[str, Any]:
+    """Who ran what, with which code and packages."""
+    versions = {name: _version(name) for name in _PACKAGES}
+    return {
+        "command": sys.argv,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "packages": {name: version for name, version in versions.items() if version},
+        "commit": _git_commit(),
+        "world": world(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        out = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None
+
+
+def stream(seed: int, *names: str | int) -> np.random.Generator:
+    """A random stream that depends on the seed and its name only, never on how much another stream was used."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint64))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1, default=_plain)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.integer, np.floating, np.bool_)):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that we wrote.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; run the verb that writes it first") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); remove it and run the verb that writes it again") from None
+
+
+def say(verb: str, message: str) -> None:
+    """One line for a person, from rank 0 alone. Goes to stderr: stdout is for results."""
+    if rank() == 0:
+        print(f"[{verb}] {message}", file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[T], total: int, description: str, done: int = 0) -> Iterator[T]:
+    """Iterate with a progress bar and the time left, on rank 0; off a terminal, a line now and then instead.
+
+    Args:
+        items: what remains to do.
+        total: how many there are in all.
+        description: what is being done.
+        done: how many were done before (a resumed run).
+    """
+    if rank() != 0:
+        yield from items
+    elif sys.stderr.isatty():
+        yield from _bar(items, total, description, done)
+    else:
+        yield from _lines(items, total, description, done)
+
+
+def _bar(items: Iterable[T], total: int, description: str, done: int) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total, completed=done)
+        for item in items:
+            yield item
+            bar.advance(task)
+
+
+def _lines(items: Iterable[T], total: int, description: str, done: int, every_s: float = 15.0) -> Iterator[T]:
+    start = last = time.monotonic()
+    first = done
+    for item in items:
+        yield item
+        done += 1
+        now = time.monotonic()
+        if now - last >= every_s or done == total:
+            last = now
+            left = (now - start) / (done - first) * (total - done)
+            print(f"{description}: {done}/{total}, {now - start:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)

@@ -1,0 +1,118 @@
+"""train: mid-train a model with mixed context windows, or a tiny base model from scratch.
+
+    deepspeed --no_local_rank --module lr2train.train experiment=tiny_4k name=first
+
+The same command resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, factors.json, model/ (a Hugging Face folder), train.json.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from lr2train import run
+from lr2train.config import Config, UserError, main
+from lr2train.data.corpus import Corpus
+from lr2train.data.loader import make_loader
+from lr2train.model import load
+from lr2train.parallel import processes
+from lr2train.parallel.mesh import make_mesh
+from lr2train.rope import hf as rope_hf
+from lr2train.rope.factors import Factors
+from lr2train.rope.methods import build
+from lr2train.training.engine import Engine, start_deepspeed
+from lr2train.training.loop import fit
+from lr2train.training.metrics import read_jsonl, sinks
+
+GROUPS = ("name", "seed", "model", "rope", "data", "parallel", "optim", "engine")
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run the verb; returns what ``train.json`` holds.
+
+    Raises:
+        UserError: bad input, on every rank.
+    """
+    job = run.open_run(config, "train", GROUPS)
+    hf_config, factors, corpus = inputs(config)
+    if (job.folder / "train.json").exists():
+        job.log(f"already finished: {job.folder / 'train.json'}")
+        return run.read_json(job.folder / "train.json")
+    device = processes.start(config)
+    start_deepspeed(device)
+    mesh = make_mesh(config.parallel.sp)
+    loader = make_loader(config.data, config.seed, mesh.dp_rank, mesh.dp_size, config.optim.segments_per_step, factors.spectrum.window_tokens)
+    engine = Engine(config, mesh, factors, hf_config, device)
+    total_steps = config.optim.steps or loader.steps_per_epoch
+    done = engine.load(job.folder / "checkpoints")
+    _announce(job, config, engine, factors, total_steps, done)
+    job.write_json("factors.json", factors.to_json())
+    start = time.monotonic()
+    outputs = sinks(config, job.folder, done)
+    finished = fit(engine, loader, config, done, total_steps, outputs, job.folder)
+    for output in outputs:
+        output.close()
+    if not finished:
+        job.log("interrupted; the checkpoint is written, run the same command again to go on")
+        sys.exit(130)
+    _write_model(job, engine, factors, hf_config, corpus)
+    result = _result(job, config, total_steps, time.monotonic() - start, mesh.world)
+    job.write_json("train.json", result)
+    dist.barrier()
+    job.log(f"done: loss {result['final_loss']:.4f} after {total_steps} steps, model in {job.folder / 'model'}")
+    return result
+
+
+def inputs(config: Config) -> tuple[Any, Factors, Corpus]:
+    """The model's config, the factors and the corpus, each checked against the others before any process group or weight exists."""
+    hf_config = load.config_of(config.model)
+    if config.data.path is None:
+        raise UserError("data.path is empty; set data.path to a folder that `python -m lr2train.prepare` wrote, such as runs/corpus")
+    corpus = Corpus.open(Path(config.data.path))
+    if corpus.vocab_size > hf_config.vocab_size:
+        raise UserError(f"data.path={config.data.path} uses {corpus.vocab_size} token ids and the model knows {hf_config.vocab_size}; prepare the corpus with the model's own tokenizer (data.tokenizer)")
+    return hf_config, build(config.rope, load.spectrum_of(hf_config, config.model)), corpus
+
+
+def _announce(job: run.Run, config: Config, engine: Engine, factors: Factors, total_steps: int, done: int) -> None:
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
+    mesh = engine.mesh
+    job.log(
+        f"{parameters / 1e6:.2f}M parameters, window {factors.spectrum.window_tokens} -> {factors.target_window_tokens} by {factors.method}, "
+        f"{mesh.world} ranks (dp {mesh.dp_size} x sp {mesh.sp_size}), ZeRO-{config.engine.zero_stage}, {total_steps} steps of {config.optim.segments_per_step} segments"
+        + (f", resuming after step {done}" if done else "")
+    )
+
+
+def _write_model(job: run.Run, engine: Engine, factors: Factors, hf_config: Any, corpus: Corpus) -> None:
+    config = load.plain_config(hf_config)
+    if factors.target_window_tokens > factors.spectrum.window_tokens:
+        config = rope_hf.write(config, factors)
+    engine.write_model(job.folder / "model", config)
+    if run.rank() == 0:
+        shutil.copytree(corpus.tokenizer_folder, job.folder / "model", dirs_exist_ok=True)
+
+
+def _result(job: run.Run, config: Config, total_steps: int, seconds: float, world: int) -> dict[str, Any]:
+    lines = read_jsonl(job.folder / "metrics.jsonl") if run.rank() == 0 else []
+    last = lines[-1] if lines else {"loss": float("nan"), "tokens_seen": 0, "peak_gib": 0.0}
+    return {
+        "steps": total_steps,
+        "final_loss": last["loss"],
+        "tokens_seen": last["tokens_seen"],
+        "seconds": seconds,
+        "world": world,
+        "peak_gib": last["peak_gib"],
+        "model": str(job.folder / "model"),
+        "base": config.model.path,
+        "corpus": config.data.path,
+    }
+
+
+if __name__ == "__main__":
+    main("train", train)

@@ -1,0 +1,1 @@
+"""Mixed context window training on a DeepSpeed engine."""

@@ -1,0 +1,321 @@
+"""DeepSpeed behind a narrow door: ``step``, ``save``, ``load``, ``write_model``.
+
+Choice: to DeepSpeed every rank is a data-parallel rank. Sequence parallelism is a transform of the data (tokens, labels and positions are sharded together)
+and of attention; each rank returns the *sum* of its own target tokens' losses, scaled so that DeepSpeed's averaging over ranks and accumulation steps
+yields the gradient of ``sum of all losses / number of all target tokens`` of the step, exactly. Cost: one tiny all-reduce of counts before a step.
+
+This is the only file that imports deepspeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lr2train import run
+from lr2train.attention import hf as attention
+from lr2train.config import Config, UserError
+from lr2train.data.batch import Batch
+from lr2train.model import load
+from lr2train.model.window_lm import WindowLM
+from lr2train.parallel.layout import Layout
+from lr2train.parallel.mesh import Mesh
+from lr2train.rope.factors import Factors
+
+MODULE_PREFIX = "lm."  # the Hugging Face model's names inside WindowLM
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did, the same on every rank."""
+
+    loss: float  # nats per target token over the whole step
+    loss_short: float | None  # over the step's short segments, None where there were none
+    loss_long: float | None
+    n_target_tokens: int
+    n_tokens: int  # of all segments, padding included
+    window_mix: float  # share of long segments
+    grad_norm: float
+    interrupted: bool  # some rank was asked to stop
+
+
+def start_deepspeed(device: torch.device) -> None:
+    """Let DeepSpeed adopt the process group that ``parallel.processes.start`` made."""
+    for name, value in (("RANK", dist.get_rank()), ("WORLD_SIZE", dist.get_world_size()), ("LOCAL_RANK", dist.get_rank()), ("LOCAL_SIZE", dist.get_world_size())):
+        os.environ.setdefault(name, str(value))  # DeepSpeed reads them; whoever made the process group by hand is on one machine
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        build_cpu_op()
+    with _quiet():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def build_cpu_op() -> None:
+    """Compile DeepSpeed's shared-memory op before anything needs it (about a minute, once a machine).
+
+    DeepSpeed compiles it on its first CPU run, under torch's file lock. A run killed meanwhile leaves that lock behind and every later run waits for
+    it in silence. Ours hold a kernel lock, which dies with its owner: a torch lock seen while we hold ours, with no compiler at work, is stale.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    with _quiet():
+        from deepspeed.ops import __compatible_ops__ as compatible
+        from deepspeed.ops.op_builder import ShareMemCommBuilder  # ty: ignore
+
+        builder = ShareMemCommBuilder()
+        if not compatible.get(builder.NAME, False):
+            return
+        folder = Path(_get_build_directory(builder.NAME, verbose=False))
+    with (folder / "lr2train.lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        stale = folder / "lock"
+        if stale.exists() and not _somebody_builds_in(folder):
+            run.say("engine", f"removing a stale build lock that a killed run left: {stale}")
+            stale.unlink()
+        if not (folder / f"{builder.NAME}.so").exists():
+            run.say("engine", "compiling DeepSpeed's CPU communication op (about a minute, once a machine)")
+        with _quiet():
+            builder.load(verbose=False)
+
+
+def _somebody_builds_in(folder: Path) -> bool:
+    """Whether a process works in the folder (ninja and the compiler run there)."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(process.name) != os.getpid() and Path(os.readlink(process / "cwd")) == folder.resolve():
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints build and start-up chatter to stdout, which belongs to results; warnings and errors stay on stderr."""
+    import logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with contextlib.redirect_stdout(open(os.devnull, "w")):
+        yield
+
+
+def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
+    """The DeepSpeed config of an experiment; ``engine.deepspeed`` is merged over it."""
+    engine = config.engine
+    written: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+    }
+    if config.model.dtype == "bfloat16":
+        written["bf16"] = {"enabled": True}
+        written["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.model.dtype == "float16":
+        written["fp16"] = {"enabled": True}
+    if engine.zero_stage == 3:
+        written["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
+    return _merged(written, engine.deepspeed)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+class Engine:
+    """A model being trained on all ranks of the job."""
+
+    def __init__(self, config: Config, mesh: Mesh, factors: Factors, hf_config: Any, device: torch.device):
+        """Build, fill and shard the model.
+
+        Raises:
+            UserError: the batch does not divide over the data-parallel ranks, or the model cannot run under this mesh.
+        """
+        self.config, self.mesh, self.device = config, mesh, device
+        self.accumulation = accumulation_of(config, mesh.dp_size)
+        ds_config = deepspeed_config(config, self.accumulation)
+        lm = load.build_empty(hf_config, config.model.dtype, lambda: self._init_context(ds_config))
+        load.fill(lm, _weights(config, hf_config), self._gather(modifier_rank=0))
+        attention.install(lm, mesh, config.parallel.strategy)
+        if config.engine.activation_checkpointing:
+            lm.activation_checkpointing_enable({"use_reentrant": False})
+        self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens).train()
+        self.hf_config = hf_config
+        self._engine = self._initialize(ds_config)
+
+    def _initialize(self, ds_config: dict[str, Any]) -> Any:
+        import deepspeed
+
+        optim = self.config.optim
+        optimizer = torch.optim.AdamW(_parameter_groups(self.model, optim.weight_decay), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=self.device.type == "cuda")
+        with _quiet():
+            engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        return engine
+
+    def _init_context(self, ds_config: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        if self.config.engine.zero_stage != 3:
+            return self.device if self.device.type == "cuda" else contextlib.nullcontext()
+        import deepspeed
+
+        # No dtype argument: on a CPU without fp16, 0.19.8 takes bfloat16 whatever it says; the config's bf16 and fp16 sections are heard.
+        return deepspeed.zero.Init(config_dict_or_path=ds_config | {"train_batch_size": self.accumulation * self.mesh.world})
+
+    def _gather(self, modifier_rank: int | None) -> load.Gather:
+        if self.config.engine.zero_stage != 3:
+            return load.whole
+        import deepspeed
+
+        return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
+
+    def step(self, batches: Sequence[Batch], lr: float, interrupted: bool = False) -> StepStats:
+        """One optimizer step over this data-parallel rank's micro-batches.
+
+        The loss that goes into backward is ``sum_CE_local * world * accumulation / n_target_tokens``: DeepSpeed divides gradients by the world and losses by
+        the accumulation, so what arrives is the gradient of the mean over all target tokens of the step.
+        """
+        assert len(batches) == self.accumulation, f"{len(batches)} micro-batches for an accumulation of {self.accumulation}"
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        shards = [self._shard(batch) for batch in batches]
+        counts = self._counts(batches, shards)
+        n_targets = int(counts[:2].sum())
+        if n_targets == 0:
+            raise UserError("a step has no target token at all; check data.path: its segments hold only padding")
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch, shard in zip(batches, shards, strict=True):
+            total = self._engine(*shard, spans=batch.spans, window=batch.window)
+            self._engine.backward(total * (self.mesh.world * self.accumulation / n_targets))
+            self._engine.step()
+            sums[int(batch.window == "long")] += total.detach().double()
+        return self._stats(sums, counts, batches, interrupted)
+
+    def _shard(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        layout = Layout("contiguous", len(batch.tokens), self.mesh.sp_rank, self.mesh.sp_size)
+        tokens, labels, positions = (layout.shard(torch.from_numpy(part), 0).to(self.device) for part in (batch.tokens, batch.labels, batch.positions))
+        return tokens, labels, positions
+
+    def _counts(self, batches: Sequence[Batch], shards: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+        """[targets in short, targets in long, tokens, long segments, segments] of the whole step; asserts that a group's ranks agree on the windows."""
+        counts = torch.zeros(5, dtype=torch.int64, device=self.device)
+        for batch, (tokens, labels, _) in zip(batches, shards, strict=True):
+            long = int(batch.window == "long")
+            counts[long] += (labels != -100).sum()
+            counts[2] += len(tokens)
+            counts[3] += long
+            counts[4] += 1
+        self._refuse_mixed_windows(batches)
+        dist.all_reduce(counts)
+        return counts
+
+    def _refuse_mixed_windows(self, batches: Sequence[Batch]) -> None:
+        """Ranks of one micro-step must run the same window; disagreement would mix two RoPE tables in one sequence."""
+        tags = torch.tensor([int(batch.window == "long") for batch in batches], device=self.device)
+        low, high = tags.clone(), tags.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        if not torch.equal(low, high):
+            raise RuntimeError(f"ranks disagree on the window of a micro-step (this rank: {[batch.window for batch in batches]}); the loader broke its promise")
+
+    def _stats(self, sums: torch.Tensor, counts: torch.Tensor, batches: Sequence[Batch], interrupted: bool) -> StepStats:
+        flags = torch.tensor([float(interrupted)], dtype=torch.float64, device=self.device)
+        reduced = torch.cat((sums, flags))
+        dist.all_reduce(reduced)
+        n_short, n_long, n_tokens, n_long_segments, n_segments = counts.tolist()
+        short, long, asked = reduced.tolist()
+        return StepStats(
+            loss=(short + long) / (n_short + n_long),
+            loss_short=short / n_short if n_short else None,
+            loss_long=long / n_long if n_long else None,
+            n_target_tokens=n_short + n_long,
+            n_tokens=n_tokens,
+            window_mix=n_long_segments / n_segments,
+            grad_norm=float(self._engine.get_global_grad_norm() or 0.0),
+            interrupted=asked > 0,
+        )
+
+    def save(self, folder: Path, step: int, keep: int) -> None:
+        """Write a checkpoint of step ``step`` (steps done so far) and only then name it the latest; older ones beyond ``keep`` go."""
+        tag = f"step_{step:08d}"
+        with _quiet():
+            self._engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
+        dist.barrier()
+        if run.rank() == 0:
+            run.write_json(folder / "latest.json", {"step": step, "tag": tag, "world": self.mesh.world})
+            for old in sorted(folder.glob("step_*"))[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
+
+    def load(self, folder: Path) -> int:
+        """Load the latest complete checkpoint of ``folder``; returns the number of steps done, 0 where there is none.
+
+        Raises:
+            UserError: it was written by another number of ranks.
+        """
+        latest = folder / "latest.json"
+        if not latest.exists():
+            return 0
+        written = run.read_json(latest)
+        if written["world"] != self.mesh.world:
+            raise UserError(
+                f"the checkpoint {folder / written['tag']} was written by {written['world']} ranks and this job has {self.mesh.world}; "
+                f"start it with {written['world']} ranks, or give a new name= to start over"
+            )
+        with _quiet():
+            path, _ = self._engine.load_checkpoint(str(folder), tag=written["tag"])
+        if path is None:
+            raise UserError(f"the checkpoint {folder / written['tag']} cannot be read; remove {latest} to start over, or restore the folder")
+        return int(written["step"])
+
+    def write_model(self, folder: Path, config: dict[str, Any]) -> None:
+        """Write the weights as a Hugging Face folder with ``config`` as its config.json; no rank holds them all at once."""
+        load.write_folder(self.model.lm, config, folder, self._gather(modifier_rank=None))
+
+    def named_gradients(self) -> dict[str, torch.Tensor]:
+        """Whole fp32 gradients by the model's own names, after backward and before the next step's; for tests and inspection."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name.removeprefix(MODULE_PREFIX): safe_get_full_grad(parameter) for name, parameter in self.model.named_parameters()}
+
+
+def accumulation_of(config: Config, dp_size: int) -> int:
+    """Micro-steps of an optimizer step.
+
+    Raises:
+        UserError: the global batch does not divide over the data-parallel ranks.
+    """
+    total = config.optim.segments_per_step
+    if total % dp_size:
+        raise UserError(
+            f"optim.segments_per_step={total} is not divisible by the {dp_size} data-parallel ranks (world / parallel.sp); "
+            f"set optim.segments_per_step to {-(-total // dp_size) * dp_size} or change parallel.sp"
+        )
+    return total // dp_size
+
+
+def _weights(config: Config, hf_config: Any) -> dict[str, Any]:
+    if config.model.path is None:
+        return load.scratch_weights(hf_config, config.seed)
+    return load.safetensors_of(load.folder_of(config.model))
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases (one dimension) do not."""
+    matrices = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

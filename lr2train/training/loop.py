@@ -1,0 +1,121 @@
+"""The training loop: batches in, steps done, figures out, checkpoints kept; safe to kill and to interrupt.
+
+Choice: the loader is a pure function of the step, so the whole resume state is one number. A signal (Ctrl-C, a cluster's SIGTERM) ends the loop after the
+step in hand, on all ranks together, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lr2train import run
+from lr2train.config import Config
+from lr2train.data.batch import Batch
+from lr2train.training.engine import Engine, StepStats
+from lr2train.training.metrics import Sink
+from lr2train.training.schedule import learning_rate
+
+
+class Interrupt:
+    """Remembers that the job was asked to stop."""
+
+    asked = False
+
+
+@contextmanager
+def listen_for_interrupt() -> Iterator[Interrupt]:
+    """Turn SIGINT and SIGTERM into a flag for the time of the loop; a second one acts as usual."""
+    interrupt, old = Interrupt(), {}
+
+    def note(number: int, _: Any) -> None:
+        interrupt.asked = True
+        signal.signal(number, old[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old[number] = signal.signal(number, note)
+    try:
+        yield interrupt
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def fit(engine: Engine, loader: Any, config: Config, done: int, total_steps: int, sinks: Sequence[Sink], folder: Path) -> bool:
+    """Train from step ``done`` to ``total_steps``; returns whether the end was reached (False: interrupted, checkpoint written)."""
+    tokens_seen = done * config.optim.segments_per_step * config.data.segment_tokens
+    flops_per_token = _flops_per_token(engine, config)
+    batches = _prefetched(loader, done, total_steps)
+    with listen_for_interrupt() as interrupt:
+        for step in run.progress(range(done, total_steps), total_steps, "train", done):
+            start = time.perf_counter()
+            micro_batches = next(batches)
+            waited = time.perf_counter() - start
+            lr = learning_rate(step, total_steps, config.optim)
+            stats = engine.step(micro_batches, lr, interrupt.asked)
+            tokens_seen += stats.n_tokens
+            seconds = time.perf_counter() - start
+            for sink in sinks:
+                sink.write(step + 1, _figures(stats, lr, tokens_seen, seconds, waited, flops_per_token, engine, config))
+            last = step + 1 == total_steps
+            if last or stats.interrupted or (step + 1) % config.engine.checkpoint_every_steps == 0:
+                engine.save(folder / "checkpoints", step + 1, config.engine.keep_checkpoints)
+            if stats.interrupted and not last:
+                return False
+    return True
+
+
+def _prefetched(loader: Any, first: int, stop: int) -> Iterator[list[Batch]]:
+    """The loader's batches, each made by a thread while the step before it runs."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(loader.batches, first)
+        for step in range(first, stop):
+            batches = ahead.result()
+            if step + 1 < stop:
+                ahead = pool.submit(loader.batches, step + 1)
+            yield batches
+
+
+def _flops_per_token(engine: Engine, config: Config) -> float:
+    """Forward and backward FLOPs a token: 6 a parameter outside the embedding table, and causal attention over half a segment (12 * layers * heads * head_dim * T / 2)."""
+    c = engine.hf_config
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
+    if not getattr(c, "tie_word_embeddings", False):
+        parameters -= c.vocab_size * c.hidden_size
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return 6.0 * parameters + 6.0 * c.num_hidden_layers * c.num_attention_heads * head_dim * config.data.segment_tokens
+
+
+def _figures(stats: StepStats, lr: float, tokens_seen: int, seconds: float, waited: float, flops_per_token: float, engine: Engine, config: Config) -> dict[str, Any]:
+    per_second = stats.n_tokens / seconds
+    peak = config.hardware.gpu_bf16_tflops * 1e12 * engine.mesh.world
+    return {
+        "loss": stats.loss,
+        "loss_short": stats.loss_short,
+        "loss_long": stats.loss_long,
+        "n_target_tokens": stats.n_target_tokens,
+        "tokens_seen": tokens_seen,
+        "grad_norm": stats.grad_norm,
+        "lr": lr,
+        "tokens_per_s": per_second,
+        "mfu": per_second * flops_per_token / peak if engine.device.type == "cuda" else None,
+        "window_mix": stats.window_mix,
+        "peak_gib": peak_gib(engine.device),
+        "data_wait_s": waited,
+        "step_s": seconds,
+    }
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory this process has held: the device's on CUDA, resident memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

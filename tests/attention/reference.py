@@ -1,0 +1,47 @@
+"""Attention over spans as it is defined: every score, an explicit mask, float64. What kernels and strategies are compared with."""
+
+import torch
+from torch import Tensor
+
+
+def mask_of(spans, n_tokens: int, causal: bool = True) -> Tensor:
+    """bool [T, T]: may query i look at key j."""
+    mask = torch.zeros(n_tokens, n_tokens, dtype=torch.bool)
+    for start, stop in spans:
+        block = torch.ones(stop - start, stop - start, dtype=torch.bool)
+        mask[start:stop, start:stop] = block.tril() if causal else block
+    return mask
+
+
+def attend_explicitly(q: Tensor, k: Tensor, v: Tensor, spans, scale: float, causal: bool = True) -> tuple[Tensor, Tensor]:
+    """The contract of attention.kernel.attend in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    mask = mask_of(spans, q.shape[0], causal)
+    scores = torch.einsum("ihd,jhd->hij", q, k).mul(scale).masked_fill(~mask, float("-inf"))
+    lse = scores.logsumexp(-1).T
+    weights = torch.where(mask, (scores - lse.T.unsqueeze(-1)).exp(), 0.0)  # rows outside spans: exp(nan) is never chosen
+    seen = mask.any(-1)[:, None, None]
+    return torch.where(seen, torch.einsum("hij,jhd->ihd", torch.nan_to_num(weights), v), 0.0), lse
+
+
+def gradients_explicitly(q: Tensor, k: Tensor, v: Tensor, spans, scale: float, grad_out: Tensor, causal: bool = True) -> list[Tensor]:
+    """d sum(out * grad_out) / d(q, k, v) in float64; a token outside every span has none."""
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    inside = torch.cat([torch.arange(start, stop) for start, stop in spans])
+    where = {int(token): i for i, token in enumerate(inside)}
+    moved = tuple((where[start], where[stop - 1] + 1) for start, stop in spans)
+    out, _ = attend_explicitly(*(x[inside] for x in leaves), moved, scale, causal)
+    (out * grad_out.double()[inside]).sum().backward()
+    return [x.grad for x in leaves]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected value."""
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30)).item()
+
+
+def random_qkv(n_tokens: int, n_heads: int, n_kv_heads: int, head_size: int, dtype=torch.float32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n_tokens, heads, head_size, generator=generator).to(dtype) for heads in (n_heads, n_kv_heads, n_kv_heads)]

@@ -1,0 +1,121 @@
+"""Curriculum batches: exact labels for each kind of row, shares, purity, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lr2train.config import Config, NeedleConfig, SourceConfig, StageConfig, UserError
+from lr2train.data.batch import IGNORE
+from lr2train.data.corpus import Corpus
+from lr2train.data.loader import make_loader
+from lr2train.prepare import prepare
+
+REPEATS, NEEDLES, TEXT = ({"repeats": 1.0}, {"needles": 1.0}, {"text": 1.0})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    config = Config(name="corpus", runs_folder=str(tmp_path_factory.mktemp("runs")))
+    config.model.original_window_tokens = 128
+    config.data.segment_tokens, config.data.vocab_size = 512, 400
+    config.data.needles = NeedleConfig(wording="code", digits=4, max_pairs=3, max_questions=2)
+    config.data.sources = [SourceConfig(name="modules", kind="stdlib", max_bytes=60_000)]
+    prepare(config)
+    return replace(config.data, path=f"{config.runs_folder}/corpus", kind="curriculum")
+
+
+def loader(data, *stages: StageConfig, rank: int = 0, size: int = 1, seed: int = 0):
+    return make_loader(replace(data, stages=list(stages)), seed, rank, size, 4, 128, 512)
+
+
+def rows(batch, length: int):
+    n = len(batch.spans)
+    return batch.tokens[: n * length].reshape(n, length), batch.labels[: n * length].reshape(n, length)
+
+
+def assert_spans(batch, length: int):
+    n = 512 // length
+    assert batch.spans == tuple((i * length, (i + 1) * length) for i in range(n)) and batch.window == "short"
+    assert batch.positions[: n * length].tolist() == list(range(length)) * n
+    assert (batch.labels[n * length :] == IGNORE).all() and (batch.positions[n * length :] == 0).all()
+    assert batch.n_target_tokens == (batch.labels != IGNORE).sum()
+
+
+@pytest.mark.parametrize("length", [32, 33, 100])
+def test_repeats_are_learned_from_the_second_time_only(data, length):
+    (batch, *_) = loader(data, StageConfig(steps=1, length_tokens=length, **REPEATS)).batches(0)
+    assert_spans(batch, length)
+    tokens, labels = rows(batch, length)
+    half = -(-(length - 1) // 2)
+    assert (tokens[:, 0] == 0).all() and tokens[:, 1:].min() > 1
+    assert (tokens[:, 1 + half :] == tokens[:, 1 : length - half]).all()
+    assert (labels[:, : 1 + half] == IGNORE).all()
+    assert (labels[:, 1 + half : -1] == tokens[:, 2 + half :]).all() and (labels[:, -1] == IGNORE).all()
+
+
+def test_text_rows_are_crops_of_training_documents(data):
+    (batch, *_) = loader(data, StageConfig(steps=1, length_tokens=64, **TEXT)).batches(0)
+    assert_spans(batch, 64)
+    tokens, labels = rows(batch, 64)
+    assert (labels[:, :-1] == tokens[:, 1:]).all() and (labels[:, -1] == IGNORE).all() and (tokens[:, 0] == 0).all()
+    documents = [document[1:-1].tobytes() for document in Corpus.open(data.path).documents("train")]
+    assert all(any(row[1:].astype(np.uint16).tobytes() in document for document in documents) for row in tokens)
+
+
+def test_needle_rows_ask_for_what_they_hide(data):
+    corpus = Corpus.open(data.path)
+    for batch in loader(data, StageConfig(steps=1, length_tokens=64, **NEEDLES)).batches(0):
+        assert_spans(batch, 64)
+        tokens, labels = rows(batch, 64)
+        assert (labels[:, :-1] == tokens[:, 1:]).all()
+        for row in tokens:
+            text = corpus.tokenizer.decode(row[1:])
+            key, _, answer = text.rpartition("\n")[2].partition(" = ")
+            assert len(answer) == 4 and text.count(f"{key} = {answer}") == 2
+
+
+def test_shares_hold_in_every_batch(data):
+    stage = StageConfig(steps=1, length_tokens=32, repeats=0.5, needles=0.0, text=0.5)
+    for batch in loader(data, stage).batches(0):
+        _, labels = rows(batch, 32)
+        assert 7 <= int((labels[:, 0] == IGNORE).sum()) <= 9
+
+
+def test_stages_follow_each_other_and_the_last_goes_on(data):
+    made = loader(data, StageConfig(steps=2, length_tokens=32, **REPEATS), StageConfig(steps=3, length_tokens=64, **TEXT))
+    assert made.steps_per_epoch == 5
+    assert [made.batches(step)[0].spans[0][1] for step in (0, 1, 2, 4, 5, 99)] == [32, 32, 64, 64, 64, 64]
+
+
+def test_a_pure_function_that_does_not_know_the_number_of_ranks(data):
+    stage = StageConfig(steps=9, length_tokens=64, repeats=1.0, needles=1.0, text=1.0)
+    alone = loader(data, stage)
+    whole = {batch.tokens.tobytes() for batch in alone.batches(3)}
+    assert whole == {batch.tokens.tobytes() for batch in loader(data, stage).batches(3)} and len(whole) == 4
+    assert whole == {batch.tokens.tobytes() for rank in range(2) for batch in loader(data, stage, rank=rank, size=2).batches(3)}
+    assert whole.isdisjoint(batch.tokens.tobytes() for batch in alone.batches(4))
+    assert whole.isdisjoint(batch.tokens.tobytes() for batch in loader(data, stage, seed=1).batches(3))
+    assert alone.fingerprint == loader(data, stage, rank=1, size=2).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("words", "stage"),
+    [
+        ("length_tokens=256, beyond the original window", StageConfig(steps=1, length_tokens=256, **TEXT)),
+        ("steps=0", StageConfig(steps=0, length_tokens=64, **TEXT)),
+        ("length_tokens=4;", StageConfig(steps=1, length_tokens=4, **TEXT)),
+        ("set one above 0", StageConfig(steps=1, length_tokens=64)),
+        ("no room for a needle", StageConfig(steps=1, length_tokens=12, **NEEDLES)),
+    ],
+)
+def test_stages_that_cannot_be_made_are_refused_up_front(data, words, stage):
+    with pytest.raises(UserError, match=words):
+        loader(data, stage)
+
+
+def test_no_stages_is_an_error(data):
+    with pytest.raises(UserError, match="stages is empty"):
+        loader(data)

@@ -1,0 +1,181 @@
+"""prepare from end to end, on a few files: what it writes, what it reuses, what it holds out."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from lr2train.config import Config, NeedleConfig, SourceConfig, UserError
+from lr2train.data import building
+from lr2train.data.batch import LONG, SHORT
+from lr2train.data.corpus import Corpus
+from lr2train.data.needles import needle_set, text_set
+from lr2train.prepare import original_window, prepare
+
+
+def small(folder, **data) -> Config:
+    config = Config(name="corpus", runs_folder=str(folder))
+    config.model.original_window_tokens = 128
+    config.data.segment_tokens, config.data.vocab_size, config.data.holdout = 512, 400, 0.25
+    config.data.needles = NeedleConfig(wording="code", digits=4)
+    config.data.sources = [
+        SourceConfig(name="modules", kind="stdlib", max_bytes=60_000),
+        SourceConfig(name="definitions", kind="stdlib", max_bytes=20_000, options={"unit": "definition"}),
+        SourceConfig(name="hidden", kind="needles", options={"count": 6, "lengths_tokens": [100, 600], "max_pairs": 3, "questions": 2}),
+    ]
+    for key, value in data.items():
+        setattr(config.data, key, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    config = small(tmp_path_factory.mktemp("runs"))
+    return config, prepare(config), Corpus.open(f"{config.runs_folder}/corpus")
+
+
+def test_counts_add_up(prepared):
+    _, result, corpus = prepared
+    stored = corpus.documents("train").lengths
+    assert sum(source["tokens"] for source in result["sources"]) == stored.sum()
+    by_window = {window: sum(one["tokens"] for one in result["windows"][window]["sources"].values()) for window in (SHORT, LONG)}
+    assert by_window == {SHORT: stored[stored <= 128].sum(), LONG: stored[stored > 128].sum()}
+    assert result["windows"][SHORT]["planned_tokens"] == by_window[SHORT]
+    assert result["windows"][LONG]["planned_tokens"] + result["lost_tokens"]["tail"] == by_window[LONG]
+    assert json.loads((corpus.folder / "prepare.json").read_text())["fingerprint"] == corpus.fingerprint
+
+
+def test_documents_keep_their_borders_and_decode_to_their_text(prepared):
+    _, _, corpus = prepared
+    documents = corpus.documents("train")
+    assert all(document[0] == 0 and document[-1] == 1 and document[1:-1].min() > 1 for document in documents)
+    assert len(documents) == sum(len(store) for store in corpus.stores()) and (documents.lengths == [len(one) for one in documents]).all()
+    assert "def " in corpus.tokenizer.decode(documents[0][1:-1])
+
+
+def test_needle_documents_have_their_lengths_and_are_never_held_out(prepared):
+    _, result, corpus = prepared
+    assert corpus.stores()[2].lengths.tolist() == [100, 600] * 3
+    assert result["sources"][2]["holdout_documents"] == 0
+
+
+def test_what_is_held_out_is_in_no_training_document(prepared):
+    _, result, corpus = prepared
+    held = {document.tobytes() for document in corpus.documents("holdout")}
+    assert held and held.isdisjoint(document.tobytes() for document in corpus.documents("train"))
+    assert sum(source["holdout_documents"] for source in result["sources"]) == len(corpus.documents("holdout"))
+
+
+def test_parts_are_held_out_with_their_whole():
+    names = [f"module{i}.py" for i in range(400)]
+    held = [name for name in names if building.is_held_out(name, 0.25)]
+    assert 60 < len(held) < 140
+    assert all(building.is_held_out(f"{name}#7", 0.25) for name in held)
+    assert not any(building.is_held_out(name, 0.0) for name in names) and all(building.is_held_out(name, 1.0) for name in names)
+
+
+def test_a_second_run_changes_nothing(prepared):
+    config, first, corpus = prepared
+    before = {file: file.stat().st_mtime_ns for file in (corpus.folder / "store").iterdir()}
+    again = prepare(config)
+    assert {file: file.stat().st_mtime_ns for file in (corpus.folder / "store").iterdir()} == before
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    whole = prepare(small(tmp_path / "whole"))
+    encode, calls = building.Tokenizer.encode_batch, []
+
+    def killed(self, texts):
+        calls.append(len(texts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(self, texts)
+
+    monkeypatch.setattr(building.Tokenizer, "encode_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(small(tmp_path / "cut"))
+    with pytest.raises(UserError, match="no finished corpus"):
+        Corpus.open(tmp_path / "cut" / "corpus")
+    resumed = prepare(small(tmp_path / "cut"))
+    assert len(calls) == 3, "the finished source was tokenised again"
+    assert resumed["fingerprint"] == whole["fingerprint"]
+
+
+def test_a_damaged_store_is_found_before_training(tmp_path):
+    prepare(small(tmp_path))
+    file = tmp_path / "corpus" / "store" / "modules.bin"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(UserError, match="promises"):
+        prepare(small(tmp_path))
+
+
+def test_another_original_window_plans_again_without_tokenising(tmp_path, monkeypatch):
+    first = prepare(small(tmp_path))
+    monkeypatch.setattr(building.Tokenizer, "encode_batch", None)
+    config = small(tmp_path)
+    config.model.original_window_tokens = 64
+    second = prepare(config)
+    assert second["fingerprint"] != first["fingerprint"]
+    assert second["windows"][LONG]["planned_tokens"] > first["windows"][LONG]["planned_tokens"]
+
+
+def test_budgets_and_weights_plan_the_mix(tmp_path):
+    config = small(tmp_path, short_tokens=3000, long_tokens=60_000)
+    config.data.sources[1].weight = 3.0
+    windows = prepare(config)["windows"]
+    assert 60_000 - 512 <= windows[LONG]["planned_tokens"] <= 60_000 + 20_000
+    planned = {name: one["planned_tokens"] for name, one in windows[SHORT]["sources"].items()}
+    assert 1800 - 1 <= planned["definitions"] < 1800 + 128
+
+
+def test_sets_for_measuring_come_from_held_out_text(prepared):
+    _, _, corpus = prepared
+    rng = np.random.default_rng(0)
+    documents = needle_set(corpus, NeedleConfig(wording="plain", digits=4), 3, 300, [0.0, 0.5], rng)
+    assert [one.depth for one in documents] == [0.0] * 3 + [0.5] * 3
+    assert all(len(one.tokens) == 300 and one.n_answer_tokens == 2 for one in documents)
+    held = np.concatenate(list(corpus.documents("holdout"))).tobytes()
+    for tokens in text_set(corpus, 4, 200, rng):
+        assert len(tokens) == 200 and tokens[0] == 0
+        assert tokens[1:].astype(np.uint16).tobytes() in held
+    assert len(text_set(corpus, 1, 100_000, rng)[0]) == 100_000, "longer than any document: documents are joined"
+
+
+@pytest.mark.parametrize(
+    ("words", "data"),
+    [
+        ("data.sources is empty", {"sources": []}),
+        ("needles only", {"sources": [SourceConfig(name="n", kind="needles")]}),
+        ("'a' 2 times", {"sources": [SourceConfig(name="a", kind="stdlib"), SourceConfig(name="a", kind="stdlib")]}),
+        ("'a/b' 1 times", {"sources": [SourceConfig(name="a/b", kind="stdlib")]}),
+        ("kind=web", {"sources": [SourceConfig(name="a", kind="web")]}),
+        ("below the original window", {"segment_tokens": 64}),
+    ],
+)
+def test_bad_configs_are_refused_before_anything_is_written(tmp_path, words, data):
+    with pytest.raises(UserError, match=words):
+        prepare(small(tmp_path / "runs", **data))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_too_little_text_for_a_segment_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text("a few words that are long enough to make one long document " * 6)
+    config = small(tmp_path / "runs", sources=[SourceConfig(name="a", path=str(tmp_path))], holdout=0.0)
+    config.model.original_window_tokens = 16
+    with pytest.raises(UserError, match="do not fill one segment"):
+        prepare(config)
+
+
+def test_the_original_window_is_the_models(tmp_path):
+    config = Config()
+    config.model.architecture = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 512}
+    assert original_window(config.model) == 512
+    (tmp_path / "config.json").write_text(json.dumps({**config.model.architecture, "max_position_embeddings": 2048}))
+    config.model.path = str(tmp_path)
+    assert original_window(config.model) == 2048
+    config.model.path = "someone/a-model"
+    with pytest.raises(UserError, match="set model.original_window_tokens"):
+        original_window(config.model)

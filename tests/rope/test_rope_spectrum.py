@@ -1,0 +1,81 @@
+"""The numbers of the paper's models, to the digits they are printed with, and what a spectrum promises for any model."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lr2train.config import UserError
+from lr2train.rope import METHODS, Spectrum
+from lr2train.rope.methods import yarn_range
+
+PHI3 = Spectrum(96, 1e4, 2048)
+LLAMA3 = Spectrum(128, 5e5, 8192)
+LLAMA2 = Spectrum(128, 1e4, 4096)
+QWEN = Spectrum(128, 1e6, 32768)
+L = 131072
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "real", "tcd", "d10"),
+    [(PHI3, 30.1578, 31, 19), (LLAMA3, 34.9841, 35, 24), (LLAMA2, 45.0269, 46, 30), (QWEN, 39.6509, 40, 29)],
+)
+def test_critical_indices(spectrum, real, tcd, d10):
+    assert round(spectrum.critical_index_real, 4) == real
+    assert (spectrum.critical_index, spectrum.lowest_critical_index) == (tcd, d10)
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "base", "at_tcd", "at_last"),
+    [(PHI3, "7.49491e+06", "71.882", "652.94"), (LLAMA3, "7.97607e+07", "16.0202", "147.37"), (LLAMA2, "1.37841e+06", "34.489", "127.63")]
+    + [(QWEN, "9.37082e+06", "4.0491", "9.0489")],
+)
+def test_ntk_base_and_factors(spectrum, base, at_tcd, at_last):
+    rescale = METHODS["ntk"](spectrum, L).rescale
+    assert f"{spectrum.base * rescale[1] ** spectrum.n_dims:.5e}" == base  # lambda_1 = (b'/b)^(1/D)
+    for index, printed in ((spectrum.critical_index, at_tcd), (-1, at_last)):
+        assert f"{rescale[index]:.{len(printed.split('.')[1])}f}" == printed
+
+
+@pytest.mark.parametrize(("spectrum", "low_high"), [(LLAMA2, (20, 46)), (LLAMA3, (18, 35)), (PHI3, (12, 31)), (QWEN, (23, 40))])
+def test_yarn_range(spectrum, low_high):
+    assert yarn_range(spectrum) == low_high
+
+
+@pytest.mark.parametrize(("spectrum", "rcd", "scale", "base"), [(PHI3, 25, 64.0, "29367403.479"), (LLAMA3, 30, 16.0, "185250462.392")])
+def test_longrope2_base(spectrum, rcd, scale, base):
+    rescale = METHODS["longrope2"](spectrum, L, critical_index=rcd, tail=scale).rescale
+    assert f"{spectrum.base * rescale[1] ** spectrum.n_dims:.3f}" == base
+    assert rescale[0] == 1.0
+    assert set(rescale[rcd:]) == {scale}
+
+
+def test_periods_of_phi3_that_the_paper_quotes():
+    period = PHI3.period_tokens
+    assert [round(period[i], 2) for i in (7, 47)] == [24.07, 51861.67]
+    assert period[30] < PHI3.window_tokens < period[31]
+
+
+@given(st.integers(2, 128), st.floats(100, 1e8), st.integers(7, 10**6))
+def test_invariants(n_dims, base, window):
+    spectrum = Spectrum(2 * n_dims, base, window)
+    assert spectrum.n_dims == n_dims == len(spectrum.inv_freq) == len(spectrum.period_tokens)
+    assert spectrum.inv_freq[0] == 1.0
+    assert np.all(np.diff(spectrum.inv_freq) < 0)
+    assert 1 <= spectrum.lowest_critical_index <= spectrum.critical_index <= n_dims - 1
+    if 1 <= spectrum.critical_index_real <= n_dims - 1:
+        k = spectrum.critical_index
+        assert spectrum.period_tokens[k] >= window * (1 - 1e-9)
+        assert spectrum.period_tokens[k - 1] <= window * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [((63, 1e4, 512), "model.path"), ((2, 1e4, 512), "model.path"), ((64, 1.0, 512), "rope_theta"), ((64, math.nan, 512), "rope_theta")]
+    + [((64, math.inf, 512), "rope_theta"), ((64, 1e4, 6), "model.original_window_tokens")],
+)
+def test_refuses_what_is_no_rope(arguments, key):
+    with pytest.raises(UserError, match=key):
+        Spectrum(*arguments)

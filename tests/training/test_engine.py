@@ -1,0 +1,129 @@
+"""The engine against one plain process: the same losses and gradients, whatever the ranks, the sequence parallelism and the accumulation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+
+from lr2train.config import Config, EngineConfig, ModelConfig, OptimConfig, ParallelConfig
+from lr2train.data.batch import Batch
+
+T, VOCAB, L0, L = 64, 96, 32, 64
+ARCHITECTURE = {
+    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": L0, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}  # fmt: skip
+SHORT_SPANS = ((0, 13), (13, 32), (32, 50), (50, 60))
+CASES = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2)]  # world, sp, accumulation
+SEGMENTS = 4  # micro-batches of the largest case: two steps are always made of the same four segments
+
+
+def segment(index: int) -> Batch:
+    """Segments with unlike numbers of targets: short ones (packed, padded) and long ones in turn."""
+    rng = np.random.default_rng(index)
+    tokens = rng.integers(0, VOCAB, T)
+    labels = np.append(tokens[1:], -100)
+    if index % 2:
+        return Batch(tokens, labels, np.arange(T), ((0, T),), "long", T - 1)
+    positions = np.zeros(T, dtype=np.int64)
+    for start, stop in SHORT_SPANS:
+        positions[start:stop] = np.arange(stop - start)
+        labels[stop - 1] = -100
+    labels[60:] = -100
+    labels[: 7 * index] = -100
+    return Batch(tokens, labels, positions, SHORT_SPANS, "short", int((labels != -100).sum()))
+
+
+def config_for(sp: int, accumulation: int, world: int) -> Config:
+    return Config(
+        name="parity", seed=3, model=ModelConfig(architecture=ARCHITECTURE), parallel=ParallelConfig(sp=sp),
+        optim=OptimConfig(segments_per_step=accumulation * world // sp, clip=0.0), engine=EngineConfig(loss_chunk_tokens=10),
+    )  # fmt: skip
+
+
+def factors():
+    from lr2train.rope.methods import METHODS
+    from lr2train.rope.spectrum import Spectrum
+
+    return METHODS["longrope2"](Spectrum(8, 100.0, L0), L, critical_index=2, tail=[2.0, 2.4], attention_factor=1.1)
+
+
+def one_step(rank: int, world: int, sp: int, accumulation: int, segments: list[int]):
+    """Losses and gradients of one optimizer step of the real engine."""
+    import torch.distributed as dist
+
+    from lr2train.model import load
+    from lr2train.parallel.mesh import make_mesh
+    from lr2train.training.engine import Engine, start_deepspeed
+
+    start_deepspeed(torch.device("cpu"))
+    config, mesh = config_for(sp, accumulation, world), make_mesh(sp)
+    engine = Engine(config, mesh, factors(), load.config_of(config.model), torch.device("cpu"))
+    gradients: dict[str, torch.Tensor] = {}
+    update = engine._engine.step
+
+    def capture() -> None:
+        if engine._engine.is_gradient_accumulation_boundary():
+            gradients.update(engine.named_gradients())
+        update()
+
+    engine._engine.step = capture
+    mine = segments[mesh.dp_rank :: mesh.dp_size]
+    stats = engine.step([segment(i) for i in mine], lr=1e-3)
+    dist.barrier()
+    return stats, {name: gradient.numpy() for name, gradient in gradients.items()} if rank == 0 else None
+
+
+def plain_step(segments: list[int]):
+    """The reference: plain transformers in fp64 with an explicit mask and full logits, no code of ours but the tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lr2train.model import load
+
+    names = load.scratch_weights(load.config_of(ModelConfig(architecture=ARCHITECTURE)), 3)
+    state = {name: read() for name, read in names.items()}
+    long_rope = {
+        "rope_type": "longrope", "rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings": L0,
+        "attention_factor": 1.1, "short_factor": [1.0] * 4, "long_factor": list(factors().rescale),
+    }  # fmt: skip
+    models = {}
+    for window, extra in (("short", {}), ("long", {"rope_parameters": long_rope, "max_position_embeddings": L})):
+        hf_config = AutoConfig.for_model(**{**ARCHITECTURE, **extra})
+        models[window] = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", dtype=torch.float64)
+        models[window].load_state_dict(state)
+    total, n_targets = {"short": 0.0, "long": 0.0}, {"short": 0, "long": 0}
+    for index in segments:
+        batch = segment(index)
+        mask = torch.full((T, T), -math.inf, dtype=torch.float64)
+        for start, stop in (*batch.spans, *((t, t + 1) for t in range(60, T) if batch.window == "short")):
+            mask[start:stop, start:stop] = torch.triu(torch.full((stop - start, stop - start), -math.inf, dtype=torch.float64), 1)
+        logits = models[batch.window](
+            input_ids=torch.from_numpy(batch.tokens)[None], position_ids=torch.from_numpy(batch.positions)[None], attention_mask=mask[None, None], use_cache=False
+        ).logits[0]
+        total[batch.window] += torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.labels), reduction="sum", ignore_index=-100)
+        n_targets[batch.window] += batch.n_target_tokens
+    loss = (total["short"] + total["long"]) / sum(n_targets.values())
+    loss.backward()
+    gradients = {
+        name: sum(p.grad for p in (dict(models["short"].named_parameters())[name], dict(models["long"].named_parameters())[name]) if p.grad is not None)
+        for name, _ in models["short"].named_parameters()
+    }
+    return loss.item(), {w: float(total[w] / n_targets[w]) for w in total if n_targets[w]}, sum(n_targets.values()), gradients
+
+
+@pytest.mark.parametrize(("world", "sp", "accumulation"), CASES)
+def test_loss_and_gradients_equal_one_plain_process(world, sp, accumulation, tmp_path):
+    dp = world // sp
+    # a micro-step runs one window on all data-parallel ranks, so segments come in dp-wide groups of like windows
+    segments = [2 * j + (m % 2) + 1 for m in range(accumulation) for j in range(dp)]
+    (stats, gradients), *others = run_ranks(one_step, world, sp, accumulation, segments, tmp_path=tmp_path, timeout_s=120)
+    loss, by_window, n_targets, expected = plain_step(segments)
+    assert all(other[0] == stats for other in others)
+    assert stats.n_target_tokens == n_targets
+    assert stats.loss == pytest.approx(loss, rel=1e-5)
+    assert {w: v for w, v in (("short", stats.loss_short), ("long", stats.loss_long)) if v is not None} == pytest.approx(by_window, rel=1e-5)
+    for name, gradient in expected.items():
+        error = np.abs(gradients[name] - gradient.numpy()).max() / gradient.abs().max().item()
+        assert error < 1e-5, f"{name}: {error:.1e}"
