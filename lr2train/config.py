@@ -7,10 +7,12 @@ composition and names the key. Units stand in the names: ``_tokens``, ``_steps``
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -274,7 +276,10 @@ def load(composed: DictConfig) -> Config:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise UserError(f"{missing[0]} has no value and no default; set it on the command line: {missing[0]}=…")
-    config = OmegaConf.to_object(composed)
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(_one_sentence(error)) from error
     assert isinstance(config, Config)
     _validate(config)
     return config
@@ -298,9 +303,10 @@ def compose(verb: str, overrides: list[str]) -> Config:
     register_schema()
     try:
         with initialize_config_dir(str(CONF_FOLDER), version_base="1.3"):
-            return load(hydra_compose(verb, overrides=overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+            composed = hydra_compose(verb, overrides=overrides)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an override that is no override
         raise UserError(_one_sentence(error)) from error
+    return load(composed)
 
 
 def register_schema() -> None:
@@ -345,22 +351,31 @@ def _hydra_main(verb: str, job: Callable[[Config], Any]) -> None:
 def _die(verb: str, error: Exception) -> None:
     """Say it once a machine (ranks share their input, so they share the error) and leave with the code for bad input."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"{verb}: {_one_sentence(error)}", file=sys.stderr, flush=True)
+        print(f"{verb}: {error if isinstance(error, UserError) else _one_sentence(error)}", file=sys.stderr, flush=True)
     sys.exit(EXIT_BAD_INPUT)
 
 
 def _one_sentence(error: Exception) -> str:
-    """Hydra and OmegaConf explain over several lines and causes; join the telling ones."""
+    """Hydra and OmegaConf explain over several lines and causes; keep what tells, add the key that was probably meant."""
     texts: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip() and not line.strip().startswith(("full_key:", "object_type="))]
-        key = getattr(cause, "full_key", None)
-        text = " ".join(lines) + (f" (key: {key})" if key and key not in " ".join(lines) else "")
+        text = re.sub(r"\s+", " ", _CHATTER.sub("", str(cause))).strip()
         if text and not any(text in seen or seen in text for seen in texts):
             texts.append(text)
-        cause = cause.__cause__ if isinstance(cause, (OmegaConfBaseException,)) or not isinstance(cause, UserError) else None
-    return "; ".join(texts)
+        cause = None if isinstance(cause, UserError) else cause.__cause__
+    sentence = "; ".join(texts)
+    unknown = re.search(r"Key '(\w+)' not in '(\w+)'", sentence)
+    return sentence + _probably_meant(*unknown.groups()) if unknown else sentence
+
+
+_CHATTER = re.compile(r"(full_key: |object_type=|reference_type=)\S*|To append to your config use \S+|Set the environment variable HYDRA_FULL_ERROR.*|Config search path:[\\s\\S]*")
+
+
+def _probably_meant(key: str, type_name: str) -> str:
+    known = [one.name for one in fields(globals()[type_name])] if type_name in globals() else []
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; its keys are {', '.join(known)}" if known else ""
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -2,8 +2,8 @@
 
     python -m lr2train.prepare experiment=tiny_4k name=corpus
 
-Writes ``runs/<name>/``: tokenizer/, store/, segments.npz, corpus.json (see lr2train.data.corpus) and prepare.json. Killed at any time, the same command
-goes on at the source where it was.
+Writes ``runs/<name>/``: tokenizer/, store/, segments.npz, corpus.json (see lr2train.data.corpus) and prepare.json. Killed at any time, the
+same command goes on at the source where it was.
 """
 
 from __future__ import annotations

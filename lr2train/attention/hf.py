@@ -33,9 +33,7 @@ _UNSUPPORTED = {"softcap": "soft-capped attention", "s_aux": "attention sinks", 
 
 @dataclass
 class SequenceAttention:
-    """What an attention module needs to serve its shard: on which ranks, by which strategy, and what has already been said about the
-    choice.
-    """
+    """What an attention module needs to serve its shard: its ranks, its strategy, and which choices were already announced."""
 
     mesh: Mesh
     strategy: str = "auto"
@@ -51,7 +49,9 @@ class SequenceAttention:
 
 
 def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> None:
-    """Make ``model`` attend over spans, sharded over ``mesh``. After it, on every rank of a sequence-parallel group,
+    """Make ``model`` attend over spans, sharded over ``mesh``.
+
+    After it, on every rank of a sequence-parallel group,
 
         model(input_ids=[1, T/sp], position_ids=[1, T/sp], spans=((start, stop), …), use_cache=False)
 
@@ -71,9 +71,7 @@ def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> None:
 
 
 def choose(strategy: str, spans: Spans, shard_tokens: int, mesh: Mesh) -> tuple[str, str]:
-    """(name, reason) of the strategy for a segment of these spans in shards of ``shard_tokens``: ``strategy`` itself unless that is
-    auto.
-    """
+    """(name, reason) of the strategy that serves these spans in shards of ``shard_tokens``: ``strategy`` itself unless that is auto."""
     if strategy != "auto":
         return strategy, f"parallel.strategy={strategy}"
     if mesh.sp_size == 1:

@@ -35,12 +35,12 @@ _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, causal: bool = True) -> tuple[Tensor, Tensor]:
-    """Softmax attention of every token over its own span: out_i = sum_j softmax_j(scale q_i k_j) v_j, j in the span of i (and j <= i when
-    causal).
+    """Softmax attention of every token over its own span: out_i = sum_j softmax_j(scale q_i k_j) v_j.
 
-    q [T, Hq, D], k and v [T, Hkv, D], of one dtype; query head h reads key head h // (Hq / Hkv). Returns out [T, Hq, D] in q's dtype and
-    lse [T, Hq], lse_i = log sum_j exp(scale q_i k_j), in fp32 (fp64 for fp64 inputs). A token outside every span gets out 0, lse -inf and
-    no gradient. Differentiable once, with respect to q, k and v, through out; lse carries no gradient.
+    j runs over the span of i, up to i itself when causal. q [T, Hq, D], k and v [T, Hkv, D], of one dtype; query head h reads key head
+    h // (Hq / Hkv). Returns out [T, Hq, D] in q's dtype and lse [T, Hq], lse_i = log sum_j exp(scale q_i k_j), in fp32 (fp64 for fp64
+    inputs). A token outside every span gets out 0, lse -inf and no gradient. Differentiable once, with respect to q, k and v, through out;
+    lse carries no gradient. Raises UserError for a dtype or device that no kernel serves.
     """
     _check(q, k, v, spans)
     if not spans:
@@ -54,12 +54,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, causal: 
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Join the attention of the same queries over two disjoint sets of keys: lse = log(e^lse_a + e^lse_b), out = sum_x e^(lse_x - lse)
-    out_x.
+    """Join the attention of the same queries over two disjoint sets of keys.
 
-    out [T, H, D], lse [T, H]. Computed and returned in fp32 (fp64 stays fp64), so that a ring rounds once, at its end. A query that saw no
-    key on either side (lse -inf) stays at out 0, lse -inf. The online softmax of Milakov and Gimelshein, arXiv 1805.02867; used so by Liu
-    et al., 2310.01889.
+    lse = log(e^lse_a + e^lse_b) and out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b. out [T, H, D], lse [T, H]. Computed and returned
+    in fp32 (fp64 stays fp64), so that a ring rounds once, at its end. A query that saw no key on either side (lse -inf) stays at out 0, lse
+    -inf. The online softmax of Milakov and Gimelshein, arXiv 1805.02867; used so by Liu et al., 2310.01889.
     """
     dtype = torch.promote_types(torch.float32, out_a.dtype)
     lse_a, lse_b = lse_a.to(dtype), lse_b.to(dtype)
@@ -150,9 +149,7 @@ class _CpuAttention(torch.autograd.Function):
 
 @lru_cache(maxsize=16)
 def _calls(spans: Spans) -> tuple[tuple[slice | Tensor, tuple[int, int]], ...]:
-    """One entry for each length that occurs: (rows of its n spans, (n, length)). Rows are a slice, and so cost no copy, when the spans
-    adjoin.
-    """
+    """One entry for each length that occurs: (rows of its n spans, (n, length)). Rows of adjoining spans are a slice: no copy."""
     starts: dict[int, list[int]] = {}
     for start, stop in spans:
         starts.setdefault(stop - start, []).append(start)
@@ -177,9 +174,7 @@ def _join(block: Tensor) -> Tensor:
 
 
 def _dense_last(x: Tensor) -> Tensor:
-    """The CPU kernel takes any strides but for the last dim, and believes that one to be 1: an expanded gradient (of a sum) would be
-    misread.
-    """
+    """The CPU kernel takes any strides but believes the last one to be 1: the expanded gradient of a sum would be misread."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -200,13 +195,14 @@ def _attend_packed(varlen: _Varlen, q: Tensor, k: Tensor, v: Tensor, spans: Span
 
 @lru_cache(maxsize=16)
 def _packing(spans: Spans, n_tokens: int, device: torch.device) -> tuple[Tensor | None, Tensor, int]:
-    """(rows inside spans or None for all, cumulative lengths int32 [spans + 1], longest), built once a segment and not once a layer: no
-    device sync.
+    """(rows inside spans or None for all, cumulative lengths int32 [spans + 1], longest): no device sync but for a segment's first
+    layer.
     """
     lengths = [stop - start for start, stop in spans]
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    rows = None
-    if sum(lengths) < n_tokens:
+    with torch.inference_mode(False):  # an evaluation may come first, and training may not save its tensors
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        if sum(lengths) == n_tokens:
+            return None, bounds, max(lengths)
         rows = torch.cat([torch.arange(start, stop) for start, stop in spans]).to(device)
     return rows, bounds, max(lengths)
 

@@ -14,10 +14,9 @@ from lr2train.parallel.mesh import Mesh
 
 
 def local(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, mesh: Mesh) -> Tensor:
-    """Attention of this rank's contiguous shard: q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D]; ``spans`` are of the whole
-    segment.
+    """Attention of this rank's contiguous shard: q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D].
 
-    Raises UserError, on all ranks alike, when a span crosses a shard border. Sends nothing.
+    ``spans`` are of the whole segment. Raises UserError, on all ranks alike, when a span crosses a shard border. Sends nothing.
     """
     shard_tokens = q.shape[0]
     crossing = crosses_shards(spans, shard_tokens)

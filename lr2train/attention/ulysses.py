@@ -1,13 +1,12 @@
-"""Ulysses: trade sequence shards for head shards, attend to the whole segment with a few heads, trade back (Jacobs et al., arXiv
-2309.14509).
+"""Ulysses (Jacobs et al., arXiv 2309.14509): trade sequence shards for head shards, attend to the whole segment with them, trade back.
 
 Choice: q, k and v travel in one all-to-all, so a layer costs two collectives forward and two backward, each of a volume that falls with the
 number of ranks. Spans need no care, because every rank sees the whole segment. Cost: ranks cannot outnumber query heads, and when there are
 fewer key heads than ranks they are repeated before they are sent.
 
-Each rank sends, per layer and direction (forward, backward), (sp - 1) / sp * T / sp * D * (2 Hq + 2 Hkv') elements, with Hkv' = lcm(Hkv,
-sp): q, k and v out and the output back. Activation checkpointing repeats the forward. LLaMA3-8B (32 and 8 heads of 128, bf16) at T = 128k,
-sp = 8: 280 MiB.
+Each rank sends, per layer and direction (forward, backward), (sp - 1) / sp * T / sp * D * (2 Hq + 2 Hkv') elements, where
+Hkv' = lcm(Hkv, sp): q, k and v out and the output back. Activation checkpointing repeats the forward.
+LLaMA3-8B (32 and 8 heads of 128, bf16) at T = 128k and sp = 8: 280 MiB.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from lr2train.parallel.mesh import Mesh
 
 
 def ulysses(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, mesh: Mesh) -> Tensor:
-    """Attention of this rank's contiguous shard: q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D]; ``spans`` are of the whole
-    segment.
+    """Attention of this rank's contiguous shard: q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D].
 
-    Equals ``attend`` on the whole segment, gradients too. Raises UserError when Hq % sp; the module docstring has the bytes.
+    ``spans`` are of the whole segment. Equals ``attend`` on the whole segment, gradients too. Raises UserError when Hq % sp; the module
+    docstring has the bytes.
     """
     refuse_heads(q.shape[1], mesh.sp_size)
     repeats = math.lcm(k.shape[1], mesh.sp_size) // k.shape[1]
@@ -44,8 +43,11 @@ def refuse_heads(n_heads: int, sp: int) -> None:
 
 
 def _repeat(x: Tensor, repeats: int) -> Tensor:
-    """Repeat each key head in place until ranks divide them. Both Hkv and sp divide Hq, so lcm(Hkv, sp) does: query heads still share them
-    evenly, and the heads that land on one rank belong together."""
+    """Repeat each key head in place, [T, Hkv, D] -> [T, lcm(Hkv, sp), D], so that ranks divide them.
+
+    Both Hkv and sp divide Hq, hence so does the lcm: query heads still share them evenly, and the heads that land on one rank belong
+    together.
+    """
     return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 
 

@@ -1,6 +1,7 @@
 """What training sees of the data: one segment with its labels, positions, spans and tag.
 
-Choice: labels are shifted here, before anything is sharded, so a shard needs no neighbour to know its targets. Cost: a second array of T integers.
+Choice: labels are shifted here, before anything is sharded, so a shard needs no neighbour to know its targets. Cost: a second array of T
+integers.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Batch:
 
     Attributes:
         tokens: int64 [T].
-        labels: int64 [T]; ``labels[t]`` is the token that position t predicts, ``IGNORE`` where there is none. It is the document's next token, also
-            where that token lies in another segment, and never a token of another document.
+        labels: int64 [T]; ``labels[t]`` is the token that position t predicts, ``IGNORE`` where there is none. It is the document's next
+            token, also where that token lies in another segment, and never a token of another document.
         positions: int64 [T], what RoPE rotates by.
         spans: half-open, disjoint, sorted; a token attends to its own span only. Padding lies outside every span.
         window: ``short`` or ``long``: which RoPE table acts.

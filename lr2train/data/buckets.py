@@ -1,7 +1,7 @@
 """Short or long: documents sorted by the original window, and drawn up to a budget.
 
-A document is short when it fits the original window L0 with its BOS and EOS (paper, section 3.3 and Table 1). With a budget every source gets its
-share by weight *inside each window*, so that up-weighting long documents does not change the mix of sources (Fu et al., 2024).
+A document is short when it fits the original window L0 with its BOS and EOS (paper, section 3.3 and Table 1). With a budget every source
+gets its share by weight *inside each window*, so that up-weighting long documents does not change the mix of sources (Fu et al., 2024).
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def draw(sources: Sequence[Selection], weights: Sequence[float], budget_tokens: 
     Args:
         sources: what each source has.
         weights: share of each source, relative to the others; acts only with a budget.
-        budget_tokens: 0 takes every document once; else each source gives whole documents until its share is reached, and begins again from a new
-            permutation when it is used up.
+        budget_tokens: 0 takes every document once; else each source gives whole documents until its share is reached, and begins again from
+            a new permutation when it is used up.
         rng: decides the order.
     """
     if budget_tokens <= 0:

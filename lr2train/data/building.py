@@ -1,7 +1,8 @@
-"""The steps of ``prepare``: tokenizer, a store for each source, the plan, the manifest. Each is skipped where its result lies there already.
+"""The steps of ``prepare``: tokenizer, a store for each source, the plan, the manifest; each is skipped where its result lies there.
 
-Choice: a step's result carries the fingerprint of all that decided it (config, files, tokenizer), and is reused when the fingerprint is the same. So a
-run that was killed goes on at the source where it was, and a changed L0 plans again without tokenising again. Cost: file times and sizes are trusted.
+Choice: a step's result carries the fingerprint of all that decided it (config, files, tokenizer), and is reused when the fingerprint is the
+same. So a run that was killed goes on at the source where it was, and a changed L0 plans again without tokenising again. Cost: file times
+and sizes are trusted.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ Log = Callable[[str], None]
 NEEDLES = "needles"
 _ENCODE_BYTES = 4_000_000  # of text handed to the tokenizer at one time: enough for all cores, little memory
 _LOG_EVERY_S = 15.0
+_MANY_PASSES = 4  # over the same text are about as good as new text, more are not (Muennighoff et al., 2023)
 
 
 def check(data: DataConfig, original_window_tokens: int) -> None:
@@ -53,7 +55,8 @@ def check(data: DataConfig, original_window_tokens: int) -> None:
         raise UserError("data.sources has needles only, and needles hide in the text of other sources; add a source of text")
     if data.segment_tokens < original_window_tokens:
         raise UserError(
-            f"data.segment_tokens={data.segment_tokens} is below the original window of {original_window_tokens}; set data.segment_tokens to that or more"
+            f"data.segment_tokens={data.segment_tokens} is below the original window of {original_window_tokens}; set data.segment_tokens "
+            "to that or more"
         )
     for source in data.sources:
         if source.kind != NEEDLES:
@@ -147,7 +150,7 @@ def _ensure_needles(
 
 
 def is_held_out(document: str, share: float) -> bool:
-    """Whether a document is kept out of training: by the hash of its id, so always the same ones, however many there are and whoever reads them."""
+    """Whether a document is kept out of training: by the hash of its id, so always the same ones, whoever reads them and however many."""
     whole = document.partition(sources.PART)[0]
     return int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=8).digest(), "little") < share * 2**64
 
@@ -175,7 +178,8 @@ def _watched(documents: Iterable[sources.Document], source: SourceConfig, tally:
             last = now
             limit = f" of at most {source.max_bytes / 1e6:.0f}" if source.max_bytes else ""
             log(
-                f"{source.name}: {tally.documents} documents, {tally.text_bytes / 1e6:.0f}{limit} MB, {tally.text_bytes / 1e6 / (now - started):.1f} MB/s"
+                f"{source.name}: {tally.documents} documents, {tally.text_bytes / 1e6:.0f}{limit} MB, "
+                f"{tally.text_bytes / 1e6 / (now - started):.1f} MB/s"
             )
 
 
@@ -239,10 +243,15 @@ def ensure_plan(
     for window in (SHORT, LONG):
         if not plan[window].n_segments:
             log(f"plan: no {window} segment, because documents of that window fill none; training will see the other window alone")
+        for name, one in counts["windows"][window]["sources"].items():
+            if one["planned_tokens"] > _MANY_PASSES * one["tokens"]:
+                times = one["planned_tokens"] / one["tokens"]
+                log(f"plan: {window} documents of {name} come {times:.1f} times each; lower its weight or the budget")
     if not any(one["holdout_documents"] for one in made):
         log("nothing is held out, so the search and the evaluation will have no text; prepare more documents, or a greater data.holdout")
     log(
-        f"plan: {counts['windows'][SHORT]['segments']} short and {counts['windows'][LONG]['segments']} long segments in {time.monotonic() - started:.1f} s"
+        f"plan: {counts['windows'][SHORT]['segments']} short and {counts['windows'][LONG]['segments']} long segments in "
+        f"{time.monotonic() - started:.1f} s"
     )
     return read_json(manifest_file)
 
@@ -263,7 +272,8 @@ def plan_segments(
     plan = {SHORT: pieces, LONG: stretched}
     if not pieces.n_segments + stretched.n_segments:
         raise UserError(
-            f"{sum(map(len, lengths))} documents do not fill one segment of data.segment_tokens={data.segment_tokens}; add text or set a smaller data.segment_tokens"
+            f"{sum(map(len, lengths))} documents do not fill one segment of data.segment_tokens={data.segment_tokens}; add text or set a "
+            "smaller data.segment_tokens"
         )
     available = {SHORT: short, LONG: long}
     windows = {window: _window_counts(plan[window], available[window], [source.name for source in data.sources]) for window in plan}

@@ -5,7 +5,8 @@
     store/<source>.*       training documents; store/<source>.holdout.* documents that no segment holds
     segments.npz           the plan: a table of pieces for each window
 
-Choice: documents are stored with their BOS and EOS, so a plan of lengths is a plan of tokens. Cost: another convention means tokenising again.
+Choice: documents are stored with their BOS and EOS, so a plan of lengths is a plan of tokens. Cost: another convention means tokenising
+again.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Corpus:
         return tokenizers.load(str(self.tokenizer_folder))
 
     def stores(self, split: str = TRAIN) -> list[Store]:
-        """One store a source, in the order that the plan's ``source`` column counts. Sources without holdout documents have an empty one."""
+        """One store a source, in the order that the plan's ``source`` column counts; empty where a source has no document."""
         return [Store(store_prefix(self.folder, source["name"], split)) for source in self.manifest["sources"]]
 
     def documents(self, split: str = TRAIN) -> Documents:

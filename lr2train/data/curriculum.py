@@ -1,7 +1,8 @@
 """Batches that teach a base model from scratch to read: repeated random tokens, needle documents, plain text, stage by stage.
 
-Choice: nothing is planned. A segment is filled with rows of one length from its own random stream, keyed by (seed, step, segment), so it does not
-depend on the number of ranks and any step can be made at once. Text is cropped at random from training documents. Cost: no epochs; tokens repeat.
+Choice: nothing is planned. A segment is filled with rows of one length from its own random stream, keyed by (seed, step, segment), so it
+does not depend on the number of ranks and any step can be made at once. Text is cropped at random from training documents. Cost: no epochs;
+tokens repeat.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class RowMaker:
         where, length = f"data.stages[{number}]", stage.length_tokens
         if stage.steps < 1 or not 8 <= length <= self._size:
             raise UserError(
-                f"{where} has steps={stage.steps}, length_tokens={length}; steps must be 1 or more, length_tokens 8 to data.segment_tokens={self._size}"
+                f"{where} has steps={stage.steps}, length_tokens={length}; steps must be 1 or more, length_tokens 8 to "
+                f"data.segment_tokens={self._size}"
             )
         if self._shares(stage).min() < 0 or not self._shares(stage).sum() > 0:
             raise UserError(
@@ -105,13 +107,14 @@ class RowMaker:
             )
         if stage.needles and not self._pairs_that_fit(length):
             raise UserError(
-                f"{where}.length_tokens={length} has no room for a needle; use a greater length, fewer data.needles.digits, or data.needles.wording=code"
+                f"{where}.length_tokens={length} has no room for a needle; use a greater length, fewer data.needles.digits, or "
+                "data.needles.wording=code"
             )
-        if stage.needles or stage.text:
-            if self._text.longest < length:
-                raise UserError(
-                    f"{where}.length_tokens={length} is longer than every training document ({self._text.longest} tokens); use a smaller length or other sources"
-                )
+        if (stage.needles or stage.text) and self._text.longest < length:
+            raise UserError(
+                f"{where}.length_tokens={length} is longer than every training document ({self._text.longest} tokens); use a smaller "
+                "length or other sources"
+            )
 
     def make(self, stage: StageConfig, n_rows: int, rng: np.random.Generator) -> Rows:
         """Rows of every kind, each kind's number within one of its share."""

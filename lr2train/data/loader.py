@@ -1,9 +1,9 @@
 """Planned segments as batches: a pure function of (corpus, seed, step, data-parallel rank and size).
 
-Choice: each window is an endless stream of segments, epoch after epoch, every epoch a new permutation. A micro-step takes one segment for every
-data-parallel rank from one stream, so ranks never wait for unlike work, and the order of either stream does not depend on the number of ranks. Which
-stream is next follows from an error diffusion over the epoch, so that both are spread evenly. Cost: the last micro-step of a window in an epoch
-borrows up to dp_size - 1 segments from its next permutation.
+Choice: each window is an endless stream of segments, epoch after epoch, every epoch a new permutation. A micro-step takes one segment for
+every data-parallel rank from one stream, so ranks never wait for unlike work, and the order of either stream does not depend on the number
+of ranks. Which stream is next follows from an error diffusion over the epoch, so that both are spread evenly. Cost: the last micro-step of
+a window in an epoch borrows up to dp_size - 1 segments from its next permutation.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def make_loader(
     ranks = Ranks(dp_rank, dp_size, segments_per_step)
     if target_window_tokens is not None and data.segment_tokens > target_window_tokens:
         raise UserError(
-            f"data.segment_tokens={data.segment_tokens} exceeds rope.target_window_tokens={target_window_tokens}; set data.segment_tokens to at most that"
+            f"data.segment_tokens={data.segment_tokens} exceeds rope.target_window_tokens={target_window_tokens}; set data.segment_tokens "
+            "to at most that"
         )
     if data.kind == "curriculum":
         longest = max((stage.length_tokens for stage in data.stages), default=0)
@@ -67,7 +68,8 @@ def _check_plan(corpus: Corpus, data: DataConfig, original_window_tokens: int | 
     ):
         if wanted is not None and planned != wanted:
             raise UserError(
-                f"{key}={wanted}, but the corpus data.path={data.path} was planned for {planned}; run prepare with the same value, or set {key}={planned}"
+                f"{key}={wanted}, but the corpus data.path={data.path} was planned for {planned}; run prepare with the same value, or set "
+                f"{key}={planned}"
             )
 
 

@@ -1,8 +1,8 @@
 """Needle documents: key-value sentences hidden in text, asked for at the end (paper, Appendix C; RULER's niah tasks).
 
-Choice: every piece (sentence up to the number, number, question) is tokenised apart and the ids are joined, so the answer's tokens are known exactly,
-for any tokenizer, and are the same in the needle and after the question. Cost: at a piece's border the ids may differ from those of the joined text.
-The space before a number belongs to the answer only where the tokenizer merges it with the digits.
+Choice: every piece (sentence up to the number, number, question) is tokenised apart and the ids are joined, so the answer's tokens are
+known exactly, for any tokenizer, and are the same in the needle and after the question. Cost: at a piece's border the ids may differ from
+those of the joined text. The space before a number belongs to the answer only where the tokenizer merges it with the digits.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from lr2train.data.corpus import HOLDOUT, Corpus
 
 Encode = Callable[[str], np.ndarray]
 
-ADJECTIVES = (
+_ADJECTIVES = (
     "amber ancient brave bright calm clever cold copper crimson curious dusty eager early fierce gentle golden happy hidden hollow humble "
     "icy jolly keen lively lonely lucky mellow misty noble numerous odd pale proud quiet rapid rusty silent silver tiny wild"
-).split()
-NOUNS = (
+)
+_NOUNS = (
     "anchor apple arrow badge basket beacon bell bridge candle canyon castle cloud comet copper desk drum eagle ember falcon feather "
-    "forest garden hammer harbor island kite lantern maple meadow mirror mountain needle orchard pebble river saddle stone tower valley whistle"
-).split()
+    "forest garden hammer harbor island kite lantern maple meadow mirror mountain needle orchard pebble river saddle stone tower valley "
+    "whistle"
+)
+ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
 N_KEYS = len(ADJECTIVES) * len(NOUNS)
 
 
@@ -47,7 +49,8 @@ class Wording:
 
 WORDINGS: dict[str, Wording] = {
     "paper": Wording(
-        intro="A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards.\n",
+        intro="A special magic number is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the number afterwards.\n",
         needle="One of the special magic numbers for {key} is:",
         needle_end=". ",
         question="\nWhat is the special magic number for {key} mentioned in the provided text? "
@@ -64,7 +67,8 @@ class NeedleDocument:
 
     Attributes:
         tokens: int64 [length_tokens].
-        answer_spans: half-open token ranges of the answers after the questions, in order; ``tokens[start:stop]`` is the number and nothing else.
+        answer_spans: half-open token ranges of the answers after the questions, in order; ``tokens[start:stop]`` is the number and nothing
+            else.
         depth: where the needle that is asked first stands in the filler, 0 start … 1 end; as asked for, where it was asked for.
         answers: the numbers as text, one a span.
     """
@@ -128,7 +132,8 @@ class NeedleMaker:
         """
         if not 1 <= n_questions <= n_pairs <= N_KEYS:
             raise UserError(
-                f"needle document with {n_pairs} pairs and {n_questions} questions; ask at least one question, and at most one a pair (of {N_KEYS})"
+                f"needle document with {n_pairs} pairs and {n_questions} questions; ask at least one question, and at most one a pair (of "
+                f"{N_KEYS})"
             )
         keys, numbers = self._draw(rng, n_pairs)
         needles = [self._needle(key, number) for key, number in zip(keys, numbers, strict=True)]
@@ -194,7 +199,8 @@ class NeedleMaker:
         answer = ids[len(joint) :]
         if not answer:
             raise UserError(
-                f"the tokenizer turns the number {number} into no token, so nothing is left to score; set data.tokenizer to one that knows digits"
+                f"the tokenizer turns the number {number} into no token, so nothing is left to score; set data.tokenizer to one that "
+                "knows digits"
             )
         return joint, answer
 
@@ -213,11 +219,13 @@ class NeedleMaker:
     def _check(room: int, length_tokens: int, filler_tokens: int) -> None:
         if room < 0:
             raise UserError(
-                f"a needle document of {length_tokens} tokens is {-room} too short for its sentences; use a greater length, fewer pairs, or data.needles.wording=code"
+                f"a needle document of {length_tokens} tokens is {-room} too short for its sentences; use a greater length, fewer pairs, "
+                "or data.needles.wording=code"
             )
         if room > filler_tokens:
             raise UserError(
-                f"a needle document of {length_tokens} tokens needs {room} tokens of filler and has {filler_tokens}; give longer filler text"
+                f"a needle document of {length_tokens} tokens needs {room} tokens of filler and has {filler_tokens}; give longer filler "
+                "text"
             )
 
 

@@ -1,9 +1,9 @@
 """Documents into segments: the plan, a table of pieces. No token is touched here, only lengths.
 
-Choice, short window: best-fit decreasing over *counts of equal lengths*, so the cost grows with the number of distinct lengths and bins and not with
-millions of documents, and no document is cut. Cost: documents of like length meet in one segment (the loader permutes segments).
-Choice, long window: one stream of documents, cut where a segment is full; the document goes on in the next segment, so nothing is thrown away but the
-stream's last, incomplete segment. Cost: a document's later part is read without its beginning.
+Choice, short window: best-fit decreasing over *counts of equal lengths*, so the cost grows with the number of distinct lengths and bins and
+not with millions of documents, and no document is cut. Cost: documents of like length meet in one segment (the loader permutes segments).
+Choice, long window: one stream of documents, cut where a segment is full; the document goes on in the next segment, so nothing is thrown
+away but the stream's last, incomplete segment. Cost: a document's later part is read without its beginning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ COLUMNS = ("segment", "source", "document", "start", "stop", "offset")
 
 @dataclass(frozen=True)
 class Pieces:
-    """The plan of one window: tokens [start, stop) of a document stand at ``offset`` of a segment. Sorted by (segment, offset), every segment occupied.
+    """The plan of one window: tokens [start, stop) of a document stand at ``offset`` of a segment. Sorted by (segment, offset), every
+    segment occupied.
 
     Attributes:
         segment, document, start, stop, offset: int64 [pieces].
@@ -69,7 +70,8 @@ def pack_short(documents: Selection, segment_tokens: int, align_sp: int = 1) -> 
     Args:
         documents: short ones, in planned order.
         segment_tokens: T.
-        align_sp: shards of a segment; with sequence parallelism over as many ranks, attention inside these documents needs no communication.
+        align_sp: shards of a segment; with sequence parallelism over as many ranks, attention inside these documents needs no
+            communication.
 
     Raises:
         UserError: T is not divisible by align_sp, or a document is longer than a shard.
@@ -173,7 +175,8 @@ def pack_long(documents: Selection, segment_tokens: int, over_long: OverLong = O
     Args:
         documents: long ones, in planned order.
         segment_tokens: T.
-        over_long: a document longer than T goes on in the next segments (split), keeps its first T tokens (truncate), or is left out (drop).
+        over_long: a document longer than T goes on in the next segments (split), keeps its first T tokens (truncate), or is left out
+            (drop).
     """
     total = documents.tokens
     dropped = truncated = 0

@@ -1,7 +1,7 @@
 """Where documents come from: readers that yield (id, text), one a kind.
 
-Choice: a reader is a generator over one source and knows nothing of tokens. A broken record is counted and skipped: one bad line must not cost a
-night; a source that yields nothing is an error. Ids are stable names (file, file:line), because the holdout is drawn by their hash.
+Choice: a reader is a generator over one source and knows nothing of tokens. A broken record is counted and skipped: one bad line must not
+cost a night; a source that yields nothing is an error. Ids are stable names (file, file:line), because the holdout is drawn by their hash.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
 import sys
 import sysconfig
@@ -59,7 +60,8 @@ def read(source: SourceConfig, tally: Tally) -> Iterator[Document]:
         yield document
     if not tally.documents:
         raise UserError(
-            f"data.sources.{source.name} ({source.kind}, path={source.path}) has no document ({tally.broken} broken records); point path at text, or raise its limits"
+            f"data.sources.{source.name} ({source.kind}, path={source.path}) has no document ({tally.broken} broken records); point path "
+            "at text, or raise its limits"
         )
 
 
@@ -77,7 +79,7 @@ def reader_of(source: SourceConfig) -> Reader:
 
 
 def identity(source: SourceConfig) -> str:
-    """What decides the documents of a source beside its config: files with sizes and times, or the Python version. Part of a store's fingerprint."""
+    """What decides a source's documents beside its config: files with sizes and times, or the Python version."""
     if source.kind == "stdlib":
         return sys.version
     if source.kind != "folder" and not (source.path and Path(source.path).exists()):
@@ -96,7 +98,8 @@ def take_options(source: SourceConfig, **defaults: Any) -> dict[str, Any]:
     if unknown:
         known = ", ".join(defaults) or "none"
         raise UserError(
-            f"data.sources.{source.name}.options.{unknown[0]} is not an option of kind={source.kind} ({known}); remove it or correct its name"
+            f"data.sources.{source.name}.options.{unknown[0]} is not an option of kind={source.kind} ({known}); remove it or correct its "
+            "name"
         )
     return {**defaults, **source.options}
 
@@ -104,21 +107,28 @@ def take_options(source: SourceConfig, **defaults: Any) -> dict[str, Any]:
 def _read_stdlib(source: SourceConfig, tally: Tally) -> Iterator[Document]:
     """Source code of the running Python's standard library: real documents of 1k to 300k tokens on every machine, without a download.
 
-    Options: ``unit``: module (a file) or definition (a function, method or class head; short documents); ``tests`` adds the library's own tests (half
-    of all its text, and missing on some systems).
+    Options: ``unit``: module (a file) or definition (a function, method or class head; short documents); ``tests`` adds the library's own
+    tests (half of all its text, and missing on some systems).
     """
     options = take_options(source, unit="module", tests=False)
     if options["unit"] not in ("module", "definition"):
         raise UserError(
             f"data.sources.{source.name}.options.unit={options['unit']} is not one of module, definition; set it to one of them"
         )
-    root = Path(sysconfig.get_path("stdlib"))
-    for file in sorted(root.rglob("*.py")):
-        parts = file.relative_to(root).parts
-        skipped = "site-packages" in parts or "dist-packages" in parts or (not options["tests"] and {"test", "tests"} & set(parts))
-        if not skipped:
-            modules = _text_file(file, "/".join(parts), tally)
-            yield from modules if options["unit"] == "module" else (one for module in modules for one in _definitions(module))
+    for file, name in _modules(Path(sysconfig.get_path("stdlib")), options["tests"]):
+        whole = _text_file(file, name, tally)
+        yield from whole if options["unit"] == "module" else (part for module in whole for part in _definitions(module))
+
+
+def _modules(root: Path, tests: bool) -> Iterator[tuple[Path, str]]:
+    """The .py files under a folder with their relative names, sorted; installed packages are not the library's."""
+    skipped = {"site-packages", "dist-packages", "__pycache__"} | (set() if tests else {"test", "tests"})
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - skipped)
+        for name in sorted(files):
+            if name.endswith(".py"):
+                path = Path(folder, name)
+                yield path, path.relative_to(root).as_posix()
 
 
 def _definitions(module: Document) -> Iterator[Document]:
@@ -217,7 +227,8 @@ def _read_hub(source: SourceConfig, tally: Tally) -> Iterator[Document]:
         raise UserError(f"data.sources.{source.name}.path is not set; set it to the id of a dataset")
     if not options["allow_download"] and not Path(source.path).exists():
         raise UserError(
-            f"data.sources.{source.name}.path={source.path} would be downloaded; set data.sources.{source.name}.options.allow_download=true, or give a local folder"
+            f"data.sources.{source.name}.path={source.path} would be downloaded; set "
+            f"data.sources.{source.name}.options.allow_download=true, or give a local folder"
         )
     from datasets import load_dataset
 

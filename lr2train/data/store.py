@@ -1,11 +1,13 @@
 """Tokens of many documents in one flat file: Megatron's ``.bin/.idx``, readable by whoever reads that format.
 
-Choice: ``.bin`` is the documents' tokens back to back, ``.idx`` their lengths and byte offsets, ``.lengths.npy`` the lengths again for planners that
-need nothing else. Tokens are uint16 below Megatron's limit of 65500 entries, int32 above: its format has no code for uint32. A store appears whole or
-not at all: files are written under a temporary name and renamed, the ``.json`` manifest last. Cost: nothing is appended to a finished store.
+Choice: ``.bin`` is the documents' tokens back to back, ``.idx`` their lengths and byte offsets, ``.lengths.npy`` the lengths again for
+planners that need nothing else. Tokens are uint16 below Megatron's limit of 65500 entries, int32 above: its format has no code for uint32.
+A store appears whole or
+not at all: files are written under a temporary name and renamed, the ``.json`` manifest last. Cost: nothing is appended to a finished
+store.
 
-Layout of ``.idx`` (little endian): magic 9 bytes, version u64 = 1, dtype code u8, n documents u64, n + 1 u64, lengths int32 [n], byte offsets int64 [n],
-document index int64 [n + 1] (0 … n: one sequence a document).
+Layout of ``.idx`` (little endian): magic 9 bytes, version u64 = 1, dtype code u8, n documents u64, n + 1 u64, lengths int32 [n], byte
+offsets int64 [n], document index int64 [n + 1] (0 … n: one sequence a document).
 """
 
 from __future__ import annotations
@@ -61,7 +63,10 @@ class StoreWriter:
     def add(self, tokens: np.ndarray | Sequence[int]) -> None:
         """Append one document."""
         ids = np.asarray(tokens, dtype=np.int64)
-        assert ids.ndim == 1 and len(ids) and 0 <= ids.min() and ids.max() < self._vocab_size
+        assert ids.ndim == 1
+        assert len(ids)
+        assert ids.min() >= 0
+        assert ids.max() < self._vocab_size
         data = ids.astype(self._dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)

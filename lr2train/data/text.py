@@ -1,7 +1,7 @@
 """Stretches of stored text of any length, for filler, for crops and for perplexity.
 
-Choice: a stretch comes from inside one document, every place as likely as any other, as long as some document is long enough; else documents are
-joined, without their BOS and EOS. Cost: a document shorter than the stretch never shows up while a longer one exists.
+Choice: a stretch comes from inside one document, every place as likely as any other, as long as some document is long enough; else
+documents are joined, without their BOS and EOS. Cost: a document shorter than the stretch never shows up while a longer one exists.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Text to token ids and back: a byte-level BPE that we train, or one that came with a model.
 
-Choice: digits are grouped in pairs from the left and all of 00 … 99 are tokens, so a hidden number costs few tokens and never merges with what stands
-around it. Cost: 100 entries of the vocabulary. Ids are plain numpy; BOS and EOS are added by whoever stores documents, never by the tokenizer.
+Choice: digits are grouped in pairs from the left and all of 00 … 99 are tokens, so a hidden number costs few tokens and never merges with
+what stands around it. Cost: 100 entries of the vocabulary. Ids are plain numpy; BOS and EOS are added by whoever stores documents, never by
+the tokenizer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ class Tokenizer:
         return 1 if self.bos is None else 2
 
     def save(self, folder: Path) -> None:
-        """Write a folder that ``AutoTokenizer.from_pretrained`` loads; ``tokenizer.json`` comes last, so its presence means that all is there."""
+        """Write a folder that ``AutoTokenizer.from_pretrained`` loads."""
         named = {"bos_token": self._name(self.bos), "eos_token": self._name(self.eos), "pad_token": self._name(self.eos)}
         write_json(
             folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
@@ -97,40 +98,44 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size: entries in all, special tokens included.
 
     Raises:
-        UserError: the vocabulary has no room for bytes and digit pairs, or other merges crowded some pair out.
+        UserError: the vocabulary has no room for bytes and digit pairs.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
-            f"data.vocab_size={vocab_size} is below {SMALLEST_VOCABULARY} (bytes, digit pairs, BOS, EOS); set data.vocab_size to {SMALLEST_VOCABULARY} or more"
+            f"data.vocab_size={vocab_size} is below {SMALLEST_VOCABULARY} (bytes, digit pairs, BOS, EOS); set data.vocab_size to "
+            f"{SMALLEST_VOCABULARY} or more"
         )
     core = tokenizers.Tokenizer(models.BPE())
-    pairs = pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence([pairs, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    core.pre_tokenizer = _groups_of_digits(1)  # so that training merges no digits, and has the rest of the vocabulary for itself
     core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size - len(DIGIT_PAIRS), special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
-    core.train_from_iterator(_with_digit_pairs(texts), trainer)
+    core.train_from_iterator(texts, trainer)
+    core = _with_digit_pairs(core)
     # Other people's runtimes put BOS before a prompt because the tokenizer says so; our own code asks for none and adds its borders itself.
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, core.token_to_id(BOS))]
-    )
-    missing = [pair for pair in DIGIT_PAIRS if core.token_to_id(pair) is None]
-    if missing:
-        raise UserError(
-            f"data.vocab_size={vocab_size} leaves no room for {len(missing)} of the 100 digit pairs; set data.vocab_size to {vocab_size + len(missing)} or more"
-        )
-    return Tokenizer(core, core.token_to_id(BOS), core.token_to_id(EOS))
+    bos, eos = core.token_to_id(BOS), core.token_to_id(EOS)
+    assert bos is not None
+    assert eos is not None
+    core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos)])
+    return Tokenizer(core, bos, eos)
 
 
-def _with_digit_pairs(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, then each digit pair often enough (once per 1000 characters) to rank among the first merges of English or code."""
-    characters = 0
-    for text in texts:
-        characters += len(text)
-        yield text
-    page = " ".join(DIGIT_PAIRS)
-    yield from (page for _ in range(100 + characters // 1000))
+def _with_digit_pairs(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer with 00 … 99 at the end of its vocabulary; two digits alone meet no other merge, so the rank of theirs is free."""
+    state = json.loads(core.to_str())
+    vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
+    vocabulary.update({pair: len(vocabulary) + number for number, pair in enumerate(DIGIT_PAIRS)})
+    merges.extend([list(pair) for pair in DIGIT_PAIRS])
+    grown = tokenizers.Tokenizer.from_str(json.dumps(state))
+    grown.pre_tokenizer = _groups_of_digits(2)
+    return grown
+
+
+def _groups_of_digits(most: int) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(rf"\d{{1,{most}}}"), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def load(path: str) -> Tokenizer:

@@ -3,9 +3,9 @@
 Choice: sequence parallelism is a transform of the data. Tokens, labels and positions are sharded by the same map before the model sees
 them, so model code knows nothing of ranks; and because a layout takes two integers and no process group, one process can check all ranks.
 
-``contiguous``  rank r holds tokens [r n, (r + 1) n) with n = length / size. What ``local`` and ``ulysses`` attention read. ``zigzag``
-the segment is cut in 2 size blocks and rank r holds blocks r and 2 size - 1 - r, so that under a causal mask every rank of a ring
-                has the same work. Cost: two pieces instead of one, and a length divisible by 2 size.
+``contiguous``  rank r holds tokens [r n, (r + 1) n) with n = length / size. What ``local`` and ``ulysses`` attention read.
+``zigzag``      the segment is cut in 2 size blocks and rank r holds blocks r and 2 size - 1 - r, so that under a causal mask every rank
+                of a ring has the same work. Cost: two pieces instead of one, and a length divisible by 2 size.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ _BLOCKS_PER_RANK = {"contiguous": 1, "zigzag": 2}
 
 @dataclass(frozen=True)
 class Layout:
-    """The part of a segment of ``length`` tokens that rank ``rank`` of ``size`` holds. Raises UserError when the segment cannot be cut
-    evenly.
-    """
+    """The part of a segment of ``length`` tokens that rank ``rank`` of ``size`` holds. Raises UserError when it cannot be cut evenly."""
 
     kind: Literal["contiguous", "zigzag"]
     length: int

@@ -18,9 +18,7 @@ from lr2train.config import UserError
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank stands on both axes. Without torch.distributed both groups are None and both sizes 1; with it, neither is ever
-    None.
-    """
+    """Where this rank stands on both axes. Without torch.distributed both sizes are 1 and both groups None; with it neither is None."""
 
     rank: int = 0
     world: int = 1

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,8 @@ def build_cpu_op() -> None:
     """
     from torch.utils.cpp_extension import _get_build_directory
 
+    # The environment's own ninja first, however Python was called: another version does not trust this one's log and compiles everything again.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with _quiet():
         from deepspeed.ops import __compatible_ops__ as compatible
         from deepspeed.ops.op_builder import ShareMemCommBuilder  # ty: ignore

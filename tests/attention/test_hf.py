@@ -1,6 +1,4 @@
-"""Whole models of each family through transformers' attention interface, against the same model with eager attention and an explicit
-mask.
-"""
+"""Whole models of each family through transformers' attention interface, against the same with eager attention and an explicit mask."""
 
 import copy
 import logging

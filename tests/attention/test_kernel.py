@@ -1,10 +1,14 @@
 """The kernel door against attention written out in float64: out, lse, gradients, for any spans."""
 
+import inspect
 import math
+import sys
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +18,7 @@ from lr2train.attention.kernel import attend, kernel_name, merge
 from lr2train.config import UserError
 from tests.attention.reference import attend_explicitly, gradients_explicitly, random_qkv, relative_error
 
+TORCH_VARLEN = torch.nn.attention.varlen.varlen_attn
 FULL = ((0, 96),)
 PACKED = ((0, 1), (3, 35), (35, 67), (70, 95))  # length 1, gaps, two equal neighbours
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
@@ -176,7 +181,7 @@ def varlen_like_flash(q, k, v, bounds, longest, scale, causal):
     assert longest == max(b - a for a, b in pairwise(borders))
     assert borders[-1] == len(q)
     out, lse = attend_explicitly(q, k, v, tuple(pairwise(borders)), scale, causal)
-    return out, lse.detach()
+    return out, lse.detach().float() if q.dtype == torch.bfloat16 else lse.detach()
 
 
 @pytest.mark.parametrize("spans", [FULL, PACKED, ((0, 32), (32, 96))])
@@ -193,8 +198,55 @@ def test_packing_around_a_varlen_kernel(spans):
         torch.testing.assert_close(leaf.grad, grad)
 
 
+def flash_attn_stand_in() -> ModuleType:
+    """flash_attn_varlen_func as flash-attn 2.7 documents it."""
+
+    def flash_attn_varlen_func(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, softmax_scale, causal, return_attn_probs):
+        assert bounds_q is bounds_k
+        assert longest_q == longest_k
+        assert return_attn_probs
+        out, lse = varlen_like_flash(q, k, v, bounds_q, longest_q, softmax_scale, causal)
+        return out.to(q.dtype), lse.T, None
+
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    return module
+
+
+def torch_varlen_stand_in(*args, **kwargs):
+    """torch's varlen_attn: held to the signature of the installed one."""
+    given = inspect.signature(TORCH_VARLEN).bind(*args, **kwargs).arguments
+    q, k = given["query"], given["key"]
+    assert given["cu_seq_q"] is given["cu_seq_k"]
+    assert given["max_q"] == given["max_k"]
+    assert given["return_aux"].lse
+    assert given["enable_gqa"] == (q.shape[1] != k.shape[1])
+    causal = {(-1, 0): True, (-1, -1): False}[given["window_size"]]
+    out, lse = varlen_like_flash(q, k, given["value"], given["cu_seq_q"], given["max_q"], given["scale"], causal)
+    return out.to(q.dtype), lse.T
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["flash_attn", "torch_varlen"])
+def test_cuda_kernels_are_called_as_they_are_documented(name, causal, monkeypatch):
+    """On CPU, with stand-ins for the two functions that need CUDA."""
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn_stand_in())
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", torch_varlen_stand_in)
+    monkeypatch.setattr(kernel, "kernel_name", lambda device: (name, "stand-in"))
+    for heads in HEADS.values():
+        q, k, v = random_qkv(96, *heads, 32, torch.bfloat16)
+        out, lse = attend(q, k, v, PACKED, 0.2, causal)
+        expected_out, expected_lse = attend_explicitly(q, k, v, PACKED, 0.2, causal)
+        torch.testing.assert_close(out, expected_out.bfloat16())
+        torch.testing.assert_close(lse, expected_lse.float())
+    with pytest.raises(UserError, match=r"model.dtype=float32 has no flash attention on CUDA; set model.dtype to bfloat16"):
+        attend(*random_qkv(96, 4, 2, 32), FULL, 0.2)
+
+
 def test_packing_is_built_once_for_a_segment():
     device = torch.device("cpu")
+    with torch.inference_mode():
+        assert not kernel._packing(PACKED, 96, device)[1].is_inference(), "an evaluation's packing must serve training too"
     assert kernel._packing(PACKED, 96, device) is kernel._packing(PACKED, 96, device)
     assert kernel._packing(FULL, 96, device)[0] is None
 

@@ -38,9 +38,11 @@ def rows(batch, length: int):
 
 def assert_spans(batch, length: int):
     n = 512 // length
-    assert batch.spans == tuple((i * length, (i + 1) * length) for i in range(n)) and batch.window == "short"
+    assert batch.spans == tuple((i * length, (i + 1) * length) for i in range(n))
+    assert batch.window == "short"
     assert batch.positions[: n * length].tolist() == list(range(length)) * n
-    assert (batch.labels[n * length :] == IGNORE).all() and (batch.positions[n * length :] == 0).all()
+    assert (batch.labels[n * length :] == IGNORE).all()
+    assert (batch.positions[n * length :] == 0).all()
     assert batch.n_target_tokens == (batch.labels != IGNORE).sum()
 
 
@@ -50,17 +52,21 @@ def test_repeats_are_learned_from_the_second_time_only(data, length):
     assert_spans(batch, length)
     tokens, labels = rows(batch, length)
     half = -(-(length - 1) // 2)
-    assert (tokens[:, 0] == 0).all() and tokens[:, 1:].min() > 1
+    assert (tokens[:, 0] == 0).all()
+    assert tokens[:, 1:].min() > 1
     assert (tokens[:, 1 + half :] == tokens[:, 1 : length - half]).all()
     assert (labels[:, : 1 + half] == IGNORE).all()
-    assert (labels[:, 1 + half : -1] == tokens[:, 2 + half :]).all() and (labels[:, -1] == IGNORE).all()
+    assert (labels[:, 1 + half : -1] == tokens[:, 2 + half :]).all()
+    assert (labels[:, -1] == IGNORE).all()
 
 
 def test_text_rows_are_crops_of_training_documents(data):
     (batch, *_) = loader(data, StageConfig(steps=1, length_tokens=64, **TEXT)).batches(0)
     assert_spans(batch, 64)
     tokens, labels = rows(batch, 64)
-    assert (labels[:, :-1] == tokens[:, 1:]).all() and (labels[:, -1] == IGNORE).all() and (tokens[:, 0] == 0).all()
+    assert (labels[:, :-1] == tokens[:, 1:]).all()
+    assert (labels[:, -1] == IGNORE).all()
+    assert (tokens[:, 0] == 0).all()
     documents = [document[1:-1].tobytes() for document in Corpus.open(data.path).documents("train")]
     assert all(any(row[1:].astype(np.uint16).tobytes() in document for document in documents) for row in tokens)
 
@@ -74,7 +80,8 @@ def test_needle_rows_ask_for_what_they_hide(data):
         for row in tokens:
             text = corpus.tokenizer.decode(row[1:])
             key, _, answer = text.rpartition("\n")[2].partition(" = ")
-            assert len(answer) == 4 and text.count(f"{key} = {answer}") == 2
+            assert len(answer) == 4
+            assert text.count(f"{key} = {answer}") == 2
 
 
 def test_shares_hold_in_every_batch(data):
@@ -94,7 +101,8 @@ def test_a_pure_function_that_does_not_know_the_number_of_ranks(data):
     stage = StageConfig(steps=9, length_tokens=64, repeats=1.0, needles=1.0, text=1.0)
     alone = loader(data, stage)
     whole = {batch.tokens.tobytes() for batch in alone.batches(3)}
-    assert whole == {batch.tokens.tobytes() for batch in loader(data, stage).batches(3)} and len(whole) == 4
+    assert whole == {batch.tokens.tobytes() for batch in loader(data, stage).batches(3)}
+    assert len(whole) == 4
     assert whole == {batch.tokens.tobytes() for rank in range(2) for batch in loader(data, stage, rank=rank, size=2).batches(3)}
     assert whole.isdisjoint(batch.tokens.tobytes() for batch in alone.batches(4))
     assert whole.isdisjoint(batch.tokens.tobytes() for batch in loader(data, stage, seed=1).batches(3))

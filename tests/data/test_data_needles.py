@@ -24,7 +24,9 @@ def trained(pre_tokenizer, decoder, normalizer=None):
     core.pre_tokenizer, core.decoder = pre_tokenizer, decoder
     if normalizer is not None:
         core.normalizer = normalizer
-    special = trainers.BpeTrainer(vocab_size=700, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    special = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     core.train_from_iterator([*TEXT, *map(str, range(1000))], special)
     return ours.Tokenizer(core, 0, 1)
 
@@ -57,26 +59,36 @@ def test_answers_are_the_numbers_and_nothing_else(name, wording):
     tokenizer = TOKENIZERS[name]
     for seed in range(20):
         n_pairs = 1 + seed % 3
-        made = make_needle_document(np.random.default_rng(seed), tokenizer.encode, FILLER, 1500, wording, None, 7, n_pairs, n_pairs, tokenizer.bos, tokenizer.eos)
-        assert len(made.tokens) == 1500 and made.tokens.dtype == np.int64
+        made = make_needle_document(
+            np.random.default_rng(seed), tokenizer.encode, FILLER, 1500, wording, None, 7, n_pairs, n_pairs, tokenizer.bos, tokenizer.eos
+        )
+        assert len(made.tokens) == 1500
+        assert made.tokens.dtype == np.int64
         assert len(made.answer_spans) == len(made.answers) == n_pairs
-        assert made.answer_spans[-1][1] == 1499 and made.tokens[0] == 0 and made.tokens[-1] == 1
+        assert made.answer_spans[-1][1] == 1499
+        assert made.tokens[0] == 0
+        assert made.tokens[-1] == 1
         for (start, stop), answer in zip(made.answer_spans, made.answers, strict=True):
             assert tokenizer.decode(made.tokens[start:stop]).strip() == answer
             assert len(answer) == 7
             needle = made.tokens[start:stop].tolist()
-            assert any(made.tokens[i : i + stop - start].tolist() == needle for i in range(made.answer_spans[0][0] - 20)), "not the needle's own tokens"
+            assert any(made.tokens[i : i + stop - start].tolist() == needle for i in range(made.answer_spans[0][0] - 20)), (
+                "not the needle's own tokens"
+            )
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_document_reads_as_the_paper_shows(name):
     tokenizer = TOKENIZERS[name]
-    made = make_needle_document(np.random.default_rng(1), tokenizer.encode, np.zeros(0, np.int64), 0 + length_without_filler(tokenizer), "paper", 0.0)
+    made = make_needle_document(
+        np.random.default_rng(1), tokenizer.encode, np.zeros(0, np.int64), 0 + length_without_filler(tokenizer), "paper", 0.0
+    )
     text = tokenizer.decode(made.tokens)
     key = text.split("mentioned")[0].rsplit("for ", 1)[1].strip()
     (number,) = made.answers
     assert text.strip() == (
-        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards.\n"
+        "A special magic number is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the number afterwards.\n"
         f"One of the special magic numbers for {key} is: {number}. \n"
         f"What is the special magic number for {key} mentioned in the provided text? "
         f"The special magic number for {key} mentioned in the provided text is {number}"
@@ -100,7 +112,8 @@ def test_the_needle_stands_where_it_was_asked_for(length, depth, seed):
     filler = np.arange(1000, 1000 + length)  # each place has its own id
     made = make_needle_document(np.random.default_rng(seed), tokenizer.encode, filler, length, "code", depth, 5, 3, 2, 0, None)
     kept = made.tokens[made.tokens >= 1000]
-    assert kept.tolist() == filler[: len(kept)].tolist() and made.depth == depth
+    assert kept.tolist() == filler[: len(kept)].tolist()
+    assert made.depth == depth
     start, stop = made.answer_spans[0]
     answer = made.tokens[start:stop].tolist()
     first = next(i for i in range(length) if made.tokens[i : i + len(answer)].tolist() == answer)
@@ -116,14 +129,15 @@ def test_the_promised_pairs_fit_for_every_draw(pairs, questions):
         fit = min(pairs, maker.most_pairs(length, questions))
         for seed in range(3 if fit else 0):
             maker.make(np.random.default_rng(seed), FILLER, length, None, fit, min(fit, questions))
-    assert maker.most_pairs(20) == 0 and maker.most_pairs(4000) > 20
+    assert maker.most_pairs(20) == 0
+    assert maker.most_pairs(4000) > 20
 
 
 def test_what_cannot_be_made_is_refused():
     encode, rng = TOKENIZERS["threes"].encode, np.random.default_rng(0)
     for words, arguments in (
         ("too short", {"length_tokens": 20}),
-        ("has 9 tokens", {"length_tokens": 600, "filler": FILLER[:9]}),
+        ("and has 9;", {"length_tokens": 600, "filler": FILLER[:9]}),
         ("at most one a pair", {"n_pairs": 1, "n_questions": 2}),
         ("wording=prose", {"wording": "prose"}),
         ("digits=0", {"digits": 0}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ def selection(lengths: list[int]) -> Selection:
 
 def unique_documents(lengths: list[int]) -> list[np.ndarray]:
     ends = FIRST_ID + np.cumsum([0, *lengths])
-    return [np.arange(start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+    return [np.arange(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def store_of(folder, documents: list[np.ndarray]) -> Store:
@@ -35,7 +37,7 @@ def store_of(folder, documents: list[np.ndarray]) -> Store:
 
 
 def next_token(documents: list[np.ndarray]) -> dict[int, int]:
-    return {int(a): int(b) for document in documents for a, b in zip(document[:-1], document[1:], strict=True)}
+    return {int(a): int(b) for document in documents for a, b in itertools.pairwise(document)}
 
 
 def best_fit_slowly(lengths: list[int], capacity: int) -> list[int]:
@@ -73,8 +75,11 @@ def test_short_segments_hold_every_token_once_inside_its_shard(tmp_path_factory,
             assert start // (48 // align_sp) == (stop - 1) // (48 // align_sp), "a document crosses a shard's border"
             assert batch.positions[start:stop].tolist() == list(range(stop - start))
         seen += batch.tokens[inside].tolist()
-        assert batch.labels.tolist() == [target.get(token, IGNORE) if real else IGNORE for token, real in zip(batch.tokens.tolist(), inside, strict=True)]
-        assert (batch.tokens[~inside] == PADDING).all() and (batch.positions[~inside] == 0).all()
+        assert batch.labels.tolist() == [
+            target.get(token, IGNORE) if real else IGNORE for token, real in zip(batch.tokens.tolist(), inside, strict=True)
+        ]
+        assert (batch.tokens[~inside] == PADDING).all()
+        assert (batch.positions[~inside] == 0).all()
         assert batch.n_target_tokens == sum(label != IGNORE for label in batch.labels.tolist())
     assert sorted(seen) == list(range(FIRST_ID, FIRST_ID + sum(lengths)))
 
@@ -102,12 +107,16 @@ def test_long_segments_follow_the_stream(tmp_path_factory, lengths, segment_toke
 
 def check_long_spans(batch, segment_tokens, whole, target):
     if whole:
-        assert batch.spans == ((0, segment_tokens),) and batch.positions.tolist() == list(range(segment_tokens))
+        assert batch.spans == ((0, segment_tokens),)
+        assert batch.positions.tolist() == list(range(segment_tokens))
         return
-    assert batch.spans[0][0] == 0 and batch.spans[-1][1] == segment_tokens
+    assert batch.spans[0][0] == 0
+    assert batch.spans[-1][1] == segment_tokens
     for start, stop in batch.spans:
         assert batch.positions[start:stop].tolist() == list(range(stop - start))
-        assert all(target[a] == b for a, b in zip(batch.tokens[start : stop - 1].tolist(), batch.tokens[start + 1 : stop].tolist(), strict=True))
+        assert all(
+            target[a] == b for a, b in zip(batch.tokens[start : stop - 1].tolist(), batch.tokens[start + 1 : stop].tolist(), strict=True)
+        )
 
 
 def test_every_token_but_the_first_is_a_target_once_even_where_a_document_is_cut(tmp_path):
@@ -152,4 +161,5 @@ def test_millions_of_documents_are_planned_in_seconds():
     lengths = np.random.default_rng(0).lognormal(6, 1, 1_000_000).astype(np.int64).clip(2, 8192)
     documents = Selection(np.zeros(len(lengths), np.int16), np.arange(len(lengths)), lengths)
     pieces = packing.pack_short(documents, 131072, 16)
-    assert pieces.tokens == lengths.sum() and pieces.padding_share < 0.001
+    assert pieces.tokens == lengths.sum()
+    assert pieces.padding_share < 0.001

@@ -1,0 +1,131 @@
+"""The plan as tables for a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 110  # where the output is no terminal
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a plan to stdout."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    console.print(_facts("model and mesh", _model(result["model"]) + _mesh(result["parallel"])))
+    console.print(_memory(result["memory"]))
+    console.print(_verdict(result["memory"]))
+    console.print(_windows(result["cost"]))
+    console.print(_facts("training", _training(result["work"], result["cost"])))
+    if result["search"]:
+        console.print(_facts("search", _search(result["search"])))
+    console.print("[bold]assumptions[/bold]")
+    for line in result["assumptions"]:
+        console.print(f"  - {line}")
+
+
+def amount(value: float) -> str:
+    """A number with a letter for thousands: 8030261248 -> 8.03B."""
+    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.2f}{letter}"
+    return f"{value:g}"
+
+
+def flops(value: float) -> str:
+    """FLOPs with a prefix: 6.6e15 -> 6.60 PFLOP."""
+    for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= limit:
+            return f"{value / limit:.2f} {prefix}FLOP"
+    return f"{value:.0f} FLOP"
+
+
+def hours(value: float) -> str:
+    """Hours, or what is readable below one."""
+    return f"{value:,.1f} h" if value >= 1 else f"{value * 60:.1f} min" if value * 60 >= 1 else f"{value * 3600:.2g} s"
+
+
+def money(value: float) -> str:
+    """US dollars."""
+    return f"{value:,.0f} USD" if value >= 10 else f"{value:.2g} USD"
+
+
+def _facts(title: str, facts: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    for name, value in facts:
+        table.add_row(name, value)
+    return table
+
+
+def _model(model: dict[str, Any]) -> list[tuple[str, str]]:
+    head = amount(model["head_parameters"]) if model["head_parameters"] else "tied"
+    return [
+        ("parameters", f"{amount(model['parameters'])} ({model['parameters']:,}): embedding {amount(model['embedding_parameters'])}, head {head}, {model['layers']} layers of {amount(model['layer_parameters'])}"),
+        ("window", f"{model['original_window_tokens']:,} -> {model['target_window_tokens']:,} tokens"),
+    ]
+
+
+def _mesh(mesh: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("mesh", f"{mesh['gpus']} GPUs on {mesh['nodes']} node{'s' * (mesh['nodes'] > 1)} = dp {mesh['dp']} x sp {mesh['sp']}, accumulation {mesh['accumulation']}, ZeRO-{mesh['zero_stage']}"),
+        ("segment", f"{mesh['segment_tokens']:,} tokens, {mesh['tokens_per_gpu']:,} on each GPU"),
+    ]
+
+
+def _memory(memory: dict[str, Any]) -> Table:
+    table = Table(title="memory of one GPU in training", title_justify="left", title_style="bold", show_footer=True)
+    table.add_column("item", footer="total on the GPU")
+    table.add_column("GiB", justify="right", footer=f"{memory['total_gib']:.2f}")
+    table.add_column("how", style="dim", footer=f"of {memory['gpu_gib']:g}, {memory['reserve_gib']:.1f} kept free")
+    for item in memory["items"]:
+        table.add_row(item["name"] + ("" if item["on_gpu"] else " (host memory)"), f"{item['gib']:.2f}", item["formula"])
+    return table
+
+
+def _verdict(memory: dict[str, Any]) -> str:
+    host = f" Host memory for the offloaded states: {memory['host_gib_per_node']:.1f} GiB a node." if memory["host_gib_per_node"] else ""
+    disk = f" A checkpoint takes {memory['checkpoint_gib']:.2f} GiB of disk, and {memory['checkpoints_kept']} are kept."
+    if memory["fits"]:
+        return f"[bold green]fits[/bold green], {memory['gpu_gib'] - memory['reserve_gib'] - memory['total_gib']:.1f} GiB to spare.{host}{disk}\n"
+    return (
+        "[bold red]does not fit[/bold red]: raise hardware.gpus (shards states) or parallel.sp (shards activations), set engine.activation_checkpointing=true, "
+        f"lower engine.loss_chunk_tokens, or take engine=zero3_offload.{host}{disk}\n"
+    )
+
+
+def _windows(cost: dict[str, Any]) -> Table:
+    table = Table(title="training FLOPs (forward and backward)", title_justify="left", title_style="bold")
+    for name in ("window", "attends back", "share", "a token", "of it attention", "recomputed besides", "tokens/s/GPU"):
+        table.add_column(name, justify="left" if name == "window" else "right")
+    for part in cost["parts"]:
+        again = part["recomputed_flops_per_token"] / part["flops_per_token"]
+        figures = (f"{part['span_tokens']:,}", f"{part['share']:.1%}", flops(part["flops_per_token"]), f"{part['attention_share']:.0%}", f"{again:.0%}", f"{part['tokens_per_s_per_gpu']:,.0f}")
+        table.add_row(part["window"], *figures)
+    return table
+
+
+def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = [
+        ("a step", f"{work['segments_per_step']} segments = {amount(work['tokens_per_step'])} tokens, {hours(cost['step_s'] / 3600)}"),
+        ("speed", f"{cost['tokens_per_s_per_gpu']:,.0f} tokens/s/GPU; {cost['recompute_share']:.0%} of the work is done once more and not counted as useful"),
+    ]
+    if work["steps"] is None:
+        return [*facts, ("steps", "unknown: set optim.steps, data.short_tokens and data.long_tokens, or data.path to a prepared corpus")]
+    return [
+        ("steps", f"{work['steps']:,} (from {work['origin']}) = {work['segments']:,} segments = {amount(work['tokens'])} tokens, {work['short_share']:.0%} short"),
+        *facts,
+        ("time", f"[bold]{hours(cost['hours'])}[/bold] = {hours(cost['gpu_hours'])} of one GPU, {flops(cost['total_flops'])}"),
+        ("price", f"[bold]{money(cost['price_usd'])}[/bold]"),
+    ]
+
+
+def _search(search: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("a document", f"{flops(search['flops_per_document'])}, {search['gpu_gib']:.1f} GiB on one GPU"),
+        ("forwards", f"{search['document_forwards']:,} at most (parents are not scored again; the paper counts {search['paper_document_forwards']:,})"),
+        ("time", f"[bold]{hours(search['hours'])}[/bold] = {hours(search['gpu_hours'])} of one GPU, {money(search['price_usd'])}"),
+    ]

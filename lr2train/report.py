@@ -1,0 +1,83 @@
+"""report: one HTML page about a run: what improved, the factors, the search, training, the corpus, how to repeat it.
+
+    python -m lr2train.report runs/first [runs/factors runs/corpus …] [--out page.html]
+
+The page needs nothing besides itself: no network, no scripts, pictures inside. Runs that the first one was made from are found by the paths that it
+recorded; folders named after it take their place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lr2train import run
+from lr2train.config import EXIT_BAD_INPUT, UserError
+from lr2train.reporting import making, results
+from lr2train.reporting.inputs import Inputs, gather
+from lr2train.reporting.page import page, text
+
+SECTIONS = (
+    ("comparison", "Comparison", results.comparison),
+    ("needles", "Needles", results.needles),
+    ("factors", "Factors", making.factors),
+    ("search", "Search", making.search),
+    ("training", "Training", making.training),
+    ("corpus", "Corpus", making.corpus),
+    ("sample", "Sample", results.sample),
+    ("export", "Export", results.exported),
+    ("provenance", "Provenance", results.provenance),
+)
+
+
+def report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page about ``folders[0]``; returns where it lies.
+
+    Args:
+        folders: the run, then runs that take the place of the relatives that would be found.
+        out: None writes ``report.html`` into the run.
+
+    Raises:
+        UserError: a folder is missing or one of its files is damaged.
+    """
+    inputs = gather(folders)
+    path = out or folders[0] / "report.html"
+    _write(path, render(inputs))
+    return path
+
+
+def render(inputs: Inputs) -> str:
+    """The page as HTML."""
+    sections = [(anchor, name, make(inputs)) for anchor, name, make in SECTIONS]
+    footer = f"lr2train report of <code>{text(inputs.folder)}</code>, written {time.strftime('%Y-%m-%d %H:%M')}."
+    return page(f"{inputs.folder.resolve().name} · lr2train", results.header(inputs), sections, footer)
+
+
+def _write(path: Path, html: str) -> None:
+    """Whole or not at all: a reader may have the page open."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(html)
+    os.replace(temporary, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. Exit codes: 0 done, 2 the input was wrong (one sentence on stderr)."""
+    parser = argparse.ArgumentParser(prog="python -m lr2train.report", description="One HTML page about a run, complete in itself.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="runs/NAME", help="the run; further folders (its search, corpus or base run) where they are not found by themselves")
+    parser.add_argument("--out", type=Path, help="where to write the page (default: report.html in the first folder)")
+    given = parser.parse_args(arguments)
+    try:
+        path = report(given.folders, given.out)
+    except UserError as error:
+        print(f"report: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    run.say("report", f"{path} ({path.stat().st_size / 1024:.0f} KiB)")
+
+
+if __name__ == "__main__":
+    main()
