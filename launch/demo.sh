@@ -14,7 +14,7 @@ step "4/7 mixed context window training at 4096, ZeRO-3, 2 ranks share a segment
                                                            bash launch/run.sh 2 train experiment=tiny_4k name=tiny_4k "$@"
 step "5/7 evaluation: needles and perplexity by length"    python -m lr2train.evaluate experiment=tiny_4k run=tiny_4k "$@" >/dev/null
 step "6/7 export, and generation across the window switch" python -m lr2train.export experiment=tiny_4k run=tiny_4k "$@"
-python -m lr2train.generate experiment=tiny_4k run=tiny_4k generate.prompt_file=runs/corpus/needle_prompt.txt generate.max_new_tokens=32 "$@"
+python -m lr2train.generate experiment=tiny_4k run=tiny_4k generate.prompt_file=runs/tiny_4k/evaluation/prompt.txt generate.max_new_tokens=24 "$@"
 step "7/7 report"                                          python -m lr2train.report runs/tiny_4k
 python -m lr2train.evaluate experiment=tiny_4k run=tiny_4k "$@" 2>/dev/null
 echo "report: runs/tiny_4k/report.html   ($((SECONDS - start)) s)"

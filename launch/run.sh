@@ -5,4 +5,4 @@ source "$(dirname "$0")/setup.sh"
 ranks=$1 verb=$2
 shift 2
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-exec deepspeed --num_gpus "$ranks" --master_port "$port" --no_local_rank --module "lr2train.$verb" "$@"
+exec deepspeed --quiet --num_gpus "$ranks" --master_port "$port" --no_local_rank --module "lr2train.$verb" "$@"

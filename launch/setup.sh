@@ -11,5 +11,6 @@ if ! cmp -s requirements.txt "$stamp"; then
   python -m pip install --quiet --disable-pip-version-check -r requirements.txt
   cp requirements.txt "$stamp"
 fi
+command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
 export TOKENIZERS_PARALLELISM=true HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" PYTHONUNBUFFERED=1
 python -c 'from lr2train.training.engine import build_cpu_op; build_cpu_op()'

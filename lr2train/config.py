@@ -89,7 +89,8 @@ class StageConfig:
     steps: int = MISSING
     length_tokens: int = MISSING  # of every document; rows of `segment_tokens` hold segment_tokens / length_tokens of them
     repeats: float = 0.0  # share of rows that repeat random tokens (loss on the repeats only)
-    needles: float = 0.0  # share of rows that are needle documents
+    needles: float = 0.0  # share of rows that are needle documents of 1 … max_pairs pairs, loss on the answers only
+    dense: float = 0.0  # share of rows crammed with pairs, each asked for, loss on the answers only: telling many needles apart is what is slow to learn
     text: float = 0.0  # share of rows that are plain text
 
 
@@ -100,6 +101,7 @@ class NeedleConfig:
     wording: str = "paper"  # a name of lr2train.data.needles.WORDINGS
     digits: int = 7  # of the hidden number
     max_pairs: int = 1  # needles hidden in one training document (1 … max); the search and the evaluation hide one
+    at_start: float = 0.4  # share of training documents whose first asked needle stands at the very start, the farthest from its question
     max_questions: int = 1  # of them, asked at its end (1 … max); more questions are more answers to learn from in a curriculum's row
 
 
@@ -305,7 +307,7 @@ def compose(verb: str, overrides: list[str]) -> Config:
         with initialize_config_dir(str(CONF_FOLDER), version_base="1.3"):
             composed = hydra_compose(verb, overrides=overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an override that is no override
-        raise UserError(_one_sentence(error)) from error
+        raise UserError(f"{_one_sentence(error)} (overrides: {' '.join(overrides)})") from error
     return load(composed)
 
 

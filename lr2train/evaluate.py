@@ -46,7 +46,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         rows.append(_evaluated(subject, config, needles, texts, str(device), job))
         job.log(_summary(rows[-1]))
     spectrum = subjects[-1].factors.spectrum
-    result = {"original_window_tokens": spectrum.window_tokens, "target_window_tokens": subjects[-1].factors.target_window_tokens, "lengths_tokens": lengths, "rows": rows}
+    prompt = _write_prompt(config, corpus, spectrum.window_tokens, job)
+    result = {"original_window_tokens": spectrum.window_tokens, "prompt": prompt, "target_window_tokens": subjects[-1].factors.target_window_tokens, "lengths_tokens": lengths, "rows": rows}
     job.write_json("evaluate.json", result)
     print(table(result))
     processes.stop()
@@ -98,6 +99,17 @@ def _lengths(config: Config, subjects: list[Subject]) -> list[int]:
 
 def _needles(config: Config, corpus: Corpus, length: int) -> list[NeedleDocument]:
     return needle_set(corpus, config.data.needles, config.eval.samples, length, config.eval.depths, run.stream(config.eval.seed, "evaluate", "needles", length))
+
+
+def _write_prompt(config: Config, corpus: Corpus, original_window_tokens: int, job: run.Run) -> dict[str, str]:
+    """A needle document cut before its answer, which lies across the original window's end: what `generate` shows the switch with."""
+    needle = needle_set(corpus, config.data.needles, 1, original_window_tokens + 2, [0.0], run.stream(config.eval.seed, "evaluate", "prompt"))[0]
+    tokens = needle.tokens[: needle.answer_spans[0][0]]
+    borders = 0 if corpus.tokenizer.bos is None else 1  # the tokenizer puts BOS before a prompt by itself
+    file = job.folder / "evaluation" / "prompt.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(corpus.tokenizer.decode(tokens[borders:]))
+    return {"file": str(file), "answer": needle.answers[0]}
 
 
 def _evaluated(subject: Subject, config: Config, needles: list[NeedleDocument], texts: list[Any], device: str, job: run.Run) -> dict[str, Any]:

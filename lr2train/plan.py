@@ -61,9 +61,15 @@ def refuse_mesh(config: Config) -> None:
         if not getattr(hardware, key) > 0:
             raise UserError(f"hardware.{key}={getattr(hardware, key)} is not positive; set hardware.{key} to what the cluster has")
     if hardware.gpus % sp:
-        raise UserError(f"hardware.gpus={hardware.gpus} is not divisible by parallel.sp={sp}; set hardware.gpus to {-(-hardware.gpus // sp) * sp} or change parallel.sp")
+        raise UserError(
+            f"hardware.gpus={hardware.gpus} is not divisible by parallel.sp={sp}; set hardware.gpus to "
+            f"{-(-hardware.gpus // sp) * sp} or change parallel.sp"
+        )
     if config.data.segment_tokens % sp:
-        raise UserError(f"data.segment_tokens={config.data.segment_tokens} is not divisible by parallel.sp={sp}; set data.segment_tokens to a multiple of it or change parallel.sp")
+        raise UserError(
+            f"data.segment_tokens={config.data.segment_tokens} is not divisible by parallel.sp={sp}; set data.segment_tokens to a "
+            "multiple of it or change parallel.sp"
+        )
 
 
 def _model(shape: Shape, config: Config) -> dict[str, Any]:
@@ -185,9 +191,12 @@ def _search(shape: Shape, config: Config) -> dict[str, Any] | None:
 def _assumptions(config: Config) -> list[str]:
     hardware = config.hardware
     return [
-        f"{hardware.mfu:.0%} of {hardware.gpu_bf16_tflops:g} TFLOP/s a GPU do useful work (hardware.mfu; recomputation is not counted as useful)",
-        f"{memory.RUNTIME_BYTES / GIB:g} GiB for CUDA, NCCL and cuBLAS; {memory.RESERVE:.0%} of the GPU stay free for what the allocator loses",
-        "a gated MLP and two norms a layer, as in Llama and Phi3; a GPU-hour costs " + f"{hardware.gpu_hour_price:g} USD (hardware.gpu_hour_price)",
+        f"{hardware.mfu:.0%} of {hardware.gpu_bf16_tflops:g} TFLOP/s a GPU do useful work (hardware.mfu; recomputation is not "
+        "counted as useful)",
+        f"{memory.RUNTIME_BYTES / GIB:g} GiB for CUDA, NCCL and cuBLAS; {memory.RESERVE:.0%} of the GPU stay free for what the "
+        "allocator loses",
+        "a gated MLP and two norms a layer, as in Llama and Phi3; a GPU-hour costs "
+        + f"{hardware.gpu_hour_price:g} USD (hardware.gpu_hour_price)",
         "loading, evaluation, checkpoints and restarts take no time",
     ]
 

@@ -2,8 +2,8 @@
 
     python -m lr2train.report runs/first [runs/factors runs/corpus …] [--out page.html]
 
-The page needs nothing besides itself: no network, no scripts, pictures inside. Runs that the first one was made from are found by the paths that it
-recorded; folders named after it take their place.
+The page needs nothing besides itself: no network, no scripts, pictures inside. Runs that the first one was made from are found by the
+paths that it recorded; folders named after it take their place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lr2train import run
 from lr2train.config import EXIT_BAD_INPUT, UserError
 from lr2train.reporting import making, results
 from lr2train.reporting.inputs import Inputs, gather
-from lr2train.reporting.page import page, text
+from lr2train.reporting.page import Missing, page, text, wanting
 
 SECTIONS = (
     ("comparison", "Comparison", results.comparison),
@@ -52,7 +52,11 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 def render(inputs: Inputs) -> str:
     """The page as HTML."""
-    sections = [(anchor, name, make(inputs)) for anchor, name, make in SECTIONS]
+    made = [(anchor, name, make(inputs)) for anchor, name, make in SECTIONS]
+    sections = [(anchor, name, content) for anchor, name, content in made if isinstance(content, str)]
+    left_out = [(name, content) for _, name, content in made if isinstance(content, Missing)]
+    if left_out:
+        sections.append(("missing", "Not here yet", wanting(left_out)))
     footer = f"lr2train report of <code>{text(inputs.folder)}</code>, written {time.strftime('%Y-%m-%d %H:%M')}."
     return page(f"{inputs.folder.resolve().name} · lr2train", results.header(inputs), sections, footer)
 
@@ -68,7 +72,13 @@ def _write(path: Path, html: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exit codes: 0 done, 2 the input was wrong (one sentence on stderr)."""
     parser = argparse.ArgumentParser(prog="python -m lr2train.report", description="One HTML page about a run, complete in itself.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="runs/NAME", help="the run; further folders (its search, corpus or base run) where they are not found by themselves")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="runs/NAME",
+        help="the run; further folders (its search, corpus or base run) where they are not found by themselves",
+    )
     parser.add_argument("--out", type=Path, help="where to write the page (default: report.html in the first folder)")
     given = parser.parse_args(arguments)
     try:

@@ -45,7 +45,7 @@ def train(config: Config) -> dict[str, Any]:
         return run.read_json(job.folder / "train.json")
     device = processes.start(config)
     start_deepspeed(device)
-    mesh = make_mesh(config.parallel.sp)
+    mesh = make_mesh(config.parallel.sp, config.parallel.timeout_s)
     loader = make_loader(config.data, config.seed, mesh.dp_rank, mesh.dp_size, config.optim.segments_per_step, factors.spectrum.window_tokens)
     engine = Engine(config, mesh, factors, hf_config, device)
     total_steps = config.optim.steps or loader.steps_per_epoch

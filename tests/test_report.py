@@ -1,4 +1,6 @@
-"""report: a page from whatever is there, complete in itself, safe against its data. The run in the fixture is written with the verbs' own functions."""
+"""report: a page from whatever is there, complete in itself, safe against its data. The run in the fixture is written with the verbs'
+own functions.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,6 @@ EVIL = '<script>alert("x")</script>'
 class _Parsed(HTMLParser):
     """Open tags and their attributes; refuses a document whose tags do not close in order."""
 
-    VOID = {"meta", "br", "img", "path", "rect", "use", "line"}
-
     def __init__(self, markup: str) -> None:
         super().__init__()
         self.tags: list[str] = []
@@ -46,12 +46,12 @@ class _Parsed(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data", "action")]
-        if tag not in ("meta",):
+        if tag != "meta":
             self._open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
-        if tag not in ("meta",):
+        if tag != "meta":
             self._open.pop()
 
     def handle_endtag(self, tag: str) -> None:
@@ -66,7 +66,10 @@ def _jsonl(path: Path, lines: list[dict]) -> None:
 def _fitness(candidates):
     """A smooth bowl: best at rcd 12, a tail of 1.6 s and an attention factor of 1.25."""
     return [
-        1.4 + 8 * (one.attention_factor - 1.25) ** 2 * 40 + 0.15 * abs(one.critical_index - 12) + float(np.mean((np.array(one.tail) / 8 - 1.6) ** 2)) * 4
+        1.4
+        + 8 * (one.attention_factor - 1.25) ** 2 * 40
+        + 0.15 * abs(one.critical_index - 12)
+        + float(np.mean((np.array(one.tail) / 8 - 1.6) ** 2)) * 4
         for one in candidates
     ]
 
@@ -82,8 +85,28 @@ def make_search(folder: Path) -> dict:
         lines.append(_line(generation, forwards))  # type: ignore[arg-type]
     best = generations[-1].best
     _jsonl(folder / "generations.jsonl", lines)
-    _jsonl(folder / "journal.jsonl", [{"candidate": best.candidate.key, "document": d, "nll": 3.1, "seconds": 0.11, "rank": d % 2} for d in range(6)])
-    write_json(folder / "search.json", {"perplexity": best.perplexity, "critical_index": best.candidate.critical_index, "attention_factor": best.candidate.attention_factor})
+    _jsonl(
+        folder / "journal.jsonl",
+        [
+            {
+                "candidate": one.candidate.key,
+                "document": d,
+                "nll": 3 * math.log(one.perplexity) * (1 + d / 4),
+                "seconds": 0.11,
+                "rank": d % 2,
+            }
+            for one in generations[-1].population
+            for d in range(6)
+        ],
+    )
+    write_json(
+        folder / "search.json",
+        {
+            "perplexity": best.perplexity,
+            "critical_index": best.candidate.critical_index,
+            "attention_factor": best.candidate.attention_factor,
+        },
+    )
     write_json(folder / "factors.json", space.factors(best.candidate).to_json())
     return space.factors(best.candidate).to_json()
 
@@ -91,8 +114,24 @@ def make_search(folder: Path) -> dict:
 def make_corpus(folder: Path) -> None:
     """runs/corpus: the manifest alone."""
     sources = [
-        {"name": "stdlib", "kind": "stdlib", "documents": 495, "tokens": 3394929, "broken": 1, "holdout_documents": 17, "holdout_tokens": 163004},
-        {"name": "needles_long", "kind": "needles", "documents": 240, "tokens": 983040, "broken": 0, "holdout_documents": 0, "holdout_tokens": 0},
+        {
+            "name": "stdlib",
+            "kind": "stdlib",
+            "documents": 495,
+            "tokens": 3394929,
+            "broken": 1,
+            "holdout_documents": 17,
+            "holdout_tokens": 163004,
+        },
+        {
+            "name": "needles_long",
+            "kind": "needles",
+            "documents": 240,
+            "tokens": 983040,
+            "broken": 0,
+            "holdout_documents": 0,
+            "holdout_tokens": 0,
+        },
     ]
     counts = {
         window: {
@@ -105,7 +144,16 @@ def make_corpus(folder: Path) -> None:
     }
     write_json(
         folder / "corpus.json",
-        {"format": 1, "fingerprint": "54c10f65", "original_window_tokens": L0, "segment_tokens": L, "vocab_size": 1024, "sources": sources, "windows": counts, "lost_tokens": {"tail": 812}},
+        {
+            "format": 1,
+            "fingerprint": "54c10f65",
+            "original_window_tokens": L0,
+            "segment_tokens": L,
+            "vocab_size": 1024,
+            "sources": sources,
+            "windows": counts,
+            "lost_tokens": {"tail": 812},
+        },
     )
 
 
@@ -114,24 +162,42 @@ def metrics(steps: int, windows: tuple[str, ...], seed: int = 0) -> list[dict]:
     rng, lines = np.random.default_rng(seed), []
     for step in range(1, steps + 1):
         loss = {window: (2.1 if window == "short" else 1.7) + 2.5 * math.exp(-step / 25) + rng.normal(0, 0.06) for window in windows}
-        lines.append(
-            {
-                "step": step, "loss": sum(loss.values()) / len(loss), "loss_short": loss.get("short"), "loss_long": loss.get("long") if step % 5 else None,
-                "n_target_tokens": 8000, "tokens_seen": step * 2 * L, "grad_norm": 0.6 + abs(rng.normal(0, 0.2)), "lr": 3e-4 * min(step / 10, 0.5 * (1 + math.cos(math.pi * step / steps))),
-                "tokens_per_s": 3000 + rng.normal(0, 150), "mfu": None, "window_mix": 0.7, "peak_gib": 1.4, "data_wait_s": 0.01, "step_s": 2.7,
-            }
-        )  # fmt: skip
+        lr = 3e-4 * min(step / 10, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        of_loss = {
+            "loss": sum(loss.values()) / len(loss),
+            "loss_short": loss.get("short"),
+            "loss_long": loss.get("long") if step % 5 else None,
+        }
+        of_work = {
+            "n_target_tokens": 8000,
+            "tokens_seen": step * 2 * L,
+            "grad_norm": 0.6 + abs(rng.normal(0, 0.2)),
+            "lr": lr,
+            "window_mix": 0.7,
+        }
+        of_time = {"tokens_per_s": 3000 + rng.normal(0, 150), "mfu": None, "peak_gib": 1.4, "data_wait_s": 0.01, "step_s": 2.7}
+        lines.append({"step": step, **of_loss, **of_work, **of_time})
     return lines
 
 
 def row(label: str, attention_factor: float, reach: float, sharp: float) -> dict:
     """A row of evaluate.json whose accuracy falls with length and with distance from the end."""
     accuracy = {(n, d): float(np.clip(1 / (1 + math.exp(sharp * (math.log2(n) - reach - d))), 0, 1)) for n in LENGTHS for d in DEPTHS}
-    cells = [{"length_tokens": n, "depth": d, "accuracy": round(a * 4) / 4, "perplexity": 1.02 + 60 * (1 - a) ** 2, "documents": 4} for (n, d), a in accuracy.items()]
+    cells = [
+        {"length_tokens": n, "depth": d, "accuracy": round(a * 4) / 4, "perplexity": 1.02 + 60 * (1 - a) ** 2, "documents": 4}
+        for (n, d), a in accuracy.items()
+    ]
     by_length = []
     for n in LENGTHS:
         mean = float(np.mean([cell["accuracy"] for cell in cells if cell["length_tokens"] == n]))
-        by_length.append({"length_tokens": n, "accuracy": mean, "answer_perplexity": 1.05 + 90 * (1 - mean) ** 3, "text_perplexity": 6.1 + 40 * (1 - mean) ** 2})
+        by_length.append(
+            {
+                "length_tokens": n,
+                "accuracy": mean,
+                "answer_perplexity": 1.05 + 90 * (1 - mean) ** 3,
+                "text_perplexity": 6.1 + 40 * (1 - mean) ** 2,
+            }
+        )
     return {"label": label, "attention_factor": attention_factor, "cells": cells, "by_length": by_length}
 
 
@@ -143,19 +209,52 @@ def make_run(runs: Path, name: str = "first") -> Path:
     write_json(runs / "base" / "train.json", {"steps": 200})
     write_json(folder / "factors.json", made)
     _jsonl(folder / "metrics.jsonl", metrics(120, ("short", "long")))
-    write_json(folder / "train.config.json", {"name": name, "rope": {"factors": "runs/factors/factors.json"}, "data": {"path": "runs/corpus"}, "model": {"path": "runs/base/model"}})
+    write_json(
+        folder / "train.config.json",
+        {
+            "name": name,
+            "rope": {"factors": "runs/factors/factors.json"},
+            "data": {"path": "runs/corpus"},
+            "model": {"path": "runs/base/model"},
+        },
+    )
     write_json(folder / "train.provenance.json", provenance())
     write_json(
         folder / "train.json",
-        {"steps": 120, "final_loss": 1.9, "tokens_seen": 983040, "seconds": 331.0, "world": 2, "peak_gib": 1.4, "model": f"runs/{name}/model", "base": "runs/base/model", "corpus": "runs/corpus"},
+        {
+            "steps": 120,
+            "final_loss": 1.9,
+            "tokens_seen": 983040,
+            "seconds": 331.0,
+            "world": 2,
+            "peak_gib": 1.4,
+            "model": f"runs/{name}/model",
+            "base": "runs/base/model",
+            "corpus": "runs/corpus",
+        },
     )
-    rows = [
-        row("none untrained", 1.0, 9.2, 6), row("pi untrained", 1.0, 8.4, 2.5), row("ntk untrained", 1.0, 10.3, 3), row("yarn untrained", 1.21, 10.9, 3),
-        row("longrope2 untrained", 1.25, 11.6, 4), row("longrope2 trained", 1.25, 14.5, 4),
-    ]  # fmt: skip
+    knobs = {"none": (1.0, 9.2, 6), "pi": (1.0, 8.4, 2.5), "ntk": (1.0, 10.3, 3), "yarn": (1.21, 10.9, 3), "longrope2": (1.25, 11.6, 4)}
+    rows = [*(row(f"{method} untrained", *values) for method, values in knobs.items()), row("longrope2 trained", 1.25, 14.5, 4)]
     write_json(folder / "evaluate.json", {"original_window_tokens": L0, "target_window_tokens": L, "lengths_tokens": LENGTHS, "rows": rows})
-    write_json(folder / "export.json", {"folder": f"runs/{name}/export", "dtype": "float32", "bytes": 3_400_000, "short_logit_difference": 0.4, "long_logit_difference": 2e-6})
-    sample = {"prompt": "def mean(values):\n    " * 80, "prompt_tokens": 497, "new_tokens": 64, "text": "return sum(values) / len(values)\n", "window": "long", "switched": True, "seconds": 3.2}
+    write_json(
+        folder / "export.json",
+        {
+            "folder": f"runs/{name}/export",
+            "dtype": "float32",
+            "bytes": 3_400_000,
+            "short_logit_difference": 0.4,
+            "long_logit_difference": 2e-6,
+        },
+    )
+    sample = {
+        "prompt": "def mean(values):\n    " * 80,
+        "prompt_tokens": 497,
+        "new_tokens": 64,
+        "text": "return sum(values) / len(values)\n",
+        "window": "long",
+        "switched": True,
+        "seconds": 3.2,
+    }
     write_json(folder / "generate.json", sample)
     return folder
 
@@ -168,3 +267,160 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def page(run) -> str:
     return report([run]).read_text()
+
+
+def test_page_is_complete_in_itself(page):
+    parsed = _Parsed(page)
+    assert [one for one in parsed.references if not one.startswith(("#", "data:image/png;base64,"))] == []
+    assert "script" not in parsed.tags
+    assert "link" not in parsed.tags
+    assert "iframe" not in parsed.tags
+    assert not re.search(r"url\((?!#)", page)
+    assert "@import" not in page
+    assert parsed.tags.count("svg") == 6 + 1 + 4 + 4 + 1  # needle maps, factors, search, training, base
+
+
+def test_every_section_is_filled(page):
+    assert 'class="missing"' not in page
+    for words in (
+        "0%",
+        "100%",
+        "512 → 4,096 tokens",
+        "longrope2 trained",
+        "rcd 12",
+        "needles_long",
+        "return sum(values)",
+        "2.00e-06",
+        "torch",
+        "runs/factors/factors.json",
+    ):
+        assert words in page, words
+
+
+def test_the_trained_row_comes_last_everywhere(page):
+    panels = re.findall(r"<h3>([^<]*)<span>mean", page)
+    assert panels[-1] == "longrope2 trained"
+    assert len(panels) == 6
+    assert page.count('<tr class=last><th scope="row">longrope2 trained') == 3
+
+
+def test_charts_follow_the_theme(page):
+    assert "#0a0b" not in page, "a placeholder colour was not replaced"
+    assert "prefers-color-scheme: dark" in page
+    assert "var(--s0)" in page
+
+
+def test_relatives_are_found_by_what_was_recorded(run, tmp_path, monkeypatch):
+    found = inputs.gather([run])
+    assert [folder.name for folder in (found.search_folder, found.corpus_folder, found.base_folder)] == ["factors", "corpus", "base"]
+    monkeypatch.chdir(run.parent.parent)
+    assert inputs.gather([Path("runs/first")]).search_folder == Path("runs/factors")
+
+
+def test_named_folders_take_their_place(run, tmp_path):
+    make_search(tmp_path / "other")
+    found = inputs.gather([run, tmp_path / "other"])
+    assert found.search_folder == tmp_path / "other"
+    assert found.corpus_folder.name == "corpus"
+
+
+def test_an_empty_run_says_which_verbs_to_run(tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    page = report([folder], tmp_path / "out" / "page.html").read_text()
+    for verb in ("prepare", "search", "train", "evaluate", "export", "generate"):
+        assert f"python -m lr2train.{verb}" in page
+    assert "Nothing has been recorded here yet." in page
+    _Parsed(page)
+
+
+def test_a_search_alone_has_a_page(tmp_path):
+    make_search(tmp_path / "factors")
+    page = report([tmp_path / "factors"]).read_text()
+    assert "Perplexity by generation" in page
+    assert "rcd 12" in page
+    assert "python -m lr2train.train" in page
+
+
+def test_a_run_that_still_trains(tmp_path):
+    folder = tmp_path / "running"
+    _jsonl(folder / "metrics.jsonl", metrics(1, ("long",)))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss"')  # the line being written
+    page = report([folder]).read_text()
+    assert "In training, step 1 reached" in page
+    assert "Loss by window" in page
+
+
+def test_data_is_escaped(tmp_path):
+    folder = make_run(tmp_path / "runs", f"a&{'b'}")
+    evaluation = json.loads((folder / "evaluate.json").read_text())
+    evaluation["rows"][-1]["label"] = EVIL
+    write_json(folder / "evaluate.json", evaluation)
+    for name in ("generate.json", "export.json", "train.provenance.json", "train.config.json"):
+        values = json.loads((folder / name).read_text())
+        values |= {"text": EVIL, "prompt": EVIL, "folder": EVIL, "command": [EVIL], "commit": EVIL, "host": EVIL, "name": EVIL}
+        write_json(folder / name, values)
+    manifest = json.loads((tmp_path / "runs" / "corpus" / "corpus.json").read_text())
+    manifest["sources"][0]["name"] = manifest["fingerprint"] = EVIL
+    write_json(tmp_path / "runs" / "corpus" / "corpus.json", manifest)
+    page = report([folder]).read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 10
+    assert "a&amp;b" in page
+    _Parsed(page)
+
+
+def test_same_inputs_same_page(run):
+    assert render(inputs.gather([run])) == render(inputs.gather([run]))
+
+
+def test_hopeless_and_narrow_searches_can_be_drawn():
+    hopeless = [
+        {"generation": g, "best_perplexity": 2.0, "perplexities": [2.0, 1e300], "critical_indices": [8, 9], "attention_factors": [1.0, 1.1]}
+        for g in range(2)
+    ]
+    narrow = [
+        {"generation": 0, "best_perplexity": 2.0, "perplexities": [2.0, 2.0], "critical_indices": [8, 8], "attention_factors": [1.0, 1.0]}
+    ]
+    for generations in (hopeless, narrow):
+        assert "<svg" in charts.search_progress(generations)
+        assert "<svg" in charts.attention_factors(generations)
+        assert "<svg" in charts.critical_indices(generations, 8, 8)
+
+
+def test_factor_curves_without_a_critical_index():
+    assert "tcd" in charts.factor_curves(METHODS["yarn"](SPECTRUM, L), None)
+
+
+def test_smooth_keeps_lines_and_ends():
+    assert charts.smooth(np.arange(9.0), 3)[1:-1] == pytest.approx(np.arange(1.0, 8.0))
+    assert charts.smooth([5.0], 1) == pytest.approx([5.0])
+    assert charts.smooth([2.0] * 7, 100) == pytest.approx([2.0] * 7)
+
+
+def test_heat_map_text_is_readable():
+    assert color_of(0.0)[1] == "#fff"
+    assert color_of(1.0)[1] == "#111"
+    assert [short_count(n) for n in (512, 1024, 131072, 1000)] == ["512", "1k", "128k", "1000"]
+
+
+def test_missing_and_damaged_folders(run, tmp_path):
+    with pytest.raises(UserError, match="is no folder"):
+        report([tmp_path / "nowhere"])
+    (tmp_path / "evaluate.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        report([tmp_path])
+
+
+def test_command_line(run, tmp_path):
+    command = [sys.executable, "-m", "lr2train.report"]
+    done = subprocess.run(
+        [*command, str(run), "--out", str(tmp_path / "page.html")], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "page.html").stat().st_size > 50_000
+    wrong = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert wrong.stderr.startswith("report: ")

@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lr2train.data import buckets, packing, sources, store
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.batch import LONG, SHORT
 from lr2train.data.corpus import FORMAT, HOLDOUT, MANIFEST, PLAN, TOKENIZER, TRAIN, store_prefix
-from lr2train.data.needles import NeedleMaker
+from lr2train.data.needles import NeedleMaker, sentences
 from lr2train.data.text import Text
 from lr2train.data.tokenizer import Tokenizer
 from lr2train.run import read_json, stream, write_json
@@ -66,7 +66,7 @@ def check(data: DataConfig, original_window_tokens: int) -> None:
 def ensure_tokenizer(folder: Path, data: DataConfig, log: Log) -> Tokenizer:
     """The corpus' tokenizer: copied from ``data.tokenizer``, or trained on the sources."""
     texts = [source for source in data.sources if source.kind != NEEDLES]
-    learned_from = [data.vocab_size, data.tokenizer_train_bytes, [_recipe(source) for source in texts]]
+    learned_from = [data.vocab_size, data.tokenizer_train_bytes, data.needles.wording, [_recipe(source) for source in data.sources]]
     fingerprint = _hash(tokenizers.load(data.tokenizer).fingerprint if data.tokenizer else learned_from)
     target, note = folder / TOKENIZER, folder / f"{TOKENIZER}.manifest.json"
     if note.exists() and read_json(note)["fingerprint"] == fingerprint:
@@ -77,7 +77,9 @@ def ensure_tokenizer(folder: Path, data: DataConfig, log: Log) -> Tokenizer:
     else:
         started = time.monotonic()
         share = data.tokenizer_train_bytes // len(texts)
-        made = tokenizers.train((document.text for source in texts for document in _beginning(source, share)), data.vocab_size)
+        text = (document.text for source in texts for document in _beginning(source, share))
+        asks = data.needles.wording if len(texts) < len(data.sources) else None
+        made = tokenizers.train(chain(text, sentences(asks) if asks else ()), data.vocab_size)
         log(f"trained a tokenizer of {made.vocab_size} entries in {time.monotonic() - started:.1f} s")
     made.save(target)
     write_json(note, {"fingerprint": fingerprint})
@@ -145,7 +147,8 @@ def _ensure_needles(
     with train, held:
         for length in islice(cycle(options["lengths_tokens"]), options["count"]):
             n_pairs = int(rng.integers(1, options["max_pairs"], endpoint=True))
-            train.add(maker.make(rng, text.draw(rng, 1, length)[0], length, None, n_pairs, min(n_pairs, options["questions"])).tokens)
+            depth = 0.0 if rng.random() < knobs.at_start else None
+            train.add(maker.make(rng, text.draw(rng, 1, length)[0], length, depth, n_pairs, min(n_pairs, options["questions"])).tokens)
     return _report(folder, source.name, fingerprint, started, log)
 
 

@@ -101,7 +101,7 @@ class Corpus:
     @property
     def vocab_size(self) -> int:
         """Token ids lie below it."""
-        return self.manifest["vocab_size"]
+        return self.tokenizer.vocab_size
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -18,6 +18,8 @@ from lr2train.data.needles import NeedleMaker
 from lr2train.data.text import Text
 from lr2train.run import stream
 
+DENSE_PAIRS = 12  # at most, in a crammed row
+
 Rows = tuple[np.ndarray, np.ndarray]  # tokens and labels, each int64 [rows, length]
 
 
@@ -82,10 +84,11 @@ class RowMaker:
         self._text = Text(corpus.stores(), tokenizer.n_borders)
         self._needles, self._size = data.needles, data.segment_tokens
         self._maker = NeedleMaker(tokenizer.encode, data.needles.wording, data.needles.digits, tokenizer.bos, None)
-        self._most_pairs: dict[int, int] = {}
+        self._most_pairs: dict[tuple[int, int], int] = {}
         self._kinds: dict[str, Callable[[np.random.Generator, int, int], Rows]] = {
             "repeats": self._repeats,
             "needles": self._needle_rows,
+            "dense": self._dense_rows,
             "text": self._text_rows,
         }
 
@@ -103,14 +106,16 @@ class RowMaker:
             )
         if self._shares(stage).min() < 0 or not self._shares(stage).sum() > 0:
             raise UserError(
-                f"{where} has shares repeats={stage.repeats}, needles={stage.needles}, text={stage.text}; set one above 0 and none below"
+                f"{where} has shares repeats={stage.repeats}, needles={stage.needles}, dense={stage.dense}, text={stage.text}; "
+                "set one above 0 and none below"
             )
-        if stage.needles and not self._pairs_that_fit(length):
+        asks = stage.needles or stage.dense
+        if asks and not self._pairs_that_fit(length, self._needles.max_questions if stage.needles else 1):
             raise UserError(
                 f"{where}.length_tokens={length} has no room for a needle; use a greater length, fewer data.needles.digits, or "
                 "data.needles.wording=code"
             )
-        if (stage.needles or stage.text) and self._text.longest < length:
+        if (asks or stage.text) and self._text.longest < length:
             raise UserError(
                 f"{where}.length_tokens={length} is longer than every training document ({self._text.longest} tokens); use a smaller "
                 "length or other sources"
@@ -130,35 +135,63 @@ class RowMaker:
         return np.array([getattr(stage, kind) for kind in self._kinds], dtype=np.float64)
 
     def _repeats(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
-        """BOS, random tokens, the same tokens again; only the second time can they be known, from their second token on."""
+        """BOS, then random tokens over and over with a period of an eighth to a half of the row.
+
+        Periods differ from row to row, so that copying has to look for the token's last occurrence and not for a fixed distance. Targets are the tokens
+        that can be known: those after the first period, but for the first token of the second.
+        """
         body = length - len(self._bos)
-        half = -(-body // 2)
-        once = self._ordinary[rng.integers(len(self._ordinary), size=(n_rows, half))]
-        tokens, labels = self._after_bos(np.concatenate([once, once[:, : body - half]], axis=1))
-        labels[:, : len(self._bos) + half] = IGNORE
-        return tokens, labels
+        period = rng.integers(max(2, length // 8), length // 2, size=(n_rows, 1), endpoint=True)
+        place = np.arange(body)[None]
+        once = self._ordinary[rng.integers(len(self._ordinary), size=(n_rows, length // 2))]
+        tokens, labels = self._after_bos(np.take_along_axis(once, place % period, axis=1))
+        known = np.zeros_like(tokens, dtype=bool)
+        known[:, len(self._bos) :] = place > period
+        return tokens, _only(labels, known)
 
     def _text_rows(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
         return self._after_bos(self._text.draw(rng, n_rows, length - len(self._bos)))
 
     def _needle_rows(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
-        """Needle documents with random places, pairs and questions; a target at every token."""
-        fillers = self._text.draw(rng, n_rows, length)
-        n_pairs = rng.integers(1, min(self._needles.max_pairs, self._pairs_that_fit(length)), size=n_rows, endpoint=True)
+        """Needle documents with a few pairs, some of them asked for."""
+        most = self._pairs_that_fit(length, self._needles.max_questions)
+        n_pairs = rng.integers(1, min(self._needles.max_pairs, most), size=n_rows, endpoint=True)
         n_questions = rng.integers(1, np.minimum(n_pairs, self._needles.max_questions), endpoint=True)
-        counts = zip(fillers, n_pairs.tolist(), n_questions.tolist(), strict=True)
-        tokens = np.stack([self._maker.make(rng, filler, length, None, pairs, questions).tokens for filler, pairs, questions in counts])
-        return tokens, _shifted(tokens)
+        return self._hidden_and_asked(rng, length, n_pairs, n_questions)
+
+    def _dense_rows(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
+        """Needle documents with as many as ``DENSE_PAIRS`` pairs where they fit, each asked for."""
+        most = min(DENSE_PAIRS, self._pairs_that_fit(length, DENSE_PAIRS + 1))
+        n_pairs = rng.integers(min(3, most), most, size=n_rows, endpoint=True)
+        return self._hidden_and_asked(rng, length, n_pairs, n_pairs)
+
+    def _hidden_and_asked(self, rng: np.random.Generator, length: int, n_pairs: np.ndarray, n_questions: np.ndarray) -> Rows:
+        """One document a row; the answers alone are targets."""
+        fillers = self._text.draw(rng, len(n_pairs), length)
+        depths = np.where(rng.random(len(n_pairs)) < self._needles.at_start, 0.0, np.nan)
+        tokens, known = np.empty((len(n_pairs), length), np.int64), np.zeros((len(n_pairs), length), bool)
+        for row, (filler, depth, pairs, questions) in enumerate(zip(fillers, depths, n_pairs.tolist(), n_questions.tolist(), strict=True)):
+            document = self._maker.make(rng, filler, length, None if np.isnan(depth) else 0.0, pairs, questions)
+            tokens[row] = document.tokens
+            for start, stop in document.answer_spans:
+                known[row, start:stop] = True
+        return tokens, _only(_shifted(tokens), known)
 
     def _after_bos(self, body: np.ndarray) -> Rows:
         first = np.broadcast_to(np.array(self._bos, dtype=np.int64), (len(body), len(self._bos)))
         tokens = np.concatenate([first, body], axis=1)
         return tokens, _shifted(tokens)
 
-    def _pairs_that_fit(self, length: int) -> int:
-        if length not in self._most_pairs:
-            self._most_pairs[length] = self._maker.most_pairs(length, self._needles.max_questions)
-        return self._most_pairs[length]
+    def _pairs_that_fit(self, length: int, max_questions: int) -> int:
+        if (length, max_questions) not in self._most_pairs:
+            self._most_pairs[length, max_questions] = self._maker.most_pairs(length, max_questions)
+        return self._most_pairs[length, max_questions]
+
+
+def _only(labels: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The labels whose target token is ``known``; the label at a position is the token after it."""
+    labels[:, :-1][~known[:, 1:]] = IGNORE
+    return labels
 
 
 def _shifted(tokens: np.ndarray) -> np.ndarray:

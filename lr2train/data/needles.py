@@ -7,7 +7,7 @@ those of the joined text. The space before a number belongs to the answer only w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,6 +59,13 @@ WORDINGS: dict[str, Wording] = {
     "plain": Wording(needle="The magic number of {key} is:", needle_end=".\n", question="\nThe magic number of {key} is:"),
     "code": Wording(needle="{key} =", needle_end="\n", question="\n{key} =", key_joint="_"),
 }
+
+
+def sentences(wording: str, times: int = 60) -> Iterator[str]:
+    """What a tokenizer that is trained on a corpus with needle documents meets of them: every key's sentence and question, ``times`` over."""
+    how = WORDINGS[wording]
+    for _ in range(times):
+        yield "".join(f"{how.needle.format(key=how.key(index))} {how.question.format(key=how.key(index))} " for index in range(N_KEYS))
 
 
 @dataclass(frozen=True)

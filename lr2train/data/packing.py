@@ -170,13 +170,14 @@ class Lost:
 
 
 def pack_long(documents: Selection, segment_tokens: int, over_long: OverLong = OverLong.split) -> tuple[Pieces, Lost]:
-    """One stream of documents, cut into full segments.
+    """Segments filled by one document each, then one stream of all the rest, cut into full segments.
+
+    A document of at least T tokens fills segments of its own from its beginning: the longest dependencies stay whole. What is left of it joins the stream.
 
     Args:
         documents: long ones, in planned order.
         segment_tokens: T.
-        over_long: a document longer than T goes on in the next segments (split), keeps its first T tokens (truncate), or is left out
-            (drop).
+        over_long: a document longer than T goes on in the next segments (split), keeps its first T tokens (truncate), or is left out (drop).
     """
     total = documents.tokens
     dropped = truncated = 0
@@ -186,17 +187,38 @@ def pack_long(documents: Selection, segment_tokens: int, over_long: OverLong = O
     elif over_long is OverLong.truncate:
         documents = Selection(documents.source, documents.document, np.minimum(documents.length, segment_tokens))
         truncated = total - documents.tokens
-    pieces = _cut_stream(documents, segment_tokens)
+    filled = documents.length // segment_tokens
+    alone = _fill_segments(documents, filled, segment_tokens)
+    rest = documents.take(documents.length > filled * segment_tokens)
+    stream = _cut_stream(rest, rest.length // segment_tokens * segment_tokens, segment_tokens)
+    pieces = Pieces(
+        *(
+            np.concatenate([getattr(alone, column), getattr(stream, column) + (alone.n_segments if column == "segment" else 0)])
+            for column in COLUMNS
+        ),
+        segment_tokens=segment_tokens,
+    )
     return pieces, Lost(documents.tokens - pieces.tokens, truncated, dropped)
 
 
-def _cut_stream(documents: Selection, segment_tokens: int) -> Pieces:
-    """A piece begins where a document or a segment begins, and ends where the next piece begins."""
-    end = documents.tokens // segment_tokens * segment_tokens
-    begins = np.cumsum(documents.length) - documents.length
+def _fill_segments(documents: Selection, filled: np.ndarray, segment_tokens: int) -> Pieces:
+    """``filled[d]`` whole segments of document d, from its beginning."""
+    owner = np.repeat(np.arange(len(documents)), filled)
+    start = _offsets_within(np.full(len(owner), segment_tokens), owner)
+    zeros = np.zeros(len(owner), np.int64)
+    return Pieces(
+        np.arange(len(owner)), documents.source[owner], documents.document[owner], start, start + segment_tokens, zeros, segment_tokens
+    )
+
+
+def _cut_stream(documents: Selection, first: np.ndarray, segment_tokens: int) -> Pieces:
+    """The documents from token ``first[d]`` on, one after the other. A piece begins where a document or a segment does, and ends where the next begins."""
+    length = documents.length - first
+    end = int(length.sum()) // segment_tokens * segment_tokens
+    begins = np.cumsum(length) - length
     cuts = np.unique(np.concatenate([begins[begins < end], np.arange(0, end, segment_tokens)]))
     owner = np.searchsorted(begins, cuts, side="right") - 1
-    start = cuts - begins[owner]
+    start = cuts - begins[owner] + first[owner]
     stop = start + np.diff(cuts, append=end)
     segment, offset = np.divmod(cuts, segment_tokens)
     return Pieces(segment, documents.source[owner], documents.document[owner], start, stop, offset, segment_tokens)

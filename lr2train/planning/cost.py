@@ -1,11 +1,11 @@
 """Floating-point operations of training and of the search, and the hours they take.
 
-Choice: model FLOPs utilisation (MFU) counts what the mathematics needs, 6 N + causal attention a token, and not what checkpointing recomputes; so the same
-hours follow whether activations are recomputed or not, and recomputation is shown apart as overhead. Cost: an MFU quoted elsewhere with recomputation
-inside (HFU) must not be put into ``hardware.mfu``.
+Choice: model FLOPs utilisation (MFU) counts what the mathematics needs, 6 N + causal attention a token, and not what checkpointing
+recomputes; so the same hours follow whether activations are recomputed or not, and recomputation is shown apart as overhead. Cost: an MFU
+quoted elsewhere with recomputation inside (HFU) must not be put into ``hardware.mfu``.
 
-The paper's 10B tokens in 54 h on 64 A100 (312 TFLOP/s) are 804 tokens/s/GPU. With its 3B short and 7B long tokens, LLaMA3-8B needs 119 GFLOP a token, so
-that is an MFU of 0.31; Phi3-mini's 39 h are 1113 tokens/s/GPU and an MFU of 0.27.
+The paper's 10B tokens in 54 h on 64 A100 (312 TFLOP/s) are 804 tokens/s/GPU. With its 3B short and 7B long tokens, LLaMA3-8B needs 119
+GFLOP a token, so that is an MFU of 0.31; Phi3-mini's 39 h are 1113 tokens/s/GPU and an MFU of 0.27.
 """
 
 from __future__ import annotations

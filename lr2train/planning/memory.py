@@ -1,10 +1,10 @@
 """Memory of one GPU in training, item by item, in bytes.
 
-Choice: each item is a formula over a few numbers, close to what our engine and DeepSpeed 0.19 allocate, so that a reader can check it and see which knob
-moves it. Cost: what an allocator loses between blocks is not in it; a tenth of the GPU is kept free for that.
+Choice: each item is a formula over a few numbers, close to what our engine and DeepSpeed 0.19 allocate, so that a reader can check it and
+see which knob moves it. Cost: what an allocator loses between blocks is not in it; a tenth of the GPU is kept free for that.
 
-Symbols: N parameters, W ranks, P parameters of the piece that is gathered, t = T / sp tokens of a rank, H hidden, F intermediate, Hq and Hk query and key
-heads of Dh dimensions, V vocabulary, b bytes of a weight.
+Symbols: N parameters, W ranks, P parameters of the piece that is gathered, t = T / sp tokens of a rank, H hidden, F intermediate, Hq and
+Hk query and key heads of Dh dimensions, V vocabulary, b bytes of a weight.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def shard_bytes(parameters: int, bytes_per_parameter: int, ranks: int) -> float:
 
 
 def gathered_bytes(parameters: int, largest_parameters: int, live_parameters: int, weight_bytes: int) -> float:
-    """Whole weights at one time under ZeRO-3: b * min(N, max(live limit, largest piece)); DeepSpeed keeps and prefetches layers up to its limit."""
+    """Whole weights at one time under ZeRO-3: b * min(N, max(live limit, largest piece)); DeepSpeed keeps and prefetches layers up to
+    its limit.
+    """
     return weight_bytes * min(parameters, max(live_parameters, largest_parameters))
 
 
@@ -99,9 +101,9 @@ def saved_inputs_bytes(layers: int, hidden: int, tokens: int, weight_bytes: int)
 def layer_saved_bytes(shape: Shape, tokens: int, weight_bytes: int, sp: int) -> float:
     """What one layer keeps for its backward pass: t * (2 norms * (4 + 2b) H + b H + b A + 4 b F).
 
-    A norm keeps its input in fp32, the normalised input and its output; the residual sum is one more H. Attention keeps q, k, v and its output,
-    A = (2 Hq + 2 Hk) Dh, under sequence parallelism twice (before and after the exchange) and with Hk repeated up to lcm(Hk, sp). A gated MLP keeps
-    gate, activation, up and product: 4 F.
+    A norm keeps its input in fp32, the normalised input and its output; the residual sum is one more H. Attention keeps q, k, v and its
+    output, A = (2 Hq + 2 Hk) Dh, under sequence parallelism twice (before and after the exchange) and with Hk repeated up to lcm(Hk, sp).
+    A gated MLP keeps gate, activation, up and product: 4 F.
     """
     key_heads = math.lcm(shape.key_heads, sp)
     attention = (2 * shape.heads + 2 * key_heads) * shape.head_dim * (2 if sp > 1 else 1)
@@ -110,14 +112,17 @@ def layer_saved_bytes(shape: Shape, tokens: int, weight_bytes: int, sp: int) -> 
 
 
 def layer_flight_bytes(shape: Shape, tokens: int, weight_bytes: int) -> float:
-    """Gradients in flight in one layer's backward pass: b * t * (3 F + 2 H): product, gate and up; the gradient of the output and of its residual."""
+    """Gradients in flight in one layer's backward pass: b * t * (3 F + 2 H): product, gate and up; the gradient of the output and of its
+    residual.
+    """
     return weight_bytes * tokens * (3 * shape.intermediate + 2 * shape.hidden)
 
 
 def loss_bytes(hidden: int, vocabulary: int, chunk_tokens: int, tokens: int, weight_bytes: int) -> float:
     """Peak of the chunked cross-entropy: chunk * V * (b + 8) + V * H * (4 + b) + b * t * H.
 
-    The chunk's logits exist in the model's type, in fp32 and as probabilities; the head's gradient in fp32 and, at the end, in the model's type.
+    The chunk's logits exist in the model's type, in fp32 and as probabilities; the head's gradient in fp32 and, at the end, in the
+    model's type.
     """
     chunk = min(chunk_tokens, tokens)
     return chunk * vocabulary * (weight_bytes + 8) + vocabulary * hidden * (4 + weight_bytes) + weight_bytes * tokens * hidden
@@ -154,16 +159,23 @@ def _states(shape: Shape, s: Setting) -> list[Item]:
     return [
         Item(f"weights, {s.dtype}", shard_bytes(n, weight, per_weights), formula(weight, per_weights)),
         Item("gradients", shard_bytes(n, gradient, per_gradients), formula(gradient, per_gradients), not s.offload_optimizer),
-        Item("fp32 weights and Adam's moments", shard_bytes(n, optimizer, per_optimizer), formula(optimizer, per_optimizer), not s.offload_optimizer),
+        Item(
+            "fp32 weights and Adam's moments",
+            shard_bytes(n, optimizer, per_optimizer),
+            formula(optimizer, per_optimizer),
+            not s.offload_optimizer,
+        ),
     ]
 
 
 def _gathered(shape: Shape, s: Setting) -> list[Item]:
     weight, largest = WEIGHT_BYTES[s.dtype], shape.largest_gathered_parameters
-    whole = [Item("gradients of the piece being reduced", weight * largest, f"{weight} B · {largest / 1e6:.0f}M")]
+    whole = [Item("gradients of the piece being reduced", weight * largest, f"{weight} B · {largest / 1e6:.3g}M")]
     if s.zero_stage == 3:
         size = gathered_bytes(shape.parameters, largest, s.live_parameters, weight)
-        whole.insert(0, Item("gathered weights", size, f"{weight} B · min(N, {max(s.live_parameters, largest) / 1e6:.0f}M live parameters)"))
+        whole.insert(
+            0, Item("gathered weights", size, f"{weight} B · min(N, {max(s.live_parameters, largest) / 1e6:.4g}M live parameters)")
+        )
     return whole
 
 
@@ -173,10 +185,16 @@ def _activations(shape: Shape, s: Setting) -> list[Item]:
     flight = layer_flight_bytes(shape, t, weight)
     loss = loss_bytes(shape.hidden, shape.vocabulary, s.chunk_tokens, t, weight)
     if s.checkpointing:
-        kept = Item("saved layer inputs", saved_inputs_bytes(shape.layers, shape.hidden, t, weight), f"{shape.layers} layers · {t:,} tokens · {weight} H B")
+        kept = Item(
+            "saved layer inputs",
+            saved_inputs_bytes(shape.layers, shape.hidden, t, weight),
+            f"{shape.layers} layers · {t:,} tokens · {weight} H B",
+        )
         peak, name, how = saved + flight, "one recomputed layer", "t · (norms, attention, MLP and their gradients)"
     else:
-        kept = Item("saved activations of all layers", shape.layers * saved, f"{shape.layers} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB")
+        kept = Item(
+            "saved activations of all layers", shape.layers * saved, f"{shape.layers} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB"
+        )
         peak, name, how = flight, "gradients inside one layer", "b · t · (3 F + 2 H)"
     if loss > peak:
         name, how = "the loss chunk", f"{min(s.chunk_tokens, t):,} · V logits in three forms, the head's fp32 gradient"
@@ -186,6 +204,10 @@ def _activations(shape: Shape, s: Setting) -> list[Item]:
 def _fixed(s: Setting) -> list[Item]:
     weight = WEIGHT_BYTES[s.dtype]
     return [
-        Item("reduction buckets", bucket_bytes(s.bucket_parameters, weight), f"2 · {weight} B · {s.bucket_parameters / 1e6:.0f}M (reduce_bucket_size)"),
+        Item(
+            "reduction buckets",
+            bucket_bytes(s.bucket_parameters, weight),
+            f"2 · {weight} B · {s.bucket_parameters / 1e6:.3g}M (reduce_bucket_size)",
+        ),
         Item("CUDA, NCCL, cuBLAS", RUNTIME_BYTES, "assumed"),
     ]

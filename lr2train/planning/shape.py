@@ -1,7 +1,7 @@
 """The numbers of an architecture that memory and time depend on, counted on the model itself.
 
-Choice: the model is built on PyTorch's meta device, where tensors have shapes and no storage, so the count is exact for every architecture that
-transformers knows. Cost: a few seconds of imports; a closed formula would be faster and wrong for the next family.
+Choice: the model is built on PyTorch's meta device, where tensors have shapes and no storage, so the count is exact for every
+architecture that transformers knows. Cost: a few seconds of imports; a closed formula would be faster and wrong for the next family.
 """
 
 from __future__ import annotations

@@ -64,14 +64,22 @@ def _facts(title: str, facts: list[tuple[str, str]]) -> Table:
 def _model(model: dict[str, Any]) -> list[tuple[str, str]]:
     head = amount(model["head_parameters"]) if model["head_parameters"] else "tied"
     return [
-        ("parameters", f"{amount(model['parameters'])} ({model['parameters']:,}): embedding {amount(model['embedding_parameters'])}, head {head}, {model['layers']} layers of {amount(model['layer_parameters'])}"),
+        (
+            "parameters",
+            f"{amount(model['parameters'])} ({model['parameters']:,}): embedding {amount(model['embedding_parameters'])}, head "
+            f"{head}, {model['layers']} layers of {amount(model['layer_parameters'])}",
+        ),
         ("window", f"{model['original_window_tokens']:,} -> {model['target_window_tokens']:,} tokens"),
     ]
 
 
 def _mesh(mesh: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        ("mesh", f"{mesh['gpus']} GPUs on {mesh['nodes']} node{'s' * (mesh['nodes'] > 1)} = dp {mesh['dp']} x sp {mesh['sp']}, accumulation {mesh['accumulation']}, ZeRO-{mesh['zero_stage']}"),
+        (
+            "mesh",
+            f"{mesh['gpus']} GPUs on {mesh['nodes']} node{'s' * (mesh['nodes'] > 1)} = dp {mesh['dp']} x sp {mesh['sp']}, "
+            f"accumulation {mesh['accumulation']}, ZeRO-{mesh['zero_stage']}",
+        ),
         ("segment", f"{mesh['segment_tokens']:,} tokens, {mesh['tokens_per_gpu']:,} on each GPU"),
     ]
 
@@ -90,9 +98,13 @@ def _verdict(memory: dict[str, Any]) -> str:
     host = f" Host memory for the offloaded states: {memory['host_gib_per_node']:.1f} GiB a node." if memory["host_gib_per_node"] else ""
     disk = f" A checkpoint takes {memory['checkpoint_gib']:.2f} GiB of disk, and {memory['checkpoints_kept']} are kept."
     if memory["fits"]:
-        return f"[bold green]fits[/bold green], {memory['gpu_gib'] - memory['reserve_gib'] - memory['total_gib']:.1f} GiB to spare.{host}{disk}\n"
+        return (
+            f"[bold green]fits[/bold green], {memory['gpu_gib'] - memory['reserve_gib'] - memory['total_gib']:.1f} GiB to "
+            f"spare.{host}{disk}\n"
+        )
     return (
-        "[bold red]does not fit[/bold red]: raise hardware.gpus (shards states) or parallel.sp (shards activations), set engine.activation_checkpointing=true, "
+        "[bold red]does not fit[/bold red]: raise hardware.gpus (shards states) or parallel.sp (shards activations), set "
+        "engine.activation_checkpointing=true, "
         f"lower engine.loss_chunk_tokens, or take engine=zero3_offload.{host}{disk}\n"
     )
 
@@ -103,7 +115,14 @@ def _windows(cost: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if name == "window" else "right")
     for part in cost["parts"]:
         again = part["recomputed_flops_per_token"] / part["flops_per_token"]
-        figures = (f"{part['span_tokens']:,}", f"{part['share']:.1%}", flops(part["flops_per_token"]), f"{part['attention_share']:.0%}", f"{again:.0%}", f"{part['tokens_per_s_per_gpu']:,.0f}")
+        figures = (
+            f"{part['span_tokens']:,}",
+            f"{part['share']:.1%}",
+            flops(part["flops_per_token"]),
+            f"{part['attention_share']:.0%}",
+            f"{again:.0%}",
+            f"{part['tokens_per_s_per_gpu']:,.0f}",
+        )
         table.add_row(part["window"], *figures)
     return table
 
@@ -111,12 +130,20 @@ def _windows(cost: dict[str, Any]) -> Table:
 def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [
         ("a step", f"{work['segments_per_step']} segments = {amount(work['tokens_per_step'])} tokens, {hours(cost['step_s'] / 3600)}"),
-        ("speed", f"{cost['tokens_per_s_per_gpu']:,.0f} tokens/s/GPU; {cost['recompute_share']:.0%} of the work is done once more and not counted as useful"),
+        (
+            "speed",
+            f"{cost['tokens_per_s_per_gpu']:,.0f} tokens/s/GPU; {cost['recompute_share']:.0%} of the work is done once more and "
+            "not counted as useful",
+        ),
     ]
     if work["steps"] is None:
         return [*facts, ("steps", "unknown: set optim.steps, data.short_tokens and data.long_tokens, or data.path to a prepared corpus")]
     return [
-        ("steps", f"{work['steps']:,} (from {work['origin']}) = {work['segments']:,} segments = {amount(work['tokens'])} tokens, {work['short_share']:.0%} short"),
+        (
+            "steps",
+            f"{work['steps']:,} (from {work['origin']}) = {work['segments']:,} segments = {amount(work['tokens'])} tokens, "
+            f"{work['short_share']:.0%} short",
+        ),
         *facts,
         ("time", f"[bold]{hours(cost['hours'])}[/bold] = {hours(cost['gpu_hours'])} of one GPU, {flops(cost['total_flops'])}"),
         ("price", f"[bold]{money(cost['price_usd'])}[/bold]"),
@@ -126,6 +153,10 @@ def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str
 def _search(search: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("a document", f"{flops(search['flops_per_document'])}, {search['gpu_gib']:.1f} GiB on one GPU"),
-        ("forwards", f"{search['document_forwards']:,} at most (parents are not scored again; the paper counts {search['paper_document_forwards']:,})"),
+        (
+            "forwards",
+            f"{search['document_forwards']:,} at most (parents are not scored again; the paper counts "
+            f"{search['paper_document_forwards']:,})",
+        ),
         ("time", f"[bold]{hours(search['hours'])}[/bold] = {hours(search['gpu_hours'])} of one GPU, {money(search['price_usd'])}"),
     ]

@@ -1,7 +1,7 @@
 """How much there is to train on: segments by window, steps, tokens.
 
-Choice: the best known count wins: the prepared corpus, else the token budgets, else the curriculum's stages. Where none of them is known the plan says so
-and gives the cost of a step.
+Choice: the best known count wins: the prepared corpus, else the token budgets, else the curriculum's stages. Where none of them is known
+the plan says so and gives the cost of a step.
 """
 
 from __future__ import annotations
@@ -71,7 +71,11 @@ def _parts(config: Config, window_tokens: int) -> tuple[tuple[Part, ...], str]:
     if data.kind == "curriculum" and data.stages:
         return tuple(Part(SHORT, stage.steps * total, stage.length_tokens) for stage in data.stages), "data.stages"
     counts, origin = _segments(config)
-    parts = tuple(Part(window, counts[window], window_tokens if window == SHORT else data.segment_tokens) for window in (SHORT, LONG) if counts[window])
+    parts = tuple(
+        Part(window, counts[window], window_tokens if window == SHORT else data.segment_tokens)
+        for window in (SHORT, LONG)
+        if counts[window]
+    )
     return parts or (Part(LONG, total, data.segment_tokens),), origin
 
 
@@ -81,7 +85,10 @@ def _segments(config: Config) -> tuple[dict[str, int], str]:
     if data.path is not None and manifest.is_file():
         return {window: plan["segments"] for window, plan in read_json(manifest)["windows"].items()}, f"{manifest}"
     if data.short_tokens or data.long_tokens:
-        return {SHORT: segments_of(data.short_tokens, data.segment_tokens), LONG: segments_of(data.long_tokens, data.segment_tokens)}, "data.short_tokens and data.long_tokens"
+        return {
+            SHORT: segments_of(data.short_tokens, data.segment_tokens),
+            LONG: segments_of(data.long_tokens, data.segment_tokens),
+        }, "data.short_tokens and data.long_tokens"
     return {SHORT: 0, LONG: 0}, ""
 
 
@@ -96,9 +103,14 @@ def _assumptions(config: Config, parts: tuple[Part, ...], origin: str, window_to
     if origin.startswith("data.short_tokens"):
         lines.append("segments are filled to the last token (the packer's padding is below a percent on ordinary text)")
     if not origin:
-        lines.append("neither a corpus, nor budgets, nor stages say how many segments there are: every segment is counted as long, which is the most expensive case")
+        lines.append(
+            "neither a corpus, nor budgets, nor stages say how many segments there are: every segment is counted as long, which "
+            "is the most expensive case"
+        )
     if any(part.window == SHORT for part in parts) and origin != "data.stages":
         lines.append(f"documents of short segments are all {window_tokens:,} tokens long, the most that they can be")
     if config.data.long_attention is LongAttention.document and any(part.window == LONG for part in parts):
-        lines.append("data.long_attention=document: documents of long segments are counted as long as the segment, the most that they can be")
+        lines.append(
+            "data.long_attention=document: documents of long segments are counted as long as the segment, the most that they can be"
+        )
     return lines

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 
 from lr2train.reporting.page import text
 
-CELL_W, CELL_H, LEFT, TOP = 46, 26, 40, 4
+CELL_W, CELL_H, LEFT, TOP = 46, 26, 52, 4
 _SCALE = colormaps["cividis"]
 
 
@@ -18,13 +18,21 @@ def heatmap(cells: Sequence[dict[str, Any]]) -> str:
     lengths = sorted({cell["length_tokens"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells})
     width, height = LEFT + CELL_W * len(lengths) + 2, TOP + CELL_H * len(depths) + 34
-    squares = "".join(_cell(cell, LEFT + CELL_W * lengths.index(cell["length_tokens"]), TOP + CELL_H * depths.index(cell["depth"])) for cell in cells)
-    labels = "".join(_label(LEFT + CELL_W * (i + 0.5), TOP + CELL_H * len(depths) + 14, "middle", short_count(length)) for i, length in enumerate(lengths))
+    squares = "".join(
+        _cell(cell, LEFT + CELL_W * lengths.index(cell["length_tokens"]), TOP + CELL_H * depths.index(cell["depth"])) for cell in cells
+    )
+    labels = "".join(
+        _label(LEFT + CELL_W * (i + 0.5), TOP + CELL_H * len(depths) + 14, "middle", short_count(length))
+        for i, length in enumerate(lengths)
+    )
     labels += "".join(_label(LEFT - 6, TOP + CELL_H * (i + 0.5) + 3.5, "end", f"{depth:.0%}") for i, depth in enumerate(depths))
     labels += _label(LEFT + CELL_W * len(lengths) / 2, height - 4, "middle", "document length, tokens")
     middle = TOP + CELL_H * len(depths) / 2
-    labels += f'<g transform="rotate(-90 8 {middle})">{_label(8, middle, "middle", "depth")}</g>'
-    return f'<svg role="img" aria-label="needle accuracy by length and depth" viewBox="0 0 {width} {height}" style="max-width:{width * 1.5:.0f}px">{squares}{labels}</svg>'
+    labels += f'<g transform="rotate(-90 12 {middle})">{_label(12, middle, "middle", "depth")}</g>'
+    return (
+        f'<svg role="img" aria-label="needle accuracy by length and depth" viewBox="0 0 {width} {height}" '
+        f'style="max-width:{width * 1.5:.0f}px">{squares}{labels}</svg>'
+    )
 
 
 def color_of(share: float) -> tuple[str, str]:
@@ -46,10 +54,15 @@ def short_count(tokens: int) -> str:
 
 def _cell(cell: dict[str, Any], x: float, y: float) -> str:
     fill, ink = color_of(cell["accuracy"])
-    tip = f"{cell['length_tokens']:,} tokens, depth {cell['depth']:.0%}: {cell['accuracy']:.0%} of {cell['documents']} documents, answer perplexity {cell['perplexity']:.3g}"
+    tip = (
+        f"{cell['length_tokens']:,} tokens, depth {cell['depth']:.0%}: {cell['accuracy']:.0%} of {cell['documents']} documents, "
+        f"answer perplexity {cell['perplexity']:.3g}"
+    )
     return (
-        f'<g><title>{text(tip)}</title><rect x="{x + 0.75}" y="{y + 0.75}" width="{CELL_W - 1.5}" height="{CELL_H - 1.5}" rx="3" fill="{fill}"/>'
-        f'<text x="{x + CELL_W / 2}" y="{y + CELL_H / 2 + 3.5}" text-anchor="middle" font-size="10.5" fill="{ink}">{100 * cell["accuracy"]:.0f}</text></g>'
+        f'<g><title>{text(tip)}</title><rect x="{x + 0.75}" y="{y + 0.75}" width="{CELL_W - 1.5}" height="{CELL_H - 1.5}" rx="3" '
+        f'fill="{fill}"/>'
+        f'<text x="{x + CELL_W / 2}" y="{y + CELL_H / 2 + 3.5}" text-anchor="middle" font-size="10.5" '
+        f'fill="{ink}">{100 * cell["accuracy"]:.0f}</text></g>'
     )
 
 

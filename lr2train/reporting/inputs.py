@@ -1,7 +1,7 @@
 """What a report reads: the run's own files and those of the runs that it was made from.
 
-Choice: everything is optional. A file that is not there leaves its section out, so the same page serves a run that has just begun and one that is done.
-Related runs are found by the paths that the verbs recorded, looked up from where the verbs ran and from beside the run.
+Choice: everything is optional. A file that is not there leaves its section out, so the same page serves a run that has just begun and one
+that is done. Related runs are found by the paths that the verbs recorded, looked up from where the verbs ran and from beside the run.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def gather(folders: Sequence[Path]) -> Inputs:
     run, given = folders[0], folders[1:]
     config, trained = _json(run / "train.config.json") or {}, _json(run / "train.json")
     search = _pick(given, "generations.jsonl") or _search_of(run, config)
-    corpus = _pick(given, "corpus.json") or _related(run, (trained or {}).get("corpus") or config.get("data", {}).get("path"), "corpus.json")
+    corpus = _pick(given, "corpus.json") or _related(
+        run, (trained or {}).get("corpus") or config.get("data", {}).get("path"), "corpus.json"
+    )
     base = _pick(given, "train.json") or _base_of(run, (trained or {}).get("base") or config.get("model", {}).get("path"))
     return Inputs(
         folder=run,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lr2train.reporting.heatmap import gradient, heatmap, short_count
 from lr2train.reporting.inputs import Inputs, Json
-from lr2train.reporting.page import card, change, facts, fold, heading, missing, table, text
+from lr2train.reporting.page import Missing, card, change, count, facts, fold, heading, table, text
 
 MEASURES = (
     ("accuracy", "Needle accuracy", "share of documents whose answer greedy decoding says exactly; higher is better", max),
@@ -35,7 +35,8 @@ def header(inputs: Inputs) -> str:
     title = f"{windows[0]:,} → {windows[1]:,} tokens" if windows and windows[1] > windows[0] else inputs.folder.resolve().name
     cards = [*_improvements(inputs), *_facts(inputs)]
     return (
-        f'<p class="eyebrow">lr2train · {text(inputs.folder.resolve().name)}</p><h1>{text(title)}</h1><p class="lead">{_sentence(inputs)}</p>'
+        f'<p class="eyebrow">lr2train · {text(inputs.folder.resolve().name)}</p><h1>{text(title)}</h1><p '
+        f'class="lead">{_sentence(inputs)}</p>'
         f'<div class="cards">{"".join(cards)}</div>'
     )
 
@@ -54,9 +55,12 @@ def _sentence(inputs: Inputs) -> str:
     if inputs.factors and inputs.factors.scale > 1:
         parts.append(f"extended {inputs.factors.scale:g} times by <strong>{text(inputs.factors.method)}</strong> factors")
     if inputs.train:
-        parts.append(f"trained for {inputs.train['steps']:,} steps on {_tokens(inputs.train['tokens_seen'])} tokens in {_duration(inputs.train['seconds'])} on {inputs.train['world']} rank{'s' * (inputs.train['world'] > 1)}")
+        parts.append(
+            f"trained for {inputs.train['steps']:,} steps on {_tokens(inputs.train['tokens_seen'])} tokens in "
+            f"{_duration(inputs.train['seconds'])} on {count(inputs.train['world'], 'rank')}"
+        )
     elif inputs.metrics:
-        parts.append(f"still training: step {inputs.metrics[-1]['step']:,}")
+        parts.append(f"{'in training' if parts else 'In training'}, step {inputs.metrics[-1]['step']:,} reached")
     return ", ".join(parts) + "." if parts else "Nothing has been recorded here yet."
 
 
@@ -89,48 +93,72 @@ def _improvements(inputs: Inputs) -> list[str]:
     target, original = max(evaluation["lengths_tokens"]), evaluation["original_window_tokens"]
     short = max((length for length in evaluation["lengths_tokens"] if length <= original), default=None)
     old, new = at_length(before, target), at_length(after, target)
-    bars = _bars(evaluation, target)
-    note = f"{text(before['label'])} → {text(after['label'])}; {text(_best_other(evaluation, target))}"
-    cards = [card(f"Needle accuracy at {target:,} tokens", change(f"{old['accuracy']:.0%}", f"{new['accuracy']:.0%}"), note, hero=True, extra=bars)]
-    cards.append(card(f"Text perplexity at {short_count(target)}", change(_number(old["text_perplexity"]), _number(new["text_perplexity"])), "held-out text, long window"))
+    note = f"{text(before['label'])} → {text(after['label'])}"
+    value = change(f"{old['accuracy']:.0%}", f"{new['accuracy']:.0%}")
+    cards = [card(f"Needle accuracy at {target:,} tokens", value, note, hero=True, extra=_bars(evaluation, target))]
+    cards.append(
+        card(
+            f"Text perplexity at {short_count(target)}",
+            change(_number(old["text_perplexity"]), _number(new["text_perplexity"])),
+            "held-out text, long window",
+        )
+    )
     if short:
         old, new = at_length(before, short), at_length(after, short)
-        cards.append(card(f"Kept at {short_count(short)}", change(_number(old["text_perplexity"]), _number(new["text_perplexity"])), f"text perplexity in the original window; needles {old['accuracy']:.0%} → {new['accuracy']:.0%}"))
+        cards.append(
+            card(
+                f"Kept at {short_count(short)}",
+                change(_number(old["text_perplexity"]), _number(new["text_perplexity"])),
+                f"text perplexity in the original window; needles {old['accuracy']:.0%} → {new['accuracy']:.0%}",
+            )
+        )
     return cards
 
 
 def _bars(evaluation: Json, target: int) -> str:
-    share = at_length(evaluation["rows"][-1], target)["accuracy"]
-    return f'<div class="steps"><i style="width:{100 * share:.1f}%;background:var(--good)"></i></div>'
-
-
-def _best_other(evaluation: Json, target: int) -> str:
-    others = evaluation["rows"][:-1]
-    if not others:
-        return "nothing beside it"
-    best = max(others, key=lambda row: at_length(row, target)["accuracy"])
-    return f"best untrained: {best['label'].removesuffix(' untrained')} {at_length(best, target)['accuracy']:.0%}"
+    """Every row's accuracy at the target length as a bar."""
+    rows = [(row["label"], at_length(row, target)["accuracy"]) for row in evaluation["rows"]]
+    lines = "".join(
+        f'<span>{text(label)}</span><i><b style="width:{100 * share:.1f}%"></b></i><span>{share:.0%}</span>' for label, share in rows
+    )
+    return f'<div class="bars">{lines}</div>'
 
 
 def _facts(inputs: Inputs) -> list[str]:
     cards = []
     if len(inputs.generations) > 1:
         first, last = (inputs.generations[i]["best_perplexity"] for i in (0, -1))
-        cards.append(card("Search: needle perplexity", change(_number(first), _number(last)), f"best of generation 0 → {inputs.generations[-1]['generation']}, before any training"))
+        cards.append(
+            card(
+                "Search: needle perplexity",
+                change(_number(first), _number(last)),
+                f"best of generation 0 → {inputs.generations[-1]['generation']}, before any training",
+            )
+        )
     if inputs.metrics:
         losses = [line["loss"] for line in inputs.metrics]
-        cards.append(card("Training loss", change(_number(losses[0]), _number(losses[-1])), f"nats per target token, step {inputs.metrics[0]['step']} → {inputs.metrics[-1]['step']:,}"))
+        cards.append(
+            card(
+                "Training loss",
+                change(_number(losses[0]), _number(losses[-1])),
+                f"nats per target token, step {inputs.metrics[0]['step']} → {inputs.metrics[-1]['step']:,}",
+            )
+        )
     return cards
 
 
-def comparison(inputs: Inputs) -> str:
+def comparison(inputs: Inputs) -> str | Missing:
     """Every row of the evaluation by length, one table a measure."""
     if not inputs.evaluation:
-        return missing("Comparison", "How the trained model compares with other methods is not measured yet.", f"python -m lr2train.evaluate run={inputs.folder.resolve().name}")
+        return Missing(
+            "How the trained model compares with other methods is not measured yet.",
+            f"python -m lr2train.evaluate run={inputs.folder.resolve().name}",
+        )
     tables = "".join(_table(inputs.evaluation, *measure) for measure in MEASURES)
     sentence = (
         "The untrained rows are the model before training under each method's factors; the last row is the trained one. "
-        f"Lengths up to {inputs.evaluation['original_window_tokens']:,} tokens lie in the original window. The best of each column is green."
+        f"Lengths up to {inputs.evaluation['original_window_tokens']:,} tokens lie in the original window. The best of each "
+        "column is green."
     )
     return heading("Comparison", sentence) + tables
 
@@ -139,66 +167,83 @@ def _table(evaluation: Json, key: str, name: str, what: str, better: Callable[..
     lengths = evaluation["lengths_tokens"]
     best = {length: better(at_length(row, length)[key] for row in evaluation["rows"]) for length in lengths}
     rows = [
-        [text(row["label"]), f"{row['attention_factor']:.3f}", *(_figure(at_length(row, length)[key], best[length], key) for length in lengths)]
+        [
+            text(row["label"]),
+            *(_figure(at_length(row, length)[key], best[length], key) for length in lengths),
+            f"{row['attention_factor']:.3f}",
+        ]
         for row in evaluation["rows"]
     ]
-    return table(f"{name} <span>{what}</span>", ["", "attention factor", *(f"{length:,}" for length in lengths)], rows, last=True)
+    return table(f"{name} <span>{what}</span>", ["", *(f"{length:,}" for length in lengths), "attention factor"], rows, last=True)
 
 
 def _figure(value: float, best: float, key: str) -> str:
     shown = f"{value:.0%}" if key == "accuracy" else _number(value)
     bar = f'<span class="bar" style="width:{100 * value:.0f}%"></span>' if key == "accuracy" else ""
-    return f'<td{" class=best" * (value == best)}>{shown}{bar}</td>'
+    return f"<td{' class=best' * (value == best)}>{shown}{bar}</td>"
 
 
-def needles(inputs: Inputs) -> str:
+def needles(inputs: Inputs) -> str | Missing:
     """A heat map a row, the trained model's last."""
     if not inputs.evaluation:
-        return missing("Needles by length and depth", "No needle was hidden yet.", f"python -m lr2train.evaluate run={inputs.folder.resolve().name}")
+        return Missing("No needle was hidden yet.", f"python -m lr2train.evaluate run={inputs.folder.resolve().name}")
     rows = inputs.evaluation["rows"]
     panels = "".join(_panel(row, last=i == len(rows) - 1) for i, row in enumerate(rows))
     documents = max(cell["documents"] for row in rows for cell in row["cells"])
-    sentence = f"A fact is hidden at a depth of a document (0 % is its beginning) and asked for at its end; {documents} documents a cell. Numbers are percent answered exactly."
+    sentence = (
+        f"A fact is hidden at a depth of a document (0 % is its beginning) and asked for at its end; {documents} documents a cell. "
+        "Numbers are percent answered exactly."
+    )
     scale = f'<div class="scale">0 %<i style="background:{gradient()}"></i>100 %</div>'
     return heading("Needles by length and depth", sentence) + scale + f'<div class="panels">{panels}</div>'
 
 
 def _panel(row: Json, last: bool) -> str:
     mean = sum(cell["accuracy"] for cell in row["cells"]) / len(row["cells"])
-    return f'<figure{" class=last" * last}><h3>{text(row["label"])}<span>mean {mean:.0%}</span></h3>{heatmap(row["cells"])}</figure>'
+    return f"<figure{' class=last' * last}><h3>{text(row['label'])}<span>mean {mean:.0%}</span></h3>{heatmap(row['cells'])}</figure>"
 
 
-def sample(inputs: Inputs) -> str:
+def sample(inputs: Inputs) -> str | Missing:
     """What the model wrote."""
     if not inputs.sample:
-        return missing("Sample", "No text was generated yet.", f"python -m lr2train.generate run={inputs.folder.resolve().name} generate.prompt=…")
+        return Missing("No text was generated yet.", f"python -m lr2train.generate run={inputs.folder.resolve().name} generate.prompt=…")
     one = inputs.sample
     prompt, cut = one["prompt"][-SHOWN_CHARACTERS:], len(one["prompt"]) > SHOWN_CHARACTERS
-    switch = ", the original window until the text outgrew it, then the long one with a cache computed anew" if one["switched"] else f", {one['window']} window"
+    switch = (
+        ", the original window until the text outgrew it, then the long one with a cache computed anew"
+        if one["switched"]
+        else f", {one['window']} window"
+    )
     sentence = f"{one['prompt_tokens']:,} tokens of prompt, {one['new_tokens']:,} new{text(switch)}; {one['seconds']:.1f} s."
     return heading("Sample", sentence) + f"<pre>{'… ' * cut}{text(prompt)}<mark>{text(one['text'])}</mark></pre>"
 
 
-def exported(inputs: Inputs) -> str:
+def exported(inputs: Inputs) -> str | Missing:
     """The exported folder and its check."""
     if not inputs.export:
-        return missing("Export", "There is no folder for other runtimes yet.", f"python -m lr2train.export run={inputs.folder.resolve().name}")
+        return Missing("There is no folder for other runtimes yet.", f"python -m lr2train.export run={inputs.folder.resolve().name}")
     one = inputs.export
     pairs = [("folder", f"<code>{text(one['folder'])}</code>"), ("size", f"{one['bytes'] / 1e6:,.1f} MB, {text(one['dtype'])}")]
     for window in ("long", "short"):
         pairs.append((f"{window} window", f"largest logit difference {one[f'{window}_logit_difference']:.2e}"))
     sentence = (
-        "The folder was loaded again with plain transformers and its logits compared with ours. Its format has one attention factor for both windows, so with a factor "
+        "The folder was loaded again with plain transformers and its logits compared with ours. Its format has one attention "
+        "factor for both windows, so with a factor "
         "other than 1 the short window differs there by design; the model card says how to serve it."
     )
     return heading("Export", sentence) + facts(pairs)
 
 
-def provenance(inputs: Inputs) -> str:
+def provenance(inputs: Inputs) -> str | Missing:
     """Commands, versions and configs of every run that took part."""
     if not inputs.origins:
-        return missing("Provenance", "No verb has recorded its config here.", f"python -m lr2train.train experiment=… name={inputs.folder.resolve().name}")
-    return heading("Provenance", "What was run, with which code. Every config is complete: the same command makes the same run.") + "".join(_origin(*one) for one in inputs.origins)
+        return Missing(
+            "No verb has recorded its config here.",
+            f"python -m lr2train.train experiment=… name={inputs.folder.resolve().name}",
+        )
+    return heading("Provenance", "What was run, with which code. Every config is complete: the same command makes the same run.") + "".join(
+        _origin(*one) for one in inputs.origins
+    )
 
 
 def _origin(folder: Path, verb: str, config: Json, record: Json) -> str:
@@ -206,11 +251,13 @@ def _origin(folder: Path, verb: str, config: Json, record: Json) -> str:
     pairs = [
         ("command", f"<code>{text(' '.join(record.get('command', [])))}</code>"),
         ("time", text(record.get("time", "?"))),
-        ("host", f"{text(record.get('host', '?'))}, {text(record.get('world', 1))} rank(s)"),
+        ("host", f"{text(record.get('host', '?'))}, {count(record.get('world', 1), 'rank')}"),
         ("code", f"<code>{text(record.get('commit') or 'no commit')}</code>"),
         ("versions", text(f"python {record.get('python', '?')}, {versions}")),
     ]
-    return fold(f"<strong>{text(verb)}</strong> <span>{text(folder)}</span>", facts(pairs) + f"<pre>{text(json.dumps(config, indent=1))}</pre>")
+    return fold(
+        f"<strong>{text(verb)}</strong> <span>{text(folder)}</span>", facts(pairs) + f"<pre>{text(json.dumps(config, indent=1))}</pre>"
+    )
 
 
 def _number(value: float) -> str:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,10 +106,9 @@ def _somebody_builds_in(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed prints build and start-up chatter to stdout, which belongs to results; warnings and errors stay on stderr."""
-    import logging
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    """DeepSpeed prints build and start-up chatter to stdout, which belongs to results; errors stay on stderr."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")  # DeepSpeed calls what torch has renamed
     with contextlib.redirect_stdout(open(os.devnull, "w")):
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -51,13 +52,16 @@ def test_repeats_are_learned_from_the_second_time_only(data, length):
     (batch, *_) = loader(data, StageConfig(steps=1, length_tokens=length, **REPEATS)).batches(0)
     assert_spans(batch, length)
     tokens, labels = rows(batch, length)
-    half = -(-(length - 1) // 2)
     assert (tokens[:, 0] == 0).all()
     assert tokens[:, 1:].min() > 1
-    assert (tokens[:, 1 + half :] == tokens[:, 1 : length - half]).all()
-    assert (labels[:, : 1 + half] == IGNORE).all()
-    assert (labels[:, 1 + half : -1] == tokens[:, 2 + half :]).all()
-    assert (labels[:, -1] == IGNORE).all()
+    periods = set()
+    for row, targets in zip(tokens[:, 1:], labels, strict=True):
+        period = next(p for p in range(2, length) if (row[p:] == row[:-p]).all())  # the smallest fits by chance only for rows of few tokens
+        assert length // 8 <= period <= length // 2
+        periods.add(period)
+        # Position t predicts token t + 1 of the row, which is token t of the body: known once a whole period and one token more were seen.
+        assert targets.tolist() == [IGNORE] * (period + 1) + row[period + 1 :].tolist() + [IGNORE]
+    assert len(periods) > 1 or len(tokens) == 1
 
 
 def test_text_rows_are_crops_of_training_documents(data):
@@ -71,17 +75,24 @@ def test_text_rows_are_crops_of_training_documents(data):
     assert all(any(row[1:].astype(np.uint16).tobytes() in document for document in documents) for row in tokens)
 
 
-def test_needle_rows_ask_for_what_they_hide(data):
+@pytest.mark.parametrize(("kind", "fewest", "most"), [("needles", 1, 2), ("dense", 2, 12)])
+def test_needle_rows_ask_for_what_they_hide_and_answers_alone_are_targets(data, kind, fewest, most):
     corpus = Corpus.open(data.path)
-    for batch in loader(data, StageConfig(steps=1, length_tokens=64, **NEEDLES)).batches(0):
-        assert_spans(batch, 64)
-        tokens, labels = rows(batch, 64)
-        assert (labels[:, :-1] == tokens[:, 1:]).all()
-        for row in tokens:
+    stage = StageConfig(steps=1, length_tokens=96, **{kind: 1.0})
+    asked = []
+    for batch in loader(data, stage).batches(0):
+        assert_spans(batch, 96)
+        for row, targets in zip(*rows(batch, 96), strict=True):
             text = corpus.tokenizer.decode(row[1:])
-            key, _, answer = text.rpartition("\n")[2].partition(" = ")
-            assert len(answer) == 4
-            assert text.count(f"{key} = {answer}") == 2
+            known = np.flatnonzero(targets != IGNORE)
+            assert (targets[known] == row[known + 1]).all()
+            answers = re.findall(r"\d{4}", corpus.tokenizer.decode(targets[known]))
+            assert 4 * len(answers) == len(corpus.tokenizer.decode(targets[known]).replace(" ", ""))
+            questions = re.findall(r"\n(\w+ = \d{4})(?=\n|$)", text)[-len(answers) :]
+            assert [question[-4:] for question in questions] == answers
+            assert all(text.count(question) == 2 for question in questions)
+            asked.append(len(answers))
+    assert fewest <= min(asked) <= max(asked) <= most
 
 
 def test_shares_hold_in_every_batch(data):

@@ -86,11 +86,14 @@ def test_short_segments_hold_every_token_once_inside_its_shard(tmp_path_factory,
 
 @given(st.lists(st.integers(5, 70), min_size=1, max_size=30), st.sampled_from([16, 24]), st.sampled_from(list(OverLong)), st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_long_segments_follow_the_stream(tmp_path_factory, lengths, segment_tokens, over_long, whole):
+def test_long_segments_hold_whole_documents_first_and_then_follow_the_stream(tmp_path_factory, lengths, segment_tokens, over_long, whole):
     documents = unique_documents(lengths)
     kept = [document for document in documents if over_long is not OverLong.drop or len(document) <= segment_tokens]
     kept = [document[:segment_tokens] if over_long is OverLong.truncate else document for document in kept]
-    stream = [int(token) for document in kept for token in document]
+    filled = [len(document) // segment_tokens * segment_tokens for document in kept]
+    # Documents of a segment's length or more fill segments of their own; what is left of them and all others follow as one stream.
+    alone = [int(token) for document, stop in zip(kept, filled, strict=True) for token in document[:stop]]
+    stream = alone + [int(token) for document, start in zip(kept, filled, strict=True) for token in document[start:]]
     store = store_of(tmp_path_factory.mktemp("long"), documents)
     pieces, lost = packing.pack_long(selection(lengths), segment_tokens, over_long)
     batches = [materialise(pieces, segment, [store], "long", whole, PADDING) for segment in range(pieces.n_segments)]

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# One verb on all GPUs of the machines in a hostfile ("node1 slots=8" a line):  HOSTFILE=hosts bash launch/multinode.sh train experiment=llama3_8b_128k name=first
+# The checkout and .venv lie at the same path on every machine. Keep to plain key=value here: lists and braces do not survive the remote shell.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source .venv/bin/activate
+verb=$1
+shift
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+exec deepspeed --hostfile "${HOSTFILE:-hosts}" --no_local_rank --module "lr2train.$verb" "$@"

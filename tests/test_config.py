@@ -1,0 +1,111 @@
+"""Configs: every experiment composes, bad keys and values are named, a run folder belongs to one config."""
+
+from pathlib import Path
+
+import pytest
+
+from lr2train import config, run
+from lr2train.config import CONF_FOLDER, Config, UserError, compose
+
+EXPERIMENTS = sorted(path.stem for path in (CONF_FOLDER / "experiment").glob("*.yaml"))
+GROUPS = [(path.parent.name, path.stem) for path in sorted(CONF_FOLDER.glob("*/*.yaml")) if path.parent.name not in ("experiment", "local")]
+VERBS = sorted(path.stem for path in CONF_FOLDER.glob("*.yaml") if path.stem != "base")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_experiment_composes_for_every_verb(verb, experiment):
+    composed = compose(verb, [f"experiment={experiment}", "name=x"])
+    assert composed.name == "x"
+    assert composed.rope.target_window_tokens > 0
+
+
+@pytest.mark.parametrize(("group", "choice"), GROUPS)
+def test_every_choice_of_every_group_composes(group, choice):
+    assert compose("train", ["name=x", "model=tiny_llama", f"{group}={choice}"]).name == "x"
+
+
+def test_the_papers_settings():
+    llama = compose("train", ["experiment=llama3_8b_128k", "name=x"])
+    assert (llama.rope.target_window_tokens, llama.optim.segments_per_step, llama.optim.lr, llama.optim.schedule) == (131072, 64, 2e-5, "cosine")
+    assert (llama.rope.critical_index, len(llama.rope.tail)) == (33, 31)
+    assert (llama.search.population, llama.search.generations, llama.search.mutation_probability, llama.search.documents) == (64, 40, 0.3, 10)
+    assert llama.data.short_tokens + llama.data.long_tokens == 10_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("override", "tells"),
+    [
+        ("optim.lrr=1", ["optim.lrr", "did you mean lr?"]),
+        ("optim.lr=fast", ["optim.lr", "fast", "Float"]),
+        ("optim.lr=-1", ["optim.lr=-1", "not positive"]),
+        ("data.long_attention=all", ["long_attention", "all", "segment, document"]),
+        ("model.dtype=int8", ["model.dtype=int8", "float32, bfloat16"]),
+        ("experiment=nope", ["experiment/nope", "tiny_4k"]),
+        ("parallel.sp=3", ["data.segment_tokens=4096", "parallel.sp=3", "4095"]),
+        ("parallel.sp=0", ["parallel.sp=0", "below 1"]),
+        ("search.top_k=99", ["search.top_k=99", "search.population=16"]),
+        ("data.holdout=2", ["data.holdout=2", "between 0 and 1"]),
+        ("=3", ["override", "=3"]),
+    ],
+)
+def test_bad_input_names_key_value_and_limit(override, tells):
+    experiment = [] if override.startswith("experiment") else ["experiment=tiny_4k"]
+    with pytest.raises(UserError) as error:
+        compose("train", [*experiment, "name=x", override])
+    sentence = str(error.value)
+    assert all(part in sentence for part in tells), sentence
+    assert "\n" not in sentence
+
+
+def test_a_missing_name_is_asked_for():
+    with pytest.raises(UserError, match="name has no value"):
+        compose("train", ["experiment=tiny_4k"])
+
+
+def test_main_exits_with_2_and_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "experiment=tiny_4k", "name=x", "optim.lrr=1"])
+    with pytest.raises(SystemExit) as end:
+        config.main("train", lambda _: pytest.fail("must not run"))
+    out = capsys.readouterr()
+    assert end.value.code == 2
+    assert out.out == ""
+    assert len(out.err.strip().splitlines()) == 1
+
+
+def _config(tmp_path: Path, **changes) -> Config:
+    return Config(name="one", runs_folder=str(tmp_path), **changes)
+
+
+def test_a_run_folder_belongs_to_one_config(tmp_path):
+    job = run.open_run(_config(tmp_path), "train")
+    assert (job.folder / "train.config.json").exists()
+    assert (job.folder / "train.provenance.json").exists()
+    run.open_run(_config(tmp_path), "train")  # the same again
+    before = (job.folder / "train.config.json").read_bytes()
+    with pytest.raises(UserError, match=r"seed: 0 -> 1"):
+        run.open_run(_config(tmp_path, seed=1), "train")
+    assert (job.folder / "train.config.json").read_bytes() == before
+
+
+def test_keys_that_change_no_result_may_change(tmp_path):
+    run.open_run(_config(tmp_path), "train")
+    run.open_run(_config(tmp_path, device="cpu", threads=2), "train")
+
+
+def test_random_streams_depend_on_seed_and_name_only():
+    first = run.stream(1, "a", 2).integers(1 << 30, size=4)
+    assert (first == run.stream(1, "a", 2).integers(1 << 30, size=4)).all()
+    assert (first != run.stream(1, "a", 3).integers(1 << 30, size=4)).any()
+    assert (first != run.stream(2, "a", 2).integers(1 << 30, size=4)).any()
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    run.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        run.write_json(path, {"a": object()})
+    assert run.read_json(path) == {"a": 1}
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        run.read_json(path)

@@ -1,0 +1,54 @@
+"""Imports point down the house: verbs -> training, evolution, evaluation -> model, data -> attention, rope -> parallel."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent / "lr2train"
+FLOORS = {"planning": 4, "reporting": 4, "training": 3, "evolution": 3, "evaluation": 3, "model": 2, "data": 2, "attention": 1, "rope": 1, "parallel": 0}
+FREE = {"config", "run"}  # may be imported by all, import nothing of ours (run: config)
+ONE_FILE = {"deepspeed": "training/engine.py", "wandb": "training/metrics.py", "flash_attn": "attention/kernel.py"}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """The folder of a part, or the file of a verb."""
+    relative = path.relative_to(ROOT)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, at any depth of it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    here = room(path)
+    others = {name.split(".")[1] for name in imported(path) if name.startswith("lr2train.")} - {here}
+    rooms = {other for other in others if (ROOT / other).is_dir() or (ROOT / f"{other}.py").exists()} - FREE
+    if here in FREE:
+        assert not rooms
+    elif here == "rope":
+        assert not rooms
+    elif here in FLOORS:
+        assert all(other in FLOORS and FLOORS[other] < FLOORS[here] for other in rooms), rooms
+
+
+@pytest.mark.parametrize(("library", "home"), ONE_FILE.items())
+def test_a_library_lives_in_one_file(library, home):
+    users = {str(path.relative_to(ROOT)) for path in FILES if any(name.split(".")[0] == library for name in imported(path))}
+    assert users <= {home}
+
+
+def test_data_and_rope_work_without_torch():
+    for path in FILES:
+        if room(path) in ("data", "rope"):
+            assert not any(name.split(".")[0] in ("torch", "transformers") for name in imported(path)), path

@@ -1,0 +1,287 @@
+"""plan: formulas against numbers worked out by hand, counts against built models, refusals, and the paper's own speed."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lr2train.config import UserError, compose
+from lr2train.model import load
+from lr2train.plan import plan
+from lr2train.planning import cost, memory, tables
+from lr2train.planning.memory import GIB
+from lr2train.planning.shape import hf_config_of, shape_of
+from lr2train.planning.work import work_of
+from lr2train.run import write_json
+
+REPO = Path(__file__).parent.parent
+L = 131072
+
+
+def composed(*overrides: str):
+    return compose("plan", list(overrides))
+
+
+def shape(*overrides: str):
+    config = composed(*overrides)
+    return shape_of(hf_config_of(config.model), config.model)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return shape("model=llama3_8b")
+
+
+@pytest.fixture(scope="module")
+def phi():
+    return shape("model=phi3_mini")
+
+
+def test_llama3_8b_counted_by_hand(llama):
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096  # q and o, k and v, gated MLP, two norms
+    assert llama.layer_parameters == layer == 218_112_000
+    assert llama.embedding_parameters == llama.head_parameters == 128256 * 4096
+    assert llama.parameters == 32 * layer + 2 * 128256 * 4096 + 4096 == 8_030_261_248
+    assert llama.multiplied_parameters == llama.parameters - 128256 * 4096
+    assert llama.largest_gathered_parameters == 128256 * 4096
+    assert llama.window_tokens == 8192
+
+
+def test_phi3_mini_counted_by_hand(phi):
+    layer = 4 * 3072 * 3072 + 3 * 3072 * 8192 + 2 * 3072
+    assert phi.layer_parameters == layer
+    assert phi.parameters == 32 * layer + 2 * 32064 * 3072 + 3072 == 3_821_079_552
+    assert phi.window_tokens == 2048
+
+
+def test_tiny_model_counted_on_a_built_one():
+    config = composed("model=tiny_llama")
+    hf_config = hf_config_of(config.model)
+    built = load.build_empty(hf_config, "float32", lambda: torch.device("cpu"))
+    tiny = shape_of(hf_config, config.model)
+    assert tiny.parameters == sum(parameter.numel() for parameter in built.parameters())
+    assert tiny.layer_parameters == sum(parameter.numel() for parameter in built.model.layers[0].parameters())
+    assert tiny.head_parameters == 0  # tied
+    assert tiny.multiplied_parameters == tiny.parameters
+
+
+def test_a_folder_comes_before_the_architecture(tmp_path):
+    config = composed("model=llama3_8b")
+    write_json(tmp_path / "config.json", {**config.model.architecture, "num_hidden_layers": 2})
+    assert shape("model=llama3_8b", f"model.path={tmp_path}").layers == 2
+
+
+def test_flops_of_a_128k_forward(llama):
+    """About 6.6 PFLOP with all parameters multiplied; 6.33 without the token table and with logits at the answer only, as the search
+    computes it.
+    """
+    attention = 2 * 32 * 32 * 128 * L
+    assert cost.attention_flops_per_token(llama, L) == attention
+    assert L * (2 * llama.parameters + attention) == pytest.approx(6.6e15, rel=0.01)
+    assert cost.scoring_flops(llama, L) == pytest.approx(6.33e15, rel=0.002)
+
+
+def test_gpu_hours_of_the_papers_search(llama):
+    """64 candidates, 40 iterations, 10 documents on A100 at 40 %: about 380 hours; a twentieth less where the head computes the answer
+    alone.
+    """
+    forwards = 64 * 40 * 10
+    assert cost.gpu_hours(6.6e15 * forwards, 312, 0.4) == pytest.approx(376, abs=1)
+    assert cost.gpu_hours(cost.scoring_flops(llama, L) * forwards, 312, 0.4) == pytest.approx(361, abs=1)
+    assert cost.search_forwards(64, 40, 16, 10) == (64 + 40 * 48) * 10
+
+
+def test_training_flops_agree_with_the_training_loop(llama):
+    """The loop's MFU counts 6 N' + 6 layers heads head_dim T a token."""
+    assert cost.training_flops_per_token(llama, L) == 6 * 7_504_924_672 + 6 * 32 * 32 * 128 * L
+    assert cost.training_flops_per_token(llama, L) == pytest.approx(148.1e9, rel=1e-3)
+    assert cost.recomputed_flops_per_token(llama, L, True) == pytest.approx(cost.forward_flops_per_token(llama, L), rel=1e-4)
+    assert cost.recomputed_flops_per_token(llama, L, False) == 2 * 128256 * 4096
+
+
+@pytest.mark.parametrize(("name", "hours", "speed", "expected"), [("llama", 54, 804, 0.307), ("phi", 39, 1113, 0.274)])
+def test_the_papers_speed_as_mfu(request, name, hours, speed, expected):
+    """10B tokens on 64 A100, 3B of them short: what share of 312 TFLOP/s that was."""
+    model = request.getfixturevalue(name)
+    assert 10e9 / (hours * 3600 * 64) == pytest.approx(speed, abs=1)
+    flops = 0.3 * cost.training_flops_per_token(model, model.window_tokens) + 0.7 * cost.training_flops_per_token(model, L)
+    mfu = cost.mfu(speed, flops, 312)
+    assert mfu == pytest.approx(expected, abs=0.001)
+    assert cost.tokens_per_s(312, mfu, flops) == pytest.approx(speed)
+    assert cost.gpu_hours(flops * 10e9, 312, mfu) / 64 == pytest.approx(hours, rel=0.002)
+
+
+def test_states_by_zero_stage(llama):
+    n, world = llama.parameters, 64
+    setting = memory.Setting.of(composed("experiment=llama3_8b_128k"))
+    for stage, weights, gradients, optimizer in ((0, 1, 1, 1), (1, 1, 1, world), (2, 1, world, world), (3, world, world, world)):
+        items = memory.training_items(llama, replace(setting, zero_stage=stage))
+        assert [item.bytes for item in items[:3]] == [2 * n / weights, 4 * n / gradients, 12 * n / optimizer]
+        assert any(item.name == "gathered weights" for item in items) == (stage == 3)
+
+
+def test_activations_by_hand(llama):
+    t = L // 8
+    assert memory.saved_inputs_bytes(32, 4096, t, 2) == 4 * GIB
+    assert memory.gathered_bytes(llama.parameters, llama.largest_gathered_parameters, 10**9, 2) == 2e9
+    assert memory.gathered_bytes(1000, 600, 10**9, 2) == 2000  # a model below the limit is whole
+    chunk = (
+        4096 * 128256 * 10 + 128256 * 4096 * 6 + 2 * t * 4096
+    )  # bf16, fp32 and probabilities; head gradient fp32 and bf16; hidden gradient
+    assert memory.loss_bytes(4096, 128256, 4096, t, 2) == chunk
+    assert memory.loss_bytes(4096, 128256, 10**9, 7, 2) == memory.loss_bytes(4096, 128256, 7, 7, 2)
+    norms, attention, mlp = 2 * 8 * 4096, 2 * (2 * 32 + 2 * 8) * 128, 8 * 14336
+    assert memory.layer_saved_bytes(llama, 1, 2, 1) == norms + 2 * 4096 + attention + mlp
+    assert memory.layer_saved_bytes(llama, 1, 2, 8) == norms + 2 * 4096 + 2 * attention + mlp
+    repeated = 2 * (2 * 32 + 2 * 16) * 128  # 8 key heads repeated to 16 for 16 ranks
+    assert memory.layer_saved_bytes(llama, 1, 2, 16) == norms + 2 * 4096 + 2 * repeated + mlp
+    assert memory.checkpoint_bytes(llama.parameters, 2) == 14 * llama.parameters
+
+
+def test_a_layer_saves_what_the_formula_says():
+    """Against autograd: the bytes that a real bf16 layer keeps for its backward pass."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    tokens = 128
+    config = composed("model=tiny_llama")
+    hf_config = hf_config_of(config.model)
+    hf_config._attn_implementation = "sdpa"
+    layer = LlamaDecoderLayer(hf_config, 0).to(torch.bfloat16)
+    kept = {parameter.untyped_storage().data_ptr(): 0 for parameter in layer.parameters()}
+
+    def keep(tensor):
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        return tensor
+
+    x = torch.randn(1, tokens, hf_config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    positions = torch.arange(tokens)[None]
+    rotated = LlamaRotaryEmbedding(hf_config)(x, positions)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        alive = layer(x, position_embeddings=rotated, position_ids=positions)
+    assert alive is not None
+    assert memory.layer_saved_bytes(shape_of(hf_config, config.model), tokens, 2, 1) == pytest.approx(sum(kept.values()), rel=0.08)
+
+
+def test_offloading_moves_states_to_the_host(llama):
+    config = composed("experiment=llama3_8b_128k", "engine=zero3_offload")
+    setting = memory.Setting.of(config)
+    items = memory.training_items(llama, setting)
+    assert [item.name for item in items if not item.on_gpu] == ["gradients", "fp32 weights and Adam's moments"]
+    assert sum(item.bytes for item in items if not item.on_gpu) == 16 * llama.parameters / 64
+
+
+def test_deepspeeds_own_keys_are_heard(llama):
+    config = composed("experiment=llama3_8b_128k")
+    config.engine.deepspeed = {"zero_optimization": {"reduce_bucket_size": 5e7, "stage3_max_live_parameters": 3e8}}
+    items = {item.name: item.bytes for item in memory.training_items(llama, memory.Setting.of(config))}
+    assert items["reduction buckets"] == 2e8
+    assert items["gathered weights"] == 2 * 128256 * 4096  # the head is bigger than the limit
+
+
+def test_work_from_budgets_counts_as_the_loader_does():
+    config = composed("experiment=llama3_8b_128k", "data.short_tokens=3_000_000_000", "data.long_tokens=7_000_000_000")
+    work = work_of(config, 8192, 8)
+    assert [(part.window, part.segments, part.span_tokens) for part in work.parts] == [("short", 22889, 8192), ("long", 53406, L)]
+    assert work.steps == math.ceil((math.ceil(22889 / 8) + math.ceil(53406 / 8)) / 8) == 1193
+    assert work.share(work.parts[1]) == pytest.approx(0.7, abs=1e-4)
+
+
+def test_work_from_a_corpus_wins(tmp_path):
+    write_json(tmp_path / "corpus.json", {"windows": {"short": {"segments": 30}, "long": {"segments": 10}}})
+    work = work_of(composed(f"data.path={tmp_path}", "data.short_tokens=1000000", "optim.segments_per_step=8"), 8192, 4)
+    assert [part.segments for part in work.parts] == [30, 10]
+    assert work.steps == math.ceil((8 + 3) / 2)
+    assert work.origin == str(tmp_path / "corpus.json")
+
+
+def test_work_from_stages_and_from_nothing():
+    stages = "data.stages=[{steps: 250, length_tokens: 64, repeats: 1.0}, {steps: 50, length_tokens: 512, text: 1.0}]"
+    work = work_of(composed("data.kind=curriculum", stages), 512, 1)
+    assert work.steps == 300
+    assert [(part.window, part.span_tokens) for part in work.parts] == [("short", 64), ("short", 512)]
+    unknown = work_of(composed(), 8192, 64)
+    assert unknown.steps is None
+    assert "most expensive" in unknown.assumptions[0]
+    assert work_of(composed("optim.steps=7"), 8192, 64).steps == 7
+
+
+def test_plan_of_llama3_8b(tmp_path, capsys):
+    result = plan(composed("experiment=llama3_8b_128k", f"runs_folder={tmp_path}"))
+    assert json.loads((tmp_path / "plan" / "plan.json").read_text()) == json.loads(json.dumps(result))
+    assert result["parallel"] | {"dp": 8, "sp": 8, "accumulation": 8, "tokens_per_gpu": 16384} == result["parallel"]
+    assert result["memory"]["fits"]
+    assert result["memory"]["total_gib"] == pytest.approx(sum(item["gib"] for item in result["memory"]["items"]))
+    assert result["work"]["tokens"] == pytest.approx(10e9, rel=0.01)
+    assert result["cost"]["hours"] == pytest.approx(41.5, abs=0.5)  # 54 h at the paper's 0.307
+    assert result["cost"]["price_usd"] == pytest.approx(2 * result["cost"]["gpu_hours"])
+    assert result["search"]["paper_document_forwards"] == 25_600
+    shown = capsys.readouterr().out
+    for words in ("8.03B", "8,030,261,248", "dp 8 x sp 8", "gathered weights", "tokens/s/GPU", "assumptions", "6.33 PFLOP", "fits"):
+        assert words in shown
+
+
+def test_plan_says_when_it_does_not_fit(tmp_path, capsys):
+    few = ("hardware.gpus=1", "parallel.sp=1", "optim.segments_per_step=1")
+    result = plan(composed("experiment=llama3_8b_128k", *few, f"runs_folder={tmp_path}"))
+    assert not result["memory"]["fits"]
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_plan_of_a_model_that_is_not_extended(tmp_path):
+    result = plan(
+        composed(
+            "model=tiny_llama",
+            "rope.target_window_tokens=512",
+            "hardware.gpus=2",
+            "engine.activation_checkpointing=false",
+            f"runs_folder={tmp_path}",
+        )
+    )
+    assert result["search"] is None
+    assert result["work"]["steps"] is None
+    assert result["cost"]["hours"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (("hardware.gpus=60",), "hardware.gpus=60"),
+        (("parallel.sp=64",), "parallel.sp=64"),
+        (("optim.segments_per_step=12",), "optim.segments_per_step=12"),
+        (("data.segment_tokens=131071",), "data.segment_tokens=131071"),
+        (("hardware.mfu=0",), "hardware.mfu"),
+        (("model.architecture={}", "model.path=nowhere/model"), "model.path=nowhere/model"),
+    ],
+)
+def test_refusals_name_the_key(overrides, key, tmp_path):
+    overrides = tuple("~model.architecture" if one == "model.architecture={}" else one for one in overrides)
+    with pytest.raises(UserError, match=key):
+        plan(composed("experiment=llama3_8b_128k", *overrides, f"runs_folder={tmp_path}"))
+
+
+def test_numbers_read_well():
+    assert [tables.amount(n) for n in (8_030_261_248, 525_336_576, 1536, 12)] == ["8.03B", "525.34M", "1.54k", "12"]
+    assert tables.flops(6.61e15) == "6.61 PFLOP"
+    assert [tables.hours(h) for h in (41.46, 0.5, 0.001)] == ["41.5 h", "30.0 min", "3.6 s"]
+
+
+def test_command_line_is_quick(tmp_path):
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "lr2train.plan", "experiment=phi3_mini_128k", f"runs_folder={tmp_path}", "name=phi"],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3.82B" in done.stdout
+    assert (tmp_path / "phi" / "plan.json").exists()
+    assert time.monotonic() - start < 60  # seven seconds on an idle machine
