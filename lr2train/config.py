@@ -101,6 +101,7 @@ class NeedleConfig:
     wording: str = "paper"  # a name of lr2train.data.needles.WORDINGS
     digits: int = 7  # of the hidden number
     max_pairs: int = 1  # needles hidden in one training document (1 … max); the search and the evaluation hide one
+    distractors: int = 0  # further pairs, not asked for, hidden in documents of the search and the evaluation (RULER's multi-key; the paper has none)
     at_start: float = 0.4  # share of training documents whose first asked needle stands at the very start, the farthest from its question
     max_questions: int = 1  # of them, asked at its end (1 … max); more questions are more answers to learn from in a curriculum's row
 

@@ -3,28 +3,32 @@
     python -m lr2train.evaluate run=tiny_4k                                    a finished training run
     python -m lr2train.evaluate name=other model.path=… rope.factors=… data.path=runs/corpus     any model folder
 
-Writes ``evaluate.json`` into the run's folder, and each row of the comparison under ``evaluation/`` as soon as it is done: interrupted, the same command
-goes on.
+Writes ``evaluate.json`` into the run's folder, and each row of the comparison under ``evaluation/`` as soon as it is done: interrupted,
+the same command goes on.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lr2train import run
-from lr2train.config import Config, UserError, main
+from lr2train.config import Config, RopeConfig, UserError, main
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import NeedleDocument, needle_set, text_set
 from lr2train.evaluation import niah, perplexity
 from lr2train.evaluation.subject import Subject, open_model
 from lr2train.model import load
+from lr2train.model.score import Score
 from lr2train.parallel import processes
 from lr2train.rope.factors import Factors
-from lr2train.rope.methods import METHODS, build
+from lr2train.rope.methods import build
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -34,20 +38,19 @@ def evaluate(config: Config) -> dict[str, Any]:
         UserError: bad input.
     """
     config, subjects = inputs(config)
-    folder = Path(config.runs_folder) / str(config.run or config.name)
-    job = run.Run(folder, "evaluate")
-    lengths = _lengths(config, subjects)
-    corpus = Corpus.open(Path(str(config.data.path)))
-    needles = [document for length in lengths for document in _needles(config, corpus, length)]
-    texts = [text for length in lengths for text in text_set(corpus, config.eval.text_documents, length, run.stream(config.eval.seed, "evaluate", "text", length))]
+    job = run.Run(Path(config.runs_folder) / str(config.run or config.name), "evaluate")
+    corpus, factors = Corpus.open(config.data.path), subjects[-1].factors
+    lengths = _lengths(config, factors.target_window_tokens)
+    needles, texts = _documents(config, corpus, lengths)
     device = processes.start(config)
     rows = []
     for subject in subjects:
-        rows.append(_evaluated(subject, config, needles, texts, str(device), job))
+        settings = _settings(subject, config, corpus, lengths)
+        rows.append(_evaluated(subject, settings, job, lambda subject=subject: _row(subject, config, needles, texts, str(device))))
         job.log(_summary(rows[-1]))
-    spectrum = subjects[-1].factors.spectrum
-    prompt = _write_prompt(config, corpus, spectrum.window_tokens, job)
-    result = {"original_window_tokens": spectrum.window_tokens, "prompt": prompt, "target_window_tokens": subjects[-1].factors.target_window_tokens, "lengths_tokens": lengths, "rows": rows}
+    windows = {"original_window_tokens": factors.spectrum.window_tokens, "target_window_tokens": factors.target_window_tokens}
+    prompt = _write_prompt(config, corpus, factors.spectrum.window_tokens, job)
+    result = {**windows, "prompt": prompt, "lengths_tokens": lengths, "rows": rows}
     job.write_json("evaluate.json", result)
     print(table(result))
     processes.stop()
@@ -62,18 +65,20 @@ def inputs(config: Config) -> tuple[Config, list[Subject]]:
     """
     if config.run is None:
         if config.model.path is None or config.data.path is None:
-            raise UserError("run is empty; set run=<name of a finished training run>, or model.path, rope and data.path for a model of your own")
+            raise UserError(
+                "run is empty; set run=<name of a finished training run>, or model.path, rope and data.path for a model of your own"
+            )
         return config, _before(config, load.folder_of(config.model))
-    trained = run.read_json(Path(config.runs_folder) / config.run / "train.json")
     folder = Path(config.runs_folder) / config.run
+    trained = run.read_json(folder / "train.json")
     factors = Factors.load(folder / "factors.json")
     config = replace(config, data=replace(config.data, path=config.data.path or trained["corpus"]))
-    before = []
-    if trained["base"] is not None:
-        model = replace(config.model, path=trained["base"])
-        before = _methods(config, load.folder_of(model), factors) + [Subject(f"{factors.method} untrained", load.folder_of(model), factors, True)]
     extended = factors.target_window_tokens > factors.spectrum.window_tokens
-    return config, [*before, Subject(f"{factors.method} trained" if extended else "base", folder / "model", factors, True)]
+    after = Subject(f"{factors.method} trained" if extended else "base", folder / "model", factors, True)
+    if trained["base"] is None:
+        return config, [after]
+    base = load.folder_of(replace(config.model, path=trained["base"]))
+    return config, [*_methods(config, base, factors), Subject(f"{factors.method} untrained", base, factors, True), after]
 
 
 def _before(config: Config, folder: Path) -> list[Subject]:
@@ -82,28 +87,46 @@ def _before(config: Config, folder: Path) -> list[Subject]:
 
 
 def _methods(config: Config, folder: Path, factors: Factors) -> list[Subject]:
-    unknown = [name for name in config.eval.methods if name not in METHODS]
-    if unknown:
-        raise UserError(f"eval.methods names {unknown[0]}, which is not one of {', '.join(METHODS)}; remove it from eval.methods")
-    target = factors.target_window_tokens
-    return [Subject(f"{name} untrained", folder, METHODS[name](factors.spectrum, target), False) for name in config.eval.methods if name != factors.method]
+    return [Subject(f"{name} untrained", folder, _method(name, factors), False) for name in config.eval.methods if name != factors.method]
 
 
-def _lengths(config: Config, subjects: list[Subject]) -> list[int]:
-    target = subjects[-1].factors.target_window_tokens
-    lengths = [length for length in config.eval.lengths_tokens if length <= target]
+def _method(name: str, factors: Factors) -> Factors:
+    """Another method's factors for the same windows."""
+    try:
+        return build(RopeConfig(target_window_tokens=factors.target_window_tokens, method=name), factors.spectrum)
+    except UserError as error:
+        raise UserError(
+            f"eval.methods names {name}, which cannot be built from the windows alone ({error}); remove it from eval.methods"
+        ) from error
+
+
+def _lengths(config: Config, target: int) -> list[int]:
+    lengths = sorted({length for length in config.eval.lengths_tokens if length <= target})
     if not lengths:
-        raise UserError(f"eval.lengths_tokens={config.eval.lengths_tokens} are all beyond the target window of {target}; add a length of at most {target}")
+        raise UserError(
+            f"eval.lengths_tokens={config.eval.lengths_tokens} are all beyond the target window of {target}; add a shorter length"
+        )
     return lengths
 
 
-def _needles(config: Config, corpus: Corpus, length: int) -> list[NeedleDocument]:
-    return needle_set(corpus, config.data.needles, config.eval.samples, length, config.eval.depths, run.stream(config.eval.seed, "evaluate", "needles", length))
+def _documents(config: Config, corpus: Corpus, lengths: list[int]) -> tuple[list[NeedleDocument], list[np.ndarray]]:
+    """Needle documents and plain text of every length; the same for every subject, whatever other lengths there are."""
+    knobs, needles, texts = config.eval, [], []
+    if not knobs.depths or knobs.text_documents < 1:
+        raise UserError(
+            f"eval.depths={knobs.depths} and eval.text_documents={knobs.text_documents} leave nothing to measure; set at least one of each"
+        )
+    for length in lengths:
+        rng = run.stream(knobs.seed, "evaluate", "needles", length)
+        needles += needle_set(corpus, config.data.needles, knobs.samples, length, knobs.depths, rng)
+        texts += text_set(corpus, knobs.text_documents, length, run.stream(knobs.seed, "evaluate", "text", length))
+    return needles, texts
 
 
 def _write_prompt(config: Config, corpus: Corpus, original_window_tokens: int, job: run.Run) -> dict[str, str]:
     """A needle document cut before its answer, which lies across the original window's end: what `generate` shows the switch with."""
-    needle = needle_set(corpus, config.data.needles, 1, original_window_tokens + 2, [0.0], run.stream(config.eval.seed, "evaluate", "prompt"))[0]
+    rng = run.stream(config.eval.seed, "evaluate", "prompt")
+    needle = needle_set(corpus, config.data.needles, 1, original_window_tokens + 2, [0.0], rng)[0]
     tokens = needle.tokens[: needle.answer_spans[0][0]]
     borders = 0 if corpus.tokenizer.bos is None else 1  # the tokenizer puts BOS before a prompt by itself
     file = job.folder / "evaluation" / "prompt.txt"
@@ -112,55 +135,81 @@ def _write_prompt(config: Config, corpus: Corpus, original_window_tokens: int, j
     return {"file": str(file), "answer": needle.answers[0]}
 
 
-def _evaluated(subject: Subject, config: Config, needles: list[NeedleDocument], texts: list[Any], device: str, job: run.Run) -> dict[str, Any]:
-    """One row; read back where a former call has done it under the same settings."""
-    settings = {"eval": asdict(config.eval), "needles": asdict(config.data.needles), "corpus": str(config.data.path), "factors": subject.factors.to_json(), "model": str(subject.folder)}
+def _settings(subject: Subject, config: Config, corpus: Corpus, lengths: list[int]) -> dict[str, Any]:
+    """Everything that decides a row's figures, as JSON gives it back; which other rows there are does not."""
+    settings = {
+        "eval": {key: value for key, value in asdict(config.eval).items() if key != "methods"},
+        "lengths_tokens": lengths,
+        "needles": asdict(config.data.needles),
+        "corpus": corpus.fingerprint,
+        "model": load.fingerprint(subject.folder),
+        "dtype": config.model.dtype,
+        "factors": subject.factors.to_json(),
+        "switches": subject.switches,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def _evaluated(subject: Subject, settings: dict[str, Any], job: run.Run, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """One row; read back where a former call has measured it under the same settings."""
     file = job.folder / "evaluation" / f"{re.sub(r'[^a-z0-9_]+', '_', subject.label)}.json"
-    if file.exists() and (old := run.read_json(file))["settings"] == run.json.loads(run.json.dumps(settings)):
+    if file.exists() and (old := run.read_json(file))["settings"] == settings:
         return old["row"]
-    row = _row(subject, config, needles, texts, device)
+    row = measure()
     run.write_json(file, {"settings": settings, "row": row})
     return row
 
 
-def _row(subject: Subject, config: Config, needles: list[NeedleDocument], texts: list[Any], device: str) -> dict[str, Any]:
+def _row(subject: Subject, config: Config, needles: list[NeedleDocument], texts: list[np.ndarray], device: str) -> dict[str, Any]:
     model, table = open_model(subject, config.model.dtype, device)
 
-    def everything() -> Iterator[tuple[Any, Any]]:
+    def everything() -> Iterator[tuple[Any, Score]]:
         yield from niah.scores(model, table, subject, needles)
         yield from perplexity.scores(model, table, subject, texts)
 
     scored = list(run.progress(everything(), len(needles) + len(texts), subject.label))
-    of_needles = [(document, one) for document, one in scored[: len(needles)]]
-    lengths = sorted({len(document.tokens) for document in needles})
+    of_needles, of_texts = scored[: len(needles)], scored[len(needles) :]
     return {
         "label": subject.label,
         "attention_factor": subject.factors.attention_factor,
         "cells": niah.cells(of_needles),
-        "by_length": [
-            {
-                "length_tokens": length,
-                "accuracy": niah.accuracy([one for document, one in of_needles if len(document.tokens) == length]),
-                "answer_perplexity": niah.perplexity([one for document, one in of_needles if len(document.tokens) == length]),
-                "text_perplexity": niah.perplexity([one for size, one in scored[len(needles) :] if size == length]),
-            }
-            for length in lengths
-        ],
+        "by_length": _by_length([(len(document.tokens), one) for document, one in of_needles], of_texts),
     }
 
 
+def _by_length(of_needles: Sequence[tuple[int, Score]], of_texts: Sequence[tuple[int, Score]]) -> list[dict[str, Any]]:
+    """Figures of all depths together, from (length, score) pairs."""
+    rows = []
+    for length in sorted({length for length, _ in of_needles}):
+        answers = [one for size, one in of_needles if size == length]
+        text = [one for size, one in of_texts if size == length]
+        rows.append(
+            {
+                "length_tokens": length,
+                "accuracy": niah.accuracy(answers),
+                "answer_perplexity": niah.perplexity(answers),
+                "text_perplexity": niah.perplexity(text),
+            }
+        )
+    return rows
+
+
 def _summary(row: dict[str, Any]) -> str:
-    return f"{row['label']}: " + ", ".join(f"{c['length_tokens']}: {c['accuracy']:.0%} (answer ppl {c['answer_perplexity']:.2f})" for c in row["by_length"])
+    figures = (f"{one['length_tokens']}: {one['accuracy']:.0%} (answer ppl {one['answer_perplexity']:.2f})" for one in row["by_length"])
+    return f"{row['label']}: {', '.join(figures)}"
 
 
 def table(result: dict[str, Any]) -> str:
     """The comparison as text: a row a model and method, a column a length; needle accuracy / answer perplexity / text perplexity."""
-    lengths = result["lengths_tokens"]
     width = max(len(row["label"]) for row in result["rows"]) + 2
-    lines = [f"{'needle accuracy | answer ppl | text ppl':<{width + 2}}" , " " * width + "  att.f." + "".join(f"{length:>24}" for length in lengths)]
+    lines = [
+        "needle accuracy | answer ppl | text ppl",
+        " " * width + "  att.f." + "".join(f"{length:>24}" for length in result["lengths_tokens"]),
+    ]
     for row in result["rows"]:
-        by_length = {cell["length_tokens"]: cell for cell in row["by_length"]}
-        figures = [f"{by_length[n]['accuracy']:.0%} | {_short(by_length[n]['answer_perplexity'])} | {_short(by_length[n]['text_perplexity'])}" for n in lengths]
+        figures = (
+            f"{one['accuracy']:.0%} | {_short(one['answer_perplexity'])} | {_short(one['text_perplexity'])}" for one in row["by_length"]
+        )
         lines.append(f"{row['label']:<{width}}{row['attention_factor']:>8.3f}" + "".join(f"{figure:>24}" for figure in figures))
     return "\n".join(lines)
 

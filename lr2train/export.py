@@ -2,7 +2,8 @@
 
     python -m lr2train.export run=tiny_4k [export.dtype=bfloat16] [export.folder=…]
 
-The folder is loaded again with plain transformers and its logits are compared with ours in both windows; the figures stand in ``export.json``.
+The folder is loaded again with plain transformers and its logits are compared with ours in both windows; the figures stand in
+``export.json``.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ tags: [long-context, longrope2, lr2train]
 {base} extended from {original} to {target} tokens with LongRoPE2 (mixed context window training, lr2train).
 
 - RoPE: `longrope` with searched factors ({method}); original RoPE up to {original} tokens, rescaled RoPE beyond.
-- The text's total length (prompt + generated) decides the table. A runtime that changes tables in the middle of a text has to compute its cache anew;
-  `python -m lr2train.generate model.path=<this folder>` does. vLLM chooses once, from `--max-model-len`; llama.cpp from the context size.
+- The text's total length (prompt + generated) decides the table. A runtime that changes tables in the middle of a text has to compute its
+  cache anew; `python -m lr2train.generate model.path=<this folder>` does. vLLM chooses once, from `--max-model-len`; llama.cpp from the
+  context size.
 - attention_factor {attention_factor:g} multiplies cos and sin in the long window; the model was trained with 1 in the short window. {note}
 """
 EXACT = "It is 1, so every runtime is exact in both windows."
@@ -44,7 +46,7 @@ def export(config: Config) -> dict[str, Any]:
     """Run the verb; returns what ``export.json`` holds.
 
     Raises:
-        UserError: the run is not finished, or the dtype is unknown.
+        UserError: the run is not finished, the dtype is unknown, or the folder holds something else.
     """
     if config.run is None:
         raise UserError("run is empty; set run=<name of a finished training run>")
@@ -54,40 +56,55 @@ def export(config: Config) -> dict[str, Any]:
     trained = run.read_json(job.folder / "train.json")
     factors = Factors.load(job.folder / "factors.json")
     folder = Path(config.export.folder or job.folder / "export")
-    _write(job.folder / "model", folder, factors, config.export.dtype, trained)
-    result = {"folder": str(folder), "dtype": config.export.dtype or config.model.dtype, "bytes": sum(f.stat().st_size for f in folder.iterdir()), **check(folder, factors)}
+    _refuse_to_overwrite(folder)
+    dtype = config.export.dtype or run.read_json(job.folder / "model" / "config.json")["dtype"]
+    _write(job.folder / "model", folder, factors, dtype)
+    (folder / "README.md").write_text(_card(config.run, factors, trained))
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    result = {"folder": str(folder), "dtype": dtype, "bytes": size, **check(folder, factors)}
     job.write_json("export.json", result)
     job.log(
-        f"{folder}: largest logit difference between transformers and lr2train: long window {result['long_logit_difference']:.2e}, short window {result['short_logit_difference']:.2e}"
+        f"{folder}: largest logit difference between transformers and lr2train: long window {result['long_logit_difference']:.2e}, "
+        f"short window {result['short_logit_difference']:.2e}"
     )
     return result
 
 
-def _write(trained_folder: Path, folder: Path, factors: Factors, dtype: str | None, trained: dict[str, Any]) -> None:
-    model = load.load_whole(trained_folder, dtype or "float32") if dtype else load.load_whole(trained_folder)
+def _refuse_to_overwrite(folder: Path) -> None:
+    """An export replaces a whole folder: only one that an export wrote, or an empty one."""
+    ours = (folder / "config.json").exists() and (folder / "factors.json").exists()
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"export.folder={folder} exists and is no former export, and would be replaced; set export.folder to a new folder")
+
+
+def _write(trained_folder: Path, folder: Path, factors: Factors, dtype: str) -> None:
+    model = load.load_whole(trained_folder, dtype)
     config = load.plain_config(model.config)
-    config["dtype"] = dtype or config.get("dtype")
     extended = factors.target_window_tokens > factors.spectrum.window_tokens
     load.write_folder(model, rope_hf.write(config, factors) if extended else config, folder)
     for file in trained_folder.glob("*"):
-        if "token" in file.name or file.name == "special_tokens_map.json":
+        if "token" in file.name:
             shutil.copy2(file, folder / file.name)
     factors.save(folder / "factors.json")
-    (folder / "README.md").write_text(_card(folder.resolve().parent.name, factors, trained))
 
 
 def _card(name: str, factors: Factors, trained: dict[str, Any]) -> str:
     spectrum = factors.spectrum
     note = EXACT if factors.attention_factor == 1 else SCALED.format(original=spectrum.window_tokens, theta=spectrum.base)
     return CARD.format(
-        name=name, base=Path(trained["base"] or "A model trained from scratch").name, original=spectrum.window_tokens, target=factors.target_window_tokens,
-        method=factors.method, attention_factor=factors.attention_factor, note=note,
+        name=name,
+        base=Path(trained["base"] or "A model trained from scratch").name,
+        original=spectrum.window_tokens,
+        target=factors.target_window_tokens,
+        method=factors.method,
+        attention_factor=factors.attention_factor,
+        note=note,
     )
 
 
 @torch.inference_mode()
 def check(folder: Path, factors: Factors, extra_tokens: int = 64) -> dict[str, float]:
-    """Largest absolute logit difference between the folder in plain transformers and in lr2train, once in each window (the last 16 positions)."""
+    """Largest absolute logit difference between the folder in plain transformers and in lr2train: 16 positions, once in each window."""
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -3,19 +3,20 @@
     python -m lr2train.generate run=tiny_4k generate.prompt='import os'
     python -m lr2train.generate model.path=runs/tiny_4k/export generate.prompt_file=book.txt
 
-Below the original window the original RoPE serves; the moment the text grows beyond it, the cache is computed anew under the rescaled RoPE. The new text
-goes to stdout as it comes.
+Below the original window the original RoPE serves; the moment the text grows beyond it, the cache is computed anew under the rescaled
+RoPE. The new text goes to stdout as it comes.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lr2train import run
-from lr2train.config import Config, UserError, main
+from lr2train.config import Config, GenerateConfig, UserError, main
 from lr2train.model import decode, load, rotary
 from lr2train.parallel import processes
 from lr2train.rope import hf as rope_hf
@@ -29,41 +30,81 @@ def generate(config: Config) -> dict[str, Any]:
     Raises:
         UserError: no model, no prompt, or a text longer than the target window.
     """
+    _refuse_bad_knobs(config.generate)
     folder = _folder(config)
     prompt = _prompt(config)
     factors = factors_of(folder, config)
     tokenizer = load.load_tokenizer(folder)
     tokens = tokenizer(prompt)["input_ids"]
     _refuse_too_long(len(tokens), config, factors)
-    device = processes.pick_device(config.device)
-    model = load.load_whole(folder, config.model.dtype, str(device))
+    model = load.load_whole(folder, config.model.dtype, str(processes.pick_device(config.device)))
     table = rotary.install(model, factors)
     original, knobs = factors.spectrum.window_tokens, config.generate
-    start, new, shown = time.monotonic(), [], ""
-    for token in decode.generate(model, table, tokens, knobs.max_new_tokens, original, knobs.window, knobs.temperature, knobs.top_p, tokenizer.eos_token_id, config.seed):
+    start = time.monotonic()
+    new = decode.generate(
+        model,
+        table,
+        tokens,
+        knobs.max_new_tokens,
+        original,
+        knobs.window,
+        knobs.temperature,
+        knobs.top_p,
+        tokenizer.eos_token_id,
+        config.seed,
+    )
+    shown = _show(new, tokenizer)
+    result = {
+        "prompt_tokens": len(tokens),
+        "new_tokens": len(shown),
+        "text": tokenizer.decode(shown, skip_special_tokens=True),
+        "window": table.window,
+        "switched": knobs.window == "auto" and len(tokens) <= original and table.window == "long",
+        "seconds": time.monotonic() - start,
+    }
+    if config.run:
+        run.write_json(_run_folder(config) / "generate.json", {"prompt": prompt, **result})
+    switch = " after a switch with re-prefill" if result["switched"] else ""
+    run.say("generate", f"{len(tokens)} + {len(shown)} tokens, window {table.window}{switch}, {result['seconds']:.1f} s")
+    return result
+
+
+def _show(tokens: Iterator[int], tokenizer: Any) -> list[int]:
+    """Print text as its tokens come, whole characters only; returns the tokens."""
+    new, shown = [], ""
+    for token in tokens:
         new.append(token)
         text = tokenizer.decode(new, skip_special_tokens=True)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character that is not complete yet
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print()
-    result = {
-        "prompt_tokens": len(tokens), "new_tokens": len(new), "text": tokenizer.decode(new, skip_special_tokens=True), "window": table.window,
-        "switched": len(tokens) <= original and table.window == "long", "seconds": time.monotonic() - start,
-    }  # fmt: skip
-    if config.run:
-        run.write_json(Path(config.runs_folder) / config.run / "generate.json", {"prompt": prompt, **result})
-    run.say("generate", f"{result['prompt_tokens']} + {result['new_tokens']} tokens, window {result['window']}{' after a switch with re-prefill' if result['switched'] else ''}, {result['seconds']:.1f} s")
-    return result
+    return new
+
+
+def _refuse_bad_knobs(knobs: GenerateConfig) -> None:
+    for key, value, good, limit in (
+        ("max_new_tokens", knobs.max_new_tokens, knobs.max_new_tokens >= 1, "at least 1"),
+        ("temperature", knobs.temperature, knobs.temperature >= 0, "at least 0 (greedy)"),
+        ("top_p", knobs.top_p, 0 < knobs.top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not good:
+            raise UserError(f"generate.{key}={value} is out of its limits; set generate.{key} to {limit}")
 
 
 def _folder(config: Config) -> Path:
-    if config.run is not None:
-        export = Path(config.runs_folder) / config.run / "export"
-        return export if export.is_dir() else Path(config.runs_folder) / config.run / "model"
-    if config.model.path is None:
+    if config.run is None and config.model.path is None:
         raise UserError("neither run nor model.path is set; set run=<name of a finished run>, or model.path to an exported folder")
-    return load.folder_of(config.model)
+    if config.run is None:
+        return load.folder_of(config.model)
+    found = [path for path in (_run_folder(config) / "export", _run_folder(config) / "model") if path.is_dir()]
+    if not found:
+        raise UserError(f"run={config.run} has no model in {_run_folder(config)}; set run to a finished training run")
+    return found[0]
+
+
+def _run_folder(config: Config) -> Path:
+    return Path(config.runs_folder) / str(config.run)
 
 
 def _prompt(config: Config) -> str:
@@ -71,7 +112,9 @@ def _prompt(config: Config) -> str:
         try:
             return Path(config.generate.prompt_file).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"generate.prompt_file={config.generate.prompt_file} cannot be read ({error}); set it to a text file") from error
+            raise UserError(
+                f"generate.prompt_file={config.generate.prompt_file} cannot be read ({error}); set it to a text file"
+            ) from error
     if config.generate.prompt is None:
         if sys.stdin.isatty():
             raise UserError("generate.prompt is empty; set generate.prompt, generate.prompt_file, or pipe a text in")
@@ -80,9 +123,10 @@ def _prompt(config: Config) -> str:
 
 
 def factors_of(folder: Path, config: Config) -> Factors:
-    """The factors of a model folder: its factors.json (exact in both windows), else its config's `longrope` dict, else the ``rope`` group."""
-    if (folder / "factors.json").exists():
-        return Factors.load(folder / "factors.json")
+    """The factors of a model folder or its run (exact in both windows), else its config's `longrope` dict, else the ``rope`` group."""
+    for written in (folder / "factors.json", *([_run_folder(config) / "factors.json"] if config.run else [])):
+        if written.exists():
+            return Factors.load(written)
     hf_config = load.config_of(load.ModelConfig(path=str(folder)))
     return rope_hf.factors_of(load.plain_config(hf_config)) or build(config.rope, load.spectrum_of(hf_config, config.model))
 
@@ -91,8 +135,8 @@ def _refuse_too_long(prompt_tokens: int, config: Config, factors: Factors) -> No
     total = prompt_tokens + config.generate.max_new_tokens
     if total > factors.target_window_tokens:
         raise UserError(
-            f"the prompt's {prompt_tokens} tokens and generate.max_new_tokens={config.generate.max_new_tokens} make {total}, beyond the model's window of "
-            f"{factors.target_window_tokens}; shorten the prompt or lower generate.max_new_tokens"
+            f"the prompt's {prompt_tokens} tokens and generate.max_new_tokens={config.generate.max_new_tokens} make {total}, beyond the "
+            f"model's window of {factors.target_window_tokens}; shorten the prompt or lower generate.max_new_tokens"
         )
 
 

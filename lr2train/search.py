@@ -2,8 +2,8 @@
 
     deepspeed --no_local_rank --module lr2train.search experiment=tiny_4k name=factors        (or plain python, or torchrun)
 
-Killed or interrupted, the same command goes on from its journal. Writes ``runs/<name>/``: factors.json, journal.jsonl, generations.jsonl, search.json and
-pictures.
+Killed or interrupted, the same command goes on from its journal. Writes ``runs/<name>/``: journal.jsonl (every evaluation),
+generations.jsonl, factors.json and search.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from lr2train import run
 from lr2train.config import Config, UserError, main
 from lr2train.data.corpus import Corpus
-from lr2train.data.needles import needle_set
+from lr2train.data.needles import NeedleDocument, needle_set
 from lr2train.evolution.fitness import NeedleFitness
 from lr2train.evolution.genome import Space
 from lr2train.evolution.loop import Generation, evolve
@@ -39,30 +39,27 @@ def search(config: Config) -> dict[str, Any]:
         job.log(f"already finished: {job.folder / 'search.json'}")
         return run.read_json(job.folder / "search.json")
     space, documents = inputs(config)
+    _refuse_other_inputs(config, job)
     device = processes.start(config)
     model = load.load_whole(load.folder_of(config.model), config.model.dtype, str(device))
     table = rotary.install(model, METHODS["none"](space.spectrum, space.target_tokens))
     fitness = NeedleFitness(model, table, space, documents, job.folder / "journal.jsonl")
-    job.log(
-        f"window {space.spectrum.window_tokens} -> {space.target_tokens}, rcd in {list(space.critical_indices)}, tail in [{space.bounds[0]:g}, {space.bounds[1]:g}], "
-        f"{config.search.population} candidates x {config.search.generations} generations x {len(documents)} documents"
-        + (f"; {fitness.document_forwards} evaluations found in the journal" if fitness.document_forwards else "")
-    )
+    _announce(job, config, space, fitness)
     start = time.monotonic()
     best = _run_generations(config, space, fitness, job)
     result = _result(config, best, fitness, time.monotonic() - start)
-    factors = space.factors(best.best.candidate)
-    job.write_json("factors.json", factors.to_json())
+    job.write_json("factors.json", space.factors(best.best.candidate).to_json())
     job.write_json("search.json", result)
     job.log(
-        f"done: needle perplexity {best.best.perplexity:.4f} at rcd {result['critical_index']}, attention factor {result['attention_factor']:g}, "
+        f"done: needle perplexity {best.best.perplexity:.4f} at rcd {result['critical_index']}, attention factor "
+        f"{result['attention_factor']:g}, "
         f"{fitness.document_forwards} document-forwards; factors in {job.folder / 'factors.json'}"
     )
     processes.stop()
     return result
 
 
-def inputs(config: Config) -> tuple[Space, Any]:
+def inputs(config: Config) -> tuple[Space, list[NeedleDocument]]:
     """The search space and the needle documents, before any process group or weight exists."""
     hf_config = load.config_of(config.model)
     if config.model.path is None:
@@ -72,11 +69,39 @@ def inputs(config: Config) -> tuple[Space, Any]:
     spectrum = load.spectrum_of(hf_config, config.model)
     target = config.rope.target_window_tokens
     if target <= spectrum.window_tokens:
-        raise UserError(f"rope.target_window_tokens={target} does not exceed the model's window of {spectrum.window_tokens}; set a longer target")
+        raise UserError(
+            f"rope.target_window_tokens={target} does not exceed the model's window of {spectrum.window_tokens}; set a longer target"
+        )
     space = Space(spectrum, target, config.search, config.rope.attention_factor or 1.0)
-    corpus = Corpus.open(Path(config.data.path))
-    documents = needle_set(corpus, config.data.needles, config.search.documents, target, [config.search.depth], run.stream(config.search.seed, "search", "needles"))
-    return space, documents
+    corpus, knobs = Corpus.open(Path(config.data.path)), config.search
+    if corpus.vocab_size > hf_config.vocab_size:
+        raise UserError(
+            f"data.path={config.data.path} uses {corpus.vocab_size} token ids and the model knows {hf_config.vocab_size}; prepare the "
+            "corpus with the model's own tokenizer (data.tokenizer)"
+        )
+    rng = run.stream(knobs.seed, "search", "needles")
+    return space, needle_set(corpus, config.data.needles, knobs.documents, target, [knobs.depth], rng)
+
+
+def _refuse_other_inputs(config: Config, job: run.Run) -> None:
+    """A journal tells nothing of other documents or another model, even under the same path."""
+    found = {"corpus": Corpus.open(config.data.path).fingerprint, "model": load.fingerprint(load.folder_of(config.model))}
+    file = job.folder / "search.inputs.json"
+    if file.exists() and run.read_json(file) != found:
+        raise UserError(
+            f"run folder {job.folder} has evaluations of another model.path={config.model.path} or data.path={config.data.path}, written "
+            "anew since; choose another name=, or remove the folder to start over"
+        )
+    job.write_json(file.name, found)
+
+
+def _announce(job: run.Run, config: Config, space: Space, fitness: NeedleFitness) -> None:
+    knobs, (low, high), indices = config.search, space.bounds, space.critical_indices
+    job.log(
+        f"window {space.spectrum.window_tokens} -> {space.target_tokens}, rcd in {indices[0]} … {indices[-1]}, tail in [{low:g}, "
+        f"{high:g}], {knobs.population} candidates x {knobs.generations} generations x {knobs.documents} documents"
+        + (f"; {fitness.recovered} evaluations found in the journal" if fitness.recovered else "")
+    )
 
 
 def _run_generations(config: Config, space: Space, fitness: NeedleFitness, job: run.Run) -> Generation:
@@ -90,8 +115,10 @@ def _run_generations(config: Config, space: Space, fitness: NeedleFitness, job: 
             with lines.open("a") as file:
                 file.write(json.dumps(_line(last, fitness)) + "\n")
         job.log(
-            f"generation {last.index}/{config.search.generations}: needle perplexity {best.perplexity:.4f}, rcd {best.candidate.critical_index}, "
-            f"tail {best.candidate.tail[0]:g} … {best.candidate.tail[-1]:g}, attention factor {best.candidate.attention_factor:g}, {fitness.document_forwards} document-forwards"
+            f"generation {last.index}/{config.search.generations}: needle perplexity {best.perplexity:.4f}, rcd "
+            f"{best.candidate.critical_index}, "
+            f"tail {best.candidate.tail[0]:g} … {best.candidate.tail[-1]:g}, attention factor {best.candidate.attention_factor:g}, "
+            f"{fitness.document_forwards} document-forwards"
         )
     assert last is not None
     return last

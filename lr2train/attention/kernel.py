@@ -44,7 +44,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, causal: 
     """
     _check(q, k, v, spans)
     if not spans:
-        return _outside(q)
+        return _NoAttention.apply(q, k, v)
     name, _ = kernel_name(q.device)
     if name == "cpu_flash":
         return _CpuAttention.apply(q, k, v, spans, scale, causal)
@@ -111,6 +111,22 @@ def _check_spans(spans: Spans, n_tokens: int) -> None:
 def _outside(q: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse) of tokens that attend to nothing."""
     return torch.zeros_like(q, memory_format=torch.contiguous_format), q.new_full(q.shape[:2], -math.inf, dtype=_lse_dtype(q))
+
+
+class _NoAttention(torch.autograd.Function):
+    """A shard of nothing but padding. Its q, k and v still get gradients (zeros): the ranks of a sharded model reduce the same parameters or hang."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k, v)
+        out, lse = _outside(q)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(torch.zeros_like(x) for x in ctx.saved_tensors)
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:

@@ -127,9 +127,12 @@ def _ensure_text(folder: Path, source: SourceConfig, tokenizer: Tokenizer, holdo
 def _ensure_needles(
     folder: Path, source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, texts: list[tuple[str, str]], seed: int, log: Log
 ) -> dict[str, Any]:
-    """Synthetic documents in the training text of the other sources; none is held out."""
+    """Synthetic documents in the training text of the other sources; none is held out.
+
+    With ``answers_only`` the answers alone are learned: a number where it is hidden cannot be known, and learning it teaches not to copy.
+    """
     knobs = data.needles
-    defaults = {"lengths_tokens": [data.segment_tokens], "count": 100, "max_pairs": knobs.max_pairs, "questions": knobs.max_questions}
+    defaults = {"lengths_tokens": [data.segment_tokens], "count": 100, "max_pairs": knobs.max_pairs, "questions": knobs.max_questions, "answers_only": True}
     options = sources.take_options(source, **defaults)
     fingerprint = _hash([FORMAT, options, to_dict(knobs), texts, tokenizer.fingerprint, seed])
     found = _finished(folder, source.name, fingerprint)
@@ -148,7 +151,8 @@ def _ensure_needles(
         for length in islice(cycle(options["lengths_tokens"]), options["count"]):
             n_pairs = int(rng.integers(1, options["max_pairs"], endpoint=True))
             depth = 0.0 if rng.random() < knobs.at_start else None
-            train.add(maker.make(rng, text.draw(rng, 1, length)[0], length, depth, n_pairs, min(n_pairs, options["questions"])).tokens)
+            made = maker.make(rng, text.draw(rng, 1, length)[0], length, depth, n_pairs, min(n_pairs, options["questions"]))
+            train.add(made.tokens, made.answer_spans if options["answers_only"] else None)
     return _report(folder, source.name, fingerprint, started, log)
 
 

@@ -179,9 +179,11 @@ def materialise(pieces: Pieces, segment: int, stores: list[Store], window: str, 
         start, stop, at = int(pieces.start[row]), int(pieces.stop[row]), int(pieces.offset[row])
         end = at + stop - start
         # One token more than the piece: the target of its last position may lie in the next segment.
-        text = stores[pieces.source[row]].read(int(pieces.document[row]), start, stop + 1)
+        store, document = stores[pieces.source[row]], int(pieces.document[row])
+        text = store.read(document, start, stop + 1)
         tokens[at:end] = text[: stop - start]
-        labels[at : at + len(text) - 1] = text[1:]
+        learned = store.is_target(document, start + 1, start + len(text))
+        labels[at : at + len(text) - 1] = text[1:] if learned is None else np.where(learned, text[1:].astype(np.int64), IGNORE)
         positions[at:end] = ramp[: end - at]
         spans.append((at, end))
     if whole:

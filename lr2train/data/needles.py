@@ -274,7 +274,7 @@ def make_needle_document(
 def needle_set(
     corpus: Corpus, needles: NeedleConfig, n_documents: int, length_tokens: int, depths: Sequence[float], rng: np.random.Generator
 ) -> list[NeedleDocument]:
-    """Needle documents for measuring: held-out filler, one needle, one question (paper, Appendix C).
+    """Needle documents for measuring: held-out filler, one question (paper, Appendix C), ``distractors`` needles beside the one asked for.
 
     Args:
         corpus: gives the tokenizer and the filler.
@@ -291,7 +291,7 @@ def needle_set(
     maker = NeedleMaker(tokenizer.encode, needles.wording, needles.digits, tokenizer.bos, None)
     fillers = corpus.text(HOLDOUT).draw(rng, n_documents * len(depths), length_tokens)
     return [
-        maker.make(rng, filler, length_tokens, depth)
+        maker.make(rng, filler, length_tokens, depth, 1 + needles.distractors)
         for filler, depth in zip(fillers, np.repeat(depths, n_documents).tolist(), strict=True)
     ]
 

@@ -52,6 +52,7 @@ class StoreWriter:
         self._prefix, self._about, self._vocab_size = prefix, about, vocab_size
         self._dtype = token_dtype(vocab_size)
         self._lengths = array("i")
+        self._tokens, self._targets = 0, array("q")
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> StoreWriter:
@@ -60,8 +61,8 @@ class StoreWriter:
         self._file = _partial(self._prefix, ".bin").open("wb")
         return self
 
-    def add(self, tokens: np.ndarray | Sequence[int]) -> None:
-        """Append one document."""
+    def add(self, tokens: np.ndarray | Sequence[int], targets: Sequence[tuple[int, int]] | None = None) -> None:
+        """Append one document; ``targets`` are the half-open ranges of it that are learned, None all of it. A store has them for all documents or none."""
         ids = np.asarray(tokens, dtype=np.int64)
         assert ids.ndim == 1
         assert len(ids)
@@ -70,7 +71,10 @@ class StoreWriter:
         data = ids.astype(self._dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
+        for start, stop in targets or ():
+            self._targets.extend(range(self._tokens + start, self._tokens + stop))
         self._lengths.append(len(ids))
+        self._tokens += len(ids)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
@@ -82,11 +86,15 @@ class StoreWriter:
         with _partial(self._prefix, ".lengths.npy").open("wb") as file:
             np.save(file, lengths)
             _sync(file, close=False)
-        for suffix in (".bin", ".idx", ".lengths.npy"):
+        with _partial(self._prefix, ".targets.npy").open("wb") as file:
+            np.save(file, np.frombuffer(self._targets, dtype=np.int64) if self._targets else np.zeros(0, np.int64))
+            _sync(file, close=False)
+        for suffix in (".bin", ".idx", ".lengths.npy", ".targets.npy"):
             os.replace(_partial(self._prefix, suffix), _suffixed(self._prefix, suffix))
         counts = {
             "documents": len(lengths),
             "tokens": int(lengths.sum(dtype=np.int64)),
+            "targets": len(self._targets),
             "dtype": self._dtype.name,
             "sha256": self._digest.hexdigest(),
         }
@@ -161,6 +169,22 @@ class Store(Sequence[np.ndarray]):
         """Tokens [start, stop) of one document, cut at its end."""
         first = int(self._starts[document]) // self.dtype.itemsize
         return self.flat[first + start : first + min(stop, int(self.lengths[document]))]
+
+    @cached_property
+    def _target_places(self) -> np.ndarray:
+        """Indices into ``flat`` of the tokens that are learned, sorted; empty where all are."""
+        path = _suffixed(self.prefix, ".targets.npy")
+        return np.load(path, mmap_mode="r") if path.exists() else np.zeros(0, np.int64)
+
+    def is_target(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        """bool [stop - start] of tokens [start, stop) of one document: which are learned; None where all are."""
+        if not len(self._target_places):
+            return None
+        first = int(self._starts[document]) // self.dtype.itemsize + start
+        low, high = np.searchsorted(self._target_places, (first, first + stop - start))
+        mask = np.zeros(stop - start, bool)
+        mask[self._target_places[low:high] - first] = True
+        return mask
 
     def verify(self) -> None:
         """Compare the tokens with the manifest's checksum.

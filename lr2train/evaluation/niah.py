@@ -1,7 +1,7 @@
 """Needle in a haystack: retrieval accuracy and answer perplexity by document length and needle depth (paper, Figure 6).
 
-Accuracy is exact match of greedy decoding. It is read off one forward pass: if the most likely token is the right one at every answer position given the
-right ones before, greedy decoding says exactly the answer.
+Accuracy is exact match of greedy decoding. It is read off one forward pass: if the most likely token is the right one at every answer
+position given the right ones before, greedy decoding says exactly the answer.
 """
 
 from __future__ import annotations

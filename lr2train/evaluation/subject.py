@@ -19,7 +19,8 @@ class Subject:
         label: how tables and pictures name it.
         folder: the model.
         factors: of the long window.
-        switches: True: the original table up to L0, the factors beyond (LongRoPE2). False: the factors at every length, as the method was published.
+        switches: True: the original table up to L0, the factors beyond (LongRoPE2). False: the factors at every length, as the method was
+            published.
     """
 
     label: str

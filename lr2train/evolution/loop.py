@@ -1,7 +1,7 @@
 """Evolution as a generator of generations.
 
-Choice: every generation's random stream depends on the seed and its number alone, and every evaluation is in a journal. A killed search is started again
-from generation 0 and finds its finished evaluations there: it takes the same way to the same winner, on any number of ranks.
+Choice: every generation's random stream depends on the seed and its number alone, and every evaluation is in a journal. A killed search is
+started again from generation 0 and finds its finished evaluations there: it takes the same way to the same winner, on any number of ranks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Generation across the window switch (paper, Section 3.3: original RoPE up to L0, then rescaled RoPE with a one-time recomputation of the cache).
+"""Generation across the window switch (paper, Section 3.3: original RoPE up to L0, then rescaled RoPE with a one-time recomputation of the
+cache).
 
-Choice: the moment prompt plus generated tokens exceed the original window, the cache is thrown away and the whole text is prefilled under the long
-table. Re-rotating cached keys would be cheaper and wrong: from the second layer on, keys and values depend on hidden states that were computed under the
-old table. Cost: one prefill of L0 tokens, once.
+Choice: the moment prompt plus generated tokens exceed the original window, the cache is thrown away and the whole text is prefilled under
+the long table. Re-rotating cached keys would be cheaper and wrong: from the second layer on, keys and values depend on hidden states that
+were computed under the old table. Cost: one prefill of L0 tokens, once.
 """
 
 from __future__ import annotations
@@ -18,8 +19,16 @@ from lr2train.model.rotary import WindowRotary
 
 @torch.inference_mode()
 def generate(
-    model: Any, rotary: WindowRotary, prompt: list[int], max_new_tokens: int, original_window_tokens: int, window: str = "auto",
-    temperature: float = 0.0, top_p: float = 1.0, stop: int | None = None, seed: int = 0,
+    model: Any,
+    rotary: WindowRotary,
+    prompt: list[int],
+    max_new_tokens: int,
+    original_window_tokens: int,
+    window: str = "auto",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: int | None = None,
+    seed: int = 0,
 ) -> Iterator[int]:
     """Yield new token ids one by one.
 
@@ -37,11 +46,11 @@ def generate(
     if not prompt:
         raise UserError("the prompt is empty; set generate.prompt or generate.prompt_file to some text")
     generator = torch.Generator().manual_seed(seed)
-    tokens, cache = list(prompt), None
+    tokens, cache, cached_under = list(prompt), None, ""
     for _ in range(max_new_tokens):
-        now = window_of(len(tokens), original_window_tokens, window)
-        if now != rotary.window or cache is None:
-            rotary.window, cache = now, None
+        rotary.window = window_of(len(tokens), original_window_tokens, window)  # each time: between two tokens the model may serve others
+        if rotary.window != cached_under:
+            cache, cached_under = None, rotary.window
         logits, cache = _forward(model, tokens, cache)
         token = _pick(logits, temperature, top_p, generator)
         tokens.append(token)

@@ -1,16 +1,19 @@
 """Hugging Face models in and out: configs, weights, tokenizers.
 
 Choice: a model is built empty inside the engine's init context and its tensors are streamed in one group at a time, read by rank 0 from the
-memory-mapped safetensors. No rank ever holds the whole model, on the way in or out. A hub id is refused unless a download is allowed: nothing is fetched by
-surprise.
+memory-mapped safetensors. No rank ever holds the whole model, on the way in or out. A hub id is refused unless a download is allowed:
+nothing is fetched by surprise.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +49,25 @@ def config_of(model: ModelConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(folder_of(model))
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path={model.path} has no readable config.json ({str(error).splitlines()[0]}); set model.path to a Hugging Face model folder") from error
+        raise UserError(
+            f"model.path={model.path} has no readable config.json ({_brief(error)}); set model.path to a Hugging Face model folder"
+        ) from error
 
 
 def _scratch_config(architecture: Mapping[str, Any]) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     values = dict(architecture)
     if "model_type" not in values:
-        raise UserError("model.path is empty and model.architecture has no model_type; set model.path to a folder, or choose experiment=tiny_base to train from scratch")
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+        raise UserError(
+            "model.path is empty and model.architecture has no model_type; set model.path to a folder, or choose experiment=tiny_base to "
+            "train from scratch"
+        )
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.architecture makes no transformers config ({_brief(error)}); correct model.architecture") from error
 
 
 def folder_of(model: ModelConfig) -> Path:
@@ -67,17 +79,29 @@ def folder_of(model: ModelConfig) -> Path:
     if not looks_like_hub_id:
         raise UserError(f"model.path={model.path} is no folder; set model.path to a Hugging Face model folder")
     if not model.allow_download:
-        raise UserError(f"model.path={model.path} is no local folder and downloads are off; set model.path to a folder, or model.allow_download=true to fetch it from the hub")
+        raise UserError(
+            f"model.path={model.path} is no local folder and downloads are off; set model.path to a folder, or model.allow_download=true "
+            "to fetch it from the hub"
+        )
     return _download(model)
 
 
 def _download(model: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(str(model.path), revision=model.revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(str(model.path), revision=model.revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises a dozen kinds; each means the same to the user
-        raise UserError(f"model.path={model.path} cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); download it by hand and set model.path to the folder") from error
+        raise UserError(
+            f"model.path={model.path} cannot be fetched ({type(error).__name__}: {_brief(error)}); download it by hand and set model.path "
+            "to the folder"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    """What another library said, as one line of bearable length."""
+    return " ".join(str(error).split())[:200]
 
 
 def build_empty(hf_config: Any, dtype: str, init_context: Callable[[], contextlib.AbstractContextManager[Any]]) -> Any:
@@ -98,10 +122,13 @@ def _refuse_unusual_heads(model: Any) -> None:
         raise UserError(f"{type(model).__name__} has no plain linear head without bias; set model.path to a model that has one")
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, key, None) not in (None, 1, 1.0):
-            raise UserError(f"{type(model).__name__} scales its logits ({key}={getattr(config, key)}), which the chunked loss does not; set model.path to a model without it")
+            raise UserError(
+                f"{type(model).__name__} scales its logits ({key}={getattr(config, key)}), which the chunked loss does not; set "
+                "model.path to a model without it"
+            )
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Callable[[], torch.Tensor]] | None, gather: Gather = whole) -> None:
+def fill(model: nn.Module, tensors: Mapping[str, Callable[[], torch.Tensor]], gather: Gather = whole) -> None:
     """Copy named tensors into a built model, group by group.
 
     Args:
@@ -112,17 +139,23 @@ def fill(model: nn.Module, tensors: Mapping[str, Callable[[], torch.Tensor]] | N
     Raises:
         UserError: a parameter of the model has no tensor.
     """
-    assert tensors is not None
     names = tied_names(model)
     missing = [name for name, aliases in names.items() if not any(alias in tensors for alias in aliases)]
     if missing:
-        raise UserError(f"the weights lack {len(missing)} tensors of the model ({', '.join(missing[:3])} …); set model.path to a complete folder of the same architecture")
+        raise UserError(_incomplete("the weights", missing))
     for group in _groups(model):
         with gather([parameter for _, parameter in group]), torch.no_grad():
             for name, parameter in group:
                 if gather is whole or rank() == 0:
                     alias = next(a for a in names[name] if a in tensors)
                     parameter.copy_(tensors[alias]().to(parameter.dtype))
+
+
+def _incomplete(what: str, missing: list[str]) -> str:
+    return (
+        f"{what} lack {len(missing)} tensors of the model ({', '.join(missing[:3])} …); set model.path to a complete folder of the same "
+        "architecture"
+    )
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
@@ -162,8 +195,8 @@ def safetensors_of(folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}); fetch it again") from error
-        for name in file.keys():
-            tensors[name] = lambda file=file, name=name: file.get_tensor(name)
+        names = file.keys()
+        tensors.update({name: partial(file.get_tensor, name) for name in names})
     if not tensors:
         raise UserError(f"model.path={folder} holds no .safetensors; convert the weights to safetensors first")
     return tensors
@@ -183,75 +216,94 @@ def load_whole(folder: str | Path, dtype: str = "float32", device: str = "cpu") 
     """A complete model in one process, for the search, evaluation and generation; in eval mode, without gradients.
 
     Raises:
-        UserError: the folder is missing or is not a model.
+        UserError: the folder is missing, is not a causal LM, or lacks weights (which transformers would draw at random).
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     model_config = ModelConfig(path=str(folder))
     config_of(model_config)
+    load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder_of(model_config), dtype=DTYPES[dtype], attn_implementation="sdpa")
-    except OSError as error:
-        raise UserError(f"{folder} has no readable weights ({str(error).splitlines()[0]}); set model.path to a complete model folder") from error
+        model, report = load(folder_of(model_config), dtype=DTYPES[dtype], attn_implementation="sdpa", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} has no readable weights ({_brief(error)}); set model.path to a complete model folder") from error
+    if report["missing_keys"]:
+        raise UserError(_incomplete(f"the weights in {folder}", sorted(report["missing_keys"])))
     return model.to(device).eval().requires_grad_(False)
 
 
-def write_folder(model: nn.Module, config: Mapping[str, Any], folder: Path, gather: Gather = whole, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and safetensors shards; every rank calls it, rank 0 writes. The folder appears whole or not at all."""
-    from safetensors.torch import save_file
+def write_folder(
+    model: nn.Module, config: Mapping[str, Any], folder: Path, gather: Gather = whole, dtype: torch.dtype | None = None
+) -> None:
+    """Write config.json and safetensors shards; every rank calls it, rank 0 writes. The folder appears whole or not at all.
 
+    The config's dtype becomes that of the weights: loaders cast to what it says.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
+    shards = _Shards(temporary)
     if rank() == 0:
-        _empty(temporary)
-    index: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    size, count, total = 0, 0, 0
-
-    def flush() -> None:
-        nonlocal shard, size, count
-        count += 1
-        name = f"model-{count:05d}.safetensors"
-        save_file(shard, temporary / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, name))
-        shard, size = {}, 0
-
+        _remove(temporary)
+        temporary.mkdir(parents=True)
     for group in _groups(model):
         with gather([parameter for _, parameter in group]):
             if rank() == 0:
                 for name, parameter in group:
-                    shard[name] = parameter.detach().to("cpu", dtype or parameter.dtype, copy=True).contiguous()
-                    size += shard[name].nbytes
-                    total += shard[name].nbytes
-                    if size >= SHARD_BYTES:
-                        flush()
+                    shards.add(name, parameter.detach().to("cpu", dtype or parameter.dtype, copy=True).contiguous())
     if rank() == 0:
-        if shard:
-            flush()
-        _finish(temporary, folder, config, index, total, count)
+        shards.close()
+        write_json(temporary / "config.json", {**config, "dtype": shards.dtype})
+        _take_the_place_of(folder, temporary)
 
 
-def _finish(temporary: Path, folder: Path, config: Mapping[str, Any], index: dict[str, str], total: int, count: int) -> None:
-    if count == 1:
-        (temporary / "model-00001.safetensors").rename(temporary / "model.safetensors")
-    else:
-        write_json(temporary / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-    write_json(temporary / "config.json", config)
+class _Shards:
+    """Tensors on their way into safetensors files of about ``SHARD_BYTES`` each."""
+
+    def __init__(self, folder: Path):
+        self.dtype = ""  # of the first tensor, the embeddings
+        self._folder = folder
+        self._held: dict[str, torch.Tensor] = {}
+        self._file_of: dict[str, str] = {}
+        self._held_bytes = self._total_bytes = self._n_files = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self.dtype = self.dtype or str(tensor.dtype).removeprefix("torch.")
+        self._held[name] = tensor
+        self._held_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
+        if self._held_bytes >= SHARD_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        from safetensors.torch import save_file
+
+        self._n_files += 1
+        file = f"model-{self._n_files:05d}.safetensors"
+        save_file(self._held, self._folder / file, metadata={"format": "pt"})
+        self._file_of.update(dict.fromkeys(self._held, file))
+        self._held, self._held_bytes = {}, 0
+
+    def close(self) -> None:
+        """Write what is left; one file alone gets the name that needs no index."""
+        if self._held:
+            self._write()
+        if self._n_files == 1:
+            (self._folder / "model-00001.safetensors").rename(self._folder / "model.safetensors")
+        else:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._file_of}
+            write_json(self._folder / "model.safetensors.index.json", index)
+
+
+def _take_the_place_of(folder: Path, complete: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
     _remove(old)
     if folder.exists():
         folder.rename(old)
-    temporary.rename(folder)
+    complete.rename(folder)
     _remove(old)
 
 
-def _empty(folder: Path) -> None:
-    _remove(folder)
-    folder.mkdir(parents=True)
-
-
 def _remove(folder: Path) -> None:
-    import shutil
-
     if folder.exists():
         shutil.rmtree(folder)
 
@@ -268,7 +320,7 @@ def spectrum_of(hf_config: Any, model: ModelConfig) -> Spectrum:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The fast tokenizer of a folder.
+    """The fast tokenizer of a model folder.
 
     Raises:
         UserError: there is none.
@@ -278,4 +330,11 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no readable tokenizer ({str(error).splitlines()[0]}); set data.tokenizer to a folder that has one") from error
+        raise UserError(f"{folder} has no readable tokenizer ({_brief(error)}); copy the model's tokenizer files into it") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model folder's config and weights, by name, size and time: sees that a folder was written anew without reading gigabytes."""
+    files = sorted((*folder.glob("*.safetensors"), folder / "config.json"))
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Cross-entropy of a linear head, a chunk of positions at a time.
 
-Choice: the logits of a 128k segment (33 GB in fp32 for LLaMA3) never exist whole. Forward and backward walk the target positions in chunks and compute
-each chunk's logits afresh. Cost: one more head multiplication in the backward pass, a few percent of a step.
+Choice: the logits of a 128k segment (67 GB in fp32 for LLaMA3) never exist whole. Forward and backward walk the target positions in chunks
+and compute each chunk's logits afresh. Cost: one more head multiplication in the backward pass, a few percent of a step.
 
 The result is a *sum* over target tokens; whoever knows the step divides by the step's count (never a mean of means).
 """
@@ -16,7 +16,7 @@ IGNORE = -100
 
 
 class LossHead(nn.Module):
-    """Sum of ``-log softmax(h W^T)[label]`` over positions whose label is not -100.
+    """Sum of ``-log softmax(h W^T)[label]`` over positions whose label is not -100; logits and sums are in fp32 at least.
 
     It holds the same weight Parameter as the model's head, so that an engine that gathers a module's own parameters gathers it once a pass.
     """
@@ -28,7 +28,7 @@ class LossHead(nn.Module):
         self.chunk_tokens = chunk_tokens
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """hidden [T, H], labels [T] -> fp32 scalar, the summed negative log-likelihood in nats."""
+        """hidden [T, H], labels [T] -> scalar (fp32; fp64 for fp64), the summed negative log-likelihood in nats."""
         return _ChunkedCrossEntropy.apply(hidden, self.weight, labels, self.chunk_tokens)
 
 
@@ -37,23 +37,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int) -> torch.Tensor:  # ty: ignore
         ctx.save_for_backward(hidden, weight, labels)
         ctx.chunk_tokens = chunk_tokens
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         for rows in _target_chunks(labels, chunk_tokens):
-            total += F.cross_entropy(F.linear(hidden[rows], weight).float(), labels[rows], reduction="sum")
+            total += F.cross_entropy(F.linear(hidden[rows], weight).to(total.dtype), labels[rows], reduction="sum")
         return total
 
     @staticmethod
     def backward(ctx, grad_total: torch.Tensor):  # ty: ignore
         hidden, weight, labels = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_weight = torch.zeros(weight.shape, dtype=_wide(hidden), device=weight.device)
         for rows in _target_chunks(labels, ctx.chunk_tokens):
-            grad_logits = torch.softmax(F.linear(hidden[rows], weight).float(), dim=-1)
+            grad_logits = torch.softmax(F.linear(hidden[rows], weight).to(grad_weight.dtype), dim=-1)
             grad_logits[torch.arange(len(rows), device=rows.device), labels[rows]] -= 1.0
             grad_logits = (grad_logits * grad_total).to(hidden.dtype)
             grad_hidden[rows] = grad_logits @ weight
             grad_weight += grad_logits.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def _wide(hidden: torch.Tensor) -> torch.dtype:
+    """What logits are held and summed in."""
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def _target_chunks(labels: torch.Tensor, chunk_tokens: int) -> tuple[torch.Tensor, ...]:

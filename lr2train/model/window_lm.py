@@ -1,10 +1,12 @@
 """A causal LM that is told its window: the module that the training engine wraps.
 
-Choice: the Hugging Face model stays untouched inside. Three things are swapped around it: its rotary module (two tables), its attention function
-(sequence parallel, spans) and its head (chunked loss instead of logits).
+Choice: the Hugging Face model stays untouched inside. Three things are swapped around it: its rotary module (two tables), its attention
+function (sequence parallel, spans) and its head (chunked loss instead of logits).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,14 +21,14 @@ Spans = tuple[tuple[int, int], ...]
 class WindowLM(nn.Module):
     """``(tokens, labels, positions, spans, window) -> summed loss`` over a Hugging Face causal LM."""
 
-    def __init__(self, lm: nn.Module, factors: Factors, loss_chunk_tokens: int):
+    def __init__(self, lm: Any, factors: Factors, loss_chunk_tokens: int):
         super().__init__()
         self.lm = lm
         self.rotary = [rotary.install(lm, factors)]  # in a list: it is the model's own sub-module, not a second child of ours
         self.loss_head = LossHead(lm.get_output_embeddings(), loss_chunk_tokens)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, spans: Spans, window: str) -> torch.Tensor:
-        """This rank's shard of a segment: tokens, labels, positions [T/sp]; spans of the whole segment; window "short" | "long". Returns an fp32 scalar."""
+        """Summed loss of this rank's shard: tokens, labels, positions [T/sp]; spans of the whole segment; window "short" | "long"."""
         self.rotary[0].window = window
         hidden = self.lm.base_model(input_ids=tokens[None], position_ids=positions[None], spans=spans, use_cache=False).last_hidden_state
         return self.loss_head(hidden[0], labels)

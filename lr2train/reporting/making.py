@@ -132,8 +132,8 @@ def _base(inputs: Inputs) -> str:
     if not inputs.base_metrics:
         return ""
     caption = (
-        f"From <code>{text(inputs.base_folder)}</code>, {len(inputs.base_metrics):,} steps from scratch. Steps in the curve are "
-        "stages of its curriculum."
+        f"From <code>{text(inputs.base_folder)}</code>, {len(inputs.base_metrics):,} steps from scratch. Jumps are stages of its "
+        "curriculum."
     )
     chart = charts.loss_by_window(inputs.base_metrics, "base", charts.WIDE)
     return f'<h3>The base model</h3><div class="figures">{figure("Loss of the base model", chart, caption, wide=True)}</div>'

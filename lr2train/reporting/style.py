@@ -77,7 +77,8 @@ details { border-top: 1px solid var(--line); padding: .6rem 0; } summary { curso
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .88rem; margin: .6rem 0; }
 dt { color: var(--muted); }
 dd { margin: 0; overflow-wrap: anywhere; }
-.missing { border: 1px dashed var(--line); border-radius: 12px; padding: .9rem 1.1rem; color: var(--muted); font-size: .9rem; list-style: none; }
+.missing { border: 1px dashed var(--line); border-radius: 12px; padding: .9rem 1.1rem; color: var(--muted);
+  font-size: .9rem; list-style: none; }
 .missing li { margin: .35rem 0; } .missing strong { color: var(--ink); font-weight: 560; }
 mark { background: color-mix(in srgb, var(--good) 20%, transparent); color: inherit; border-radius: 3px; padding: 0 .1em; }
 footer { color: var(--muted); font-size: .82rem; padding-top: 2.5rem; padding-bottom: 3rem; }

@@ -166,3 +166,25 @@ def test_millions_of_documents_are_planned_in_seconds():
     pieces = packing.pack_short(documents, 131072, 16)
     assert pieces.tokens == lengths.sum()
     assert pieces.padding_share < 0.001
+
+
+@given(st.lists(st.integers(5, 40), min_size=1, max_size=12), st.sampled_from(["short", "long"]), st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_only_chosen_tokens_are_targets_where_a_store_says_so(tmp_path_factory, lengths, window, seed):
+    rng = np.random.default_rng(seed)
+    documents, chosen = unique_documents(lengths), set()
+    prefix = tmp_path_factory.mktemp("chosen") / "one"
+    with StoreWriter(prefix, 60_000, {"fingerprint": "x"}) as writer:
+        for document in documents:
+            start, stop = sorted(rng.choice(len(document) + 1, 2, replace=False).tolist())
+            writer.add(document, [(start, stop)])
+            chosen |= set(document[start:stop].tolist())
+    documents_of = selection(lengths)
+    pieces = packing.pack_short(documents_of, 48) if window == "short" else packing.pack_long(documents_of, 16)[0]
+    target = next_token(documents)
+    for segment in range(pieces.n_segments):
+        batch = materialise(pieces, segment, [Store(prefix)], window, False, PADDING)
+        for token, label in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True):
+            following = target.get(token)
+            assert label == (following if following in chosen else IGNORE)
+        assert batch.n_target_tokens == int((batch.labels != IGNORE).sum())

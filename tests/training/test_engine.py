@@ -16,8 +16,8 @@ ARCHITECTURE = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": L0, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
 }  # fmt: skip
 SHORT_SPANS = ((0, 13), (13, 32), (32, 50), (50, 60))
+EMPTY_SHARD = 8  # the segment whose second half is padding: with sp=2 a rank has no attention and no target at all
 CASES = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2)]  # world, sp, accumulation
-SEGMENTS = 4  # micro-batches of the largest case: two steps are always made of the same four segments
 
 
 def segment(index: int) -> Batch:
@@ -28,12 +28,13 @@ def segment(index: int) -> Batch:
     if index % 2:
         return Batch(tokens, labels, np.arange(T), ((0, T),), "long", T - 1)
     positions = np.zeros(T, dtype=np.int64)
-    for start, stop in SHORT_SPANS:
+    spans = SHORT_SPANS[:2] if index == EMPTY_SHARD else SHORT_SPANS
+    for start, stop in spans:
         positions[start:stop] = np.arange(stop - start)
         labels[stop - 1] = -100
-    labels[60:] = -100
-    labels[: 7 * index] = -100
-    return Batch(tokens, labels, positions, SHORT_SPANS, "short", int((labels != -100).sum()))
+    labels[spans[-1][1] :] = -100
+    labels[: 3 * index] = -100
+    return Batch(tokens, labels, positions, spans, "short", int((labels != -100).sum()))
 
 
 def config_for(sp: int, accumulation: int, world: int) -> Config:
@@ -50,8 +51,12 @@ def factors():
     return METHODS["longrope2"](Spectrum(8, 100.0, L0), L, critical_index=2, tail=[2.0, 2.4], attention_factor=1.1)
 
 
+def steps(rank: int, world: int, cases: list[tuple[int, int, int]], segments: list[list[int]]):
+    """Losses and gradients of one optimizer step of the real engine, for each case."""
+    return [one_step(rank, world, sp, accumulation, used) for (_, sp, accumulation), used in zip(cases, segments, strict=True)]
+
+
 def one_step(rank: int, world: int, sp: int, accumulation: int, segments: list[int]):
-    """Losses and gradients of one optimizer step of the real engine."""
     import torch.distributed as dist
 
     from lr2train.model import load
@@ -73,6 +78,7 @@ def one_step(rank: int, world: int, sp: int, accumulation: int, segments: list[i
     mine = segments[mesh.dp_rank :: mesh.dp_size]
     stats = engine.step([segment(i) for i in mine], lr=1e-3)
     dist.barrier()
+    engine._engine.destroy()
     return stats, {name: gradient.numpy() for name, gradient in gradients.items()} if rank == 0 else None
 
 
@@ -97,33 +103,45 @@ def plain_step(segments: list[int]):
     for index in segments:
         batch = segment(index)
         mask = torch.full((T, T), -math.inf, dtype=torch.float64)
-        for start, stop in (*batch.spans, *((t, t + 1) for t in range(60, T) if batch.window == "short")):
+        for start, stop in (*batch.spans, *((t, t + 1) for t in range(batch.spans[-1][1], T))):
             mask[start:stop, start:stop] = torch.triu(torch.full((stop - start, stop - start), -math.inf, dtype=torch.float64), 1)
         logits = models[batch.window](
-            input_ids=torch.from_numpy(batch.tokens)[None], position_ids=torch.from_numpy(batch.positions)[None], attention_mask=mask[None, None], use_cache=False
+            input_ids=torch.from_numpy(batch.tokens)[None],
+            position_ids=torch.from_numpy(batch.positions)[None],
+            attention_mask=mask[None, None],
+            use_cache=False,
         ).logits[0]
         total[batch.window] += torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.labels), reduction="sum", ignore_index=-100)
         n_targets[batch.window] += batch.n_target_tokens
     loss = (total["short"] + total["long"]) / sum(n_targets.values())
     loss.backward()
     gradients = {
-        name: sum(p.grad for p in (dict(models["short"].named_parameters())[name], dict(models["long"].named_parameters())[name]) if p.grad is not None)
+        name: sum(
+            p.grad
+            for p in (dict(models["short"].named_parameters())[name], dict(models["long"].named_parameters())[name])
+            if p.grad is not None
+        )
         for name, _ in models["short"].named_parameters()
     }
     return loss.item(), {w: float(total[w] / n_targets[w]) for w in total if n_targets[w]}, sum(n_targets.values()), gradients
 
 
-@pytest.mark.parametrize(("world", "sp", "accumulation"), CASES)
-def test_loss_and_gradients_equal_one_plain_process(world, sp, accumulation, tmp_path):
-    dp = world // sp
-    # a micro-step runs one window on all data-parallel ranks, so segments come in dp-wide groups of like windows
-    segments = [2 * j + (m % 2) + 1 for m in range(accumulation) for j in range(dp)]
-    (stats, gradients), *others = run_ranks(one_step, world, sp, accumulation, segments, tmp_path=tmp_path, timeout_s=120)
-    loss, by_window, n_targets, expected = plain_step(segments)
-    assert all(other[0] == stats for other in others)
-    assert stats.n_target_tokens == n_targets
-    assert stats.loss == pytest.approx(loss, rel=1e-5)
-    assert {w: v for w, v in (("short", stats.loss_short), ("long", stats.loss_long)) if v is not None} == pytest.approx(by_window, rel=1e-5)
-    for name, gradient in expected.items():
-        error = np.abs(gradients[name] - gradient.numpy()).max() / gradient.abs().max().item()
-        assert error < 1e-5, f"{name}: {error:.1e}"
+@pytest.mark.parametrize("world", [1, 2])
+def test_loss_and_gradients_equal_one_plain_process(world, tmp_path):
+    """All cases of a world in one launch; the segments of a micro-step are of one window on all data-parallel ranks, as the loader promises."""
+    cases = [case for case in CASES if case[0] == world]
+    segments = [[2 * j + (m % 2) + 1 for m in range(accumulation) for j in range(world // sp)] for _, sp, accumulation in cases]
+    cases, segments = [*cases, (world, world, 2)], [*segments, [EMPTY_SHARD, 3]]
+    results = run_ranks(steps, world, cases, segments, tmp_path=tmp_path, timeout_s=240)
+    for number, (case, used) in enumerate(zip(cases, segments, strict=True)):
+        (stats, gradients), *others = [of_rank[number] for of_rank in results]
+        loss, by_window, n_targets, expected = plain_step(used)
+        assert all(other[0] == stats for other in others), case
+        assert stats.n_target_tokens == n_targets, case
+        assert stats.loss == pytest.approx(loss, rel=1e-5), case
+        assert {w: v for w, v in (("short", stats.loss_short), ("long", stats.loss_long)) if v is not None} == pytest.approx(
+            by_window, rel=1e-5
+        ), case
+        for name, gradient in expected.items():
+            error = np.abs(gradients[name] - gradient.numpy()).max() / gradient.abs().max().item()
+            assert error < 1e-5, f"{case} {name}: {error:.1e}"

@@ -1,0 +1,163 @@
+"""Candidates stay inside their space, whatever is drawn."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lr2train.config import SearchConfig, UserError
+from lr2train.evolution.genome import ATTENTION_GRID, Candidate, Space
+from lr2train.rope import Spectrum
+
+
+@st.composite
+def spaces(draw) -> Space:
+    """Spaces of many shapes, bounds on and off the grid among them."""
+    window = draw(st.sampled_from([64, 500, 512, 8192]))
+    spectrum = Spectrum(draw(st.sampled_from([8, 16, 64, 128])), draw(st.sampled_from([100.0, 1e4, 5e5])), window)
+    low, attention_low = draw(st.floats(0.8, 1.2)), draw(st.floats(0.9, 1.2))
+    knobs = SearchConfig(
+        population=draw(st.integers(2, 24)),
+        top_k=1,
+        mutation_probability=draw(st.sampled_from([0.05, 0.3, 1.0])),
+        mutation_step=draw(st.sampled_from([0.01, 0.25, 1.0])),
+        mutation_spread=draw(st.sampled_from([0.01, 0.25, 3.0])),
+        move_critical_index=draw(st.sampled_from([0.0, 0.2, 1.0])),
+        crossover=draw(st.sampled_from([0.0, 0.5])),
+        tail_low=low,
+        tail_high=low + draw(st.floats(0.0, 1.0)),
+        critical_index=draw(st.sampled_from([None, None, 1, 3])),
+        search_attention_factor=draw(st.booleans()),
+        attention_factor_low=attention_low,
+        attention_factor_high=attention_low + draw(st.floats(0.0, 0.4)),
+    )
+    return Space(spectrum, draw(st.integers(window, 64 * window)), knobs, 1.0625)
+
+
+def on_grid(value: float, step: float, low: float, high: float) -> bool:
+    return value in (low, high) or math.isclose(value / step, round(value / step), abs_tol=1e-6)
+
+
+def check(space: Space, candidate: Candidate) -> None:
+    knobs, tail = space.knobs, np.array(candidate.tail)
+    low, high = knobs.tail_low * space.scale, knobs.tail_high * space.scale
+    d10, tcd = space.spectrum.lowest_critical_index, space.spectrum.critical_index
+    allowed = range(d10, tcd + 1) if knobs.critical_index is None else [knobs.critical_index]
+    assert candidate.critical_index in allowed
+    assert len(tail) == space.spectrum.n_dims - candidate.critical_index
+    assert (low <= tail).all()
+    assert (tail <= high).all()
+    assert (np.diff(tail) >= 0).all()
+    assert all(on_grid(value, knobs.mutation_step, low, high) for value in candidate.tail)
+    if knobs.search_attention_factor:
+        bounds = knobs.attention_factor_low, knobs.attention_factor_high
+        assert bounds[0] <= candidate.attention_factor <= bounds[1]
+        assert on_grid(candidate.attention_factor, ATTENTION_GRID, *bounds)
+    else:
+        assert candidate.attention_factor == 1.0625
+    factors = space.factors(candidate)
+    head = [candidate.tail[0] ** (i / candidate.critical_index) for i in range(candidate.critical_index)]
+    assert factors.rescale[candidate.critical_index :] == candidate.tail
+    # two ways to the same power in float64
+    np.testing.assert_allclose(factors.rescale[: candidate.critical_index], head, rtol=1e-12)
+    assert factors.attention_factor == candidate.attention_factor
+    assert factors.target_window_tokens == space.target_tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(spaces(), st.integers(0, 2**32 - 1))
+def test_initial_members_and_chains_of_mutations_stay_inside(space, seed):
+    rng = np.random.default_rng(seed)
+    members = space.initial(rng)
+    assert 1 <= len(members) <= space.knobs.population
+    assert len({member.key for member in members}) == len(members)
+    for member in members:
+        check(space, member)
+    candidate = members[0]
+    for _ in range(50):
+        candidate = space.mutate(candidate, rng, members)
+        check(space, candidate)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([16.0, 16.01, 16.0100001, 123456.78, 123456.79]), min_size=2, max_size=2),
+    st.lists(st.sampled_from([16.0, 16.01, 16.0100001, 123456.78, 123456.79]), min_size=2, max_size=2),
+    st.sampled_from([(1.0, 1.0), (1.0, 1.0000001), (1.25, 1.2)]),
+    st.sampled_from([(3, 3), (3, 4)]),
+)
+def test_keys_are_equal_iff_candidates_are(tail, other, attention, index):
+    a = Candidate(index[0], tuple(tail), attention[0])
+    b = Candidate(index[1], tuple(other), attention[1])
+    assert (a.key == b.key) == (a == b)
+
+
+def default_space(**knobs) -> Space:
+    return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**knobs), 1.0)
+
+
+def test_the_initial_population_covers_every_critical_index_with_constant_tails():
+    """Algorithm 1: one member an index from d10 = 8 to tcd = 16 (METHOD's tiny model), the rest mutations of them."""
+    members = default_space(population=20).initial(np.random.default_rng(0))
+    first = members[:9]
+    assert [member.critical_index for member in first] == list(range(8, 17))
+    assert all(len(set(member.tail)) == 1 for member in first)
+    assert any(len(set(member.tail)) > 1 for member in members[9:])
+    assert len(members) == 20
+
+
+def test_a_small_population_is_spread_over_the_indices():
+    members = default_space(population=3, top_k=1).initial(np.random.default_rng(0))
+    assert [member.critical_index for member in members] == [8, 12, 16]
+
+
+def test_a_population_larger_than_the_space_does_not_hang():
+    space = default_space(population=64, tail_low=1.0, tail_high=1.0, critical_index=12, search_attention_factor=False)
+    only = Candidate(12, (8.0,) * 20, 1.0)
+    assert space.initial(np.random.default_rng(0)) == [only]
+    assert space.fill([], [only], 5, np.random.default_rng(0), frozenset({only.key})) == []
+
+
+def test_mutations_reach_the_whole_space():
+    """A chain visits every critical index and both ends of both ranges: nothing inside the bounds is out of reach."""
+    space, rng = default_space(move_critical_index=0.5), np.random.default_rng(0)
+    candidate = space.initial(rng)[0]
+    seen = [candidate := space.mutate(candidate, rng, [candidate]) for _ in range(600)]
+    assert {one.critical_index for one in seen} == set(range(8, 17))
+    assert min(one.tail[0] for one in seen) == 8.0
+    assert max(one.tail[-1] for one in seen) == 16.0
+    assert {1.0, 1.4} <= {one.attention_factor for one in seen}
+
+
+def test_without_mutation_a_child_is_its_parent():
+    space = default_space(mutation_probability=0.0, move_critical_index=0.0)
+    parent = space.initial(np.random.default_rng(1))[0]
+    assert space.mutate(parent, np.random.default_rng(2), [parent]) == parent
+
+
+def test_crossover_takes_index_and_attention_factor_of_the_mate():
+    space = default_space(mutation_probability=0.0, move_critical_index=0.0, crossover=1.0)
+    parent, mate = Candidate(10, (9.0,) * 11 + (12.0,) * 11, 1.0), Candidate(8, (16.0,) * 24, 1.3)
+    child = space.mutate(parent, np.random.default_rng(0), [mate])
+    assert child == Candidate(8, (9.0,) * 13 + (12.0,) * 11, 1.3)
+    assert space.mutate(mate, np.random.default_rng(0), [parent]) == Candidate(10, (16.0,) * 22, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"critical_index": 32}, r"search\.critical_index=32 is outside 1 … 31"),
+        ({"critical_index": 0}, r"search\.critical_index=0 is outside"),
+        ({"tail_low": 2.0, "tail_high": 1.0}, r"search\.tail_low=2\.0"),
+        ({"tail_low": 0.0}, r"search\.tail_low=0\.0"),
+        ({"attention_factor_low": 1.5}, r"search\.attention_factor_low=1\.5 .*search\.attention_factor_high=1\.4"),
+        ({"mutation_step": 0.0}, r"search\.mutation_step=0\.0 is not positive"),
+        ({"top_k": 64}, r"search\.top_k=64 is outside 1 … 63, .*set search\.top_k to 16"),
+        ({"top_k": 0}, r"search\.top_k=0 is outside"),
+    ],
+)
+def test_an_empty_space_is_refused(knobs, words):
+    with pytest.raises(UserError, match=words):
+        default_space(**knobs)

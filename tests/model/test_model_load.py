@@ -1,0 +1,214 @@
+"""Models in and out of folders: nothing lost on the way, nothing drawn at random, nothing half written."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lr2train.config import ModelConfig, UserError
+from lr2train.model import load
+
+ARCHITECTURE = {
+    "model_type": "llama", "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}  # fmt: skip
+LOST = "model.layers.1.mlp.up_proj.weight"
+
+
+def built(seed: int = 0, dtype: str = "float32", **changes):
+    """(model filled from scratch weights, its transformers config)."""
+    hf_config = load.config_of(ModelConfig(architecture={**ARCHITECTURE, **changes}))
+    model = load.build_empty(hf_config, dtype, contextlib.nullcontext)
+    load.fill(model, load.scratch_weights(hf_config, seed))
+    return model, hf_config
+
+
+def written(folder, **changes):
+    model, hf_config = built(**changes)
+    load.write_folder(model, load.plain_config(hf_config), folder)
+    return model
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_bytes", [2**30, 4000])
+def test_a_model_comes_back_as_it_was_written(tmp_path, monkeypatch, tied, shard_bytes):
+    monkeypatch.setattr(load, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(load, "GROUP_BYTES", 3000)  # several groups too
+    model = written(tmp_path / "m", tie_word_embeddings=tied)
+    files = {file.name for file in (tmp_path / "m").glob("*.safetensors")}
+    assert files == {"model.safetensors"} if shard_bytes > 4000 else len(files) > 2
+    stored = {name: tensor for file in files for name, tensor in load_file(tmp_path / "m" / file).items()}
+    assert stored.keys() == {name for name, _ in model.named_parameters()}, "each once: a tied head is not stored twice"
+    back = load.load_whole(tmp_path / "m")
+    assert same(back, model)
+    assert (back.lm_head.weight is back.model.embed_tokens.weight) == tied
+    assert not back.training
+    assert not any(parameter.requires_grad for parameter in back.parameters())
+
+    refilled = load.build_empty(load.config_of(ModelConfig(path=str(tmp_path / "m"))), "float32", contextlib.nullcontext)
+    load.fill(refilled, load.safetensors_of(tmp_path / "m"))
+    assert same(refilled, model)
+
+
+def test_the_index_names_every_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "SHARD_BYTES", 4000)
+    model = written(tmp_path / "m")
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in (tmp_path / "m").glob("*.safetensors")}
+    assert index["metadata"]["total_size"] == 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_another_dtype_is_written_and_said(tmp_path):
+    model, hf_config = built()
+    load.write_folder(model, load.plain_config(hf_config), tmp_path / "m", dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(tmp_path / "m" / "model.safetensors").values()} == {torch.bfloat16}
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters()), "the model in training stays as it is"
+    assert torch.equal(load.load_whole(tmp_path / "m", "bfloat16").lm_head.weight, model.lm_head.weight.bfloat16())
+
+
+def test_the_config_says_the_dtype_of_the_weights(tmp_path):
+    """A float32 run of a model whose config says bfloat16: whoever loads by the config must not lose bits."""
+    model, hf_config = built()
+    load.write_folder(model, {**load.plain_config(hf_config), "dtype": "bfloat16"}, tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_scratch_weights_depend_on_the_seed_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = built(1)[0]
+    assert torch.equal(torch.get_rng_state(), before), "nobody else's random numbers are used up"
+    assert same(first, built(1)[0])
+    assert not torch.equal(first.lm_head.weight, built(2)[0].lm_head.weight)
+
+
+def test_a_full_disk_half_way_leaves_the_old_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "SHARD_BYTES", 4000)
+    old = written(tmp_path / "m")
+    names = {file.name for file in (tmp_path / "m").iterdir()}
+    saved = []
+
+    def full_disk(tensors, path, metadata):
+        saved.append(path)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            written(tmp_path / "m", seed=1)
+    assert {file.name for file in (tmp_path / "m").iterdir()} == names
+    assert same(load.load_whole(tmp_path / "m"), old)
+    new = written(tmp_path / "m", seed=1)
+    assert same(load.load_whole(tmp_path / "m"), new)
+    assert [file.name for file in tmp_path.iterdir()] == ["m"], "nothing is left lying about"
+
+
+def test_a_model_that_lacks_tensors_is_refused(tmp_path):
+    """transformers draws what is missing at random, and says so in a table that nobody reads."""
+    model = written(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[LOST]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"lack 1 tensors of the model \({LOST}"):
+        load.load_whole(tmp_path / "m")
+    with pytest.raises(UserError, match=rf"lack 1 tensors of the model \({LOST}"):
+        load.fill(model, load.safetensors_of(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_safetensors_cut_short_is_refused(tmp_path, share):
+    written(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="has no readable weights"):
+        load.load_whole(tmp_path / "m")
+    with pytest.raises(UserError, match=r"model.safetensors is damaged .* fetch it again"):
+        load.safetensors_of(tmp_path / "m")
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    written(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
+    with pytest.raises(UserError, match="has no readable weights"):
+        load.load_whole(tmp_path / "m")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    written(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no file named model.safetensors"):
+        load.load_whole(tmp_path / "m")
+    with pytest.raises(UserError, match="holds no .safetensors; convert"):
+        load.safetensors_of(tmp_path / "m")
+    with pytest.raises(UserError, match="has no readable tokenizer"):
+        load.load_tokenizer(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"path": "meta-llama/Meta-Llama-3-8B"}, r"no local folder and downloads are off; .* model\.allow_download=true"),
+        ({"path": "runs/nothing-here"}, r"model\.path=runs/nothing-here is no folder"),
+        ({"path": "/nowhere/at/all"}, r"is no folder; set model\.path"),
+        ({}, r"model\.architecture has no model_type"),
+        ({"architecture": {"model_type": "lama"}}, r"model\.architecture makes no transformers config \(Unrecognized model identifier: lama"),
+        ({"architecture": {"model_type": "llama", "hidden_size": "wide"}}, r"'hidden_size' expected int, got str"),
+    ],
+)
+def test_a_model_that_is_not_there_is_asked_for(monkeypatch, tmp_path, model, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words) as error:
+        load.config_of(ModelConfig(**model))
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_config_is_named(tmp_path):
+    written(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"has no readable config\.json"):
+        load.load_whole(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(UserError, match="Unrecognized configuration class"):
+        load.load_whole(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gemma2", "head_dim": 8}, "Gemma2ForCausalLM scales its logits .final_logit_softcapping=30.0"),
+        ({"model_type": "cohere"}, "CohereForCausalLM scales its logits .logit_scale=0.0625"),
+        ({"model_type": "phi"}, "PhiForCausalLM has no plain linear head without bias"),
+    ],
+)
+def test_a_head_that_the_chunked_loss_does_not_compute_is_refused(changes, words):
+    hf_config = load.config_of(ModelConfig(architecture={**ARCHITECTURE, **changes, "num_key_value_heads": 2, "pad_token_id": 0}))
+    with pytest.raises(UserError, match=words):
+        load.build_empty(hf_config, "float32", contextlib.nullcontext)
+
+
+def test_the_original_window_can_be_named():
+    hf_config = load.config_of(ModelConfig(architecture=ARCHITECTURE))
+    assert load.spectrum_of(hf_config, ModelConfig()).window_tokens == 64
+    assert load.spectrum_of(hf_config, ModelConfig(original_window_tokens=32)).window_tokens == 32
+
+
+def test_a_fingerprint_sees_a_folder_written_anew(tmp_path):
+    written(tmp_path / "m")
+    first = load.fingerprint(tmp_path / "m")
+    assert load.fingerprint(tmp_path / "m") == first
+    written(tmp_path / "m", seed=1)
+    assert load.fingerprint(tmp_path / "m") != first

@@ -1,0 +1,114 @@
+"""The chunked loss against cross-entropy over whole logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lr2train.model import loss
+from lr2train.model.loss import IGNORE, LossHead
+
+T, H, V = 37, 12, 50
+
+
+def case(dtype=torch.float64):
+    """hidden [T, H], head, labels [T] with 26 targets among 37 positions."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(T, H, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    head = nn.Linear(H, V, bias=False, dtype=dtype)
+    head.weight.data = torch.randn(V, H, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(V, (T,), generator=generator)
+    labels[torch.randperm(T, generator=generator)[26:]] = IGNORE
+    return hidden, head, labels
+
+
+def whole(hidden, weight, labels):
+    """(loss, gradient of hidden, gradient of weight) over whole logits in fp64."""
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    value = F.cross_entropy(h @ w.T, labels, reduction="sum", ignore_index=IGNORE)
+    return value.detach(), *torch.autograd.grad(value, (h, w))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 13, 26, T, 1000])  # 26 targets: 13 and 26 divide it, 5 does not
+def test_value_and_gradients_equal_whole_logits(chunk):
+    hidden, head, labels = case()
+    value = LossHead(head, chunk)(hidden, labels)
+    (3.0 * value).backward()  # a scale, as the engine uses one
+    expected, grad_hidden, grad_weight = whole(hidden, head.weight, labels)
+    # both in fp64: sums of up to 37 x 50 terms in another order, so a few hundred roundings of 1e-16
+    torch.testing.assert_close(value.detach(), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(hidden.grad, 3 * grad_hidden, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(head.weight.grad, 3 * grad_weight, rtol=1e-12, atol=1e-13)
+
+
+def test_without_targets_loss_and_gradients_are_zero():
+    hidden, head, labels = case(torch.float32)
+    value = LossHead(head, 8)(hidden, torch.full_like(labels, IGNORE))
+    value.backward()
+    assert value.item() == 0.0
+    assert value.dtype == torch.float32
+    assert hidden.grad is not None and not hidden.grad.any()
+    assert head.weight.grad is not None and not head.weight.grad.any()
+
+
+def test_bfloat16_sums_in_float32():
+    """From the same bf16 numbers the loss differs only by the bf16 logits: 2^-9 of a logit each, averaging out over the targets."""
+    hidden, head, labels = case(torch.bfloat16)
+    value = LossHead(head, 8)(hidden, labels)
+    value.backward()
+    expected, grad_hidden, grad_weight = whole(hidden, head.weight, labels)
+    assert value.dtype == torch.float32
+    assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
+    assert head.weight.grad is not None and head.weight.grad.dtype == torch.bfloat16
+    assert value.item() == pytest.approx(expected.item(), rel=2e-3)
+    for ours, theirs in ((hidden.grad, grad_hidden), (head.weight.grad, grad_weight)):
+        assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()  # a bf16 carries 2^-9 = 0.002; softmax and two products
+
+
+def test_many_bfloat16_chunks_do_not_lose_the_weights_gradient():
+    """Added up in bf16, thousands of small terms would stop counting; each chunk's part is added in fp32."""
+    hidden = torch.ones(4096, 1, dtype=torch.bfloat16, requires_grad=True)
+    head = nn.Linear(1, 2, bias=False, dtype=torch.bfloat16)
+    nn.init.zeros_(head.weight)
+    LossHead(head, 1)(hidden, torch.zeros(4096, dtype=torch.int64)).backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad[:, 0].tolist() == [-2048.0, 2048.0]  # 4096 x (softmax(0, 0) - (1, 0)), exact
+
+
+def test_a_tied_weight_gathers_both_gradients():
+    embedding, labels = nn.Embedding(V, H, dtype=torch.float64), case()[2]
+    tokens = torch.arange(T) % V
+    head = nn.Linear(H, V, bias=False, dtype=torch.float64)
+    head.weight = embedding.weight
+    LossHead(head, 5)(torch.tanh(embedding(tokens)), labels).backward()
+    ours, embedding.weight.grad = embedding.weight.grad, None
+    F.cross_entropy(torch.tanh(embedding(tokens)) @ embedding.weight.T, labels, reduction="sum", ignore_index=IGNORE).backward()
+    torch.testing.assert_close(ours, embedding.weight.grad, rtol=1e-12, atol=1e-13)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made, forward or backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(part.numel() for part in tree_leaves(made) if isinstance(part, torch.Tensor))])
+        return made
+
+
+def test_logits_never_exceed_a_chunk(monkeypatch):
+    rows, linear = [], F.linear
+    monkeypatch.setattr(loss.F, "linear", lambda x, weight: (rows.append(len(x)), linear(x, weight))[1])
+    hidden, head, labels = case()
+    with Largest() as largest:
+        LossHead(head, 8)(hidden, labels).backward()
+    assert rows == [8, 8, 8, 2] * 2, "26 targets, forward and backward; positions without a target cost nothing"
+    assert largest.numel == max(8 * V, T * H, V * H) < 26 * V
+    with Largest() as largest:  # what the sight is worth: it sees whole logits where they exist
+        whole(hidden, head.weight, labels)
+    assert largest.numel == T * V

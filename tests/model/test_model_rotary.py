@@ -1,0 +1,150 @@
+"""The rotary module against transformers' own, bit for bit: both windows, partial rotation, low precision around it."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lr2train.config import UserError
+from lr2train.model import rotary
+from lr2train.model.load import plain_config
+from lr2train.rope import METHODS, Factors, Spectrum
+from lr2train.rope import hf as rope_hf
+
+L0, L = 2048, 131072
+SIZES = {
+    "vocab_size": 32, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": L0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+# every power of two and its neighbours, and every position whose float32 form is rounded by a bfloat16
+POSITIONS = torch.tensor(sorted({p for e in range(17) for p in (2**e - 1, 2**e, 2**e + 1)} | set(range(0, L, 911)) | {L - 1}))[None]
+
+
+def model_of(family: str = "llama", dtype: torch.dtype = torch.float32, **changes):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **changes}), dtype=dtype)
+
+
+def factors_for(model, attention_factor: float = 1.19) -> Factors:
+    spectrum = rope_hf.spectrum_of(plain_config(model.config))
+    rcd = spectrum.lowest_critical_index
+    tail = [L / L0 * (1 + 0.7 * i / spectrum.n_dims) for i in range(spectrum.n_dims - rcd)]
+    return METHODS["longrope2"](spectrum, L, critical_index=rcd, tail=tail, attention_factor=attention_factor)
+
+
+def transformers_longrope(model, factors: Factors):
+    """transformers' module for the config that an export writes."""
+    values = rope_hf.write(plain_config(model.config), factors)
+    return type(model.base_model.rotary_emb)(AutoConfig.for_model(values.pop("model_type"), **values))
+
+
+def same_bits(ours, theirs) -> bool:
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("qwen3", {"head_dim": 64}), ("phi3", {"partial_rotary_factor": 0.75})])
+def test_both_tables_are_transformers_own_bit_for_bit(family, changes, dtype):
+    model = model_of(family, **changes)
+    factors = factors_for(model)
+    own, longrope = model.base_model.rotary_emb, transformers_longrope(model, factors)
+    table = rotary.install(model, factors)
+    x = torch.zeros(1, dtype=dtype)
+    assert same_bits(table(x, POSITIONS), own(x, POSITIONS))
+    table.window = "long"
+    assert POSITIONS.max() + 1 > L0, "transformers must be in its long window"
+    assert same_bits(table(x, POSITIONS), longrope(x, POSITIONS))
+    assert not same_bits(table(x, POSITIONS), own(x, POSITIONS))
+
+
+def test_partial_rotation_rotates_its_part():
+    model = model_of("phi3", partial_rotary_factor=0.75)
+    table = rotary.install(model, factors_for(model))
+    assert table(torch.zeros(1), POSITIONS)[0].shape == (1, POSITIONS.shape[1], 24)  # 0.75 x head_dim 32
+
+
+def test_with_attention_factor_1_both_windows_are_transformers_longrope():
+    """Then an exported model is exact in plain transformers on both sides of the switch."""
+    model = model_of()
+    factors = factors_for(model, attention_factor=1.0)
+    longrope, table = transformers_longrope(model, factors), rotary.install(model, factors)
+    x, short = torch.zeros(1), torch.arange(L0)[None]
+    assert same_bits(table(x, short), longrope(x, short))
+    table.window = "long"
+    assert same_bits(table(x, POSITIONS), longrope(x, POSITIONS))
+
+
+def test_no_cast_touches_the_tables():
+    """A bfloat16 default dtype while building and ``.to(bfloat16)`` after it both ruin transformers' inv_freq at 128k."""
+    expected = {}
+    table = rotary.install(model_of(), factors_for(model_of()))
+    for table.window in rotary.WINDOWS:
+        expected[table.window] = table(torch.zeros(1), POSITIONS)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = model_of(dtype=torch.bfloat16).to(torch.bfloat16)
+        table = rotary.install(model, factors_for(model))
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.to(torch.bfloat16).half().bfloat16()
+    for table.window in rotary.WINDOWS:
+        assert same_bits(table(torch.zeros(1), POSITIONS), expected[table.window])
+
+
+def test_the_tag_decides_and_never_the_positions():
+    model = model_of()
+    table = rotary.install(model, factors_for(model))
+    x, near, far = torch.zeros(1), torch.arange(4)[None], torch.arange(L - 4, L)[None]
+    both = torch.cat([near, far], 1)
+    for table.window in rotary.WINDOWS:
+        together = table(x, both)
+        assert same_bits([t[:, :4] for t in together], table(x, near))
+        assert same_bits([t[:, 4:] for t in together], table(x, far))
+
+
+def test_the_model_computes_with_the_table_that_the_tag_names():
+    model, plain = model_of().eval(), model_of().eval()
+    factors = factors_for(model)
+    values = rope_hf.write(plain_config(plain.config), factors)
+    longrope = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).eval()
+    longrope.load_state_dict(plain.state_dict())
+    table = rotary.install(model, factors)
+    ids = torch.randint(32, (1, 12), generator=torch.Generator().manual_seed(0))
+    far = torch.arange(L - 12, L)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids, position_ids=far).logits, plain(ids, position_ids=far).logits)
+        table.window = "long"
+        assert torch.equal(model(ids, position_ids=far).logits, longrope(ids, position_ids=far).logits)
+
+
+def test_a_published_longrope_model_keeps_its_own_short_window():
+    """Its short factors and its temperature; one that we exported says itself that its short temperature is 1."""
+    published = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": L0, "factor": L / L0,
+        "short_factor": [1.0 + 0.01 * i for i in range(16)], "long_factor": [1.0 + i for i in range(16)],
+    }  # fmt: skip
+    model = model_of(rope_parameters=published, max_position_embeddings=L)
+    own, x, short = model.base_model.rotary_emb, torch.zeros(1), torch.arange(L0)[None]
+    assert own.attention_scaling > 1
+    factors = rope_hf.factors_of(plain_config(model.config))
+    assert factors is not None
+    expected = own(x, short)
+    table = rotary.install(model, factors)
+    assert same_bits(table(x, short), expected)
+
+    ours = model_of(rope_parameters={**published, "short_mscale": 1.0}, max_position_embeddings=L)
+    table = rotary.install(ours, factors)
+    assert table.tables["short"][1] == 1.0
+
+
+def test_factors_of_another_size_are_refused():
+    model = model_of()
+    with pytest.raises(UserError, match=r"factors have 8 entries, the model rotates 16 pairs; set rope\.factors"):
+        rotary.install(model, METHODS["pi"](Spectrum(16, 10000.0, L0), L))
+    assert not isinstance(model.base_model.rotary_emb, rotary.WindowRotary), "a refused model is left as it was"
+
+
+def test_a_model_without_rotary_is_refused():
+    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=32))
+    with pytest.raises(UserError, match="GPT2LMHeadModel has no standard rotary_emb"):
+        rotary.install(gpt2, METHODS["pi"](Spectrum(16, 10000.0, L0), L))

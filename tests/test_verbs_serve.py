@@ -1,0 +1,389 @@
+"""search, evaluate, export and generate from end to end, on a random tiny model and a corpus of a few text files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lr2train import config as config_module
+from lr2train import evaluate as evaluate_module
+from lr2train.config import UserError
+from lr2train.evaluate import evaluate
+from lr2train.export import export
+from lr2train.generate import generate
+from lr2train.model import load
+from lr2train.parallel import processes
+from lr2train.rope import Factors
+from lr2train.rope import hf as rope_hf
+from lr2train.search import search
+
+ROOT = Path(__file__).resolve().parent.parent
+SEARCH = ["search.population=6", "search.top_k=2", "search.documents=2", "search.generations=3"]
+
+
+@pytest.fixture(autouse=True)
+def no_trace_of_a_job():
+    """A verb joins a process group and tells DeepSpeed so in the environment; other tests start jobs of their own."""
+    with mock.patch.dict(os.environ):
+        yield
+        processes.stop()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny.make_corpus(folder)
+    tiny.make_model(folder / "base")
+    return folder
+
+
+def overrides(world: Path, tmp_path: Path, *more: str) -> list[str]:
+    """Runs lie in tmp_path; the corpus and the base stay in the world."""
+    return tiny.arguments(world, f"runs_folder={tmp_path}", *more)
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# ---- search ----
+
+
+def search_config(world, tmp_path, *more: str):
+    return config_module.compose("search", overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, *more))
+
+
+def test_search_writes_factors_that_a_model_can_use(world, tmp_path):
+    result = search(search_config(world, tmp_path, "name=s"))
+    factors = Factors.load(tmp_path / "s" / "factors.json")
+    assert factors.spectrum == tiny.SPECTRUM
+    assert factors.rescale[result["critical_index"] :] == tuple(result["tail"])
+    assert factors.attention_factor == result["attention_factor"]
+    journal, generations = lines(tmp_path / "s" / "journal.jsonl"), lines(tmp_path / "s" / "generations.jsonl")
+    assert len(journal) == result["document_forwards"] == 2 * result["candidates"] == 2 * (6 + 3 * 4)
+    assert [one["generation"] for one in generations] == [0, 1, 2, 3]
+    assert generations[-1]["best_perplexity"] == result["perplexity"] == min(min(one["perplexities"]) for one in generations)
+    assert generations[-1]["document_forwards"] == len(journal)
+
+
+def test_a_finished_search_is_not_run_again_and_belongs_to_its_config(world, tmp_path, monkeypatch):
+    first = search(search_config(world, tmp_path, "name=s", "search.generations=1"))
+    monkeypatch.setattr(load, "load_whole", lambda *_: pytest.fail("must not load the model"))
+    assert search(search_config(world, tmp_path, "name=s", "search.generations=1")) == first
+    with pytest.raises(UserError, match=r"search\.generations: 1 -> 2"):
+        search(search_config(world, tmp_path, "name=s", "search.generations=2"))
+
+
+def test_a_journal_of_another_model_under_the_same_path_is_refused(world, tmp_path):
+    base = tiny.make_model(tmp_path / "base")
+    settings = ["name=s", f"model.path={base}", "search.generations=1"]
+    search(search_config(world, tmp_path, *settings))
+    (tmp_path / "s" / "search.json").unlink()  # as if killed before its end
+    tiny.make_model(base, seed=7)
+    with pytest.raises(UserError, match=r"has evaluations of another model\.path=.*written anew"):
+        search(search_config(world, tmp_path, *settings))
+
+
+def test_a_search_killed_with_kill_9_ends_like_one_that_was_not(world, tmp_path):
+    arguments = overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, "search.generations=40", "name=killed")
+    command = [sys.executable, "-m", "lr2train.search", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "killed" / "journal.jsonl"
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.005)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL, errors
+    evaluated = journal.read_bytes().count(b"\n")
+    assert 0 < evaluated < 2 * (6 + 40 * 4)
+    assert not (tmp_path / "killed" / "factors.json").exists()
+
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0, again.stderr
+    assert f"{evaluated} evaluations found in the journal" in again.stderr
+    undisturbed = search(search_config(world, tmp_path, "search.generations=40", "name=undisturbed"))
+    for file in ("factors.json", "generations.jsonl"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
+    pairs = [(entry["candidate"], entry["document"]) for entry in lines(journal)]
+    assert len(set(pairs)) == len(pairs) == undisturbed["document_forwards"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["model.path=null"], r"model\.path is empty"),
+        (["data.path=null"], r"data\.path is empty"),
+        (["rope.target_window_tokens=64"], r"rope\.target_window_tokens=64 does not exceed the model's window of 64"),
+        (["search.critical_index=8"], r"search\.critical_index=8 is outside"),
+    ],
+)
+def test_bad_input_of_a_search_is_refused_before_weights_are_read(world, tmp_path, monkeypatch, more, words):
+    monkeypatch.setattr(load, "load_whole", lambda *_: pytest.fail("must not load the model"))
+    with pytest.raises(UserError, match=words):
+        search(search_config(world, tmp_path, "name=s", *more))
+
+
+def test_a_corpus_of_another_vocabulary_is_refused(world, tmp_path):
+    base = tiny.make_model(tmp_path / "base")
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**values, "vocab_size": tiny.VOCAB - 1}))
+    with pytest.raises(UserError, match=r"uses 400 token ids and the model knows 399"):
+        search(search_config(world, tmp_path, "name=s", f"model.path={base}"))
+
+
+# ---- evaluate ----
+
+EVAL = ["eval.lengths_tokens=[64,128,256,512]", "eval.depths=[0.0,1.0]", "eval.samples=1", "eval.text_documents=1"]
+
+
+def evaluate_config(world, runs, *more: str):
+    return config_module.compose("evaluate", [*tiny.arguments(world, f"runs_folder={runs}"), *EVAL, "eval.methods=[none,pi]", *more])
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """Labels of the rows that are really measured."""
+    labels, row = [], evaluate_module._row
+    monkeypatch.setattr(evaluate_module, "_row", lambda subject, *rest: (labels.append(subject.label), row(subject, *rest))[1])
+    return labels
+
+
+def test_evaluate_compares_before_and_after(world, capsys):
+    tiny.make_run(world, "compared")
+    result = evaluate(evaluate_config(world, world, "run=compared"))
+    assert [row["label"] for row in result["rows"]] == ["none untrained", "pi untrained", "longrope2 untrained", "longrope2 trained"]
+    assert (result["original_window_tokens"], result["target_window_tokens"], result["lengths_tokens"]) == (64, 256, [64, 128, 256])
+    assert json.loads((world / "compared" / "evaluate.json").read_text()) == result
+    none, pi, before, after = result["rows"]
+    for row in result["rows"]:
+        assert [(cell["length_tokens"], cell["depth"], cell["documents"]) for cell in row["cells"]] == [
+            (length, depth, 1) for length in (64, 128, 256) for depth in (0.0, 1.0)
+        ]
+    text = [[one["text_perplexity"] for one in row["by_length"]] for row in (none, pi, before, after)]
+    assert text[0][0] == text[2][0], "up to L0 the searched factors leave the original model"
+    assert text[1][0] != text[0][0], "pi rescales at every length, as it was published"
+    assert len({row[2] for row in text}) == 4
+    assert all(label in capsys.readouterr().out for label in ["longrope2 trained"])
+    assert (world / "compared" / "evaluation" / "prompt.txt").read_text()
+
+
+def test_rows_are_measured_once_and_again_when_what_decides_them_changes(world, measured):
+    folder = tiny.make_run(world, "cached")
+    first = evaluate(evaluate_config(world, world, "run=cached"))
+    assert len(measured) == 4
+    measured.clear()
+    assert evaluate(evaluate_config(world, world, "run=cached")) == first
+    assert measured == []
+    evaluate(evaluate_config(world, world, "run=cached", "eval.methods=[none,ntk]"))
+    assert measured == ["ntk untrained"], "another row leaves the rows that are there"
+    measured.clear()
+    evaluate(evaluate_config(world, world, "run=cached", "eval.seed=1"))
+    assert len(measured) == 4
+    measured.clear()
+    tiny.make_model(folder / "model", tiny.factors_with(), seed=5)
+    evaluate(evaluate_config(world, world, "run=cached", "eval.seed=1"))
+    assert measured == ["longrope2 trained"], "the weights were written anew"
+
+
+def test_any_model_folder_can_be_measured(world, tmp_path):
+    tiny.factors_with().save(tmp_path / "factors.json")
+    rope = ["name=other", f"model.path={world}/base", f"rope.factors={tmp_path}/factors.json"]
+    result = evaluate(evaluate_config(world, tmp_path, *rope))
+    assert [row["label"] for row in result["rows"]] == ["none untrained", "pi untrained", "longrope2"]
+    assert (tmp_path / "other" / "evaluate.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["name=x"], "run is empty"),
+        (["run=nothing"], r"nothing/train\.json does not exist"),
+        (["run=refused", "eval.methods=[yarm]"], r"eval\.methods names yarm, .* not one of"),
+        (["run=refused", "eval.methods=[yarn_rcd]"], r"eval\.methods names yarn_rcd, .* needs rope\.critical_index"),
+        (["run=refused", "eval.lengths_tokens=[512]"], r"eval\.lengths_tokens=\[512\] are all beyond the target window of 256"),
+        (["run=refused", "eval.text_documents=0"], r"eval\.text_documents=0 leave nothing to measure"),
+        (["run=refused", "eval.depths=[]"], r"eval\.depths=\[\] .* leave nothing to measure"),
+    ],
+)
+def test_bad_input_of_evaluate_is_refused(world, more, words):
+    tiny.make_run(world, "refused")
+    with pytest.raises(UserError, match=words):
+        evaluate(evaluate_config(world, world, *more))
+
+
+# ---- export ----
+
+
+def export_config(world, *more: str):
+    return config_module.compose("export", tiny.arguments(world, *more))
+
+
+@pytest.mark.parametrize("attention_factor", [1.0, 1.2])
+def test_an_export_is_the_model_in_plain_transformers(world, attention_factor):
+    folder = tiny.make_run(world, f"exported_{attention_factor}", attention_factor)
+    result = export(export_config(world, f"run={folder.name}"))
+    assert result["long_logit_difference"] < 1e-5
+    if attention_factor == 1:
+        assert result["long_logit_difference"] == result["short_logit_difference"] == 0.0, "bit for bit in both windows"
+    else:
+        assert result["short_logit_difference"] > 1e-3, "one attention factor for both windows, as the card says"
+    values = json.loads((folder / "export" / "config.json").read_text())
+    assert rope_hf.factors_of(values).rescale == Factors.load(folder / "factors.json").rescale
+    assert values["max_position_embeddings"] == tiny.L
+    assert result["bytes"] == sum(file.stat().st_size for file in (folder / "export").iterdir())
+    card = (folder / "export" / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert f"# {folder.name}\n" in card
+    assert ("exact in both windows" in card) == (attention_factor == 1)
+    assert json.loads((folder / "export.json").read_text()) == result
+
+    independent = AutoModelForCausalLM.from_pretrained(folder / "export").eval()
+    original = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(original[name], parameter) for name, parameter in independent.named_parameters())
+    tokenizer = AutoTokenizer.from_pretrained(folder / "export")
+    assert tokenizer.decode(tokenizer("some words 1234")["input_ids"], skip_special_tokens=True) == "some words 1234"
+
+
+def test_an_export_keeps_the_trained_dtype_unless_told(world):
+    folder = tiny.make_run(world, "bf16", dtype=torch.bfloat16)
+    for more, name in (([], "bfloat16"), (["export.dtype=float16"], "float16")):
+        result = export(export_config(world, "run=bf16", *more))
+        assert result["dtype"] == name
+        assert json.loads((folder / "export" / "config.json").read_text())["dtype"] == name
+        stored = load_file(folder / "export" / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {load.DTYPES[name]}
+
+
+def test_an_export_replaces_nothing_but_an_export(world, tmp_path):
+    tiny.make_run(world, "careful", 1.0)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match=r"export\.folder=.*home exists and is no former export"):
+        export(export_config(world, "run=careful", f"export.folder={tmp_path}/home"))
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "years"
+    for _ in range(2):
+        export(export_config(world, "run=careful", f"export.folder={tmp_path}/new/model"))
+    assert (tmp_path / "new" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], "run is empty"),
+        (["run=nothing"], r"train\.json does not exist"),
+        (["run=x", "export.dtype=int4"], r"export\.dtype=int4 is not one of float32, bfloat16, float16"),
+    ],
+)
+def test_bad_input_of_export_is_refused(world, more, words):
+    with pytest.raises(UserError, match=words):
+        export(export_config(world, *more))
+
+
+# ---- generate ----
+
+
+def generate_config(world, *more: str):
+    return config_module.compose("generate", tiny.arguments(world, "generate.max_new_tokens=12", *more))
+
+
+@pytest.fixture(scope="module")
+def served(world):
+    folder = tiny.make_run(world, "served")
+    export(export_config(world, "run=served"))
+    return folder
+
+
+def text_of(folder: Path, n_tokens: int) -> str:
+    """Text that this model's tokenizer makes exactly so many tokens of, BOS included."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    words = tokenizer.decode(tokenizer((folder.parent / "texts" / "0.txt").read_text())["input_ids"][1 : n_tokens + 40])
+    return next(t for end in range(len(words)) if len(tokenizer(t := words[:end])["input_ids"]) == n_tokens)
+
+
+@torch.no_grad()
+def expected_text(folder: Path, prompt: str, n: int) -> str:
+    """Greedy and without a cache: the run's weights under plain RoPE up to L0, in the exported longrope beyond."""
+    tokenizer, long = AutoTokenizer.from_pretrained(folder / "model"), AutoModelForCausalLM.from_pretrained(folder / "export").eval()
+    hf_config = load.config_of(load.ModelConfig(architecture={"model_type": "llama", **tiny.ARCHITECTURE}))
+    short = AutoModelForCausalLM.from_config(hf_config).eval()
+    short.load_state_dict(long.state_dict())
+    tokens = tokenizer(prompt)["input_ids"]
+    start = len(tokens)
+    while len(tokens) < start + n and tokens[-1] != tokenizer.eos_token_id:
+        logits = (short if len(tokens) <= tiny.L0 else long)(torch.tensor([tokens]), use_cache=False).logits
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokenizer.decode(tokens[start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(("n_tokens", "window", "switched"), [(20, "short", False), (60, "long", True), (90, "long", False)])
+def test_generate_speaks_across_the_switch(served, world, tmp_path, capsys, n_tokens, window, switched):
+    prompt = text_of(served, n_tokens)
+    (tmp_path / "prompt.txt").write_text(prompt)
+    result = generate(generate_config(world, "run=served", f"generate.prompt_file={tmp_path}/prompt.txt"))
+    assert (result["prompt_tokens"], result["window"], result["switched"]) == (n_tokens, window, switched)
+    assert result["text"] == expected_text(served, prompt, 12)
+    assert capsys.readouterr().out.rstrip("\n�") == result["text"].rstrip("\n�"), "what streamed is what came out"
+    assert json.loads((served / "generate.json").read_text()) == {"prompt": prompt, **result}
+
+
+def test_generate_from_a_folder_says_the_same_as_from_its_run(served, world):
+    prompt = text_of(served, 60)
+    (world / "prompt.txt").write_text(prompt)
+    file = f"generate.prompt_file={world}/prompt.txt"
+    of_run = generate(generate_config(world, "run=served", file))
+    of_folder = generate(generate_config(world, f"model.path={served}/export", file))
+    assert {**of_folder, "seconds": 0} == {**of_run, "seconds": 0}
+    (served / "export" / "factors.json").rename(world / "aside.json")  # an export that lost our file still has its config
+    try:
+        assert {**generate(generate_config(world, f"model.path={served}/export", file)), "seconds": 0} == {**of_run, "seconds": 0}
+    finally:
+        (world / "aside.json").rename(served / "export" / "factors.json")
+
+
+def test_a_base_run_speaks_without_being_told_its_rope(world):
+    """Its config has plain RoPE; the factors stand in its run folder."""
+    from lr2train.rope import METHODS
+
+    folder = tiny.make_run(world, "plain")
+    tiny.make_model(folder / "model")
+    AutoTokenizer.from_pretrained(world / "corpus" / "tokenizer").save_pretrained(folder / "model")
+    METHODS["none"](tiny.SPECTRUM, tiny.L0).save(folder / "factors.json")
+    assert generate(generate_config(world, "run=plain", "generate.prompt=ab"))["window"] == "short"
+
+
+def test_a_held_window_is_no_switch(served, world):
+    result = generate(generate_config(world, "run=served", "generate.prompt=ab", "generate.window=long"))
+    assert (result["window"], result["switched"]) == ("long", False)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["run=served", "generate.prompt=ab", "generate.max_new_tokens=300"], "beyond the model's window of 256"),
+        (["run=served", "generate.prompt_file=/nowhere.txt"], "generate.prompt_file=/nowhere.txt cannot be read"),
+        (["run=nothing", "generate.prompt=ab"], "run=nothing has no model"),
+        (["generate.prompt=ab"], "neither run nor model.path is set"),
+        (["run=served", "generate.prompt=ab", "generate.temperature=-1"], "generate.temperature=-1.0 is out of its limits"),
+        (["run=served", "generate.prompt=ab", "generate.top_p=0"], "generate.top_p=0.0 is out of its limits"),
+        (["run=served", "generate.prompt=ab", "generate.max_new_tokens=0"], "generate.max_new_tokens=0 is out of its limits"),
+    ],
+)
+def test_bad_input_of_generate_is_one_sentence_and_exit_code_2(served, world, monkeypatch, capsys, more, words):
+    monkeypatch.setattr("sys.argv", ["generate", *tiny.arguments(world, *more)])
+    with pytest.raises(SystemExit) as end:
+        config_module.main("generate", generate)
+    out = capsys.readouterr()
+    assert end.value.code == 2
+    assert out.out == ""
+    assert words in out.err
+    assert len(out.err.strip().splitlines()) == 1
