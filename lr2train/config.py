@@ -63,8 +63,12 @@ class RopeConfig:
     factors: str | None = None  # a factors.json, or a model folder whose config carries a `longrope` dict; wins over `method`
     method: str = "longrope2"  # a name of lr2train.rope.METHODS
     critical_index: int | None = None  # rcd, zero-based cosine index; longrope2, yarn_rcd, ntk_rcd
-    tail: list[float] = field(default_factory=list)  # rescale factors from the critical index on (longrope2); one number stands for a constant tail
-    attention_factor: float | None = None  # of the long window, multiplies cos and sin; None takes the method's own. The short window is always 1
+    tail: list[float] = field(
+        default_factory=list
+    )  # rescale factors from the critical index on (longrope2); one number stands for a constant tail
+    attention_factor: float | None = (
+        None  # of the long window, multiplies cos and sin; None takes the method's own. The short window is always 1
+    )
     options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the method
 
 
@@ -101,7 +105,9 @@ class NeedleConfig:
     wording: str = "paper"  # a name of lr2train.data.needles.WORDINGS
     digits: int = 7  # of the hidden number
     max_pairs: int = 1  # needles hidden in one training document (1 … max); the search and the evaluation hide one
-    distractors: int = 0  # further pairs, not asked for, hidden in documents of the search and the evaluation (RULER's multi-key; the paper has none)
+    distractors: int = (
+        0  # further pairs, not asked for, hidden in documents of the search and the evaluation (RULER's multi-key; the paper has none)
+    )
     at_start: float = 0.4  # share of training documents whose first asked needle stands at the very start, the farthest from its question
     max_questions: int = 1  # of them, asked at its end (1 … max); more questions are more answers to learn from in a curriculum's row
 
@@ -115,7 +121,9 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     tokenizer: str | None = None  # folder or tokenizer.json; None trains a byte-level BPE on the sources
     vocab_size: int = 1024  # of the trained tokenizer
-    tokenizer_train_bytes: int = 100_000_000  # of text that the tokenizer learns from, an equal part from each source; merges settle long before
+    tokenizer_train_bytes: int = (
+        100_000_000  # of text that the tokenizer learns from, an equal part from each source; merges settle long before
+    )
     segment_tokens: int = 131072  # length of a packed row: the target window
     short_tokens: int = 0  # budget of tokens in short segments; 0 plans every document once
     long_tokens: int = 0  # budget of tokens in long segments; 0 plans every document once
@@ -173,7 +181,9 @@ class SearchConfig:
     top_k: int = 16  # parents kept each generation; the paper leaves it open: a quarter of P keeps diversity at this budget
     mutation_probability: float = 0.3  # p, per entry of the tail
     mutation_step: float = 0.01  # grid of the factors (the LongRoPE family's)
-    mutation_spread: float = 0.25  # standard deviation of a mutated entry's move, as a share of its range: most moves are local, some cross it
+    mutation_spread: float = (
+        0.25  # standard deviation of a mutated entry's move, as a share of its range: most moves are local, some cross it
+    )
     move_critical_index: float = 0.2  # probability that a child's rcd moves by one or two; the paper does not say that it does
     crossover: float = 0.0  # probability that a child takes its rcd and attention factor from a second parent (LongRoPE v1 has it)
     documents: int = 10
@@ -372,7 +382,10 @@ def _one_sentence(error: Exception) -> str:
     return sentence + _probably_meant(*unknown.groups()) if unknown else sentence
 
 
-_CHATTER = re.compile(r"(full_key: |object_type=|reference_type=)\S*|To append to your config use \S+|Set the environment variable HYDRA_FULL_ERROR.*|Config search path:[\\s\\S]*")
+_CHATTER = re.compile(
+    r"(full_key: |object_type=|reference_type=)\S*|To append to your config use \S+|"
+    r"Set the environment variable HYDRA_FULL_ERROR.*|Config search path:[\s\S]*"
+)
 
 
 def _probably_meant(key: str, type_name: str) -> str:
@@ -418,13 +431,19 @@ def _validate(config: Config) -> None:
         ("engine.zero_stage", config.engine.zero_stage, (0, 1, 2, 3)),
     ):
         _one_of(key, value, allowed)
-    for key, value in (("data.holdout", config.data.holdout), ("search.mutation_probability", config.search.mutation_probability), ("search.depth", config.search.depth)):
+    for key, value in (
+        ("data.holdout", config.data.holdout),
+        ("search.mutation_probability", config.search.mutation_probability),
+        ("search.depth", config.search.depth),
+    ):
         if not 0.0 <= value <= 1.0:
             raise UserError(f"{key}={value} is not between 0 and 1; set {key} inside these limits")
     if not config.optim.lr > 0:
         raise UserError(f"optim.lr={config.optim.lr} is not positive; set optim.lr to a learning rate such as 2e-5")
     if config.search.top_k > config.search.population:
-        raise UserError(f"search.top_k={config.search.top_k} exceeds search.population={config.search.population}; set search.top_k to at most the population")
+        raise UserError(
+            f"search.top_k={config.search.top_k} exceeds search.population={config.search.population}; set search.top_k to at most the population"
+        )
     if config.data.segment_tokens % config.parallel.sp:
         raise UserError(
             f"data.segment_tokens={config.data.segment_tokens} is not divisible by parallel.sp={config.parallel.sp}; "

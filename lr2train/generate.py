@@ -40,24 +40,13 @@ def generate(config: Config) -> dict[str, Any]:
     model = load.load_whole(folder, config.model.dtype, str(processes.pick_device(config.device)))
     table = rotary.install(model, factors)
     original, knobs = factors.spectrum.window_tokens, config.generate
+    how = {"window": knobs.window, "temperature": knobs.temperature, "top_p": knobs.top_p, "seed": config.seed}
     start = time.monotonic()
-    new = decode.generate(
-        model,
-        table,
-        tokens,
-        knobs.max_new_tokens,
-        original,
-        knobs.window,
-        knobs.temperature,
-        knobs.top_p,
-        tokenizer.eos_token_id,
-        config.seed,
-    )
-    shown = _show(new, tokenizer)
+    new = _show(decode.generate(model, table, tokens, knobs.max_new_tokens, original, stop=tokenizer.eos_token_id, **how), tokenizer)
     result = {
         "prompt_tokens": len(tokens),
-        "new_tokens": len(shown),
-        "text": tokenizer.decode(shown, skip_special_tokens=True),
+        "new_tokens": len(new),
+        "text": tokenizer.decode(new, skip_special_tokens=True),
         "window": table.window,
         "switched": knobs.window == "auto" and len(tokens) <= original and table.window == "long",
         "seconds": time.monotonic() - start,
@@ -65,7 +54,7 @@ def generate(config: Config) -> dict[str, Any]:
     if config.run:
         run.write_json(_run_folder(config) / "generate.json", {"prompt": prompt, **result})
     switch = " after a switch with re-prefill" if result["switched"] else ""
-    run.say("generate", f"{len(tokens)} + {len(shown)} tokens, window {table.window}{switch}, {result['seconds']:.1f} s")
+    run.say("generate", f"{len(tokens)} + {len(new)} tokens, window {table.window}{switch}, {result['seconds']:.1f} s")
     return result
 
 

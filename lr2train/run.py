@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,11 +47,20 @@ class Run:
 
     folder: Path
     verb: str
+    values: dict[str, Any] = field(default_factory=dict)  # what the folder belongs to once it is claimed
+
+    def claim(self) -> None:
+        """Make the folder belong to this config. Called once the input has proved good: a typo must not reserve a name."""
+        saved = self.folder / f"{self.verb}.config.json"
+        if rank() == 0 and not saved.exists():
+            write_json(self.folder / f"{self.verb}.provenance.json", provenance())
+            write_json(saved, self.values)
 
     def log(self, message: str) -> None:
         """One line to the terminal and to ``log.txt``, from rank 0 alone."""
         if rank() == 0:
             say(self.verb, message)
+            self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "log.txt").open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {self.verb}: {message}\n")
 
@@ -64,10 +73,10 @@ class Run:
 
 
 def open_run(config: Config, verb: str, groups: tuple[str, ...] = ()) -> Run:
-    """Open or create ``<runs_folder>/<name>`` for a verb.
+    """Open ``<runs_folder>/<name>`` for a verb; nothing is written before ``Run.claim``.
 
     Args:
-        config: the experiment; saved as ``<verb>.config.json``.
+        config: the experiment; ``claim`` saves it as ``<verb>.config.json``.
         verb: the verb's name.
         groups: the top-level config keys that decide what the verb computes; a change of another key does not matter. Empty: all but ``FREE_KEYS``.
 
@@ -79,10 +88,7 @@ def open_run(config: Config, verb: str, groups: tuple[str, ...] = ()) -> Run:
     saved = folder / f"{verb}.config.json"
     if saved.exists():
         _refuse_other_config(saved, values, config.name)
-    elif rank() == 0:
-        write_json(folder / f"{verb}.provenance.json", provenance())
-        write_json(saved, values)
-    return Run(folder, verb)
+    return Run(folder, verb, values)
 
 
 def _refuse_other_config(saved: Path, values: dict[str, Any], name: str) -> None:
@@ -118,7 +124,9 @@ def _version(name: str) -> str | None:
 def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
-        out = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=5)
+        out = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() or None
@@ -193,7 +201,14 @@ def _bar(items: Iterable[T], total: int, description: str, done: int) -> Iterato
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(description, total=total, completed=done)
         for item in items:

@@ -43,6 +43,7 @@ def search(config: Config) -> dict[str, Any]:
     device = processes.start(config)
     model = load.load_whole(load.folder_of(config.model), config.model.dtype, str(device))
     table = rotary.install(model, METHODS["none"](space.spectrum, space.target_tokens))
+    job.claim()
     fitness = NeedleFitness(model, table, space, documents, job.folder / "journal.jsonl")
     _announce(job, config, space, fitness)
     start = time.monotonic()
@@ -87,7 +88,7 @@ def _refuse_other_inputs(config: Config, job: run.Run) -> None:
     """A journal tells nothing of other documents or another model, even under the same path."""
     found = {"corpus": Corpus.open(config.data.path).fingerprint, "model": load.fingerprint(load.folder_of(config.model))}
     file = job.folder / "search.inputs.json"
-    if file.exists() and run.read_json(file) != found:
+    if (job.folder / "journal.jsonl").exists() and file.exists() and run.read_json(file) != found:
         raise UserError(
             f"run folder {job.folder} has evaluations of another model.path={config.model.path} or data.path={config.data.path}, written "
             "anew since; choose another name=, or remove the folder to start over"

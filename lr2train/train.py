@@ -46,10 +46,13 @@ def train(config: Config) -> dict[str, Any]:
     device = processes.start(config)
     start_deepspeed(device)
     mesh = make_mesh(config.parallel.sp, config.parallel.timeout_s)
-    loader = make_loader(config.data, config.seed, mesh.dp_rank, mesh.dp_size, config.optim.segments_per_step, factors.spectrum.window_tokens)
+    loader = make_loader(
+        config.data, config.seed, mesh.dp_rank, mesh.dp_size, config.optim.segments_per_step, factors.spectrum.window_tokens
+    )
     engine = Engine(config, mesh, factors, hf_config, device)
     total_steps = config.optim.steps or loader.steps_per_epoch
     done = engine.load(job.folder / "checkpoints")
+    job.claim()
     _announce(job, config, engine, factors, total_steps, done)
     job.write_json("factors.json", factors.to_json())
     start = time.monotonic()
@@ -75,7 +78,10 @@ def inputs(config: Config) -> tuple[Any, Factors, Corpus]:
         raise UserError("data.path is empty; set data.path to a folder that `python -m lr2train.prepare` wrote, such as runs/corpus")
     corpus = Corpus.open(Path(config.data.path))
     if corpus.vocab_size > hf_config.vocab_size:
-        raise UserError(f"data.path={config.data.path} uses {corpus.vocab_size} token ids and the model knows {hf_config.vocab_size}; prepare the corpus with the model's own tokenizer (data.tokenizer)")
+        raise UserError(
+            f"data.path={config.data.path} uses {corpus.vocab_size} token ids and the model knows {hf_config.vocab_size}; "
+            "prepare the corpus with the model's own tokenizer (data.tokenizer)"
+        )
     return hf_config, build(config.rope, load.spectrum_of(hf_config, config.model)), corpus
 
 
@@ -84,8 +90,8 @@ def _announce(job: run.Run, config: Config, engine: Engine, factors: Factors, to
     mesh = engine.mesh
     job.log(
         f"{parameters / 1e6:.2f}M parameters, window {factors.spectrum.window_tokens} -> {factors.target_window_tokens} by {factors.method}, "
-        f"{mesh.world} ranks (dp {mesh.dp_size} x sp {mesh.sp_size}), ZeRO-{config.engine.zero_stage}, {total_steps} steps of {config.optim.segments_per_step} segments"
-        + (f", resuming after step {done}" if done else "")
+        f"{mesh.world} ranks (dp {mesh.dp_size} x sp {mesh.sp_size}), ZeRO-{config.engine.zero_stage}, "
+        f"{total_steps} steps of {config.optim.segments_per_step} segments" + (f", resuming after step {done}" if done else "")
     )
 
 

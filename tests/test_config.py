@@ -27,9 +27,19 @@ def test_every_choice_of_every_group_composes(group, choice):
 
 def test_the_papers_settings():
     llama = compose("train", ["experiment=llama3_8b_128k", "name=x"])
-    assert (llama.rope.target_window_tokens, llama.optim.segments_per_step, llama.optim.lr, llama.optim.schedule) == (131072, 64, 2e-5, "cosine")
+    assert (llama.rope.target_window_tokens, llama.optim.segments_per_step, llama.optim.lr, llama.optim.schedule) == (
+        131072,
+        64,
+        2e-5,
+        "cosine",
+    )
     assert (llama.rope.critical_index, len(llama.rope.tail)) == (33, 31)
-    assert (llama.search.population, llama.search.generations, llama.search.mutation_probability, llama.search.documents) == (64, 40, 0.3, 10)
+    assert (llama.search.population, llama.search.generations, llama.search.mutation_probability, llama.search.documents) == (
+        64,
+        40,
+        0.3,
+        10,
+    )
     assert llama.data.short_tokens + llama.data.long_tokens == 10_000_000_000
 
 
@@ -44,7 +54,7 @@ def test_the_papers_settings():
         ("experiment=nope", ["experiment/nope", "tiny_4k"]),
         ("parallel.sp=3", ["data.segment_tokens=4096", "parallel.sp=3", "4095"]),
         ("parallel.sp=0", ["parallel.sp=0", "below 1"]),
-        ("search.top_k=99", ["search.top_k=99", "search.population=16"]),
+        ("search.top_k=99", ["search.top_k=99", "search.population=12"]),
         ("data.holdout=2", ["data.holdout=2", "between 0 and 1"]),
         ("=3", ["override", "=3"]),
     ],
@@ -79,6 +89,8 @@ def _config(tmp_path: Path, **changes) -> Config:
 
 def test_a_run_folder_belongs_to_one_config(tmp_path):
     job = run.open_run(_config(tmp_path), "train")
+    assert not job.folder.exists(), "a name is taken before the input has proved good"
+    job.claim()
     assert (job.folder / "train.config.json").exists()
     assert (job.folder / "train.provenance.json").exists()
     run.open_run(_config(tmp_path), "train")  # the same again
@@ -89,7 +101,7 @@ def test_a_run_folder_belongs_to_one_config(tmp_path):
 
 
 def test_keys_that_change_no_result_may_change(tmp_path):
-    run.open_run(_config(tmp_path), "train")
+    run.open_run(_config(tmp_path), "train").claim()
     run.open_run(_config(tmp_path, device="cpu", threads=2), "train")
 
 

@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "lr2train"
-FLOORS = {"planning": 4, "reporting": 4, "training": 3, "evolution": 3, "evaluation": 3, "model": 2, "data": 2, "attention": 1, "rope": 1, "parallel": 0}
+FLOORS = {
+    "planning": 4,
+    "reporting": 4,
+    "training": 3,
+    "evolution": 3,
+    "evaluation": 3,
+    "model": 2,
+    "data": 2,
+    "attention": 1,
+    "rope": 1,
+    "parallel": 0,
+}
 FREE = {"config", "run"}  # may be imported by all, import nothing of ours (run: config)
 ONE_FILE = {"deepspeed": "training/engine.py", "wandb": "training/metrics.py", "flash_attn": "attention/kernel.py"}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -132,7 +132,13 @@ def _ensure_needles(
     With ``answers_only`` the answers alone are learned: a number where it is hidden cannot be known, and learning it teaches not to copy.
     """
     knobs = data.needles
-    defaults = {"lengths_tokens": [data.segment_tokens], "count": 100, "max_pairs": knobs.max_pairs, "questions": knobs.max_questions, "answers_only": True}
+    defaults = {
+        "lengths_tokens": [data.segment_tokens],
+        "count": 100,
+        "max_pairs": knobs.max_pairs,
+        "questions": knobs.max_questions,
+        "answers_only": True,
+    }
     options = sources.take_options(source, **defaults)
     fingerprint = _hash([FORMAT, options, to_dict(knobs), texts, tokenizer.fingerprint, seed])
     found = _finished(folder, source.name, fingerprint)

@@ -54,7 +54,12 @@ class StepStats:
 
 def start_deepspeed(device: torch.device) -> None:
     """Let DeepSpeed adopt the process group that ``parallel.processes.start`` made."""
-    for name, value in (("RANK", dist.get_rank()), ("WORLD_SIZE", dist.get_world_size()), ("LOCAL_RANK", dist.get_rank()), ("LOCAL_SIZE", dist.get_world_size())):
+    for name, value in (
+        ("RANK", dist.get_rank()),
+        ("WORLD_SIZE", dist.get_world_size()),
+        ("LOCAL_RANK", dist.get_rank()),
+        ("LOCAL_SIZE", dist.get_world_size()),
+    ):
         os.environ.setdefault(name, str(value))  # DeepSpeed reads them; whoever made the process group by hand is on one machine
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -166,7 +171,13 @@ class Engine:
         import deepspeed
 
         optim = self.config.optim
-        optimizer = torch.optim.AdamW(_parameter_groups(self.model, optim.weight_decay), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=self.device.type == "cuda")
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, optim.weight_decay),
+            lr=optim.lr,
+            betas=tuple(optim.betas),
+            eps=optim.eps,
+            fused=self.device.type == "cuda",
+        )
         with _quiet():
             engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=ds_config, dist_init_required=False)
         return engine
@@ -210,7 +221,9 @@ class Engine:
 
     def _shard(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layout = Layout("contiguous", len(batch.tokens), self.mesh.sp_rank, self.mesh.sp_size)
-        tokens, labels, positions = (layout.shard(torch.from_numpy(part), 0).to(self.device) for part in (batch.tokens, batch.labels, batch.positions))
+        tokens, labels, positions = (
+            layout.shard(torch.from_numpy(part), 0).to(self.device) for part in (batch.tokens, batch.labels, batch.positions)
+        )
         return tokens, labels, positions
 
     def _counts(self, batches: Sequence[Batch], shards: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
@@ -233,7 +246,9 @@ class Engine:
         dist.all_reduce(low, dist.ReduceOp.MIN)
         dist.all_reduce(high, dist.ReduceOp.MAX)
         if not torch.equal(low, high):
-            raise RuntimeError(f"ranks disagree on the window of a micro-step (this rank: {[batch.window for batch in batches]}); the loader broke its promise")
+            raise RuntimeError(
+                f"ranks disagree on the window of a micro-step (this rank: {[batch.window for batch in batches]}); the loader broke its promise"
+            )
 
     def _stats(self, sums: torch.Tensor, counts: torch.Tensor, batches: Sequence[Batch], interrupted: bool) -> StepStats:
         flags = torch.tensor([float(interrupted)], dtype=torch.float64, device=self.device)
@@ -282,7 +297,9 @@ class Engine:
         with _quiet():
             path, _ = self._engine.load_checkpoint(str(folder), tag=written["tag"])
         if path is None:
-            raise UserError(f"the checkpoint {folder / written['tag']} cannot be read; remove {latest} to start over, or restore the folder")
+            raise UserError(
+                f"the checkpoint {folder / written['tag']} cannot be read; remove {latest} to start over, or restore the folder"
+            )
         return int(written["step"])
 
     def write_model(self, folder: Path, config: dict[str, Any]) -> None:

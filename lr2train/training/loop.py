@@ -85,7 +85,9 @@ def _prefetched(loader: Any, first: int, stop: int) -> Iterator[list[Batch]]:
 
 
 def _flops_per_token(engine: Engine, config: Config) -> float:
-    """Forward and backward FLOPs a token: 6 a parameter outside the embedding table, and causal attention over half a segment (12 * layers * heads * head_dim * T / 2)."""
+    """Forward and backward FLOPs a token: 6 a parameter outside the embedding table, and causal attention over half a segment
+    (12 * layers * heads * head_dim * T / 2). Recomputation is overhead and not counted.
+    """
     c = engine.hf_config
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
     if not getattr(c, "tie_word_embeddings", False):
@@ -94,7 +96,9 @@ def _flops_per_token(engine: Engine, config: Config) -> float:
     return 6.0 * parameters + 6.0 * c.num_hidden_layers * c.num_attention_heads * head_dim * config.data.segment_tokens
 
 
-def _figures(stats: StepStats, lr: float, tokens_seen: int, seconds: float, waited: float, flops_per_token: float, engine: Engine, config: Config) -> dict[str, Any]:
+def _figures(
+    stats: StepStats, lr: float, tokens_seen: int, seconds: float, waited: float, flops_per_token: float, engine: Engine, config: Config
+) -> dict[str, Any]:
     per_second = stats.n_tokens / seconds
     peak = config.hardware.gpu_bf16_tflops * 1e12 * engine.mesh.world
     return {

@@ -75,13 +75,26 @@ class Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise UserError(f"logger.wandb=true but wandb cannot be imported ({error}); pip install wandb, or set logger.wandb=false") from error
+            raise UserError(
+                f"logger.wandb=true but wandb cannot be imported ({error}); pip install wandb, or set logger.wandb=false"
+            ) from error
         logger = config.logger
         identity = run.hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         try:
-            self._run = wandb.init(project=logger.project, entity=logger.entity, name=config.name, id=identity, resume="allow", mode=logger.mode, dir=str(folder), config=to_dict(config))
+            self._run = wandb.init(
+                project=logger.project,
+                entity=logger.entity,
+                name=config.name,
+                id=identity,
+                resume="allow",
+                mode=logger.mode,
+                dir=str(folder),
+                config=to_dict(config),
+            )
         except Exception as error:  # wandb's own errors: no key, no network
-            raise UserError(f"logger.wandb=true but wandb cannot start ({str(error).splitlines()[0]}); run `wandb login`, or set logger.mode=offline") from error
+            raise UserError(
+                f"logger.wandb=true but wandb cannot start ({str(error).splitlines()[0]}); run `wandb login`, or set logger.mode=offline"
+            ) from error
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """One row a step."""

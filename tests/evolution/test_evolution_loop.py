@@ -83,6 +83,7 @@ def test_ties_are_broken_by_the_candidate_and_not_by_the_order_of_evaluation():
 def test_a_space_that_is_used_up_ends_quietly():
     """Eleven attention factors and nothing else to search."""
     knobs = {"critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_low": 1.0, "attention_factor_high": 1.05}
-    generations = run(generations=6, mutation_probability=1.0, **knobs)
-    assert generations[-1].evaluated == 11
+    bowl = Bowl()
+    generations = run(generations=6, mutation_probability=1.0, fitness=bowl, **knobs)
+    assert generations[-1].evaluated == len(bowl.asked) == 11
     assert generations[-1].best.candidate.attention_factor == 1.05

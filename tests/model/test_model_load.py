@@ -165,7 +165,10 @@ def test_a_folder_without_weights_is_refused(tmp_path):
         ({"path": "runs/nothing-here"}, r"model\.path=runs/nothing-here is no folder"),
         ({"path": "/nowhere/at/all"}, r"is no folder; set model\.path"),
         ({}, r"model\.architecture has no model_type"),
-        ({"architecture": {"model_type": "lama"}}, r"model\.architecture makes no transformers config \(Unrecognized model identifier: lama"),
+        (
+            {"architecture": {"model_type": "lama"}},
+            r"model\.architecture makes no transformers config \(Unrecognized model identifier: lama",
+        ),
         ({"architecture": {"model_type": "llama", "hidden_size": "wide"}}, r"'hidden_size' expected int, got str"),
     ],
 )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lr2train.config import UserError
 from lr2train.model import rotary
@@ -89,6 +90,28 @@ def test_no_cast_touches_the_tables():
     model.to(torch.bfloat16).half().bfloat16()
     for table.window in rotary.WINDOWS:
         assert same_bits(table(torch.zeros(1), POSITIONS), expected[table.window])
+
+
+class DefaultDtypeRotary(LlamaRotaryEmbedding):
+    """A module that computes its table in torch's default dtype, as model code is free to do."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.inv_freq = 1.0 / (10000.0 ** (torch.arange(0, 32, 2, dtype=torch.get_default_dtype()) / 32))
+
+
+def test_a_table_that_was_built_in_bfloat16_is_built_again_in_float32():
+    model = model_of()
+    expected = model.base_model.rotary_emb(torch.zeros(1), POSITIONS)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model.base_model.rotary_emb = DefaultDtypeRotary(model.config)
+        ruined = model.base_model.rotary_emb(torch.zeros(1), POSITIONS)
+        table = rotary.install(model, factors_for(model))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (ruined[0] - expected[0]).abs().max() > 1, "at 128k a bfloat16 frequency is noise"
+    assert same_bits(table(torch.zeros(1), POSITIONS), expected)
 
 
 def test_the_tag_decides_and_never_the_positions():

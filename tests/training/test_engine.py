@@ -13,7 +13,8 @@ from lr2train.data.batch import Batch
 T, VOCAB, L0, L = 64, 96, 32, 64
 ARCHITECTURE = {
     "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": L0, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": L0,
+    "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
 }  # fmt: skip
 SHORT_SPANS = ((0, 13), (13, 32), (32, 50), (50, 60))
 EMPTY_SHARD = 8  # the segment whose second half is padding: with sp=2 a rank has no attention and no target at all

@@ -28,8 +28,10 @@ def overrides(tmp_path_factory) -> list[str]:
     runs = folder / "runs"
     common = [
         f"runs_folder={runs}", "experiment=tiny_4k", "model.path=null", "rope=longrope2", "rope.factors=null", "rope.critical_index=2", "rope.tail=[2.0]",
-        "rope.target_window_tokens=128", "model.original_window_tokens=64", "model.architecture.max_position_embeddings=64", "model.architecture.hidden_size=32",
-        "model.architecture.head_dim=16", "model.architecture.num_hidden_layers=1", "model.architecture.vocab_size=400", "model.architecture.intermediate_size=48",
+        "rope.target_window_tokens=128", "model.original_window_tokens=64", "model.architecture.max_position_embeddings=64",
+        "model.architecture.hidden_size=32",
+        "model.architecture.head_dim=16", "model.architecture.num_hidden_layers=1", "model.architecture.vocab_size=400",
+        "model.architecture.intermediate_size=48",
         "data.vocab_size=400", "data.segment_tokens=128", "data.short_tokens=0", "data.long_tokens=0", f"data.path={runs}/corpus",
         f"data.sources=[{{name: text, kind: folder, path: {folder / 'text'}}}]", "parallel.sp=1", "optim.warmup_steps=2",
     ]  # fmt: skip
@@ -88,7 +90,9 @@ def test_killed_and_interrupted_training_ends_like_an_undisturbed_one(overrides,
     assert json.loads((folder / "train.json").read_text())["steps"] == STEPS
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (folder / "model" / name).exists()
-    assert (folder / "model" / "model.safetensors").read_bytes() == (folder_of(overrides, "undisturbed") / "model" / "model.safetensors").read_bytes()
+    assert (folder / "model" / "model.safetensors").read_bytes() == (
+        folder_of(overrides, "undisturbed") / "model" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_losses_fall(undisturbed):
