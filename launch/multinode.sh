@@ -6,5 +6,7 @@ cd "$(dirname "$0")/.."
 source .venv/bin/activate
 verb=$1
 shift
-export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# The launcher hands on NCCL_* and what ~/.deepspeed_env or ./.deepspeed_env lists, nothing else.
+[ -f .deepspeed_env ] || echo "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" > .deepspeed_env
 exec deepspeed --hostfile "${HOSTFILE:-hosts}" --no_local_rank --module "lr2train.$verb" "$@"

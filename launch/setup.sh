@@ -1,16 +1,20 @@
 # Sourced by the other scripts: a virtual environment at .venv with requirements.txt in it, and DeepSpeed's CPU op compiled. Does nothing the second time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ ! -x .venv/bin/python ]; then
-  "${PYTHON:-python3}" -m venv .venv
+if [ ! -f .venv/ready ]; then
+  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "[setup] Python 3.11 or newer is needed; set PYTHON to one" >&2; exit 2; }
+  "${PYTHON:-python3}" -m venv --clear .venv  # a half-made one is made anew
+  touch .venv/ready
 fi
 source .venv/bin/activate
-stamp=.venv/requirements.stamp
-if ! cmp -s requirements.txt "$stamp"; then
+if ! cmp -s requirements.txt .venv/requirements.stamp; then
   echo "[setup] installing requirements.txt into .venv (some minutes, once)" >&2
   python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-  cp requirements.txt "$stamp"
+  cp requirements.txt .venv/requirements.stamp
 fi
 command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
-export TOKENIZERS_PARALLELISM=true HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" PYTHONUNBUFFERED=1
-python -c 'from lr2train.training.engine import build_cpu_op; build_cpu_op()'
+export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
+if [ -z "${LR2TRAIN_READY:-}" ]; then
+  python -c 'from lr2train.training.engine import build_cpu_op; build_cpu_op()'
+  export LR2TRAIN_READY=1
+fi

@@ -8,6 +8,7 @@ composition and names the key. Units stand in the names: ``_tokens``, ``_steps``
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -51,6 +52,9 @@ class ModelConfig:
     revision: str | None = None  # commit of a hub model, so that a run can be repeated
     allow_download: bool = False  # hub ids are refused unless this is true: nothing is downloaded by surprise
     architecture: dict[str, Any] = field(default_factory=dict)  # transformers config values, `model_type` first; used when `path` is None
+    overrides: dict[str, Any] = field(
+        default_factory=dict
+    )  # transformers config values laid over those of `path`, such as sliding_window: null
     original_window_tokens: int | None = None  # L0; None reads it from the model's own config
     dtype: str = "float32"  # what weights are held and multiplied in: float32 | bfloat16 | float16
 
@@ -74,15 +78,18 @@ class RopeConfig:
 
 @dataclass
 class SourceConfig:
-    """One origin of documents. `kind` picks the reader: stdlib | folder | hub | needles, or `_target_` names a class of your own."""
+    """One origin of documents. `kind` picks the reader: stdlib | folder | hub | needles, or custom for a class of your own that `target` names."""
 
     name: str = MISSING
     kind: str = "folder"
     path: str | None = None  # folder or file (folder), hub id (hub)
+    target: str | None = None  # custom: package.module.Class, built with `options`, whose instances iterate over (id, text)
     text_column: str = "text"  # of .jsonl and .parquet records
     max_documents: int | None = None
     max_bytes: int | None = None  # of text, read in order; None reads all
-    weight: float = 1.0  # share of the planned tokens that this source gets, relative to the other sources
+    max_tokens: int | None = None  # of documents of `windows`, BOS and EOS included: where they are reached, reading stops
+    windows: list[str] = field(default_factory=lambda: ["short", "long"])  # documents of another window are skipped once tokenised
+    weight: float = 1.0  # share of the planned tokens that this source gets in each of its windows, relative to the other sources
     options: dict[str, Any] = field(default_factory=dict)  # what the kind needs beyond this (needles: lengths, wording …)
 
 
@@ -218,7 +225,6 @@ class LoggerConfig:
     project: str = "lr2train"
     entity: str | None = None
     mode: str = "online"  # online | offline
-    every_steps: int = 1
 
 
 @dataclass
@@ -338,6 +344,7 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
     if any(a.startswith("-") for a in arguments):
         _hydra_main(verb, job)
         return
+    _show_log()
     try:
         job(compose(verb, arguments))
     except UserError as error:
@@ -345,6 +352,15 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
     except KeyboardInterrupt:
         print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def _show_log() -> None:
+    """What our modules log (which kernel, which attention strategy, and why) goes to stderr, from rank 0 alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
+        logging.getLogger("lr2train").handlers = [handler]
+        logging.getLogger("lr2train").setLevel(logging.INFO)
 
 
 def _hydra_main(verb: str, job: Callable[[Config], Any]) -> None:
@@ -398,6 +414,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
     """Yield ``key: old -> new`` for every leaf that differs between two plain configs."""
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
+        if key not in old:
+            continue  # a key that a later release has added: the run was started without it
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, f"{prefix}{key}.")
         elif a != b:

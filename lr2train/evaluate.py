@@ -3,8 +3,8 @@
     python -m lr2train.evaluate run=tiny_4k                                    a finished training run
     python -m lr2train.evaluate name=other model.path=… rope.factors=… data.path=runs/corpus     any model folder
 
-Writes ``evaluate.json`` into the run's folder, and each row of the comparison under ``evaluation/`` as soon as it is done: interrupted,
-the same command goes on.
+A run is measured as it was trained (its dtype, corpus and needles) unless told otherwise. Writes ``evaluate.json`` into the run's folder,
+each row of the comparison under ``evaluation/`` as soon as it is done (interrupted, the same command goes on), and the printed table.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lr2train import run
 from lr2train.config import Config, RopeConfig, UserError, main
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import NeedleDocument, needle_set, text_set
-from lr2train.evaluation import niah, perplexity
+from lr2train.evaluation import niah, of_run, perplexity
 from lr2train.evaluation.subject import Subject, open_model
 from lr2train.model import load
 from lr2train.model.score import Score
@@ -50,8 +50,9 @@ def evaluate(config: Config) -> dict[str, Any]:
         job.log(_summary(rows[-1]))
     windows = {"original_window_tokens": factors.spectrum.window_tokens, "target_window_tokens": factors.target_window_tokens}
     prompt = _write_prompt(config, corpus, factors.spectrum.window_tokens, job)
-    result = {**windows, "prompt": prompt, "lengths_tokens": lengths, "rows": rows}
+    result = {**windows, "prompt": prompt, "lengths_tokens": lengths, "rows": rows, "provenance": run.provenance()}
     job.write_json("evaluate.json", result)
+    (job.folder / "evaluation" / "table.txt").write_text(table(result) + "\n")
     print(table(result))
     processes.stop()
     return result
@@ -69,25 +70,27 @@ def inputs(config: Config) -> tuple[Config, list[Subject]]:
                 "run is empty; set run=<name of a finished training run>, or model.path, rope and data.path for a model of your own"
             )
         return config, _before(config, load.folder_of(config.model))
-    folder = Path(config.runs_folder) / config.run
-    trained = run.read_json(folder / "train.json")
+    folder = of_run.folder_of(config)
+    run.read_json(folder / "train.json")  # refuses a run that is not finished
     factors = Factors.load(folder / "factors.json")
-    config = replace(config, data=replace(config.data, path=config.data.path or trained["corpus"]))
+    config = of_run.completed(config)
     extended = factors.target_window_tokens > factors.spectrum.window_tokens
     after = Subject(f"{factors.method} trained" if extended else "base", folder / "model", factors, True)
-    if trained["base"] is None:
+    if config.model.path is None:
         return config, [after]
-    base = load.folder_of(replace(config.model, path=trained["base"]))
-    return config, [*_methods(config, base, factors), Subject(f"{factors.method} untrained", base, factors, True), after]
+    base = load.folder_of(config.model)
+    before = Subject(f"{factors.method} untrained", base, factors, True, config.model.overrides)
+    return config, [*_methods(config, base, factors), before, after]
 
 
 def _before(config: Config, folder: Path) -> list[Subject]:
     factors = build(config.rope, load.spectrum_of(load.config_of(config.model), config.model))
-    return [*_methods(config, folder, factors), Subject(factors.method, folder, factors, True)]
+    return [*_methods(config, folder, factors), Subject(factors.method, folder, factors, True, config.model.overrides)]
 
 
 def _methods(config: Config, folder: Path, factors: Factors) -> list[Subject]:
-    return [Subject(f"{name} untrained", folder, _method(name, factors), False) for name in config.eval.methods if name != factors.method]
+    names = [name for name in config.eval.methods if name != factors.method]
+    return [Subject(f"{name} untrained", folder, _method(name, factors), False, config.model.overrides) for name in names]
 
 
 def _method(name: str, factors: Factors) -> Factors:
@@ -116,6 +119,8 @@ def _documents(config: Config, corpus: Corpus, lengths: list[int]) -> tuple[list
         raise UserError(
             f"eval.depths={knobs.depths} and eval.text_documents={knobs.text_documents} leave nothing to measure; set at least one of each"
         )
+    if not all(0.0 <= depth <= 1.0 for depth in knobs.depths):
+        raise UserError(f"eval.depths={knobs.depths} are not all between 0 (start) and 1 (end); set eval.depths inside these limits")
     for length in lengths:
         rng = run.stream(knobs.seed, "evaluate", "needles", length)
         needles += needle_set(corpus, config.data.needles, knobs.samples, length, knobs.depths, rng)
@@ -144,6 +149,7 @@ def _settings(subject: Subject, config: Config, corpus: Corpus, lengths: list[in
         "corpus": corpus.fingerprint,
         "model": load.fingerprint(subject.folder),
         "dtype": config.model.dtype,
+        "overrides": dict(subject.overrides),
         "factors": subject.factors.to_json(),
         "switches": subject.switches,
     }

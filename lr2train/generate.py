@@ -17,6 +17,7 @@ from typing import Any
 
 from lr2train import run
 from lr2train.config import Config, GenerateConfig, UserError, main
+from lr2train.evaluation import of_run
 from lr2train.model import decode, load, rotary
 from lr2train.parallel import processes
 from lr2train.rope import hf as rope_hf
@@ -25,34 +26,37 @@ from lr2train.rope.methods import build
 
 
 def generate(config: Config) -> dict[str, Any]:
-    """Run the verb; returns prompt and text with the token counts. With ``run=`` it also stands in ``generate.json`` of that run.
+    """Run the verb; returns what ``generate.json`` of the run's folder (without ``run=``: of ``runs/<name>``) holds.
 
     Raises:
         UserError: no model, no prompt, or a text longer than the target window.
     """
     _refuse_bad_knobs(config.generate)
     folder = _folder(config)
+    config = of_run.completed(config) if config.run else config
     prompt = _prompt(config)
     factors = factors_of(folder, config)
     tokenizer = load.load_tokenizer(folder)
     tokens = tokenizer(prompt)["input_ids"]
     _refuse_too_long(len(tokens), config, factors)
-    model = load.load_whole(folder, config.model.dtype, str(processes.pick_device(config.device)))
+    device = processes.pick_device(config.device)
+    model = load.load_whole(folder, config.model.dtype, str(device), _overrides(config))
     table = rotary.install(model, factors)
     original, knobs = factors.spectrum.window_tokens, config.generate
     how = {"window": knobs.window, "temperature": knobs.temperature, "top_p": knobs.top_p, "seed": config.seed}
     start = time.monotonic()
     new = _show(decode.generate(model, table, tokens, knobs.max_new_tokens, original, stop=tokenizer.eos_token_id, **how), tokenizer)
     result = {
+        "prompt": prompt,
         "prompt_tokens": len(tokens),
         "new_tokens": len(new),
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "window": table.window,
         "switched": knobs.window == "auto" and len(tokens) <= original and table.window == "long",
         "seconds": time.monotonic() - start,
+        "provenance": run.provenance(),
     }
-    if config.run:
-        run.write_json(_run_folder(config) / "generate.json", {"prompt": prompt, **result})
+    run.write_json(_run_folder(config) / "generate.json", result)
     switch = " after a switch with re-prefill" if result["switched"] else ""
     run.say("generate", f"{len(tokens)} + {len(new)} tokens, window {table.window}{switch}, {result['seconds']:.1f} s")
     return result
@@ -93,7 +97,12 @@ def _folder(config: Config) -> Path:
 
 
 def _run_folder(config: Config) -> Path:
-    return Path(config.runs_folder) / str(config.run)
+    return Path(config.runs_folder) / (config.run or config.name)
+
+
+def _overrides(config: Config) -> dict[str, Any]:
+    """Of a model that we did not write; the config of a trained one has them already."""
+    return {} if config.run else config.model.overrides
 
 
 def _prompt(config: Config) -> str:
@@ -116,7 +125,7 @@ def factors_of(folder: Path, config: Config) -> Factors:
     for written in (folder / "factors.json", *([_run_folder(config) / "factors.json"] if config.run else [])):
         if written.exists():
             return Factors.load(written)
-    hf_config = load.config_of(load.ModelConfig(path=str(folder)))
+    hf_config = load.config_of(load.ModelConfig(path=str(folder), overrides=_overrides(config)))
     return rope_hf.factors_of(load.plain_config(hf_config)) or build(config.rope, load.spectrum_of(hf_config, config.model))
 
 

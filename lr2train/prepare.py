@@ -33,12 +33,14 @@ def prepare(config: Config) -> dict[str, Any]:
     job = run.open_run(config, "prepare", GROUPS)
     started = time.monotonic()
     tokenizer = building.ensure_tokenizer(job.folder, config.data, job.log)
-    stores = building.ensure_stores(job.folder, config.data, tokenizer, config.seed, job.log)
-    job.claim()
+    stores = building.ensure_stores(job.folder, config.data, tokenizer, original_window_tokens, config.seed, job.log)
+    lock = job.claim({})
     manifest = building.ensure_plan(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
     result = {**manifest, "folder": str(job.folder), "seconds": round(time.monotonic() - started, 2)}
     job.write_json("prepare.json", result)
     print(table(result), flush=True)
+    if lock is not None:
+        lock.close()
     return result
 
 

@@ -7,6 +7,7 @@ then rename), because any of them may be cut by kill -9.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -26,8 +27,10 @@ from lr2train.config import Config, UserError, differences, to_dict
 
 T = TypeVar("T")
 
-# Groups that may change between a run and its resumption without changing what it computes.
-FREE_KEYS = ("logger", "hardware", "generate", "export", "device", "threads", "run", "runs_folder")
+# Keys inside the groups of a run that may change between a start and its resumption: they do not change what it computes.
+FREE_KEYS = (
+    "parallel.timeout_s", "engine.checkpoint_every_steps", "engine.keep_checkpoints", "data.tokenizer_train_bytes", "model.allow_download",
+)  # fmt: skip
 _PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy", "flash-attn", "ring-flash-attn")
 
 
@@ -49,12 +52,62 @@ class Run:
     verb: str
     values: dict[str, Any] = field(default_factory=dict)  # what the folder belongs to once it is claimed
 
-    def claim(self) -> None:
-        """Make the folder belong to this config. Called once the input has proved good: a typo must not reserve a name."""
+    def claim(self, inputs: dict[str, str]) -> IO[str] | None:
+        """Make the folder belong to this config and these inputs. Called once the input has proved good: a typo must not reserve a name.
+
+        Args:
+            inputs: fingerprints of what is read (corpus, model …): the same path may hold something else by now.
+
+        Returns:
+            An open lock that the caller keeps as long as it writes; the kernel lets go of it when the process ends, however it ends.
+
+        Raises:
+            UserError: another job is writing here.
+        """
+        self.refuse_other_inputs(inputs)
+        if rank() != 0:
+            return None
+        lock = self._lock()
         saved = self.folder / f"{self.verb}.config.json"
-        if rank() == 0 and not saved.exists():
+        if not saved.exists():
             write_json(self.folder / f"{self.verb}.provenance.json", provenance())
+            write_json(self.folder / f"{self.verb}.inputs.json", inputs)
             write_json(saved, self.values)
+        return lock
+
+    def refuse_other_inputs(self, inputs: dict[str, str]) -> None:
+        """Refuse to go on from work that was done on other inputs under the same paths.
+
+        Raises:
+            UserError: some input has been written anew since.
+        """
+        file = self.folder / f"{self.verb}.inputs.json"
+        if not file.exists():
+            return
+        found = read_json(file)
+        changed = [name for name in inputs if inputs[name] != found.get(name)]
+        if changed:
+            raise UserError(
+                f"run folder {self.folder} was made from another {' and '.join(changed)}, written anew since; choose another name=, or remove "
+                "the folder to start over"
+            )
+
+    def _lock(self) -> IO[str] | None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = (self.folder / f".{self.verb}.lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"run folder {self.folder} is in use by {lock.read().strip()}; wait until it has ended, or choose another name="
+            ) from None
+        except OSError:  # a file system without locks: go on without
+            return None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        return lock
 
     def log(self, message: str) -> None:
         """One line to the terminal and to ``log.txt``, from rank 0 alone."""
@@ -72,19 +125,19 @@ class Run:
         return path
 
 
-def open_run(config: Config, verb: str, groups: tuple[str, ...] = ()) -> Run:
+def open_run(config: Config, verb: str, groups: tuple[str, ...]) -> Run:
     """Open ``<runs_folder>/<name>`` for a verb; nothing is written before ``Run.claim``.
 
     Args:
         config: the experiment; ``claim`` saves it as ``<verb>.config.json``.
         verb: the verb's name.
-        groups: the top-level config keys that decide what the verb computes; a change of another key does not matter. Empty: all but ``FREE_KEYS``.
+        groups: the top-level config keys that decide what the verb computes; a change of another key, or of ``FREE_KEYS``, does not matter.
 
     Raises:
         UserError: the folder holds a run of the same verb with another config; the keys that differ are listed.
     """
     folder = Path(config.runs_folder) / config.name
-    values = {key: value for key, value in to_dict(config).items() if (key in groups if groups else key not in FREE_KEYS)}
+    values = {key: value for key, value in to_dict(config).items() if key in groups}
     saved = folder / f"{verb}.config.json"
     if saved.exists():
         _refuse_other_config(saved, values, config.name)
@@ -92,7 +145,7 @@ def open_run(config: Config, verb: str, groups: tuple[str, ...] = ()) -> Run:
 
 
 def _refuse_other_config(saved: Path, values: dict[str, Any], name: str) -> None:
-    changed = list(differences(read_json(saved), json.loads(json.dumps(values))))
+    changed = [line for line in differences(read_json(saved), json.loads(json.dumps(values))) if not line.startswith(FREE_KEYS)]
     if changed:
         raise UserError(
             f"run folder {saved.parent} belongs to another config ({len(changed)} keys differ: {'; '.join(changed[:8])}); "
@@ -164,13 +217,15 @@ def read_json(path: Path) -> Any:
     """Read a JSON file that we wrote.
 
     Raises:
-        UserError: it is missing or broken.
+        UserError: it is missing, unreadable or broken.
     """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run the verb that writes it first") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); make it a readable file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); remove it and run the verb that writes it again") from None
 
 

@@ -39,11 +39,11 @@ def search(config: Config) -> dict[str, Any]:
         job.log(f"already finished: {job.folder / 'search.json'}")
         return run.read_json(job.folder / "search.json")
     space, documents = inputs(config)
-    _refuse_other_inputs(config, job)
+    job.refuse_other_inputs(_fingerprints(config))
     device = processes.start(config)
-    model = load.load_whole(load.folder_of(config.model), config.model.dtype, str(device))
+    model = load.load_whole(load.folder_of(config.model), config.model.dtype, str(device), config.model.overrides)
     table = rotary.install(model, METHODS["none"](space.spectrum, space.target_tokens))
-    job.claim()
+    lock = job.claim(_fingerprints(config))
     fitness = NeedleFitness(model, table, space, documents, job.folder / "journal.jsonl")
     _announce(job, config, space, fitness)
     start = time.monotonic()
@@ -57,6 +57,8 @@ def search(config: Config) -> dict[str, Any]:
         f"{fitness.document_forwards} document-forwards; factors in {job.folder / 'factors.json'}"
     )
     processes.stop()
+    if lock is not None:
+        lock.close()
     return result
 
 
@@ -84,16 +86,9 @@ def inputs(config: Config) -> tuple[Space, list[NeedleDocument]]:
     return space, needle_set(corpus, config.data.needles, knobs.documents, target, [knobs.depth], rng)
 
 
-def _refuse_other_inputs(config: Config, job: run.Run) -> None:
+def _fingerprints(config: Config) -> dict[str, str]:
     """A journal tells nothing of other documents or another model, even under the same path."""
-    found = {"corpus": Corpus.open(config.data.path).fingerprint, "model": load.fingerprint(load.folder_of(config.model))}
-    file = job.folder / "search.inputs.json"
-    if (job.folder / "journal.jsonl").exists() and file.exists() and run.read_json(file) != found:
-        raise UserError(
-            f"run folder {job.folder} has evaluations of another model.path={config.model.path} or data.path={config.data.path}, written "
-            "anew since; choose another name=, or remove the folder to start over"
-        )
-    job.write_json(file.name, found)
+    return {"corpus": Corpus.open(config.data.path).fingerprint, "model": load.fingerprint(load.folder_of(config.model))}
 
 
 def _announce(job: run.Run, config: Config, space: Space, fitness: NeedleFitness) -> None:

@@ -7,6 +7,8 @@ The same command resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import sys
 import time
@@ -16,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lr2train import run
+from lr2train.attention import hf as attention
 from lr2train.config import Config, UserError, main
 from lr2train.data.corpus import Corpus
 from lr2train.data.loader import make_loader
@@ -40,19 +43,22 @@ def train(config: Config) -> dict[str, Any]:
     """
     job = run.open_run(config, "train", GROUPS)
     hf_config, factors, corpus = inputs(config)
+    fingerprints = _fingerprints(config, factors)
+    job.refuse_other_inputs(fingerprints)
     if (job.folder / "train.json").exists():
         job.log(f"already finished: {job.folder / 'train.json'}")
         return run.read_json(job.folder / "train.json")
     device = processes.start(config)
     start_deepspeed(device)
     mesh = make_mesh(config.parallel.sp, config.parallel.timeout_s)
+    target = factors.target_window_tokens if config.data.kind == "segments" else None
     loader = make_loader(
-        config.data, config.seed, mesh.dp_rank, mesh.dp_size, config.optim.segments_per_step, factors.spectrum.window_tokens
+        config.data, config.seed, mesh.dp_rank, mesh.dp_size, config.optim.segments_per_step, factors.spectrum.window_tokens, target
     )
     engine = Engine(config, mesh, factors, hf_config, device)
     total_steps = config.optim.steps or loader.steps_per_epoch
     done = engine.load(job.folder / "checkpoints")
-    job.claim()
+    lock = job.claim(fingerprints)
     _announce(job, config, engine, factors, total_steps, done)
     job.write_json("factors.json", factors.to_json())
     start = time.monotonic()
@@ -68,7 +74,19 @@ def train(config: Config) -> dict[str, Any]:
     job.write_json("train.json", result)
     dist.barrier()
     job.log(f"done: loss {result['final_loss']:.4f} after {total_steps} steps, model in {job.folder / 'model'}")
+    processes.stop()
+    if lock is not None:
+        lock.close()
     return result
+
+
+def _fingerprints(config: Config, factors: Factors) -> dict[str, str]:
+    """What a resumed run has to find unchanged, whatever the paths say."""
+    found = {
+        "corpus": Corpus.open(config.data.path).fingerprint,
+        "factors": hashlib.sha256(json.dumps(factors.to_json(), sort_keys=True).encode()).hexdigest()[:16],
+    }
+    return found if config.model.path is None else {**found, "model": load.fingerprint(load.folder_of(config.model))}
 
 
 def inputs(config: Config) -> tuple[Any, Factors, Corpus]:
@@ -82,6 +100,10 @@ def inputs(config: Config) -> tuple[Any, Factors, Corpus]:
             f"data.path={config.data.path} uses {corpus.vocab_size} token ids and the model knows {hf_config.vocab_size}; "
             "prepare the corpus with the model's own tokenizer (data.tokenizer)"
         )
+    longest = (
+        config.data.segment_tokens if config.data.kind == "segments" else max((s.length_tokens for s in config.data.stages), default=0)
+    )
+    attention.refuse_config(hf_config, config.parallel.sp, config.parallel.strategy, longest)
     return hf_config, build(config.rope, load.spectrum_of(hf_config, config.model)), corpus
 
 

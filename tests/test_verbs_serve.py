@@ -1,10 +1,13 @@
 """search, evaluate, export and generate from end to end, on a random tiny model and a corpus of a few text files."""
 
+import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -16,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lr2train import config as config_module
 from lr2train import evaluate as evaluate_module
+from lr2train import export as export_module
 from lr2train.config import UserError
 from lr2train.evaluate import evaluate
+from lr2train.evaluation.subject import open_model
 from lr2train.export import export
 from lr2train.generate import generate
 from lr2train.model import load
@@ -89,7 +94,7 @@ def test_a_journal_of_another_model_under_the_same_path_is_refused(world, tmp_pa
     search(search_config(world, tmp_path, *settings))
     (tmp_path / "s" / "search.json").unlink()  # as if killed before its end
     tiny.make_model(base, seed=7)
-    with pytest.raises(UserError, match=r"has evaluations of another model\.path=.*written anew"):
+    with pytest.raises(UserError, match=r"was made from another model, written anew"):
         search(search_config(world, tmp_path, *settings))
 
 
@@ -173,8 +178,34 @@ def test_evaluate_compares_before_and_after(world, capsys):
     assert text[0][0] == text[2][0], "up to L0 the searched factors leave the original model"
     assert text[1][0] != text[0][0], "pi rescales at every length, as it was published"
     assert len({row[2] for row in text}) == 4
-    assert "longrope2 trained" in capsys.readouterr().out
+    assert "longrope2 trained" in (printed := capsys.readouterr().out)
+    assert (world / "compared" / "evaluation" / "table.txt").read_text() == printed
     assert (world / "compared" / "evaluation" / "prompt.txt").read_text()
+    assert result["provenance"]["packages"]["torch"]
+
+
+def test_a_run_is_measured_as_it_was_trained_without_being_told(world):
+    tiny.make_run(world, "alone", dtype=torch.bfloat16)
+    bare = [f"runs_folder={world}", "run=alone"]
+    config, subjects = evaluate_module.inputs(config_module.compose("evaluate", bare))
+    assert (config.model.dtype, config.model.path, config.data.path) == ("bfloat16", f"{world}/base", f"{world}/corpus")
+    assert (config.data.needles.wording, config.data.needles.digits) == ("code", 4)
+    assert subjects[-2].folder == world / "base"
+    told = [*bare, "model.dtype=float16", "data.needles.digits=5", "model.path=/elsewhere", "data.path=/other"]
+    config, _ = evaluate_module.inputs(config_module.compose("evaluate", told))
+    assert (config.model.dtype, config.model.path, config.data.path) == ("float16", f"{world}/base", "/other")
+    assert (config.data.needles.wording, config.data.needles.digits) == ("code", 5)
+
+
+def test_overrides_of_a_run_are_laid_over_its_base_alone(world):
+    folder = tiny.make_run(world, "overridden")
+    values = json.loads((folder / "train.config.json").read_text())
+    values["model"]["overrides"] = {"rms_norm_eps": 0.5}
+    (folder / "train.config.json").write_text(json.dumps(values))
+    _, subjects = evaluate_module.inputs(config_module.compose("evaluate", [f"runs_folder={world}", "run=overridden"]))
+    models = [open_model(subject, "float32", "cpu")[0] for subject in subjects[-2:]]
+    assert [model.config.rms_norm_eps for model in models] == [0.5, 1e-6]
+    assert all(subject.overrides == {"rms_norm_eps": 0.5} for subject in subjects[:-1])
 
 
 def test_rows_are_measured_once_and_again_when_what_decides_them_changes(world, measured):
@@ -182,7 +213,7 @@ def test_rows_are_measured_once_and_again_when_what_decides_them_changes(world, 
     first = evaluate(evaluate_config(world, world, "run=cached"))
     assert len(measured) == 4
     measured.clear()
-    assert evaluate(evaluate_config(world, world, "run=cached")) == first
+    assert evaluate(evaluate_config(world, world, "run=cached"))["rows"] == first["rows"]
     assert measured == []
     evaluate(evaluate_config(world, world, "run=cached", "eval.methods=[none,ntk]"))
     assert measured == ["ntk untrained"], "another row leaves the rows that are there"
@@ -212,6 +243,7 @@ def test_any_model_folder_can_be_measured(world, tmp_path):
         (["run=refused", "eval.methods=[yarn_rcd]"], r"eval\.methods names yarn_rcd, .* needs rope\.critical_index"),
         (["run=refused", "eval.lengths_tokens=[512]"], r"eval\.lengths_tokens=\[512\] are all beyond the target window of 256"),
         (["run=refused", "eval.text_documents=0"], r"eval\.text_documents=0 leave nothing to measure"),
+        (["run=refused", "eval.depths=[0.5,1.5]"], r"eval\.depths=\[0\.5, 1\.5\] are not all between 0 .* and 1"),
         (["run=refused", "eval.depths=[]"], r"eval\.depths=\[\] .* leave nothing to measure"),
     ],
 )
@@ -238,7 +270,8 @@ def test_an_export_is_the_model_in_plain_transformers(world, attention_factor):
     else:
         assert result["short_logit_difference"] > 1e-3, "one attention factor for both windows, as the card says"
     values = json.loads((folder / "export" / "config.json").read_text())
-    assert rope_hf.factors_of(values).rescale == Factors.load(folder / "factors.json").rescale
+    assert (said := rope_hf.factors_of(values)) is not None
+    assert said.rescale == Factors.load(folder / "factors.json").rescale
     assert values["max_position_embeddings"] == tiny.L
     assert result["bytes"] == sum(file.stat().st_size for file in (folder / "export").iterdir())
     card = (folder / "export" / "README.md").read_text()
@@ -274,6 +307,56 @@ def test_an_export_replaces_nothing_but_an_export(world, tmp_path):
     for _ in range(2):
         export(export_config(world, "run=careful", f"export.folder={tmp_path}/new/model"))
     assert (tmp_path / "new" / "model" / "model.safetensors").exists()
+
+
+def test_an_export_cut_short_leaves_the_old_one_and_can_be_repeated(world, monkeypatch):
+    folder = tiny.make_run(world, "cut")
+    export(export_config(world, "run=cut"))
+    before = {file.name: file.read_bytes() for file in (folder / "export").iterdir()}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module.Factors, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(export_config(world, "run=cut", "export.dtype=bfloat16"))
+    assert {file.name: file.read_bytes() for file in (folder / "export").iterdir()} == before
+    assert export(export_config(world, "run=cut", "export.dtype=bfloat16"))["dtype"] == "bfloat16"
+
+
+def test_an_export_takes_the_base_models_way_of_talking_along(world, tmp_path):
+    folder = tiny.make_run(world, "talks")
+    base = tiny.make_model(tmp_path / "base")
+    settings = {"eos_token_id": [1, 7], "temperature": 0.6, "do_sample": True}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    values = json.loads((folder / "train.config.json").read_text())
+    values["model"]["path"] = str(base)
+    (folder / "train.config.json").write_text(json.dumps(values))
+    export(export_config(world, "run=talks"))
+    for name in ("generation_config.json", "chat_template.jinja"):
+        assert (folder / "export" / name).read_bytes() == (base / name).read_bytes()
+    shutil.rmtree(base)
+    export(export_config(world, "run=talks"))
+    assert "is not here any more" in (folder / "log.txt").read_text()
+
+
+def test_the_check_holds_one_model_at_a_time(world, monkeypatch):
+    folder = tiny.make_run(world, "frugal")
+    export(export_config(world, "run=frugal"))
+    models, from_pretrained = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(*args, **kwargs):
+        gc.collect()
+        assert not any(reference() for reference in models)
+        loaded = from_pretrained(*args, **kwargs)
+        models.append(weakref.ref(loaded[0] if isinstance(loaded, tuple) else loaded))
+        return loaded
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    export_module.check(folder / "export", Factors.load(folder / "factors.json"), "cpu")
+    assert len(models) == 2
 
 
 @pytest.mark.parametrize(
@@ -333,7 +416,12 @@ def test_generate_speaks_across_the_switch(served, world, tmp_path, capsys, n_to
     assert (result["prompt_tokens"], result["window"], result["switched"]) == (n_tokens, window, switched)
     assert result["text"] == expected_text(served, prompt, 12)
     assert capsys.readouterr().out.rstrip("\n�") == result["text"].rstrip("\n�"), "what streamed is what came out"
-    assert json.loads((served / "generate.json").read_text()) == {"prompt": prompt, **result}
+    assert result["prompt"] == prompt
+    assert json.loads((served / "generate.json").read_text()) == result
+
+
+def spoken(result: dict) -> dict:
+    return {key: value for key, value in result.items() if key not in ("seconds", "provenance")}
 
 
 def test_generate_from_a_folder_says_the_same_as_from_its_run(served, world):
@@ -341,11 +429,12 @@ def test_generate_from_a_folder_says_the_same_as_from_its_run(served, world):
     (world / "prompt.txt").write_text(prompt)
     file = f"generate.prompt_file={world}/prompt.txt"
     of_run = generate(generate_config(world, "run=served", file))
-    of_folder = generate(generate_config(world, f"model.path={served}/export", file))
-    assert {**of_folder, "seconds": 0} == {**of_run, "seconds": 0}
+    of_folder = generate(generate_config(world, f"model.path={served}/export", "name=elsewhere", file))
+    assert spoken(of_folder) == spoken(of_run)
+    assert json.loads((world / "elsewhere" / "generate.json").read_text()) == of_folder
     (served / "export" / "factors.json").rename(world / "aside.json")  # an export that lost our file still has its config
     try:
-        assert {**generate(generate_config(world, f"model.path={served}/export", file)), "seconds": 0} == {**of_run, "seconds": 0}
+        assert spoken(generate(generate_config(world, f"model.path={served}/export", file))) == spoken(of_run)
     finally:
         (world / "aside.json").rename(served / "export" / "factors.json")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lr2train.config import Config, compose
+from lr2train.config import Config, compose, to_dict
 from lr2train.model import load
 from lr2train.prepare import prepare
 from lr2train.rope import METHODS, Factors, Spectrum
@@ -75,5 +75,7 @@ def make_run(folder: Path, name: str, attention_factor: float = 1.2, dtype: torc
     make_model(folder / name / "model", factors, seed=1, dtype=dtype)
     shutil.copytree(folder / "corpus" / "tokenizer", folder / name / "model", dirs_exist_ok=True)
     factors.save(folder / name / "factors.json")
+    trained_with = to_dict(config("train", folder, f"name={name}", f"model.path={folder}/base"))
+    write_json(folder / name / "train.config.json", trained_with)
     write_json(folder / name / "train.json", {"base": str(folder / "base"), "corpus": str(folder / "corpus")})
     return folder / name

@@ -60,7 +60,7 @@ def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> None:
     the group is the segment's. Raises UserError for a model whose attention this cannot express, and for heads that ``mesh`` cannot share.
     """
     modules = [module for module in model.modules() if "Attention" in type(module).__name__]
-    _refuse_model(model, mesh, strategy)
+    refuse_config(model.config, mesh.sp_size, strategy)
     AttentionInterface.register(NAME, attention_forward)
     model.set_attn_implementation(NAME)
     if model.config.get_text_config()._attn_implementation != NAME or not modules:
@@ -104,12 +104,25 @@ def attention_forward(
     return attention(q, k, v, spans, scale).unsqueeze(0), None
 
 
-def _refuse_model(model: PreTrainedModel, mesh: Mesh, strategy: str) -> None:
-    config = model.config.get_text_config()
+def refuse_config(config: Any, sp_size: int, strategy: str, longest_span: int = 0) -> None:
+    """Refuse a transformers config whose attention this cannot express; needs no weights.
+
+    Args:
+        config: of the model.
+        sp_size: ranks that share a segment.
+        strategy: auto | ulysses | local.
+        longest_span: tokens of the longest span to come; a sliding window shorter than it is refused. 0: each call looks for itself.
+
+    Raises:
+        UserError: names what the model has and what to change.
+    """
+    config = config.get_text_config()
+    if getattr(config, "use_sliding_window", True):
+        _refuse_sliding_window(getattr(config, "sliding_window", None), ((0, longest_span),))
     if strategy not in ("auto", *STRATEGIES):
         raise UserError(f"parallel.strategy={strategy} is unknown; set parallel.strategy to one of {['auto', *STRATEGIES]}")
     if strategy != "local":
-        refuse_heads(config.num_attention_heads, mesh.sp_size)
+        refuse_heads(config.num_attention_heads, sp_size)
     others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if others:
         raise UserError(
@@ -152,5 +165,5 @@ def _refuse_sliding_window(window_tokens: int | None, spans: Spans) -> None:
     if window_tokens is not None and window_tokens < longest:
         raise UserError(
             f"sliding_window={window_tokens} of the model is shorter than a span of {longest} tokens, which would be attended to whole; "
-            "set sliding_window to null in the model's config.json (model.architecture.sliding_window when training from scratch)"
+            "set model.overrides.sliding_window=null if the model may attend to everything"
         )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lr2train.data.batch import LONG, SHORT
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -44,6 +46,11 @@ def concatenate(parts: Sequence[Selection]) -> Selection:
     if not parts:
         return Selection(np.zeros(0, np.int16), np.zeros(0, np.int64), np.zeros(0, np.int64))
     return Selection(*(np.concatenate([getattr(part, column) for part in parts]) for column in ("source", "document", "length")))
+
+
+def window_of(length_tokens: int, original_window_tokens: int) -> str:
+    """The window that a document trains, by its length with BOS and EOS."""
+    return SHORT if length_tokens <= original_window_tokens else LONG
 
 
 def sort_by_window(lengths: Sequence[np.ndarray], original_window_tokens: int) -> tuple[list[Selection], list[Selection]]:

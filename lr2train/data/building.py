@@ -1,7 +1,8 @@
 """The steps of ``prepare``: tokenizer, a store for each source, the plan, the manifest; each is skipped where its result lies there.
 
 Choice: a step's result carries the fingerprint of all that decided it (config, files, tokenizer), and is reused when the fingerprint is the
-same. So a run that was killed goes on at the source where it was, and a changed L0 plans again without tokenising again. Cost: file times
+same. So a run that was killed goes on at the source where it was, and a changed L0 plans again without tokenising again (but for sources of
+one window, whose documents it decides). A store that is reused is read once against its checksum. Cost: that read; the sources' file times
 and sizes are trusted.
 """
 
@@ -23,9 +24,9 @@ import numpy as np
 from lr2train.config import DataConfig, SourceConfig, UserError, to_dict
 from lr2train.data import buckets, packing, sources, store
 from lr2train.data import tokenizer as tokenizers
-from lr2train.data.batch import LONG, SHORT
+from lr2train.data.batch import LONG, SHORT, WINDOWS
 from lr2train.data.corpus import FORMAT, HOLDOUT, MANIFEST, PLAN, TOKENIZER, TRAIN, store_prefix
-from lr2train.data.needles import NeedleMaker, sentences
+from lr2train.data.needles import N_KEYS, NeedleMaker, between, check_needles, sentences
 from lr2train.data.text import Text
 from lr2train.data.tokenizer import Tokenizer
 from lr2train.run import read_json, stream, write_json
@@ -41,7 +42,7 @@ def check(data: DataConfig, original_window_tokens: int) -> None:
     """Refuse a config that cannot be prepared, before anything is read.
 
     Raises:
-        UserError: no sources, bad names, no text among them, or windows that do not fit each other.
+        UserError: no sources, bad names, no text among them, knobs out of their limits, or windows that do not fit each other.
     """
     names = [source.name for source in data.sources]
     if not names:
@@ -58,9 +59,48 @@ def check(data: DataConfig, original_window_tokens: int) -> None:
             f"data.segment_tokens={data.segment_tokens} is below the original window of {original_window_tokens}; set data.segment_tokens "
             "to that or more"
         )
+    check_needles(data.needles)
     for source in data.sources:
-        if source.kind != NEEDLES:
-            sources.reader_of(source)
+        if source.kind == NEEDLES:
+            _check_needle_source(source, data)
+        else:
+            sources.check(source)
+    for window, budget in _budgets(data).items():
+        if budget and not any(window in source.windows for source in data.sources):
+            raise UserError(
+                f"data.{window}_tokens={budget}, and no source has {window} among its windows; add {window} to data.sources.<name>.windows, "
+                f"or set data.{window}_tokens=0"
+            )
+
+
+def _budgets(data: DataConfig) -> dict[str, int]:
+    """Tokens to plan by window; 0 is every document once."""
+    return {SHORT: data.short_tokens, LONG: data.long_tokens}
+
+
+def _check_needle_source(source: SourceConfig, data: DataConfig) -> None:
+    sources.check_windows(source)
+    for key in ("path", "target", "max_documents", "max_bytes", "max_tokens"):
+        if getattr(source, key) is not None:
+            raise UserError(
+                f"data.sources.{source.name}.{key} does nothing for kind={NEEDLES}; set options.count and options.lengths_tokens"
+            )
+    options, where = _needle_options(source, data), f"data.sources.{source.name}.options"
+    for key in ("max_pairs", "questions"):
+        between(f"{where}.{key}", options[key], 1, N_KEYS)
+    if options["count"] < 1 or not options["lengths_tokens"]:
+        raise UserError(f"{where}: count={options['count']}, lengths_tokens={options['lengths_tokens']} make no document; set both")
+
+
+def _needle_options(source: SourceConfig, data: DataConfig) -> dict[str, Any]:
+    return sources.take_options(
+        source,
+        lengths_tokens=[data.segment_tokens],
+        count=100,
+        max_pairs=data.needles.max_pairs,
+        questions=data.needles.max_questions,
+        answers_only=True,
+    )
 
 
 def ensure_tokenizer(folder: Path, data: DataConfig, log: Log) -> Tokenizer:
@@ -96,9 +136,15 @@ def _beginning(source: SourceConfig, size: int) -> Iterator[sources.Document]:
             return
 
 
-def ensure_stores(folder: Path, data: DataConfig, tokenizer: Tokenizer, seed: int, log: Log) -> list[dict[str, Any]]:
+def ensure_stores(
+    folder: Path, data: DataConfig, tokenizer: Tokenizer, original_window_tokens: int, seed: int, log: Log
+) -> list[dict[str, Any]]:
     """A store for every source, text before needles; returns their manifests in the order of ``data.sources``."""
-    made = {source.name: _ensure_text(folder, source, tokenizer, data.holdout, log) for source in data.sources if source.kind != NEEDLES}
+    made = {
+        source.name: _ensure_text(folder, source, tokenizer, original_window_tokens, data.holdout, log)
+        for source in data.sources
+        if source.kind != NEEDLES
+    }
     texts = list(made)
     for source in data.sources:
         if source.kind == NEEDLES:
@@ -108,20 +154,45 @@ def ensure_stores(folder: Path, data: DataConfig, tokenizer: Tokenizer, seed: in
     return [made[source.name] for source in data.sources]
 
 
-def _ensure_text(folder: Path, source: SourceConfig, tokenizer: Tokenizer, holdout: float, log: Log) -> dict[str, Any]:
-    fingerprint = _hash([FORMAT, _recipe(source), tokenizer.fingerprint, holdout])
-    found = _finished(folder, source.name, fingerprint)
+def _ensure_text(
+    folder: Path, source: SourceConfig, tokenizer: Tokenizer, original_window_tokens: int, holdout: float, log: Log
+) -> dict[str, Any]:
+    border = None if set(source.windows) == set(WINDOWS) else original_window_tokens  # decides documents only where a window is left out
+    fingerprint = _hash([FORMAT, _recipe(source), tokenizer.fingerprint, holdout, border])
+    found = _reused(folder, source.name, fingerprint, log)
     if found is not None:
-        log(f"{source.name}: done before, {_counts(found)}")
         return found
     about: dict[str, Any] = {"name": source.name, "kind": source.kind, "fingerprint": fingerprint}
     train, held = (store.StoreWriter(store_prefix(folder, source.name, split), tokenizer.vocab_size, about) for split in (TRAIN, HOLDOUT))
     tally, started = sources.Tally(), time.monotonic()
     with train, held:
-        for document, ids in _tokenised(_watched(sources.read(source, tally), source, tally, log), tokenizer):
-            (held if is_held_out(document.id, holdout) else train).add(tokenizer.bound(ids))
+        documents = _tokenised(_watched(sources.read(source, tally), source, tally, log), tokenizer)
+        for name, tokens in _admitted(documents, source, original_window_tokens):
+            (held if is_held_out(name, holdout) else train).add(tokens)
         about.update(asdict(tally))
     return _report(folder, source.name, fingerprint, started, log)
+
+
+def _admitted(
+    documents: Iterable[tuple[str, np.ndarray]], source: SourceConfig, original_window_tokens: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The documents of the source's windows until its ``max_tokens`` are reached.
+
+    Raises:
+        UserError: there is none.
+    """
+    admitted = 0
+    for name, tokens in documents:
+        if buckets.window_of(len(tokens), original_window_tokens) in source.windows:
+            yield name, tokens
+            admitted += len(tokens)
+            if source.max_tokens is not None and admitted >= source.max_tokens:
+                return
+    if not admitted:
+        raise UserError(
+            f"data.sources.{source.name} has no document for windows={list(source.windows)} (the border is the original window of "
+            f"{original_window_tokens} tokens); raise its limits, or add the other window"
+        )
 
 
 def _ensure_needles(
@@ -131,19 +202,10 @@ def _ensure_needles(
 
     With ``answers_only`` the answers alone are learned: a number where it is hidden cannot be known, and learning it teaches not to copy.
     """
-    knobs = data.needles
-    defaults = {
-        "lengths_tokens": [data.segment_tokens],
-        "count": 100,
-        "max_pairs": knobs.max_pairs,
-        "questions": knobs.max_questions,
-        "answers_only": True,
-    }
-    options = sources.take_options(source, **defaults)
+    knobs, options = data.needles, _needle_options(source, data)
     fingerprint = _hash([FORMAT, options, to_dict(knobs), texts, tokenizer.fingerprint, seed])
-    found = _finished(folder, source.name, fingerprint)
+    found = _reused(folder, source.name, fingerprint, log)
     if found is not None:
-        log(f"{source.name}: done before, {_counts(found)}")
         return found
     text = Text([store.Store(store_prefix(folder, name)) for name, _ in texts], tokenizer.n_borders)
     maker, rng = (
@@ -168,17 +230,24 @@ def is_held_out(document: str, share: float) -> bool:
     return int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=8).digest(), "little") < share * 2**64
 
 
-def _tokenised(documents: Iterable[sources.Document], tokenizer: Tokenizer) -> Iterator[tuple[sources.Document, list[int]]]:
-    """Documents with their ids, encoded some megabytes at a time on all cores."""
+def _tokenised(documents: Iterable[sources.Document], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
+    """Ids of documents with their tokens, BOS and EOS included."""
+    for group in _groups(documents):
+        for document, ids in zip(group, tokenizer.encode_batch([one.text for one in group]), strict=True):
+            yield document.id, tokenizer.bound(ids)
+
+
+def _groups(documents: Iterable[sources.Document]) -> Iterator[list[sources.Document]]:
+    """Some megabytes at a time, to be encoded on all cores."""
     group: list[sources.Document] = []
     size = 0
     for document in documents:
         group.append(document)
         size += len(document.text)
         if size >= _ENCODE_BYTES:
-            yield from zip(group, tokenizer.encode_batch([one.text for one in group]), strict=True)
+            yield group
             group, size = [], 0
-    yield from zip(group, tokenizer.encode_batch([one.text for one in group]), strict=True)
+    yield group
 
 
 def _watched(documents: Iterable[sources.Document], source: SourceConfig, tally: sources.Tally, log: Log) -> Iterator[sources.Document]:
@@ -196,14 +265,22 @@ def _watched(documents: Iterable[sources.Document], source: SourceConfig, tally:
             )
 
 
+def _reused(folder: Path, source: str, fingerprint: str, log: Log) -> dict[str, Any] | None:
+    """What a source's finished stores say, their tokens compared with their checksums; None where they are to be made."""
+    found = _finished(folder, source, fingerprint)
+    if found is not None:
+        for split in (TRAIN, HOLDOUT):
+            store.Store(store_prefix(folder, source, split)).verify()
+        log(f"{source}: done before, {_counts(found)}")
+    return found
+
+
 def _finished(folder: Path, source: str, fingerprint: str) -> dict[str, Any] | None:
-    """What a source's finished stores say; the two are opened, so that truncated files are found here and not in training."""
+    """What a source's finished stores say."""
     about = [store.finished(store_prefix(folder, source, split), fingerprint) for split in (TRAIN, HOLDOUT)]
     train, held = about
     if train is None or held is None:
         return None
-    for split in (TRAIN, HOLDOUT):
-        store.Store(store_prefix(folder, source, split))
     return {**train, "holdout_documents": held["documents"], "holdout_tokens": held["tokens"], "holdout_sha256": held["sha256"]}
 
 
@@ -225,7 +302,7 @@ def ensure_plan(
     """Plan the segments and write the manifest; returns the manifest.
 
     Raises:
-        UserError: the documents do not fill a single segment.
+        UserError: the documents do not fill a single segment, or a window with a budget has none.
     """
     knobs = [
         data.segment_tokens,
@@ -233,7 +310,7 @@ def ensure_plan(
         data.long_tokens,
         data.over_long.name,
         data.align_sp,
-        [source.weight for source in data.sources],
+        [[source.weight, sorted(source.windows)] for source in data.sources],
     ]
     fingerprint = _hash(
         [FORMAT, original_window_tokens, seed, knobs, [(one["fingerprint"], one["sha256"], one["holdout_sha256"]) for one in made]]
@@ -259,7 +336,12 @@ def ensure_plan(
         for name, one in counts["windows"][window]["sources"].items():
             if one["planned_tokens"] > _MANY_PASSES * one["tokens"]:
                 times = one["planned_tokens"] / one["tokens"]
-                log(f"plan: {window} documents of {name} come {times:.1f} times each; lower its weight or the budget")
+                log(
+                    f"plan: {window} documents of {name} come {times:.1f} times each, because {one['planned_tokens']} tokens are asked of its "
+                    f"{one['tokens']}; raise its limits, or lower its weight or data.{window}_tokens"
+                )
+    for line in _missing(data, counts["windows"]):
+        log(line)
     if not any(one["holdout_documents"] for one in made):
         log("nothing is held out, so the search and the evaluation will have no text; prepare more documents, or a greater data.holdout")
     log(
@@ -269,18 +351,31 @@ def ensure_plan(
     return read_json(manifest_file)
 
 
+def _missing(data: DataConfig, windows: dict[str, Any]) -> Iterator[str]:
+    """A line for each source that has no document of a window in which its weight counts: the others take its share."""
+    for window, budget in _budgets(data).items():
+        counting = [source for source in data.sources if window in source.windows and source.weight > 0]
+        total = sum(source.weight for source in counting)
+        for source in counting:
+            if budget and not windows[window]["sources"][source.name]["documents"]:
+                yield (
+                    f"plan: {source.name} has no {window} document, so the other sources take its share of {source.weight / total * budget:.0f} "
+                    f"tokens; raise its limits, or leave {window} out of its windows"
+                )
+
+
 def plan_segments(
     folder: Path, data: DataConfig, original_window_tokens: int, seed: int
 ) -> tuple[dict[str, Any], dict[str, packing.Pieces]]:
     """The pieces of both windows, and what to say of them."""
     lengths = [np.load(store_prefix(folder, f"{source.name}.lengths.npy"), mmap_mode="r") for source in data.sources]
-    short, long = buckets.sort_by_window(lengths, original_window_tokens)
+    available = _available(data, lengths, original_window_tokens)
     weights = [source.weight for source in data.sources]
     pieces = packing.pack_short(
-        buckets.draw(short, weights, data.short_tokens, stream(seed, "plan", SHORT)), data.segment_tokens, data.align_sp
+        buckets.draw(available[SHORT], weights, data.short_tokens, stream(seed, "plan", SHORT)), data.segment_tokens, data.align_sp
     )
     stretched, lost = packing.pack_long(
-        buckets.draw(long, weights, data.long_tokens, stream(seed, "plan", LONG)), data.segment_tokens, data.over_long
+        buckets.draw(available[LONG], weights, data.long_tokens, stream(seed, "plan", LONG)), data.segment_tokens, data.over_long
     )
     plan = {SHORT: pieces, LONG: stretched}
     if not pieces.n_segments + stretched.n_segments:
@@ -288,9 +383,28 @@ def plan_segments(
             f"{sum(map(len, lengths))} documents do not fill one segment of data.segment_tokens={data.segment_tokens}; add text or set a "
             "smaller data.segment_tokens"
         )
-    available = {SHORT: short, LONG: long}
     windows = {window: _window_counts(plan[window], available[window], [source.name for source in data.sources]) for window in plan}
     return {"windows": windows, "lost_tokens": asdict(lost)}, plan
+
+
+def _available(data: DataConfig, lengths: Sequence[np.ndarray], original_window_tokens: int) -> dict[str, list[buckets.Selection]]:
+    """The documents of each source by window, for the windows that the source is meant for.
+
+    Raises:
+        UserError: a window with a budget has none.
+    """
+    by_window = zip((SHORT, LONG), buckets.sort_by_window(lengths, original_window_tokens), strict=True)
+    available = {
+        window: [one if window in source.windows else one.take(np.arange(0)) for one, source in zip(selections, data.sources, strict=True)]
+        for window, selections in by_window
+    }
+    for window, budget in _budgets(data).items():
+        if budget and not sum(map(len, available[window])):
+            raise UserError(
+                f"data.{window}_tokens={budget} cannot be filled, because there is no {window} document (the border is the original window of "
+                f"{original_window_tokens} tokens): all {budget} are missing; add such documents, or set data.{window}_tokens=0"
+            )
+    return available
 
 
 def _window_counts(pieces: packing.Pieces, available: Sequence[buckets.Selection], names: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from lr2train.config import DataConfig, StageConfig, UserError
 from lr2train.data.batch import IGNORE, SHORT, Batch
 from lr2train.data.corpus import Corpus
-from lr2train.data.needles import NeedleMaker
+from lr2train.data.needles import NeedleMaker, check_needles
 from lr2train.data.text import Text
 from lr2train.run import stream
 
@@ -40,6 +40,7 @@ class CurriculumLoader:
     def __init__(self, corpus: Corpus, data: DataConfig, seed: int, dp_rank: int, dp_size: int, accumulation: int) -> None:
         if not data.stages:
             raise UserError("data.stages is empty, and data.kind=curriculum needs them; add a stage")
+        check_needles(data.needles)
         self._stages, self._size, self._seed = data.stages, data.segment_tokens, seed
         self._segments = range(dp_rank, dp_size * accumulation, dp_size)
         self._eos = corpus.tokenizer.eos

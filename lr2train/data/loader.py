@@ -131,11 +131,6 @@ class SegmentLoader:
         first = step * self._ranks.accumulation
         return [self._batch(*self._segment(micro_step)) for micro_step in range(first, first + self._ranks.accumulation)]
 
-    def segments(self, step: int) -> list[tuple[str, int]]:
-        """What ``batches`` would hold: (window, index of the segment in the plan), for reports and tests."""
-        first = step * self._ranks.accumulation
-        return [self._segment(micro_step) for micro_step in range(first, first + self._ranks.accumulation)]
-
     def _micro_steps_per_epoch(self, *windows: str) -> int:
         return sum(-(-self.n_segments(window) // self._ranks.size) for window in windows)
 

@@ -91,6 +91,33 @@ class NeedleDocument:
         return sum(stop - start for start, stop in self.answer_spans)
 
 
+def check_needles(needles: NeedleConfig) -> None:
+    """Refuse knobs that make no document.
+
+    Raises:
+        UserError: one is out of its limits.
+    """
+    _check_form(needles.wording, needles.digits)
+    for key, low, high in (("max_pairs", 1, N_KEYS), ("max_questions", 1, N_KEYS), ("distractors", 0, N_KEYS - 1), ("at_start", 0, 1)):
+        between(f"data.needles.{key}", getattr(needles, key), low, high)
+
+
+def _check_form(wording: str, digits: int) -> None:
+    if wording not in WORDINGS:
+        raise UserError(f"data.needles.wording={wording} is not one of {', '.join(WORDINGS)}; set data.needles.wording to one of them")
+    between("data.needles.digits", digits, 1, 18)
+
+
+def between(key: str, value: float, low: float, high: float) -> None:
+    """Refuse a value outside its limits.
+
+    Raises:
+        UserError: it is.
+    """
+    if not low <= value <= high:
+        raise UserError(f"{key}={value} is not between {low} and {high}; set {key} inside these limits")
+
+
 class NeedleMaker:
     """Makes needle documents of one wording with one tokenizer; remembers the ids of what it tokenised.
 
@@ -102,14 +129,11 @@ class NeedleMaker:
         eos: id after the last answer, or None.
 
     Raises:
-        UserError: unknown wording, or a number without tokens.
+        UserError: unknown wording, digits out of their limits, or a number without tokens.
     """
 
     def __init__(self, encode: Encode, wording: str, digits: int, bos: int | None, eos: int | None) -> None:
-        if wording not in WORDINGS:
-            raise UserError(f"data.needles.wording={wording} is not one of {', '.join(WORDINGS)}; set data.needles.wording to one of them")
-        if not 1 <= digits <= 18:
-            raise UserError(f"data.needles.digits={digits} is not between 1 and 18; set data.needles.digits inside these limits")
+        _check_form(wording, digits)
         self._encode, self._wording, self._digits = encode, WORDINGS[wording], digits
         self._known: dict[str, list[int]] = {}
         self._anchor = _ids(encode("\n"))
@@ -135,8 +159,10 @@ class NeedleMaker:
             n_questions: of the pairs, asked at the end.
 
         Raises:
-            UserError: the length has no room for the pieces, the filler is too short, or more questions than pairs.
+            UserError: the length has no room for the pieces, the filler is too short, more questions than pairs, or a depth outside [0, 1].
         """
+        if depth is not None:
+            between("depth", depth, 0, 1)  # eval.depths, search.depth
         if not 1 <= n_questions <= n_pairs <= N_KEYS:
             raise UserError(
                 f"needle document with {n_pairs} pairs and {n_questions} questions; ask at least one question, and at most one a pair (of "
@@ -250,27 +276,6 @@ def _ids(encoded: np.ndarray) -> list[int]:
     return np.asarray(encoded).tolist()
 
 
-def make_needle_document(
-    rng: np.random.Generator,
-    encode: Encode,
-    filler: np.ndarray,
-    length_tokens: int,
-    wording: str = "paper",
-    depth: float | None = 0.0,
-    digits: int = 7,
-    n_pairs: int = 1,
-    n_questions: int = 1,
-    bos: int | None = None,
-    eos: int | None = None,
-) -> NeedleDocument:
-    """One needle document; see ``NeedleMaker`` for the arguments. Who makes many keeps a maker.
-
-    Raises:
-        UserError: see ``NeedleMaker``.
-    """
-    return NeedleMaker(encode, wording, digits, bos, eos).make(rng, filler, length_tokens, depth, n_pairs, n_questions)
-
-
 def needle_set(
     corpus: Corpus, needles: NeedleConfig, n_documents: int, length_tokens: int, depths: Sequence[float], rng: np.random.Generator
 ) -> list[NeedleDocument]:
@@ -285,8 +290,9 @@ def needle_set(
         rng: decides texts, keys and numbers.
 
     Raises:
-        UserError: nothing is held out, or the length has no room.
+        UserError: nothing is held out, the length has no room, or a knob is out of its limits.
     """
+    check_needles(needles)
     tokenizer = corpus.tokenizer
     maker = NeedleMaker(tokenizer.encode, needles.wording, needles.digits, tokenizer.bos, None)
     fillers = corpus.text(HOLDOUT).draw(rng, n_documents * len(depths), length_tokens)

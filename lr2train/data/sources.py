@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lr2train.config import SourceConfig, UserError
+from lr2train.data.batch import WINDOWS
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+CUSTOM = "custom"
 PART = "#"  # in an id, before a part of a document: parts are held out as their whole is
 _ROWS_AT_A_TIME = 256  # of a parquet file in memory
 _DEFINITION = re.compile(r"^(?:[ ]{4})?(?:@[^\n]*\n\s*)*(?:async def|def|class) ", re.MULTILINE)
@@ -65,6 +68,36 @@ def read(source: SourceConfig, tally: Tally) -> Iterator[Document]:
         )
 
 
+def check(source: SourceConfig) -> None:
+    """Refuse a source of text that cannot be read, before anything is.
+
+    Raises:
+        UserError: unknown kind or window, a limit that lets nothing through, or a ``target`` that is not there.
+    """
+    reader_of(source)
+    check_windows(source)
+    for key in ("max_documents", "max_bytes", "max_tokens"):
+        limit = getattr(source, key)
+        if limit is not None and limit < 1:
+            raise UserError(f"data.sources.{source.name}.{key}={limit} is below 1; set it to 1 or more, or to null to read all")
+    if source.kind == CUSTOM:
+        _target(source)
+    elif source.target is not None:
+        raise UserError(f"data.sources.{source.name}.target={source.target} needs kind={CUSTOM}, not {source.kind}; set kind={CUSTOM}")
+
+
+def check_windows(source: SourceConfig) -> None:
+    """Refuse windows that do not exist.
+
+    Raises:
+        UserError: none, or an unknown one.
+    """
+    if not source.windows or not set(source.windows) <= set(WINDOWS):
+        raise UserError(
+            f"data.sources.{source.name}.windows={list(source.windows)} is not one or both of {', '.join(WINDOWS)}; set windows to them"
+        )
+
+
 def reader_of(source: SourceConfig) -> Reader:
     """The reader of a source's kind.
 
@@ -79,9 +112,11 @@ def reader_of(source: SourceConfig) -> Reader:
 
 
 def identity(source: SourceConfig) -> str:
-    """What decides a source's documents beside its config: files with sizes and times, or the Python version."""
+    """What decides a source's documents beside its config: files with sizes and times, or the Python version; of a custom class nothing is known."""
     if source.kind == "stdlib":
         return sys.version
+    if source.kind == CUSTOM:
+        return ""
     if source.kind != "folder" and not (source.path and Path(source.path).exists()):
         return ""
     facts = ((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(source))
@@ -218,7 +253,7 @@ def _parquet_records(file: Path, column: str, tally: Tally) -> Iterator[Any]:
 
 
 def _read_hub(source: SourceConfig, tally: Tally) -> Iterator[Document]:
-    """A Hugging Face dataset, streamed; or a local folder that ``datasets`` understands.
+    """A Hugging Face dataset without a script, streamed; or a local folder that ``datasets`` understands.
 
     Options: ``allow_download`` (nothing is downloaded by surprise), ``config``, ``split``, ``revision``.
     """
@@ -230,10 +265,47 @@ def _read_hub(source: SourceConfig, tally: Tally) -> Iterator[Document]:
             f"data.sources.{source.name}.path={source.path} would be downloaded; set "
             f"data.sources.{source.name}.options.allow_download=true, or give a local folder"
         )
+    yield from _records(_hub_rows(source, options), options["split"], source.text_column, tally)
+
+
+def _hub_rows(source: SourceConfig, options: dict[str, Any]) -> Iterator[Any]:
     from datasets import load_dataset
 
-    rows = load_dataset(source.path, name=options["config"], split=options["split"], revision=options["revision"], streaming=True)
-    yield from _records(rows, options["split"], source.text_column, tally)
+    try:
+        yield from load_dataset(source.path, name=options["config"], split=options["split"], revision=options["revision"], streaming=True)
+    except Exception as error:  # unknown, gated, a script, no such split, no network: of four libraries' own kinds, without a common base
+        offline = f" (HF_HUB_OFFLINE={os.environ['HF_HUB_OFFLINE']} is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise UserError(
+            f"data.sources.{source.name}.path={source.path} cannot be read as a dataset{offline}: {why}; log in where it is gated, or set path "
+            "to a local copy"
+        ) from error
 
 
-READERS: dict[str, Reader] = {"stdlib": _read_stdlib, "folder": _read_folder, "hub": _read_hub}
+def _read_custom(source: SourceConfig, tally: Tally) -> Iterator[Document]:
+    """Whatever an instance of the class ``target`` yields: pairs of a stable id and a text. Options: the class' own arguments."""
+    target = _target(source)
+    try:
+        pairs = iter(target(**source.options))
+    except TypeError as error:  # an argument that it does not take, or no __iter__
+        raise UserError(
+            f"data.sources.{source.name}.target={source.target} cannot be built with options {dict(source.options)} and iterated over: "
+            f"{error}; give the options that it takes"
+        ) from error
+    for pair in pairs:
+        name, text = pair if isinstance(pair, tuple) and len(pair) == 2 else ("", None)
+        yield from _checked(str(name), text, tally)
+
+
+def _target(source: SourceConfig) -> Callable[..., Iterable[Any]]:
+    module, _, name = (source.target or "").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module before the dot
+        raise UserError(
+            f"data.sources.{source.name}.target={source.target} cannot be imported ({error}); set it to package.module.Class of a package "
+            "on PYTHONPATH"
+        ) from error
+
+
+READERS: dict[str, Reader] = {"stdlib": _read_stdlib, "folder": _read_folder, "hub": _read_hub, CUSTOM: _read_custom}

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -20,8 +22,12 @@ from lr2train.config import UserError
 from lr2train.run import write_json
 
 BOS, EOS = "<s>", "</s>"
+_CONFIG = "tokenizer_config.json"
 DIGIT_PAIRS = tuple(f"{number:02d}" for number in range(100))
 SMALLEST_VOCABULARY = 2 + 256 + len(DIGIT_PAIRS)  # specials, bytes, pairs
+
+# What makes up a Hugging Face tokenizer folder, where it has them.
+FILES = ("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "*.model")
 
 # A bare tokenizer.json does not say which special token begins or ends a document; these are the names in use.
 _KNOWN_BOS = (BOS, "<bos>", "<|begin_of_text|>", "<|startoftext|>")
@@ -34,12 +40,15 @@ class Tokenizer:
     Attributes:
         bos: id that begins a document, None where the model has none (Qwen).
         eos: id that ends a document.
+
+    Args:
+        folder: the Hugging Face folder that it was read from, if any; ``save`` copies it.
     """
 
-    def __init__(self, core: tokenizers.Tokenizer, bos: int | None, eos: int) -> None:
+    def __init__(self, core: tokenizers.Tokenizer, bos: int | None, eos: int, folder: Path | None = None) -> None:
         core.no_truncation()
         core.no_padding()
-        self._core, self.bos, self.eos = core, bos, eos
+        self._core, self.bos, self.eos, self._folder = core, bos, eos, folder
 
     @property
     def vocab_size(self) -> int:
@@ -79,11 +88,14 @@ class Tokenizer:
         return 1 if self.bos is None else 2
 
     def save(self, folder: Path) -> None:
-        """Write a folder that ``AutoTokenizer.from_pretrained`` loads."""
+        """Write a folder that ``AutoTokenizer.from_pretrained`` loads: the one it came from as it was, so that class and chat template survive."""
+        if self._folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(file for pattern in FILES for file in self._folder.glob(pattern)):
+                shutil.copyfile(file, folder / file.name)
+            return
         named = {"bos_token": self._name(self.bos), "eos_token": self._name(self.eos), "pad_token": self._name(self.eos)}
-        write_json(
-            folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
-        )
+        write_json(folder / _CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named})
         write_json(folder / "tokenizer.json", json.loads(self._core.to_str()))
 
     def _name(self, id: int | None) -> str | None:
@@ -151,21 +163,31 @@ def load(path: str) -> Tokenizer:
         core = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"data.tokenizer={file} is no tokenizer.json ({error}); set data.tokenizer to a fast tokenizer's file") from None
-    names = _border_names(file.with_name("tokenizer_config.json"))
+    names = _border_names(file.parent)
     bos = _border(core, names.get("bos_token"), () if names else _KNOWN_BOS)
     eos = _border(core, names.get("eos_token"), _KNOWN_EOS)
     if eos is None:
         raise UserError(f"data.tokenizer={path} names no token that ends a document; add eos_token to its tokenizer_config.json")
-    return Tokenizer(core, bos, eos)
+    whole = Path(path).is_dir() and (Path(path) / _CONFIG).is_file()
+    return Tokenizer(core, bos, eos, Path(path) if whole else None)
 
 
-def _border_names(file: Path) -> dict[str, str | None]:
-    """What tokenizer_config.json says of BOS and EOS: a string, or a dict with its content."""
-    if not file.is_file():
-        return {}
-    config = json.loads(file.read_text())
-    values = {key: config.get(key) for key in ("bos_token", "eos_token")}
-    return {key: value["content"] if isinstance(value, dict) else value for key, value in values.items()}
+def _border_names(folder: Path) -> dict[str, str | None]:
+    """What a folder says of BOS and EOS, a string or a dict with its content; tokenizer_config.json over special_tokens_map.json."""
+    config = _json(folder / "special_tokens_map.json") | _json(folder / _CONFIG)
+    values = {key: config.get(key) for key in ("bos_token", "eos_token")} if config else {}
+    return {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A file of somebody else's folder; empty where there is none."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UserError(f"data.tokenizer: {file} is not valid JSON ({error}); set data.tokenizer to a whole tokenizer folder") from None
+    if not isinstance(config, dict):
+        raise UserError(f"data.tokenizer: {file} holds no JSON object; set data.tokenizer to a whole tokenizer folder")
+    return config
 
 
 def _border(core: tokenizers.Tokenizer, name: str | None, known: Sequence[str]) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ class Subject:
         factors: of the long window.
         switches: True: the original table up to L0, the factors beyond (LongRoPE2). False: the factors at every length, as the method was
             published.
+        overrides: ``model.overrides``, for a base model.
     """
 
     label: str
     folder: Path
     factors: Factors
     switches: bool
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def window(self, length_tokens: int) -> str:
         """The table for a document of this length."""
@@ -35,5 +38,5 @@ class Subject:
 
 def open_model(subject: Subject, dtype: str, device: str) -> tuple[Any, rotary.WindowRotary]:
     """The subject's model with its factors installed."""
-    model = load.load_whole(subject.folder, dtype, device)
+    model = load.load_whole(subject.folder, dtype, device, subject.overrides)
     return model, rotary.install(model, subject.factors)

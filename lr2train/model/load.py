@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,23 @@ from torch import nn
 from lr2train.config import ModelConfig, UserError
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.spectrum import Spectrum
-from lr2train.run import rank, write_json
+from lr2train.run import rank, read_json, write_json
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GROUP_BYTES = 512 * 2**20  # parameters gathered at one time while weights stream in or out
 SHARD_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is read when it is called, and whose shape is known before."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+    def __call__(self) -> torch.Tensor:
+        return self.read()
 
 
 def whole(_: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
@@ -37,21 +49,37 @@ def whole(_: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
 
 
 def config_of(model: ModelConfig) -> Any:
-    """The transformers config of ``model.path`` or ``model.architecture``.
+    """The transformers config of ``model.path`` under ``model.overrides``, or of ``model.architecture``.
 
     Raises:
-        UserError: neither is given, the folder is missing, or a hub id is given without ``model.allow_download``.
+        UserError: neither is given, the folder is missing, a hub id is given without ``model.allow_download``, or an override is no key of
+            the model's config.
     """
     from transformers import AutoConfig
 
     if model.path is None:
         return _scratch_config(model.architecture)
+    folder = folder_of(model)
     try:
-        return AutoConfig.from_pretrained(folder_of(model))
+        hf_config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path={model.path} has no readable config.json ({_brief(error)}); set model.path to a Hugging Face model folder"
         ) from error
+    return _overridden(hf_config, folder, model.overrides) if model.overrides else hf_config
+
+
+def _overridden(hf_config: Any, folder: Path, overrides: Mapping[str, Any]) -> Any:
+    """The config built anew from the folder's values and ours, so that what transformers derives from them (layer types) follows."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    unknown = [key for key in overrides if not hasattr(hf_config, key)]
+    if unknown:
+        raise UserError(f"model.overrides names {unknown[0]}, which {type(hf_config).__name__} does not have; correct model.overrides")
+    try:
+        return type(hf_config).from_dict({**read_json(folder / "config.json"), **overrides})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.overrides makes no transformers config ({_brief(error)}); correct model.overrides") from error
 
 
 def _scratch_config(architecture: Mapping[str, Any]) -> Any:
@@ -128,27 +156,40 @@ def _refuse_unusual_heads(model: Any) -> None:
             )
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Callable[[], torch.Tensor]], gather: Gather = whole) -> None:
+def fill(model: nn.Module, tensors: Mapping[str, Stored], gather: Gather = whole) -> None:
     """Copy named tensors into a built model, group by group.
 
     Args:
         model: from ``build_empty``.
-        tensors: name -> reader, the same names on every rank; called on rank 0 only when ``gather`` broadcasts, else on every rank.
+        tensors: by name, the same on every rank; read on rank 0 only when ``gather`` broadcasts, else on every rank.
         gather: context manager over a list of parameters that makes them whole and, on exit, spreads rank 0's values.
 
     Raises:
-        UserError: a parameter of the model has no tensor.
+        UserError: a parameter of the model has no tensor, or one of another shape; on every rank, before anything is copied.
     """
-    names = tied_names(model)
-    missing = [name for name, aliases in names.items() if not any(alias in tensors for alias in aliases)]
-    if missing:
-        raise UserError(_incomplete("the weights", missing))
+    sources = _sources(model, tensors)
     for group in _groups(model):
         with gather([parameter for _, parameter in group]), torch.no_grad():
             for name, parameter in group:
                 if gather is whole or rank() == 0:
-                    alias = next(a for a in names[name] if a in tensors)
-                    parameter.copy_(tensors[alias]().to(parameter.dtype))
+                    parameter.copy_(sources[name]().to(parameter.dtype))
+
+
+def _sources(model: nn.Module, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Parameter name -> its tensor, which may be stored under another name of the same parameter."""
+    found = {name: [tensors[alias] for alias in aliases if alias in tensors] for name, aliases in tied_names(model).items()}
+    missing = [name for name, stored in found.items() if not stored]
+    if missing:
+        raise UserError(_incomplete("the weights", missing))
+    sources = {name: stored[0] for name, stored in found.items()}
+    for name, parameter in model.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # a partitioned parameter's own shape is empty
+        if sources[name].shape != shape:  # copy_ would broadcast
+            raise UserError(
+                f"{name} has shape {list(sources[name].shape)} in the weights and {list(shape)} in the model; set model.path to a folder "
+                "whose config.json belongs to its weights"
+            )
+    return sources
 
 
 def _incomplete(what: str, missing: list[str]) -> str:
@@ -181,39 +222,53 @@ def _groups(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
         yield group
 
 
-def safetensors_of(folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
-    """name -> reader over every .safetensors of a folder (memory-mapped: a tensor is read when it is asked for).
+def safetensors_of(folder: Path) -> dict[str, Stored]:
+    """The tensors by name of every .safetensors of a folder (memory-mapped: a tensor is read when it is asked for).
 
     Raises:
         UserError: the folder holds none.
     """
     from safetensors import SafetensorError, safe_open
 
-    tensors: dict[str, Callable[[], torch.Tensor]] = {}
+    tensors: dict[str, Stored] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}); fetch it again") from error
-        names = file.keys()
-        tensors.update({name: partial(file.get_tensor, name) for name in names})
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            tensors[name] = Stored(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
     if not tensors:
         raise UserError(f"model.path={folder} holds no .safetensors; convert the weights to safetensors first")
     return tensors
 
 
-def scratch_weights(hf_config: Any, seed: int) -> dict[str, Callable[[], torch.Tensor]]:
+def scratch_weights(hf_config: Any, seed: int) -> dict[str, Stored]:
     """Freshly initialised weights: the same for a seed on any number of ranks. Only for models small enough to be trained from scratch."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-    return {name: lambda tensor=tensor: tensor for name, tensor in model.state_dict().items()}
+    return {name: Stored(tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in model.state_dict().items()}
 
 
-def load_whole(folder: str | Path, dtype: str = "float32", device: str = "cpu") -> Any:
+def hush_transformers() -> None:
+    """No bar for every load of weights, and no warning about the two keys that vLLM reads in our `longrope` dict; errors are still said."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
+
+
+def load_whole(folder: str | Path, dtype: str = "float32", device: str = "cpu", overrides: Mapping[str, Any] | None = None) -> Any:
     """A complete model in one process, for the search, evaluation and generation; in eval mode, without gradients.
+
+    Args:
+        folder: of a Hugging Face model.
+        dtype: a name of ``DTYPES``.
+        device: of torch.
+        overrides: ``model.overrides`` of a base model; a trained folder's config has them already.
 
     Raises:
         UserError: the folder is missing, is not a causal LM, or lacks weights (which transformers would draw at random).
@@ -221,11 +276,14 @@ def load_whole(folder: str | Path, dtype: str = "float32", device: str = "cpu") 
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    model_config = ModelConfig(path=str(folder))
-    config_of(model_config)
+    model_config = ModelConfig(path=str(folder), overrides=dict(overrides or {}))
+    hf_config = config_of(model_config)
+    hush_transformers()
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, report = load(folder_of(model_config), dtype=DTYPES[dtype], attn_implementation="sdpa", output_loading_info=True)
+        model, report = load(
+            folder_of(model_config), config=hf_config, dtype=DTYPES[dtype], attn_implementation="sdpa", output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} has no readable weights ({_brief(error)}); set model.path to a complete model folder") from error
     if report["missing_keys"]:
@@ -234,11 +292,24 @@ def load_whole(folder: str | Path, dtype: str = "float32", device: str = "cpu") 
 
 
 def write_folder(
-    model: nn.Module, config: Mapping[str, Any], folder: Path, gather: Gather = whole, dtype: torch.dtype | None = None
+    model: nn.Module,
+    config: Mapping[str, Any],
+    folder: Path,
+    gather: Gather = whole,
+    dtype: torch.dtype | None = None,
+    extras: Callable[[Path], None] | None = None,
 ) -> None:
     """Write config.json and safetensors shards; every rank calls it, rank 0 writes. The folder appears whole or not at all.
 
     The config's dtype becomes that of the weights: loaders cast to what it says.
+
+    Args:
+        model: whose parameters are written.
+        config: for config.json.
+        folder: is replaced.
+        gather: makes partitioned parameters whole.
+        dtype: of the written weights; None keeps each parameter's.
+        extras: called on rank 0 with the folder that is about to take its place, to write what else belongs into it.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shards = _Shards(temporary)
@@ -253,6 +324,8 @@ def write_folder(
     if rank() == 0:
         shards.close()
         write_json(temporary / "config.json", {**config, "dtype": shards.dtype})
+        if extras is not None:
+            extras(temporary)
         _take_the_place_of(folder, temporary)
 
 

@@ -2,7 +2,7 @@
 
 Choice: to DeepSpeed every rank is a data-parallel rank. Sequence parallelism is a transform of the data (tokens, labels and positions are sharded together)
 and of attention; each rank returns the *sum* of its own target tokens' losses, scaled so that DeepSpeed's averaging over ranks and accumulation steps
-yields the gradient of ``sum of all losses / number of all target tokens`` of the step, exactly. Cost: one tiny all-reduce of counts before a step.
+yields the gradient of ``sum of all losses / number of all target tokens`` of the step, exactly. Cost: three all-reduces of a few numbers a step.
 
 This is the only file that imports deepspeed.
 """
@@ -48,7 +48,8 @@ class StepStats:
     n_target_tokens: int
     n_tokens: int  # of all segments, padding included
     window_mix: float  # share of long segments
-    grad_norm: float
+    n_pairs: float  # query-key pairs that attention has to look at, causal
+    grad_norm: float | None  # None where DeepSpeed computes none
     interrupted: bool  # some rank was asked to stop
 
 
@@ -64,6 +65,7 @@ def start_deepspeed(device: torch.device) -> None:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         build_cpu_op()
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")  # DeepSpeed calls what torch has renamed
     with _quiet():
         import deepspeed
 
@@ -82,8 +84,10 @@ def build_cpu_op() -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with _quiet():
         from deepspeed.ops import __compatible_ops__ as compatible
-        from deepspeed.ops.op_builder import ShareMemCommBuilder  # ty: ignore
+        from deepspeed.ops.op_builder import ShareMemCommBuilder  # pyright: ignore[reportAttributeAccessIssue]
 
+        if ShareMemCommBuilder is None:  # DeepSpeed drives another device: there is nothing to build
+            return
         builder = ShareMemCommBuilder()
         if not compatible.get(builder.NAME, False):
             return
@@ -113,8 +117,7 @@ def _somebody_builds_in(folder: Path) -> bool:
 def _quiet() -> Iterator[None]:
     """DeepSpeed prints build and start-up chatter to stdout, which belongs to results; errors stay on stderr."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")  # DeepSpeed calls what torch has renamed
-    with contextlib.redirect_stdout(open(os.devnull, "w")):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 
@@ -127,11 +130,13 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip,
         "zero_optimization": {"stage": engine.zero_stage},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the CPU too when optimizer states are offloaded
         "steps_per_print": 10**12,
     }
     if config.model.dtype == "bfloat16":
         written["bf16"] = {"enabled": True}
         written["data_types"] = {"grad_accum_dtype": "fp32"}
+        written["communication_data_type"] = "fp32"  # 64 ranks x 8 micro-steps of bfloat16 sums would round away small gradients
     if config.model.dtype == "float16":
         written["fp16"] = {"enabled": True}
     if engine.zero_stage == 3:
@@ -174,7 +179,7 @@ class Engine:
         optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, optim.weight_decay),
             lr=optim.lr,
-            betas=tuple(optim.betas),
+            betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
             fused=self.device.type == "cuda",
         )
@@ -227,14 +232,15 @@ class Engine:
         return tokens, labels, positions
 
     def _counts(self, batches: Sequence[Batch], shards: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-        """[targets in short, targets in long, tokens, long segments, segments] of the whole step; asserts that a group's ranks agree on the windows."""
-        counts = torch.zeros(5, dtype=torch.int64, device=self.device)
+        """[targets in short, targets in long, tokens, long segments, segments, query-key pairs of all ranks' segments] of the whole step."""
+        counts = torch.zeros(6, dtype=torch.int64, device=self.device)
         for batch, (tokens, labels, _) in zip(batches, shards, strict=True):
             long = int(batch.window == "long")
             counts[long] += (labels != -100).sum()
             counts[2] += len(tokens)
             counts[3] += long
             counts[4] += 1
+            counts[5] += sum((stop - start) * (stop - start + 1) // 2 for start, stop in batch.spans)
         self._refuse_mixed_windows(batches)
         dist.all_reduce(counts)
         return counts
@@ -242,10 +248,9 @@ class Engine:
     def _refuse_mixed_windows(self, batches: Sequence[Batch]) -> None:
         """Ranks of one micro-step must run the same window; disagreement would mix two RoPE tables in one sequence."""
         tags = torch.tensor([int(batch.window == "long") for batch in batches], device=self.device)
-        low, high = tags.clone(), tags.clone()
-        dist.all_reduce(low, dist.ReduceOp.MIN)
-        dist.all_reduce(high, dist.ReduceOp.MAX)
-        if not torch.equal(low, high):
+        highest = torch.cat((tags, -tags))  # the highest of -tag is minus the lowest tag: one reduction tells both
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        if bool((highest[: len(tags)] != -highest[len(tags) :]).any()):
             raise RuntimeError(
                 f"ranks disagree on the window of a micro-step (this rank: {[batch.window for batch in batches]}); the loader broke its promise"
             )
@@ -254,7 +259,8 @@ class Engine:
         flags = torch.tensor([float(interrupted)], dtype=torch.float64, device=self.device)
         reduced = torch.cat((sums, flags))
         dist.all_reduce(reduced)
-        n_short, n_long, n_tokens, n_long_segments, n_segments = counts.tolist()
+        n_short, n_long, n_tokens, n_long_segments, n_segments, n_pairs = counts.tolist()
+        norm = self._engine.get_global_grad_norm()
         short, long, asked = reduced.tolist()
         return StepStats(
             loss=(short + long) / (n_short + n_long),
@@ -263,7 +269,8 @@ class Engine:
             n_target_tokens=n_short + n_long,
             n_tokens=n_tokens,
             window_mix=n_long_segments / n_segments,
-            grad_norm=float(self._engine.get_global_grad_norm() or 0.0),
+            n_pairs=n_pairs / self.mesh.sp_size,  # every rank of a sequence-parallel group has counted the whole segment
+            grad_norm=None if norm is None else float(norm),
             interrupted=asked > 0,
         )
 
@@ -286,14 +293,17 @@ class Engine:
             UserError: it was written by another number of ranks.
         """
         latest = folder / "latest.json"
-        if not latest.exists():
+        box = [run.read_json(latest) if run.rank() == 0 and latest.exists() else None]
+        dist.broadcast_object_list(box, src=0)  # rank 0 looks: what a node's own disk or cache shows may differ
+        written = box[0]
+        if written is None:
             return 0
-        written = run.read_json(latest)
         if written["world"] != self.mesh.world:
             raise UserError(
                 f"the checkpoint {folder / written['tag']} was written by {written['world']} ranks and this job has {self.mesh.world}; "
                 f"start it with {written['world']} ranks, or give a new name= to start over"
             )
+        self._refuse_invisible(folder / written["tag"])
         with _quiet():
             path, _ = self._engine.load_checkpoint(str(folder), tag=written["tag"])
         if path is None:
@@ -301,6 +311,14 @@ class Engine:
                 f"the checkpoint {folder / written['tag']} cannot be read; remove {latest} to start over, or restore the folder"
             )
         return int(written["step"])
+
+    def _refuse_invisible(self, checkpoint: Path) -> None:
+        seen = torch.tensor([int(checkpoint.is_dir())], device=self.device)
+        dist.all_reduce(seen, dist.ReduceOp.MIN)
+        if not seen.item():
+            raise UserError(
+                f"the checkpoint {checkpoint} is not there on every machine; put runs_folder on a file system that all machines share"
+            )
 
     def write_model(self, folder: Path, config: dict[str, Any]) -> None:
         """Write the weights as a Hugging Face folder with ``config`` as its config.json; no rank holds them all at once."""
@@ -310,7 +328,8 @@ class Engine:
         """Whole fp32 gradients by the model's own names, after backward and before the next step's; for tests and inspection."""
         from deepspeed.utils import safe_get_full_grad
 
-        return {name.removeprefix(MODULE_PREFIX): safe_get_full_grad(parameter) for name, parameter in self.model.named_parameters()}
+        whole = ((name, safe_get_full_grad(parameter)) for name, parameter in self.model.named_parameters())
+        return {name.removeprefix(MODULE_PREFIX): gradient for name, gradient in whole if gradient is not None}
 
 
 def accumulation_of(config: Config, dp_size: int) -> int:

@@ -52,7 +52,7 @@ def listen_for_interrupt() -> Iterator[Interrupt]:
 def fit(engine: Engine, loader: Any, config: Config, done: int, total_steps: int, sinks: Sequence[Sink], folder: Path) -> bool:
     """Train from step ``done`` to ``total_steps``; returns whether the end was reached (False: interrupted, checkpoint written)."""
     tokens_seen = done * config.optim.segments_per_step * config.data.segment_tokens
-    flops_per_token = _flops_per_token(engine, config)
+    parameters = _multiplied_parameters(engine)
     batches = _prefetched(loader, done, total_steps)
     with listen_for_interrupt() as interrupt:
         for step in run.progress(range(done, total_steps), total_steps, "train", done):
@@ -64,7 +64,10 @@ def fit(engine: Engine, loader: Any, config: Config, done: int, total_steps: int
             tokens_seen += stats.n_tokens
             seconds = time.perf_counter() - start
             for sink in sinks:
-                sink.write(step + 1, _figures(stats, lr, tokens_seen, seconds, waited, flops_per_token, engine, config))
+                sink.write(
+                    step + 1,
+                    _figures(stats, lr, tokens_seen, seconds, waited, step_flops(stats, parameters, engine.hf_config), engine, config),
+                )
             last = step + 1 == total_steps
             if last or stats.interrupted or (step + 1) % config.engine.checkpoint_every_steps == 0:
                 engine.save(folder / "checkpoints", step + 1, config.engine.keep_checkpoints)
@@ -84,20 +87,24 @@ def _prefetched(loader: Any, first: int, stop: int) -> Iterator[list[Batch]]:
             yield batches
 
 
-def _flops_per_token(engine: Engine, config: Config) -> float:
-    """Forward and backward FLOPs a token: 6 a parameter outside the embedding table, and causal attention over half a segment
-    (12 * layers * heads * head_dim * T / 2). Recomputation is overhead and not counted.
-    """
+def _multiplied_parameters(engine: Engine) -> int:
+    """Parameters that every token is multiplied with: all but an embedding table of its own."""
+    total = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
     c = engine.hf_config
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
-    if not getattr(c, "tie_word_embeddings", False):
-        parameters -= c.vocab_size * c.hidden_size
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return 6.0 * parameters + 6.0 * c.num_hidden_layers * c.num_attention_heads * head_dim * config.data.segment_tokens
+    return total if getattr(c, "tie_word_embeddings", False) else total - c.vocab_size * c.hidden_size
+
+
+def step_flops(stats: StepStats, parameters: int, hf_config: Any) -> float:
+    """Forward and backward FLOPs of a step: 6 a parameter and token, and 12 a query-key pair, head dimension, head and layer (causal pairs only).
+
+    Recomputation is overhead and not counted.
+    """
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    return 6.0 * parameters * stats.n_tokens + 12.0 * stats.n_pairs * hf_config.num_hidden_layers * hf_config.num_attention_heads * head_dim
 
 
 def _figures(
-    stats: StepStats, lr: float, tokens_seen: int, seconds: float, waited: float, flops_per_token: float, engine: Engine, config: Config
+    stats: StepStats, lr: float, tokens_seen: int, seconds: float, waited: float, flops: float, engine: Engine, config: Config
 ) -> dict[str, Any]:
     per_second = stats.n_tokens / seconds
     peak = config.hardware.gpu_bf16_tflops * 1e12 * engine.mesh.world
@@ -110,7 +117,7 @@ def _figures(
         "grad_norm": stats.grad_norm,
         "lr": lr,
         "tokens_per_s": per_second,
-        "mfu": per_second * flops_per_token / peak if engine.device.type == "cuda" else None,
+        "mfu": flops / seconds / peak if engine.device.type == "cuda" else None,
         "window_mix": stats.window_mix,
         "peak_gib": peak_gib(engine.device),
         "data_wait_s": waited,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from lr2train import run
 from lr2train.config import Config, UserError, to_dict
@@ -87,7 +87,7 @@ class Wandb:
                 name=config.name,
                 id=identity,
                 resume="allow",
-                mode=logger.mode,
+                mode=cast("Literal['online', 'offline']", logger.mode),
                 dir=str(folder),
                 config=to_dict(config),
             )

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from lr2train.config import UserError
+from lr2train.config import NeedleConfig, UserError
 from lr2train.data import tokenizer as ours
-from lr2train.data.needles import N_KEYS, WORDINGS, NeedleMaker, make_needle_document
+from lr2train.data.needles import N_KEYS, WORDINGS, NeedleDocument, NeedleMaker, check_needles
 
 TEXT = ["One of the special magic numbers is: 6716097. The magic number of old-kite is: 555 1234567 12 what\nx = 1234 and 99 5551\n" * 30]
 
@@ -57,11 +57,10 @@ FILLER = np.full(5000, 300)
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_answers_are_the_numbers_and_nothing_else(name, wording):
     tokenizer = TOKENIZERS[name]
+    maker = NeedleMaker(tokenizer.encode, wording, 7, tokenizer.bos, tokenizer.eos)
     for seed in range(20):
         n_pairs = 1 + seed % 3
-        made = make_needle_document(
-            np.random.default_rng(seed), tokenizer.encode, FILLER, 1500, wording, None, 7, n_pairs, n_pairs, tokenizer.bos, tokenizer.eos
-        )
+        made = maker.make(np.random.default_rng(seed), FILLER, 1500, None, n_pairs, n_pairs)
         assert len(made.tokens) == 1500
         assert made.tokens.dtype == np.int64
         assert len(made.answer_spans) == len(made.answers) == n_pairs
@@ -80,9 +79,7 @@ def test_answers_are_the_numbers_and_nothing_else(name, wording):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_document_reads_as_the_paper_shows(name):
     tokenizer = TOKENIZERS[name]
-    made = make_needle_document(
-        np.random.default_rng(1), tokenizer.encode, np.zeros(0, np.int64), 0 + length_without_filler(tokenizer), "paper", 0.0
-    )
+    made = without_filler(NeedleMaker(tokenizer.encode, "paper", 7, None, None))
     text = tokenizer.decode(made.tokens)
     key = text.split("mentioned")[0].rsplit("for ", 1)[1].strip()
     (number,) = made.answers
@@ -95,13 +92,12 @@ def test_the_document_reads_as_the_paper_shows(name):
     )
 
 
-def length_without_filler(tokenizer) -> int:
+def without_filler(maker: NeedleMaker) -> NeedleDocument:
     for length in range(20, 1500):
         try:
-            make_needle_document(np.random.default_rng(1), tokenizer.encode, np.zeros(0, np.int64), length, "paper", 0.0)
+            return maker.make(np.random.default_rng(1), np.zeros(0, np.int64), length, 0.0)
         except UserError:
             continue
-        return length
     raise AssertionError
 
 
@@ -110,7 +106,7 @@ def length_without_filler(tokenizer) -> int:
 def test_the_needle_stands_where_it_was_asked_for(length, depth, seed):
     tokenizer = TOKENIZERS["trained_pairs"]
     filler = np.arange(1000, 1000 + length)  # each place has its own id
-    made = make_needle_document(np.random.default_rng(seed), tokenizer.encode, filler, length, "code", depth, 5, 3, 2, 0, None)
+    made = NeedleMaker(tokenizer.encode, "code", 5, 0, None).make(np.random.default_rng(seed), filler, length, depth, 3, 2)
     kept = made.tokens[made.tokens >= 1000]
     assert kept.tolist() == filler[: len(kept)].tolist()
     assert made.depth == depth
@@ -137,15 +133,28 @@ def test_what_cannot_be_made_is_refused():
     encode, rng = TOKENIZERS["threes"].encode, np.random.default_rng(0)
     for words, arguments in (
         ("too short", {"length_tokens": 20}),
-        ("and has 9;", {"length_tokens": 600, "filler": FILLER[:9]}),
+        ("and has 9;", {"filler": FILLER[:9]}),
         ("at most one a pair", {"n_pairs": 1, "n_questions": 2}),
-        ("wording=prose", {"wording": "prose"}),
-        ("digits=0", {"digits": 0}),
+        ("depth=-0.1 is not between 0 and 1", {"depth": -0.1}),
+        ("depth=1.5", {"depth": 1.5}),
     ):
         with pytest.raises(UserError, match=words):
-            make_needle_document(**{"rng": rng, "encode": encode, "filler": FILLER, "length_tokens": 600, **arguments})
+            NeedleMaker(encode, "paper", 7, None, None).make(rng, **{"filler": FILLER, "length_tokens": 600, **arguments})
+    for words, wording, digits in (("wording=prose", "prose", 7), ("digits=0", "paper", 0), ("digits=19", "paper", 19)):
+        with pytest.raises(UserError, match=words):
+            NeedleMaker(encode, wording, digits, None, None)
     with pytest.raises(UserError, match="no token"):
-        make_needle_document(rng, lambda text: np.zeros(0, np.int64), FILLER, 600)
+        NeedleMaker(lambda text: np.zeros(0, np.int64), "paper", 7, None, None).make(rng, FILLER, 600)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_pairs", 0), ("max_pairs", N_KEYS + 1), ("max_questions", 0), ("distractors", -1), ("distractors", N_KEYS), ("at_start", 1.1)],
+)
+def test_knobs_out_of_their_limits_are_named(key, value):
+    check_needles(NeedleConfig())
+    with pytest.raises(UserError, match=rf"data\.needles\.{key}={value} is not between"):
+        check_needles(NeedleConfig(**{key: value}))
 
 
 def test_keys_are_distinct():

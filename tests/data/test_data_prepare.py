@@ -30,6 +30,10 @@ def small(folder, **data) -> Config:
     return config
 
 
+def needles(max_tokens: int | None = None, **options) -> SourceConfig:
+    return SourceConfig(name="hidden", kind="needles", max_tokens=max_tokens, options=options)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     config = small(tmp_path_factory.mktemp("runs"))
@@ -115,6 +119,80 @@ def test_a_damaged_store_is_found_before_training(tmp_path):
         prepare(small(tmp_path))
 
 
+def test_a_reused_store_is_compared_with_its_checksum(tmp_path):
+    prepare(small(tmp_path))
+    file = tmp_path / "corpus" / "store" / "modules.bin"
+    data = bytearray(file.read_bytes())
+    data[40] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="checksum"):
+        prepare(small(tmp_path))
+
+
+def windowed(folder, **data) -> Config:
+    """Modules for the long window, definitions for the short one."""
+    config = small(folder, **data)
+    config.data.sources = config.data.sources[:2]
+    config.data.sources[0].windows, config.data.sources[1].windows = [LONG], [SHORT]
+    return config
+
+
+def test_sources_of_one_window_give_documents_of_that_window_alone(tmp_path):
+    result = prepare(windowed(tmp_path, short_tokens=3000, long_tokens=5000))
+    long, short = Corpus.open(tmp_path / "corpus").stores()
+    assert min(long.lengths) > 128 >= max(short.lengths)
+    assert result["windows"][LONG]["sources"]["definitions"]["planned_tokens"] == 0
+    assert result["windows"][SHORT]["sources"]["definitions"]["planned_tokens"] >= 3000
+    again = windowed(tmp_path, short_tokens=3000, long_tokens=5000)
+    again.model.original_window_tokens = 64
+    prepare(again)
+    assert max(Corpus.open(tmp_path / "corpus").stores()[1].lengths) <= 64, "another L0 is another choice of documents"
+
+
+def test_reading_stops_at_max_tokens_of_the_windows_of_a_source(tmp_path):
+    config = windowed(tmp_path)
+    config.data.sources[1].max_tokens = 1500
+    result = prepare(config)["sources"][1]
+    assert 1500 <= result["tokens"] + result["holdout_tokens"] < 1500 + 128
+
+
+def test_a_budget_that_cannot_be_filled_is_refused(tmp_path):
+    config = windowed(tmp_path, short_tokens=3000, long_tokens=5000)
+    config.data.sources[0].windows = [SHORT]
+    with pytest.raises(UserError, match=r"data\.long_tokens=5000, and no source has long among its windows"):
+        prepare(config)
+    (tmp_path / "a.txt").write_text("a few words " * 6)
+    config = small(tmp_path, sources=[SourceConfig(name="a", path=str(tmp_path / "a.txt"))], holdout=0.0, long_tokens=5000)
+    with pytest.raises(UserError, match=r"data\.long_tokens=5000 cannot be filled.*all 5000 are missing"):
+        prepare(config)
+    config = small(tmp_path / "other", sources=[SourceConfig(name="a", path=str(tmp_path / "a.txt"), windows=[LONG])], holdout=0.0)
+    with pytest.raises(UserError, match=r"data\.sources\.a has no document for windows=\['long'\]"):
+        prepare(config)
+
+
+def test_a_source_that_lacks_a_window_is_said_with_its_share(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a few words " * 6)
+    config = small(tmp_path / "runs", long_tokens=6000)
+    config.data.sources[2] = SourceConfig(name="a", path=str(tmp_path / "a.txt"))
+    config.data.holdout = 0.0
+    prepare(config)
+    assert "a has no long document, so the other sources take its share of 2000 tokens" in capsys.readouterr().err
+
+
+def test_the_tokenizer_folder_is_copied_as_it_is(tmp_path):
+    prepare(windowed(tmp_path / "first"))
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for file in (tmp_path / "first" / "corpus" / "tokenizer").iterdir():
+        (theirs / file.name).write_bytes(file.read_bytes())
+    (theirs / "chat_template.jinja").write_text("{{ messages }}")
+    (theirs / "weights.bin").write_bytes(b"not a tokenizer's")
+    prepare(windowed(tmp_path / "second", tokenizer=str(theirs)))
+    copied = {file.name: file.read_bytes() for file in (tmp_path / "second" / "corpus" / "tokenizer").iterdir()}
+    assert copied == {file.name: file.read_bytes() for file in theirs.iterdir() if file.name != "weights.bin"}
+    assert Corpus.open(tmp_path / "second" / "corpus").tokenizer.bos == 0
+
+
 def test_another_original_window_plans_again_without_tokenising(tmp_path, monkeypatch):
     first = prepare(small(tmp_path))
     monkeypatch.setattr(building.Tokenizer, "encode_batch", None)
@@ -161,6 +239,11 @@ def test_sets_for_measuring_come_from_held_out_text(prepared):
         ("'a/b' 1 times", {"sources": [SourceConfig(name="a/b", kind="stdlib")]}),
         ("kind=web", {"sources": [SourceConfig(name="a", kind="web")]}),
         ("below the original window", {"segment_tokens": 64}),
+        ("windows=", {"sources": [SourceConfig(name="a", kind="stdlib", windows=["both"])]}),
+        ("at_start=2", {"needles": NeedleConfig(at_start=2.0)}),
+        (r"options\.max_pairs=0", {"sources": [SourceConfig(name="a", kind="stdlib"), needles(max_pairs=0)]}),
+        ("make no document", {"sources": [SourceConfig(name="a", kind="stdlib"), needles(lengths_tokens=[])]}),
+        ("max_tokens does nothing", {"sources": [SourceConfig(name="a", kind="stdlib"), needles(max_tokens=5)]}),
     ],
 )
 def test_bad_configs_are_refused_before_anything_is_written(tmp_path, words, data):

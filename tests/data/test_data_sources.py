@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from lr2train.config import SourceConfig, UserError
-from lr2train.data.sources import Tally, identity, read
+from lr2train.data.sources import Tally, check, identity, read
 
 
 def source(path, **values) -> SourceConfig:
@@ -102,6 +102,74 @@ def test_a_local_dataset_folder_needs_no_download(tmp_path, monkeypatch):
     found, tally = all_of(source(tmp_path, kind="hub"))
     assert found == {"train:0": "one"}
     assert tally.broken == 1
+
+
+def test_a_dataset_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "set.py").write_text("a script")
+    for path, options in ((tmp_path, {}), (tmp_path / "set.py", {}), ("someone/some-data", {"allow_download": True})):
+        with pytest.raises(
+            UserError, match=r"data\.sources\.web\.path=.* cannot be read as a dataset \(HF_HUB_OFFLINE=1 is set\)"
+        ) as caught:
+            all_of(source(path, kind="hub", options=options))
+        assert "\n" not in str(caught.value)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(UserError, match="cannot be read as a dataset.*gone"):
+        all_of(source(tmp_path, kind="hub", options={"split": "gone"}))
+
+
+class Counting:
+    """A reader of somebody else's: what ``target`` names."""
+
+    def __init__(self, upto: int) -> None:
+        self.upto = upto
+
+    def __iter__(self):
+        yield from ((f"number-{i}", f"this is {i}") for i in range(self.upto))
+        yield "no pair"
+        yield ("empty", "")
+
+
+def custom(**values) -> SourceConfig:
+    return SourceConfig(name="web", kind="custom", **{"target": f"{__name__}.Counting", "options": {"upto": 2}, **values})
+
+
+def test_a_class_of_ones_own_is_read():
+    check(custom())
+    found, tally = all_of(custom())
+    assert found == {"number-0": "this is 0", "number-1": "this is 1"}
+    assert tally.broken == 2
+    assert identity(custom()) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("target=nowhere.at.All cannot be imported", {"target": "nowhere.at.All"}),
+        ("target=json.Nothing cannot be imported", {"target": "json.Nothing"}),
+        ("target=Bare cannot be imported", {"target": "Bare"}),
+        ("target=None cannot be imported", {"target": None}),
+        ("cannot be built with options {'from': 1}", {"options": {"from": 1}}),
+        ("cannot be built", {"target": "builtins.object", "options": {}}),
+    ],
+)
+def test_a_class_that_cannot_be_built_is_named(words, values):
+    with pytest.raises(UserError, match=words):
+        all_of(custom(**values))
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (r"windows=\['middle'\] is not", {"windows": ["middle"]}),
+        (r"windows=\[\] is not", {"windows": []}),
+        ("max_tokens=0 is below 1", {"max_tokens": 0}),
+        ("needs kind=custom", {"target": "a.B"}),
+    ],
+)
+def test_bad_values_of_a_source_are_refused(words, values):
+    with pytest.raises(UserError, match=words):
+        check(SourceConfig(name="web", kind="stdlib", **values))
 
 
 def test_the_standard_library_is_always_there():

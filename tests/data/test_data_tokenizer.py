@@ -52,6 +52,22 @@ def test_borders_come_from_the_config_else_from_known_names(trained, tmp_path):
     assert bare.bound([7]).tolist() == [0, 7, 1]
 
 
+def test_borders_are_found_in_the_map_of_special_tokens(trained, tmp_path):
+    trained.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
+    again = ours.load(str(tmp_path))
+    assert (again.bos, again.eos) == (0, 1)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]"])
+def test_a_broken_tokenizer_config_is_named(trained, tmp_path, content):
+    trained.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"data\.tokenizer: .*tokenizer_config\.json"):
+        ours.load(str(tmp_path))
+
+
 def test_unusable_tokenizers_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         ours.load(str(tmp_path))

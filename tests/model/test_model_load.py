@@ -114,6 +114,26 @@ def test_a_full_disk_half_way_leaves_the_old_folder(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["m"], "nothing is left lying about"
 
 
+def test_what_else_belongs_into_a_folder_appears_with_it(tmp_path):
+    model, hf_config = built()
+
+    def complete(folder):
+        (folder / "card").write_text("first")
+
+    load.write_folder(model, load.plain_config(hf_config), tmp_path / "m", extras=complete)
+    assert (tmp_path / "m" / "card").read_text() == "first"
+
+    def killed(folder):
+        (folder / "card").write_text("half")
+        raise KeyboardInterrupt
+
+    other, _ = built(seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        load.write_folder(other, load.plain_config(hf_config), tmp_path / "m", extras=killed)
+    assert (tmp_path / "m" / "card").read_text() == "first"
+    assert same(load.load_whole(tmp_path / "m"), model)
+
+
 def test_a_model_that_lacks_tensors_is_refused(tmp_path):
     """transformers draws what is missing at random, and says so in a table that nobody reads."""
     model = written(tmp_path / "m")
@@ -145,6 +165,44 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
     with pytest.raises(UserError, match="has no readable weights"):
         load.load_whole(tmp_path / "m")
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_a_tensor_of_another_shape_is_refused_before_anything_is_copied(tmp_path, partitioned):
+    """A row would be copied into every row of a matrix."""
+    model = written(tmp_path / "m")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    save_file({**tensors, "lm_head.weight": torch.ones(16)}, file, {"format": "pt"})
+    if partitioned:
+        for parameter in model.parameters():
+            parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+
+    def gather(_):
+        pytest.fail("must not copy")
+
+    with pytest.raises(UserError, match=r"lm_head\.weight has shape \[16\] in the weights and \[48, 16\] in the model"):
+        load.fill(model, load.safetensors_of(tmp_path / "m"), gather)
+    if not partitioned:
+        in_memory = {name: load.Stored(tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in load_file(file).items()}
+        with pytest.raises(UserError, match=r"lm_head\.weight has shape"):
+            load.fill(model, in_memory)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_overrides_are_laid_over_the_config_of_a_folder(tmp_path):
+    written(tmp_path / "m", model_type="mistral", sliding_window=32)
+    path = str(tmp_path / "m")
+    assert load.config_of(ModelConfig(path=path)).sliding_window == 32
+    hf_config = load.config_of(ModelConfig(path=path, overrides={"sliding_window": None}))
+    assert hf_config.sliding_window is None
+    assert (hf_config.hidden_size, hf_config.rope_parameters["rope_theta"]) == (16, 100.0)
+    assert load.load_whole(path, overrides={"sliding_window": None}).config.sliding_window is None
+    with pytest.raises(UserError, match=r"model\.overrides names slide, which MistralConfig does not have"):
+        load.config_of(ModelConfig(path=path, overrides={"slide": 1}))
+    with pytest.raises(UserError, match=r"model\.overrides makes no transformers config .*hidden_size"):
+        load.config_of(ModelConfig(path=path, overrides={"hidden_size": "wide"}))
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):

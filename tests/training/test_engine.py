@@ -1,6 +1,7 @@
 """The engine against one plain process: the same losses and gradients, whatever the ranks, the sequence parallelism and the accumulation."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ ARCHITECTURE = {
 }  # fmt: skip
 SHORT_SPANS = ((0, 13), (13, 32), (32, 50), (50, 60))
 EMPTY_SHARD = 8  # the segment whose second half is padding: with sp=2 a rank has no attention and no target at all
+# Below a threshold ZeRO-3 keeps parameters whole; zero makes it gather and release every one, as it does those of a large model.
+RELEASE_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 CASES = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2)]  # world, sp, accumulation
 
 
@@ -41,7 +44,7 @@ def segment(index: int) -> Batch:
 def config_for(sp: int, accumulation: int, world: int) -> Config:
     return Config(
         name="parity", seed=3, model=ModelConfig(architecture=ARCHITECTURE), parallel=ParallelConfig(sp=sp),
-        optim=OptimConfig(segments_per_step=accumulation * world // sp, clip=0.0), engine=EngineConfig(loss_chunk_tokens=10),
+        optim=OptimConfig(segments_per_step=accumulation * world // sp, clip=0.0), engine=EngineConfig(loss_chunk_tokens=10, deepspeed=RELEASE_ALL),
     )  # fmt: skip
 
 
@@ -57,7 +60,7 @@ def steps(rank: int, world: int, cases: list[tuple[int, int, int]], segments: li
     return [one_step(rank, world, sp, accumulation, used) for (_, sp, accumulation), used in zip(cases, segments, strict=True)]
 
 
-def one_step(rank: int, world: int, sp: int, accumulation: int, segments: list[int]):
+def one_step(rank: int, world: int, sp: int, accumulation: int, segments: list[int], engine_changes=None, model_changes=None):
     import torch.distributed as dist
 
     from lr2train.model import load
@@ -66,6 +69,7 @@ def one_step(rank: int, world: int, sp: int, accumulation: int, segments: list[i
 
     start_deepspeed(torch.device("cpu"))
     config, mesh = config_for(sp, accumulation, world), make_mesh(sp)
+    config = replace(config, engine=replace(config.engine, **(engine_changes or {})), model=replace(config.model, **(model_changes or {})))
     engine = Engine(config, mesh, factors(), load.config_of(config.model), torch.device("cpu"))
     gradients: dict[str, torch.Tensor] = {}
     update = engine._engine.step
@@ -127,12 +131,41 @@ def plain_step(segments: list[int]):
     return loss.item(), {w: float(total[w] / n_targets[w]) for w in total if n_targets[w]}, sum(n_targets.values()), gradients
 
 
+def cases_of(world: int) -> tuple[list[tuple[int, int, int]], list[list[int]]]:
+    """(world, sp, accumulation) and the segments of each case; the last has a shard of nothing but padding where sp is 2."""
+    cases = [case for case in CASES if case[0] == world]
+    segments = [[2 * j + (m % 2) + 1 for m in range(accumulation) for j in range(world // sp)] for _, sp, accumulation in cases]
+    return [*cases, (world, world, 2)], [*segments, [EMPTY_SHARD, 3]]
+
+
+VARIANTS = {  # what else users choose, on two ranks that share segments: overrides of config_for, and how far from fp64 it may be
+    "no checkpointing": ({"activation_checkpointing": False}, {}, 1e-5),
+    "offload": ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}, {}, 1e-5),
+    "stage 1": ({"zero_stage": 1, "deepspeed": {}}, {}, 1e-5),
+    "stage 2": ({"zero_stage": 2, "deepspeed": {}}, {}, 1e-5),
+    "bfloat16": ({}, {"dtype": "bfloat16"}, 3e-2),  # eight bits of mantissa; the norm of all gradients, as single ones may cancel
+}
+
+
+def variants(rank: int, world: int):
+    """One step of each variant."""
+    return [one_step(rank, world, 2, 2, [1, 2], engine, model) for engine, model, _ in VARIANTS.values()]
+
+
+def test_other_engine_settings_give_the_same_step(tmp_path):
+    results = run_ranks(variants, 2, tmp_path=tmp_path, timeout_s=240)[0]
+    loss, _, _, expected = plain_step([1, 2])
+    size = math.sqrt(sum(float((gradient**2).sum()) for gradient in expected.values()))
+    for (name, (_, _, bound)), (stats, gradients) in zip(VARIANTS.items(), results, strict=True):
+        off = math.sqrt(sum(float(((gradients[n] - gradient.numpy()) ** 2).sum()) for n, gradient in expected.items()))
+        assert stats.loss == pytest.approx(loss, rel=bound), name
+        assert off / size < bound, f"{name}: {off / size:.1e}"
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_loss_and_gradients_equal_one_plain_process(world, tmp_path):
     """All cases of a world in one launch; the segments of a micro-step are of one window on all data-parallel ranks, as the loader promises."""
-    cases = [case for case in CASES if case[0] == world]
-    segments = [[2 * j + (m % 2) + 1 for m in range(accumulation) for j in range(world // sp)] for _, sp, accumulation in cases]
-    cases, segments = [*cases, (world, world, 2)], [*segments, [EMPTY_SHARD, 3]]
+    cases, segments = cases_of(world)
     results = run_ranks(steps, world, cases, segments, tmp_path=tmp_path, timeout_s=240)
     for number, (case, used) in enumerate(zip(cases, segments, strict=True)):
         (stats, gradients), *others = [of_rank[number] for of_rank in results]

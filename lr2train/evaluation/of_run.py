@@ -1,0 +1,52 @@
+"""What a finished run was trained with, laid under the config of a verb that reads it: `run=first` alone does the right thing.
+
+Choice: a key of ``model`` or ``data.needles`` that is composed at its dataclass default counts as not given, and the run's own value takes its
+place. Cost: a run cannot be read back under a default that it was trained without; every other value wins over the run's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lr2train import run
+from lr2train.config import Config, UserError
+
+T = TypeVar("T")
+
+
+def folder_of(config: Config) -> Path:
+    """The folder of the run that ``run=`` names.
+
+    Raises:
+        UserError: it names none.
+    """
+    if config.run is None:
+        raise UserError("run is empty; set run=<name of a finished training run>")
+    return Path(config.runs_folder) / config.run
+
+
+def completed(config: Config) -> Config:
+    """``config`` over the named run's own ``train.config.json``: how the base is read, the dtype of the weights, the corpus, the needles.
+
+    ``model.path`` is always the run's base, whatever an experiment says.
+
+    Raises:
+        UserError: the run has no saved config, or no model yet.
+    """
+    folder = folder_of(config)
+    saved = run.read_json(folder / "train.config.json")
+    dtype = run.read_json(folder / "model" / "config.json")["dtype"]
+    model = _laid_over(config.model, {**saved["model"], "dtype": dtype})
+    needles = _laid_over(config.data.needles, saved["data"]["needles"])
+    data = replace(config.data, path=config.data.path or saved["data"]["path"], needles=needles)
+    return replace(config, model=replace(model, path=saved["model"]["path"]), data=data)
+
+
+def _laid_over(given: T, saved: Mapping[str, Any]) -> T:
+    """A config group whose keys at their default come from a saved one. For groups of plain values alone."""
+    default = type(given)()
+    names = [one.name for one in fields(given) if one.name in saved]  # type: ignore[arg-type]
+    return replace(given, **{name: saved[name] for name in names if getattr(given, name) == getattr(default, name)})  # type: ignore[type-var]
