@@ -8,7 +8,6 @@ same command goes on at the source where it was.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -48,13 +47,13 @@ def original_window(model: ModelConfig) -> int:
     """L0: as set, else as the model's config has it.
 
     Raises:
-        UserError: the model's config is not at hand.
+        UserError: the model's config is not at hand, or broken.
     """
     if model.original_window_tokens is not None:
         return model.original_window_tokens
     file = Path(model.path or "") / "config.json"
     if model.path is not None and file.is_file():
-        return rope_hf.spectrum_of(json.loads(file.read_text())).window_tokens
+        return rope_hf.spectrum_of(run.read_json(file)).window_tokens
     if model.path is None and model.architecture:
         return rope_hf.spectrum_of(dict(model.architecture)).window_tokens
     raise UserError(f"model.path={model.path} has no config.json to read the original window from; set model.original_window_tokens")

@@ -87,22 +87,56 @@ def _config(tmp_path: Path, **changes) -> Config:
     return Config(name="one", runs_folder=str(tmp_path), **changes)
 
 
+GROUPS_OF_TRAIN = ("seed", "parallel", "engine")
+
+
 def test_a_run_folder_belongs_to_one_config(tmp_path):
-    job = run.open_run(_config(tmp_path), "train")
+    job = run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
     assert not job.folder.exists(), "a name is taken before the input has proved good"
-    job.claim()
+    job.claim({}).close()
     assert (job.folder / "train.config.json").exists()
     assert (job.folder / "train.provenance.json").exists()
-    run.open_run(_config(tmp_path), "train")  # the same again
+    run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)  # the same again
     before = (job.folder / "train.config.json").read_bytes()
     with pytest.raises(UserError, match=r"seed: 0 -> 1"):
-        run.open_run(_config(tmp_path, seed=1), "train")
+        run.open_run(_config(tmp_path, seed=1), "train", GROUPS_OF_TRAIN)
     assert (job.folder / "train.config.json").read_bytes() == before
 
 
 def test_keys_that_change_no_result_may_change(tmp_path):
-    run.open_run(_config(tmp_path), "train").claim()
-    run.open_run(_config(tmp_path, device="cpu", threads=2), "train")
+    run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN).claim({}).close()
+    changed = _config(tmp_path, device="cpu", threads=2)
+    changed.parallel.timeout_s, changed.engine.checkpoint_every_steps = 5.0, 7
+    run.open_run(changed, "train", GROUPS_OF_TRAIN)
+    changed.engine.zero_stage = 1
+    with pytest.raises(UserError, match=r"engine.zero_stage: 3 -> 1"):
+        run.open_run(changed, "train", GROUPS_OF_TRAIN)
+
+
+def test_a_key_that_a_later_release_has_added_refuses_no_old_run(tmp_path):
+    job = run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
+    job.claim({}).close()
+    saved = run.read_json(job.folder / "train.config.json")
+    del saved["engine"]["loss_chunk_tokens"]
+    run.write_json(job.folder / "train.config.json", saved)
+    run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
+
+
+def test_inputs_written_anew_under_the_same_path_are_refused(tmp_path):
+    job = run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
+    job.claim({"corpus": "a", "model": "b"}).close()
+    job.claim({"corpus": "a", "model": "b"}).close()
+    with pytest.raises(UserError, match="made from another model"):
+        job.claim({"corpus": "a", "model": "c"})
+
+
+def test_two_jobs_do_not_write_into_one_folder(tmp_path):
+    job = run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
+    lock = job.claim({})
+    with pytest.raises(UserError, match=r"in use by process \d+"):
+        run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN).claim({})
+    lock.close()
+    job.claim({}).close()
 
 
 def test_random_streams_depend_on_seed_and_name_only():

@@ -265,19 +265,19 @@ def _read_hub(source: SourceConfig, tally: Tally) -> Iterator[Document]:
             f"data.sources.{source.name}.path={source.path} would be downloaded; set "
             f"data.sources.{source.name}.options.allow_download=true, or give a local folder"
         )
-    yield from _records(_hub_rows(source, options), options["split"], source.text_column, tally)
+    yield from _records(_hub_rows(source.name, source.path, options), options["split"], source.text_column, tally)
 
 
-def _hub_rows(source: SourceConfig, options: dict[str, Any]) -> Iterator[Any]:
+def _hub_rows(name: str, path: str, options: dict[str, Any]) -> Iterator[Any]:
     from datasets import load_dataset
 
     try:
-        yield from load_dataset(source.path, name=options["config"], split=options["split"], revision=options["revision"], streaming=True)
+        yield from load_dataset(path, name=options["config"], split=options["split"], revision=options["revision"], streaming=True)
     except Exception as error:  # unknown, gated, a script, no such split, no network: of four libraries' own kinds, without a common base
         offline = f" (HF_HUB_OFFLINE={os.environ['HF_HUB_OFFLINE']} is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(
-            f"data.sources.{source.name}.path={source.path} cannot be read as a dataset{offline}: {why}; log in where it is gated, or set path "
+            f"data.sources.{name}.path={path} cannot be read as a dataset{offline}: {why}; log in where it is gated, or set path "
             "to a local copy"
         ) from error
 

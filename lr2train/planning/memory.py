@@ -19,6 +19,7 @@ from lr2train.planning.shape import Shape
 GIB = 2**30
 WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GRADIENT_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}  # gradients of a step accumulate in fp32 unless the model is fp16
+SENT_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}  # gradients of a bfloat16 model are reduced in fp32
 MASTER_BYTES, MOMENT_BYTES = 4, 8  # fp32 copy of the weights; two fp32 moments of Adam
 RUNTIME_BYTES = int(1.5 * GIB)  # CUDA context, NCCL channels, cuBLAS workspace: an assumption, typical of an A100 in an 8-GPU node
 RESERVE = 0.1  # share of the GPU kept free: fragments of the allocator, buffers that we do not know
@@ -128,9 +129,9 @@ def loss_bytes(hidden: int, vocabulary: int, chunk_tokens: int, tokens: int, wei
     return chunk * vocabulary * (weight_bytes + 8) + vocabulary * hidden * (4 + weight_bytes) + weight_bytes * tokens * hidden
 
 
-def bucket_bytes(bucket_parameters: int, weight_bytes: int) -> float:
-    """The bucket that gradients are reduced in and the copy that a reduce-scatter makes of it: 2 b * bucket."""
-    return 2.0 * weight_bytes * bucket_parameters
+def bucket_bytes(bucket_parameters: int, weight_bytes: int, sent_bytes: int) -> float:
+    """DeepSpeed's reduction buckets: one being filled and one being reduced at ``w`` bytes, and the copy that is sent at ``c`` bytes where it differs."""
+    return bucket_parameters * (2.0 * weight_bytes + (sent_bytes if sent_bytes != weight_bytes else 0))
 
 
 def scoring_bytes(shape: Shape, tokens: int, weight_bytes: int) -> float:
@@ -206,8 +207,8 @@ def _fixed(s: Setting) -> list[Item]:
     return [
         Item(
             "reduction buckets",
-            bucket_bytes(s.bucket_parameters, weight),
-            f"2 · {weight} B · {s.bucket_parameters / 1e6:.3g}M (reduce_bucket_size)",
+            bucket_bytes(s.bucket_parameters, weight, SENT_BYTES[s.dtype]),
+            f"(2 · {weight} B, sent as {SENT_BYTES[s.dtype]} B) · {s.bucket_parameters / 1e6:.3g}M (reduce_bucket_size)",
         ),
         Item("CUDA, NCCL, cuBLAS", RUNTIME_BYTES, "assumed"),
     ]

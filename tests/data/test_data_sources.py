@@ -83,7 +83,7 @@ def test_nothing_to_read_is_an_error(tmp_path):
 
 
 def test_unknown_kinds_and_options_are_named(tmp_path):
-    with pytest.raises(UserError, match="kind=web is not one of folder, hub, stdlib"):
+    with pytest.raises(UserError, match="kind=web is not one of custom, folder, hub, stdlib"):
         all_of(source(tmp_path, kind="web"))
     with pytest.raises(UserError, match=r"options\.test is not an option.*tests"):
         all_of(source(None, kind="stdlib", options={"test": True}))
@@ -107,15 +107,23 @@ def test_a_local_dataset_folder_needs_no_download(tmp_path, monkeypatch):
 def test_a_dataset_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "set.py").write_text("a script")
-    for path, options in ((tmp_path, {}), (tmp_path / "set.py", {}), ("someone/some-data", {"allow_download": True})):
-        with pytest.raises(
-            UserError, match=r"data\.sources\.web\.path=.* cannot be read as a dataset \(HF_HUB_OFFLINE=1 is set\)"
-        ) as caught:
-            all_of(source(path, kind="hub", options=options))
-        assert "\n" not in str(caught.value)
+    for path in (tmp_path, tmp_path / "set.py"):
+        with pytest.raises(UserError, match=r"data\.sources\.web\.path=.* cannot be read as a dataset \(HF_HUB_OFFLINE=1 is set\)"):
+            all_of(source(path, kind="hub"))
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     with pytest.raises(UserError, match="cannot be read as a dataset.*gone"):
         all_of(source(tmp_path, kind="hub", options={"split": "gone"}))
+
+
+def test_a_dataset_that_breaks_off_is_one_sentence(monkeypatch):
+    def gated(*_, **__):
+        yield {"text": "one"}
+        raise PermissionError("403: the dataset is gated.\nAsk for access.")
+
+    monkeypatch.setattr("datasets.load_dataset", gated)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(UserError, match=r"path=a/b cannot be read as a dataset: 403: the dataset is gated\. Ask for access; log in"):
+        all_of(source("a/b", kind="hub", options={"allow_download": True}))
 
 
 class Counting:
