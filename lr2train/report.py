@@ -35,7 +35,7 @@ SECTIONS = (
 
 
 def report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page about ``folders[0]``; returns where it lies.
+    """Write the page about ``folders[0]``, and report.json beside it; returns where the page lies.
 
     Args:
         folders: the run, then runs that take the place of the relatives that would be found.
@@ -47,6 +47,9 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     inputs = gather(folders)
     path = out or folders[0] / "report.html"
     _write(path, render(inputs))
+    run.write_json(
+        folders[0] / "report.json", {"page": str(path), "folders": [str(folder) for folder in folders], "bytes": path.stat().st_size}
+    )
     return path
 
 
