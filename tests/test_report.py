@@ -4,6 +4,7 @@ own functions.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -266,7 +267,9 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run) -> str:
-    return report([run]).read_text()
+    # The run recorded its relatives as runs/…, and somebody's own runs may lie where the tests are started.
+    with contextlib.chdir(run.parent.parent):
+        return report([run]).read_text()
 
 
 def test_page_is_complete_in_itself(page):
