@@ -59,6 +59,7 @@ def config_of(model: ModelConfig) -> Any:
 
     if model.path is None:
         return _scratch_config(model.architecture)
+    hush_transformers()
     folder = folder_of(model)
     try:
         hf_config = AutoConfig.from_pretrained(folder)
