@@ -40,6 +40,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     config, subjects = inputs(config)
     job = run.Run(Path(config.runs_folder) / str(config.run or config.name), "evaluate")
     corpus, factors = Corpus.open(config.data.path), subjects[-1].factors
+    corpus.refuse_other_tokenizer(load.config_of(load.ModelConfig(path=str(subjects[-1].folder))).vocab_size, subjects[-1].folder)
     lengths = _lengths(config, factors.target_window_tokens)
     needles, texts = _documents(config, corpus, lengths)
     device = processes.start(config)

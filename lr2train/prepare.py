@@ -33,8 +33,8 @@ def prepare(config: Config) -> dict[str, Any]:
     started = time.monotonic()
     tokenizer = building.ensure_tokenizer(job.folder, config.data, job.log)
     stores = building.ensure_stores(job.folder, config.data, tokenizer, original_window_tokens, config.seed, job.log)
-    lock = job.claim({})
     manifest = building.ensure_plan(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
+    lock = job.claim({})  # only now: a budget that cannot be filled must not reserve the name
     result = {**manifest, "folder": str(job.folder), "seconds": round(time.monotonic() - started, 2)}
     job.write_json("prepare.json", result)
     print(table(result), flush=True)

@@ -77,11 +77,7 @@ def inputs(config: Config) -> tuple[Space, list[NeedleDocument]]:
         )
     space = Space(spectrum, target, config.search, config.rope.attention_factor or 1.0)
     corpus, knobs = Corpus.open(Path(config.data.path)), config.search
-    if corpus.vocab_size > hf_config.vocab_size:
-        raise UserError(
-            f"data.path={config.data.path} uses {corpus.vocab_size} token ids and the model knows {hf_config.vocab_size}; prepare the "
-            "corpus with the model's own tokenizer (data.tokenizer)"
-        )
+    corpus.refuse_other_tokenizer(hf_config.vocab_size, load.folder_of(config.model))
     rng = run.stream(knobs.seed, "search", "needles")
     return space, needle_set(corpus, config.data.needles, knobs.documents, target, [knobs.depth], rng)
 

@@ -95,11 +95,7 @@ def inputs(config: Config) -> tuple[Any, Factors, Corpus]:
     if config.data.path is None:
         raise UserError("data.path is empty; set data.path to a folder that `python -m lr2train.prepare` wrote, such as runs/corpus")
     corpus = Corpus.open(Path(config.data.path))
-    if corpus.vocab_size > hf_config.vocab_size:
-        raise UserError(
-            f"data.path={config.data.path} uses {corpus.vocab_size} token ids and the model knows {hf_config.vocab_size}; "
-            "prepare the corpus with the model's own tokenizer (data.tokenizer)"
-        )
+    corpus.refuse_other_tokenizer(hf_config.vocab_size, load.folder_of(config.model) if config.model.path else None)
     longest = (
         config.data.segment_tokens if config.data.kind == "segments" else max((s.length_tokens for s in config.data.stages), default=0)
     )

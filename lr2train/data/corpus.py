@@ -113,6 +113,28 @@ class Corpus:
         """Of the stored tokens."""
         return tokenizers.load(str(self.tokenizer_folder))
 
+    def refuse_other_tokenizer(self, n_ids: int, model_folder: Path | None) -> None:
+        """Refuse a corpus whose token ids mean something else to a model.
+
+        Args:
+            n_ids: size of the model's embedding table.
+            model_folder: with the model's tokenizer.json; None, or a folder without one, is not asked.
+
+        Raises:
+            UserError: the corpus has more ids than the model knows, or the vocabularies differ.
+        """
+        if self.vocab_size > n_ids:
+            raise UserError(
+                f"data.path={self.folder} uses {self.vocab_size} token ids and the model knows {n_ids}; prepare the corpus with the model's own "
+                "tokenizer (data.tokenizer)"
+            )
+        file = (model_folder or self.folder / "none") / "tokenizer.json"
+        if file.exists() and not self.tokenizer.same_ids(tokenizers.load(str(file))):
+            raise UserError(
+                f"data.path={self.folder} was tokenised by another tokenizer than the model's in {model_folder}; prepare it again with "
+                f"data.tokenizer={model_folder}"
+            )
+
     def stores(self, split: str = TRAIN) -> list[Store]:
         """One store a source, in the order that the plan's ``source`` column counts; empty where a source has no document."""
         return [Store(store_prefix(self.folder, source["name"], split)) for source in self.manifest["sources"]]

@@ -66,6 +66,10 @@ class Tokenizer:
         """Of the vocabulary, its rules and the borders."""
         return hashlib.sha256(f"{self._core.to_str()} {self.bos} {self.eos}".encode()).hexdigest()[:16]
 
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Whether both give every token the same id."""
+        return self._core.get_vocab() == other._core.get_vocab()
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int64, without BOS or EOS."""
         return np.array(self._core.encode(text, add_special_tokens=False).ids, dtype=np.int64)

@@ -15,11 +15,12 @@ import logging
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -76,9 +77,13 @@ def build_cpu_op() -> None:
     """Compile DeepSpeed's shared-memory op before anything needs it (about a minute, once a machine).
 
     DeepSpeed compiles it on its first CPU run, under torch's file lock. A run killed meanwhile leaves that lock behind and every later run waits for
-    it in silence. Ours hold a kernel lock, which dies with its owner: a torch lock seen while we hold ours, with no compiler at work, is stale.
+    it in silence. Ours hold a kernel lock, which dies with its owner: a torch lock seen while we hold ours is stale once no compiler is at work.
+    A virtual environment keeps its own build, as another one's would be compiled again and again.
     """
     from torch.utils.cpp_extension import _get_build_directory
+
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
     # The environment's own ninja first, however Python was called: another version does not trust this one's log and compiles everything again.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -93,15 +98,32 @@ def build_cpu_op() -> None:
             return
         folder = Path(_get_build_directory(builder.NAME, verbose=False))
     with (folder / "lr2train.lock").open("w") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)
-        stale = folder / "lock"
-        if stale.exists() and not _somebody_builds_in(folder):
-            run.say("engine", f"removing a stale build lock that a killed run left: {stale}")
-            stale.unlink()
+        _wait_for(ours)
+        _remove_stale(folder)
         if not (folder / f"{builder.NAME}.so").exists():
             run.say("engine", "compiling DeepSpeed's CPU communication op (about a minute, once a machine)")
         with _quiet():
             builder.load(verbose=False)
+
+
+def _wait_for(lock: IO[str]) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            run.say("engine", "waiting for another process of this environment that compiles DeepSpeed's CPU communication op")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove torch's lock where nobody builds; a killed run's compiler may live on for some seconds."""
+    stale = folder / "lock"
+    while stale.exists():
+        if not _somebody_builds_in(folder):
+            run.say("engine", f"removing a stale build lock that a killed run left: {stale}")
+            stale.unlink(missing_ok=True)
+        else:
+            time.sleep(0.5)
 
 
 def _somebody_builds_in(folder: Path) -> bool:
