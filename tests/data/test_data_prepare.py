@@ -270,3 +270,18 @@ def test_the_original_window_is_the_models(tmp_path):
     config.model.path = "someone/a-model"
     with pytest.raises(UserError, match=r"set model\.original_window_tokens"):
         original_window(config.model)
+
+
+def test_a_model_with_another_tokenizer_is_refused(prepared, tmp_path):
+    _, _, corpus = prepared
+    corpus.refuse_other_tokenizer(400, corpus.tokenizer_folder)
+    corpus.refuse_other_tokenizer(400, tmp_path)  # no tokenizer.json there: not asked
+    with pytest.raises(UserError, match="uses 400 token ids and the model knows 399"):
+        corpus.refuse_other_tokenizer(399, None)
+    other = json.loads((corpus.tokenizer_folder / "tokenizer.json").read_text())
+    vocabulary = other["model"]["vocab"]
+    first, second = [token for token in vocabulary if len(token) == 1][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="another tokenizer than the model's"):
+        corpus.refuse_other_tokenizer(400, tmp_path)
