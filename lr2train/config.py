@@ -111,10 +111,7 @@ class NeedleConfig:
 
     wording: str = "paper"  # a name of lr2train.data.needles.WORDINGS
     digits: int = 7  # of the hidden number
-    max_pairs: int = 1  # needles hidden in one training document (1 … max); the search and the evaluation hide one
-    distractors: int = (
-        0  # further pairs, not asked for, hidden in documents of the search and the evaluation (RULER's multi-key; the paper has none)
-    )
+    max_pairs: int = 1  # needles hidden in one training document (1 … max)
     at_start: float = 0.4  # share of training documents whose first asked needle stands at the very start, the farthest from its question
     max_questions: int = 1  # of them, asked at its end (1 … max); more questions are more answers to learn from in a curriculum's row
 
@@ -181,8 +178,11 @@ class EngineConfig:
 
 @dataclass
 class SearchConfig:
-    """Needle-driven evolutionary search (paper, Algorithms 1 and 2)."""
+    """Needle-driven evolutionary search (paper, Algorithms 1 and 2), with racing."""
 
+    algorithm: str = "evolution"  # evolution: the paper's | cmaes: CMA-ES over the critical index, a smooth tail and the attention factor
+    space: str = "longrope2"  # longrope2: critical index and tail | longrope: every factor is free (LongRoPE v1; the paper's ablation)
+    objective: str = "needle"  # needle: perplexity of the answers | text: of all tokens (the paper's ablation)
     population: int = 64  # P
     generations: int = 40
     top_k: int = 16  # parents kept each generation; the paper leaves it open: a quarter of P keeps diversity at this budget
@@ -192,15 +192,34 @@ class SearchConfig:
         0.25  # standard deviation of a mutated entry's move, as a share of its range: most moves are local, some cross it
     )
     move_critical_index: float = 0.2  # probability that a child's rcd moves by one or two; the paper does not say that it does
-    crossover: float = 0.0  # probability that a child takes its rcd and attention factor from a second parent (LongRoPE v1 has it)
-    documents: int = 10
-    depth: float = 0.0  # of the needle: 0 is the start of the document
+    crossover: float = 0.0  # probability that a child takes each of its traits from one of two parents (LongRoPE v1 has it)
+    documents: int = 10  # needle documents that a candidate is scored on
+    questions: int = 1  # needles asked for in each document, one forward pass for all: the paper asks one
+    distractors: int = (
+        0  # needles beside them that are not asked for; the paper has none. Needed where every good candidate finds a lone needle
+    )
+    depth: float = 0.0  # of the needles that are asked for, one after another: 0 is the start of the document; the others lie anywhere
+    final_documents: int = (
+        0  # further documents, on which the last top_k compete to be the winner: the best of many on few documents is partly luck
+    )
+    racing: bool = (
+        True  # drop a candidate as soon as it cannot plausibly enter the top_k; False scores everyone on everything, as the paper does
+    )
+    racing_z: float = (
+        1.0  # standard errors by which answers must be worse than the k-th best's to be dropped; inf drops only what is certain to lose
+    )
+    racing_answers: int = 5  # answers that have to be compared before a candidate is dropped on a likelihood
     tail_low: float = 1.0  # bounds of the tail, in multiples of s = L / L0
     tail_high: float = 2.0
     critical_index: int | None = None  # fix rcd instead of searching d10 … tcd
+    original_tokens: list[int] = field(
+        default_factory=lambda: [0]
+    )  # choices of how many first tokens keep the original RoPE (longrope space)
     search_attention_factor: bool = True  # False: keep rope.attention_factor (1 when unset), as the paper does
     attention_factor_low: float = 1.0
     attention_factor_high: float = 1.4
+    chunk_tokens: int = 0  # forward passes in chunks with a key-value cache, where activations of a whole window do not fit; 0 is whole
+    shard: bool = False  # ZeRO-3 over all ranks, for a model that does not fit one device
     seed: int = 0
 
 
@@ -211,6 +230,7 @@ class EvalConfig:
     lengths_tokens: list[int] = field(default_factory=lambda: [4096, 8192, 16384, 32768, 65536, 131072])
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     samples: int = 10  # needle documents per length and depth (the paper runs 10)
+    distractors: int = 0  # needles beside the one that is asked for (RULER's multi-key; the paper has none)
     text_documents: int = 4  # plain documents per length, for perplexity
     methods: list[str] = field(default_factory=lambda: ["none", "pi", "ntk", "yarn"])  # shown beside, on the untrained model
     seed: int = 0
@@ -435,6 +455,13 @@ def _validate(config: Config) -> None:
         ("engine.keep_checkpoints", config.engine.keep_checkpoints, 1),
         ("search.population", config.search.population, 2),
         ("search.documents", config.search.documents, 1),
+        ("search.questions", config.search.questions, 1),
+        ("search.distractors", config.search.distractors, 0),
+        ("search.final_documents", config.search.final_documents, 0),
+        ("search.generations", config.search.generations, 0),
+        ("search.racing_answers", config.search.racing_answers, 2),
+        ("search.chunk_tokens", config.search.chunk_tokens, 0),
+        ("eval.distractors", config.eval.distractors, 0),
         ("eval.samples", config.eval.samples, 1),
     ):
         _at_least(key, value, low)
@@ -444,6 +471,9 @@ def _validate(config: Config) -> None:
         ("optim.schedule", config.optim.schedule, ("cosine", "linear", "constant")),
         ("data.kind", config.data.kind, ("segments", "curriculum")),
         ("parallel.strategy", config.parallel.strategy, ("auto", "ulysses", "local")),
+        ("search.algorithm", config.search.algorithm, ("evolution", "cmaes")),
+        ("search.space", config.search.space, ("longrope2", "longrope")),
+        ("search.objective", config.search.objective, ("needle", "text")),
         ("generate.window", config.generate.window, ("auto", "short", "long")),
         ("logger.mode", config.logger.mode, ("online", "offline")),
         ("engine.zero_stage", config.engine.zero_stage, (0, 1, 2, 3)),
@@ -453,9 +483,13 @@ def _validate(config: Config) -> None:
         ("data.holdout", config.data.holdout),
         ("search.mutation_probability", config.search.mutation_probability),
         ("search.depth", config.search.depth),
+        ("search.crossover", config.search.crossover),
+        ("search.move_critical_index", config.search.move_critical_index),
     ):
         if not 0.0 <= value <= 1.0:
             raise UserError(f"{key}={value} is not between 0 and 1; set {key} inside these limits")
+    if not config.search.racing_z >= 0:
+        raise UserError(f"search.racing_z={config.search.racing_z} is negative; set it to a number of standard errors such as 1")
     if not config.optim.lr > 0:
         raise UserError(f"optim.lr={config.optim.lr} is not positive; set optim.lr to a learning rate such as 2e-5")
     if config.search.top_k > config.search.population:

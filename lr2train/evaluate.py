@@ -124,7 +124,7 @@ def _documents(config: Config, corpus: Corpus, lengths: list[int]) -> tuple[list
         raise UserError(f"eval.depths={knobs.depths} are not all between 0 (start) and 1 (end); set eval.depths inside these limits")
     for length in lengths:
         rng = run.stream(knobs.seed, "evaluate", "needles", length)
-        needles += needle_set(corpus, config.data.needles, knobs.samples, length, knobs.depths, rng)
+        needles += needle_set(corpus, config.data.needles, knobs.samples, length, knobs.depths, rng, distractors=knobs.distractors)
         texts += text_set(corpus, knobs.text_documents, length, run.stream(knobs.seed, "evaluate", "text", length))
     return needles, texts
 

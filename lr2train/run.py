@@ -7,6 +7,7 @@ then rename), because any of them may be cut by kill -9.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -235,6 +236,10 @@ def say(verb: str, message: str) -> None:
         print(f"[{verb}] {message}", file=sys.stderr, flush=True)
 
 
+Tick = Callable[[float, float, str], None]
+"""(done, total, note): how far the work is; the total may change as it goes."""
+
+
 def progress(items: Iterable[T], total: int, description: str, done: int = 0) -> Iterator[T]:
     """Iterate with a progress bar and the time left, on rank 0; off a terminal, a line now and then instead.
 
@@ -244,41 +249,63 @@ def progress(items: Iterable[T], total: int, description: str, done: int = 0) ->
         description: what is being done.
         done: how many were done before (a resumed run).
     """
+    with meter(description, done) as tick:
+        for number, item in enumerate(items, done + 1):
+            yield item
+            tick(number, total, "")
+
+
+@contextlib.contextmanager
+def meter(description: str, done: float = 0) -> Iterator[Tick]:
+    """A progress bar for work that does not iterate: call what it yields now and then.
+
+    Args:
+        description: what is being done.
+        done: how much was done before, which the time left must not be judged by.
+    """
     if rank() != 0:
-        yield from items
+        yield lambda *_: None
     elif sys.stderr.isatty():
-        yield from _bar(items, total, description, done)
+        with _bar(description, done) as tick:
+            yield tick
     else:
-        yield from _lines(items, total, description, done)
+        yield _lines(description, done)
 
 
-def _bar(items: Iterable[T], total: int, description: str, done: int) -> Iterator[T]:
+@contextlib.contextmanager
+def _bar(description: str, done: float) -> Iterator[Tick]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[counted]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, completed=done)
-        for item in items:
-            yield item
-            bar.advance(task)
+        task = bar.add_task(description, total=None, completed=int(done), note="", counted="")
+        yield lambda now, total, note: bar.update(task, completed=now, total=total, note=note, counted=_counted(now, total))
 
 
-def _lines(items: Iterable[T], total: int, description: str, done: int, every_s: float = 15.0) -> Iterator[T]:
+def _lines(description: str, done: float, every_s: float = 15.0) -> Tick:
     start = last = time.monotonic()
-    first = done
-    for item in items:
-        yield item
-        done += 1
+
+    def tick(now_done: float, total: float, note: str) -> None:
+        nonlocal last
         now = time.monotonic()
-        if now - last >= every_s or done == total:
+        if now_done > done and (now - last >= every_s or now_done == total):
             last = now
-            left = (now - start) / (done - first) * (total - done)
-            print(f"{description}: {done}/{total}, {now - start:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)
+            left = (now - start) / (now_done - done) * (total - now_done)
+            more = f", {note}" if note else ""
+            print(f"{description}: {_counted(now_done, total)}, {now - start:.0f} s, {left:.0f} s left{more}", file=sys.stderr, flush=True)
+
+    return tick
+
+
+def _counted(done: float, total: float) -> str:
+    """Whole things as they are, shares in percent."""
+    return f"{done}/{total}" if isinstance(done, int) else f"{done / total:.0%}"

@@ -1,31 +1,36 @@
-"""search: find RoPE factors by needle-driven evolutionary search (paper, Section 3.2).
+"""search: find RoPE factors by needle-driven evolutionary search with racing (paper, Section 3.2).
 
     deepspeed --no_local_rank --module lr2train.search experiment=tiny_4k name=factors        (or plain python, or torchrun)
 
-Killed or interrupted, the same command goes on from its journal. Writes ``runs/<name>/``: journal.jsonl (every evaluation),
-generations.jsonl, factors.json and search.json.
+Killed or interrupted, the same command goes on from its journal. Writes ``runs/<name>/``: journal.jsonl (every evaluation), generations.jsonl,
+factors.json (with where it comes from), search.json and pictures/.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lr2train import run
 from lr2train.config import Config, UserError, main
 from lr2train.data.corpus import Corpus
-from lr2train.data.needles import NeedleDocument, needle_set
-from lr2train.evolution.fitness import NeedleFitness
+from lr2train.evolution.cma import evolve_cmaes
+from lr2train.evolution.documents import Document, documents
+from lr2train.evolution.fitness import Fitness
 from lr2train.evolution.genome import Space
-from lr2train.evolution.loop import Generation, evolve
+from lr2train.evolution.history import History, described
+from lr2train.evolution.loop import evolve
+from lr2train.evolution.race import Judge, Scored
 from lr2train.model import load, rotary
 from lr2train.parallel import processes
+from lr2train.reporting.pictures import write_search_pictures
 from lr2train.rope.methods import METHODS
 
 GROUPS = ("name", "seed", "model", "rope", "data", "search")
+ALGORITHMS = {"evolution": evolve, "cmaes": evolve_cmaes}
 
 
 def search(config: Config) -> dict[str, Any]:
@@ -36,34 +41,37 @@ def search(config: Config) -> dict[str, Any]:
     """
     job = run.open_run(config, "search", GROUPS)
     if (job.folder / "search.json").exists():
-        job.log(f"already finished: {job.folder / 'search.json'}")
-        return run.read_json(job.folder / "search.json")
+        return _finished(job)
     space, documents = inputs(config)
-    job.refuse_other_inputs(_fingerprints(config))
+    fingerprints = _fingerprints(config)
+    job.refuse_other_inputs(fingerprints)
     device = processes.start(config)
-    model = load.load_whole(load.folder_of(config.model), config.model.dtype, str(device), config.model.overrides)
+    model, knobs = _model(config, device), config.search
     table = rotary.install(model, METHODS["none"](space.spectrum, space.target_tokens))
-    lock = job.claim(_fingerprints(config))
-    fitness = NeedleFitness(model, table, space, documents, job.folder / "journal.jsonl")
-    _announce(job, config, space, fitness)
+    lock = job.claim(fingerprints)
+    journal = job.folder / "journal.jsonl"
+    fitness = Fitness(model, table, space, documents, journal, chunk_tokens=knobs.chunk_tokens, lockstep=knobs.shard)
+    history = History(knobs, fitness, job.folder / "generations.jsonl")
+    _announce(job, space, fitness)
     start = time.monotonic()
-    best = _run_generations(config, space, fitness, job)
-    result = _result(config, best, fitness, time.monotonic() - start)
-    job.write_json("factors.json", space.factors(best.best.candidate).to_json())
-    job.write_json("search.json", result)
-    job.log(
-        f"done: needle perplexity {best.best.perplexity:.4f} at rcd {result['critical_index']}, attention factor "
-        f"{result['attention_factor']:g}, "
-        f"{fitness.document_forwards} document-forwards; factors in {job.folder / 'factors.json'}"
-    )
+    finalists = _run(job, space, history)
+    result = {**history.result(finalists), "seconds": time.monotonic() - start, "model": config.model.path, "corpus": config.data.path}
+    _write(job, space, finalists[0], result, {"fingerprints": fingerprints, **run.provenance(), "history": history.brief()})
     processes.stop()
     if lock is not None:
         lock.close()
     return result
 
 
-def inputs(config: Config) -> tuple[Space, list[NeedleDocument]]:
-    """The search space and the needle documents, before any process group or weight exists."""
+def _finished(job: run.Run) -> dict[str, Any]:
+    job.log(f"already finished: {job.folder / 'search.json'}")
+    if run.rank() == 0 and not (job.folder / "pictures").exists():  # killed before they were drawn
+        write_search_pictures(job.folder)
+    return run.read_json(job.folder / "search.json")
+
+
+def inputs(config: Config) -> tuple[Space, list[Document]]:
+    """The search space and the documents (those of the generations, then those of the final), before any process group or weight exists."""
     hf_config = load.config_of(config.model)
     if config.model.path is None:
         raise UserError("model.path is empty; set model.path to the pretrained model whose factors are searched")
@@ -76,10 +84,9 @@ def inputs(config: Config) -> tuple[Space, list[NeedleDocument]]:
             f"rope.target_window_tokens={target} does not exceed the model's window of {spectrum.window_tokens}; set a longer target"
         )
     space = Space(spectrum, target, config.search, config.rope.attention_factor or 1.0)
-    corpus, knobs = Corpus.open(Path(config.data.path)), config.search
+    corpus = Corpus.open(Path(config.data.path))
     corpus.refuse_other_tokenizer(hf_config.vocab_size, load.folder_of(config.model))
-    rng = run.stream(knobs.seed, "search", "needles")
-    return space, needle_set(corpus, config.data.needles, knobs.documents, target, [knobs.depth], rng)
+    return space, documents(config, corpus)
 
 
 def _fingerprints(config: Config) -> dict[str, str]:
@@ -87,60 +94,47 @@ def _fingerprints(config: Config) -> dict[str, str]:
     return {"corpus": Corpus.open(config.data.path).fingerprint, "model": load.fingerprint(load.folder_of(config.model))}
 
 
-def _announce(job: run.Run, config: Config, space: Space, fitness: NeedleFitness) -> None:
-    knobs, (low, high), indices = config.search, space.bounds, space.critical_indices
+def _model(config: Config, device: torch.device) -> Any:
+    if config.search.shard:
+        from lr2train.training.engine import load_sharded  # DeepSpeed is not for whoever has no need of it
+
+        return load_sharded(config.model, device)
+    return load.load_whole(load.folder_of(config.model), config.model.dtype, str(device), config.model.overrides)
+
+
+def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
+    knobs, (low, high), indices = space.knobs, space.bounds, space.critical_indices
+    what = "all factors" if space.all_dims else f"rcd in {indices[0]} … {indices[-1]}, tail"
+    asked = f" with {knobs.questions} of {knobs.questions + knobs.distractors} needles asked for" if knobs.objective == "needle" else ""
     job.log(
-        f"window {space.spectrum.window_tokens} -> {space.target_tokens}, rcd in {indices[0]} … {indices[-1]}, tail in [{low:g}, "
-        f"{high:g}], {knobs.population} candidates x {knobs.generations} generations x {knobs.documents} documents"
+        f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}], {knobs.population} candidates x "
+        f"{knobs.generations} generations x {knobs.documents} documents{asked}, {'racing' if knobs.racing else 'no racing'}"
         + (f"; {fitness.recovered} evaluations found in the journal" if fitness.recovered else "")
     )
 
 
-def _run_generations(config: Config, space: Space, fitness: NeedleFitness, job: run.Run) -> Generation:
-    lines = job.folder / "generations.jsonl"
+def _run(job: run.Run, space: Space, history: History) -> list[Scored]:
+    """All generations and the final; the finalists, best first."""
+    knobs, fitness, finalists = space.knobs, history.fitness, []
+    judge = Judge(fitness, knobs)
+    with run.meter("search", fitness.recovered) as tick:
+        fitness.tell = lambda: tick(fitness.computed, history.expected_evaluations, history.note)
+        for generation in ALGORITHMS[knobs.algorithm](space, judge, knobs.seed):
+            finalists = list(generation.population[: knobs.top_k])
+            job.log(history.add(generation))
+        return judge.final([one.candidate for one in finalists]) if knobs.final_documents else finalists
+
+
+def _write(job: run.Run, space: Space, best: Scored, result: dict[str, Any], where_from: dict[str, Any]) -> None:
+    kept = {key: result[key] for key in ("model", "corpus", "settings", "perplexity", "scored_documents", "document_forwards")}
+    job.write_json("factors.json", {**space.factors(best.candidate).to_json(), "search": {**kept, **where_from}})
+    job.write_json("search.json", result)
     if run.rank() == 0:
-        lines.unlink(missing_ok=True)  # replayed from the journal
-    total, last = config.search.generations + 1, None
-    for last in run.progress(evolve(space, fitness, config.search.seed), total, "search"):
-        best = last.best
-        if run.rank() == 0:
-            with lines.open("a") as file:
-                file.write(json.dumps(_line(last, fitness)) + "\n")
-        job.log(
-            f"generation {last.index}/{config.search.generations}: needle perplexity {best.perplexity:.4f}, rcd "
-            f"{best.candidate.critical_index}, "
-            f"tail {best.candidate.tail[0]:g} … {best.candidate.tail[-1]:g}, attention factor {best.candidate.attention_factor:g}, "
-            f"{fitness.document_forwards} document-forwards"
-        )
-    assert last is not None
-    return last
-
-
-def _line(generation: Generation, fitness: NeedleFitness) -> dict[str, Any]:
-    return {
-        "generation": generation.index,
-        "best_perplexity": generation.best.perplexity,
-        "perplexities": [one.perplexity for one in generation.population],
-        "critical_indices": [one.candidate.critical_index for one in generation.population],
-        "attention_factors": [one.candidate.attention_factor for one in generation.population],
-        "document_forwards": fitness.document_forwards,
-    }
-
-
-def _result(config: Config, last: Generation, fitness: NeedleFitness, seconds: float) -> dict[str, Any]:
-    best = last.best
-    return {
-        "perplexity": best.perplexity,
-        "critical_index": best.candidate.critical_index,
-        "attention_factor": best.candidate.attention_factor,
-        "tail": list(best.candidate.tail),
-        "candidates": last.evaluated,
-        "document_forwards": fitness.document_forwards,
-        "seconds": seconds,
-        "model": config.model.path,
-        "corpus": config.data.path,
-        "settings": asdict(config.search),
-    }
+        write_search_pictures(job.folder)
+    job.log(
+        f"done: {space.knobs.objective} perplexity {best.perplexity:.4f} on {best.documents} documents, {described(best.candidate)}, "
+        f"{result['document_forwards']} document-forwards; factors in {job.folder / 'factors.json'}, pictures beside"
+    )
 
 
 if __name__ == "__main__":

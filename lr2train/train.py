@@ -100,7 +100,10 @@ def inputs(config: Config) -> tuple[Any, Factors, Corpus]:
         config.data.segment_tokens if config.data.kind == "segments" else max((s.length_tokens for s in config.data.stages), default=0)
     )
     attention.refuse_config(hf_config, config.parallel.sp, config.parallel.strategy, longest)
-    return hf_config, build(config.rope, load.spectrum_of(hf_config, config.model)), corpus
+    factors = build(config.rope, load.spectrum_of(hf_config, config.model))
+    if factors.target_window_tokens > factors.spectrum.window_tokens:
+        rope_hf.write(load.plain_config(hf_config), factors)  # what could not be written afterwards is refused now
+    return hf_config, factors, corpus
 
 
 def _announce(job: run.Run, config: Config, engine: Engine, factors: Factors, total_steps: int, done: int) -> None:

@@ -34,7 +34,9 @@ def test_the_papers_settings():
         "cosine",
     )
     assert (llama.rope.critical_index, len(llama.rope.tail)) == (33, 31)
-    assert (llama.search.population, llama.search.generations, llama.search.mutation_probability, llama.search.documents) == (
+    paper = compose("search", ["experiment=llama3_8b_128k", "search=paper", "name=x"]).search
+    assert (paper.questions, paper.racing, paper.search_attention_factor, paper.final_documents) == (1, False, False, 0)
+    assert (paper.population, paper.generations, paper.mutation_probability, paper.documents) == (
         64,
         40,
         0.3,
@@ -54,7 +56,7 @@ def test_the_papers_settings():
         ("experiment=nope", ["experiment/nope", "tiny_4k"]),
         ("parallel.sp=3", ["data.segment_tokens=4096", "parallel.sp=3", "4095"]),
         ("parallel.sp=0", ["parallel.sp=0", "below 1"]),
-        ("search.top_k=99", ["search.top_k=99", "search.population=12"]),
+        ("search.top_k=99", ["search.top_k=99", "search.population=16"]),
         ("data.holdout=2", ["data.holdout=2", "between 0 and 1"]),
         ("=3", ["override", "=3"]),
     ],

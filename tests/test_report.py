@@ -1,6 +1,4 @@
-"""report: a page from whatever is there, complete in itself, safe against its data. The run in the fixture is written with the verbs'
-own functions.
-"""
+"""report: a page from whatever is there, complete in itself, safe against its data."""
 
 from __future__ import annotations
 
@@ -12,24 +10,19 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from reporting.searches import L0, SPECTRUM, L, make_search, write_jsonl
 
-from lr2train.config import SearchConfig, UserError
-from lr2train.evolution.genome import Space
-from lr2train.evolution.loop import evolve
+from lr2train.config import UserError
 from lr2train.report import render, report
 from lr2train.reporting import charts, inputs
 from lr2train.reporting.heatmap import color_of, short_count
 from lr2train.rope.methods import METHODS
-from lr2train.rope.spectrum import Spectrum
-from lr2train.run import provenance, write_json
-from lr2train.search import _line
+from lr2train.run import provenance, read_json, write_json
 
-LENGTHS, DEPTHS, L0, L = [512, 1024, 2048, 4096], [0.0, 0.25, 0.5, 0.75, 1.0], 512, 4096
-SPECTRUM = Spectrum(64, 10000.0, L0)
+LENGTHS, DEPTHS = [512, 1024, 2048, 4096], [0.0, 0.25, 0.5, 0.75, 1.0]
 EVIL = '<script>alert("x")</script>'
 
 
@@ -57,59 +50,6 @@ class _Parsed(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
-
-
-def _jsonl(path: Path, lines: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _fitness(candidates):
-    """A smooth bowl: best at rcd 12, a tail of 1.6 s and an attention factor of 1.25."""
-    return [
-        1.4
-        + 8 * (one.attention_factor - 1.25) ** 2 * 40
-        + 0.15 * abs(one.critical_index - 12)
-        + float(np.mean((np.array(one.tail) / 8 - 1.6) ** 2)) * 4
-        for one in candidates
-    ]
-
-
-def make_search(folder: Path) -> dict:
-    """runs/factors: the real evolution over a synthetic fitness."""
-    space = Space(SPECTRUM, L, SearchConfig(population=24, top_k=6, generations=12), 1.0)
-    generations = list(evolve(space, _fitness, 0))
-    forwards = SimpleNamespace(document_forwards=0)
-    lines = []
-    for generation in generations:
-        forwards.document_forwards = generation.evaluated * 6
-        lines.append(_line(generation, forwards))  # type: ignore[arg-type]
-    best = generations[-1].best
-    _jsonl(folder / "generations.jsonl", lines)
-    _jsonl(
-        folder / "journal.jsonl",
-        [
-            {
-                "candidate": one.candidate.key,
-                "document": d,
-                "nll": 3 * math.log(one.perplexity) * (1 + d / 4),
-                "seconds": 0.11,
-                "rank": d % 2,
-            }
-            for one in generations[-1].population
-            for d in range(6)
-        ],
-    )
-    write_json(
-        folder / "search.json",
-        {
-            "perplexity": best.perplexity,
-            "critical_index": best.candidate.critical_index,
-            "attention_factor": best.candidate.attention_factor,
-        },
-    )
-    write_json(folder / "factors.json", space.factors(best.candidate).to_json())
-    return space.factors(best.candidate).to_json()
 
 
 def make_corpus(folder: Path) -> None:
@@ -204,12 +144,14 @@ def row(label: str, attention_factor: float, reach: float, sharp: float) -> dict
 
 def make_run(runs: Path, name: str = "first") -> Path:
     """A finished run with all its relatives under ``runs``."""
-    folder, made = runs / name, make_search(runs / "factors")
+    folder = runs / name
+    make_search(runs / "factors")
+    made = read_json(runs / "factors" / "factors.json")
     make_corpus(runs / "corpus")
-    _jsonl(runs / "base" / "metrics.jsonl", metrics(200, ("short",), 1))
+    write_jsonl(runs / "base" / "metrics.jsonl", metrics(200, ("short",), 1))
     write_json(runs / "base" / "train.json", {"steps": 200})
     write_json(folder / "factors.json", made)
-    _jsonl(folder / "metrics.jsonl", metrics(120, ("short", "long")))
+    write_jsonl(folder / "metrics.jsonl", metrics(120, ("short", "long")))
     write_json(
         folder / "train.config.json",
         {
@@ -280,7 +222,7 @@ def test_page_is_complete_in_itself(page):
     assert "iframe" not in parsed.tags
     assert not re.search(r"url\((?!#)", page)
     assert "@import" not in page
-    assert parsed.tags.count("svg") == 6 + 1 + 4 + 4 + 1  # needle maps, factors, search, training, base
+    assert parsed.tags.count("svg") == 6 + 2 + 5 + 4 + 1  # needle maps, factors, search, training, base
 
 
 def test_every_section_is_filled(page):
@@ -338,16 +280,44 @@ def test_an_empty_run_says_which_verbs_to_run(tmp_path):
 
 
 def test_a_search_alone_has_a_page(tmp_path):
+    runs = tmp_path / "runs"
+    make_search(runs / "factors")
+    make_corpus(runs / "corpus")
+    settings = {"data": {"path": "runs/corpus"}, "model": {"path": "runs/base/model"}, "search": {"top_k": 6}}
+    write_json(runs / "factors" / "search.config.json", settings)
+    write_json(runs / "base" / "model" / "config.json", {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3})
+    with contextlib.chdir(tmp_path):
+        page = report([runs / "factors"]).read_text()
+    for words in (
+        "512 → 4,096 tokens",
+        "LlamaForCausalLM, 3 layers",
+        "found in 5 generations of 24 candidates in 75 s, not trained yet",
+        "Search: needle perplexity",
+        "Perplexity by generation",
+        "candidates were dropped before all documents were read",
+        "rcd 12",
+        "114 candidates",
+        "needles_long",
+        "python -m lr2train.train",
+    ):
+        assert words in page, words
+    parsed = _Parsed(page)
+    assert parsed.tags.count("svg") == 2 + 5
+
+
+def test_a_search_for_text_says_so(tmp_path):
     make_search(tmp_path / "factors")
+    search = read_json(tmp_path / "factors" / "search.json")
+    write_json(tmp_path / "factors" / "search.json", search | {"settings": {"objective": "text", "top_k": 6}, "scored_documents": 12})
     page = report([tmp_path / "factors"]).read_text()
-    assert "Perplexity by generation" in page
-    assert "rcd 12" in page
-    assert "python -m lr2train.train" in page
+    assert "all tokens of plain documents" in page
+    assert "needle perplexity" not in page
+    assert "over 12 documents" in page
 
 
 def test_a_run_that_still_trains(tmp_path):
     folder = tmp_path / "running"
-    _jsonl(folder / "metrics.jsonl", metrics(1, ("long",)))
+    write_jsonl(folder / "metrics.jsonl", metrics(1, ("long",)))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "loss"')  # the line being written
     page = report([folder]).read_text()
@@ -378,22 +348,8 @@ def test_same_inputs_same_page(run):
     assert render(inputs.gather([run])) == render(inputs.gather([run]))
 
 
-def test_hopeless_and_narrow_searches_can_be_drawn():
-    hopeless = [
-        {"generation": g, "best_perplexity": 2.0, "perplexities": [2.0, 1e300], "critical_indices": [8, 9], "attention_factors": [1.0, 1.1]}
-        for g in range(2)
-    ]
-    narrow = [
-        {"generation": 0, "best_perplexity": 2.0, "perplexities": [2.0, 2.0], "critical_indices": [8, 8], "attention_factors": [1.0, 1.0]}
-    ]
-    for generations in (hopeless, narrow):
-        assert "<svg" in charts.search_progress(generations)
-        assert "<svg" in charts.attention_factors(generations)
-        assert "<svg" in charts.critical_indices(generations, 8, 8)
-
-
 def test_factor_curves_without_a_critical_index():
-    assert "tcd" in charts.factor_curves(METHODS["yarn"](SPECTRUM, L), None)
+    assert "tcd" in charts.factor_curves(METHODS["yarn"](SPECTRUM, L), None).svg()
 
 
 def test_smooth_keeps_lines_and_ends():

@@ -32,7 +32,15 @@ from lr2train.rope import hf as rope_hf
 from lr2train.search import search
 
 ROOT = Path(__file__).resolve().parent.parent
-SEARCH = ["search.population=6", "search.top_k=2", "search.documents=2", "search.generations=3"]
+SEARCH = [
+    "search.questions=2",
+    "search.distractors=1",
+    "search.final_documents=1",
+    "search.population=6",
+    "search.top_k=2",
+    "search.documents=2",
+    "search.generations=3",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +82,46 @@ def test_search_writes_factors_that_a_model_can_use(world, tmp_path):
     assert factors.rescale[result["critical_index"] :] == tuple(result["tail"])
     assert factors.attention_factor == result["attention_factor"]
     journal, generations = lines(tmp_path / "s" / "journal.jsonl"), lines(tmp_path / "s" / "generations.jsonl")
-    assert len(journal) == result["document_forwards"] == 2 * result["candidates"] == 2 * (6 + 3 * 4)
+    assert len(journal) == result["document_forwards"] == result["evaluations"] <= 2 * (6 + 3 * 4) + 2
+    assert result["candidates"] == 6 + 3 * 4
     assert [one["generation"] for one in generations] == [0, 1, 2, 3]
-    assert generations[-1]["best_perplexity"] == result["perplexity"] == min(min(one["perplexities"]) for one in generations)
-    assert generations[-1]["document_forwards"] == len(journal)
+    complete = [ppl for ppl, documents in zip(generations[-1]["perplexities"], generations[-1]["documents"], strict=True) if documents == 2]
+    assert generations[-1]["best_perplexity"] == min(complete)
+    assert result["scored_documents"] == 3, "the winner met the final's document too"
+    assert len(result["finalists"]) == 2
+    found = json.loads((tmp_path / "s" / "factors.json").read_text())["search"]
+    assert found["settings"]["population"] == 6
+    assert [one["generation"] for one in found["history"]] == [0, 1, 2, 3]
+    assert found["fingerprints"]["model"]
+    pictures = {file.name for file in (tmp_path / "s" / "pictures").iterdir()}
+    assert {"factors.png", "fitness.png", "rcd.png", "temperature.png"} <= pictures
+
+
+def test_without_racing_everyone_is_scored_on_everything(world, tmp_path):
+    result = search(search_config(world, tmp_path, "name=plain", "search.racing=false"))
+    assert result["document_forwards"] == 2 * (6 + 3 * 4) + 2
+    assert {line["documents"][0] for line in lines(tmp_path / "plain" / "generations.jsonl")} == {2}
+
+
+def test_dropping_only_the_certain_losers_finds_what_no_racing_finds(world, tmp_path):
+    plain = search(search_config(world, tmp_path, "name=plain", "search.racing=false", "search.documents=4"))
+    exact = search(search_config(world, tmp_path, "name=exact", "search.racing_z=inf", "search.documents=4"))
+    assert exact["document_forwards"] <= plain["document_forwards"]
+    assert [exact[key] for key in ("tail", "critical_index", "attention_factor", "perplexity")] == [
+        plain[key] for key in ("tail", "critical_index", "attention_factor", "perplexity")
+    ]
+
+
+@pytest.mark.parametrize("more", [["search=longrope"], ["search.objective=text"], ["search.algorithm=cmaes"], ["search.chunk_tokens=100"]])
+def test_other_spaces_objectives_and_algorithms_run(world, tmp_path, more):
+    result = search(
+        search_config(world, tmp_path, "name=s", *more, "search.original_tokens=[0,4]" if more == ["search=longrope"] else "seed=0")
+    )
+    factors = Factors.load(tmp_path / "s" / "factors.json")
+    assert factors.rescale[-len(result["tail"]) :] == tuple(result["tail"])
+    assert factors.original_tokens == result["original_tokens"]
+    assert (result["critical_index"] == 0) == (more == ["search=longrope"])
+    assert (tmp_path / "s" / "pictures" / "factors.png").exists()
 
 
 def test_a_finished_search_is_not_run_again_and_belongs_to_its_config(world, tmp_path, monkeypatch):
@@ -117,8 +161,8 @@ def test_a_search_killed_with_kill_9_ends_like_one_that_was_not(world, tmp_path)
     assert again.returncode == 0, again.stderr
     assert f"{evaluated} evaluations found in the journal" in again.stderr
     undisturbed = search(search_config(world, tmp_path, "search.generations=40", "name=undisturbed"))
-    for file in ("factors.json", "generations.jsonl"):
-        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
+    assert (tmp_path / "killed" / "generations.jsonl").read_bytes() == (tmp_path / "undisturbed" / "generations.jsonl").read_bytes()
+    assert Factors.load(tmp_path / "killed" / "factors.json") == Factors.load(tmp_path / "undisturbed" / "factors.json")
     pairs = [(entry["candidate"], entry["document"]) for entry in lines(journal)]
     assert len(set(pairs)) == len(pairs) == undisturbed["document_forwards"]
 
@@ -130,6 +174,9 @@ def test_a_search_killed_with_kill_9_ends_like_one_that_was_not(world, tmp_path)
         (["data.path=null"], r"data\.path is empty"),
         (["rope.target_window_tokens=64"], r"rope\.target_window_tokens=64 does not exceed the model's window of 64"),
         (["search.critical_index=8"], r"search\.critical_index=8 is outside"),
+        (["search.questions=1600"], r"search\.questions=1600 and search\.distractors=1 make more needles than there are names"),
+        (["search.questions=60"], r"needle document of 256 tokens is \d+ too short"),
+        (["search.space=longrope", "search.algorithm=cmaes"], r"search\.algorithm=cmaes has a form for the tail alone"),
     ],
 )
 def test_bad_input_of_a_search_is_refused_before_weights_are_read(world, tmp_path, monkeypatch, more, words):

@@ -330,8 +330,10 @@ def ensure_plan(
         "segment_tokens": data.segment_tokens,
     }
     write_json(manifest_file, {**head, "sources": list(made), **counts})
+    if data.holdout == 1:
+        log("plan: everything is held out; the corpus serves searches and evaluations, and no training")
     for window in (SHORT, LONG):
-        if not plan[window].n_segments:
+        if not plan[window].n_segments and data.holdout < 1:
             log(f"plan: no {window} segment, because documents of that window fill none; training will see the other window alone")
         for name, one in counts["windows"][window]["sources"].items():
             if one["planned_tokens"] > _MANY_PASSES * one["tokens"]:
@@ -378,7 +380,7 @@ def plan_segments(
         buckets.draw(available[LONG], weights, data.long_tokens, stream(seed, "plan", LONG)), data.segment_tokens, data.over_long
     )
     plan = {SHORT: pieces, LONG: stretched}
-    if not pieces.n_segments + stretched.n_segments:
+    if not pieces.n_segments + stretched.n_segments and data.holdout < 1:
         raise UserError(
             f"{sum(map(len, lengths))} documents do not fill one segment of data.segment_tokens={data.segment_tokens}; add text or set a "
             "smaller data.segment_tokens"

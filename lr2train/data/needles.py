@@ -98,7 +98,7 @@ def check_needles(needles: NeedleConfig) -> None:
         UserError: one is out of its limits.
     """
     _check_form(needles.wording, needles.digits)
-    for key, low, high in (("max_pairs", 1, N_KEYS), ("max_questions", 1, N_KEYS), ("distractors", 0, N_KEYS - 1), ("at_start", 0, 1)):
+    for key, low, high in (("max_pairs", 1, N_KEYS), ("max_questions", 1, N_KEYS), ("at_start", 0, 1)):
         between(f"data.needles.{key}", getattr(needles, key), low, high)
 
 
@@ -129,15 +129,15 @@ class NeedleMaker:
         eos: id after the last answer, or None.
 
     Raises:
-        UserError: unknown wording, digits out of their limits, or a number without tokens.
+        UserError: unknown wording, digits out of their limits, or a tokenizer that does not tell numbers apart (no tokens, or unknown ones).
     """
 
     def __init__(self, encode: Encode, wording: str, digits: int, bos: int | None, eos: int | None) -> None:
         _check_form(wording, digits)
         self._encode, self._wording, self._digits = encode, WORDINGS[wording], digits
         self._known: dict[str, list[int]] = {}
-        self._anchor = _ids(encode("\n"))
         self._bos, self._eos = [] if bos is None else [bos], [] if eos is None else [eos]
+        self._refuse_without_digits()
 
     def make(
         self,
@@ -147,6 +147,7 @@ class NeedleMaker:
         depth: float | None = None,
         n_pairs: int = 1,
         n_questions: int = 1,
+        together: bool = False,
     ) -> NeedleDocument:
         """One document.
 
@@ -157,6 +158,7 @@ class NeedleMaker:
             depth: of the needle that is asked first; None puts it at random, as the others always are.
             n_pairs: needles.
             n_questions: of the pairs, asked at the end.
+            together: all needles that are asked for stand at ``depth``, one after another, not only the first.
 
         Raises:
             UserError: the length has no room for the pieces, the filler is too short, more questions than pairs, or a depth outside [0, 1].
@@ -177,7 +179,7 @@ class NeedleMaker:
         self._check(room, length_tokens, len(filler))
         places = rng.integers(0, room, size=n_pairs, endpoint=True)
         if depth is not None:
-            places[0] = round(depth * room)
+            places[: n_questions if together else 1] = round(depth * room)
         tokens = _hide(head, filler[:room], needles, places, tail)
         first = length_tokens - len(tail)
         answer_spans = tuple((first + start, first + stop) for start, stop in spans)
@@ -237,6 +239,17 @@ class NeedleMaker:
             )
         return joint, answer
 
+    def _refuse_without_digits(self) -> None:
+        """An answer of unknown tokens could be given without having found the needle."""
+        answers = {digit: self._number(digit * self._digits)[1] for digit in "0123456789"}
+        unknown = set(self._apart("☃"))  # where a tokenizer falls back on bytes these are its own
+        blind = [digit for digit, ids in answers.items() if set(ids) <= unknown]
+        if blind or len(set(map(tuple, answers.values()))) < len(answers):
+            raise UserError(
+                f"the tokenizer has no token for {', '.join(blind) or 'each digit'}, so an answer would not tell which number was found; set "
+                "data.tokenizer to one that knows digits"
+            )
+
     def _piece(self, template: str, key: str = "") -> list[int]:
         text = template.format(key=key)
         if text not in self._known:
@@ -244,9 +257,16 @@ class NeedleMaker:
         return self._known[text]
 
     def _apart(self, text: str) -> list[int]:
-        """Ids of a text as they are after a line break: SentencePiece tokenizers put a space before whatever comes first."""
-        after_break, n = _ids(self._encode(f"\n{text}")), len(self._anchor)
-        return after_break[n:] if after_break[:n] == self._anchor else _ids(self._encode(text))
+        """Ids of a text as they are inside a document: SentencePiece tokenizers put a space before whatever comes first.
+
+        So it is encoded behind something that it cannot merge with: a line break, or a letter where it begins with a space itself, because
+        some tokenizers make one space of several.
+        """
+        for before in ("x", "\n") if text[0].isspace() else ("\n",):
+            whole, first = _ids(self._encode(before + text)), _ids(self._encode(before))
+            if whole[: len(first)] == first:
+                return whole[len(first) :]
+        return _ids(self._encode(text))
 
     @staticmethod
     def _check(room: int, length_tokens: int, filler_tokens: int) -> None:
@@ -277,17 +297,28 @@ def _ids(encoded: np.ndarray) -> list[int]:
 
 
 def needle_set(
-    corpus: Corpus, needles: NeedleConfig, n_documents: int, length_tokens: int, depths: Sequence[float], rng: np.random.Generator
+    corpus: Corpus,
+    needles: NeedleConfig,
+    n_documents: int,
+    length_tokens: int,
+    depths: Sequence[float],
+    rng: np.random.Generator,
+    questions: int = 1,
+    distractors: int = 0,
 ) -> list[NeedleDocument]:
-    """Needle documents for measuring: held-out filler, one question (paper, Appendix C), ``distractors`` needles beside the one asked for.
+    """Needle documents for measuring, over held-out filler, each from another book while there are some. The paper hides one needle and asks
+    for it (Appendix C).
+
 
     Args:
         corpus: gives the tokenizer and the filler.
         needles: wording and digits.
         n_documents: at each depth.
         length_tokens: of each document.
-        depths: of the needle.
+        depths: of the needles that are asked for; the others lie anywhere.
         rng: decides texts, keys and numbers.
+        questions: needles that are asked for.
+        distractors: needles beside them.
 
     Raises:
         UserError: nothing is held out, the length has no room, or a knob is out of its limits.
@@ -295,9 +326,9 @@ def needle_set(
     check_needles(needles)
     tokenizer = corpus.tokenizer
     maker = NeedleMaker(tokenizer.encode, needles.wording, needles.digits, tokenizer.bos, None)
-    fillers = corpus.text(HOLDOUT).draw(rng, n_documents * len(depths), length_tokens)
+    fillers = corpus.text(HOLDOUT).draw_apart(rng, n_documents * len(depths), length_tokens)
     return [
-        maker.make(rng, filler, length_tokens, depth, 1 + needles.distractors)
+        maker.make(rng, filler, length_tokens, depth, questions + distractors, questions, together=True)
         for filler, depth in zip(fillers, np.repeat(depths, n_documents).tolist(), strict=True)
     ]
 

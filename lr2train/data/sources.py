@@ -265,6 +265,8 @@ def _read_hub(source: SourceConfig, tally: Tally) -> Iterator[Document]:
             f"data.sources.{source.name}.path={source.path} would be downloaded; set "
             f"data.sources.{source.name}.options.allow_download=true, or give a local folder"
         )
+    if any(Path(source.path).glob("*.txt")):  # `datasets` would make a document of every line
+        raise UserError(f"data.sources.{source.name}.path={source.path} holds text files; set kind=folder, which reads one document a file")
     yield from _records(_hub_rows(source.name, source.path, options), options["split"], source.text_column, tally)
 
 

@@ -44,13 +44,24 @@ class Text:
         assert self.tokens
         return self._crops(rng, n, length) if self.longest >= length else np.stack([self._joined(rng, length) for _ in range(n)])
 
+    def draw_apart(self, rng: np.random.Generator, n: int, length: int) -> np.ndarray:
+        """Like ``draw``, but from the documents that are long enough in turn: no two from one before each has given one."""
+        long = np.flatnonzero(self._lengths >= length)
+        if not len(long):
+            return self.draw(rng, n, length)
+        document = np.concatenate([rng.permutation(long) for _ in range(-(-n // len(long)))])[:n]
+        return self._cut(document, rng.integers(self._lengths[document] - length + 1), length)
+
     def _crops(self, rng: np.random.Generator, n: int, length: int) -> np.ndarray:
         if length not in self._places:
             self._places[length] = np.maximum(self._lengths - length + 1, 0).cumsum()
         ends = self._places[length]
         pick = rng.integers(ends[-1], size=n)
         document = np.searchsorted(ends, pick, side="right")
-        start = self._first[document] + pick - np.where(document > 0, ends[document - 1], 0)
+        return self._cut(document, pick - np.where(document > 0, ends[document - 1], 0), length)
+
+    def _cut(self, document: np.ndarray, place: np.ndarray, length: int) -> np.ndarray:
+        start = self._first[document] + place
         crops = [
             self._stores[store].flat[at : at + length] for store, at in zip(self._store[document].tolist(), start.tolist(), strict=True)
         ]

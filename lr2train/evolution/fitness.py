@@ -1,8 +1,10 @@
-"""Needle perplexity of candidates: exp(mean negative log-likelihood over the answer tokens of all documents) (paper, Section 3.2).
+"""Losses of candidates on documents: computed once, dealt to the ranks, kept in a journal.
 
-Choice: documents and candidates are independent, so their pairs are dealt to the ranks in turn, in blocks; each block's results are shared
-and appended to the journal before the next begins. What stands in the journal is never computed again. Logits are computed at answer
-positions only, so memory does not grow with the vocabulary times the window.
+Choice: whoever decides what a search does next (a race, a loop over everything) is a pure function of losses that it looks up. ``settle`` runs
+it on what is known, collects the first losses that it misses, has the ranks compute them, and runs it again, until it misses nothing. So the
+outcome cannot depend on the number of ranks, nor on a kill between two of them; and no rank idles, because a decision that waits for one loss is
+carried on with a guess to find out which losses it will want next. Cost: on many ranks some of those are computed in vain. Perplexity is exp(mean
+negative log-likelihood over the answer tokens of all documents) (paper, Section 3.2).
 """
 
 from __future__ import annotations
@@ -10,66 +12,166 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch.distributed as dist
+import numpy as np
 
-from lr2train.data.needles import NeedleDocument
+from lr2train.evolution.documents import Document
 from lr2train.evolution.genome import Candidate, Space
 from lr2train.model.rotary import WindowRotary
 from lr2train.model.score import score, use_factors
+from lr2train.parallel import control
 
-BLOCK = 8  # pairs a rank works through between two journal entries
+T = TypeVar("T")
+Losses = Callable[[Candidate, int], np.ndarray]
+"""(candidate, document) -> negative log-likelihood of each answer of the document, nats, float64 [answers]."""
+
+WORST = 1e3  # nats an answer: what a candidate gets that breaks the model (nan)
 
 
-class NeedleFitness:
-    """Callable on candidates; returns their perplexities, the same on every rank.
+class Fitness:
+    """The losses of candidates on documents.
+
+    Args:
+        model: a Hugging Face causal LM whose rotary module is ``rotary``.
+        rotary: takes each candidate's factors in turn.
+        space: makes factors of a candidate.
+        documents: all that may be asked for.
+        journal: a file of one JSON line an evaluation, appended to.
+        chunk_tokens: of a forward pass; 0 is whole.
+        lockstep: the ranks share the model's weights, so each of them joins every forward pass.
+        tell: called on every rank after every round of evaluations.
 
     Attributes:
-        recovered: (candidate, document) pairs that the journal held at the start.
-        document_forwards: pairs asked for so far, in this process or the one before it that was killed.
+        recovered: evaluations that the journal held at the start.
+        computed: evaluations in the journal now.
+        document_forwards: evaluations that were asked for so far; ``computed`` exceeds it by what many ranks computed ahead in vain.
     """
 
-    def __init__(self, model: Any, rotary: WindowRotary, space: Space, documents: Sequence[NeedleDocument], journal: Path):
-        self._model, self._rotary, self._space, self._documents = model, rotary, space, documents
-        self._journal = journal
-        entries = _from_rank_0(_read_journal(journal) if _rank() == 0 else None)
-        self._known: dict[tuple[str, int], float] = {(entry["candidate"], entry["document"]): entry["nll"] for entry in entries}
+    def __init__(
+        self,
+        model: Any,
+        rotary: WindowRotary,
+        space: Space,
+        documents: Sequence[Document],
+        journal: Path,
+        *,
+        chunk_tokens: int = 0,
+        lockstep: bool = False,
+        tell: Callable[[], None] = lambda: None,
+    ):
+        self.documents = tuple(documents)
+        self.tell = tell
+        self._model, self._rotary, self._space = model, rotary, space
+        self._journal, self._chunk_tokens, self._lockstep = journal, chunk_tokens, lockstep
+        entries = control.from_rank_0(_read_journal(journal) if control.rank() == 0 else [])
+        self._known: dict[tuple[str, int], np.ndarray] = {}
+        self._remember(entries)
+        self._wanted: set[tuple[str, int]] = set()
         self.recovered = len(self._known)
-        self.document_forwards = 0
 
-    def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
-        wanted = [(c, d) for c in candidates for d in range(len(self._documents)) if (c.key, d) not in self._known]
-        size = BLOCK * _world()
-        for first in range(0, len(wanted), size):
-            self._evaluate_block(wanted[first : first + size])
-        self.document_forwards += len(candidates) * len(self._documents)
-        return [self._perplexity(candidate) for candidate in candidates]
+    @property
+    def computed(self) -> int:
+        return len(self._known)
 
-    def _evaluate_block(self, block: list[tuple[Candidate, int]]) -> None:
-        mine = [self._evaluate(candidate, document) for candidate, document in block[_rank() :: _world()]]
-        entries = [entry for part in _from_all(mine) for entry in part]
-        for entry in entries:
-            self._known[entry["candidate"], entry["document"]] = entry["nll"]
-        if _rank() == 0:
+    @property
+    def document_forwards(self) -> int:
+        return len(self._wanted)
+
+    def settle(self, decide: Callable[[Losses], T]) -> T:
+        """``decide(losses)``, with every loss that it looks up computed first.
+
+        ``decide`` must be pure. While a loss is missing it is run with guesses and its result is thrown away.
+
+        Raises:
+            UserError, RuntimeError: what one rank raised while it evaluated, on every rank.
+        """
+        while True:
+            attempt = _Attempt(self._known, self.documents, control.world())
+            try:
+                result = decide(attempt.look_up)
+            except _EnoughMissing:
+                result = None
+            if not attempt.missing:
+                self._wanted |= attempt.asked
+                return result  # type: ignore[return-value]
+            self._compute(attempt.missing)
+
+    def loss(self, candidate: Candidate, documents: Sequence[int]) -> float:
+        """Mean negative log-likelihood of a scored token over these documents, which must be known; nats."""
+        total = math.fsum(float(self._known[candidate.key, document].sum()) for document in documents)
+        return total / sum(self.documents[document].n_scored_tokens for document in documents)
+
+    def _compute(self, pairs: list[tuple[Candidate, int]]) -> None:
+        """One pair a rank, shared and journalled."""
+        mine = pairs[control.rank()] if control.rank() < len(pairs) else None
+
+        def evaluate() -> dict[str, Any] | None:
+            return self._evaluate(*(mine or pairs[-1]), keep=mine is not None)
+
+        # A rank that fails while the others wait for its share of the weights can only end, and so end them.
+        shared = control.from_all(evaluate()) if self._lockstep else control.together(evaluate)
+        entries = [entry for entry in shared if entry is not None]
+        self._remember(entries)
+        if control.rank() == 0:
             with self._journal.open("a") as file:
                 file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        self.tell()
 
-    def _evaluate(self, candidate: Candidate, document: int) -> dict[str, Any]:
+    def _evaluate(self, candidate: Candidate, document: int, keep: bool) -> dict[str, Any] | None:
+        if not (keep or self._lockstep):
+            return None
         start = time.perf_counter()
-        needle = self._documents[document]
         use_factors(self._rotary, self._space.factors(candidate))
-        scored = score(self._model, self._rotary, "long", needle.tokens, needle.answer_spans)
-        seconds = round(time.perf_counter() - start, 4)
-        return {"candidate": candidate.key, "document": document, "nll": scored.nll, "seconds": seconds, "rank": _rank()}
+        wanted = self.documents[document]
+        scored = score(self._model, self._rotary, "long", wanted.tokens, wanted.spans, self._chunk_tokens)
+        if not keep:
+            return None
+        return {
+            "candidate": candidate.key,
+            "critical_index": candidate.critical_index,
+            "attention_factor": candidate.attention_factor,
+            "tail": candidate.tail,
+            "original_tokens": candidate.original_tokens,
+            "document": document,
+            "nll": scored.nll,
+            "answers": scored.nlls,
+            "seconds": round(time.perf_counter() - start, 4),
+            "rank": control.rank(),
+        }
 
-    def _perplexity(self, candidate: Candidate) -> float:
-        """Capped where exp would overflow; a candidate that breaks the model (nan) is as bad as can be, not unordered."""
-        total = math.fsum(self._known[candidate.key, d] for d in range(len(self._documents)))
-        mean = total / sum(document.n_answer_tokens for document in self._documents)
-        return math.inf if math.isnan(mean) else math.exp(min(mean, 700.0))
+    def _remember(self, entries: Sequence[dict[str, Any]]) -> None:
+        for entry in entries:
+            losses = np.nan_to_num(np.asarray(entry["answers"], dtype=np.float64), nan=WORST, posinf=WORST)
+            self._known[entry["candidate"], entry["document"]] = np.minimum(losses, WORST)
+
+
+class _EnoughMissing(Exception):
+    """Every rank has something to compute: there is no need to guess on."""
+
+
+class _Attempt:
+    """One run of a decision: what it asked for, and what of it is missing."""
+
+    def __init__(self, known: dict[tuple[str, int], np.ndarray], documents: Sequence[Document], room: int):
+        self._known, self._documents, self._room = known, documents, room
+        self._guesses: dict[tuple[str, int], np.ndarray] = {}
+        self.asked: set[tuple[str, int]] = set()
+        self.missing: list[tuple[Candidate, int]] = []
+
+    def look_up(self, candidate: Candidate, document: int) -> np.ndarray:
+        pair = candidate.key, document
+        if pair in self._known:
+            self.asked.add(pair)
+            return self._known[pair]
+        if pair not in self._guesses:
+            self._guesses[pair] = np.zeros(len(self._documents[document].spans))  # the candidate stays in the race until it is known
+            self.missing.append((candidate, document))
+            if len(self.missing) == self._room:
+                raise _EnoughMissing
+        return self._guesses[pair]
 
 
 def _read_journal(journal: Path) -> list[dict[str, Any]]:
@@ -92,28 +194,3 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return json.loads(line) if line.endswith("\n") else None
     except json.JSONDecodeError:
         return None
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _from_all(mine: Any) -> list[Any]:
-    """Every rank's object, in rank order, on every rank."""
-    if _world() == 1:
-        return [mine]
-    parts: list[Any] = [None] * _world()
-    dist.all_gather_object(parts, mine)
-    return parts
-
-
-def _from_rank_0(value: Any) -> Any:
-    if _world() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -1,13 +1,17 @@
-"""What the search searches: a critical index, the tail of rescale factors from it on, and the long window's attention factor.
+"""What the search searches: rescale factors within their bounds, and the long window's attention factor.
 
-Choice: a candidate holds only what is free; everything left of the critical index follows from it by the NTK rule (METHOD:
-``lambda_rcd^(i/rcd)``). Values lie on a grid, so that equal candidates are equal. Paper, Algorithms 1 and 2; what they leave open is a
-knob of ``SearchConfig``.
+Two spaces. ``longrope2``: a critical index and the tail of factors from it on; everything left of it follows by the NTK rule (METHOD:
+``lambda_rcd^(i/rcd)``). ``longrope``: every factor is free, as in LongRoPE v1 (the paper's ablation "all dimensions"), and the first tokens may
+keep the original RoPE.
+
+Choice: a candidate holds only what is free, on a grid, so that equal candidates are equal and are never evaluated twice. Paper, Algorithms 1
+and 2; what they leave open is a knob of ``SearchConfig``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -17,20 +21,23 @@ from lr2train.rope.methods import METHODS
 from lr2train.rope.spectrum import Spectrum
 
 ATTENTION_GRID = 0.005
+ALL = 0  # the critical index of a candidate whose factors are all free: its tail is the whole table
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A point of the search space."""
 
-    critical_index: int  # rcd, zero-based cosine index
+    critical_index: int  # rcd, zero-based cosine index; ALL where every factor is free
     tail: tuple[float, ...]  # lambda_i for i >= rcd, non-decreasing
     attention_factor: float
+    original_tokens: int = 0  # positions below it keep the original RoPE (LongRoPE v1)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Equal for equal candidates; what the journal files evaluations under."""
-        return f"{self.critical_index}|{self.attention_factor!r}|{','.join(map(repr, self.tail))}"
+        start = f"|{self.original_tokens}" if self.original_tokens else ""
+        return f"{self.critical_index}|{self.attention_factor!r}|{','.join(map(repr, self.tail))}{start}"
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,17 @@ class Space:
 
     def __post_init__(self) -> None:
         fixed = self.knobs.critical_index
+        if fixed is not None and self.all_dims:
+            raise UserError(
+                f"search.critical_index={fixed} has no meaning where search.space=longrope sets every factor free; leave one of them out"
+            )
         if fixed is not None and not 1 <= fixed < self.spectrum.n_dims:
             raise UserError(
                 f"search.critical_index={fixed} is outside 1 … {self.spectrum.n_dims - 1}; set it inside, or leave it empty to search it"
+            )
+        if self.knobs.algorithm == "cmaes" and self.all_dims:
+            raise UserError(
+                "search.algorithm=cmaes has a form for the tail alone; set search.space=longrope2, or search.algorithm=evolution"
             )
         self._refuse_bounds("tail")
         self._refuse_bounds("attention_factor")
@@ -65,6 +80,20 @@ class Space:
             raise UserError(
                 f"search.top_k={self.knobs.top_k} is outside 1 … {self.knobs.population - 1}, which leaves no parent or no room for "
                 f"children; set search.top_k to {max(1, self.knobs.population // 4)}, or raise search.population"
+            )
+
+        self._refuse_original_tokens()
+
+    def _refuse_original_tokens(self) -> None:
+        counts = self.knobs.original_tokens
+        if not counts or min(counts) < 0 or max(counts) > self.spectrum.window_tokens:
+            raise UserError(
+                f"search.original_tokens={counts} are not counts between 0 and the original window of {self.spectrum.window_tokens}; "
+                "set it to a list of such counts, or to [0] for none"
+            )
+        if set(counts) != {0} and not self.all_dims:
+            raise UserError(
+                f"search.original_tokens={counts} belongs to LongRoPE v1's space; set search.space=longrope, or search.original_tokens=[0]"
             )
 
     def _refuse_bounds(self, name: str) -> None:
@@ -80,20 +109,28 @@ class Space:
         return self.target_tokens / self.spectrum.window_tokens
 
     @property
+    def all_dims(self) -> bool:
+        """Whether every factor is free, not only the tail."""
+        return self.knobs.space == "longrope"
+
+    @property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest tail factor."""
-        return self.knobs.tail_low * self.scale, self.knobs.tail_high * self.scale
+        """Lowest and highest free factor; a fast dimension, where those are free too, may stay as it was."""
+        return 1.0 if self.all_dims else self.knobs.tail_low * self.scale, self.knobs.tail_high * self.scale
 
     @property
     def critical_indices(self) -> range:
         """d10 … tcd (paper, Algorithm 1, line 3), or the fixed one."""
-        fixed = self.knobs.critical_index
+        fixed = ALL if self.all_dims else self.knobs.critical_index
         if fixed is not None:
             return range(fixed, fixed + 1)
         return range(self.spectrum.lowest_critical_index, self.spectrum.critical_index + 1)
 
     def factors(self, candidate: Candidate) -> Factors:
         """The candidate as factors that a model can use."""
+        if candidate.critical_index == ALL:
+            made = METHODS["longrope"](self.spectrum, self.target_tokens, rescale=candidate.tail, original_tokens=candidate.original_tokens)
+            return replace(made, attention_factor=candidate.attention_factor)
         return METHODS["longrope2"](
             self.spectrum,
             self.target_tokens,
@@ -103,21 +140,32 @@ class Space:
         )
 
     def initial(self, rng: np.random.Generator) -> list[Candidate]:
-        """Algorithm 1: one member a critical index with a constant tail drawn from the bounds; then mutations of them until there are P."""
-        indices = np.array(self.critical_indices)
-        if len(indices) > self.knobs.population:
-            indices = indices[np.linspace(0, len(indices) - 1, self.knobs.population).round().astype(int)]
-        members = [self._constant(int(index), rng) for index in indices]
+        """Algorithm 1: one member a critical index with a constant tail drawn from the bounds; then mutations of them until there are P.
+
+        Where every factor is free: PI, NTK-aware and the lambda-linear YaRN curve, as LongRoPE v1 starts, and mutations of them.
+        """
+        if self.all_dims:
+            members = [self._like(name, rng) for name in ("pi", "ntk_aware", "longrope")][: self.knobs.population]
+        else:
+            indices = np.array(self.critical_indices)
+            if len(indices) > self.knobs.population:
+                indices = indices[np.linspace(0, len(indices) - 1, self.knobs.population).round().astype(int)]
+            members = [self._constant(int(index), rng) for index in indices]
         return self.fill(members, members, self.knobs.population, rng)
 
+    def _like(self, method: str, rng: np.random.Generator) -> Candidate:
+        table = METHODS[method](self.spectrum, self.target_tokens).rescale
+        return Candidate(ALL, tuple(self.on_grid(value) for value in table), self._draw_attention_factor(rng), self._draw_start(rng))
+
+    def _draw_start(self, rng: np.random.Generator) -> int:
+        return int(rng.choice(self.knobs.original_tokens)) if self.all_dims else 0
+
     def _constant(self, critical_index: int, rng: np.random.Generator) -> Candidate:
-        value = self._on_grid(rng.uniform(*self.bounds))
+        value = self.on_grid(rng.uniform(*self.bounds))
         return Candidate(critical_index, (value,) * (self.spectrum.n_dims - critical_index), self._draw_attention_factor(rng))
 
     def _draw_attention_factor(self, rng: np.random.Generator) -> float:
-        if not self.knobs.search_attention_factor:
-            return self.attention_factor
-        return self._attention_on_grid(rng.uniform(self.knobs.attention_factor_low, self.knobs.attention_factor_high))
+        return self.attention_factor_at(rng.uniform())
 
     def fill(
         self, members: list[Candidate], parents: list[Candidate], size: int, rng: np.random.Generator, seen: frozenset[str] = frozenset()
@@ -140,14 +188,27 @@ class Space:
         """Algorithm 2, lines 4-8: each tail entry moves with probability p, under the bounds and the non-decreasing order."""
         child = parent
         if rng.random() < self.knobs.crossover:
-            mate = mates[rng.integers(len(mates))]
-            child = replace(self._with_critical_index(child, mate.critical_index), attention_factor=mate.attention_factor)
-        if rng.random() < self.knobs.move_critical_index:
+            child = self._cross(child, mates[rng.integers(len(mates))], rng)
+        if rng.random() < self.knobs.move_critical_index and not self.all_dims:
             indices = self.critical_indices
             moved = child.critical_index + int(rng.choice([-2, -1, 1, 2]))
             child = self._with_critical_index(child, min(max(moved, indices[0]), indices[-1]))
+        if self.all_dims and rng.random() < self.knobs.mutation_probability:
+            child = replace(child, original_tokens=self._draw_start(rng))
         return replace(
             child, tail=self._mutate_tail(child.tail, rng), attention_factor=self._mutate_attention_factor(child.attention_factor, rng)
+        )
+
+    def _cross(self, a: Candidate, b: Candidate, rng: np.random.Generator) -> Candidate:
+        """Each trait from either parent, tail entries one by one and then put in order: as many low ones as high ones stay."""
+        first, second = (a, b) if rng.random() < 0.5 else (b, a)
+        other = self._with_critical_index(second, first.critical_index)
+        tail = np.where(rng.random(len(first.tail)) < 0.5, first.tail, other.tail)
+        return replace(
+            first,
+            tail=tuple(np.sort(tail).tolist()),
+            attention_factor=(first if rng.random() < 0.5 else second).attention_factor,
+            original_tokens=(first if rng.random() < 0.5 else second).original_tokens,
         )
 
     def _with_critical_index(self, candidate: Candidate, critical_index: int) -> Candidate:
@@ -161,7 +222,7 @@ class Space:
         low, high = self.bounds
         values = np.array(tail)
         for i in np.flatnonzero(rng.random(len(values)) < self.knobs.mutation_probability):
-            values[i] = self._on_grid(rng.normal(values[i], self.knobs.mutation_spread * (high - low)))
+            values[i] = self.on_grid(rng.normal(values[i], self.knobs.mutation_spread * (high - low)))
             values[:i] = np.minimum(values[:i], values[i])
             values[i:] = np.maximum(values[i:], values[i])
         return tuple(map(float, values))
@@ -172,8 +233,16 @@ class Space:
         low, high = self.knobs.attention_factor_low, self.knobs.attention_factor_high
         return self._attention_on_grid(rng.normal(value, self.knobs.mutation_spread * (high - low)))
 
-    def _on_grid(self, value: float) -> float:
+    def on_grid(self, value: float) -> float:
+        """The nearest factor that a candidate may have."""
         return _nearest(value, self.knobs.mutation_step, *self.bounds)
+
+    def attention_factor_at(self, share: float) -> float:
+        """The attention factor at a share 0 … 1 of its range; the fixed one where it is not searched."""
+        if not self.knobs.search_attention_factor:
+            return self.attention_factor
+        low, high = self.knobs.attention_factor_low, self.knobs.attention_factor_high
+        return self._attention_on_grid(low + share * (high - low))
 
     def _attention_on_grid(self, value: float) -> float:
         return _nearest(value, ATTENTION_GRID, self.knobs.attention_factor_low, self.knobs.attention_factor_high)

@@ -1,4 +1,4 @@
-"""Evolution as a generator of generations.
+"""The search as a generator of generations.
 
 Choice: every generation's random stream depends on the seed and its number alone, and every evaluation is in a journal. A killed search is
 started again from generation 0 and finds its finished evaluations there: it takes the same way to the same winner, on any number of ranks.
@@ -10,26 +10,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lr2train.evolution.genome import Candidate, Space
+from lr2train.evolution.race import Scored
 from lr2train.run import stream
 
-Fitness = Callable[[Sequence[Candidate]], list[float]]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A candidate and its needle perplexity (lower is better)."""
-
-    candidate: Candidate
-    perplexity: float
+Judgement = Callable[[Sequence[Candidate], Sequence[Candidate]], list[Scored]]
+"""(candidates, those kept so far) -> the candidates in their order, scored."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one generation left."""
+    """What one generation left.
 
-    index: int  # 0 is the initial population
-    population: tuple[Scored, ...]  # best first
-    evaluated: int  # candidates evaluated so far
+    Attributes:
+        index: 0 is the initial population.
+        population: parents and children that were scored on all documents, best first.
+        dropped: children that left the race, by their loss so far.
+        evaluated: candidates met so far.
+    """
+
+    index: int
+    population: tuple[Scored, ...]
+    dropped: tuple[Scored, ...]
+    evaluated: int
 
     @property
     def best(self) -> Scored:
@@ -37,31 +39,32 @@ class Generation:
         return self.population[0]
 
 
-def evolve(space: Space, fitness: Fitness, seed: int) -> Iterator[Generation]:
+def evolve(space: Space, judge: Judgement, seed: int) -> Iterator[Generation]:
     """Yield generation 0 (Algorithm 1), then one generation of Algorithm 2 after another, ``generations`` of them.
 
     Args:
         space: bounds and knobs.
-        fitness: perplexities of candidates, in order; pure.
+        judge: scores candidates; pure. At least ``top_k`` of all that it meets it scores on everything.
         seed: of every random choice.
     """
     knobs = space.knobs
     seen: set[str] = set()
-
-    def score(candidates: list[Candidate]) -> list[Scored]:
-        seen.update(candidate.key for candidate in candidates)
-        return [Scored(candidate, perplexity) for candidate, perplexity in zip(candidates, fitness(candidates), strict=True)]
-
-    population = _ranked(score(space.initial(stream(seed, "search", 0))))
-    yield Generation(0, population, len(seen))
-    for index in range(1, knobs.generations + 1):
-        parents = population[: knobs.top_k]
-        candidates = [parent.candidate for parent in parents]
-        children = space.fill([], candidates, knobs.population - len(parents), stream(seed, "search", index), frozenset(seen))
-        population = _ranked([*parents, *score(children)])
-        yield Generation(index, population, len(seen))
+    parents: tuple[Scored, ...] = ()
+    for index in range(knobs.generations + 1):
+        kept = [parent.candidate for parent in parents]
+        rng = stream(seed, "search", index)
+        children = space.fill([], kept, knobs.population - len(kept), rng, frozenset(seen)) if kept else space.initial(rng)
+        seen.update(child.key for child in children)
+        generation = _generation(index, parents, judge(children, kept), len(seen))
+        parents = generation.population[: knobs.top_k]
+        yield generation
 
 
-def _ranked(scored: Sequence[Scored]) -> tuple[Scored, ...]:
+def _generation(index: int, parents: Sequence[Scored], children: Sequence[Scored], evaluated: int) -> Generation:
+    complete = ranked([*parents, *(child for child in children if not child.dropped)])
+    return Generation(index, complete, ranked([child for child in children if child.dropped]), evaluated)
+
+
+def ranked(scored: Sequence[Scored]) -> tuple[Scored, ...]:
     """Best first; ties by key, so that the order never depends on who was evaluated where."""
-    return tuple(sorted(scored, key=lambda one: (one.perplexity, one.candidate.key)))
+    return tuple(sorted(scored, key=lambda one: (one.loss, one.candidate.key)))

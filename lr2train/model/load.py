@@ -63,7 +63,7 @@ def config_of(model: ModelConfig) -> Any:
     folder = folder_of(model)
     try:
         hf_config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:  # KeyError: a rope type that transformers has forgotten
         raise UserError(
             f"model.path={model.path} has no readable config.json ({_brief(error)}); set model.path to a Hugging Face model folder"
         ) from error

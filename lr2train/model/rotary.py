@@ -5,6 +5,9 @@ Choice: the rotary module of a Hugging Face model is swapped for ``WindowRotary`
 largest position instead, which disagrees between the ranks of one sequence and flips on packed restarts. Cost: whoever calls the model
 names the window.
 
+The first ``Factors.original_tokens`` positions of the long window keep the original frequencies (LongRoPE v1). Cost: with them a token's
+angle to another depends on where both stand, no longer on their distance alone; without them nothing is computed.
+
 The tables are plain attributes, not buffers: nothing that casts a module to bfloat16 can touch them, and at 128k a bfloat16 frequency is
 noise.
 """
@@ -12,7 +15,8 @@ noise.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,8 +24,37 @@ from torch import nn
 from lr2train.config import UserError
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
+from lr2train.rope.spectrum import Spectrum
 
 WINDOWS = ("short", "long")
+
+
+class Table(NamedTuple):
+    """One window's RoPE.
+
+    Attributes:
+        inv_freq: fp32 [D], radians per token.
+        attention_factor: multiplies cos and sin.
+        original_tokens: positions below it turn by ``original_inv_freq`` in the place of ``inv_freq``.
+        original_inv_freq: fp32 [D]; None where ``original_tokens`` is 0.
+    """
+
+    inv_freq: torch.Tensor
+    attention_factor: float
+    original_tokens: int = 0
+    original_inv_freq: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Table:
+        """The same on a device."""
+        original = None if self.original_inv_freq is None else self.original_inv_freq.to(device)
+        return self._replace(inv_freq=self.inv_freq.to(device), original_inv_freq=original)
+
+    def inv_freq_at(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Frequencies at each position, [D] or [B, T, D]."""
+        if not self.original_tokens:
+            return self.inv_freq
+        assert self.original_inv_freq is not None
+        return torch.where(position_ids[..., None] < self.original_tokens, self.original_inv_freq, self.inv_freq)
 
 
 class WindowRotary(nn.Module):
@@ -29,30 +62,40 @@ class WindowRotary(nn.Module):
 
     Attributes:
         window: "short" or "long"; the table that the next forward uses.
+        tables: both, by window.
     """
 
     def __init__(self, short_inv_freq: torch.Tensor, short_attention_factor: float, factors: Factors):
         super().__init__()
-        self.tables = {"short": (short_inv_freq, short_attention_factor), "long": (long_inv_freq(factors), factors.attention_factor)}
+        self.tables = {"short": Table(short_inv_freq, short_attention_factor)}
+        self.use(factors)
         self.window = "short"
+
+    def use(self, factors: Factors) -> None:
+        """Put other factors into the long table; the short one stays the model's own."""
+        self.tables["long"] = long_table(factors)
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin of shape [B, T, rotary_dim] in x's dtype, for position_ids [B, T]; angles are always computed in fp32."""
-        inv_freq, attention_factor = self.tables[self.window]
-        if inv_freq.device != x.device:
-            inv_freq = inv_freq.to(x.device)
-            self.tables[self.window] = (inv_freq, attention_factor)
-        half = position_ids[..., None].float() * inv_freq
+        table = self.tables[self.window]
+        if table.inv_freq.device != x.device:
+            table = self.tables[self.window] = table.to(x.device)
+        half = position_ids[..., None].float() * table.inv_freq_at(position_ids)
         angles = torch.cat((half, half), dim=-1)
-        return (angles.cos() * attention_factor).to(x.dtype), (angles.sin() * attention_factor).to(x.dtype)
+        return (angles.cos() * table.attention_factor).to(x.dtype), (angles.sin() * table.attention_factor).to(x.dtype)
 
 
-def long_inv_freq(factors: Factors) -> torch.Tensor:
-    """``1 / (lambda_i * b^(2i/d))`` in fp32, in transformers' order of operations for ``longrope``: equal to its table bit for bit."""
-    rotary_dim, base = factors.spectrum.rotary_dim, factors.spectrum.base
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
-    return 1.0 / (torch.tensor(factors.rescale, dtype=torch.float32) * base**exponent)
+def long_table(factors: Factors) -> Table:
+    """The long window of some factors, on the CPU; equal to transformers' ``longrope`` bit for bit where no first tokens are kept."""
+    original = _inv_freq(factors.spectrum, (1.0,) * factors.spectrum.n_dims) if factors.original_tokens else None
+    return Table(_inv_freq(factors.spectrum, factors.rescale), factors.attention_factor, factors.original_tokens, original)
+
+
+def _inv_freq(spectrum: Spectrum, rescale: Sequence[float]) -> torch.Tensor:
+    """``1 / (lambda_i * b^(2i/d))`` in fp32, in transformers' order of operations."""
+    exponent = torch.arange(0, spectrum.rotary_dim, 2, dtype=torch.int64).float() / spectrum.rotary_dim
+    return 1.0 / (torch.tensor(rescale, dtype=torch.float32) * spectrum.base**exponent)
 
 
 def install(model: Any, factors: Factors) -> WindowRotary:

@@ -38,8 +38,12 @@ def heatmap(cells: Sequence[dict[str, Any]]) -> str:
 def color_of(share: float) -> tuple[str, str]:
     """Background and text colour of a share 0 … 1."""
     red, green, blue, _ = _SCALE(min(max(share, 0.0), 1.0))
-    bright = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return f"rgb({red * 255:.0f},{green * 255:.0f},{blue * 255:.0f})", "#111" if bright > 0.45 else "#fff"
+    return f"rgb({red * 255:.0f},{green * 255:.0f},{blue * 255:.0f})", text_color(red, green, blue)
+
+
+def text_color(red: float, green: float, blue: float) -> str:
+    """Black or white, whichever is readable on a colour; parts 0 … 1."""
+    return "#111" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45 else "#fff"
 
 
 def gradient() -> str:

@@ -27,6 +27,7 @@ class Inputs:
     Attributes:
         folder: the run that the report is of.
         search_folder, corpus_folder, base_folder: the runs that it was made from.
+        model_folder: the trained model, or the one that a search searched for.
         origins: (run, verb, config, provenance) of every verb that left them.
     """
 
@@ -38,9 +39,11 @@ class Inputs:
     factors: Factors | None = None
     export: Json | None = None
     sample: Json | None = None
+    model_folder: Path | None = None
     model: Json | None = None
     search_folder: Path | None = None
     search: Json | None = None
+    search_config: Json = field(default_factory=dict)
     generations: Sequence[Json] = ()
     journal: Sequence[Json] = ()
     corpus_folder: Path | None = None
@@ -48,6 +51,33 @@ class Inputs:
     base_folder: Path | None = None
     base_metrics: Sequence[Json] = ()
     origins: Sequence[tuple[Path, str, Json, Json]] = ()
+
+    @property
+    def critical_index(self) -> int | None:
+        """rcd of the run's factors, where the search or the config says it; None too where the search knew no border (it then writes 0)."""
+        rope = self.config.get("rope", {})
+        searched = self.search is not None and (not self.config or rope.get("factors") is not None)
+        return (self.search["critical_index"] if self.search and searched else rope.get("critical_index")) or None
+
+    @property
+    def has_border(self) -> bool:
+        """Whether the candidates of the search have critical indices (a search of every dimension has none, and writes 0)."""
+        return any(any(line["critical_indices"]) for line in self.generations)
+
+    @property
+    def search_settings(self) -> Json:
+        """Of the search; empty where they were not recorded."""
+        return (self.search or {}).get("settings") or self.search_config.get("search", {})
+
+    @property
+    def top_k(self) -> int:
+        """How many candidates of a generation are parents of the next; a quarter of the population where the search did not say."""
+        return self.search_settings.get("top_k") or max(1, len(self.generations[-1]["perplexities"]) // 4)
+
+    @property
+    def objective(self) -> str:
+        """Whose perplexity the search lowered: needle | text."""
+        return "text" if self.search_settings.get("objective") == "text" else "needle"
 
 
 def gather(folders: Sequence[Path]) -> Inputs:
@@ -65,10 +95,11 @@ def gather(folders: Sequence[Path]) -> Inputs:
     run, given = folders[0], folders[1:]
     config, trained = _json(run / "train.config.json") or {}, _json(run / "train.json")
     search = _pick(given, "generations.jsonl") or _search_of(run, config)
-    corpus = _pick(given, "corpus.json") or _related(
-        run, (trained or {}).get("corpus") or config.get("data", {}).get("path"), "corpus.json"
-    )
-    base = _pick(given, "train.json") or _base_of(run, (trained or {}).get("base") or config.get("model", {}).get("path"))
+    searched = (_json(search / "search.config.json") or {}) if search else {}
+    told = config or (searched if search == run else {})  # a search's page tells of what the search was made from
+    corpus = _pick(given, "corpus.json") or _related(run, (trained or {}).get("corpus") or told.get("data", {}).get("path"), "corpus.json")
+    base = _pick(given, "train.json") or _base_of(run, (trained or {}).get("base") or told.get("model", {}).get("path"))
+    model = run / "model" if (run / "model").is_dir() else _related(run, told.get("model", {}).get("path"), "config.json")
     return Inputs(
         folder=run,
         train=trained,
@@ -78,9 +109,11 @@ def gather(folders: Sequence[Path]) -> Inputs:
         factors=_factors(run, search),
         export=_json(run / "export.json"),
         sample=_json(run / "generate.json"),
-        model=_json(run / "model" / "config.json"),
+        model_folder=model,
+        model=_json(model / "config.json") if model else None,
         search_folder=search,
         search=_json(search / "search.json") if search else None,
+        search_config=searched,
         generations=read_jsonl(search / "generations.jsonl") if search else (),
         journal=read_jsonl(search / "journal.jsonl") if search else (),
         corpus_folder=corpus,

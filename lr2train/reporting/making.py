@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lr2train.reporting import charts
+from lr2train.reporting.canvas import WIDE
 from lr2train.reporting.inputs import Inputs, Json
-from lr2train.reporting.page import Missing, count, facts, figure, heading, table, text
+from lr2train.reporting.page import Missing, count, facts, figure, heading, number, table, text
+from lr2train.reporting.population import candidates
 
 
 def factors(inputs: Inputs) -> str | Missing:
@@ -14,33 +17,39 @@ def factors(inputs: Inputs) -> str | Missing:
     made = inputs.factors
     if made is None or made.scale == 1:
         return Missing("This run has no factors of its own.", "python -m lr2train.search experiment=… name=factors")
-    index, spectrum = critical_index(inputs), made.spectrum
+    index, spectrum = inputs.critical_index, made.spectrum
     sentence = (
         f"Rotary dimension {spectrum.rotary_dim}, base {spectrum.base:g}; attention factor {made.attention_factor:g} in the long "
         "window, exactly 1 in the short one."
     )
-    if index is not None:
-        ratio = min(made.rescale[index:]) / made.scale, max(made.rescale[index:]) / made.scale
-        sentence += (
-            f" From the critical index {index} on ({spectrum.critical_index - index} below the theoretical {spectrum.critical_index}) "
-            f"the factors lie between {ratio[0]:.2f} s and {ratio[1]:.2f} s."
-        )
+    low, high = (bound / made.scale for bound in (min(made.rescale[index or 0 :]), max(made.rescale[index or 0 :])))
+    where = (
+        f"From the critical index {index} on ({_below(spectrum.critical_index - index)})" if index is not None else "Over all dimensions"
+    )
+    sentence += f" {where} the factors lie between {low:.2f} s and {high:.2f} s."
     caption = (
         "Each point divides one rotation frequency by λᵢ. <em>tcd</em> is the first index whose period exceeds the original "
-        "window; ten periods of <em>d10</em> still fit into it; "
-        "<em>rcd</em> is where this run's free factors begin. The band is the search's usual range."
+        "window; ten periods of <em>d10</em> still fit into it"
+        + ("; <em>rcd</em> is where this run's free factors begin. The band is the search's usual range." if index is not None else ".")
     )
+    of_periods = (
+        "The original RoPE crosses the original window L0 at <em>tcd</em>; below that line whole turns were seen in training. Where a rule "
+        "crosses the target window L, its own border lies."
+    )
+    if made.original_tokens:
+        sentence += f" The first {made.original_tokens:,} tokens keep the original RoPE."
     return (
         heading("RoPE factors", sentence)
-        + f'<div class="figures">{figure("Rescale factors", charts.factor_curves(made, index), caption, wide=True)}</div>'
+        + f'<div class="figures">{figure("Rescale factors", charts.factor_curves(made, index).svg(), caption, wide=True)}'
+        + f"{figure('Periods', replace(charts.periods(made, index), size=WIDE).svg(), of_periods, wide=True)}</div>"
     )
 
 
-def critical_index(inputs: Inputs) -> int | None:
-    """rcd of the run's factors, where the search or the config says it."""
-    rope = inputs.config.get("rope", {})
-    searched = inputs.search is not None and (not inputs.config or rope.get("factors") is not None)
-    return inputs.search["critical_index"] if inputs.search and searched else rope.get("critical_index")
+def _below(dimensions: int) -> str:
+    """Where rcd lies beside tcd."""
+    if dimensions == 0:
+        return "the theoretical one"
+    return f"{count(abs(dimensions), 'dimension')} {'below' if dimensions > 0 else 'above'} the theoretical one"
 
 
 def search(inputs: Inputs) -> str | Missing:
@@ -50,35 +59,58 @@ def search(inputs: Inputs) -> str | Missing:
         return Missing(
             "The factors of this run come from no search that is at hand.", "python -m lr2train.search experiment=… name=factors"
         )
-    spectrum = inputs.factors.spectrum if inputs.factors else None
-    found = [index for line in lines for index in line["critical_indices"]]
-    low, high = (spectrum.lowest_critical_index, spectrum.critical_index) if spectrum else (min(found), max(found))
+    tokens = "the answers' tokens of needle documents" if inputs.objective == "needle" else "all tokens of plain documents"
     figures = [
         figure(
             "Perplexity by generation",
-            charts.search_progress(lines),
-            "Over the answers' tokens of all needle documents, before any training. A search that has converged is flat at the "
-            "end, best and median together.",
-        ),
-        figure(
-            "Critical index",
-            charts.critical_indices(lines, low, high),
-            f"Where the population puts the border, inside d10 = {low} … tcd = {high}.",
+            charts.search_progress(lines, inputs.objective).svg(),
+            f"Over {tokens}, before any training. A search that has converged is flat at the end, best and "
+            "median together." + _dropped(lines),
         ),
         figure(
             "Attention factor",
-            charts.attention_factors(lines),
-            "Every candidate of every generation. It scales attention logits by its square.",
+            charts.attention_factors(lines, inputs.search, inputs.objective).svg(),
+            "Every candidate once. The factor scales attention logits by its square.",
         ),
     ]
+    if inputs.has_border:
+        figures += _critical_indices(inputs)
     if inputs.journal:
-        caption = "Bars hold the middle half of all candidates. Documents on which they differ decide the search."
-        figures.append(figure("Needle documents", charts.documents(inputs.journal), caption))
+        caption = "Bars hold the middle half of the candidates scored on it. Documents on which they differ decide the search."
+        figures.append(figure("Documents", charts.documents(inputs.journal).svg(), caption))
     return heading("Search", _search_sentence(inputs)) + f'<div class="figures">{"".join(figures)}</div>'
 
 
+def _dropped(lines: Sequence[Json]) -> str:
+    every = candidates(lines)
+    dropped = len(every) - int(every.complete.sum())
+    if not dropped:
+        return ""
+    return (
+        f" {dropped:,} of {len(every):,} candidates were dropped before all documents were read; they count in median and middle half at "
+        "the perplexity that they had then."
+    )
+
+
+def _critical_indices(inputs: Inputs) -> list[str]:
+    spectrum = inputs.factors.spectrum if inputs.factors else None
+    between = f", between d10 = {spectrum.lowest_critical_index} and tcd = {spectrum.critical_index}" if spectrum else ""
+    return [
+        figure(
+            "Critical index",
+            charts.critical_index_histogram(inputs.generations, inputs.search, inputs.top_k, spectrum).svg(),
+            "Every candidate once, beside the parents that the last generation leaves.",
+        ),
+        figure(
+            "Critical index by generation",
+            charts.critical_indices(inputs.generations, spectrum).svg(),
+            f"Where the population puts the border{between}.",
+        ),
+    ]
+
+
 def _search_sentence(inputs: Inputs) -> str:
-    forwards = inputs.generations[-1]["document_forwards"]
+    forwards = (inputs.search or inputs.generations[-1]).get("document_forwards", inputs.generations[-1]["document_forwards"])
     sentence = f"{forwards:,} document-forwards in {inputs.generations[-1]['generation']} generations after the first"
     if inputs.journal:
         sentence += (
@@ -86,10 +118,15 @@ def _search_sentence(inputs: Inputs) -> str:
             f"{count(len({entry['rank'] for entry in inputs.journal}), 'rank')}"
         )
     if inputs.search:
+        border = f"rcd {inputs.search['critical_index']}, " if inputs.search["critical_index"] else ""
         sentence += (
-            f"; the winner has rcd {inputs.search['critical_index']}, attention factor {inputs.search['attention_factor']:g} and "
-            f"needle perplexity {inputs.search['perplexity']:.3f}"
+            f"; the winner has {border}attention factor {inputs.search['attention_factor']:g} and {inputs.objective} "
+            f"perplexity {number(inputs.search['perplexity'])}"
         )
+        if "scored_documents" in inputs.search:
+            sentence += f" over {inputs.search['scored_documents']} documents"
+    else:
+        sentence += f"; it still runs, the best {inputs.objective} perplexity so far is {number(inputs.generations[-1]['best_perplexity'])}"
     return text(sentence + ".")
 
 
@@ -100,7 +137,9 @@ def training(inputs: Inputs) -> str | Missing:
     lines = inputs.metrics
     figures = [
         figure(
-            "Loss by window", charts.loss_by_window(lines, "loss"), "Thin: every step. Strong: running mean over a twenty-fifth of the run."
+            "Loss by window",
+            charts.loss_by_window(lines, "the run").svg(),
+            "Thin: every step. Strong: running mean over a twenty-fifth of the run.",
         )
     ]
     for key, label, smoothed, caption in (
@@ -110,7 +149,7 @@ def training(inputs: Inputs) -> str | Missing:
         ("mfu", "model FLOPs utilisation", True, "Share of the GPUs' peak, without what is recomputed."),
     ):
         if charts.has(lines, key):
-            figures.append(figure(label[0].upper() + label[1:], charts.metric(lines, key, label, smoothed), caption))
+            figures.append(figure(label[0].upper() + label[1:], charts.metric(lines, key, label, smoothed).svg(), caption))
     return heading("Training", _training_sentence(lines)) + f'<div class="figures">{"".join(figures)}</div>' + _base(inputs)
 
 
@@ -135,7 +174,7 @@ def _base(inputs: Inputs) -> str:
         f"From <code>{text(inputs.base_folder)}</code>, {len(inputs.base_metrics):,} steps from scratch. Jumps are stages of its "
         "curriculum."
     )
-    chart = charts.loss_by_window(inputs.base_metrics, "base", charts.WIDE)
+    chart = replace(charts.loss_by_window(inputs.base_metrics, "the base model"), size=WIDE).svg()
     return f'<h3>The base model</h3><div class="figures">{figure("Loss of the base model", chart, caption, wide=True)}</div>'
 
 

@@ -6,6 +6,7 @@ Choice: small functions that return strings. Whatever comes from data passes thr
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,10 +48,10 @@ def wanting(sections: Sequence[tuple[str, Missing]]) -> str:
     return f'{heading("Not here yet")}<ul class="missing">{lines}</ul>'
 
 
-def card(name: str, value: str, note: str, hero: bool = False, extra: str = "") -> str:
-    """A figure in large type; ``value``, ``note`` and ``extra`` are HTML."""
+def card(name: str, value: str, note: str, hero: bool = False, extra: str = "", long: bool = False) -> str:
+    """A figure in large type; ``value``, ``note`` and ``extra`` are HTML; ``long``: the value needs smaller type."""
     return (
-        f'<div class="card{" hero" * hero}"><div class="name">{text(name)}</div><div class="value">{value}</div><div '
+        f'<div class="card{" hero" * hero}{" long" * long}"><div class="name">{text(name)}</div><div class="value">{value}</div><div '
         f'class="note">{note}</div>{extra}</div>'
     )
 
@@ -58,6 +59,13 @@ def card(name: str, value: str, note: str, hero: bool = False, extra: str = "") 
 def count(number: int, noun: str) -> str:
     """1 rank, 2 ranks."""
     return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def number(value: float) -> str:
+    """A perplexity or a loss: four digits after the point near 1, where perplexities of good searches lie."""
+    if not math.isfinite(value):
+        return "∞"
+    return f"{value:.4f}" if 1 <= value < 1.1 else f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.1e}"
 
 
 def change(before: str, after: str) -> str:

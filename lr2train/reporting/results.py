@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lr2train.reporting.heatmap import gradient, heatmap, short_count
 from lr2train.reporting.inputs import Inputs, Json
-from lr2train.reporting.page import Missing, card, change, count, facts, fold, heading, table, text
+from lr2train.reporting.page import Missing, card, change, count, facts, fold, heading, number, table, text
+from lr2train.reporting.population import candidates, winner
 
 MEASURES = (
     ("accuracy", "Needle accuracy", "share of documents whose answer greedy decoding says exactly; higher is better", max),
@@ -61,7 +62,20 @@ def _sentence(inputs: Inputs) -> str:
         )
     elif inputs.metrics:
         parts.append(f"{'in training' if parts else 'In training'}, step {inputs.metrics[-1]['step']:,} reached")
-    return ", ".join(parts) + "." if parts else "Nothing has been recorded here yet."
+    if not inputs.train and not inputs.metrics and inputs.generations:
+        parts.append(_searched(inputs))
+    sentence = ", ".join(parts) + "." if parts else "Nothing has been recorded here yet."
+    return sentence[0].upper() + sentence[1:]
+
+
+def _searched(inputs: Inputs) -> str:
+    """What a page about a search alone says of it."""
+    last, knobs = inputs.generations[-1], inputs.search_settings
+    if inputs.search is None:
+        total = f" of {text(knobs['generations'])}" if "generations" in knobs else ""
+        return f"in search, generation {last['generation']}{total} reached"
+    took = f" in {_duration(inputs.search['seconds'])}" if "seconds" in inputs.search else ""
+    return f"found in {last['generation']} generations of {len(last['perplexities'])} candidates{took}, not trained yet"
 
 
 def _model(inputs: Inputs) -> str:
@@ -70,7 +84,7 @@ def _model(inputs: Inputs) -> str:
     name = Path(base).parent.name + "/" + Path(base).name if base else ""
     if not config:
         return name
-    size = _parameters(inputs.folder / "model")
+    size = _parameters(inputs.model_folder) if inputs.model_folder else ""
     kind = (config.get("architectures") or [config.get("model_type", "model")])[0]
     return (f"{name}: " if name else "") + f"{kind}, {config.get('num_hidden_layers', '?')} layers" + (f", {size}" if size else "")
 
@@ -99,7 +113,7 @@ def _improvements(inputs: Inputs) -> list[str]:
     cards.append(
         card(
             f"Text perplexity at {short_count(target)}",
-            change(_number(old["text_perplexity"]), _number(new["text_perplexity"])),
+            change(number(old["text_perplexity"]), number(new["text_perplexity"])),
             "held-out text, long window",
         )
     )
@@ -108,7 +122,7 @@ def _improvements(inputs: Inputs) -> list[str]:
         cards.append(
             card(
                 f"Kept at {short_count(short)}",
-                change(_number(old["text_perplexity"]), _number(new["text_perplexity"])),
+                change(number(old["text_perplexity"]), number(new["text_perplexity"])),
                 f"text perplexity in the original window; needles {old['accuracy']:.0%} → {new['accuracy']:.0%}",
             )
         )
@@ -128,22 +142,40 @@ def _facts(inputs: Inputs) -> list[str]:
     cards = []
     if len(inputs.generations) > 1:
         first, last = (inputs.generations[i]["best_perplexity"] for i in (0, -1))
-        cards.append(
-            card(
-                "Search: needle perplexity",
-                change(_number(first), _number(last)),
-                f"best of generation 0 → {inputs.generations[-1]['generation']}, before any training",
-            )
-        )
+        note = f"best of generation 0 → {inputs.generations[-1]['generation']}, before any training"
+        alone = not inputs.evaluation and not inputs.metrics
+        cards.append(card(f"Search: {inputs.objective} perplexity", change(number(first), number(last)), note, hero=alone, long=True))
+        cards += _winner(inputs) if alone else []
     if inputs.metrics:
         losses = [line["loss"] for line in inputs.metrics]
         cards.append(
             card(
                 "Training loss",
-                change(_number(losses[0]), _number(losses[-1])),
+                change(number(losses[0]), number(losses[-1])),
                 f"nats per target token, step {inputs.metrics[0]['step']} → {inputs.metrics[-1]['step']:,}",
             )
         )
+    return cards
+
+
+def _winner(inputs: Inputs) -> list[str]:
+    """Of a search alone: what was found, and at what cost."""
+    factor, _, index = winner(inputs.generations, inputs.search)
+    cards = [card("Attention factor", f"{factor:g}", "of the long window, where the best candidate has it")]
+    if inputs.has_border:
+        spectrum = inputs.factors.spectrum if inputs.factors else None
+        note = (
+            f"searched from d10 = {spectrum.lowest_critical_index} to tcd = {spectrum.critical_index}"
+            if spectrum
+            else "of the best candidate"
+        )
+        cards.append(card("Critical index rcd", str(index), note))
+    every = candidates(inputs.generations)
+    dropped = len(every) - int(every.complete.sum())
+    cards.append(
+        card("Candidates", f"{len(every):,}", "all scored on every document" if not dropped else f"{dropped:,} of them dropped early")
+    )
+    cards.append(card("Document-forwards", f"{inputs.generations[-1]['document_forwards']:,}", "one candidate on one document each"))
     return cards
 
 
@@ -178,7 +210,7 @@ def _table(evaluation: Json, key: str, name: str, what: str, better: Callable[..
 
 
 def _figure(value: float, best: float, key: str) -> str:
-    shown = f"{value:.0%}" if key == "accuracy" else _number(value)
+    shown = f"{value:.0%}" if key == "accuracy" else number(value)
     bar = f'<span class="bar" style="width:{100 * value:.0f}%"></span>' if key == "accuracy" else ""
     return f"<td{' class=best' * (value == best)}>{shown}{bar}</td>"
 
@@ -258,10 +290,6 @@ def _origin(folder: Path, verb: str, config: Json, record: Json) -> str:
     return fold(
         f"<strong>{text(verb)}</strong> <span>{text(folder)}</span>", facts(pairs) + f"<pre>{text(json.dumps(config, indent=1))}</pre>"
     )
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.1e}"
 
 
 def _tokens(value: float) -> str:

@@ -1,12 +1,49 @@
 """The page's style sheet: two sets of colours, one layout that folds on a phone. Series colours are Okabe and Ito's."""
 
-STYLE = """
-:root { color-scheme: light dark; --paper:#faf9f6; --card:#ffffff; --ink:#1d1f24; --muted:#666b76; --line:#e3e1da; --soft:#f1efe9;
-  --accent:#0b62a8; --good:#00734f;
-  --s0:#0072b2; --s1:#d55e00; --s2:#009e73; --s3:#b4568f; --s4:#8a6d00; --s5:#767b86; }
-@media (prefers-color-scheme: dark) { :root { --paper:#131519; --card:#1b1e24; --ink:#e9e8e4; --muted:#9aa0ab; --line:#31353e;
-  --soft:#242830; --accent:#6db7f0; --good:#4fcf9f;
-  --s0:#56b4e9; --s1:#f2934b; --s2:#35c79b; --s3:#dd8fc0; --s4:#e0c341; --s5:#9298a3; } }
+LIGHT = {
+    "paper": "#faf9f6",
+    "card": "#ffffff",
+    "ink": "#1d1f24",
+    "muted": "#666b76",
+    "line": "#e3e1da",
+    "soft": "#f1efe9",
+    "accent": "#0b62a8",
+    "good": "#00734f",
+    "s0": "#0072b2",
+    "s1": "#d55e00",
+    "s2": "#009e73",
+    "s3": "#b4568f",
+    "s4": "#8a6d00",
+    "s5": "#767b86",
+}
+DARK = {
+    "paper": "#131519",
+    "card": "#1b1e24",
+    "ink": "#e9e8e4",
+    "muted": "#9aa0ab",
+    "line": "#31353e",
+    "soft": "#242830",
+    "accent": "#6db7f0",
+    "good": "#4fcf9f",
+    "s0": "#56b4e9",
+    "s1": "#f2934b",
+    "s2": "#35c79b",
+    "s3": "#dd8fc0",
+    "s4": "#e0c341",
+    "s5": "#9298a3",
+}
+
+
+def _variables(colors: dict[str, str]) -> str:
+    return " ".join(f"--{name}:{color};" for name, color in colors.items())
+
+
+_COLORS = (
+    f":root {{ color-scheme: light dark; {_variables(LIGHT)} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}\n"
+)
+STYLE = (
+    _COLORS
+    + """
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; scroll-padding-top: 3.4rem; -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
@@ -42,6 +79,7 @@ section { padding: 2.2rem 0 .4rem; }
 .card.hero { grid-row: span 2; display: flex; flex-direction: column; justify-content: center; border-color: color-mix(in srgb,
   var(--accent) 45%, var(--line)); }
 .card.hero .value { font-size: clamp(2.4rem, 6vw, 3.9rem); } .card.hero .name { font-size: .95rem; }
+.card.hero.long .value { font-size: clamp(1.8rem, 4.2vw, 2.9rem); }
 .arrow { color: var(--muted); font-weight: 400; padding: 0 .12em; } .after { color: var(--good); }
 .bars { display: grid; grid-template-columns: fit-content(50%) 1fr max-content; gap: .18rem .7rem; align-items: center; font-size:
   .8rem; color: var(--muted); margin: .5rem 0 .2rem; }
@@ -87,3 +125,4 @@ footer { color: var(--muted); font-size: .82rem; padding-top: 2.5rem; padding-bo
   td { padding: .38rem .6rem; } }
 @media print { nav { display: none; } section { break-inside: avoid; } }
 """
+)

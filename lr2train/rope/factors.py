@@ -37,9 +37,11 @@ class Factors:
         method: name of the rule that made them (a name of METHODS, or what a search calls itself).
         short_rescale: of the window up to L0; None stands for all ones.
         short_attention_factor: of the window up to L0.
+        original_tokens: n: in the long window, positions 0 ... n-1 keep the original frequencies theta_i, all others have theta_i / lambda_i
+            (LongRoPE v1, arXiv 2402.13753); 0 ... L. The attention factor multiplies all of them alike.
 
     Raises:
-        UserError: wrong length, a number that is not positive and finite, L below L0.
+        UserError: wrong length, a number that is not positive and finite, L below L0, n outside 0 ... L.
     """
 
     rescale: tuple[float, ...]
@@ -49,6 +51,7 @@ class Factors:
     method: str
     short_rescale: tuple[float, ...] | None = None
     short_attention_factor: float = 1.0
+    original_tokens: int = 0
 
     def __post_init__(self) -> None:
         extension_ratio(self.spectrum, self.target_window_tokens)
@@ -59,6 +62,7 @@ class Factors:
             short = _checked_table("short_rescale", self.short_rescale, self.spectrum)
             # one spelling of the original RoPE, so that == works
             object.__setattr__(self, "short_rescale", None if set(short) == {1.0} else short)
+        object.__setattr__(self, "original_tokens", _checked_count(self.original_tokens, self.target_window_tokens))
 
     @property
     def scale(self) -> float:
@@ -67,7 +71,7 @@ class Factors:
 
     @property
     def inv_freq(self) -> np.ndarray:
-        """theta_i / lambda_i of the long window, radians per token, float64 [D] (paper, Eq. 8)."""
+        """theta_i / lambda_i of the long window (from position `original_tokens` on), radians per token, float64 [D] (paper, Eq. 8)."""
         return self.spectrum.inv_freq / np.asarray(self.rescale)
 
     @property
@@ -76,8 +80,9 @@ class Factors:
         return self.spectrum.inv_freq if self.short_rescale is None else self.spectrum.inv_freq / np.asarray(self.short_rescale)
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict; floats survive json.dumps and json.loads exactly."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """A plain dict; floats survive json.dumps and json.loads exactly. `original_tokens` stands in it where it is not 0."""
+        data = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return data if self.original_tokens else {k: v for k, v in data.items() if k != "original_tokens"}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Factors:
@@ -167,3 +172,12 @@ def _checked_factor(name: str, value: float) -> float:
             f"{name}={value} is not a positive finite number; set rope.attention_factor to one such as 1.2, or mend rope.factors"
         )
     return float(value)
+
+
+def _checked_count(value: int, target_tokens: int) -> int:
+    if int(value) != value or not 0 <= value <= target_tokens:
+        raise UserError(
+            f"original_tokens={value} is not a whole number between 0 and the target window of {target_tokens} tokens; "
+            "set rope.options.original_tokens to how many first tokens keep the original RoPE (0: none)"
+        )
+    return int(value)

@@ -81,8 +81,14 @@ def write(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
     """A copy of the config with the factors in it, for transformers, vLLM, SGLang (the module's text says what each of them reads).
 
     Raises:
-        UserError: the factors were made for another rotary dimension or base than the config's.
+        UserError: the factors were made for another rotary dimension or base than the config's, or keep the original RoPE for first tokens,
+            which no runtime's config can say.
     """
+    if factors.original_tokens:
+        raise UserError(
+            f"the factors keep the original RoPE for the first {factors.original_tokens} tokens (rope.options.original_tokens), which no key of "
+            "a Hugging Face config can say, so no runtime would compute what was measured; set rope.options.original_tokens=0"
+        )
     own, made_for = spectrum_of(config), factors.spectrum
     if (own.rotary_dim, own.base) != (made_for.rotary_dim, made_for.base):
         raise UserError(

@@ -4,8 +4,8 @@ Choice: a method is a plain function whose keyword-only parameters are its optio
 named here and forgotten there. Everything is float64. A parameter that only a search can find (critical index, tail) has no default: an
 invented one would train for days before anybody noticed. Cost: the searched methods do not run without their numbers.
 
-What a rule says in terms of bases is written as factors: a base b' instead of b is lambda_i = (b'/b)^(2i/d). Left to the runtime is
-LongRoPE v1's option of the original RoPE for the first n tokens: it depends on the position and is no factor.
+What a rule says in terms of bases is written as factors: a base b' instead of b is lambda_i = (b'/b)^(2i/d). LongRoPE v1's option of the
+original RoPE for the first n tokens depends on the position and is no factor: it travels beside them as `Factors.original_tokens`.
 """
 
 from __future__ import annotations
@@ -112,18 +112,27 @@ def llama3(
 
 
 def longrope(
-    spectrum: Spectrum, target_tokens: int, *, rescale: Sequence[float] | None = None, beta_fast: float = 32.0, beta_slow: float = 1.0
+    spectrum: Spectrum,
+    target_tokens: int,
+    *,
+    rescale: Sequence[float] | None = None,
+    original_tokens: int = 0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
 ) -> Factors:
-    """LongRoPE (v1, Ding et al. 2024), attention factor sqrt(1 + ln s / ln L0).
+    """LongRoPE (v1, Ding et al. 2024, arXiv 2402.13753), attention factor sqrt(1 + ln s / ln L0).
 
     Args:
-        rescale: the D searched factors. None gives the curve that its search starts from, (1 - ramp_i) + s ramp_i over YaRN's ramp: the
-            *factors* are blended linearly, which is not YaRN's own curve.
+        rescale: the D factors, searched in [1, 1.25 s] in steps of 0.01, non-decreasing. None gives the curve that its search starts from,
+            (1 - ramp_i) + s ramp_i over YaRN's ramp: the *factors* are blended linearly, which is not YaRN's own curve.
+        original_tokens: its n: positions below it keep the original RoPE; 0 for none. (In the authors' code these positions go without the
+            attention factor as well; here it is one number of the window.)
         beta_fast, beta_slow: ends of that ramp.
     """
     scale = extension_ratio(spectrum, target_tokens)
     table = lambda_linear(yarn_ramp(spectrum, beta_fast, beta_slow), scale) if rescale is None else rescale
-    return _made("longrope", spectrum, target_tokens, table, longrope_attention_factor(scale, spectrum.window_tokens))
+    made = _made("longrope", spectrum, target_tokens, table, longrope_attention_factor(scale, spectrum.window_tokens))
+    return replace(made, original_tokens=original_tokens)
 
 
 def longrope2(

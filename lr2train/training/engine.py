@@ -1,4 +1,4 @@
-"""DeepSpeed behind a narrow door: ``step``, ``save``, ``load``, ``write_model``.
+"""DeepSpeed behind a narrow door: ``step``, ``save``, ``load``, ``write_model`` for training; ``load_sharded`` for forward passes alone.
 
 Choice: to DeepSpeed every rank is a data-parallel rank. Sequence parallelism is a transform of the data (tokens, labels and positions are sharded together)
 and of attention; each rank returns the *sum* of its own target tokens' losses, scaled so that DeepSpeed's averaging over ranks and accumulation steps
@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +28,7 @@ from torch import nn
 
 from lr2train import run
 from lr2train.attention import hf as attention
-from lr2train.config import Config, UserError
+from lr2train.config import Config, ModelConfig, UserError
 from lr2train.data.batch import Batch
 from lr2train.model import load
 from lr2train.model.window_lm import WindowLM
@@ -155,15 +155,17 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the CPU too when optimizer states are offloaded
         "steps_per_print": 10**12,
     }
+    written |= _dtype_sections(config.model.dtype)
     if config.model.dtype == "bfloat16":
-        written["bf16"] = {"enabled": True}
         written["data_types"] = {"grad_accum_dtype": "fp32"}
         written["communication_data_type"] = "fp32"  # 64 ranks x 8 micro-steps of bfloat16 sums would round away small gradients
-    if config.model.dtype == "float16":
-        written["fp16"] = {"enabled": True}
     if engine.zero_stage == 3:
         written["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
     return _merged(written, engine.deepspeed)
+
+
+def _dtype_sections(dtype: str) -> dict[str, Any]:
+    return {section: {"enabled": True} for section, name in (("bf16", "bfloat16"), ("fp16", "float16")) if dtype == name}
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -212,17 +214,10 @@ class Engine:
     def _init_context(self, ds_config: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
         if self.config.engine.zero_stage != 3:
             return self.device if self.device.type == "cuda" else contextlib.nullcontext()
-        import deepspeed
-
-        # No dtype argument: on a CPU without fp16, 0.19.8 takes bfloat16 whatever it says; the config's bf16 and fp16 sections are heard.
-        return deepspeed.zero.Init(config_dict_or_path=ds_config | {"train_batch_size": self.accumulation * self.mesh.world})
+        return _zero_init(ds_config, self.accumulation * self.mesh.world)
 
     def _gather(self, modifier_rank: int | None) -> load.Gather:
-        if self.config.engine.zero_stage != 3:
-            return load.whole
-        import deepspeed
-
-        return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
+        return _gathered(modifier_rank) if self.config.engine.zero_stage == 3 else load.whole
 
     def step(self, batches: Sequence[Batch], lr: float, interrupted: bool = False) -> StepStats:
         """One optimizer step over this data-parallel rank's micro-batches.
@@ -352,6 +347,67 @@ class Engine:
 
         whole = ((name, safe_get_full_grad(parameter)) for name, parameter in self.model.named_parameters())
         return {name.removeprefix(MODULE_PREFIX): gradient for name, gradient in whole if gradient is not None}
+
+
+def load_sharded(model_config: ModelConfig, device: torch.device, deepspeed_config: Mapping[str, Any] | None = None) -> Any:
+    """A model for scoring whose weights are divided over all ranks (ZeRO-3); for one that does not fit a device.
+
+    Returns a Hugging Face causal LM in eval mode, without gradients. Its base model and its output embeddings are called as those of
+    ``load.load_whole``; a decoder layer's weights are gathered when it is called and let go after it. Every rank has to make the same
+    calls in the same order, each with a document and factors of its own: the tables of a rotary module are no parameters. No rank ever
+    holds more than its share, some layers and ``load.GROUP_BYTES``. A collective; starts DeepSpeed.
+
+    Args:
+        model_config: ``path`` names a folder of safetensors.
+        device: of this rank.
+        deepspeed_config: merged over ours; ``engine.deepspeed``.
+
+    Raises:
+        UserError: the folder is missing, or does not hold this model's weights.
+    """
+    start_deepspeed(device)
+    hf_config = load.config_of(model_config)
+    written = {
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 10**12, **_dtype_sections(model_config.dtype)
+    }  # fmt: skip
+    ds_config = _merged(written, dict(deepspeed_config or {}))
+    model = load.build_empty(hf_config, model_config.dtype, lambda: _zero_init(ds_config, dist.get_world_size()))
+    load.fill(model, load.safetensors_of(load.folder_of(model_config)), _gathered(modifier_rank=0))
+    model.set_attn_implementation("sdpa")
+    _gather_in_forward(model.eval().requires_grad_(False), ds_config)
+    return model
+
+
+def _gather_in_forward(model: Any, ds_config: dict[str, Any]) -> None:
+    """Have DeepSpeed gather weights around forward calls: those of a decoder layer together, once, however often its parts are called.
+
+    DeepSpeed counts its passes by calls of the whole model; ours call the base model and the head, so a pass begins with the base model.
+    """
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, sorted({type(layer) for layer in model.base_model.layers}, key=repr))
+    with _quiet():
+        engine: Any = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
+
+    def begin_pass(*_: Any) -> None:
+        engine.optimizer.get_param_coordinator().reset_step()  # this function also keeps the engine, whose end would take the hooks away
+
+    model.base_model.register_forward_pre_hook(begin_pass, prepend=True)
+
+
+def _zero_init(ds_config: dict[str, Any], batch_size: int) -> contextlib.AbstractContextManager[Any]:
+    """Parameters that are made inside are divided over the ranks at once."""
+    import deepspeed
+
+    # No dtype argument: on a CPU without fp16, 0.19.8 takes bfloat16 whatever it says; the config's bf16 and fp16 sections are heard.
+    return deepspeed.zero.Init(config_dict_or_path=ds_config | {"train_batch_size": batch_size})
+
+
+def _gathered(modifier_rank: int | None) -> load.Gather:
+    import deepspeed
+
+    return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
 def accumulation_of(config: Config, dp_size: int) -> int:

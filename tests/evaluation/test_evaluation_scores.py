@@ -114,10 +114,10 @@ def document(length: int, depth: float) -> NeedleDocument:
 
 def test_a_cell_is_a_length_and_a_depth():
     scored = [
-        (document(200, 0.5), Score(2 * math.log(3), 2, True)),
-        (document(100, 0.0), Score(math.log(2), 1, True)),
-        (document(200, 0.5), Score(math.log(9), 1, False)),
-        (document(100, 1.0), Score(0.0, 4, False)),
+        (document(200, 0.5), Score((2 * math.log(3),), 2, True)),
+        (document(100, 0.0), Score((math.log(2),), 1, True)),
+        (document(200, 0.5), Score((math.log(9),), 1, False)),
+        (document(100, 1.0), Score((0.0,), 4, False)),
     ]
     assert niah.cells(scored) == [
         {"length_tokens": 100, "depth": 0.0, "accuracy": 1.0, "perplexity": pytest.approx(2.0), "documents": 1},
@@ -127,8 +127,8 @@ def test_a_cell_is_a_length_and_a_depth():
 
 
 def test_perplexity_is_of_tokens_and_not_a_mean_of_documents():
-    assert niah.perplexity([Score(math.log(16), 1, True), Score(0.0, 3, True)]) == pytest.approx(2.0)
+    assert niah.perplexity([Score((math.log(16),), 1, True), Score((0.0,), 3, True)]) == pytest.approx(2.0)
 
 
 def test_a_hopeless_model_does_not_overflow():
-    assert niah.perplexity([Score(1e9, 1, False)]) == math.exp(700)
+    assert niah.perplexity([Score((1e9,), 1, False)]) == math.exp(700)

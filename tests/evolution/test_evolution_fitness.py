@@ -1,4 +1,4 @@
-"""Needle perplexity against plain transformers, and a journal that survives any cut."""
+"""Losses against plain transformers, a journal that survives any cut, and a search that is the same on any number of ranks."""
 
 import json
 import math
@@ -13,8 +13,11 @@ from lr2train.config import NeedleConfig, SearchConfig
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import needle_set
 from lr2train.evolution import fitness as fitness_module
-from lr2train.evolution.fitness import NeedleFitness
+from lr2train.evolution.documents import Document
+from lr2train.evolution.fitness import WORST, Fitness
 from lr2train.evolution.genome import Space
+from lr2train.evolution.loop import evolve
+from lr2train.evolution.race import Judge, everything
 from lr2train.model import load, rotary
 from lr2train.model.score import Score
 from lr2train.rope import METHODS
@@ -35,15 +38,24 @@ def space() -> Space:
     return Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2), 1.0)
 
 
-def documents(folder):
+def documents(folder) -> list[Document]:
+    """Two of three needles are asked for."""
     needles = NeedleConfig(wording="code", digits=4)
-    return needle_set(Corpus.open(folder / "corpus"), needles, N_DOCUMENTS, tiny.L, [0.0], np.random.default_rng(0))
+    made = needle_set(Corpus.open(folder / "corpus"), needles, N_DOCUMENTS, tiny.L, [0.0], np.random.default_rng(0), 2, 1)
+    return [Document(one.tokens, one.answer_spans) for one in made]
 
 
-def fitness_over(folder, journal) -> NeedleFitness:
+def fitness_over(folder, journal) -> Fitness:
     model = load.load_whole(folder / "base")
     table = rotary.install(model, METHODS["none"](tiny.SPECTRUM, tiny.L))
-    return NeedleFitness(model, table, space(), documents(folder), journal)
+    return Fitness(model, table, space(), documents(folder), journal)
+
+
+def losses_of(fitness: Fitness) -> list[float]:
+    """Mean loss of every candidate over every document: what a search without racing asks for."""
+    every = candidates()
+    fitness.settle(lambda losses: everything(losses, every, range(N_DOCUMENTS)))
+    return [fitness.loss(candidate, range(N_DOCUMENTS)) for candidate in every]
 
 
 def candidates():
@@ -55,8 +67,8 @@ def pairs(journal) -> list[tuple[str, int]]:
 
 
 @torch.no_grad()
-def plain_perplexity(folder, candidate) -> float:
-    """exp(mean nll of the answers) from whole logits of plain transformers with the candidate in its config."""
+def plain_loss(folder, candidate) -> float:
+    """Mean nll of the answers' tokens from whole logits of plain transformers with the candidate in its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = rope_hf.write(json.loads((folder / "base" / "config.json").read_text()), space().factors(candidate))
@@ -65,18 +77,17 @@ def plain_perplexity(folder, candidate) -> float:
     total, count = 0.0, 0
     for document in documents(folder):
         logits = model(torch.from_numpy(document.tokens)[None]).logits[0].log_softmax(-1)
-        (start, stop), *others = document.answer_spans
-        assert not others
-        assert document.tokens[start:stop].size == stop - start > 0
-        total -= sum(logits[t - 1, document.tokens[t]].item() for t in range(start, stop))
-        count += stop - start
-    return math.exp(total / count)
+        assert len(document.spans) == 2
+        for start, stop in document.spans:
+            total -= sum(logits[t - 1, document.tokens[t]].item() for t in range(start, stop))
+            count += stop - start
+    return total / count
 
 
-def test_perplexity_is_that_of_whole_logits_in_plain_transformers(folder, tmp_path):
-    found = fitness_over(folder, tmp_path / "journal.jsonl")(candidates())
-    expected = [plain_perplexity(folder, candidate) for candidate in candidates()]
-    assert found == pytest.approx(expected, rel=1e-4)  # fp32 against fp64, through two layers of large weights
+def test_the_loss_is_that_of_whole_logits_in_plain_transformers(folder, tmp_path):
+    found = losses_of(fitness_over(folder, tmp_path / "journal.jsonl"))
+    expected = [plain_loss(folder, candidate) for candidate in candidates()]
+    assert found == pytest.approx(expected, abs=1e-4)  # fp32 against fp64, through two layers of large weights
     assert len({round(value, 3) for value in found}) == 4, "candidates differ"
 
 
@@ -90,11 +101,11 @@ def counting(monkeypatch) -> list:
 def test_what_stands_in_the_journal_is_not_computed_again(folder, tmp_path, monkeypatch):
     calls, journal = counting(monkeypatch), tmp_path / "journal.jsonl"
     first = fitness_over(folder, journal)
-    expected = first(candidates())
-    assert len(calls) == len(pairs(journal)) == first.document_forwards == 4 * N_DOCUMENTS
+    expected = losses_of(first)
+    assert len(calls) == len(pairs(journal)) == first.document_forwards == first.computed == 4 * N_DOCUMENTS
     again = fitness_over(folder, journal)
     assert again.recovered == 4 * N_DOCUMENTS
-    assert again(candidates()) == expected
+    assert losses_of(again) == expected
     assert len(calls) == 4 * N_DOCUMENTS
     assert again.document_forwards == first.document_forwards, "generations.jsonl reads the same after a kill"
 
@@ -103,7 +114,7 @@ def test_a_journal_cut_anywhere_goes_on_to_the_same_result(folder, tmp_path, mon
     """As a kill leaves it: cut in a line, between two lines, before a line's end."""
     journal = tmp_path / "journal.jsonl"
     fitness = fitness_over(folder, journal)
-    expected, whole = fitness(candidates()), journal.read_bytes()
+    expected, whole = losses_of(fitness), journal.read_bytes()
     wanted, calls = pairs(journal), counting(monkeypatch)
     nll = {(entry["candidate"], entry["document"]): entry["nll"] for entry in map(json.loads, whole.decode().splitlines())}
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
@@ -112,9 +123,9 @@ def test_a_journal_cut_anywhere_goes_on_to_the_same_result(folder, tmp_path, mon
         complete = whole[:cut].count(b"\n")
         calls.clear()
         # the model is the same: what a new process would have
-        fitness = NeedleFitness(fitness._model, fitness._rotary, space(), fitness._documents, journal)
+        fitness = Fitness(fitness._model, fitness._rotary, space(), fitness.documents, journal)
         assert fitness.recovered == complete
-        assert fitness(candidates()) == expected
+        assert losses_of(fitness) == expected
         assert len(calls) == len(wanted) - complete, "nothing in the journal is computed again"
         assert sorted(pairs(journal)) == sorted(wanted), "each pair stands there once"
         entries = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -123,41 +134,80 @@ def test_a_journal_cut_anywhere_goes_on_to_the_same_result(folder, tmp_path, mon
 
 def test_a_damaged_line_costs_what_follows_it_and_no_more(folder, tmp_path):
     journal = tmp_path / "journal.jsonl"
-    expected = fitness_over(folder, journal)(candidates())
+    expected = losses_of(fitness_over(folder, journal))
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([*lines[:5], b"\0\0\xff\0\n", *lines[6:]]))
     resumed = fitness_over(folder, journal)
     assert resumed.recovered == 5
-    assert resumed(candidates()) == expected
+    assert losses_of(resumed) == expected
     assert fitness_over(folder, journal).recovered == len(lines)
 
 
 def test_a_candidate_that_breaks_the_model_is_the_worst(folder, tmp_path, monkeypatch):
-    scores = iter([math.nan, 1e6, 2.0])
+    scores = iter([(math.nan, 1.0), (1e6, 1.0), (2.0, 1.0)])
     monkeypatch.setattr(fitness_module, "score", lambda *_: Score(next(scores), 1, False))
     fitness = fitness_over(folder, tmp_path / "journal.jsonl")
-    fitness._documents = fitness._documents[:1]
-    broken, hopeless, good = fitness(candidates()[:3])
-    assert broken == math.inf
-    assert good == math.exp(2.0 / fitness._documents[0].n_answer_tokens)
-    assert good < hopeless < math.inf
+    every = candidates()[:3]
+    fitness.settle(lambda losses: everything(losses, every, [0]))
+    tokens = fitness.documents[0].n_scored_tokens
+    assert [fitness.loss(one, [0]) * tokens for one in every] == pytest.approx([WORST + 1, WORST + 1, 3.0])
+
+
+def test_a_decision_is_run_until_it_misses_nothing_and_counts_what_it_asked_for(folder, tmp_path):
+    """A decision that looks further only where the first loss is low."""
+    fitness, every, runs = fitness_over(folder, tmp_path / "journal.jsonl"), candidates(), []
+
+    def decide(losses):
+        runs.append([float(losses(one, 0).sum()) for one in every])
+        best = min(zip(runs[-1], every, strict=True), key=lambda pair: pair[0])[1]
+        return float(losses(best, 2).sum()), best.key
+
+    loss, key = fitness.settle(decide)
+    assert fitness.document_forwards == fitness.computed == 5
+    assert [(pair[0], pair[1]) for pair in pairs(tmp_path / "journal.jsonl")] == [*((one.key, 0) for one in every), (key, 2)]
+    assert fitness.settle(decide) == (loss, key)
+    assert fitness.computed == 5
+
+
+def racing_search(folder, journal) -> tuple:
+    """A whole search with racing; what it found and what it cost."""
+    knobs = SearchConfig(population=6, top_k=2, generations=3, documents=2, final_documents=1, racing_answers=3)
+    fitness = fitness_over(folder, journal)
+    judge = Judge(fitness, knobs)
+    generations = list(evolve(Space(tiny.SPECTRUM, tiny.L, knobs, 1.0), judge, 0))
+    final = judge.final([one.candidate for one in generations[-1].population[:2]])
+    return generations, final, fitness.document_forwards, fitness.computed
 
 
 def on_ranks(rank: int, world: int, folder, journal):
-    fitness = fitness_over(folder, journal)
-    return fitness(candidates()), fitness(candidates()[:2]), fitness.recovered
+    return racing_search(folder, journal)
 
 
 def test_any_number_of_ranks_finds_the_same(folder, tmp_path):
-    journals = {world: tmp_path / f"{world}.jsonl" for world in (1, 2)}
-    found = {world: run_ranks(on_ranks, world, folder, journals[world], tmp_path=tmp_path) for world in (1, 2)}
-    assert found[2] == found[1] * 2
-
-    def content(world: int) -> list[tuple[str, int, float]]:
-        entries = [json.loads(line) for line in journals[world].read_text().splitlines()]
+    found = {world: run_ranks(on_ranks, world, folder, tmp_path / f"{world}.jsonl", tmp_path=tmp_path) for world in (1, 2, 4)}
+    generations, final, wanted, computed = found[1][0]
+    assert wanted == computed < 2 * generations[-1].evaluated + 2, "alone nothing is computed in vain, and something was dropped"
+    for world in (2, 4):
+        assert [one[:3] for one in found[world]] == [(generations, final, wanted)] * world
+        entries = [json.loads(line) for line in (tmp_path / f"{world}.jsonl").read_text().splitlines()]
         assert {entry["rank"] for entry in entries} == set(range(world)), "every rank works"
-        return sorted((entry["candidate"], entry["document"], entry["nll"]) for entry in entries)
+        assert wanted <= len(entries) == found[world][0][3]
+        assert len({(entry["candidate"], entry["document"]) for entry in entries}) == len(entries), "nothing is computed twice"
+        alone = {(e["candidate"], e["document"]): e["answers"] for e in map(json.loads, (tmp_path / "1.jsonl").read_text().splitlines())}
+        assert all(alone.get((e["candidate"], e["document"]), e["answers"]) == e["answers"] for e in entries)
+    resumed = run_ranks(on_ranks, 2, folder, tmp_path / "1.jsonl", tmp_path=tmp_path)
+    assert resumed == [(generations, final, wanted, computed)] * 2, "a journal of one rank, read by two"
 
-    assert content(1) == content(2)
-    resumed = run_ranks(on_ranks, 2, folder, journals[1], tmp_path=tmp_path)
-    assert [(one[0], one[2]) for one in resumed] == [(found[1][0][0], 4 * N_DOCUMENTS)] * 2, "a journal of one rank, read by two"
+
+def failing(rank: int, world: int, folder, journal):
+    if rank == 1:
+        fitness_module.score = lambda *_: 1 / 0  # this process only
+    try:
+        racing_search(folder, journal)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_what_one_rank_raises_all_ranks_raise(folder, tmp_path):
+    reasons = run_ranks(failing, 2, folder, tmp_path / "journal.jsonl", tmp_path=tmp_path)
+    assert reasons == ["rank 1: ZeroDivisionError: division by zero"] * 2

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lr2train.config import SearchConfig, UserError
-from lr2train.evolution.genome import ATTENTION_GRID, Candidate, Space
-from lr2train.rope import Spectrum
+from lr2train.evolution.genome import ALL, ATTENTION_GRID, Candidate, Space
+from lr2train.rope import METHODS, Spectrum
 
 
 @st.composite
@@ -137,12 +137,47 @@ def test_without_mutation_a_child_is_its_parent():
     assert space.mutate(parent, np.random.default_rng(2), [parent]) == parent
 
 
-def test_crossover_takes_index_and_attention_factor_of_the_mate():
-    space = default_space(mutation_probability=0.0, move_critical_index=0.0, crossover=1.0)
+def test_crossover_mixes_the_traits_of_two_parents():
+    space, rng = default_space(mutation_probability=0.0, move_critical_index=0.0, crossover=1.0), np.random.default_rng(0)
     parent, mate = Candidate(10, (9.0,) * 11 + (12.0,) * 11, 1.0), Candidate(8, (16.0,) * 24, 1.3)
-    child = space.mutate(parent, np.random.default_rng(0), [mate])
-    assert child == Candidate(8, (9.0,) * 13 + (12.0,) * 11, 1.3)
-    assert space.mutate(mate, np.random.default_rng(0), [parent]) == Candidate(10, (16.0,) * 22, 1.0)
+    children = [space.mutate(parent, rng, [mate]) for _ in range(200)]
+    for child in children:
+        check(space, child)
+        assert set(child.tail) <= {9.0, 12.0, 16.0}
+    assert {(child.critical_index, child.attention_factor) for child in children} == {(8, 1.0), (8, 1.3), (10, 1.0), (10, 1.3)}
+    between = np.mean([np.mean(child.tail) for child in children])
+    assert between == pytest.approx((10.5 + 16.0) / 2, abs=0.2), "no parent is preferred"
+
+
+def everything_free(**knobs) -> Space:
+    return default_space(space="longrope", tail_high=1.25, original_tokens=[0, 4, 64], **knobs)
+
+
+def test_longrope_starts_from_pi_ntk_and_the_yarn_like_curve():
+    members = everything_free(population=8, top_k=2).initial(np.random.default_rng(0))
+    assert [member.critical_index for member in members] == [ALL] * 8
+    spectrum = Spectrum(64, 10000.0, 512)
+    for member, name in zip(members, ("pi", "ntk_aware", "longrope"), strict=False):
+        np.testing.assert_allclose(member.tail, METHODS[name](spectrum, 4096).rescale, atol=0.005 + 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.0]))
+def test_longrope_candidates_stay_inside(seed, crossover):
+    space, rng = everything_free(crossover=crossover), np.random.default_rng(seed)
+    members = space.initial(rng)
+    for member in [*members, *(space.mutate(members[i % len(members)], rng, members) for i in range(30))]:
+        tail = np.array(member.tail)
+        assert member.critical_index == ALL
+        assert len(tail) == 32
+        assert (np.diff(tail) >= 0).all()
+        assert tail[0] >= 1.0
+        assert tail[-1] <= 10.0
+        assert member.original_tokens in (0, 4, 64)
+        factors = space.factors(member)
+        assert factors.rescale == member.tail
+        assert factors.original_tokens == member.original_tokens
+        assert factors.attention_factor == member.attention_factor
 
 
 @pytest.mark.parametrize(
@@ -155,6 +190,14 @@ def test_crossover_takes_index_and_attention_factor_of_the_mate():
         ({"attention_factor_low": 1.5}, r"search\.attention_factor_low=1\.5 .*search\.attention_factor_high=1\.4"),
         ({"mutation_step": 0.0}, r"search\.mutation_step=0\.0 is not positive"),
         ({"top_k": 64}, r"search\.top_k=64 is outside 1 … 63, .*set search\.top_k to 16"),
+        (
+            {"space": "longrope", "algorithm": "cmaes"},
+            r"search\.algorithm=cmaes has a form for the tail alone; set search\.space=longrope2",
+        ),
+        ({"space": "longrope", "critical_index": 9}, r"search\.critical_index=9 has no meaning"),
+        ({"original_tokens": [0, 4]}, r"search\.original_tokens=\[0, 4\] belongs to LongRoPE v1's space; set search\.space=longrope"),
+        ({"space": "longrope", "original_tokens": [513]}, r"search\.original_tokens=\[513\] are not counts between 0 and .* 512"),
+        ({"space": "longrope", "original_tokens": []}, r"search\.original_tokens=\[\]"),
         ({"top_k": 0}, r"search\.top_k=0 is outside"),
     ],
 )

@@ -1,10 +1,14 @@
-"""Evolution on a synthetic fitness whose optimum is known."""
+"""Evolution and CMA-ES on a synthetic fitness whose optimum is known."""
+
+import math
 
 import pytest
 
 from lr2train.config import SearchConfig
+from lr2train.evolution.cma import evolve_cmaes
 from lr2train.evolution.genome import Candidate, Space
 from lr2train.evolution.loop import Generation, evolve
+from lr2train.evolution.race import Scored
 from lr2train.rope import Spectrum
 
 SCALE, N_DIMS = 8.0, 32
@@ -17,9 +21,10 @@ class Bowl:
     def __init__(self):
         self.asked: list[Candidate] = []
 
-    def __call__(self, candidates):
+    def __call__(self, candidates, kept):
+        assert not {one.key for one in candidates} & {one.key for one in kept}, "who is known is not asked for again"
         self.asked += candidates
-        return [self.value(candidate) for candidate in candidates]
+        return [Scored(candidate, math.log(self.value(candidate)), 1) for candidate in candidates]
 
     @staticmethod
     def value(candidate: Candidate) -> float:
@@ -28,9 +33,22 @@ class Bowl:
         return 1 + tail + 0.01 * abs(candidate.critical_index - 11) + 4 * (candidate.attention_factor - 1.2) ** 2
 
 
-def run(seed: int = 0, fitness=None, **knobs) -> list[Generation]:
+class Racing(Bowl):
+    """Drops whoever is not among the six best so far."""
+
+    def __call__(self, candidates, kept):
+        scored = super().__call__(candidates, kept)
+        losses = sorted([*(one.loss for one in scored), *(math.log(self.value(one)) for one in kept)])
+        return [Scored(one.candidate, one.loss, 1, dropped=one.loss > losses[5]) for one in scored]
+
+
+def space(**knobs) -> Space:
     values = {"population": 24, "top_k": 6, "generations": 15, **knobs}
-    return list(evolve(Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**values), 1.0), fitness or Bowl(), seed))
+    return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**values), 1.0)
+
+
+def run(seed: int = 0, judge=None, algorithm=evolve, **knobs) -> list[Generation]:
+    return list(algorithm(space(**knobs), judge or Bowl(), seed))
 
 
 def test_it_depends_on_the_seed_alone():
@@ -47,7 +65,9 @@ def test_the_best_never_gets_worse_and_populations_are_ordered():
         scores = [member.perplexity for member in one.population]
         assert scores == sorted(scores)
         assert len(one.population) == 24
-        assert all(Bowl.value(member.candidate) == member.perplexity for member in one.population), "a score belongs to its candidate"
+        assert all(Bowl.value(member.candidate) == pytest.approx(member.perplexity) for member in one.population), (
+            "a score belongs to its candidate"
+        )
 
 
 def test_parents_survive_and_the_rest_is_new():
@@ -58,7 +78,7 @@ def test_parents_survive_and_the_rest_is_new():
 
 def test_nothing_is_evaluated_twice():
     bowl = Bowl()
-    last = run(fitness=bowl)[-1]
+    last = run(judge=bowl)[-1]
     assert len({candidate.key for candidate in bowl.asked}) == len(bowl.asked) == last.evaluated == 24 + 15 * 18
 
 
@@ -75,7 +95,7 @@ def test_it_finds_the_neighbourhood_of_the_optimum(seed):
 
 
 def test_ties_are_broken_by_the_candidate_and_not_by_the_order_of_evaluation():
-    first = run(generations=1, fitness=lambda candidates: [1.0] * len(candidates))[0]
+    first = run(generations=1, judge=lambda candidates, kept: [Scored(one, 0.0, 1) for one in candidates])[0]
     keys = [member.candidate.key for member in first.population]
     assert keys == sorted(keys)
 
@@ -84,6 +104,44 @@ def test_a_space_that_is_used_up_ends_quietly():
     """Eleven attention factors and nothing else to search."""
     knobs = {"critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_low": 1.0, "attention_factor_high": 1.05}
     bowl = Bowl()
-    generations = run(generations=6, mutation_probability=1.0, fitness=bowl, **knobs)
+    generations = run(generations=6, mutation_probability=1.0, judge=bowl, **knobs)
     assert generations[-1].evaluated == len(bowl.asked) == 11
     assert generations[-1].best.candidate.attention_factor == 1.05
+
+
+def test_a_race_that_keeps_the_best_leads_to_the_same_winner():
+    """What is dropped could not have been a parent."""
+    plain, racing = run(), run(judge=Racing())
+    assert [one.population[:6] for one in racing] == [one.population[:6] for one in plain]
+    assert all(len(one.population) + len(one.dropped) == 24 for one in racing)
+    assert sum(len(one.dropped) for one in racing) > 100
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cmaes_finds_the_neighbourhood_of_the_optimum(seed):
+    """A straight tail is what it can draw: it gets very near."""
+    generations = run(seed, algorithm=evolve_cmaes, generations=25)
+    best = generations[-1].best
+    assert best.perplexity - 1 < 0.05 * (generations[0].best.perplexity - 1)
+    assert abs(best.candidate.critical_index - BEST.critical_index) <= 1
+    assert run(seed, algorithm=evolve_cmaes, generations=3) == generations[:4], "the seed alone decides"
+    assert [one.index for one in generations] == list(range(26))
+    scores = [one.best.loss for one in generations]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_cmaes_learns_from_dropped_candidates_too():
+    best = run(algorithm=evolve_cmaes, judge=Racing(), generations=25)[-1].best
+    assert best.perplexity < 1.01
+
+
+def test_cmaes_candidates_stay_inside_the_space():
+    one = space()
+    for generation in run(algorithm=evolve_cmaes, generations=4):
+        for scored in (*generation.population, *generation.dropped):
+            tail = scored.candidate.tail
+            assert scored.candidate.critical_index in one.critical_indices
+            assert len(tail) == N_DIMS - scored.candidate.critical_index
+            assert one.bounds[0] <= tail[0]
+            assert list(tail) == sorted(tail)
+            assert tail[-1] <= one.bounds[1]

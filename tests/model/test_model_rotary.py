@@ -1,5 +1,9 @@
 """The rotary module against transformers' own, bit for bit: both windows, partial rotation, low precision around it."""
 
+import copy
+import dataclasses
+import math
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -42,8 +46,18 @@ def same_bits(ours, theirs) -> bool:
     return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
 
 
+FAMILIES = [
+    ("llama", {}),
+    *[("llama", {"head_dim": head_dim}) for head_dim in (72, 80, 96, 256)],
+    ("qwen3", {"head_dim": 64}),
+    ("phi3", {"partial_rotary_factor": 0.75}),
+    ("phi3", {"partial_rotary_factor": 0.75, "hidden_size": 256}),  # Phi-4-mini's heads: 96 of 128 dimensions turn
+    ("glm", {"partial_rotary_factor": 0.5, "head_dim": 80}),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("qwen3", {"head_dim": 64}), ("phi3", {"partial_rotary_factor": 0.75})])
+@pytest.mark.parametrize(("family", "changes"), FAMILIES)
 def test_both_tables_are_transformers_own_bit_for_bit(family, changes, dtype):
     model = model_of(family, **changes)
     factors = factors_for(model)
@@ -138,6 +152,137 @@ def test_the_model_computes_with_the_table_that_the_tag_names():
         assert torch.equal(model(ids, position_ids=far).logits, plain(ids, position_ids=far).logits)
         table.window = "long"
         assert torch.equal(model(ids, position_ids=far).logits, longrope(ids, position_ids=far).logits)
+
+
+PHI4 = {
+    "hidden_size": 256, "partial_rotary_factor": 0.75, "max_position_embeddings": L, "original_max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0 + i * i / 60 for i in range(48)]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["longrope", "yarn"])
+def test_phi4_the_whole_way(kind):
+    """Its published form (no attention factor: transformers takes LongRoPE's, for both windows), read, installed, and run in both windows."""
+    config = copy.deepcopy(PHI4) | {"rope_scaling": {**PHI4["rope_scaling"], "type": kind}}
+    model, plain = model_of("phi3", **copy.deepcopy(config)).eval(), model_of("phi3", **copy.deepcopy(config)).eval()
+    assert rope_hf.spectrum_of(plain_config(model.config)) == rope_hf.spectrum_of(SIZES | config) == Spectrum(96, 10000.0, 4096)
+    factors = rope_hf.factors_of(plain_config(model.config))
+    assert factors is not None
+    assert factors == rope_hf.factors_of(SIZES | config)
+    assert (factors.scale, list(factors.rescale)) == (32.0, PHI4["rope_scaling"]["long_factor"])
+    assert factors.attention_factor == factors.short_attention_factor == math.sqrt(1 + math.log(32) / math.log(4096))
+
+    own, table, x = plain.base_model.rotary_emb, rotary.install(model, factors), torch.zeros(1)
+    ids = torch.randint(32, (1, 12), generator=torch.Generator().manual_seed(0))
+    for table.window, positions in (("short", torch.arange(4096)[None]), ("long", POSITIONS)):
+        assert same_bits(table(x, positions), own(x, positions))
+        assert table(x, positions)[0].shape[-1] == 96
+        last = positions[:, -12:]
+        with torch.no_grad():
+            assert torch.equal(model(ids, position_ids=last).logits, plain(ids, position_ids=last).logits)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_phi4_extended_by_us_is_the_same_in_transformers(old):
+    """Plain RoPE of 96 of 128 dimensions -> longrope2 factors -> a config -> transformers' own model; exact on both sides with factor 1."""
+    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+    changes = {"hidden_size": 256} | (rope if old else {"rope_parameters": {"rope_type": "default", **rope}})
+    model = model_of("phi3", **copy.deepcopy(changes), original_max_position_embeddings=L0).eval()
+    factors = factors_for(model, attention_factor=1.0)
+    assert factors.spectrum == Spectrum(96, 10000.0, L0)
+    values = rope_hf.write(plain_config(model.config), factors)
+    longrope = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).eval()
+    longrope.load_state_dict(model.state_dict())
+    table = rotary.install(model, factors)
+    ids = torch.randint(32, (1, 12), generator=torch.Generator().manual_seed(0))
+    for table.window, first in (("short", L0 - 12), ("long", L - 12)):
+        positions = torch.arange(first, first + 12)[None]
+        with torch.no_grad():
+            assert torch.equal(model(ids, position_ids=positions).logits, longrope(ids, position_ids=positions).logits)
+
+
+# where a segment of a sequence-parallel rank begins, packed restarts, two rows, and everything
+PLACES = {
+    "start": torch.arange(40)[None],
+    "shard past the first tokens": torch.arange(5000, 5040)[None],
+    "shard across the border": torch.arange(10, 50)[None],
+    "restarts": torch.cat([torch.arange(25), torch.arange(12), torch.arange(30)])[None],
+    "two rows": torch.stack([torch.arange(40), torch.arange(3000, 3040)]),
+    "many": POSITIONS,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("n", [1, 16, L])
+def test_the_first_tokens_keep_the_original_rope(n, place):
+    """Bit for bit transformers' plain table below n and its longrope table from n on, each times the window's attention factor."""
+    model, positions, x = model_of(), PLACES[place], torch.zeros(1)
+    factors = dataclasses.replace(factors_for(model), original_tokens=n)
+    plain, longrope = (
+        copy.deepcopy(model.base_model.rotary_emb),
+        transformers_longrope(model, dataclasses.replace(factors, original_tokens=0)),
+    )
+    plain.attention_scaling = factors.attention_factor
+    far = torch.cat([positions, torch.full((len(positions), 1), L - 1)], dim=1)  # brings transformers into its long window
+    expected = [torch.where(far[..., None] < n, a, b)[:, :-1] for a, b in zip(plain(x, far), longrope(x, far), strict=True)]
+    table = rotary.install(model, factors)
+    table.window = "long"
+    assert same_bits([t[:, :-1] for t in table(x, far)], expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_first_tokens_by_a_plain_loop(place):
+    spectrum, n = Spectrum(32, 10000.0, L0), 16
+    factors = METHODS["longrope"](spectrum, L, original_tokens=n)
+    table = rotary.install(model_of(), factors)
+    table.window = "long"
+    cos, sin = table(torch.zeros(1), PLACES[place])
+    for row, positions in enumerate(PLACES[place].tolist()):
+        for column, m in enumerate(positions):
+            if m > 10_000:  # where fp32 angles are coarse, the test above is the exact one
+                continue
+            for i in (0, 3, 15):
+                angle = m * 10000.0 ** (-i / 16) / (1.0 if m < n else factors.rescale[i])
+                for part, function in ((cos, math.cos), (sin, math.sin)):
+                    expected = function(angle) * factors.attention_factor
+                    assert part[row, column, i].item() == part[row, column, i + 16].item() == pytest.approx(expected, abs=2e-3)
+
+
+def test_first_tokens_belong_to_the_long_window_and_to_its_factors():
+    model, x, near = model_of(), torch.zeros(1), torch.arange(40)[None]
+    own, factors = copy.deepcopy(model.base_model.rotary_emb), factors_for(model)
+    table = rotary.install(model, dataclasses.replace(factors, original_tokens=16))
+    assert same_bits(table(x, near), own(x, near)), "the short window is the model's own"
+    table.window = "long"
+    kept = table(x, near)
+    table.use(factors)
+    assert not same_bits(table(x, near), kept)
+    fresh = rotary.install(model_of(), factors)
+    fresh.window = "long"
+    assert same_bits(table(x, near), fresh(x, near))
+    assert table.tables["long"].inv_freq_at(near) is table.tables["long"].inv_freq, "without first tokens nothing is computed"
+    table.use(dataclasses.replace(factors, original_tokens=16))
+    assert same_bits(table(x, near), kept)
+
+
+def test_a_model_that_keeps_its_first_tokens():
+    """A document that lies inside them reads as in the short window, one that begins beyond them as without them."""
+    model = model_of().eval()
+    factors = dataclasses.replace(factors_for(model, attention_factor=1.0), original_tokens=16)
+    table = rotary.install(model, factors)
+    ids = torch.randint(32, (1, 12), generator=torch.Generator().manual_seed(0))
+
+    def logits(window, first, kept):
+        table.use(dataclasses.replace(factors, original_tokens=kept))
+        table.window = window
+        with torch.no_grad():
+            return model(ids, position_ids=torch.arange(first, first + 12)[None]).logits
+
+    assert torch.equal(logits("long", 0, 16), logits("short", 0, 16))
+    assert torch.equal(logits("long", 5000, 16), logits("long", 5000, 0))
+    assert not torch.allclose(logits("long", 10, 16), logits("long", 10, 0), atol=1e-4)
+    assert not torch.allclose(logits("long", 10, 16), logits("short", 10, 16), atol=1e-4)
 
 
 def test_a_published_longrope_model_keeps_its_own_short_window():

@@ -1,5 +1,6 @@
 """From a RopeConfig to Factors: the presets of conf/rope, the released LLaMA3-8B numbers, and a sentence for whatever a user gets wrong."""
 
+import dataclasses
 import json
 import math
 
@@ -37,7 +38,9 @@ def small(method, **more):
 
 def test_the_released_llama3_factors():
     factors = build(preset("llama3_8b_released"), LLAMA3)
-    np.testing.assert_allclose(factors.rescale, RELEASED, rtol=1e-9)
+    np.testing.assert_allclose(factors.rescale, RELEASED, rtol=0, atol=1e-8)
+    assert list(factors.rescale[33:]) == RELEASED[33:]
+    assert [f"{x:.10g}" for x in factors.rescale] == [f"{x:.10g}" for x in RELEASED]
     assert factors.attention_factor == math.sqrt(1 + math.log(16) / math.log(8192)) == pytest.approx(1.1435, abs=5e-5)
     assert factors.short_attention_factor == 1.0
     assert factors.short_rescale is None
@@ -51,6 +54,10 @@ def test_presets_build(name):
     factors = build(preset(name, **searched.get(name, {})), LLAMA3)
     assert factors.method == ("longrope2" if name == "llama3_8b_released" else name)
     assert factors.target_window_tokens == 131072
+
+
+def test_every_method_has_a_preset():
+    assert set(METHODS) == set(PRESETS) - {"llama3_8b_released"}
 
 
 def test_presets_of_methods_give_the_methods_own_defaults():
@@ -75,6 +82,14 @@ def test_explicit_longrope_table_and_options():
     assert build(small("dynamic_ntk", options={"length_tokens": 1024}), SMALL) == METHODS["dynamic_ntk"](SMALL, 4096, length_tokens=1024)
 
 
+def test_longrope_that_keeps_its_first_tokens(tmp_path):
+    factors = build(small("longrope", options={"original_tokens": 16}), SMALL)
+    assert factors == dataclasses.replace(METHODS["longrope"](SMALL, 4096), original_tokens=16)
+    factors.save(tmp_path / "factors.json")
+    assert build(small("pi", factors=str(tmp_path)), SMALL) == factors
+    assert build(small("pi", factors=str(tmp_path), attention_factor=1.3), SMALL).original_tokens == 16
+
+
 @pytest.fixture
 def searched():
     return METHODS["longrope2"](SMALL, 4096, critical_index=3, tail=[9.0, 10.0, 11.0, 12.0, 13.0], attention_factor=1.2)
@@ -95,6 +110,17 @@ def test_model_folder(tmp_path, searched):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="carries no longrope factors"):
         build(small("yarn", factors=str(tmp_path)), SMALL)
+
+
+def test_a_published_set_out_of_order_and_with_a_short_table(tmp_path):
+    """A bare config.json, as some models are published: read as it is."""
+    long, short = [1.0, 9.0, 2.0, 0.5, 30.0, 4.0, 4.0, 8.0], [1.0, 1.1, 1.2, 1.0, 1.3, 1.0, 1.0, 1.05]
+    config = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 4096, "original_max_position_embeddings": 512}
+    config |= {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", "long_factor": long, "short_factor": short}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    factors = build(small("yarn", factors=str(tmp_path / "config.json")), SMALL)
+    assert (list(factors.rescale), list(factors.short_rescale or ())) == (long, short)
+    np.testing.assert_array_equal(factors.short_inv_freq, SMALL.inv_freq / short)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +148,9 @@ def test_model_folder(tmp_path, searched):
         (small("yarn", options={"beta_fast": 1, "beta_slow": 2}), "rope.options.beta_slow=2 is not below rope.options.beta_fast=1"),
         (small("llama3", options={"low_freq_factor": 4}), "rope.options.low_freq_factor=4 is not below"),
         (small("longrope", options={"rescale": [1.0]}), "rescale has 1 numbers, but a rotary dimension of 16 needs 8"),
+        (small("longrope", options={"original_tokens": 4097}), "original_tokens=4097 is not a whole number between 0 and .* 4096 tokens"),
+        (small("longrope", options={"original_tokens": "few"}), "rope.options={'original_tokens': 'few'} do not fit rope.method=longrope"),
+        (small("longrope2", critical_index=3, tail=[9.0], options={"original_tokens": 4}), "rope.options.original_tokens is set, but"),
         (small("pi", attention_factor=0.0), "rope.attention_factor"),
         (RopeConfig(target_window_tokens=256, method="pi"), "rope.target_window_tokens=256 is below the original window of 512"),
         (small("pi", factors="/nowhere/factors.json"), "rope.factors: /nowhere/factors.json does not exist"),

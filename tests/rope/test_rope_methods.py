@@ -1,5 +1,6 @@
 """Methods against transformers where it has them, against their formulas where it does not, and what they promise for any model."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lr2train.config import UserError
 from lr2train.rope import METHODS, Spectrum
+from lr2train.rope.hf import spectrum_of
 from lr2train.rope.methods import frequency_linear, lambda_linear, yarn_ramp
 
 # transformers works in fp32: base^x with x rounded to 2^-24 is off by ln(base) * 6e-8 (1e-6 for base 1e7), and a few roundings come on top
@@ -22,18 +24,22 @@ MODELS = [
     (64, 1e4, 512, 4096),
     (16, 1e7, 300, 1000),
     (72, 1e4, 4096, 4096),
+    (80, 1e4, 4096, 32768),
+    (256, 1e6, 8192, 131072),
+    (72, 5e5, 8192, 131072),
 ]
+# head size, partial rotary factor: Phi-4-mini, GPT-NeoX, StableLM, GLM
+PARTIAL = [(128, 0.75), (96, 0.25), (80, 0.25), (128, 0.5), (72, 0.75), (256, 0.25)]
 
 
-def from_transformers(kind, spectrum, target, seq_len=None, **keys):
-    """inv_freq and attention factor as transformers computes them."""
+def from_transformers(kind, spectrum, target, seq_len=None, head_dim=None, **keys):
+    """inv_freq and attention factor as transformers computes them; a head larger than the rotary dimension comes with its partial factor."""
     rope = {"rope_type": kind, "rope_theta": spectrum.base, "factor": target / spectrum.window_tokens, **keys}
     if kind in ("yarn", "longrope", "llama3"):
         rope["original_max_position_embeddings"] = spectrum.window_tokens
     window = spectrum.window_tokens if kind == "dynamic" else target
-    config = LlamaConfig(
-        head_dim=spectrum.rotary_dim, hidden_size=spectrum.rotary_dim, num_attention_heads=1, max_position_embeddings=window
-    )
+    head_dim = head_dim or spectrum.rotary_dim
+    config = LlamaConfig(head_dim=head_dim, hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=window)
     config.rope_parameters = rope
     inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, seq_len=seq_len)
     return inv_freq.double().numpy(), attention_factor
@@ -84,6 +90,26 @@ def test_longrope_with_a_table_is_longrope(model):
     )
 
 
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3", "longrope"])
+@pytest.mark.parametrize(("head_dim", "partial"), PARTIAL)
+def test_partial_rotary(head_dim, partial, kind):
+    spectrum = spectrum_of(
+        {"head_dim": head_dim, "max_position_embeddings": 4096, "rope_theta": 1e4, "partial_rotary_factor": partial},
+    )
+    assert spectrum == Spectrum(round(head_dim * partial), 1e4, 4096)
+    table = np.linspace(1.0, 40.0, spectrum.n_dims).tolist()
+    keys = {"partial_rotary_factor": partial, "head_dim": head_dim} | {
+        "linear": {},
+        "dynamic": {"seq_len": 131072},
+        "yarn": {},
+        "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "longrope": {"seq_len": 4097, "long_factor": table, "short_factor": [1.0] * spectrum.n_dims},
+    }[kind]
+    name = {"linear": "pi", "dynamic": "dynamic_ntk"}.get(kind, kind)
+    options = {"rescale": table} if kind == "longrope" else {}
+    assert_equal(METHODS[name](spectrum, 131072, **options), from_transformers(kind, spectrum, 131072, **keys))
+
+
 def test_none_is_the_original(model):
     factors = METHODS["none"](*model)
     np.testing.assert_array_equal(factors.inv_freq, model[0].inv_freq)
@@ -111,8 +137,17 @@ def test_longrope_starts_from_another_curve_than_yarn(model):
     ramp, scale = yarn_ramp(spectrum), target / spectrum.window_tokens
     np.testing.assert_array_equal(METHODS["longrope"](*model).rescale, lambda_linear(ramp, scale))
     np.testing.assert_array_equal(METHODS["yarn"](*model).rescale, frequency_linear(ramp, scale))
+    if scale > 1:  # the same ramp, got back out of YaRN's frequencies (which are transformers' own), blends the factors here
+        share = (1 - 1 / np.array(METHODS["yarn"](*model).rescale)) / (1 - 1 / scale)
+        np.testing.assert_allclose(METHODS["longrope"](*model).rescale, 1 + (scale - 1) * share, rtol=1e-12)
     if scale > 1 and np.any((ramp > 0) & (ramp < 1)):
         assert np.any(lambda_linear(ramp, scale) > 1.1 * frequency_linear(ramp, scale))
+
+
+def test_longrope_keeps_first_tokens_and_nothing_else_changes(model):
+    kept = METHODS["longrope"](*model, original_tokens=16)
+    assert kept.original_tokens == 16
+    assert dataclasses.replace(kept, original_tokens=0) == METHODS["longrope"](*model)
 
 
 def test_rcd_variants_at_the_theoretical_index_are_their_parents():
@@ -131,6 +166,16 @@ def test_rcd_variants_reach_s_at_the_found_index():
     assert set(yarn_rcd.rescale[:19]) == {1.0}
     assert set(yarn_rcd.rescale[30:]) == {16.0}
     assert yarn_rcd.attention_factor == METHODS["yarn"](spectrum, 131072).attention_factor
+
+
+def test_rcd_variants_between_their_ends():
+    """LLaMA3-8B, index by index: YaRN's ramp from floor(dim(32)) = 18 to rcd = 30, and NTK's power."""
+    spectrum = Spectrum(128, 5e5, 8192)
+    yarn_rcd, ntk_rcd = (METHODS[name](spectrum, 131072, critical_index=30).rescale for name in ("yarn_rcd", "ntk_rcd"))
+    for i in range(64):
+        share = min(max((i - 18) / 12, 0), 1)
+        assert 1 / yarn_rcd[i] == pytest.approx((1 - share) + share / 16, rel=1e-14)
+        assert math.log(ntk_rcd[i]) == pytest.approx(i / 30 * math.log(16), rel=1e-13)
 
 
 @given(st.integers(1, 63), st.sampled_from(["yarn_rcd", "ntk_rcd"]))

@@ -19,12 +19,24 @@ L = 131072
 
 
 @pytest.mark.parametrize(
-    ("spectrum", "real", "tcd", "d10"),
-    [(PHI3, 30.1578, 31, 19), (LLAMA3, 34.9841, 35, 24), (LLAMA2, 45.0269, 46, 30), (QWEN, 39.6509, 40, 29)],
+    ("spectrum", "scale", "real", "tcd", "d10"),
+    [(PHI3, 64, "30.1578", 31, 19), (LLAMA3, 16, "34.9841", 35, 24), (LLAMA2, 32, "45.0269", 46, 30), (QWEN, 4, "39.6509", 40, 29)],
 )
-def test_critical_indices(spectrum, real, tcd, d10):
-    assert round(spectrum.critical_index_real, 4) == real
+def test_critical_indices(spectrum, scale, real, tcd, d10):
+    assert METHODS["none"](spectrum, L).scale == scale
+    assert f"{spectrum.critical_index_real:.4f}" == real
     assert (spectrum.critical_index, spectrum.lowest_critical_index) == (tcd, d10)
+
+
+@pytest.mark.parametrize("spectrum", [PHI3, LLAMA3, LLAMA2, QWEN])
+def test_ntk_is_s_at_the_real_valued_critical_index(spectrum):
+    rescale = METHODS["ntk"](spectrum, L).rescale
+    assert rescale[1] ** spectrum.critical_index_real == pytest.approx(L / spectrum.window_tokens, rel=1e-11)  # lambda_i = lambda_1^i
+
+
+@pytest.mark.parametrize(("spectrum", "searched"), [(PHI3, 25), (LLAMA3, 30)])
+def test_the_critical_indices_that_the_papers_searches_found_lie_among_the_candidates(spectrum, searched):
+    assert spectrum.lowest_critical_index <= searched <= spectrum.critical_index
 
 
 @pytest.mark.parametrize(
@@ -54,7 +66,8 @@ def test_longrope2_base(spectrum, rcd, scale, base):
 
 def test_periods_of_phi3_that_the_paper_quotes():
     period = PHI3.period_tokens
-    assert [round(period[i], 2) for i in (7, 47)] == [24.07, 51861.67]
+    assert [f"{period[i]:.2f}" for i in (7, 47)] == ["24.07", "51861.67"]
+    assert (f"{period[30]:.1f}", f"{period[31]:.0f}") == ("1986.9", "2407")
     assert period[30] < PHI3.window_tokens < period[31]
 
 

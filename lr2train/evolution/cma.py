@@ -1,0 +1,68 @@
+"""CMA-ES beside the paper's algorithm: the same fitness, few parameters, no parents.
+
+Choice: a point of five numbers in [0, 1] (critical index, three heights of the tail, attention factor) instead of a factor for each
+dimension; the tail rises linearly between its heights. ``cmaes`` adapts the shape of its sampling to what it finds (CMA-ES with margin,
+Hamano et al. 2022, for the critical index is an integer). Cost: a tail with steps is out of reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from lr2train.evolution.genome import Candidate, Space
+from lr2train.evolution.loop import Generation, Judgement, ranked
+from lr2train.evolution.race import Scored
+from lr2train.run import stream
+
+SIGMA = 0.3  # of the first samples, in shares of each range: they cover the space
+
+
+def evolve_cmaes(space: Space, judge: Judgement, seed: int) -> Iterator[Generation]:
+    """Yield ``generations`` + 1 generations of ``population - top_k`` samples; as many as the paper's algorithm makes children.
+
+    Args, and what is yielded, as ``loop.evolve``; ``population`` holds the ``top_k`` best so far and this generation's samples.
+    """
+    from cmaes import CMAwM
+
+    assert not space.all_dims, "refused by Space"
+    knobs, n_indices = space.knobs, len(space.critical_indices)
+    bounds = np.array([[0.0, 1.0]] * 4 + [[0.0, max(n_indices - 1, 1)]])
+    steps = np.array([0.0] * 4 + [1.0])
+    optimizer = CMAwM(
+        mean=bounds.mean(1), sigma=SIGMA, bounds=bounds, steps=steps, cov=np.diag((bounds[:, 1] - bounds[:, 0]) ** 2),
+        population_size=knobs.population - knobs.top_k, seed=int(stream(seed, "cmaes").integers(2**31)),
+    )  # fmt: skip
+    best: tuple[Scored, ...] = ()
+    seen: set[str] = set()
+    for index in range(knobs.generations + 1):
+        asked = [optimizer.ask() for _ in range(optimizer.population_size)]
+        samples = [candidate_of(space, point) for point, _ in asked]
+        known = {one.candidate.key: one for one in best}
+        new = list({sample.key: sample for sample in samples if sample.key not in known}.values())
+        scored = [*judge(new, [one.candidate for one in best]), *best]
+        place = {one.candidate.key: number for number, one in enumerate(_places(scored))}
+        optimizer.tell([(told, float(place[sample.key])) for (_, told), sample in zip(asked, samples, strict=True)])
+        seen.update(place)
+        population = ranked([one for one in scored if not one.dropped])
+        best = population[: knobs.top_k]
+        yield Generation(index, population, ranked([one for one in scored if one.dropped]), len(seen))
+
+
+def candidate_of(space: Space, point: np.ndarray) -> Candidate:
+    """The candidate of a point: heights of the tail at its start, middle and end (each a share of what is left to the upper bound), attention
+    factor (each in [0, 1]) and the number of the critical index.
+    """
+    low, high = space.bounds
+    heights = [low]
+    for share in point[:3]:
+        heights.append(heights[-1] + float(np.clip(share, 0.0, 1.0)) * (high - heights[-1]))
+    index = space.critical_indices[int(np.clip(round(point[4]), 0, len(space.critical_indices) - 1))]
+    tail = np.interp(np.linspace(0.0, 2.0, space.spectrum.n_dims - index), [0.0, 1.0, 2.0], heights[1:])
+    return Candidate(index, tuple(space.on_grid(value) for value in tail.tolist()), space.attention_factor_at(float(point[3])))
+
+
+def _places(scored: list[Scored]) -> list[Scored]:
+    """Best first; whoever was dropped stands behind, the later the better."""
+    return sorted(scored, key=lambda one: (one.dropped, -one.documents, one.loss, one.candidate.key))

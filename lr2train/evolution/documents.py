@@ -1,0 +1,59 @@
+"""What candidates are scored on, drawn from a corpus' held-out documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from lr2train.config import Config, UserError
+from lr2train.data.corpus import Corpus
+from lr2train.data.needles import N_KEYS, needle_set, text_set
+from lr2train.run import stream
+
+TEXT_PIECES = 16  # spans that plain text is scored in: a race compares them one by one
+
+
+@dataclass(frozen=True)
+class Document:
+    """Tokens, of which those at ``spans`` are scored, each span (an answer) for itself.
+
+    Attributes:
+        tokens: int64 [length_tokens].
+        spans: half-open token ranges, in order.
+    """
+
+    tokens: np.ndarray
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def n_scored_tokens(self) -> int:
+        """Tokens that are scored."""
+        return sum(stop - start for start, stop in self.spans)
+
+
+def documents(config: Config, corpus: Corpus) -> list[Document]:
+    """``search.documents`` for the generations, then ``search.final_documents`` for the final; each of the target window's length.
+
+    Raises:
+        UserError: nothing is held out, the length has no room for the needles, or there are more needles than names.
+    """
+    knobs = config.search
+    if knobs.questions + knobs.distractors > N_KEYS:
+        raise UserError(
+            f"search.questions={knobs.questions} and search.distractors={knobs.distractors} make more needles than there are names "
+            f"({N_KEYS}); set search.distractors to {max(0, N_KEYS - knobs.questions)} or less"
+        )
+    made = _draw(config, corpus, knobs.documents, "needles")
+    return [*made, *_draw(config, corpus, knobs.final_documents, "final")] if knobs.final_documents else made
+
+
+def _draw(config: Config, corpus: Corpus, n_documents: int, name: str) -> list[Document]:
+    knobs, length, rng = config.search, config.rope.target_window_tokens, stream(config.search.seed, "search", name)
+    if knobs.objective == "text":
+        borders = np.linspace(1, length, TEXT_PIECES + 1).astype(int).tolist()
+        pieces = tuple((start, stop) for start, stop in pairwise(borders) if start < stop)
+        return [Document(tokens, pieces) for tokens in text_set(corpus, n_documents, length, rng)]
+    made = needle_set(corpus, config.data.needles, n_documents, length, [knobs.depth], rng, knobs.questions, knobs.distractors)
+    return [Document(one.tokens, one.answer_spans) for one in made]

@@ -1,0 +1,109 @@
+"""What a search has to say of itself: a line a generation, how much is left, what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lr2train.config import SearchConfig
+from lr2train.evolution.fitness import Fitness
+from lr2train.evolution.genome import ALL, Candidate
+from lr2train.evolution.loop import Generation
+from lr2train.evolution.race import Scored
+from lr2train.run import rank
+
+
+@dataclass
+class History:
+    """The generations so far.
+
+    Attributes:
+        knobs: of the search.
+        fitness: whose evaluations are counted.
+        file: generations.jsonl, written anew: a resumed search replays its generations from the journal.
+        lines: what stands in the file.
+    """
+
+    knobs: SearchConfig
+    fitness: Fitness
+    file: Path
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, generation: Generation) -> str:
+        """Write the generation's line; returns what to tell of it."""
+        self.lines.append(_line(generation, self.fitness))
+        if rank() == 0:
+            with self.file.open("w" if len(self.lines) == 1 else "a") as file:
+                file.write(json.dumps(self.lines[-1]) + "\n")
+        return (
+            f"generation {generation.index}/{self.knobs.generations}: {self.knobs.objective} perplexity {generation.best.perplexity:.4f}, "
+            f"{described(generation.best.candidate)}, {len(generation.dropped)} dropped, {self.fitness.document_forwards} document-forwards"
+        )
+
+    @property
+    def note(self) -> str:
+        """What is going on, for the progress bar."""
+        done, knobs = len(self.lines), self.knobs
+        following = "final" if done > knobs.generations else f"generation {done}/{knobs.generations}"
+        if not self.lines:
+            return following
+        return f"{following}, perplexity {self.lines[-1]['best_perplexity']:.4f}, rcd {self.lines[-1]['best']['critical_index']}"
+
+    @property
+    def expected_evaluations(self) -> int:
+        """That the search will take, judged by the generations so far; at first as many as there are without racing."""
+        knobs = self.knobs
+        final = knobs.top_k * knobs.final_documents
+        if not self.lines:
+            return knobs.documents * (knobs.population + knobs.generations * (knobs.population - knobs.top_k)) + final
+        by_generation = self.lines[-1]["evaluations"] / len(self.lines)
+        expected = by_generation * (knobs.generations + 1) + final / (2 if knobs.racing else 1)
+        return max(round(expected), self.fitness.computed)
+
+    def result(self, finalists: Sequence[Scored]) -> dict[str, Any]:
+        """What came out; the winner first among the finalists."""
+        best = finalists[0]
+        return {
+            "perplexity": best.perplexity,
+            "scored_documents": best.documents,
+            **_plain(best.candidate),
+            "candidates": self.lines[-1]["candidates"],
+            "document_forwards": self.fitness.document_forwards,
+            "evaluations": self.fitness.computed,
+            "finalists": [{"perplexity": one.perplexity, "documents": one.documents, **_plain(one.candidate)} for one in finalists],
+            "settings": asdict(self.knobs),
+        }
+
+    def brief(self) -> list[dict[str, Any]]:
+        """The best of each generation and what it had cost by then."""
+        return [{key: line[key] for key in ("generation", "best_perplexity", "best", "document_forwards")} for line in self.lines]
+
+
+def described(candidate: Candidate) -> str:
+    """A candidate in a few words."""
+    start = f", first {candidate.original_tokens} tokens original" if candidate.original_tokens else ""
+    where = "all factors" if candidate.critical_index == ALL else f"rcd {candidate.critical_index}, tail"
+    return f"{where} {candidate.tail[0]:g} … {candidate.tail[-1]:g}, attention factor {candidate.attention_factor:g}{start}"
+
+
+def _plain(candidate: Candidate) -> dict[str, Any]:
+    return {**asdict(candidate), "tail": list(candidate.tail)}
+
+
+def _line(generation: Generation, fitness: Fitness) -> dict[str, Any]:
+    everyone = [*generation.population, *generation.dropped]
+    return {
+        "generation": generation.index,
+        "best_perplexity": generation.best.perplexity,
+        "best": _plain(generation.best.candidate),
+        "perplexities": [one.perplexity for one in everyone],
+        "documents": [one.documents for one in everyone],
+        "critical_indices": [one.candidate.critical_index for one in everyone],
+        "attention_factors": [one.candidate.attention_factor for one in everyone],
+        "candidates": generation.evaluated,
+        "document_forwards": fitness.document_forwards,
+        "evaluations": fitness.computed,
+    }

@@ -1,0 +1,256 @@
+"""Last hidden states at chosen positions of one document, without what only other positions would need.
+
+Choice: three cuts, none of which changes a number beyond rounding. The document ends after the last chosen position (attention is causal);
+in the last layer only the chosen positions attend; and with ``chunk_tokens`` every layer runs over the document in chunks, so that what
+grows with the window is the residual stream (written in place) and the keys and values of *one* layer. In Llama-3-8B's shape and bfloat16
+that is 12 KiB a token, where a whole pass peaks at about 100 KiB in its MLP and a key-value cache of all layers alone would hold 128 KiB.
+Cost: from the second chunk on, attention reads a mask, of ``MASK_CELLS`` at a time (a byte each, and two to four more while a kernel runs),
+and no flash kernel of CUDA takes one: a chunked pass runs there on the slower memory-efficient kernel.
+
+The door to transformers is its attention interface, as in ``attention.hf``: for the time of a call the model's config names our function,
+which hands everything else on to transformers' own. Decoder layers are found where they are in every decoder of transformers, in
+``base_model.layers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lr2train.config import UserError
+
+NAME = "lr2train_rows"
+MASK_CELLS = {"cpu": 2**21, "cuda": 2**27}  # query-key pairs that a mask covers at one time; a GPU wants many queries to be busy
+FEW = 4  # a call for at most one row in so many computes only these; for more, all of them through the flash kernel are cheaper
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""transformers': (batch, head, query, key positions) that broadcast -> whether the query sees the key."""
+
+
+def hidden_rows(model: Any, ids: Tensor, rows: Tensor, chunk_tokens: int = 0) -> Tensor:
+    """Hidden states [n, hidden], after the final norm, at the positions ``rows`` (int64 [n]) of the document ``ids`` (int64 [T]).
+
+    A model whose attention implementation is not ``sdpa`` runs whole, as it is.
+
+    Args:
+        model: a Hugging Face causal LM in eval mode; call in inference mode.
+        ids: of one document; its positions count from 0.
+        rows: in any order, at least one.
+        chunk_tokens: of one pass through a layer; 0 is the whole document.
+
+    Raises:
+        UserError: the model cannot run in chunks.
+    """
+    ids = ids[: int(rows.max()) + 1]
+    in_chunks = 0 < chunk_tokens < len(ids)
+    if in_chunks:
+        _refuse_chunks(model)
+    elif model.config._attn_implementation != "sdpa":
+        return model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, rows]
+    wanted, of_row = rows.unique(return_inverse=True)
+    with ExitStack() as stack:
+        stack.enter_context(_our_attention(model.config))
+        if in_chunks:
+            stack.enter_context(_layers_in_chunks(model.base_model.layers, chunk_tokens, wanted))
+        few = _Rows(wanted, len(model.base_model.layers) - 1)
+        hidden = model.base_model(input_ids=ids[None], use_cache=False, score_rows=few).last_hidden_state[0]
+    return hidden[of_row] if in_chunks else hidden[rows]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The positions that are wanted of a layer; all are wanted of the layers before it."""
+
+    positions: Tensor  # int64, ascending
+    layer: int
+
+    def inside(self, start: int, stop: int) -> Tensor:
+        """Those in [start, stop), counted from ``start``."""
+        return self.positions[(self.positions >= start) & (self.positions < stop)] - start
+
+
+# ---- attention ----
+
+
+@contextmanager
+def _our_attention(config: Any) -> Iterator[None]:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention_forward)
+    AttentionMaskInterface.register(NAME, _mask_function)
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _mask_function(mask_function: MaskFunction, kv_length: int, local_size: int | None = None, **_: Any) -> MaskFunction | None:
+    """In the place of a mask [T, T]: the function that tells it, of which `_attention_forward` makes the rows it needs. None is causal."""
+    from transformers.masking_utils import causal_mask_function
+
+    plain = mask_function is causal_mask_function or (local_size is not None and kv_length <= local_size)
+    return None if plain else mask_function
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: MaskFunction | None,
+    scaling: float | None = None,
+    score_rows: _Rows | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [1, Hq, q, D], key and value [1, Hkv, n, D], the queries being the last q of n tokens.
+
+    Returns [1, q, Hq, D]; in the layer of ``score_rows`` it holds zeros where no row is wanted.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    assert score_rows is not None, "only hidden_rows calls a model under this attention"
+    rows = score_rows.inside(n_keys - n_queries, n_keys) if getattr(module, "layer_idx", None) == score_rows.layer else None
+    if rows is not None and len(rows) * FEW <= n_queries:
+        out = value.new_zeros(1, n_queries, query.shape[1], value.shape[-1])
+        if len(rows):
+            out[:, rows] = _attend_rows(query[:, :, rows], key, value, rows + n_keys - n_queries, attention_mask, scaling, kwargs)
+        return out, None
+    if attention_mask is None and n_queries == n_keys:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    positions = torch.arange(n_keys - n_queries, n_keys, device=query.device)
+    return _attend_rows(query, key, value, positions, attention_mask, scaling, kwargs), None
+
+
+def _attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    mask_function: MaskFunction | None,
+    scaling: float | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention of the queries [1, Hq, b, D] at ``positions`` (ascending) over the keys of positions 0 … n - 1 -> [1, b, Hq, D].
+
+    The query heads that share a key head stand below each other as further queries of it, so no key is repeated.
+    """
+    for option in _UNSUPPORTED:
+        if options.get(option) is not None:
+            raise UserError(f"the model's attention wants {option}, which is not computed here; set model.path to another model")
+    groups = query.shape[1] // key.shape[1]
+    size = max(1, MASK_CELLS.get(query.device.type, 2**21) // (groups * key.shape[2]))
+    parts = []
+    for part, at in zip(query.split(size, dim=2), positions.split(size), strict=True):
+        stop = int(at[-1]) + 1
+        mask = _mask(at, stop, mask_function).repeat(groups, 1)
+        packed = part.reshape(1, key.shape[1], -1, part.shape[-1])
+        out = F.scaled_dot_product_attention(packed, key[:, :, :stop], value[:, :, :stop], attn_mask=mask, scale=scaling)
+        parts.append(out.reshape(1, query.shape[1], len(at), -1).transpose(1, 2))
+    return torch.cat(parts, dim=1)
+
+
+def _mask(positions: Tensor, n_keys: int, mask_function: MaskFunction | None) -> Tensor:
+    """bool [b, n_keys]: which keys the queries at ``positions`` see."""
+    queries, keys = positions[:, None], torch.arange(n_keys, device=positions.device)[None]
+    if mask_function is None:
+        return keys <= queries
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=positions.device)
+    return mask_function(zero, zero, queries[None, None], keys[None, None]).expand(1, 1, len(positions), n_keys)[0, 0]
+
+
+# ---- chunks ----
+
+
+def _refuse_chunks(model: Any) -> None:
+    config = model.config
+    remedy = "set search.chunk_tokens=0, or choose another model (model.path)"
+    if config._attn_implementation != "sdpa":
+        raise UserError(f"attention implementation {config._attn_implementation} does not run in chunks, sdpa does; {remedy}")
+    others = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
+    if others or not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
+        found = f"layers of type {', '.join(sorted(others))}" if others else "no list of decoder layers"
+        raise UserError(f"{type(model).__name__} has {found} and does not run in chunks; {remedy}")
+
+
+@contextmanager
+def _layers_in_chunks(layers: nn.ModuleList, chunk_tokens: int, wanted: Tensor) -> Iterator[None]:
+    """Have every layer run in chunks; the last one returns the wanted rows alone [1, n, hidden]."""
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            rows = _Rows(wanted, index) if index == len(layers) - 1 else None
+            stack.enter_context(forward_replaced(layer, partial(_in_chunks, layer.forward, chunk_tokens, rows)))
+        yield
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Have a call of ``module`` run ``forward`` in place of its own, inside the same hooks (which gather the weights of a divided model)."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _in_chunks(
+    forward: Callable[..., Any],
+    chunk_tokens: int,
+    wanted: _Rows | None,
+    hidden: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """One decoder layer over ``hidden`` [1, T, hidden], which its output replaces chunk by chunk."""
+    strange = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+    if strange:
+        raise UserError(f"a decoder layer takes {strange[0]}, which is not known to be cut in chunks; set search.chunk_tokens=0")
+    kwargs["past_key_values"] = _KeysAndValues(hidden.shape[1])
+    kept = []
+    for start in range(0, hidden.shape[1], chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        angles = tuple(table[:, part] for table in position_embeddings)
+        positions = None if position_ids is None else position_ids[:, part]
+        out = forward(hidden[:, part], position_embeddings=angles, position_ids=positions, **kwargs)
+        if not isinstance(out, Tensor):
+            raise UserError(f"a decoder layer returns {type(out).__name__} and not its hidden states; set search.chunk_tokens=0")
+        if wanted is None:
+            hidden[:, part] = out
+        else:
+            kept.append(out[:, wanted.inside(start, start + chunk_tokens)])
+    return hidden if wanted is None else torch.cat(kept, dim=1)
+
+
+class _KeysAndValues:
+    """Those of one layer so far, where the layer expects transformers' cache; laid out at once, as joining chunks would copy all each time."""
+
+    def __init__(self, n_tokens: int):
+        self._n_tokens, self._done = n_tokens, 0
+        self._held: tuple[Tensor, ...] = ()
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+        """Key and value [1, Hkv, chunk, D] join those before; returns all."""
+        if not self._held:
+            self._held = tuple(x.new_empty(*x.shape[:2], self._n_tokens, x.shape[3]) for x in (key, value))
+        start, self._done = self._done, self._done + key.shape[2]
+        for held, new in zip(self._held, (key, value), strict=True):
+            held[:, :, start : self._done] = new
+        return tuple(held[:, :, : self._done] for held in self._held)

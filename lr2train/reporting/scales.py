@@ -1,0 +1,96 @@
+"""How needle perplexities are spread over an axis or a colour bar.
+
+Choice: where the best is near 1, over the logarithm of the loss, ``ln ln p``: 1.004 and 1.03 differ as much as 1.4 and 12 do, and a good
+search ends among such numbers. Elsewhere over ``ln p``, as usual. Cost: the unusual axis has to say so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+NEAR_ONE = 1.2  # from a best perplexity below on, the scale is that of the loss
+CEILING = 1e4  # times the best: perplexities beyond are drawn at the end
+_LEAST = 1e-7  # of a perplexity above 1: a loss of 0 has no logarithm
+_STEPS = 8  # ticks that a scale bears
+
+
+@dataclass(frozen=True)
+class PerplexityScale:
+    """A scale between the best of some perplexities and the worst, at most ``CEILING`` times it.
+
+    Attributes:
+        low, high: its ends; with room around the numbers where that was asked for.
+        best, worst: of the numbers; worse ones are shown at ``worst``.
+        of_loss: over ln ln p; over ln p otherwise.
+        beyond: whether there are worse ones.
+    """
+
+    low: float
+    high: float
+    best: float
+    worst: float
+    of_loss: bool
+    beyond: bool
+
+    @classmethod
+    def over(cls, perplexities: np.ndarray, room: float = 0.0) -> PerplexityScale:
+        """Fit the ends to numbers, all at least 1 and finite; ``room`` widens both, as a share of the range."""
+        best, highest = max(float(np.min(perplexities)), 1.0 + _LEAST), float(np.max(perplexities))
+        worst = max(best, min(highest, best * CEILING))
+        bare = cls(best, worst, best, worst, best < NEAR_ONE, highest > worst)
+        low, high = bare.forward(np.array([best, worst]))
+        around = room * (high - low) if high > low else 0.1
+        low, high = bare.inverse(np.array([low - around, high + around]))
+        return replace(bare, low=max(float(low), 1.0 + _LEAST), high=float(high))
+
+    def label(self, of: str) -> str:
+        """What the axis says of a perplexity of this kind."""
+        return f"{of} perplexity ({'log of loss' if self.of_loss else 'log scale'})"
+
+    def forward(self, perplexity: np.ndarray) -> np.ndarray:
+        """Place on the scale."""
+        logarithm = np.log(np.maximum(perplexity, 1.0 + _LEAST))
+        return np.log(logarithm) if self.of_loss else logarithm
+
+    def inverse(self, place: np.ndarray) -> np.ndarray:
+        """Perplexity at a place."""
+        return np.exp(np.exp(np.minimum(place, 6.0))) if self.of_loss else np.exp(place)
+
+    def clip(self, perplexity: np.ndarray | list[float]) -> np.ndarray:
+        """What lies beyond the worst that is shown, there."""
+        return np.clip(perplexity, self.best, self.worst)
+
+    def ticks(self) -> list[float]:
+        """Round numbers inside, spread over the scale: decades of the loss (or of the perplexity) first, then what fits between."""
+        decades = [1 + 10.0**power for power in range(-6, 0)] if self.of_loss else [1.0]
+        decades += [2.0, *(10.0**power for power in range(1, 7))] if self.of_loss else [10.0**power for power in range(1, 7)]
+        between = [1 + digit * 10.0**power for power in range(-6, 0) for digit in (2, 5, 3, 4, 7)] if self.of_loss else []
+        between += [digit * 10.0**power for power in range(6) for digit in (2, 5, 3, 1.5, 4, 7, 1.2, 1.1)]
+        first, last = self.forward(np.array([self.low, self.high]))
+        kept = [self.worst] if self.beyond else []
+        for tick in decades + between:
+            places = self.forward(np.array([tick, *kept]))
+            if self.low <= tick <= self.high and (np.abs(places[1:] - places[0]) >= (last - first) / _STEPS).all():
+                kept.append(tick)
+        if len(kept) < 2:  # a range between two round numbers
+            kept = self.inverse(np.linspace(first, last, 5)[1:-1]).tolist()
+        return sorted(kept)
+
+    def on_y(self, axes: Axes, of: str) -> None:
+        """Make it the axes' y scale, for a perplexity of this kind."""
+        axes.set_yscale("function", functions=(self.forward, self.inverse))
+        axes.set_ylim(self.low, self.high)
+        axes.yaxis.set_major_locator(FixedLocator(self.ticks()))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(self.name))
+        axes.set_ylabel(self.label(of))
+
+    def name(self, tick: float, _: object = None) -> str:
+        """What stands at a tick."""
+        digits = 2 + math.ceil(math.log10(self.high / (self.high - self.low)))  # that tell ticks apart
+        return "beyond" if self.beyond and tick == self.worst else f"{tick:.{max(7, digits)}g}"

@@ -1,0 +1,100 @@
+"""A search's run folder, written as the verb writes it, over a smooth fitness; every candidate is known by a number."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lr2train.rope.methods import METHODS
+from lr2train.rope.spectrum import Spectrum
+from lr2train.run import write_json
+
+L0, L = 512, 4096
+SPECTRUM = Spectrum(64, 10000.0, L0)  # d10 8, tcd 16
+
+
+@dataclass(frozen=True)
+class One:
+    """A candidate; ``number`` tells apart what no file tells apart."""
+
+    number: int
+    perplexity: float
+    critical_index: int
+    attention_factor: float
+    documents: int
+
+
+def bowl(rng: np.random.Generator, number: int, spread: float, all_dims: bool) -> One:
+    """Best at rcd 12 and an attention factor of 1.25, where it is 1.002; one in ten breaks the model."""
+    index = int(np.clip(round(rng.normal(12, 4 * spread)), 8, 16))
+    factor = float(round(np.clip(rng.normal(1.25, 0.1 * spread), 1, 1.4) / 0.005) * 0.005)
+    loss = 0.002 * math.exp(0.5 * abs(index - 12) + 20 * abs(factor - 1.25) + abs(rng.normal()) * spread)
+    return One(number, math.inf if rng.random() < 0.1 and number else math.exp(loss), 0 if all_dims else index, factor, 10)
+
+
+def history(n_generations: int = 5, population: int = 24, top_k: int = 6, racing: bool = True, all_dims: bool = False, seed: int = 0):
+    """Lists of candidates a generation, best first, dropped ones behind."""
+    rng, made, parents, generations = np.random.default_rng(seed), 0, [], []
+    for index in range(n_generations + 1):
+        children = [bowl(rng, made + i, 1 / (1 + index), all_dims) for i in range(population - len(parents))]
+        made += len(children)
+        ranked = sorted([*parents, *children], key=lambda one: one.perplexity)
+        worst = ranked[top_k - 1].perplexity
+        raced = [
+            One(one.number, one.perplexity, one.critical_index, one.attention_factor, 2)
+            if racing and one.perplexity > worst and one.number % 2 and one in children
+            else one
+            for one in ranked
+        ]
+        whole = [one for one in raced if one.documents == 10]
+        generations.append([*whole, *(one for one in raced if one.documents < 10)])
+        parents = whole[:top_k]
+    return generations
+
+
+def line(index: int, everyone: list[One], racing: bool) -> dict:
+    """Of generations.jsonl."""
+    lists = {
+        "perplexities": [one.perplexity for one in everyone],
+        "critical_indices": [one.critical_index for one in everyone],
+        "attention_factors": [one.attention_factor for one in everyone],
+    }
+    raced = {"documents": [one.documents for one in everyone]} if racing else {}
+    return {"generation": index, "best_perplexity": everyone[0].perplexity, **lists, **raced, "document_forwards": 200 * (index + 1)}
+
+
+def write_jsonl(path: Path, lines: list[dict]) -> None:
+    """A JSON object a line; infinity is written as the verbs write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+
+
+def make_search(folder: Path, racing: bool = True, all_dims: bool = False, finished: bool = True, **knobs) -> list[list[One]]:
+    """``folder`` as the verb leaves it, or has it while it runs; returns the generations."""
+    generations = history(racing=racing, all_dims=all_dims, **knobs)
+    write_jsonl(folder / "generations.jsonl", [line(index, everyone, racing) for index, everyone in enumerate(generations)])
+    entries = [
+        {"candidate": str(one.number), "document": d, "nll": 3 * math.log(one.perplexity) * (1 + d / 4), "seconds": 0.11, "rank": d % 2}
+        for one in generations[0]
+        for d in range(one.documents)
+    ]
+    write_jsonl(folder / "journal.jsonl", entries)
+    if finished:
+        _finish(folder, generations[-1][0])
+    return generations
+
+
+def _finish(folder: Path, best: One) -> None:
+    of_best = {"perplexity": best.perplexity, "critical_index": best.critical_index, "attention_factor": best.attention_factor}
+    settings = {"population": 24, "top_k": 6, "objective": "needle"}
+    write_json(folder / "search.json", {**of_best, "document_forwards": 1200, "seconds": 75.0, "settings": settings})
+    if best.critical_index:
+        tail = [12.8 + i / 8 for i in range(32 - best.critical_index)]
+        made = METHODS["longrope2"](SPECTRUM, L, critical_index=best.critical_index, tail=tail, attention_factor=best.attention_factor)
+    else:
+        made = METHODS["longrope"](SPECTRUM, L)
+    write_json(folder / "factors.json", made.to_json())

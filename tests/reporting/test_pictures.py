@@ -1,0 +1,203 @@
+"""Pictures of a search: what they count, what they leave out, that they appear whole; the same drawings serve the page."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from reporting.searches import SPECTRUM, L, history, line, make_search
+
+from lr2train.config import UserError
+from lr2train.report import report
+from lr2train.reporting import canvas, charts
+from lr2train.reporting.pictures import write_search_pictures
+from lr2train.reporting.population import HOPELESS, candidates, last_parents, winner
+from lr2train.reporting.scales import CEILING, PerplexityScale
+from lr2train.rope.methods import METHODS
+
+ALL = ["factors.png", "fitness.png", "rcd.png", "temperature.png", "documents.png"]
+
+
+def lines(generations, racing: bool = True) -> list[dict]:
+    return [line(index, everyone, racing) for index, everyone in enumerate(generations)]
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+# ---- what generations say ----
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_candidate_is_counted_once(seed):
+    generations = history(seed=seed)
+    true = {one.number: (index, one) for index, everyone in reversed([*enumerate(generations)]) for one in everyone}  # where it came first
+    found = candidates(lines(generations))
+    assert len(found) == len(true) == 24 + 5 * 18
+    assert sum(found.perplexity == HOPELESS) == sum(math.isinf(one.perplexity) for _, one in true.values()) > 1
+    for name in ("critical_index", "attention_factor"):
+        assert sorted(getattr(found, name)) == sorted(getattr(one, name) for _, one in true.values())
+    assert sorted(found.generation) == sorted(index for index, _ in true.values())
+    assert 0 < sum(~found.complete) == sum(one.documents < 10 for _, one in true.values())
+
+
+def test_without_racing_everyone_is_complete():
+    assert candidates(lines(history(), racing=False)).complete.all()
+
+
+def test_the_winner_is_complete_even_where_a_dropped_one_looked_better():
+    made = lines(history())
+    made[-1]["perplexities"][-1] = 1.0001
+    assert made[-1]["documents"][-1] == 2
+    assert winner(made)[1] == made[-1]["best_perplexity"]
+    assert len(last_parents(made, 6)) == 6
+
+
+def test_the_winner_of_a_final_is_the_one_that_the_search_names():
+    made = lines(history())
+    last = made[-1]
+    named = next(i for i, index in enumerate(last["critical_indices"]) if index != last["critical_indices"][0])
+    search = {"critical_index": last["critical_indices"][named], "attention_factor": last["attention_factors"][named], "perplexity": 1.5}
+    assert winner(made, search) == (search["attention_factor"], last["perplexities"][named], search["critical_index"])
+
+
+# ---- scales ----
+
+
+@pytest.mark.parametrize("best", [1.0, 1.0000001, 1.003, 1.19, 1.3, 40.0, HOPELESS])
+@pytest.mark.parametrize("factor", [1.0, 1.00001, 1.5, 1e3, 1e9])
+def test_a_scale_holds_its_numbers_and_has_ticks(best, factor):
+    values = np.array([best, min(best * factor, HOPELESS)])
+    scale = PerplexityScale.over(values, room=0.05)
+    ticks = scale.ticks()
+    assert scale.low < scale.high
+    assert ((scale.low <= scale.clip(values)) & (scale.clip(values) <= scale.high)).all()
+    assert 2 <= len(ticks) <= 9
+    assert all(scale.low <= tick <= scale.high for tick in ticks)
+    assert len({scale.name(tick) for tick in ticks}) == len(ticks)
+    assert scale.beyond == (values[1] > max(best, 1) * CEILING * 1.01)
+    assert ("beyond" in map(scale.name, ticks)) == scale.beyond
+
+
+def test_a_scale_can_be_turned_back():
+    for numbers in ([1.002, 30.0], [3.0, 2e4]):
+        scale = PerplexityScale.over(np.array(numbers))
+        between = np.geomspace(*numbers, 7)
+        assert scale.inverse(scale.forward(between)) == pytest.approx(between)
+        assert (np.diff(scale.forward(between)) > 0).all()
+    near = PerplexityScale.over(np.array([1.004, 12.0]))  # ln 1.004 : ln 1.03 is ln 1.4 : ln 12
+    places = near.forward(np.array([1.004, 1.03, 1.4, 12.0]))
+    assert places[1] - places[0] == pytest.approx(places[3] - places[2], rel=0.01)
+
+
+# ---- pictures ----
+
+
+def test_pictures_of_a_finished_search(tmp_path):
+    make_search(tmp_path / "s")
+    files = write_search_pictures(tmp_path / "s")
+    assert [file.name for file in files] == ALL
+    assert sorted(file.name for file in (tmp_path / "s" / "pictures").iterdir()) == sorted(ALL), "a temporary file was left"
+    for file in files:
+        seen = pixels(file)
+        assert min(seen.shape[:2]) >= 600
+        assert (seen[0, 0] == 255).all()
+        assert (seen > 240).all(-1).mean() > 0.5 or file.name == "rcd.png"
+        assert (seen == [0x00, 0x72, 0xB2]).all(-1).any() or file.name in ("temperature.png", "documents.png", "rcd.png")
+
+
+def test_pictures_of_a_search_of_all_dimensions_mark_no_rcd(tmp_path):
+    make_search(tmp_path / "s", all_dims=True)
+    assert [file.name for file in write_search_pictures(tmp_path / "s")] == [name for name in ALL if name != "rcd.png"]
+    made = METHODS["longrope"](SPECTRUM, L)
+    for chart in (charts.factor_curves, charts.periods):
+        marks = re.findall(r">(\w+(?: = \w+)*) \d+</text>", chart(made, None).svg())
+        assert "tcd" in marks
+        assert not any("rcd" in mark for mark in marks)
+        assert "rcd = tcd" in re.findall(r">(\w+(?: = \w+)*) \d+</text>", chart(made, 16).svg())
+    page = report([tmp_path / "s"]).read_text()
+    assert "Over all dimensions the factors lie" in page
+    assert "rcd 0" not in page
+    assert "critical index 0" not in page
+
+
+def test_pictures_of_a_search_that_runs(tmp_path):
+    make_search(tmp_path / "s", finished=False, n_generations=0)
+    for name in ("generations.jsonl", "journal.jsonl"):
+        with (tmp_path / "s" / name).open("a") as file:
+            file.write('{"generation": 1, "best')  # the line being written
+    assert [file.name for file in write_search_pictures(tmp_path / "s")] == [name for name in ALL if name != "factors.png"]
+    page = report([tmp_path / "s"]).read_text()
+    assert "In search, generation 0 reached" in page
+    assert "it still runs" in page
+
+
+@pytest.mark.parametrize(("perplexity", "fixed"), [(math.inf, False), (math.nan, False), (1.0, True), (1e300, True)])
+def test_hopeless_perfect_and_narrow_searches_can_be_drawn(tmp_path, perplexity, fixed):
+    generations = history(n_generations=1, population=4, top_k=2)
+    made = lines(generations)
+    for one in made:
+        one["perplexities"] = [perplexity] * len(one["perplexities"])
+        one["best_perplexity"] = perplexity
+        if fixed:
+            one["attention_factors"] = [1.0] * len(one["attention_factors"])
+    for chart in (
+        charts.search_progress(made),
+        charts.attention_factors(made),
+        charts.critical_indices(made, None),
+        charts.critical_index_histogram(made, None, 2, None),
+    ):
+        assert "<svg" in chart.svg()
+        assert chart.png(tmp_path / "one.png", "title").stat().st_size > 1000
+
+
+def test_dropped_candidates_are_named_where_there_are_some():
+    for racing in (True, False):
+        made = lines(history(racing=racing), racing)
+        for chart in (
+            charts.search_progress(made),
+            charts.attention_factors(made),
+            charts.critical_index_histogram(made, None, 6, SPECTRUM),
+        ):
+            assert ("dropped early" in chart.svg()) == racing
+
+
+def test_the_perplexity_is_called_by_its_objective():
+    made = lines(history())
+    assert "text perplexity" in charts.search_progress(made, "text").svg()
+    assert "needle perplexity" in charts.attention_factors(made).svg()
+
+
+def test_a_picture_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    make_search(tmp_path / "s")
+    before = {file: file.read_bytes() for file in write_search_pictures(tmp_path / "s")}
+
+    def cut(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(canvas.Figure, "savefig", cut)
+    with pytest.raises(OSError, match="No space"):
+        write_search_pictures(tmp_path / "s")
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_folder_without_a_search_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no generations\.jsonl"):
+        write_search_pictures(tmp_path)
+    with pytest.raises(UserError, match="is no folder"):
+        write_search_pictures(tmp_path / "nowhere")
+
+
+def test_one_drawing_two_renderings(tmp_path):
+    chart = charts.search_progress(lines(history()))
+    svg, png = chart.svg(), chart.png(tmp_path / "a.png", "title")
+    assert "#0a0b" not in svg, "a placeholder colour was not replaced"
+    assert "var(--s1)" in svg
+    assert not set(re.findall(r"#[0-9a-f]{6}", svg)), "a colour that knows no theme"
+    assert (pixels(png) == [0xD5, 0x5E, 0x00]).all(-1).sum() > 500  # --s1 of the light theme
