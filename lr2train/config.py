@@ -208,14 +208,15 @@ class SearchConfig:
     racing_z: float = (
         1.0  # standard errors by which answers must be worse than the k-th best's to be dropped; inf drops only what is certain to lose
     )
-    racing_answers: int = 5  # answers that have to be compared before a candidate is dropped on a likelihood
+    racing_answers: int = 4  # answers that have to be compared before a candidate is dropped on a likelihood
     tail_low: float = 1.0  # bounds of the tail, in multiples of s = L / L0
     tail_high: float = 2.0
     critical_index: int | None = None  # fix rcd instead of searching d10 … tcd
     original_tokens: list[int] = field(
         default_factory=lambda: [0]
     )  # choices of how many first tokens keep the original RoPE (longrope space)
-    search_attention_factor: bool = True  # False: keep rope.attention_factor (1 when unset), as the paper does
+    search_attention_factor: bool = True  # of the long window; the paper has none
+    attention_factor: float = 1.0  # of every candidate where it is not searched
     attention_factor_low: float = 1.0
     attention_factor_high: float = 1.4
     chunk_tokens: int = 0  # forward passes in chunks with a key-value cache, where activations of a whole window do not fit; 0 is whole
@@ -489,7 +490,7 @@ def _validate(config: Config) -> None:
         if not 0.0 <= value <= 1.0:
             raise UserError(f"{key}={value} is not between 0 and 1; set {key} inside these limits")
     if not config.search.racing_z >= 0:
-        raise UserError(f"search.racing_z={config.search.racing_z} is negative; set it to a number of standard errors such as 1")
+        raise UserError(f"search.racing_z={config.search.racing_z} is not 0 or more; set it to a number of standard errors such as 1")
     if not config.optim.lr > 0:
         raise UserError(f"optim.lr={config.optim.lr} is not positive; set optim.lr to a learning rate such as 2e-5")
     if config.search.top_k > config.search.population:

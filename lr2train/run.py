@@ -269,7 +269,8 @@ def meter(description: str, done: float = 0) -> Iterator[Tick]:
         with _bar(description, done) as tick:
             yield tick
     else:
-        yield _lines(description, done)
+        with _lines(description, done) as tick:
+            yield tick
 
 
 @contextlib.contextmanager
@@ -291,19 +292,26 @@ def _bar(description: str, done: float) -> Iterator[Tick]:
         yield lambda now, total, note: bar.update(task, completed=now, total=total, note=note, counted=_counted(now, total))
 
 
-def _lines(description: str, done: float, every_s: float = 15.0) -> Tick:
+@contextlib.contextmanager
+def _lines(description: str, done: float, every_s: float = 15.0) -> Iterator[Tick]:
     start = last = time.monotonic()
+    state: tuple[float, float, str] | None = None
 
     def tick(now_done: float, total: float, note: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now_done > done and (now - last >= every_s or now_done == total):
-            last = now
-            left = (now - start) / (now_done - done) * (total - now_done)
-            more = f", {note}" if note else ""
-            print(f"{description}: {_counted(now_done, total)}, {now - start:.0f} s, {left:.0f} s left{more}", file=sys.stderr, flush=True)
+        nonlocal last, state
+        state = now_done, total, note
+        if now_done > done and time.monotonic() - last >= every_s:
+            last = time.monotonic()
+            tell(*state)
 
-    return tick
+    def tell(now_done: float, total: float, note: str) -> None:
+        spent, more = time.monotonic() - start, f", {note}" if note else ""
+        left = spent / (now_done - done) * (total - now_done)
+        print(f"{description}: {_counted(now_done, total)}, {spent:.0f} s, {left:.0f} s left{more}", file=sys.stderr, flush=True)
+
+    yield tick
+    if state and state[0] > done:  # how it ended
+        tell(*state)
 
 
 def _counted(done: float, total: float) -> str:

@@ -18,7 +18,7 @@ from lr2train import run
 from lr2train.config import Config, UserError, main
 from lr2train.data.corpus import Corpus
 from lr2train.evolution.cma import evolve_cmaes
-from lr2train.evolution.documents import Document, documents
+from lr2train.evolution.documents import Document, digest, documents
 from lr2train.evolution.fitness import Fitness
 from lr2train.evolution.genome import Space
 from lr2train.evolution.history import History, described
@@ -29,7 +29,8 @@ from lr2train.parallel import processes
 from lr2train.reporting.pictures import write_search_pictures
 from lr2train.rope.methods import METHODS
 
-GROUPS = ("name", "seed", "model", "rope", "data", "search")
+GROUPS = ("name", "seed", "device", "threads", "model", "rope", "data", "search")  # threads: sums by more of them differ in the last bits
+PICTURES = ("factors.png", "fitness.png", "temperature.png", "documents.png")
 ALGORITHMS = {"evolution": evolve, "cmaes": evolve_cmaes}
 
 
@@ -41,16 +42,18 @@ def search(config: Config) -> dict[str, Any]:
     """
     job = run.open_run(config, "search", GROUPS)
     if (job.folder / "search.json").exists():
-        return _finished(job)
-    space, documents = inputs(config)
-    fingerprints = _fingerprints(config)
+        return _finished(job, config)
+    space, scored_on = inputs(config)
+    fingerprints = {**_fingerprints(config), "documents": digest(scored_on)}
     job.refuse_other_inputs(fingerprints)
     device = processes.start(config)
+    if device.type == "cpu" and not config.threads:
+        torch.set_num_threads(1)  # by default as many as cores have ranks: then the losses' last bits would depend on the number of ranks
     model, knobs = _model(config, device), config.search
     table = rotary.install(model, METHODS["none"](space.spectrum, space.target_tokens))
     lock = job.claim(fingerprints)
     journal = job.folder / "journal.jsonl"
-    fitness = Fitness(model, table, space, documents, journal, chunk_tokens=knobs.chunk_tokens, lockstep=knobs.shard)
+    fitness = Fitness(model, table, space, scored_on, journal, chunk_tokens=knobs.chunk_tokens, lockstep=knobs.shard)
     history = History(knobs, fitness, job.folder / "generations.jsonl")
     _announce(job, space, fitness)
     start = time.monotonic()
@@ -63,9 +66,10 @@ def search(config: Config) -> dict[str, Any]:
     return result
 
 
-def _finished(job: run.Run) -> dict[str, Any]:
+def _finished(job: run.Run, config: Config) -> dict[str, Any]:
+    job.refuse_other_inputs(_fingerprints(config))
     job.log(f"already finished: {job.folder / 'search.json'}")
-    if run.rank() == 0 and not (job.folder / "pictures").exists():  # killed before they were drawn
+    if run.rank() == 0 and not all((job.folder / "pictures" / name).exists() for name in PICTURES):  # killed while they were drawn
         write_search_pictures(job.folder)
     return run.read_json(job.folder / "search.json")
 
@@ -83,7 +87,7 @@ def inputs(config: Config) -> tuple[Space, list[Document]]:
         raise UserError(
             f"rope.target_window_tokens={target} does not exceed the model's window of {spectrum.window_tokens}; set a longer target"
         )
-    space = Space(spectrum, target, config.search, config.rope.attention_factor or 1.0)
+    space = Space(spectrum, target, config.search)
     corpus = Corpus.open(Path(config.data.path))
     corpus.refuse_other_tokenizer(hf_config.vocab_size, load.folder_of(config.model))
     return space, documents(config, corpus)
@@ -110,6 +114,7 @@ def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
         f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}], {knobs.population} candidates x "
         f"{knobs.generations} generations x {knobs.documents} documents{asked}, {'racing' if knobs.racing else 'no racing'}"
         + (f"; {fitness.recovered} evaluations found in the journal" if fitness.recovered else "")
+        + (f", {fitness.damaged} of its lines are damaged and are computed again" if fitness.damaged else "")
     )
 
 
@@ -117,7 +122,7 @@ def _run(job: run.Run, space: Space, history: History) -> list[Scored]:
     """All generations and the final; the finalists, best first."""
     knobs, fitness, finalists = space.knobs, history.fitness, []
     judge = Judge(fitness, knobs)
-    with run.meter("search", fitness.recovered) as tick:
+    with run.meter("search, document-forwards", fitness.recovered) as tick:
         fitness.tell = lambda: tick(fitness.computed, history.expected_evaluations, history.note)
         for generation in ALGORITHMS[knobs.algorithm](space, judge, knobs.seed):
             finalists = list(generation.population[: knobs.top_k])

@@ -87,7 +87,7 @@ def test_search_writes_factors_that_a_model_can_use(world, tmp_path):
     assert [one["generation"] for one in generations] == [0, 1, 2, 3]
     complete = [ppl for ppl, documents in zip(generations[-1]["perplexities"], generations[-1]["documents"], strict=True) if documents == 2]
     assert generations[-1]["best_perplexity"] == min(complete)
-    assert result["scored_documents"] == 3, "the winner met the final's document too"
+    assert result["scored_documents"] == 1, "the final's own document decides"
     assert len(result["finalists"]) == 2
     found = json.loads((tmp_path / "s" / "factors.json").read_text())["search"]
     assert found["settings"]["population"] == 6
@@ -174,6 +174,11 @@ def test_a_search_killed_with_kill_9_ends_like_one_that_was_not(world, tmp_path)
         (["data.path=null"], r"data\.path is empty"),
         (["rope.target_window_tokens=64"], r"rope\.target_window_tokens=64 does not exceed the model's window of 64"),
         (["search.critical_index=8"], r"search\.critical_index=8 is outside"),
+        (["search.tail_high=inf"], r"search\.tail_low=1\.0 and search\.tail_high=inf are no range"),
+        (["search.mutation_spread=-1"], r"search\.mutation_spread=-1\.0 is not positive and finite"),
+        (["search.attention_factor=0"], r"search\.attention_factor=0\.0 is not positive and finite"),
+        (["search.algorithm=cmaes", "search.top_k=5"], r"search\.population=6 leaves fewer than 4 samples beside search\.top_k=5"),
+        (["search.racing_z=nan"], r"search\.racing_z=nan is not 0 or more"),
         (["search.questions=1600"], r"search\.questions=1600 and search\.distractors=1 make more needles than there are names"),
         (["search.questions=60"], r"needle document of 256 tokens is \d+ too short"),
         (["search.space=longrope", "search.algorithm=cmaes"], r"search\.algorithm=cmaes has a form for the tail alone"),

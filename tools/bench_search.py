@@ -3,9 +3,10 @@
     python tools/bench_search.py [--quick]
 
 Every search is a run of `python -m lr2train.search` on the demo's tiny model, one process each, as many at a time as --processes. Whatever has been
-finished is not run again. Plain and racing searches of a seed have the same population and iterations and start from the same
-candidates. Winners are then scored on held-out documents of another stream, the same for all: the paper's form (one question, needle at the start) with
-distractors, and the same with the needle at five depths. Figures last, one a line as ``name: value``; exits with 1 where a bound is missed.
+finished is not run again. Plain and racing searches of a seed have the same population, iterations and operators and start from the
+same candidates. Winners are then scored on documents that nobody has seen, the same for all: over source files of an installed package
+that is in no corpus, each another file, in the paper's form (one question, needle at the start) with distractors, and the same with the
+needle at five depths. Figures last, one a line as ``name: value``; exits with 1 where a bound is missed.
 """
 
 from __future__ import annotations
@@ -32,26 +33,28 @@ import torch  # noqa: E402
 
 from lr2train import config, run  # noqa: E402
 from lr2train.data.corpus import Corpus  # noqa: E402
-from lr2train.data.needles import NeedleDocument, needle_set  # noqa: E402
+from lr2train.data.needles import NeedleDocument, NeedleMaker  # noqa: E402
 from lr2train.model import load, rotary  # noqa: E402
-from lr2train.model.score import score, use_factors  # noqa: E402
+from lr2train.model.score import score  # noqa: E402
 from lr2train.rope import METHODS, Factors  # noqa: E402
 
 COST_BOUND = 0.25  # of the plain loop's document-forwards
+LICENSE_CHARACTERS = 2000  # what stands at the top of every file
 NEEDLES = 21  # in every document, asked for or not: a lone needle is found by every good candidate
-SIXTEEN = ["search.questions=16", f"search.distractors={NEEDLES - 16}"]
 ONE = ["search.questions=1", f"search.distractors={NEEDLES - 1}"]
+FOUR = ["search.questions=4", f"search.distractors={NEEDLES - 4}"]
 PLAIN = ["search.racing=false", "search.documents=10", "search.final_documents=0", *ONE]
+RACING = ["search.racing=true", "search.documents=3", "search.final_documents=24", *FOUR]
 VARIANTS = {
     "plain": PLAIN,
     "racing_only": [*PLAIN, "search.racing=true"],
-    "racing": ["search.racing=true", "search.documents=3", "search.final_documents=16", *SIXTEEN],
-    "cmaes": ["search.algorithm=cmaes", "search.racing=true", "search.documents=3", "search.final_documents=16", *SIXTEEN],
+    "racing": RACING,
+    "cmaes": [*RACING, "search.algorithm=cmaes"],
 }
 WHAT = {
     "plain": "the paper's loop: everyone on 10 documents of one question",
     "racing_only": "the same documents, hopeless candidates dropped",
-    "racing": "3 documents of 16 questions, racing, the last top_k on 16 more",
+    "racing": "3 documents of 4 questions, racing, the last top_k on 24 further documents",
     "cmaes": "CMA-ES in the place of evolution, on racing's documents",
 }
 
@@ -65,7 +68,7 @@ class Size:
     generations: int
     top_k: int
     variants: tuple[str, ...]
-    held_out: int  # documents at the start, and as many at each fifth depth together
+    held_out: int  # documents with the needle at the start, and as many at five depths
 
 
 FULL = Size(5, 32, 8, 8, ("plain", "racing_only", "racing", "cmaes"), 60)
@@ -150,7 +153,10 @@ def _lend_journal(plain: Path, home: Path) -> None:
 def _in_order(what: str, jobs: Sequence[Any], one: Callable[[Any], None], processes: int) -> None:
     start = time.monotonic()
     with ThreadPoolExecutor(processes) as pool:
-        for number, _ in enumerate(as_completed([pool.submit(one, job) for job in jobs]), 1):
+        for number, done in enumerate(as_completed([pool.submit(one, job) for job in jobs]), 1):
+            if done.exception():
+                pool.shutdown(cancel_futures=True)
+            done.result()
             spent = time.monotonic() - start
             run.say("bench_search", f"{what}: {number}/{len(jobs)}, {spent:.0f} s, {spent / number * (len(jobs) - number):.0f} s left")
 
@@ -167,12 +173,11 @@ def _score_all(
     settings = config.compose("search", [*_overrides(arguments, size, "plain", 0), "name=held_out"])
     corpus, length = Corpus.open(arguments.corpus), settings.rope.target_window_tokens
     kinds = {"start": [0.0], "depths": [0.0, 0.25, 0.5, 0.75, 1.0]}
+    texts = _unseen_texts(corpus, 2 * size.held_out, length)
     documents = {
-        kind: needle_set(
-            corpus, settings.data.needles, size.held_out // len(depths), length, depths, run.stream(20_000, "held_out", kind), 1, NEEDLES - 1
-        )
-        for kind, depths in kinds.items()
-    }  # fmt: skip
+        kind: _held_out(corpus, settings.data.needles, texts[number :: len(kinds)], length, depths, kind)
+        for number, (kind, depths) in enumerate(kinds.items())
+    }
     subjects = {f"{variant}_{seed}": Factors.load(folder / f"{variant}_{seed}" / "factors.json") for variant, seed in jobs}
     spectrum = next(iter(subjects.values())).spectrum
     subjects |= {name: METHODS[name](spectrum, length) for name in ("ntk", "yarn")}
@@ -187,12 +192,36 @@ def _score_all(
     return found
 
 
+def _unseen_texts(corpus: Corpus, n_texts: int, length: int) -> list[np.ndarray]:
+    """Token ids of the start of so many long source files of transformers: Python as the model knows it, but none of the standard library's."""
+    import transformers
+
+    files = sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"))
+    texts = []
+    for number in run.stream(20_000, "unseen").permutation(len(files)):
+        body = files[number].read_text()[LICENSE_CHARACTERS : LICENSE_CHARACTERS + 40 * length]
+        ids = corpus.tokenizer.encode(body)
+        if len(ids) >= length:
+            texts.append(np.asarray(ids))
+        if len(texts) == n_texts:
+            return texts
+    raise SystemExit(f"only {len(texts)} of {n_texts} source files of transformers are long enough")
+
+
+def _held_out(
+    corpus: Corpus, needles: config.NeedleConfig, texts: Sequence[np.ndarray], length: int, depths: Sequence[float], kind: str
+) -> list[NeedleDocument]:
+    rng, tokenizer = run.stream(20_000, "held_out", kind), corpus.tokenizer
+    maker = NeedleMaker(tokenizer.encode, needles.wording, needles.digits, tokenizer.bos, None)
+    return [maker.make(rng, text, length, depths[number % len(depths)], NEEDLES) for number, text in enumerate(texts)]
+
+
 def _losses(task: Task) -> tuple[tuple[str, str], list[float]]:
     path, name, documents, factors, kind = task
     torch.set_num_threads(1)
     model = load.load_whole(path)
     table = rotary.install(model, factors)
-    use_factors(table, factors)
+    table.use(factors)
     return (name, kind), [score(model, table, "long", one.tokens, one.answer_spans).nll / one.n_answer_tokens for one in documents]
 
 

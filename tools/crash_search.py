@@ -83,7 +83,10 @@ def one_round(number: int, world: int, rng: random.Random) -> float | None:
     seconds = time.monotonic() - begin
     strike(None)
     assert process.returncode != 0, "a killed job said that it had done its work"
-    print(f"kill {number}: {'one rank' if alone else 'everything'} of {world}, {len(evaluations())} evaluations, ended after {seconds:.1f} s", file=sys.stderr)
+    print(
+        f"kill {number}: {'one rank' if alone else 'everything'} of {world}, {len(evaluations())} evaluations, ended after {seconds:.1f} s",
+        file=sys.stderr,
+    )
     return seconds if alone else 0.0
 
 
@@ -113,12 +116,16 @@ def report(ends: list[float]) -> int:
     folders = [ROOT / "runs" / name for name in (NAME, f"{NAME}_reference")]
     same_winner = Factors.load(folders[0] / "factors.json") == Factors.load(folders[1] / "factors.json")
     keys = ("best", "best_perplexity", "perplexities", "documents", "document_forwards")
-    histories = [[[json.loads(line)[key] for key in keys] for line in (one / "generations.jsonl").read_text().splitlines()] for one in folders]
+    histories = [
+        [[json.loads(line)[key] for key in keys] for line in (one / "generations.jsonl").read_text().splitlines()] for one in folders
+    ]
     entries = evaluations()
     twice = len(entries) - len({(entry["candidate"], entry["document"]) for entry in entries})
-    print(f"kills: {len(ends)}\nevaluations: {len(entries)}\nevaluated_twice: {twice}\nslowest_end_after_the_death_of_a_rank_s: {max(ends):.1f}")
+    print(
+        f"kills: {len(ends)}\nevaluations: {len(entries)}\nevaluated_twice: {twice}\nslowest_end_after_the_death_of_a_rank_s: {max(ends, default=0.0):.1f}"
+    )
     print(f"same_generations: {histories[0] == histories[1]}\nsame_winner: {same_winner}")
-    return int(not (same_winner and histories[0] == histories[1] and twice == 0 and max(ends) < END_BOUND_S))
+    return int(not (same_winner and histories[0] == histories[1] and twice == 0 and max(ends, default=0.0) < END_BOUND_S))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from lr2train.config import EXIT_BAD_INPUT, Config, UserError, compose, to_dict 
 from lr2train.data.corpus import Corpus  # noqa: E402
 from lr2train.data.needles import NeedleDocument, needle_set  # noqa: E402
 from lr2train.model import load, rotary  # noqa: E402
-from lr2train.model.score import score, use_factors  # noqa: E402
+from lr2train.model.score import score  # noqa: E402
 from lr2train.rope.factors import Factors  # noqa: E402
 from lr2train.rope.methods import METHODS  # noqa: E402
 from lr2train.rope.spectrum import Spectrum  # noqa: E402
@@ -82,7 +82,7 @@ class Meter:
     def measure(self, cell: Cell) -> Json:
         """The line of cells.jsonl."""
         start = time.monotonic()
-        use_factors(self._rotary, cell.factors(self._spectrum, self._target))
+        self._rotary.use(cell.factors(self._spectrum, self._target))
         scores = [score(self._model, self._rotary, "long", one.tokens, one.answer_spans) for one in self._documents]
         nll = [one.nll if math.isfinite(one.nll) else 1e9 for one in scores]  # a model that breaks is as bad as can be
         of_model = {"nll": nll, "exact": [one.exact for one in scores]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -40,20 +42,28 @@ def documents(config: Config, corpus: Corpus) -> list[Document]:
         UserError: nothing is held out, the length has no room for the needles, or there are more needles than names.
     """
     knobs = config.search
-    if knobs.questions + knobs.distractors > N_KEYS:
+    if knobs.objective == "needle" and knobs.questions + knobs.distractors > N_KEYS:
         raise UserError(
             f"search.questions={knobs.questions} and search.distractors={knobs.distractors} make more needles than there are names "
             f"({N_KEYS}); set search.distractors to {max(0, N_KEYS - knobs.questions)} or less"
         )
-    made = _draw(config, corpus, knobs.documents, "needles")
-    return [*made, *_draw(config, corpus, knobs.final_documents, "final")] if knobs.final_documents else made
-
-
-def _draw(config: Config, corpus: Corpus, n_documents: int, name: str) -> list[Document]:
-    knobs, length, rng = config.search, config.rope.target_window_tokens, stream(config.search.seed, "search", name)
+    n_documents, length, rng = (
+        knobs.documents + knobs.final_documents,
+        config.rope.target_window_tokens,
+        stream(knobs.seed, "search", "needles"),
+    )
     if knobs.objective == "text":
         borders = np.linspace(1, length, TEXT_PIECES + 1).astype(int).tolist()
         pieces = tuple((start, stop) for start, stop in pairwise(borders) if start < stop)
         return [Document(tokens, pieces) for tokens in text_set(corpus, n_documents, length, rng)]
     made = needle_set(corpus, config.data.needles, n_documents, length, [knobs.depth], rng, knobs.questions, knobs.distractors)
     return [Document(one.tokens, one.answer_spans) for one in made]
+
+
+def digest(documents: Sequence[Document]) -> str:
+    """Of what candidates are scored on: a journal tells nothing of other documents."""
+    facts = hashlib.sha256()
+    for one in documents:
+        facts.update(one.tokens.tobytes())
+        facts.update(repr(one.spans).encode())
+    return facts.hexdigest()[:16]

@@ -21,14 +21,14 @@ import numpy as np
 from lr2train.evolution.documents import Document
 from lr2train.evolution.genome import Candidate, Space
 from lr2train.model.rotary import WindowRotary
-from lr2train.model.score import score, use_factors
+from lr2train.model.score import score
 from lr2train.parallel import control
 
 T = TypeVar("T")
 Losses = Callable[[Candidate, int], np.ndarray]
 """(candidate, document) -> negative log-likelihood of each answer of the document, nats, float64 [answers]."""
 
-WORST = 1e3  # nats an answer: what a candidate gets that breaks the model (nan)
+WORST = 50.0  # nats a token: what a candidate gets that breaks the model (nan, infinite)
 
 
 class Fitness:
@@ -46,6 +46,7 @@ class Fitness:
 
     Attributes:
         recovered: evaluations that the journal held at the start.
+        damaged: its lines that were no evaluations, such as one that a kill cut short; they are computed again.
         computed: evaluations in the journal now.
         document_forwards: evaluations that were asked for so far; ``computed`` exceeds it by what many ranks computed ahead in vain.
     """
@@ -66,7 +67,7 @@ class Fitness:
         self.tell = tell
         self._model, self._rotary, self._space = model, rotary, space
         self._journal, self._chunk_tokens, self._lockstep = journal, chunk_tokens, lockstep
-        entries = control.from_rank_0(_read_journal(journal) if control.rank() == 0 else [])
+        entries, self.damaged = control.from_rank_0(_read_journal(journal) if control.rank() == 0 else ([], 0))
         self._known: dict[tuple[str, int], np.ndarray] = {}
         self._remember(entries)
         self._wanted: set[tuple[str, int]] = set()
@@ -124,7 +125,7 @@ class Fitness:
         if not (keep or self._lockstep):
             return None
         start = time.perf_counter()
-        use_factors(self._rotary, self._space.factors(candidate))
+        self._rotary.use(self._space.factors(candidate))
         wanted = self.documents[document]
         scored = score(self._model, self._rotary, "long", wanted.tokens, wanted.spans, self._chunk_tokens)
         if not keep:
@@ -144,8 +145,9 @@ class Fitness:
 
     def _remember(self, entries: Sequence[dict[str, Any]]) -> None:
         for entry in entries:
-            losses = np.nan_to_num(np.asarray(entry["answers"], dtype=np.float64), nan=WORST, posinf=WORST)
-            self._known[entry["candidate"], entry["document"]] = np.minimum(losses, WORST)
+            losses = np.asarray(entry["answers"], dtype=np.float64)
+            worst = WORST * np.array([stop - start for start, stop in self.documents[entry["document"]].spans])
+            self._known[entry["candidate"], entry["document"]] = np.where(np.isfinite(losses), losses, worst)
 
 
 class _EnoughMissing(Exception):
@@ -174,23 +176,21 @@ class _Attempt:
         return self._guesses[pair]
 
 
-def _read_journal(journal: Path) -> list[dict[str, Any]]:
-    """The entries up to the first that a kill cut short; the file is cut there too, so that the next append joins nothing."""
+def _read_journal(journal: Path) -> tuple[list[dict[str, Any]], int]:
+    """The evaluations, and how many lines are none; those are taken out of the file, so that the next append joins nothing."""
     lines = journal.read_text(errors="replace").splitlines(keepends=True) if journal.exists() else []
-    entries = []
-    for line in lines:
-        if (entry := _parsed(line)) is None:
-            break
-        entries.append(entry)
-    if len(entries) < len(lines):
+    parsed = [(line, _parsed(line)) for line in lines]
+    good = [(line, entry) for line, entry in parsed if entry is not None]
+    if len(good) < len(lines):
         scratch = journal.with_name(f".{journal.name}.tmp")
-        scratch.write_text("".join(lines[: len(entries)]))
+        scratch.write_text("".join(line for line, _ in good))
         scratch.replace(journal)
-    return entries
+    return [entry for _, entry in good], len(lines) - len(good)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line) if line.endswith("\n") else None
+        entry = json.loads(line) if line.endswith("\n") else None
     except json.JSONDecodeError:
         return None
+    return entry if isinstance(entry, dict) and {"candidate", "document", "answers"} <= entry.keys() else None

@@ -10,6 +10,7 @@ and 2; what they leave open is a knob of ``SearchConfig``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +22,7 @@ from lr2train.rope.methods import METHODS
 from lr2train.rope.spectrum import Spectrum
 
 ATTENTION_GRID = 0.005
+MIN_SAMPLES = 4  # a generation of CMA-ES
 ALL = 0  # the critical index of a candidate whose factors are all free: its tail is the whole table
 
 
@@ -48,13 +50,11 @@ class Space:
         spectrum: of the original model.
         target_tokens: L.
         knobs: probabilities, bounds (in multiples of s = L / L0) and grid.
-        attention_factor: the fixed value where the knobs do not search it.
     """
 
     spectrum: Spectrum
     target_tokens: int
     knobs: SearchConfig
-    attention_factor: float
 
     def __post_init__(self) -> None:
         fixed = self.knobs.critical_index
@@ -70,12 +70,16 @@ class Space:
             raise UserError(
                 "search.algorithm=cmaes has a form for the tail alone; set search.space=longrope2, or search.algorithm=evolution"
             )
+        if self.knobs.algorithm == "cmaes" and self.knobs.population - self.knobs.top_k < MIN_SAMPLES:
+            raise UserError(
+                f"search.population={self.knobs.population} leaves fewer than {MIN_SAMPLES} samples beside search.top_k={self.knobs.top_k}, "
+                "which search.algorithm=cmaes cannot learn from; raise search.population"
+            )
         self._refuse_bounds("tail")
         self._refuse_bounds("attention_factor")
-        if not self.knobs.mutation_step > 0:
-            raise UserError(
-                f"search.mutation_step={self.knobs.mutation_step} is not positive; set it to a step of the factors such as 0.01"
-            )
+        for name, example in (("mutation_step", 0.01), ("mutation_spread", 0.25), ("attention_factor", 1.0)):
+            if not 0 < getattr(self.knobs, name) < math.inf:
+                raise UserError(f"search.{name}={getattr(self.knobs, name)} is not positive and finite; set it to such as {example}")
         if not 1 <= self.knobs.top_k < self.knobs.population:
             raise UserError(
                 f"search.top_k={self.knobs.top_k} is outside 1 … {self.knobs.population - 1}, which leaves no parent or no room for "
@@ -98,9 +102,9 @@ class Space:
 
     def _refuse_bounds(self, name: str) -> None:
         low, high = getattr(self.knobs, f"{name}_low"), getattr(self.knobs, f"{name}_high")
-        if not 0 < low <= high:
+        if not 0 < low <= high < math.inf:
             raise UserError(
-                f"search.{name}_low={low} is not between 0 and search.{name}_high={high}; set 0 < search.{name}_low <= search.{name}_high"
+                f"search.{name}_low={low} and search.{name}_high={high} are no range; set 0 < search.{name}_low <= search.{name}_high"
             )
 
     @property
@@ -240,7 +244,7 @@ class Space:
     def attention_factor_at(self, share: float) -> float:
         """The attention factor at a share 0 … 1 of its range; the fixed one where it is not searched."""
         if not self.knobs.search_attention_factor:
-            return self.attention_factor
+            return self.knobs.attention_factor
         low, high = self.knobs.attention_factor_low, self.knobs.attention_factor_high
         return self._attention_on_grid(low + share * (high - low))
 

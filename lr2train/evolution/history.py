@@ -50,7 +50,8 @@ class History:
         following = "final" if done > knobs.generations else f"generation {done}/{knobs.generations}"
         if not self.lines:
             return following
-        return f"{following}, perplexity {self.lines[-1]['best_perplexity']:.4f}, rcd {self.lines[-1]['best']['critical_index']}"
+        index = self.lines[-1]["best"]["critical_index"]
+        return f"{following}, perplexity {self.lines[-1]['best_perplexity']:.4f}" + ("" if index == ALL else f", rcd {index}")
 
     @property
     def expected_evaluations(self) -> int:
@@ -59,7 +60,7 @@ class History:
         final = knobs.top_k * knobs.final_documents
         if not self.lines:
             return knobs.documents * (knobs.population + knobs.generations * (knobs.population - knobs.top_k)) + final
-        by_generation = self.lines[-1]["evaluations"] / len(self.lines)
+        by_generation = self.lines[-1]["document_forwards"] / len(self.lines)
         expected = by_generation * (knobs.generations + 1) + final / (2 if knobs.racing else 1)
         return max(round(expected), self.fitness.computed)
 
@@ -105,5 +106,4 @@ def _line(generation: Generation, fitness: Fitness) -> dict[str, Any]:
         "attention_factors": [one.candidate.attention_factor for one in everyone],
         "candidates": generation.evaluated,
         "document_forwards": fitness.document_forwards,
-        "evaluations": fitness.computed,
     }

@@ -45,7 +45,7 @@ class Judge:
     """Scores the candidates of a generation against those that were kept, under the knobs of ``SearchConfig``.
 
     Args:
-        fitness: whose first ``knobs.documents`` documents the generations are scored on, and all of them the finalists.
+        fitness: whose first ``knobs.documents`` documents the generations are scored on, and the further ones the finalists.
         knobs: racing or not, and how daring.
     """
 
@@ -65,8 +65,11 @@ class Judge:
         return self._scored(candidates, self._fitness.settle(decide), knobs.documents)
 
     def final(self, finalists: Sequence[Candidate]) -> list[Scored]:
-        """The finalists on all documents, the further ones too, best first; they race for the first place alone."""
-        knobs, order = self._knobs, range(len(self._fitness.documents))
+        """The finalists, best first, on the further documents alone: on those of the generations they were chosen, luck included.
+
+        They race for the first place.
+        """
+        knobs, order = self._knobs, range(self._knobs.documents, len(self._fitness.documents))
 
         def decide(losses: Losses) -> list[list[int]]:
             if knobs.racing:

@@ -20,7 +20,6 @@ from torch import nn
 from lr2train.config import UserError
 from lr2train.model.hidden import forward_replaced, hidden_rows
 from lr2train.model.rotary import WindowRotary
-from lr2train.rope.factors import Factors
 
 CHUNK = 4096  # positions whose logits exist at one time
 
@@ -37,11 +36,6 @@ class Score:
     def nll(self) -> float:
         """Of all spans, nats."""
         return math.fsum(self.nlls)
-
-
-def use_factors(rotary: WindowRotary, factors: Factors) -> None:
-    """Put other factors into a model's long table."""
-    rotary.use(factors)
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from lr2train.data.needles import NeedleDocument
 from lr2train.evaluation import niah, perplexity
 from lr2train.evaluation.subject import Subject, open_model
 from lr2train.model import score as score_module
-from lr2train.model.score import Score, score, use_factors
+from lr2train.model.score import Score, score
 from lr2train.rope import METHODS
 
 
@@ -72,10 +72,10 @@ def test_other_factors_change_the_long_table_alone(folder):
     tokens, before = tokens_of(100), {}
     for window in ("short", "long"):
         before[window] = score(model, table, window, tokens, [(50, 100)]).nll
-    use_factors(table, METHODS["pi"](tiny.SPECTRUM, tiny.L))
+    table.use(METHODS["pi"](tiny.SPECTRUM, tiny.L))
     assert score(model, table, "short", tokens, [(50, 100)]).nll == before["short"]
     assert score(model, table, "long", tokens, [(50, 100)]).nll != before["long"]
-    use_factors(table, tiny.factors_with(1.2))
+    table.use(tiny.factors_with(1.2))
     assert score(model, table, "long", tokens, [(50, 100)]).nll == before["long"]
 
 

@@ -9,11 +9,12 @@ import tiny
 import torch
 from ranks import run_ranks
 
-from lr2train.config import NeedleConfig, SearchConfig
+from lr2train.config import ModelConfig, NeedleConfig, SearchConfig
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import needle_set
 from lr2train.evolution import fitness as fitness_module
 from lr2train.evolution.documents import Document
+from lr2train.evolution.documents import documents as documents_of
 from lr2train.evolution.fitness import WORST, Fitness
 from lr2train.evolution.genome import Space
 from lr2train.evolution.loop import evolve
@@ -22,6 +23,7 @@ from lr2train.model import load, rotary
 from lr2train.model.score import Score
 from lr2train.rope import METHODS
 from lr2train.rope import hf as rope_hf
+from lr2train.training.engine import load_sharded
 
 N_DOCUMENTS = 3
 
@@ -35,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def space() -> Space:
-    return Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2), 1.0)
+    return Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2))
 
 
 def documents(folder) -> list[Document]:
@@ -45,10 +47,10 @@ def documents(folder) -> list[Document]:
     return [Document(one.tokens, one.answer_spans) for one in made]
 
 
-def fitness_over(folder, journal) -> Fitness:
-    model = load.load_whole(folder / "base")
+def fitness_over(folder, journal, sharded: bool = False) -> Fitness:
+    model = load_sharded(ModelConfig(path=str(folder / "base")), torch.device("cpu")) if sharded else load.load_whole(folder / "base")
     table = rotary.install(model, METHODS["none"](tiny.SPECTRUM, tiny.L))
-    return Fitness(model, table, space(), documents(folder), journal)
+    return Fitness(model, table, space(), documents(folder), journal, lockstep=sharded)
 
 
 def losses_of(fitness: Fitness) -> list[float]:
@@ -132,25 +134,69 @@ def test_a_journal_cut_anywhere_goes_on_to_the_same_result(folder, tmp_path, mon
         assert all(entry["nll"] == nll[entry["candidate"], entry["document"]] for entry in entries)
 
 
-def test_a_damaged_line_costs_what_follows_it_and_no_more(folder, tmp_path):
+def test_a_damaged_line_costs_itself_and_no_more(folder, tmp_path):
     journal = tmp_path / "journal.jsonl"
     expected = losses_of(fitness_over(folder, journal))
     lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join([*lines[:5], b"\0\0\xff\0\n", *lines[6:]]))
+    journal.write_bytes(b"".join([*lines[:5], b"\0\0\xff\0\n", *lines[6:8], b"[3]\n", *lines[8:]]))
     resumed = fitness_over(folder, journal)
-    assert resumed.recovered == 5
+    assert (resumed.recovered, resumed.damaged) == (len(lines) - 1, 2)
     assert losses_of(resumed) == expected
+    assert sorted(journal.read_bytes().splitlines(keepends=True)[:-1]) == sorted(lines[:5] + lines[6:]), "what was good stands as it did"
     assert fitness_over(folder, journal).recovered == len(lines)
 
 
 def test_a_candidate_that_breaks_the_model_is_the_worst(folder, tmp_path, monkeypatch):
-    scores = iter([(math.nan, 1.0), (1e6, 1.0), (2.0, 1.0)])
+    scores = iter([(math.nan, 1.0), (math.inf, 1.0), (1e4, 1.0)])
     monkeypatch.setattr(fitness_module, "score", lambda *_: Score(next(scores), 1, False))
     fitness = fitness_over(folder, tmp_path / "journal.jsonl")
     every = candidates()[:3]
     fitness.settle(lambda losses: everything(losses, every, [0]))
+    (start, stop), _ = fitness.documents[0].spans
+    broken = WORST * (stop - start) + 1.0
     tokens = fitness.documents[0].n_scored_tokens
-    assert [fitness.loss(one, [0]) * tokens for one in every] == pytest.approx([WORST + 1, WORST + 1, 3.0])
+    assert [fitness.loss(one, [0]) * tokens for one in every] == pytest.approx([broken, broken, 10001.0]), "a finite loss is what it is"
+
+
+def test_plain_text_is_scored_as_it_is(folder, tmp_path):
+    """A piece of text loses more than any answer does: nothing of it may be capped."""
+    config = tiny.config(
+        "search", folder, "name=x", f"model.path={folder}/base", "search.objective=text", "search.documents=1", "search.final_documents=0"
+    )
+    (document,) = documents_of(config, Corpus.open(folder / "corpus"))
+    assert document.n_scored_tokens == tiny.L - 1
+    model = load.load_whole(folder / "base")
+    table = rotary.install(model, METHODS["none"](tiny.SPECTRUM, tiny.L))
+    fitness, one = Fitness(model, table, space(), [document], tmp_path / "journal.jsonl"), candidates()[0]
+    fitness.settle(lambda losses: losses(one, 0))
+    table.use(space().factors(one))
+    table.window = "long"
+    logits = model(torch.from_numpy(document.tokens)[None]).logits[0, :-1].double().log_softmax(-1)
+    expected = -logits[torch.arange(tiny.L - 1), torch.from_numpy(document.tokens)[1:]].mean().item()
+    assert fitness.loss(one, [0]) == pytest.approx(expected, rel=1e-5)
+    (entry,) = map(json.loads, (tmp_path / "journal.jsonl").read_text().splitlines())
+    assert len(entry["answers"]) == 16
+    assert max(entry["answers"]) > 50.0
+
+
+def test_the_final_is_decided_on_further_documents_alone(folder, tmp_path, monkeypatch):
+    """Best where it was chosen, worse on what it has not seen: it must not win."""
+    first, second = candidates()[:2]
+    losses = {first.key: [0.1, 0.1, 3.0], second.key: [2.0, 2.0, 1.0]}
+    fitness = fitness_over(folder, tmp_path / "journal.jsonl")
+    monkeypatch.setattr(
+        fitness,
+        "_evaluate",
+        lambda candidate, document, keep: {
+            "candidate": candidate.key,
+            "document": document,
+            "answers": [losses[candidate.key][document]] * 2,
+        },
+    )
+    judge = Judge(fitness, SearchConfig(population=4, top_k=2, documents=2, final_documents=1))
+    assert [one.candidate for one in sorted(judge([first, second], []), key=lambda one: one.loss)] == [first, second]
+    final = judge.final([first, second])
+    assert [(one.candidate, one.documents) for one in final] == [(second, 1), (first, 1)]
 
 
 def test_a_decision_is_run_until_it_misses_nothing_and_counts_what_it_asked_for(folder, tmp_path):
@@ -169,12 +215,12 @@ def test_a_decision_is_run_until_it_misses_nothing_and_counts_what_it_asked_for(
     assert fitness.computed == 5
 
 
-def racing_search(folder, journal) -> tuple:
+def racing_search(folder, journal, sharded: bool = False) -> tuple:
     """A whole search with racing; what it found and what it cost."""
-    knobs = SearchConfig(population=6, top_k=2, generations=3, documents=2, final_documents=1, racing_answers=3)
-    fitness = fitness_over(folder, journal)
+    knobs = SearchConfig(population=6, top_k=2, generations=3, documents=2, final_documents=1, racing_answers=2)
+    fitness = fitness_over(folder, journal, sharded)
     judge = Judge(fitness, knobs)
-    generations = list(evolve(Space(tiny.SPECTRUM, tiny.L, knobs, 1.0), judge, 0))
+    generations = list(evolve(Space(tiny.SPECTRUM, tiny.L, knobs), judge, 0))
     final = judge.final([one.candidate for one in generations[-1].population[:2]])
     return generations, final, fitness.document_forwards, fitness.computed
 
@@ -197,6 +243,22 @@ def test_any_number_of_ranks_finds_the_same(folder, tmp_path):
         assert all(alone.get((e["candidate"], e["document"]), e["answers"]) == e["answers"] for e in entries)
     resumed = run_ranks(on_ranks, 2, folder, tmp_path / "1.jsonl", tmp_path=tmp_path)
     assert resumed == [(generations, final, wanted, computed)] * 2, "a journal of one rank, read by two"
+
+
+def on_shares(rank: int, world: int, folder, journal):
+    return racing_search(folder, journal, sharded=True)
+
+
+def test_ranks_that_share_a_model_find_the_same(folder, tmp_path):
+    """Rounds with fewer pairs than ranks are among them: who has none joins the forward pass all the same."""
+    generations, final, wanted, _ = racing_search(folder, tmp_path / "whole.jsonl")
+    found = run_ranks(on_shares, 2, folder, tmp_path / "shares.jsonl", tmp_path=tmp_path, timeout_s=240)
+    entries = [json.loads(line) for line in (tmp_path / "shares.jsonl").read_text().splitlines()]
+    assert len({(entry["candidate"], entry["document"]) for entry in entries}) == len(entries) == found[0][3]
+    for shared_generations, shared_final, shared_wanted, _ in found:
+        assert [one.best.candidate for one in shared_generations] == [one.best.candidate for one in generations]
+        assert [one.loss for one in shared_final] == pytest.approx([one.loss for one in final], rel=1e-5)
+        assert shared_wanted == wanted
 
 
 def failing(rank: int, world: int, folder, journal):

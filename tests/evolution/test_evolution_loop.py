@@ -44,7 +44,7 @@ class Racing(Bowl):
 
 def space(**knobs) -> Space:
     values = {"population": 24, "top_k": 6, "generations": 15, **knobs}
-    return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**values), 1.0)
+    return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**values))
 
 
 def run(seed: int = 0, judge=None, algorithm=evolve, **knobs) -> list[Generation]:

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from lr2train.config import ModelConfig
 from lr2train.model import load, rotary
 from lr2train.model import score as score_module
-from lr2train.model.score import score, use_factors
+from lr2train.model.score import score
 from lr2train.rope import METHODS, Factors, Spectrum
 
 L0, L, VOCAB = 64, 256, 400
@@ -58,7 +58,7 @@ def jobs(rank: int) -> list[tuple[int, int, int]]:
 def scores(model, table, rank: int) -> list[tuple[float, ...]]:
     out = []
     for number, which, chunk_tokens in jobs(rank):
-        use_factors(table, factors(which))
+        table.use(factors(which))
         out.append(score(model, table, "long", *document(number), chunk_tokens).nlls)
     return out
 
