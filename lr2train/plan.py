@@ -175,12 +175,12 @@ def _search(shape: Shape, config: Config) -> dict[str, Any] | None:
     if target <= shape.window_tokens:
         return None
     flops = cost.scoring_flops(shape, target)
-    forwards = cost.search_forwards(knobs.population, knobs.generations, knobs.top_k, knobs.documents)
+    forwards = cost.search_forwards(knobs.population, knobs.generations, knobs.top_k, knobs.documents, knobs.final_documents)
     hours = cost.gpu_hours(flops * forwards, hardware.gpu_bf16_tflops, hardware.mfu)
     return {
         "flops_per_document": flops,
         "document_forwards": forwards,
-        "paper_document_forwards": knobs.population * knobs.generations * knobs.documents,
+        "racing": knobs.racing,
         "gpu_hours": hours,
         "hours": hours / hardware.gpus,
         "price_usd": hours * hardware.gpu_hour_price,

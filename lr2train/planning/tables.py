@@ -155,8 +155,7 @@ def _search(search: dict[str, Any]) -> list[tuple[str, str]]:
         ("a document", f"{flops(search['flops_per_document'])}, {search['gpu_gib']:.1f} GiB on one GPU"),
         (
             "forwards",
-            f"{search['document_forwards']:,} at most (parents are not scored again; the paper counts "
-            f"{search['paper_document_forwards']:,})",
+            f"{search['document_forwards']:,} at most" + (", before racing drops anybody" if search["racing"] else ""),
         ),
         ("time", f"[bold]{hours(search['hours'])}[/bold] = {hours(search['gpu_hours'])} of one GPU, {money(search['price_usd'])}"),
     ]
