@@ -8,6 +8,7 @@ composition and names the key. Units stand in the names: ``_tokens``, ``_steps``
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -370,9 +371,22 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
         job(compose(verb, arguments))
     except UserError as error:
         _die(verb, error)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        _die(
+            verb,
+            UserError(
+                f"there is no room left{where} ({error.strerror}); free some, or set runs_folder to another disk, and run the same command again to go on"
+            ),
+        )
     except KeyboardInterrupt:
         print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _show_log() -> None:

@@ -114,7 +114,7 @@ def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
         f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}], {knobs.population} candidates x "
         f"{knobs.generations} generations x {knobs.documents} documents{asked}, {'racing' if knobs.racing else 'no racing'}"
         + (f"; {fitness.recovered} evaluations found in the journal" if fitness.recovered else "")
-        + (f", {fitness.damaged} of its lines are damaged and are computed again" if fitness.damaged else "")
+        + (f"; damaged lines taken out of it: {fitness.damaged}" if fitness.damaged else "")
     )
 
 

@@ -1,5 +1,7 @@
 """Configs: every experiment composes, bad keys and values are named, a run folder belongs to one config."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,23 @@ def test_main_exits_with_2_and_one_sentence(monkeypatch, capsys):
     assert end.value.code == 2
     assert out.out == ""
     assert len(out.err.strip().splitlines()) == 1
+
+
+def test_main_says_that_the_disk_is_full_and_shows_other_failures_whole(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "experiment=tiny_4k", "name=x"])
+
+    def fails(number: int):
+        def job(_):
+            raise OSError(number, os.strerror(number), "runs/x/metrics.jsonl")
+
+        return job
+
+    with pytest.raises(SystemExit) as end:
+        config.main("train", fails(errno.ENOSPC))
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("train: there is no room left for runs/x/metrics.jsonl (No space left on device); free some")
+    with pytest.raises(OSError, match="Permission denied"):
+        config.main("train", fails(errno.EACCES))
 
 
 def _config(tmp_path: Path, **changes) -> Config:

@@ -164,6 +164,7 @@ class _Attempt:
         self.missing: list[tuple[Candidate, int]] = []
 
     def look_up(self, candidate: Candidate, document: int) -> np.ndarray:
+        """What is known, or a guess; raises _EnoughMissing when every rank has something to compute."""
         pair = candidate.key, document
         if pair in self._known:
             self.asked.add(pair)
