@@ -14,7 +14,7 @@ from typing import Any
 
 from lr2train import run
 from lr2train.config import Config, ModelConfig, UserError, main
-from lr2train.data import building
+from lr2train.data import building, segmenting
 from lr2train.data.batch import WINDOWS
 from lr2train.rope import hf as rope_hf
 
@@ -33,7 +33,7 @@ def prepare(config: Config) -> dict[str, Any]:
     started = time.monotonic()
     tokenizer = building.ensure_tokenizer(job.folder, config.data, job.log)
     stores = building.ensure_stores(job.folder, config.data, tokenizer, original_window_tokens, config.seed, job.log)
-    manifest = building.ensure_plan(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
+    manifest = segmenting.ensure_plan(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
     lock = job.claim({})  # only now: a budget that cannot be filled must not reserve the name
     result = {**manifest, "folder": str(job.folder), "seconds": round(time.monotonic() - started, 2)}
     job.write_json("prepare.json", result)

@@ -192,6 +192,11 @@ def stream(seed: int, *names: str | int) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint64))
 
 
+def fingerprint(value: Any) -> str:
+    """16 hex digits that stand for a JSON value; the order of its keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

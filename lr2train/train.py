@@ -7,8 +7,6 @@ The same command resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import sys
 import time
@@ -84,7 +82,7 @@ def _fingerprints(config: Config, factors: Factors) -> dict[str, str]:
     """What a resumed run has to find unchanged, whatever the paths say."""
     found = {
         "corpus": Corpus.open(config.data.path).fingerprint,
-        "factors": hashlib.sha256(json.dumps(factors.to_json(), sort_keys=True).encode()).hexdigest()[:16],
+        "factors": run.fingerprint(factors.to_json()),
     }
     return found if config.model.path is None else {**found, "model": load.fingerprint(load.folder_of(config.model))}
 
