@@ -38,11 +38,18 @@ class LongAttention(Enum):
 
 
 class OverLong(Enum):
-    """What becomes of a document longer than the target window when segments are planned."""
+    """What becomes of a document over its bucket's limit (long: the segment; short: the original window) when segments are planned."""
 
     split = "split"
     truncate = "truncate"
     drop = "drop"
+
+
+class WeightsOf(Enum):
+    """What a source's weight is a share of: the tokens of each bucket, or all tokens of the corpus (then every bucket is met too)."""
+
+    bucket = "bucket"
+    corpus = "corpus"
 
 
 @dataclass
@@ -85,12 +92,14 @@ class SourceConfig:
     kind: str = "folder"
     path: str | None = None  # folder or file (folder), hub id (hub)
     target: str | None = None  # custom: package.module.Class, built with `options`, whose instances iterate over (id, text)
-    text_column: str = "text"  # of .jsonl and .parquet records
+    text_column: str = "text"  # of .jsonl, .parquet and .arrow records
     max_documents: int | None = None
     max_bytes: int | None = None  # of text, read in order; None reads all
     max_tokens: int | None = None  # of documents of `windows`, BOS and EOS included: where they are reached, reading stops
+    max_document_bytes: int = 64 << 20  # a longer document is broken: real ones are books, not dumps
+    max_broken_share: float = 0.05  # of a source's records; beyond it the job stops, because text is being lost
     windows: list[str] = field(default_factory=lambda: ["short", "long"])  # documents of another window are skipped once tokenised
-    weight: float = 1.0  # share of the planned tokens that this source gets in each of its windows, relative to the other sources
+    weight: float = 1.0  # share of the tokens of each bucket, or of the corpus (data.weights_of), relative to the other sources
     options: dict[str, Any] = field(default_factory=dict)  # what the kind needs beyond this (needles: lengths, wording …)
 
 
@@ -107,6 +116,21 @@ class StageConfig:
 
 
 @dataclass
+class BucketConfig:
+    """A range of document lengths (BOS and EOS included), the window that it trains, and its part of that window's tokens."""
+
+    name: str = MISSING
+    window: str = "long"  # short | long
+    above_tokens: int | None = None  # documents longer than this; None: 0 for short, the original window for long
+    to_tokens: int | None = None  # and of at most this; None: the original window for short, any length for long
+    weight: float = 1.0  # share of the window's tokens, relative to the window's other buckets
+    sources: dict[str, float] = field(
+        default_factory=dict
+    )  # weight of each source in this bucket, relative to all such weights of the window; then `weight` above and the sources' own do nothing
+    over_limit: OverLong | None = None  # None: data.over_long
+
+
+@dataclass
 class NeedleConfig:
     """How needle documents read."""
 
@@ -115,6 +139,14 @@ class NeedleConfig:
     max_pairs: int = 1  # needles hidden in one training document (1 … max)
     at_start: float = 0.4  # share of training documents whose first asked needle stands at the very start, the farthest from its question
     max_questions: int = 1  # of them, asked at its end (1 … max); more questions are more answers to learn from in a curriculum's row
+
+
+@dataclass
+class DecontaminateConfig:
+    """Evaluation sets whose text must not be trained on."""
+
+    files: list[str] = field(default_factory=list)  # .txt or .jsonl; every string of a record counts. None: nothing is compared
+    ngram: int = 13  # words; a document that shares so many in a row is left out (Brown et al., 2020, appendix C)
 
 
 @dataclass
@@ -129,15 +161,41 @@ class DataConfig:
     tokenizer_train_bytes: int = (
         100_000_000  # of text that the tokenizer learns from, an equal part from each source; merges settle long before
     )
+    tokenizer_backend: str = (
+        "hf"  # hf | gigatoken: the same ids, many times faster, checked on the very documents | auto: it where it serves
+    )
+    workers: int = 0  # processes that tokenise; 0: one a core
+    shard_bytes: int = 64 << 20  # of input that a process takes at a time, and that a kill may cost; a compressed file is one shard
+    deduplicate: str = "none"  # leave out exact duplicates: none | source: within each source | corpus: over all; the first one stays
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    verify: bool = True  # compare the corpus' files with their checksums before training (once, as long as they do not change)
     segment_tokens: int = 131072  # length of a packed row: the target window
     short_tokens: int = 0  # budget of tokens in short segments; 0 plans every document once
     long_tokens: int = 0  # budget of tokens in long segments; 0 plans every document once
+    buckets: list[BucketConfig] = field(default_factory=list)  # budgets by length; a window without one has a bucket of all its documents
+    weights_of: WeightsOf = WeightsOf.bucket  # corpus: source weights and buckets both hold, by the mix nearest to what the sources are
+    max_repeats: float = 4.0  # of a document: up to four passes over the same text are about as good as new text (Muennighoff et al., 2023)
+    keep_below: dict[str, float] = field(
+        default_factory=dict
+    )  # share kept of a source's documents below keep_below_tokens; +data.keep_below.NAME=0.1
+    keep_below_tokens: int = 4096  # Fu et al. (2024) keep a tenth of those
     long_attention: LongAttention = LongAttention.segment
     over_long: OverLong = OverLong.split
     holdout: float = 0.02  # share of documents kept out of training, for the search and the evaluation
-    align_sp: int = 1  # documents of short segments do not cross the borders of this many equal shards, so that they cost no communication
+    align_sp: Any = 1  # shards of a segment (a number, or a list) whose borders no short document crosses: it then costs no communication
+    # Segments of one window that follow each other in a step, shared by the data-parallel ranks: any number of ranks that divides it sees the
+    # same data at the same step. 0: the ranks of the first start.
+    group_segments: int = 0
+    # Steps that are passed over, as metrics.jsonl counts them: ["1200-1230", "1500"]. Their data is never trained on; the counter and the
+    # learning rate go on.
+    skip_steps: list[str] = field(default_factory=list)
+    prefetch_steps: int = 2  # steps of batches that are made ahead
+    loader_threads: int = 1  # that make them; more help where the corpus lies on a slow disk
     needles: NeedleConfig = field(default_factory=NeedleConfig)
     stages: list[StageConfig] = field(default_factory=list)
+
+
+STRATEGIES = ("local", "ulysses", "ring", "gather", "ulysses_ring", "ring_flash_attn")  # of sequence-parallel attention
 
 
 @dataclass
@@ -145,7 +203,8 @@ class ParallelConfig:
     """How ranks divide the work: world = data parallel x sequence parallel."""
 
     sp: int = 1  # ranks that share one segment
-    strategy: str = "auto"  # auto | ulysses | local
+    strategy: str = "auto"  # auto: for every segment the one that sends least | a name of STRATEGIES, for all segments
+    ring: int = 0  # of the sp ranks, how many a ring holds (ulysses_ring); 0: as many as heads or one node cannot serve by ulysses
     timeout_s: float = 600.0  # after which a collective that somebody does not join ends the job
 
 
@@ -181,7 +240,10 @@ class EngineConfig:
 class SearchConfig:
     """Needle-driven evolutionary search (paper, Algorithms 1 and 2), with racing."""
 
-    algorithm: str = "evolution"  # evolution: the paper's | cmaes: CMA-ES over the critical index, a smooth tail and the attention factor
+    algorithm: str = (
+        "evolution"  # evolution: the paper's | surrogate: the same mutations, chosen and compared by a Gaussian process over all
+    )
+    # evaluations so far | cmaes: CMA-ES over the critical index, a smooth tail and the attention factor
     space: str = "longrope2"  # longrope2: critical index and tail | longrope: every factor is free (LongRoPE v1; the paper's ablation)
     objective: str = "needle"  # needle: perplexity of the answers | text: of all tokens (the paper's ablation)
     population: int = 64  # P
@@ -210,6 +272,8 @@ class SearchConfig:
         1.0  # standard errors by which answers must be worse than the k-th best's to be dropped; inf drops only what is certain to lose
     )
     racing_answers: int = 4  # answers that have to be compared before a candidate is dropped on a likelihood
+    proposals: int = 4  # surrogate: mutations drawn for each child that is evaluated
+    looks: float = 2.25  # surrogate: document-forwards of a generation for each of its children
     tail_low: float = 1.0  # bounds of the tail, in multiples of s = L / L0
     tail_high: float = 2.0
     critical_index: int | None = None  # fix rcd instead of searching d10 … tcd
@@ -270,6 +334,18 @@ class GenerateConfig:
 
 
 @dataclass
+class InspectConfig:
+    """Which segments to look at, and how closely."""
+
+    window: str | None = None  # short | long; None: both
+    segment: int | None = None  # its number in the plan of its window; None: 0, or those of `step`
+    step: int | None = None  # all segments of a step, as metrics.jsonl counts them (the first is 1)
+    dp_size: int = 1  # data-parallel ranks: which of them gets which segment of the step
+    documents: int = 12  # rows of a segment's table at most
+    text_chars: int = 48  # of a document's beginning and of its end
+
+
+@dataclass
 class HardwareConfig:
     """What `plan` assumes of a cluster."""
 
@@ -302,10 +378,11 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
-VERBS = ("prepare", "search", "train", "evaluate", "export", "generate", "plan", "report")
+VERBS = ("prepare", "inspect", "search", "train", "evaluate", "export", "generate", "plan", "report")
 
 
 def load(composed: DictConfig) -> Config:
@@ -460,10 +537,21 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
 def _validate(config: Config) -> None:
     for key, value, low in (
         ("parallel.sp", config.parallel.sp, 1),
+        ("parallel.ring", config.parallel.ring, 0),
         ("optim.segments_per_step", config.optim.segments_per_step, 1),
         ("optim.steps", config.optim.steps, 0),
         ("data.segment_tokens", config.data.segment_tokens, 2),
-        ("data.align_sp", config.data.align_sp, 1),
+        ("data.workers", config.data.workers, 0),
+        ("data.shard_bytes", config.data.shard_bytes, 1),
+        ("data.decontaminate.ngram", config.data.decontaminate.ngram, 1),
+        ("data.group_segments", config.data.group_segments, 0),
+        ("data.prefetch_steps", config.data.prefetch_steps, 0),
+        ("data.loader_threads", config.data.loader_threads, 1),
+        ("inspect.segment", config.inspect.segment or 0, 0),
+        ("inspect.step", 1 if config.inspect.step is None else config.inspect.step, 1),
+        ("inspect.dp_size", config.inspect.dp_size, 1),
+        ("inspect.documents", config.inspect.documents, 1),
+        ("inspect.text_chars", config.inspect.text_chars, 0),
         ("rope.target_window_tokens", config.rope.target_window_tokens, 1),
         ("engine.loss_chunk_tokens", config.engine.loss_chunk_tokens, 1),
         ("engine.checkpoint_every_steps", config.engine.checkpoint_every_steps, 1),
@@ -475,6 +563,7 @@ def _validate(config: Config) -> None:
         ("search.final_documents", config.search.final_documents, 0),
         ("search.generations", config.search.generations, 0),
         ("search.racing_answers", config.search.racing_answers, 2),
+        ("search.proposals", config.search.proposals, 1),
         ("search.chunk_tokens", config.search.chunk_tokens, 0),
         ("eval.distractors", config.eval.distractors, 0),
         ("eval.samples", config.eval.samples, 1),
@@ -485,11 +574,14 @@ def _validate(config: Config) -> None:
         ("device", config.device, ("auto", "cpu", "cuda")),
         ("optim.schedule", config.optim.schedule, ("cosine", "linear", "constant")),
         ("data.kind", config.data.kind, ("segments", "curriculum")),
-        ("parallel.strategy", config.parallel.strategy, ("auto", "ulysses", "local")),
-        ("search.algorithm", config.search.algorithm, ("evolution", "cmaes")),
+        ("data.tokenizer_backend", config.data.tokenizer_backend, ("hf", "gigatoken", "auto")),
+        ("data.deduplicate", config.data.deduplicate, ("none", "source", "corpus")),
+        ("parallel.strategy", config.parallel.strategy, ("auto", *STRATEGIES)),
+        ("search.algorithm", config.search.algorithm, ("evolution", "surrogate", "cmaes")),
         ("search.space", config.search.space, ("longrope2", "longrope")),
         ("search.objective", config.search.objective, ("needle", "text")),
         ("generate.window", config.generate.window, ("auto", "short", "long")),
+        ("inspect.window", config.inspect.window, (None, "short", "long")),
         ("logger.mode", config.logger.mode, ("online", "offline")),
         ("engine.zero_stage", config.engine.zero_stage, (0, 1, 2, 3)),
     ):
@@ -510,6 +602,11 @@ def _validate(config: Config) -> None:
     if config.search.top_k > config.search.population:
         raise UserError(
             f"search.top_k={config.search.top_k} exceeds search.population={config.search.population}; set search.top_k to at most the population"
+        )
+    if config.data.group_segments and config.optim.segments_per_step % config.data.group_segments:
+        raise UserError(
+            f"data.group_segments={config.data.group_segments} does not divide optim.segments_per_step={config.optim.segments_per_step}; set "
+            "data.group_segments to a divisor, or to 0 to have it chosen"
         )
     if config.data.segment_tokens % config.parallel.sp:
         raise UserError(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lr2train import run
-from lr2train.attention.ulysses import refuse_heads
+from lr2train.attention import choice
+from lr2train.attention import hf as attention
 from lr2train.config import Config, UserError, main
 from lr2train.planning import cost, memory
 from lr2train.planning.memory import GIB, Item, Setting
@@ -28,15 +29,16 @@ def plan(config: Config) -> dict[str, Any]:
         UserError: a mesh or batch that training would refuse, or a model whose config is not at hand.
     """
     refuse_mesh(config)
-    shape = shape_of(hf_config_of(config.model), config.model)
-    if config.parallel.strategy != "local":
-        refuse_heads(shape.heads, config.parallel.sp)
+    hf_config = hf_config_of(config.model)
+    shape = shape_of(hf_config, config.model)
     dp_size = config.hardware.gpus // config.parallel.sp
     accumulation = accumulation_of(config, dp_size)
     work = work_of(config, shape.window_tokens, dp_size)
+    longest = max(part.span_tokens for part in work.parts)
+    attention.refuse_config(hf_config, config.parallel, config.data.segment_tokens, longest, config.hardware.gpus_per_node)
     result = {
         "model": _model(shape, config),
-        "parallel": _parallel(config, dp_size, accumulation),
+        "parallel": _parallel(config, dp_size, accumulation) | _attention(hf_config, work, config),
         "memory": _memory(shape, config),
         "work": _work(work, config),
         "cost": _cost(shape, work, config),
@@ -101,6 +103,24 @@ def _parallel(config: Config, dp_size: int, accumulation: int) -> dict[str, Any]
         "tokens_per_gpu": config.data.segment_tokens // config.parallel.sp,
         "zero_stage": config.engine.zero_stage,
     }
+
+
+def _attention(hf_config: Any, work: Work, config: Config) -> dict[str, Any]:
+    """The ring axis, and which strategy serves each part of the work, its documents as long as they can be."""
+    layers = attention.layers_of(hf_config, memory.WEIGHT_BYTES[config.model.dtype])
+    ring = attention.ring_ranks(hf_config, config.parallel, config.hardware.gpus_per_node)
+    return {"ring": ring, "attention": [_served(part, layers, ring, config) for part in work.parts]}
+
+
+def _served(part: Part, layers: choice.Layers, ring: int, config: Config) -> dict[str, Any]:
+    """``sent_gib`` is what the busiest rank sends for a segment, forward and backward."""
+    strategy, n_tokens, sp = config.parallel.strategy, config.data.segment_tokens, config.parallel.sp
+    if strategy == "local":  # documents that cross a border would be refused when they come
+        return {"window": part.window, "strategy": strategy, "sent_gib": 0.0}
+    spans = tuple((start, min(start + part.span_tokens, n_tokens)) for start in range(0, n_tokens, part.span_tokens))
+    plan = choice.plan(strategy, layers, spans, n_tokens, sp, ring)
+    sent = choice.bytes_sent(plan, layers, spans, n_tokens, sp, ring)
+    return {"window": part.window, "strategy": plan.title, "sent_gib": sent / GIB}
 
 
 def _memory(shape: Shape, config: Config) -> dict[str, Any]:

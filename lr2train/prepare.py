@@ -2,8 +2,8 @@
 
     python -m lr2train.prepare experiment=tiny_4k name=corpus
 
-Writes ``runs/<name>/``: tokenizer/, store/, segments.npz, corpus.json (see lr2train.data.corpus) and prepare.json. Killed at any time, the
-same command goes on at the source where it was.
+Writes ``runs/<name>/``: tokenizer/, store/, segments.*.npy, corpus.json (see lr2train.data.corpus), plan.json, plan.txt, pictures/ and
+prepare.json. Killed at any time, the same command goes on at the shard where it was.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from lr2train import run
 from lr2train.config import Config, ModelConfig, UserError, main
-from lr2train.data import building, segmenting
-from lr2train.data.batch import WINDOWS
+from lr2train.data import building, integrity, segmenting
+from lr2train.reporting.mix import ensure_mix_pictures
 from lr2train.rope import hf as rope_hf
 
 GROUPS = ("seed", "data")
@@ -31,9 +31,12 @@ def prepare(config: Config) -> dict[str, Any]:
     building.check(config.data, original_window_tokens)
     job = run.open_run(config, "prepare", GROUPS)
     started = time.monotonic()
-    tokenizer = building.ensure_tokenizer(job.folder, config.data, job.log)
-    stores = building.ensure_stores(job.folder, config.data, tokenizer, original_window_tokens, config.seed, job.log)
+    integrity.refuse_damage(job.folder)
+    listed = building.list_sources(config.data)
+    tokenizer = building.ensure_tokenizer(job.folder, config.data, listed, job.log)
+    stores = building.ensure_stores(job.folder, config.data, listed, tokenizer, original_window_tokens, config.seed, job.log)
     manifest = segmenting.ensure_plan(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
+    integrity.write_checksums(job.folder)
     lock = job.claim({})  # only now: a budget that cannot be filled must not reserve the name
     result = {**manifest, "folder": str(job.folder), "seconds": round(time.monotonic() - started, 2)}
     job.write_json("prepare.json", result)
@@ -60,21 +63,17 @@ def original_window(model: ModelConfig) -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The counts for a person: a line for each source and window."""
-    lines = [f"{'source':<16}{'window':<8}{'documents':>11}{'tokens':>15}{'planned':>15}"]
-    for window in WINDOWS:
-        for name, counts in result["windows"][window]["sources"].items():
-            lines.append(f"{name:<16}{window:<8}{counts['documents']:>11,}{counts['tokens']:>15,}{counts['planned_tokens']:>15,}")
-    for window in WINDOWS:
-        plan = result["windows"][window]
-        lines.append(f"{window}: {plan['segments']:,} segments of {result['segment_tokens']:,} tokens, {plan['padding_share']:.2%} padding")
-    lost = ", ".join(f"{cause} {tokens:,}" for cause, tokens in result["lost_tokens"].items())
+    """The counts for a person: the mix that was planned, what was held out and what was broken."""
+    mix = (Path(result["folder"]) / segmenting.PLAN_TEXT).read_text().rstrip()
     held = sum(source["holdout_documents"] for source in result["sources"])
     broken = sum(source["broken"] for source in result["sources"])
-    return "\n".join(
-        [*lines, f"lost tokens: {lost}; held out: {held:,} documents; broken records: {broken:,}", f"corpus: {result['folder']}"]
-    )
+    return "\n".join([mix, f"held out: {held:,} documents; broken records: {broken:,}", f"corpus: {result['folder']}"])
+
+
+def prepare_and_draw(config: Config) -> None:
+    """The verb as a person runs it: with pictures of the plan."""
+    ensure_mix_pictures(Path(prepare(config)["folder"]))
 
 
 if __name__ == "__main__":
-    main("prepare", prepare)
+    main("prepare", prepare_and_draw)

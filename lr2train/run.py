@@ -31,6 +31,8 @@ T = TypeVar("T")
 # Keys inside the groups of a run that may change between a start and its resumption: they do not change what it computes.
 FREE_KEYS = (
     "parallel.timeout_s", "engine.checkpoint_every_steps", "engine.keep_checkpoints", "data.tokenizer_train_bytes", "model.allow_download",
+    "data.workers", "data.tokenizer_backend", "data.verify",
+    "data.skip_steps", "data.prefetch_steps", "data.loader_threads",
 )  # fmt: skip
 _PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy", "flash-attn", "ring-flash-attn")
 

@@ -24,6 +24,7 @@ from lr2train.evolution.genome import Space
 from lr2train.evolution.history import History, described
 from lr2train.evolution.loop import evolve
 from lr2train.evolution.race import Judge, Scored
+from lr2train.evolution.surrogate import Evidence, evolve_surrogate
 from lr2train.model import load, rotary
 from lr2train.parallel import processes
 from lr2train.reporting.pictures import write_search_pictures
@@ -31,7 +32,7 @@ from lr2train.rope.methods import METHODS
 
 GROUPS = ("name", "seed", "device", "threads", "model", "rope", "data", "search")  # threads: sums by more of them differ in the last bits
 PICTURES = ("factors.png", "fitness.png", "temperature.png", "documents.png")
-ALGORITHMS = {"evolution": evolve, "cmaes": evolve_cmaes}
+ALGORITHMS: dict[str, Any] = {"evolution": (evolve, Judge), "surrogate": (evolve_surrogate, Evidence), "cmaes": (evolve_cmaes, Judge)}
 
 
 def search(config: Config) -> dict[str, Any]:
@@ -121,10 +122,11 @@ def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
 def _run(job: run.Run, space: Space, history: History) -> list[Scored]:
     """All generations and the final; the finalists, best first."""
     knobs, fitness, finalists = space.knobs, history.fitness, []
-    judge = Judge(fitness, knobs)
+    generations, judge_by = ALGORITHMS[knobs.algorithm]
+    judge = judge_by(space, fitness)
     with run.meter("search, document-forwards", fitness.recovered) as tick:
         fitness.tell = lambda: tick(fitness.computed, history.expected_evaluations, history.note)
-        for generation in ALGORITHMS[knobs.algorithm](space, judge, knobs.seed):
+        for generation in generations(space, judge, knobs.seed):
             finalists = list(generation.population[: knobs.top_k])
             job.log(history.add(generation))
         return judge.final([one.candidate for one in finalists]) if knobs.final_documents else finalists

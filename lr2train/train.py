@@ -2,11 +2,13 @@
 
     deepspeed --no_local_rank --module lr2train.train experiment=tiny_4k name=first
 
-The same command resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, factors.json, model/ (a Hugging Face folder), train.json.
+The same command resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, factors.json, model/ (a Hugging Face folder), train.steps.json
+(lr2train.training.steps), train.json.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -21,7 +23,8 @@ from lr2train.config import Config, UserError, main
 from lr2train.data.corpus import Corpus
 from lr2train.data.loader import make_loader
 from lr2train.model import load
-from lr2train.parallel import processes
+from lr2train.parallel import control, processes
+from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.mesh import make_mesh
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
@@ -29,10 +32,12 @@ from lr2train.rope.methods import build
 from lr2train.training.engine import Engine, start_deepspeed
 from lr2train.training.loop import fit
 from lr2train.training.metrics import read_jsonl, sinks
+from lr2train.training.steps import FILE, Steps
 
 GROUPS = ("name", "seed", "model", "rope", "data", "parallel", "optim", "engine")
 
 
+@told_to_all()
 def train(config: Config) -> dict[str, Any]:
     """Run the verb; returns what ``train.json`` holds.
 
@@ -47,21 +52,32 @@ def train(config: Config) -> dict[str, Any]:
         job.log(f"already finished: {job.folder / 'train.json'}")
         return run.read_json(job.folder / "train.json")
     device = processes.start(config)
+    control.together(lambda: corpus.verify(full=config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0))  # once a machine
     start_deepspeed(device)
-    mesh = make_mesh(config.parallel.sp, config.parallel.timeout_s)
+    ring = attention.ring_ranks(hf_config, config.parallel, processes.ranks_per_node())
+    mesh = make_mesh(config.parallel.sp, config.parallel.timeout_s, ring)
     target = factors.target_window_tokens if config.data.kind == "segments" else None
+    steps = Steps.settle(job.folder, config.data, mesh.dp_size)
     loader = make_loader(
-        config.data, config.seed, mesh.dp_rank, mesh.dp_size, config.optim.segments_per_step, factors.spectrum.window_tokens, target
+        steps.applied(config.data),
+        config.seed,
+        mesh.dp_rank,
+        mesh.dp_size,
+        config.optim.segments_per_step,
+        factors.spectrum.window_tokens,
+        target,
     )
     engine = Engine(config, mesh, factors, hf_config, device)
     total_steps = config.optim.steps or loader.steps_per_epoch
     done = engine.load(job.folder / "checkpoints")
+    steps.refuse_other_past(done)
     lock = job.claim(fingerprints)
+    job.write_json(FILE, steps.to_json())
     _announce(job, config, engine, factors, total_steps, done)
     job.write_json("factors.json", factors.to_json())
     start = time.monotonic()
     outputs = sinks(config, job.folder, done)
-    finished = fit(engine, loader, config, done, total_steps, outputs, job.folder)
+    finished = fit(engine, loader, config, steps.skips, done, total_steps, outputs, job.folder)
     for output in outputs:
         output.close()
     if not finished:
@@ -97,7 +113,7 @@ def inputs(config: Config) -> tuple[Any, Factors, Corpus]:
     longest = (
         config.data.segment_tokens if config.data.kind == "segments" else max((s.length_tokens for s in config.data.stages), default=0)
     )
-    attention.refuse_config(hf_config, config.parallel.sp, config.parallel.strategy, longest)
+    attention.refuse_config(hf_config, config.parallel, config.data.segment_tokens, longest, processes.ranks_per_node())
     factors = build(config.rope, load.spectrum_of(hf_config, config.model))
     if factors.target_window_tokens > factors.spectrum.window_tokens:
         rope_hf.write(load.plain_config(hf_config), factors)  # what could not be written afterwards is refused now

@@ -218,6 +218,9 @@ def test_plan_of_llama3_8b(tmp_path, capsys):
     result = plan(composed("experiment=llama3_8b_128k", f"runs_folder={tmp_path}"))
     assert json.loads((tmp_path / "plan" / "plan.json").read_text()) == json.loads(json.dumps(result))
     assert result["parallel"] | {"dp": 8, "sp": 8, "accumulation": 8, "tokens_per_gpu": 16384} == result["parallel"]
+    assert [(part["window"], part["strategy"]) for part in result["parallel"]["attention"]] == [("short", "local"), ("long", "ulysses")]
+    # (sp - 1) / sp * T / sp * D * (2 Hq + 2 Hkv) elements of 2 bytes, forward and again backward, in 32 layers
+    assert result["parallel"]["attention"][1]["sent_gib"] * 2**30 == 7 / 8 * 131072 / 8 * 128 * (64 + 16) * 2 * 2 * 32
     assert result["memory"]["fits"]
     assert result["memory"]["total_gib"] == pytest.approx(sum(item["gib"] for item in result["memory"]["items"]))
     assert result["work"]["tokens"] == pytest.approx(10e9, rel=0.01)
@@ -255,7 +258,7 @@ def test_plan_of_a_model_that_is_not_extended(tmp_path):
     ("overrides", "key"),
     [
         (("hardware.gpus=60",), "hardware.gpus=60"),
-        (("parallel.sp=64",), "parallel.sp=64"),
+        (("parallel.sp=64", "parallel.strategy=ulysses"), "parallel.sp=64"),
         (("optim.segments_per_step=12",), "optim.segments_per_step=12"),
         (("data.segment_tokens=131071",), "data.segment_tokens=131071"),
         (("hardware.mfu=0",), "hardware.mfu"),

@@ -38,6 +38,7 @@ from lr2train.model import load, rotary  # noqa: E402
 from lr2train.model.score import score  # noqa: E402
 from lr2train.rope import METHODS, Factors  # noqa: E402
 
+BOUND = "surrogate"  # the search that is held to the bounds: what `search=` is by default
 COST_BOUND = 0.25  # of the plain loop's document-forwards
 LICENSE_CHARACTERS = 2000  # what stands at the top of every file
 NEEDLES = 21  # in every document, asked for or not: a lone needle is found by every good candidate
@@ -50,12 +51,14 @@ VARIANTS = {
     "racing_only": [*PLAIN, "search.racing=true"],
     "racing": RACING,
     "cmaes": [*RACING, "search.algorithm=cmaes"],
+    "surrogate": [*ONE, "search.algorithm=surrogate", "search.documents=10", "search.final_documents=24"],
 }
 WHAT = {
     "plain": "the paper's loop: everyone on 10 documents of one question",
     "racing_only": "the same documents, hopeless candidates dropped",
     "racing": "3 documents of 4 questions, racing, the last top_k on 24 further documents",
     "cmaes": "CMA-ES in the place of evolution, on racing's documents",
+    "surrogate": "plain's documents and 24 further ones; a Gaussian process over all evaluations says who is evaluated on which",
 }
 
 
@@ -71,8 +74,8 @@ class Size:
     held_out: int  # documents with the needle at the start, and as many at five depths
 
 
-FULL = Size(5, 32, 8, 8, ("plain", "racing_only", "racing", "cmaes"), 60)
-QUICK = Size(2, 16, 4, 4, ("plain", "racing"), 30)
+FULL = Size(5, 32, 8, 8, ("plain", "racing_only", "racing", "cmaes", "surrogate"), 60)
+QUICK = Size(2, 16, 4, 4, ("plain", "racing", "surrogate"), 30)
 
 
 def main() -> int:
@@ -269,10 +272,10 @@ def _figures(size: Size, folder: Path, results: dict[tuple[str, int], dict[str, 
     journals = [folder / f"plain_{seed}" / "journal.jsonl" for seed in seeds]
     seconds = [json.loads(line)["seconds"] for journal in journals for line in journal.read_text().splitlines()]
     print(f"seconds_per_document_forward: {np.median(seconds):.4f}")
-    cheap = max(mine / plain for mine, plain in zip(forwards["racing"], forwards["plain"], strict=True)) <= COST_BOUND
-    good = perplexity["racing", "start"] <= perplexity["plain", "start"]
-    print(f"bound_cost_of_racing_at_most_{COST_BOUND}: {'met' if cheap else 'MISSED'}")
-    print(f"bound_racing_at_least_as_good_as_plain_on_held_out_needles: {'met' if good else 'MISSED'}")
+    cheap = max(mine / plain for mine, plain in zip(forwards[BOUND], forwards["plain"], strict=True)) <= COST_BOUND
+    good = perplexity[BOUND, "start"] <= perplexity["plain", "start"]
+    print(f"bound_cost_of_{BOUND}_at_most_{COST_BOUND}: {'met' if cheap else 'MISSED'}")
+    print(f"bound_{BOUND}_at_least_as_good_as_plain_on_held_out_needles: {'met' if good else 'MISSED'}")
     return 0 if cheap and good else 1
 
 

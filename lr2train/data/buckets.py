@@ -1,51 +1,62 @@
-"""Short or long: documents sorted by the original window, and drawn up to a budget.
+"""Buckets: ranges of document lengths, the window that each trains, and which documents of a source lie in it.
 
-A document is short when it fits the original window L0 with its BOS and EOS (paper, section 3.3 and Table 1). With a budget every source
-gets its share by weight *inside each window*, so that up-weighting long documents does not change the mix of sources (Fu et al., 2024).
+A document is short when it fits the original window L0 with its BOS and EOS (paper, section 3.3). Within the windows, budgets may be set by
+finer ranges (paper, Table 1: L0 - 100k, 100k - 200k).
+
+Choice: a document belongs to the bucket that holds its whole length, before anything is cut; what lies over the bucket's limit (L0 in short
+segments, the segment in long ones) is split, truncated or dropped. Documents outside every bucket are not planned, and are counted. Cost: a
+part of a split document has no BOS unless it is the first one, and no EOS unless it is the last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from lr2train.data.batch import LONG, SHORT
+from lr2train.config import BucketConfig, DataConfig, OverLong, SourceConfig, UserError
+from lr2train.data.batch import LONG, SHORT, WINDOWS
+
+ENDLESS = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Documents in the order in which they are planned; three columns of one length.
+class Bucket:
+    """A range of lengths with everything decided.
 
     Attributes:
-        source: int16, index into the corpus' sources.
-        document: int64, index into that source's store.
-        length: int64, tokens with BOS and EOS.
+        name: unlike that of any other bucket.
+        window: what its documents train.
+        above_tokens, to_tokens: above_tokens < length <= to_tokens.
+        weight: share of the window's tokens, relative to its other buckets.
+        sources: weights of single sources; empty where the sources' own weights act.
+        limit_tokens: of a piece of a document.
+        over_limit: what becomes of longer documents.
     """
 
-    source: np.ndarray
-    document: np.ndarray
-    length: np.ndarray
+    name: str
+    window: str
+    above_tokens: int
+    to_tokens: int
+    weight: float
+    sources: dict[str, float]
+    limit_tokens: int
+    over_limit: OverLong
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def holds(self, lengths: np.ndarray) -> np.ndarray:
+        """Mask of the documents of these lengths that lie in it."""
+        return (lengths > self.above_tokens) & (lengths <= self.to_tokens)
+
+    def serves(self, source: SourceConfig) -> bool:
+        """Whether documents of a source may be drawn for it."""
+        return self.window in source.windows and (not self.sources or source.name in self.sources)
 
     @property
-    def tokens(self) -> int:
-        """Tokens in all."""
-        return int(self.length.sum())
-
-    def take(self, index: np.ndarray) -> Selection:
-        """The rows of an index or a mask."""
-        return Selection(self.source[index], self.document[index], self.length[index])
-
-
-def concatenate(parts: Sequence[Selection]) -> Selection:
-    """One selection after the other."""
-    if not parts:
-        return Selection(np.zeros(0, np.int16), np.zeros(0, np.int64), np.zeros(0, np.int64))
-    return Selection(*(np.concatenate([getattr(part, column) for part in parts]) for column in ("source", "document", "length")))
+    def range_text(self) -> str:
+        """Its lengths for a person."""
+        return f"over {self.above_tokens:,}" if self.to_tokens == ENDLESS else f"{self.above_tokens + 1:,}-{self.to_tokens:,}"
 
 
 def window_of(length_tokens: int, original_window_tokens: int) -> str:
@@ -53,43 +64,145 @@ def window_of(length_tokens: int, original_window_tokens: int) -> str:
     return SHORT if length_tokens <= original_window_tokens else LONG
 
 
-def sort_by_window(lengths: Sequence[np.ndarray], original_window_tokens: int) -> tuple[list[Selection], list[Selection]]:
-    """Short and long documents of every source, in store order.
+def resolve(data: DataConfig, original_window_tokens: int) -> list[Bucket]:
+    """The buckets of ``data.buckets``, short ones first; a window without one gets a bucket of all its documents, named as the window.
+
+    Raises:
+        UserError: names, windows, ranges or weights that make no sense, or ranges in which a document of one source would count twice.
+    """
+    for one in data.buckets:
+        if one.window not in WINDOWS:
+            raise UserError(f"data.buckets.{one.name}.window={one.window} is not one of {', '.join(WINDOWS)}; set it to one of them")
+    listed = {window: [one for one in data.buckets if one.window == window] for window in WINDOWS}
+    buckets = [
+        _resolved(one, data, original_window_tokens)
+        for window in WINDOWS
+        for one in listed[window] or [BucketConfig(name=window, window=window)]
+    ]
+    _check_names_and_weights(buckets, data)
+    _check_ranges(buckets, data.sources)
+    return buckets
+
+
+def _resolved(one: BucketConfig, data: DataConfig, original_window_tokens: int) -> Bucket:
+    short = one.window == SHORT
+    above = one.above_tokens if one.above_tokens is not None else 0 if short else original_window_tokens
+    to = one.to_tokens if one.to_tokens is not None else original_window_tokens if short else ENDLESS
+    limit = original_window_tokens if short else data.segment_tokens
+    return Bucket(one.name, one.window, above, to, one.weight, dict(one.sources), limit, one.over_limit or data.over_long)
+
+
+def _check_names_and_weights(buckets: Sequence[Bucket], data: DataConfig) -> None:
+    names, known = [one.name for one in buckets], {source.name for source in data.sources}
+    for one in buckets:
+        where = f"data.buckets.{one.name}"
+        if names.count(one.name) > 1:
+            raise UserError(f"data.buckets has the name {one.name} {names.count(one.name)} times; give each bucket its own name")
+        if not 0 <= one.above_tokens < one.to_tokens:
+            raise UserError(
+                f"{where} holds lengths above {one.above_tokens} and up to {one.to_tokens}, which is none; set {where}.above_tokens and "
+                f"{where}.to_tokens (left out, they are the borders of the window)"
+            )
+        for key, weight in (("weight", one.weight), *((f"sources.{name}", weight) for name, weight in one.sources.items())):
+            if not weight >= 0:
+                raise UserError(f"{where}.{key}={weight} is not 0 or more; set it to a share")
+        unknown = sorted(one.sources.keys() - known)
+        if unknown:
+            raise UserError(f"{where}.sources names {unknown[0]}, and data.sources has {', '.join(sorted(known))}; name one of these")
+    for window in WINDOWS:
+        named = [one.name for one in buckets if one.window == window and one.sources]
+        without = [one.name for one in buckets if one.window == window and not one.sources]
+        if named and without:
+            raise UserError(
+                f"data.buckets.{named[0]} has weights of single sources and data.buckets.{without[0]} of the same window has none; give "
+                "sources to every bucket of a window, or to none"
+            )
+
+
+def _check_ranges(buckets: Sequence[Bucket], sources: Sequence[SourceConfig]) -> None:
+    for source in sources:
+        mine = sorted((one for one in buckets if one.serves(source)), key=lambda one: one.above_tokens)
+        for lower, upper in pairwise(mine):
+            if upper.above_tokens < lower.to_tokens:
+                raise UserError(
+                    f"documents of {source.name} of {upper.above_tokens + 1} tokens and more lie in two buckets, data.buckets.{lower.name} and "
+                    f"data.buckets.{upper.name}; set data.buckets.{lower.name}.to_tokens to at most {upper.above_tokens}"
+                )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The documents of one source in one bucket, as far as they may be planned.
+
+    Attributes:
+        document: int32 [n], index into the source's store.
+        length: int32 [n], tokens that drawing the document plans: all of it, or the limit where it is truncated.
+        dropped_documents, dropped_tokens: what ``over_limit=drop`` leaves out.
+    """
+
+    document: np.ndarray
+    length: np.ndarray
+    dropped_documents: int = 0
+    dropped_tokens: int = 0
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one pass."""
+        return int(self.length.sum(dtype=np.int64))
+
+
+EMPTY = Cell(np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
+def cell_of(lengths: np.ndarray, kept: np.ndarray | None, bucket: Bucket) -> Cell:
+    """What a bucket may draw from a source.
 
     Args:
-        lengths: tokens of each document, an array a source.
-        original_window_tokens: L0.
+        lengths: tokens of each document.
+        kept: mask of the documents that may be used; None for all.
+        bucket: range, limit, and what becomes of documents over it.
     """
-    short, long = [], []
-    for source, of_source in enumerate(lengths):
-        tokens = np.asarray(of_source, dtype=np.int64)
-        everything = Selection(np.full(len(tokens), source, np.int16), np.arange(len(tokens)), tokens)
-        short.append(everything.take(tokens <= original_window_tokens))
-        long.append(everything.take(tokens > original_window_tokens))
-    return short, long
+    inside = bucket.holds(lengths)
+    if kept is not None:
+        inside &= kept
+    document = np.flatnonzero(inside).astype(np.int32)
+    length = np.asarray(lengths)[document].astype(np.int32, copy=False)
+    over = length > bucket.limit_tokens
+    if bucket.over_limit is OverLong.drop and over.any():
+        return Cell(document[~over], length[~over], int(over.sum()), int(length[over].sum(dtype=np.int64)))
+    if bucket.over_limit is OverLong.truncate and over.any():
+        length = np.minimum(length, np.int32(bucket.limit_tokens))
+    return Cell(document, length)
 
 
-def draw(sources: Sequence[Selection], weights: Sequence[float], budget_tokens: int, rng: np.random.Generator) -> Selection:
-    """The documents of one window in planned order.
+def draw(cell: Cell, target_tokens: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows of a cell that add up to at least a target, the last document chosen to exceed it as little as the rest allows.
+
+    Whole passes first, then a random part of one more, so that no document comes a second time before all others came once.
 
     Args:
-        sources: what each source has.
-        weights: share of each source, relative to the others; acts only with a budget.
-        budget_tokens: 0 takes every document once; else each source gives whole documents until its share is reached, and begins again from
-            a new permutation when it is used up.
-        rng: decides the order.
+        cell: at least one document where the target is not 0.
+        target_tokens: to reach.
+        rng: decides which documents make up the last, incomplete pass.
+
+    Returns:
+        int32, row numbers with repeats, ordered by pass.
     """
-    if budget_tokens <= 0:
-        drawn = concatenate(sources)
-    else:
-        total = sum(weight for weight, source in zip(weights, sources, strict=True) if len(source)) or 1.0
-        shares = (weight / total * budget_tokens for weight in weights)
-        drawn = concatenate([_repeat(source, share, rng) for source, share in zip(sources, shares, strict=True) if len(source)])
-    return drawn.take(rng.permutation(len(drawn)))
-
-
-def _repeat(source: Selection, share_tokens: float, rng: np.random.Generator) -> Selection:
-    passes = int(np.ceil(share_tokens / source.tokens))
-    order = np.concatenate([np.zeros(0, np.int64), *(rng.permutation(len(source)) for _ in range(passes))])
-    before = np.cumsum(source.length[order]) - source.length[order]
-    return source.take(order[before < share_tokens])
+    if target_tokens <= 0:
+        return np.zeros(0, np.int32)
+    passes, missing = divmod(target_tokens, cell.tokens)
+    whole = np.tile(np.arange(len(cell), dtype=np.int32), passes)
+    if not missing:
+        return whole
+    order = rng.permutation(len(cell)).astype(np.int32)
+    ends = np.cumsum(cell.length[order], dtype=np.int64)
+    n_before = int(np.searchsorted(ends, missing))  # that many stay below it
+    if n_before:
+        missing -= int(ends[n_before - 1])
+    rest = order[n_before:]  # its first document reaches the target; perhaps another one exceeds it less
+    excess = cell.length[rest] - missing
+    last = rest[np.argmin(np.where(excess >= 0, excess, np.iinfo(np.int32).max))]
+    return np.concatenate([whole, order[:n_before], [last]]).astype(np.int32, copy=False)

@@ -1,39 +1,40 @@
-"""The steps of ``prepare``: tokenizer, a store for each source, the plan, the manifest; each is skipped where its result lies there.
+"""The steps of ``prepare``: tokenizer, stores for each source, marks of duplicates; each is skipped where its result lies there.
 
-Choice: a step's result carries the fingerprint of all that decided it (config, files, tokenizer), and is reused when the fingerprint is the
-same. So a run that was killed goes on at the source where it was, and a changed L0 plans again without tokenising again (but for sources of
-one window, whose documents it decides). A store that is reused is read once against its checksum. Cost: that read; the sources' file times
-and sizes are trusted.
+Choice: what lies there is reused when all that decided it (config, files, tokenizer) is the same, so a run that was killed goes on where it
+was; documents of another tokenizer are refused. Text comes before needles, because needles hide in it. Cost: the steps know each other's
+results by fingerprints alone.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lr2train.config import DataConfig, SourceConfig, UserError, to_dict
-from lr2train.data import buckets, segmenting, sources, store
+from lr2train.data import composing, dedup, encoding, integrity, segmenting, sources, store
 from lr2train.data import tokenizer as tokenizers
-from lr2train.data.batch import WINDOWS
-from lr2train.data.corpus import FORMAT, HOLDOUT, TOKENIZER, TRAIN, store_prefix
+from lr2train.data.corpus import FORMAT, SOURCE, TOKENIZER, source_folder, source_store, store_prefix
+from lr2train.data.formats import Document, Shard, Tally
 from lr2train.data.needles import N_KEYS, NeedleMaker, between, check_needles, sentences
+from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.data.text import Text
+from lr2train.data.textsource import REJECTS, TextSource, counts, example, held_and_trained, without
 from lr2train.data.tokenizer import Tokenizer
+from lr2train.data.tokenizing import Setup, Task, is_held_out
+from lr2train.data.workers import Workers
 from lr2train.run import fingerprint as fingerprint_of
 from lr2train.run import read_json, stream, write_json
 
+__all__ = ["check", "ensure_stores", "ensure_tokenizer", "is_held_out", "list_sources"]
 Log = Callable[[str], None]
+Listed = dict[str, list[Shard]]
+"""The shards of each source of text."""
 NEEDLES = "needles"
-_ENCODE_BYTES = 4_000_000  # of text handed to the tokenizer at one time: enough for all cores, little memory
-_LOG_EVERY_S = 15.0
 
 
 def check(data: DataConfig, original_window_tokens: int) -> None:
@@ -69,6 +70,7 @@ def check(data: DataConfig, original_window_tokens: int) -> None:
                 f"data.{window}_tokens={budget}, and no source has {window} among its windows; add {window} to data.sources.<name>.windows, "
                 f"or set data.{window}_tokens=0"
             )
+    composing.check(data, original_window_tokens)
 
 
 def _check_needle_source(source: SourceConfig, data: DataConfig) -> None:
@@ -96,14 +98,39 @@ def _needle_options(source: SourceConfig, data: DataConfig) -> dict[str, Any]:
     )
 
 
-def ensure_tokenizer(folder: Path, data: DataConfig, log: Log) -> Tokenizer:
-    """The corpus' tokenizer: copied from ``data.tokenizer``, or trained on the sources."""
+def list_sources(data: DataConfig) -> Listed:
+    """The shards of every source of text, in order.
+
+    Raises:
+        UserError: a path that is not there, an unknown option, or nothing to read.
+    """
+    return {source.name: sources.shards(source, data.shard_bytes) for source in data.sources if source.kind != NEEDLES}
+
+
+def ensure_tokenizer(folder: Path, data: DataConfig, listed: Listed, log: Log) -> Tokenizer:
+    """The corpus' tokenizer: copied from ``data.tokenizer``, or trained on the sources.
+
+    Raises:
+        UserError: documents were tokenised with another one.
+    """
     texts = [source for source in data.sources if source.kind != NEEDLES]
-    learned_from = [data.vocab_size, data.tokenizer_train_bytes, data.needles.wording, [_recipe(source) for source in data.sources]]
+    recipes = [
+        [without(source, "weight", "max_broken_share"), sources.identity(source, listed.get(source.name, []))] for source in data.sources
+    ]
+    learned_from = [data.vocab_size, data.tokenizer_train_bytes, data.needles.wording, recipes]
     fingerprint = fingerprint_of(tokenizers.load(data.tokenizer).fingerprint if data.tokenizer else learned_from)
     target, note = folder / TOKENIZER, folder / f"{TOKENIZER}.manifest.json"
-    if note.exists() and read_json(note)["fingerprint"] == fingerprint:
-        return tokenizers.load(str(target))
+    noted = read_json(note) if note.exists() else {}
+    if noted.get("fingerprint") == fingerprint and (target / "tokenizer.json").exists():
+        found = tokenizers.load(str(target))
+        if found.fingerprint == noted["tokenizer"]:
+            return found
+    elif noted and noted["fingerprint"] != fingerprint and any(folder.glob(f"store/*/{TRAIN}-*.json")):
+        what = f"data.tokenizer={data.tokenizer}" if data.tokenizer else "what the tokenizer is trained on"
+        raise UserError(
+            f"{folder} holds documents of another tokenizer, because {what} has changed since; choose another name=, put it back, or remove "
+            f"{folder / 'store'} to tokenise again"
+        )
     note.unlink(missing_ok=True)
     if data.tokenizer:
         made = tokenizers.load(data.tokenizer)
@@ -115,14 +142,15 @@ def ensure_tokenizer(folder: Path, data: DataConfig, log: Log) -> Tokenizer:
         made = tokenizers.train(chain(text, sentences(asks) if asks else ()), data.vocab_size)
         log(f"trained a tokenizer of {made.vocab_size} entries in {time.monotonic() - started:.1f} s")
     made.save(target)
-    write_json(note, {"fingerprint": fingerprint})
-    return tokenizers.load(str(target))
+    made = tokenizers.load(str(target))
+    write_json(note, {"fingerprint": fingerprint, "tokenizer": made.fingerprint})
+    return made
 
 
-def _beginning(source: SourceConfig, size: int) -> Iterator[sources.Document]:
+def _beginning(source: SourceConfig, size: int) -> Iterator[Document]:
     """Documents of a source until they add up to ``size`` characters."""
     read = 0
-    for document in sources.read(source, sources.Tally()):
+    for document in sources.read(source, Tally()):
         yield document
         read += len(document.text)
         if read >= size:
@@ -130,66 +158,48 @@ def _beginning(source: SourceConfig, size: int) -> Iterator[sources.Document]:
 
 
 def ensure_stores(
-    folder: Path, data: DataConfig, tokenizer: Tokenizer, original_window_tokens: int, seed: int, log: Log
+    folder: Path, data: DataConfig, listed: Listed, tokenizer: Tokenizer, original_window_tokens: int, seed: int, log: Log
 ) -> list[dict[str, Any]]:
-    """A store for every source, text before needles; returns their manifests in the order of ``data.sources``."""
-    made = {
-        source.name: _ensure_text(folder, source, tokenizer, original_window_tokens, data.holdout, log)
-        for source in data.sources
-        if source.kind != NEEDLES
-    }
-    texts = list(made)
-    for source in data.sources:
-        if source.kind == NEEDLES:
-            made[source.name] = _ensure_needles(
-                folder, source, data, tokenizer, [(name, made[name]["fingerprint"]) for name in texts], seed, log
-            )
-    return [made[source.name] for source in data.sources]
-
-
-def _ensure_text(
-    folder: Path, source: SourceConfig, tokenizer: Tokenizer, original_window_tokens: int, holdout: float, log: Log
-) -> dict[str, Any]:
-    border = None if set(source.windows) == set(WINDOWS) else original_window_tokens  # decides documents only where a window is left out
-    fingerprint = fingerprint_of([FORMAT, _recipe(source), tokenizer.fingerprint, holdout, border])
-    found = _reused(folder, source.name, fingerprint, log)
-    if found is not None:
-        return found
-    about: dict[str, Any] = {"name": source.name, "kind": source.kind, "fingerprint": fingerprint}
-    train, held = (store.StoreWriter(store_prefix(folder, source.name, split), tokenizer.vocab_size, about) for split in (TRAIN, HOLDOUT))
-    tally, started = sources.Tally(), time.monotonic()
-    with train, held:
-        documents = _tokenised(_watched(sources.read(source, tally), source, tally, log), tokenizer)
-        for name, tokens in _admitted(documents, source, original_window_tokens):
-            (held if is_held_out(name, holdout) else train).add(tokens)
-        about.update(asdict(tally))
-    return _report(folder, source.name, fingerprint, started, log)
-
-
-def _admitted(
-    documents: Iterable[tuple[str, np.ndarray]], source: SourceConfig, original_window_tokens: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The documents of the source's windows until its ``max_tokens`` are reached.
+    """Stores for every source, text before needles; returns what they hold in the order of ``data.sources``.
 
     Raises:
-        UserError: there is none.
+        UserError: a source gives nothing, or too many broken records; its settings have changed since it was begun; a store is damaged.
     """
-    admitted = 0
-    for name, tokens in documents:
-        if buckets.window_of(len(tokens), original_window_tokens) in source.windows:
-            yield name, tokens
-            admitted += len(tokens)
-            if source.max_tokens is not None and admitted >= source.max_tokens:
-                return
-    if not admitted:
-        raise UserError(
-            f"data.sources.{source.name} has no document for windows={list(source.windows)} (the border is the original window of "
-            f"{original_window_tokens} tokens); raise its limits, or add the other window"
-        )
+    backend = encoding.choose(tokenizer, data.tokenizer_backend, log)
+    strict = data.tokenizer_backend == encoding.GIGATOKEN
+    setup = Setup(folder, folder / TOKENIZER, backend, strict, data.holdout, original_window_tokens, data.decontaminate)
+    count = min(data.workers or os.cpu_count() or 1, max(map(len, listed.values())))
+    with Workers[Task](setup, count, lambda task: f"shard {task.shard.name} of data.sources.{task.source.name}") as workers:
+        texts = [source for source in data.sources if source.kind != NEEDLES]
+        made = {source.name: TextSource(folder, source, setup, tokenizer, listed[source.name], log).ensure(workers) for source in texts}
+    _tell_rejects(folder, list(made))
+    for name, found in dedup.mark(folder, list(made), data.deduplicate).items():
+        made[name]["duplicates"] = found
+        log(f"{name}: {found['documents']} documents with {found['tokens']} tokens are left out as duplicates{example(found['examples'])}")
+    given = [(name, one["fingerprint"], one["sha256"], one.get("duplicates")) for name, one in made.items()]
+    for source in data.sources:
+        if source.kind == NEEDLES:
+            made[source.name] = _ensure_needles(folder, source, data, tokenizer, given, seed, log)
+    return [_with_duplicates(made[source.name]) for source in data.sources]
+
+
+def _with_duplicates(made: dict[str, Any]) -> dict[str, Any]:
+    """Marks decide the plan as much as tokens do."""
+    return {**made, "fingerprint": fingerprint_of([made["fingerprint"], made["duplicates"]])} if "duplicates" in made else made
+
+
+def _tell_rejects(folder: Path, names: Sequence[str]) -> None:
+    """Examples of all sources' broken records in one file."""
+    files = [file for name in names if (file := source_folder(folder, name) / REJECTS).exists()]
+    target = folder / REJECTS
+    if files:
+        target.write_text("".join(file.read_text() for file in files))
+    else:
+        target.unlink(missing_ok=True)
 
 
 def _ensure_needles(
-    folder: Path, source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, texts: list[tuple[str, str]], seed: int, log: Log
+    folder: Path, source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, texts: list[tuple[Any, ...]], seed: int, log: Log
 ) -> dict[str, Any]:
     """Synthetic documents in the training text of the other sources; none is held out.
 
@@ -197,99 +207,47 @@ def _ensure_needles(
     """
     knobs, options = data.needles, _needle_options(source, data)
     fingerprint = fingerprint_of([FORMAT, options, to_dict(knobs), texts, tokenizer.fingerprint, seed])
-    found = _reused(folder, source.name, fingerprint, log)
+    found = _reused(folder, source, fingerprint, log)
     if found is not None:
         return found
-    text = Text([store.Store(store_prefix(folder, name)) for name, _ in texts], tokenizer.n_borders)
+    text = Text([source_store(folder, name) for name, *_ in texts], tokenizer.n_borders)
     maker, rng = (
         NeedleMaker(tokenizer.encode, knobs.wording, knobs.digits, tokenizer.bos, tokenizer.eos),
         stream(seed, "needles", source.name),
     )
-    about = {"name": source.name, "kind": source.kind, "fingerprint": fingerprint, "broken": 0}
-    train, held = (store.StoreWriter(store_prefix(folder, source.name, split), tokenizer.vocab_size, about) for split in (TRAIN, HOLDOUT))
+    about = {"name": source.name, "kind": source.kind, "fingerprint": fingerprint, "tokenizer": tokenizer.fingerprint, "broken": 0}
+    train, held = (
+        store.StoreWriter(store_prefix(folder, source.name, split, 0), tokenizer.vocab_size, about) for split in (TRAIN, HOLDOUT)
+    )
     started = time.monotonic()
     with train, held:
-        for length in islice(cycle(options["lengths_tokens"]), options["count"]):
+        for number, length in enumerate(islice(cycle(options["lengths_tokens"]), options["count"])):
             n_pairs = int(rng.integers(1, options["max_pairs"], endpoint=True))
             depth = 0.0 if rng.random() < knobs.at_start else None
             made = maker.make(rng, text.draw(rng, 1, length)[0], length, depth, n_pairs, min(n_pairs, options["questions"]))
-            train.add(made.tokens, made.answer_spans if options["answers_only"] else None)
-    return _report(folder, source.name, fingerprint, started, log)
+            learned = made.answer_spans if options["answers_only"] else None
+            train.add(made.tokens, learned, origin=f"{source.name}:{number}")
+    summary = _summary_of_needles(folder, source, fingerprint)
+    assert summary is not None
+    store.seal(source_folder(folder, source.name) / SOURCE, summary)
+    log(f"{source.name}: {counts(summary)} in {time.monotonic() - started:.1f} s")
+    return summary
 
 
-def is_held_out(document: str, share: float) -> bool:
-    """Whether a document is kept out of training: by the hash of its id, so always the same ones, whoever reads them and however many."""
-    whole = document.partition(sources.PART)[0]
-    return int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=8).digest(), "little") < share * 2**64
-
-
-def _tokenised(documents: Iterable[sources.Document], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
-    """Ids of documents with their tokens, BOS and EOS included."""
-    for group in _groups(documents):
-        for document, ids in zip(group, tokenizer.encode_batch([one.text for one in group]), strict=True):
-            yield document.id, tokenizer.bound(ids)
-
-
-def _groups(documents: Iterable[sources.Document]) -> Iterator[list[sources.Document]]:
-    """Some megabytes at a time, to be encoded on all cores."""
-    group: list[sources.Document] = []
-    size = 0
-    for document in documents:
-        group.append(document)
-        size += len(document.text)
-        if size >= _ENCODE_BYTES:
-            yield group
-            group, size = [], 0
-    yield group
-
-
-def _watched(documents: Iterable[sources.Document], source: SourceConfig, tally: sources.Tally, log: Log) -> Iterator[sources.Document]:
-    """The documents, with a line now and then: how many a source has is not known before it was read."""
-    started = last = time.monotonic()
-    for document in documents:
-        yield document
-        now = time.monotonic()
-        if now - last >= _LOG_EVERY_S:
-            last = now
-            limit = f" of at most {source.max_bytes / 1e6:.0f}" if source.max_bytes else ""
-            log(
-                f"{source.name}: {tally.documents} documents, {tally.text_bytes / 1e6:.0f}{limit} MB, "
-                f"{tally.text_bytes / 1e6 / (now - started):.1f} MB/s"
-            )
-
-
-def _reused(folder: Path, source: str, fingerprint: str, log: Log) -> dict[str, Any] | None:
-    """What a source's finished stores say, their tokens compared with their checksums; None where they are to be made."""
-    found = _finished(folder, source, fingerprint)
-    if found is not None:
-        for split in (TRAIN, HOLDOUT):
-            store.Store(store_prefix(folder, source, split)).verify()
-        log(f"{source}: done before, {_counts(found)}")
+def _reused(folder: Path, source: SourceConfig, fingerprint: str, log: Log) -> dict[str, Any] | None:
+    """What finished stores of needle documents hold, compared with their checksums; None where they are to be made."""
+    found = _summary_of_needles(folder, source, fingerprint)
+    if found is None or not (source_folder(folder, source.name) / SOURCE).exists():
+        return None
+    integrity.verify_stores(folder, [store_prefix(folder, source.name, split, 0) for split in (TRAIN, HOLDOUT)])
+    log(f"{source.name}: done before, {counts(found)}")
     return found
 
 
-def _finished(folder: Path, source: str, fingerprint: str) -> dict[str, Any] | None:
-    """What a source's finished stores say."""
-    about = [store.finished(store_prefix(folder, source, split), fingerprint) for split in (TRAIN, HOLDOUT)]
+def _summary_of_needles(folder: Path, source: SourceConfig, fingerprint: str) -> dict[str, Any] | None:
+    about = [store.finished(store_prefix(folder, source.name, split, 0), fingerprint) for split in (TRAIN, HOLDOUT)]
     train, held = about
     if train is None or held is None:
         return None
-    return {**train, "holdout_documents": held["documents"], "holdout_tokens": held["tokens"], "holdout_sha256": held["sha256"]}
-
-
-def _report(folder: Path, source: str, fingerprint: str, started: float, log: Log) -> dict[str, Any]:
-    made = _finished(folder, source, fingerprint)
-    assert made is not None
-    log(f"{source}: {_counts(made)} in {time.monotonic() - started:.1f} s")
-    return made
-
-
-def _counts(manifest: dict[str, Any]) -> str:
-    held = f", {manifest['holdout_documents']} documents with {manifest['holdout_tokens']} tokens held out"
-    return f"{manifest['documents']} documents, {manifest['tokens']} tokens{held}, {manifest['broken']} broken records skipped"
-
-
-def _recipe(source: SourceConfig) -> list[Any]:
-    """What decides a source's documents: its config without the weight, which only plans, and its files."""
-    config = {key: value for key, value in to_dict(source).items() if key != "weight"}
-    return [config, sources.identity(source)]
+    named = {key: train[key] for key in ("name", "kind", "fingerprint", "tokenizer", "broken")}
+    return {**named, "shards": 1, **held_and_trained([train], [held])}

@@ -1,9 +1,11 @@
 """A prepared corpus on disk: tokenizer, token stores, the plan of segments, a manifest. What ``prepare`` writes and everybody else opens.
 
-    corpus.json            manifest: fingerprint, L0, T, vocabulary, sources, counts
-    tokenizer/             a Hugging Face tokenizer folder
-    store/<source>.*       training documents; store/<source>.holdout.* documents that no segment holds
-    segments.npz           the plan: a table of pieces for each window
+    corpus.json                    manifest: fingerprint, L0, T, vocabulary, sources, counts
+    tokenizer/                     a Hugging Face tokenizer folder
+    store/<source>/train-<i>.*     training documents, shard by shard (lr2train.data.store)
+    store/<source>/holdout-<i>.*   documents that no segment holds
+    store/<source>/source.json     how many shards, where they came from, what they hold
+    segments.<window>.npy          the plan: a table of pieces for each window; plan.json and plan.txt say what it came to
 
 Choice: documents are stored with their BOS and EOS, so a plan of lengths is a plan of tokens. Cost: another convention means tokenising
 again.
@@ -11,7 +13,6 @@ again.
 
 from __future__ import annotations
 
-import zipfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -22,27 +23,44 @@ from typing import Any
 import numpy as np
 
 from lr2train.config import UserError
+from lr2train.data import integrity, planfile
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.batch import WINDOWS
-from lr2train.data.packing import COLUMNS, Pieces
-from lr2train.data.store import Store
+from lr2train.data.packing import Pieces
+from lr2train.data.store import HOLDOUT, TRAIN, SourceStore, sealed
 from lr2train.data.text import Text
 from lr2train.run import read_json
 
-MANIFEST, PLAN, TOKENIZER = "corpus.json", "segments.npz", "tokenizer"
-TRAIN, HOLDOUT = "train", "holdout"
-FORMAT = 1
+MANIFEST, TOKENIZER = "corpus.json", "tokenizer"
+SOURCE = "source.json"
+FORMAT = 2
 
 
-def store_prefix(folder: Path, source: str, split: str = TRAIN) -> Path:
-    """Path of a source's store, without suffix."""
-    return folder / "store" / (source if split == TRAIN else f"{source}.{split}")
+def source_folder(folder: Path, source: str) -> Path:
+    """Where the stores of a source lie."""
+    return folder / "store" / source
+
+
+def store_prefix(folder: Path, source: str, split: str, shard: int) -> Path:
+    """Path of one store of a source, without suffix."""
+    return source_folder(folder, source) / f"{split}-{shard:05d}"
+
+
+def source_store(folder: Path, source: str, split: str = TRAIN) -> SourceStore:
+    """All documents of a source that stage 1 has finished.
+
+    Raises:
+        UserError: it has not.
+    """
+    shards = sealed(source_folder(folder, source) / SOURCE)["shards"]
+    usable = source_folder(folder, source) / f"{split}.usable.npy"
+    return SourceStore([store_prefix(folder, source, split, shard) for shard in range(shards)], usable)
 
 
 class Documents(Sequence[np.ndarray]):
     """The documents of several stores as one sequence of token arrays (views of files)."""
 
-    def __init__(self, stores: Sequence[Store]) -> None:
+    def __init__(self, stores: Sequence[SourceStore]) -> None:
         self._stores = stores
         self._ends = list(accumulate(map(len, stores)))
 
@@ -135,9 +153,29 @@ class Corpus:
                 f"data.tokenizer={model_folder}"
             )
 
-    def stores(self, split: str = TRAIN) -> list[Store]:
+    def stores(self, split: str = TRAIN) -> list[SourceStore]:
         """One store a source, in the order that the plan's ``source`` column counts; empty where a source has no document."""
-        return [Store(store_prefix(self.folder, source["name"], split)) for source in self.manifest["sources"]]
+        return [source_store(self.folder, source["name"], split) for source in self.manifest["sources"]]
+
+    def verify(self, full: bool = True) -> int:
+        """Compare the files with their checksums; those that passed before and have not changed since are not read again.
+
+        Args:
+            full: False looks at the sizes alone.
+
+        Returns:
+            How many bytes had to be read.
+
+        Raises:
+            UserError: a file is missing, cut short or changed.
+        """
+        shards = [
+            (source["name"], split, shard)
+            for source in self.manifest["sources"]
+            for split in (TRAIN, HOLDOUT)
+            for shard in range(source["shards"])
+        ]
+        return integrity.verify_corpus(self.folder, [store_prefix(self.folder, *shard) for shard in shards], full)
 
     def documents(self, split: str = TRAIN) -> Documents:
         """Token arrays, BOS and EOS included, of ``train`` or ``holdout``. Synthetic documents are never held out."""
@@ -162,9 +200,4 @@ class Corpus:
             UserError: the plan is missing or cut short.
         """
         assert window in WINDOWS
-        path = self.folder / PLAN
-        try:
-            with np.load(path) as arrays:
-                return Pieces(*(arrays[f"{window}_{column}"] for column in COLUMNS), segment_tokens=self.segment_tokens)
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is unusable ({error}); remove it and {MANIFEST}, and run prepare again") from None
+        return planfile.read(planfile.plan_file(self.folder, window), self.segment_tokens)

@@ -64,11 +64,7 @@ class CurriculumLoader:
         length, n_rows = stage.length_tokens, self._size // stage.length_tokens
         row_tokens, row_labels = self._rows.make(stage, n_rows, rng)
         used = n_rows * length
-        tokens, labels, positions = (
-            np.full(self._size, self._eos, np.int64),
-            np.full(self._size, IGNORE, np.int64),
-            np.zeros(self._size, np.int64),
-        )
+        tokens, labels, positions = (np.full(self._size, value, np.int32) for value in (self._eos, IGNORE, 0))
         tokens[:used], labels[:used] = row_tokens.ravel(), row_labels.ravel()
         positions[:used] = np.tile(np.arange(length), n_rows)
         spans = tuple((start, start + length) for start in range(0, used, length))

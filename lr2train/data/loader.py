@@ -1,24 +1,31 @@
 """Planned segments as batches: a pure function of (corpus, seed, step, data-parallel rank and size).
 
-Choice: each window is an endless stream of segments, epoch after epoch, every epoch a new permutation. A micro-step takes one segment for
-every data-parallel rank from one stream, so ranks never wait for unlike work, and the order of either stream does not depend on the number
-of ranks. Which stream is next follows from an error diffusion over the epoch, so that both are spread evenly. Cost: the last micro-step of
-a window in an epoch borrows up to dp_size - 1 segments from its next permutation.
+Which segments a step holds is decided in ``order``; here they become arrays. Choice: a segment is copied piece by piece straight out of the
+mapped stores, in 32 bits: labels are the tokens moved by one, and only the places where a piece ends are looked at singly. Cost: whoever
+multiplies has to widen ids to 64 bits, on its own part of the segment.
 """
 
 from __future__ import annotations
 
+import mmap
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from lr2train.config import DataConfig, LongAttention, UserError
-from lr2train.data.batch import IGNORE, LONG, SHORT, Batch, Loader
+from lr2train.data.batch import IGNORE, LONG, SHORT, WINDOWS, Batch, Loader
 from lr2train.data.corpus import Corpus
 from lr2train.data.curriculum import CurriculumLoader
-from lr2train.data.packing import Pieces
-from lr2train.data.store import Store
-from lr2train.run import stream
+from lr2train.data.order import Order, Schedule, part
+from lr2train.data.packing import COLUMNS, Pieces
+from lr2train.data.store import SourceStore, Store
+
+Ranges = Sequence[tuple[int, int]]  # half-open, in a segment
 
 
 def make_loader(
@@ -33,7 +40,7 @@ def make_loader(
     """The loader that ``data.kind`` names.
 
     Args:
-        data: ``path`` is the corpus.
+        data: ``path`` is the corpus; ``group_segments`` 0 makes groups of ``dp_size`` segments.
         seed: of the order (segments) or of everything (curriculum).
         dp_rank, dp_size: this data-parallel rank and their number.
         segments_per_step: the global batch.
@@ -41,7 +48,7 @@ def make_loader(
         target_window_tokens: L; a segment must not be longer. None skips the comparison.
 
     Raises:
-        UserError: corpus and model disagree, or the batch does not divide over the ranks.
+        UserError: corpus and model disagree, or the batch does not divide over groups and ranks.
     """
     corpus = Corpus.open(data.path)
     ranks = Ranks(dp_rank, dp_size, segments_per_step)
@@ -58,7 +65,7 @@ def make_loader(
             )
         return CurriculumLoader(corpus, data, seed, ranks.rank, ranks.size, ranks.accumulation)
     _check_plan(corpus, data, original_window_tokens)
-    return SegmentLoader(corpus, data.long_attention, seed, ranks)
+    return SegmentLoader(corpus, data.long_attention, seed, ranks, data.group_segments or dp_size)
 
 
 def _check_plan(corpus: Corpus, data: DataConfig, original_window_tokens: int | None) -> None:
@@ -98,24 +105,55 @@ class Ranks:
         """Micro-steps of a step."""
         return self.segments_per_step // self.size
 
+    def check_groups(self, group_segments: int) -> None:
+        """Refuse groups that a step does not hold whole, or that do not divide over the ranks.
+
+        Raises:
+            UserError: the sizes that fit are named.
+        """
+        total = self.segments_per_step
+        if group_segments < 1 or total % group_segments:
+            fitting = [size for size in _divisors(total) if size % self.size == 0]
+            raise UserError(
+                f"data.group_segments={group_segments} does not divide optim.segments_per_step={total}; set data.group_segments to one of "
+                f"{_listed(fitting)}"
+            )
+        if group_segments % self.size:
+            raise UserError(
+                f"{self.size} data-parallel ranks do not divide data.group_segments={group_segments}, which decides what each step holds "
+                f"(0: the ranks of the first start); start with {_listed(_divisors(group_segments))} of them (ranks / parallel.sp)"
+            )
+
+
+def _divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
 
 class SegmentLoader:
     """Batches of planned segments.
 
     Raises:
-        UserError: the plan holds no segment.
+        UserError: the plan holds no segment, or groups do not fit the ranks.
     """
 
-    def __init__(self, corpus: Corpus, long_attention: LongAttention, seed: int, ranks: Ranks) -> None:
-        self._stores = corpus.stores()
-        self._pieces = {window: corpus.pieces(window) for window in (SHORT, LONG)}
-        self._whole = long_attention is LongAttention.segment
-        self._seed, self._ranks = seed, ranks
-        self._padding = corpus.tokenizer.eos
-        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # the last permutation of each window, and its epoch
-        self.fingerprint = f"{corpus.fingerprint}-{long_attention.name}"
-        if not self.n_segments(SHORT) + self.n_segments(LONG):
+    def __init__(self, corpus: Corpus, long_attention: LongAttention, seed: int, ranks: Ranks, group_segments: int) -> None:
+        ranks.check_groups(group_segments)
+        self._pieces = {window: _plain(corpus.pieces(window)) for window in WINDOWS}
+        if not any(pieces.n_segments for pieces in self._pieces.values()):
             raise UserError(f"the corpus {corpus.folder} has no segment; prepare more documents, or a smaller data.segment_tokens")
+        self._texts = [Texts(store) for store in corpus.stores()]
+        self._whole = {SHORT: False, LONG: long_attention is LongAttention.segment}
+        self._ranks = ranks
+        self._padding = corpus.tokenizer.eos
+        costs = {window: attention_costs(pieces, self._whole[window]) for window, pieces in self._pieces.items()}
+        self._schedule = Schedule({window: pieces.n_segments for window, pieces in self._pieces.items()}, group_segments)
+        self._order = Order(self._schedule, costs, seed)
+        self._groups_per_step = ranks.segments_per_step // group_segments
+        self.fingerprint = f"{corpus.fingerprint}-{long_attention.name}-{group_segments}"
 
     def n_segments(self, window: str) -> int:
         """Planned segments of a window."""
@@ -124,38 +162,101 @@ class SegmentLoader:
     @property
     def steps_per_epoch(self) -> int:
         """Steps after which every segment was seen at least once."""
-        return -(-self._micro_steps_per_epoch(SHORT, LONG) // self._ranks.accumulation)
+        return -(-sum(self._schedule.groups_before(1, window) for window in WINDOWS) // self._groups_per_step)
+
+    def segments(self, step: int, rank: int | None = None) -> list[tuple[str, int]]:
+        """Window and number of this rank's segments of a step, or of another data-parallel rank's, one a micro-step."""
+        rank = self._ranks.rank if rank is None else rank
+        groups = (self._order.group(step * self._groups_per_step + nth) for nth in range(self._groups_per_step))
+        return [(window, int(segment)) for window, segments in groups for segment in part(segments, rank, self._ranks.size)]
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's batches of a step, short and long interleaved."""
-        first = step * self._ranks.accumulation
-        return [self._batch(*self._segment(micro_step)) for micro_step in range(first, first + self._ranks.accumulation)]
+        return self.load(self.segments(step))
 
-    def _micro_steps_per_epoch(self, *windows: str) -> int:
-        return sum(-(-self.n_segments(window) // self._ranks.size) for window in windows)
-
-    def _segment(self, micro_step: int) -> tuple[str, int]:
-        long_before, long_after = self._n_long(micro_step), self._n_long(micro_step + 1)
-        window, nth = (LONG, long_before) if long_after > long_before else (SHORT, micro_step - long_before)
-        epoch, place = divmod(nth * self._ranks.size + self._ranks.rank, self.n_segments(window))
-        return window, int(self._order(window, epoch)[place])
-
-    def _n_long(self, micro_steps: int) -> int:
-        """Long ones among the first micro-steps: the share of an epoch, rounded to the nearest whole number."""
-        long, both = self._micro_steps_per_epoch(LONG), self._micro_steps_per_epoch(SHORT, LONG)
-        return (2 * micro_steps * long + both) // (2 * both)
-
-    def _order(self, window: str, epoch: int) -> np.ndarray:
-        if self._orders.get(window, (None,))[0] != epoch:
-            self._orders[window] = epoch, stream(self._seed, "order", window, epoch).permutation(self.n_segments(window))
-        return self._orders[window][1]
-
-    def _batch(self, window: str, segment: int) -> Batch:
-        whole = self._whole and window == LONG
-        return materialise(self._pieces[window], segment, self._stores, window, whole, self._padding)
+    def load(self, segments: Sequence[tuple[str, int]]) -> list[Batch]:
+        """Batches of planned segments, by window and number; the disk is asked for all of them before the first is waited for."""
+        found = [_find(self._pieces[window], segment, self._texts) for window, segment in segments]
+        return [
+            _made(self._pieces[window].segment_tokens, one, window, self._whole[window], self._padding)
+            for (window, _), one in zip(segments, found, strict=True)
+        ]
 
 
-def materialise(pieces: Pieces, segment: int, stores: list[Store], window: str, whole: bool, padding: int) -> Batch:
+def _plain(pieces: Pieces) -> Pieces:
+    """The same table as plain arrays: slicing a numpy.memmap costs as much as copying a small document."""
+    return Pieces(*(np.asarray(getattr(pieces, column)) for column in COLUMNS), segment_tokens=pieces.segment_tokens)
+
+
+def attention_costs(pieces: Pieces, whole: bool) -> np.ndarray:
+    """What attention over each segment costs, up to a factor: the sum of its spans' squared lengths, float64 [segments]."""
+    if whole:
+        return np.full(pieces.n_segments, float(pieces.segment_tokens) ** 2)
+    spans = np.asarray(pieces.stop, np.float64) - pieces.start
+    return np.bincount(pieces.segment, weights=spans**2, minlength=pieces.n_segments)
+
+
+class Shard(NamedTuple):
+    """One store of a source, as plain arrays over its mapped files."""
+
+    store: Store
+    flat: np.ndarray  # all tokens, back to back
+    begins: np.ndarray  # where each document begins in it
+    lengths: np.ndarray
+    masked: bool  # some tokens are not learned
+    read_ahead: Callable[[int, int], None]  # tokens [begin, end) will be read soon
+
+
+def _shard(store: Store) -> Shard:
+    flat, begins, lengths = (np.asarray(array) for array in (store.flat, store.starts, store.lengths))
+    return Shard(store, flat, begins, lengths, store.is_target(0, 0, 1) is not None if len(store) else False, _read_ahead(store.flat))
+
+
+def _read_ahead(flat: np.ndarray) -> Callable[[int, int], None]:
+    """Ask the kernel for the pages of a mapped array before they are needed: touching them waits for the disk again and again."""
+    mapped = getattr(flat, "_mmap", None)
+    if mapped is None or not hasattr(mapped, "madvise"):  # an empty store; a system without the call
+        return lambda begin, end: None
+    mapped.madvise(mmap.MADV_RANDOM)  # read what is asked for and not what lies around it
+
+    def ask(begin: int, end: int) -> None:
+        first = begin * flat.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, first, end * flat.itemsize - first)
+
+    return ask
+
+
+class Found(NamedTuple):
+    """Where a piece of a document lies, and what its labels need beyond its own tokens."""
+
+    flat: np.ndarray
+    begin: int  # the piece's first token in it
+    cut: bool  # the document goes on after the piece: its next token, which may stand in another segment, is a target
+    learned: np.ndarray | None  # bool of the piece's labels but an IGNORE at its end; None where all are
+
+
+Pieced = Sequence[tuple[tuple[int, int], Found]]  # span in the segment, and where its tokens lie
+
+
+class Texts:
+    """The documents of a source, for copying out of. All its shards are opened, so that one which cannot be is found before training."""
+
+    def __init__(self, store: SourceStore | Store) -> None:
+        shards = store.shards if isinstance(store, SourceStore) else [store]
+        self._first = store.first if isinstance(store, SourceStore) else [0, len(store)]
+        self._shards = [_shard(one) for one in shards]
+
+    def find(self, document: int, start: int, stop: int) -> Found:
+        """Tokens [start, stop) of a document."""
+        number = bisect_right(self._first, document) - 1
+        shard, local = self._shards[number], document - self._first[number]
+        begin, cut = shard.begins.item(local), stop < shard.lengths.item(local)
+        shard.read_ahead(begin + start, begin + stop + cut)
+        learned = shard.store.is_target(local, start + 1, stop + cut) if shard.masked else None
+        return Found(shard.flat, begin + start, cut, learned)
+
+
+def materialise(pieces: Pieces, segment: int, stores: Sequence[SourceStore | Store], window: str, whole: bool, padding: int) -> Batch:
     """One planned segment as a batch.
 
     Args:
@@ -166,21 +267,63 @@ def materialise(pieces: Pieces, segment: int, stores: list[Store], window: str, 
         whole: one span over the whole segment with positions 0 … T-1; else a span a piece, positions restarting.
         padding: token id where no piece is; outside every span, without target, at position 0.
     """
-    size = pieces.segment_tokens
-    tokens, labels = np.full(size, padding, np.int64), np.full(size, IGNORE, np.int64)
-    positions, ramp = np.zeros(size, np.int64), np.arange(size)
-    spans = []
-    for row in pieces.rows(segment):
-        start, stop, at = int(pieces.start[row]), int(pieces.stop[row]), int(pieces.offset[row])
-        end = at + stop - start
-        # One token more than the piece: the target of its last position may lie in the next segment.
-        store, document = stores[pieces.source[row]], int(pieces.document[row])
-        text = store.read(document, start, stop + 1)
-        tokens[at:end] = text[: stop - start]
-        learned = store.is_target(document, start + 1, start + len(text))
-        labels[at : at + len(text) - 1] = text[1:] if learned is None else np.where(learned, text[1:].astype(np.int64), IGNORE)
-        positions[at:end] = ramp[: end - at]
-        spans.append((at, end))
+    return _made(pieces.segment_tokens, _find(pieces, segment, [Texts(store) for store in stores]), window, whole, padding)
+
+
+def _find(pieces: Pieces, segment: int, texts: Sequence[Texts]) -> Pieced:
+    """The span of each piece in a segment, and where its tokens lie."""
+    rows = pieces.rows(segment)
+    columns = (pieces.source, pieces.document, pieces.start, pieces.stop, pieces.offset)
+    table = zip(*(column[rows.start : rows.stop].tolist() for column in columns), strict=True)
+    return [((at, at + stop - start), texts[source].find(document, start, stop)) for source, document, start, stop, at in table]
+
+
+def _made(size: int, pieces: Pieced, window: str, whole: bool, padding: int) -> Batch:
+    spans = tuple(span for span, _ in pieces)
+    gaps = [(end, begin) for (_, end), (begin, _) in pairwise([(0, 0), *spans, (size, size)]) if end < begin]
+    tokens, labels, *rest = np.empty((2 if whole else 3, size), np.int32)
+    _fill_tokens(tokens, pieces, gaps, padding)
+    _fill_labels(labels, tokens, pieces, gaps)
+    n_targets = sum(_n_targets(end - begin, one) for (begin, end), one in pieces)
     if whole:
-        positions, spans = ramp, [(0, size)]
-    return Batch(tokens, labels, positions, tuple(spans), window, int(np.count_nonzero(labels != IGNORE)))
+        return Batch(tokens, labels, _ramp(size), ((0, size),), window, n_targets)
+    _fill_restarting(rest[0], spans, gaps)
+    return Batch(tokens, labels, rest[0], spans, window, n_targets)
+
+
+def _fill_tokens(tokens: np.ndarray, pieces: Pieced, gaps: Ranges, padding: int) -> None:
+    for (at, end), (flat, begin, _, _) in pieces:
+        tokens[at:end] = flat[begin : begin + end - at]
+    for begin, end in gaps:
+        tokens[begin:end] = padding
+
+
+def _fill_labels(labels: np.ndarray, tokens: np.ndarray, pieces: Pieced, gaps: Ranges) -> None:
+    """The tokens moved by one, but where a piece ends, where no piece is, and where the store says that a token is not learned."""
+    labels[:-1] = tokens[1:]
+    for begin, end in gaps:
+        labels[begin:end] = IGNORE
+    for (at, end), (flat, begin, cut, learned) in pieces:
+        labels[end - 1] = flat[begin + end - at] if cut else IGNORE
+        if learned is not None:
+            labels[at : at + len(learned)][~learned] = IGNORE
+
+
+def _n_targets(n_tokens: int, found: Found) -> int:
+    """Labels of a piece that are not IGNORE."""
+    return n_tokens - (not found.cut) if found.learned is None else int(np.count_nonzero(found.learned))
+
+
+def _fill_restarting(positions: np.ndarray, spans: Ranges, gaps: Ranges) -> None:
+    """0, 1, 2 … in every span; 0 in the gaps."""
+    ramp = _ramp(len(positions))
+    for at, end in spans:
+        positions[at:end] = ramp[: end - at]
+    for begin, end in gaps:
+        positions[begin:end] = 0
+
+
+@lru_cache(maxsize=4)
+def _ramp(size: int) -> np.ndarray:
+    """0 … size - 1, one array for all segments."""
+    return np.arange(size, dtype=np.int32)

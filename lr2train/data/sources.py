@@ -1,51 +1,65 @@
-"""Where documents come from: readers that yield (id, text), one a kind.
+"""Where documents come from: a kind of source lists its input as shards, and reads a shard as documents.
 
-Choice: a reader is a generator over one source and knows nothing of tokens. A broken record is counted and skipped: one bad line must not
-cost a night; a source that yields nothing is an error. Ids are stable names (file, file:line), because the holdout is drawn by their hash.
+Choice: the list of shards is all that decides who reads what, so many processes read one source and a later run finds the same shards. A
+source that yields nothing is an error. What files hold is lr2train.data.formats' affair. Cost: what cannot be listed (a class of one's own,
+a data set of another format) is one shard, read by one process.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import importlib
-import json
 import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lr2train.config import SourceConfig, UserError
 from lr2train.data.batch import WINDOWS
+from lr2train.data.formats import HUB, SUFFIXES, Document, File, Shard, Tally, checked, read_files, read_text, shards_of, size_of
+from lr2train.run import fingerprint, read_json
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 CUSTOM = "custom"
 PART = "#"  # in an id, before a part of a document: parts are held out as their whole is
-_ROWS_AT_A_TIME = 256  # of a parquet file in memory
+SHARD_BYTES = 64 << 20
+_DATASETS = "datasets/"
 _DEFINITION = re.compile(r"^(?:[ ]{4})?(?:@[^\n]*\n\s*)*(?:async def|def|class) ", re.MULTILINE)
 
 
-class Document(NamedTuple):
-    """One text with a name that is the same in every run."""
+class Kind(NamedTuple):
+    """A kind of source: how its input is listed, and how a shard of it is read."""
 
-    id: str
-    text: str
-
-
-@dataclass
-class Tally:
-    """What a reader met on its way."""
-
-    documents: int = 0
-    text_bytes: int = 0
-    broken: int = 0  # records without text, of another encoding, or not parseable
+    shards: Callable[[SourceConfig, int], list[Shard]]
+    read: Callable[[SourceConfig, Shard, Tally], Iterator[Document]]
 
 
-Reader = Callable[[SourceConfig, Tally], Iterator[Document]]
+@dataclass(frozen=True)
+class Limits:
+    """How much may still be read; None is everything."""
+
+    documents: int | None = None
+    text_bytes: int | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def of(cls, source: SourceConfig) -> Limits:
+        """A source's own."""
+        return cls(source.max_documents, source.max_bytes, source.max_tokens)
+
+    def admit(self, documents: Iterable[Document], tally: Tally) -> Iterator[Document]:
+        """The documents within the limits on documents and bytes, counted. They end before the first that would exceed one."""
+        for document in documents:
+            size = len(document.data)
+            if tally.documents == self.documents or (self.text_bytes is not None and tally.text_bytes + size > self.text_bytes):
+                tally.limited = True
+                return
+            tally.documents += 1
+            tally.text_bytes += size
+            yield document
 
 
 def read(source: SourceConfig, tally: Tally) -> Iterator[Document]:
@@ -54,18 +68,32 @@ def read(source: SourceConfig, tally: Tally) -> Iterator[Document]:
     Raises:
         UserError: unknown kind or option, a path that is not there, or nothing to read.
     """
-    for document in reader_of(source)(source, tally):
-        size = len(document.text.encode())
-        if tally.documents == source.max_documents or (source.max_bytes is not None and tally.text_bytes + size > source.max_bytes):
-            break
-        tally.documents += 1
-        tally.text_bytes += size
-        yield document
+    documents = (document for shard in shards(source, SHARD_BYTES) for document in read_shard(source, shard, tally))
+    yield from Limits.of(source).admit(documents, tally)
     if not tally.documents:
-        raise UserError(
-            f"data.sources.{source.name} ({source.kind}, path={source.path}) has no document ({tally.broken} broken records); point path "
-            "at text, or raise its limits"
-        )
+        raise nothing(source, tally.broken)
+
+
+def shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
+    """The parts of a source's input in order, of about ``shard_bytes`` or less where their format can be cut.
+
+    Raises:
+        UserError: unknown kind or option, or a path that is not there.
+    """
+    return kind_of(source).shards(source, shard_bytes)
+
+
+def read_shard(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
+    """Documents of a shard in their fixed order, whatever the source's limits; broken records go to the tally."""
+    return kind_of(source).read(source, shard, tally)
+
+
+def nothing(source: SourceConfig, broken: int) -> UserError:
+    """What to say of a source without documents."""
+    return UserError(
+        f"data.sources.{source.name} ({source.kind}, path={source.path}) has no document ({broken} broken records); point path "
+        "at text, or raise its limits"
+    )
 
 
 def check(source: SourceConfig) -> None:
@@ -74,12 +102,16 @@ def check(source: SourceConfig) -> None:
     Raises:
         UserError: unknown kind or window, a limit that lets nothing through, or a ``target`` that is not there.
     """
-    reader_of(source)
+    kind_of(source)
     check_windows(source)
-    for key in ("max_documents", "max_bytes", "max_tokens"):
+    for key in ("max_documents", "max_bytes", "max_tokens", "max_document_bytes"):
         limit = getattr(source, key)
         if limit is not None and limit < 1:
             raise UserError(f"data.sources.{source.name}.{key}={limit} is below 1; set it to 1 or more, or to null to read all")
+    if not 0.0 <= source.max_broken_share <= 1.0:
+        raise UserError(
+            f"data.sources.{source.name}.max_broken_share={source.max_broken_share} is not between 0 and 1; set it inside these limits"
+        )
     if source.kind == CUSTOM:
         _target(source)
     elif source.target is not None:
@@ -98,29 +130,30 @@ def check_windows(source: SourceConfig) -> None:
         )
 
 
-def reader_of(source: SourceConfig) -> Reader:
-    """The reader of a source's kind.
+def kind_of(source: SourceConfig) -> Kind:
+    """What a source's kind does.
 
     Raises:
         UserError: there is none.
     """
-    if source.kind not in READERS:
+    if source.kind not in KINDS:
         raise UserError(
-            f"data.sources.{source.name}: kind={source.kind} is not one of {', '.join(sorted(READERS))}, needles; set kind to one of them"
+            f"data.sources.{source.name}: kind={source.kind} is not one of {', '.join(sorted(KINDS))}, needles; set kind to one of them"
         )
-    return READERS[source.kind]
+    return KINDS[source.kind]
 
 
-def identity(source: SourceConfig) -> str:
+def identity(source: SourceConfig, listed: Sequence[Shard]) -> str:
     """What decides a source's documents beside its config: files with sizes and times, or the Python version; of a custom class nothing is known."""
     if source.kind == "stdlib":
         return sys.version
-    if source.kind == CUSTOM:
-        return ""
-    if source.kind != "folder" and not (source.path and Path(source.path).exists()):
-        return ""
-    facts = ((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(source))
-    return hashlib.sha256("".join(map(str, facts)).encode()).hexdigest()
+    files = dict.fromkeys(file for shard in listed for file in shard.files)
+    return fingerprint([[*file, *_stamp(file)] for file in files]) if files else ""
+
+
+def _stamp(file: File) -> tuple[int, ...]:
+    """Size and time of a local file; a file of the hub has its commit in its place."""
+    return () if file.place.startswith(HUB) else (size_of(file), Path(file.place).stat().st_mtime_ns)
 
 
 def take_options(source: SourceConfig, **defaults: Any) -> dict[str, Any]:
@@ -139,20 +172,30 @@ def take_options(source: SourceConfig, **defaults: Any) -> dict[str, Any]:
     return {**defaults, **source.options}
 
 
-def _read_stdlib(source: SourceConfig, tally: Tally) -> Iterator[Document]:
-    """Source code of the running Python's standard library: real documents of 1k to 300k tokens on every machine, without a download.
+def _stdlib_shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
+    options = _stdlib_options(source)
+    return shards_of([File(name, str(path)) for path, name in _modules(Path(sysconfig.get_path("stdlib")), options["tests"])], shard_bytes)
 
-    Options: ``unit``: module (a file) or definition (a function, method or class head; short documents); ``tests`` adds the library's own
-    tests (half of all its text, and missing on some systems).
-    """
+
+def _stdlib_options(source: SourceConfig) -> dict[str, Any]:
     options = take_options(source, unit="module", tests=False)
     if options["unit"] not in ("module", "definition"):
         raise UserError(
             f"data.sources.{source.name}.options.unit={options['unit']} is not one of module, definition; set it to one of them"
         )
-    for file, name in _modules(Path(sysconfig.get_path("stdlib")), options["tests"]):
-        whole = _text_file(file, name, tally)
-        yield from whole if options["unit"] == "module" else (part for module in whole for part in _definitions(module))
+    return options
+
+
+def _read_stdlib(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
+    """Source code of the running Python's standard library: real documents of 1k to 300k tokens on every machine, without a download.
+
+    Options: ``unit``: module (a file) or definition (a function, method or class head; short documents); ``tests`` adds the library's own
+    tests (half of all its text, and missing on some systems).
+    """
+    whole = _stdlib_options(source)["unit"] == "module"
+    for file in shard.files:
+        modules = read_text(file, source.max_document_bytes, tally)
+        yield from modules if whole else (part for module in modules for part in _definitions(module))
 
 
 def _modules(root: Path, tests: bool) -> Iterator[tuple[Path, str]]:
@@ -171,93 +214,52 @@ def _definitions(module: Document) -> Iterator[Document]:
     starts = [match.start() for match in _DEFINITION.finditer(module.text)]
     stops = [*starts[1:], len(module.text)]
     for number, (start, stop) in enumerate(zip(starts, stops, strict=False)):
-        yield Document(f"{module.id}{PART}{number}", module.text[start:stop])
+        text = module.text[start:stop]
+        yield Document(f"{module.id}{PART}{number}", text, text.encode())
 
 
-def _read_folder(source: SourceConfig, tally: Tally) -> Iterator[Document]:
-    """Every .txt (one document), .jsonl, .jsonl.gz and .parquet (one a record) under a folder, sorted; or one such file."""
+def _folder_shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
     take_options(source)
-    root = Path(source.path or "")
-    for file in _files(source):
-        name = file.name if root.is_file() else file.relative_to(root).as_posix()
-        if file.name.endswith(".txt"):
-            yield from _text_file(file, name, tally)
-        elif file.name.endswith(".parquet"):
-            yield from _records(_parquet_records(file, source.text_column, tally), name, source.text_column, tally)
-        else:
-            yield from _records(_json_records(file, tally), name, source.text_column, tally)
+    return shards_of(_files(source), shard_bytes)
 
 
-def _files(source: SourceConfig) -> list[Path]:
+def _read_folder(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
+    """Every .txt (one document), .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow (one a record) under a folder, sorted; or one such file."""
+    return read_files(shard, source.text_column, source.max_document_bytes, tally)
+
+
+def _files(source: SourceConfig) -> list[File]:
     path = Path(source.path or "")
     if source.path is None or not path.exists():
         raise UserError(
             f"data.sources.{source.name}.path={source.path} does not exist; set it to a folder or a file ({', '.join(SUFFIXES)})"
         )
     found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    files = [file for file in found if file.name.endswith(SUFFIXES)]
+    files = [file for file in found if file.name.endswith(SUFFIXES) and _of_the_data_set(file)]
     if not files:
         raise UserError(f"data.sources.{source.name}.path={source.path} holds no file that we read; it needs {', '.join(SUFFIXES)}")
-    return files
+    return [File(file.name if path.is_file() else file.relative_to(path).as_posix(), str(file)) for file in files]
 
 
-def _text_file(file: Path, name: str, tally: Tally) -> Iterator[Document]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError):
-        text = None
-    yield from _checked(name, text, tally)
+def _of_the_data_set(file: Path) -> bool:
+    """Whether an .arrow file holds records of the set: what `datasets` saved lists its own in state.json, and caches lie beside them."""
+    state = file.parent / "state.json"
+    if not file.name.endswith(".arrow") or not state.is_file():
+        return True
+    return any(one.get("filename") == file.name for one in read_json(state).get("_data_files", []))
 
 
-def _checked(name: str, text: object, tally: Tally) -> Iterator[Document]:
-    """The document, or a count of one more broken record."""
-    if isinstance(text, str) and text.strip():
-        yield Document(name, text)
-    else:
-        tally.broken += 1
+def _hub_options(source: SourceConfig) -> dict[str, Any]:
+    return take_options(source, allow_download=False, config=None, split="train", revision=None, streaming=False)
 
 
-def _records(records: Iterable[Any], name: str, column: str, tally: Tally) -> Iterator[Document]:
-    for number, record in enumerate(records):
-        yield from _checked(f"{name}:{number}", record.get(column) if isinstance(record, dict) else None, tally)
+def _hub_shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
+    """The files of a data set's splits; a set whose files we do not read ourselves is one shard for `datasets`.
 
-
-def _json_records(file: Path, tally: Tally) -> Iterator[Any]:
-    """One value a line; None stands for a line that is no JSON. A compressed file that breaks off counts once and ends there."""
-    try:
-        with gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb") as lines:
-            for line in lines:
-                if line.strip():
-                    yield _parsed(line)
-    except (OSError, EOFError):
-        tally.broken += 1
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:  # not UTF-8, or not JSON
-        return None
-
-
-def _parquet_records(file: Path, column: str, tally: Tally) -> Iterator[Any]:
-    """Rows with the text column alone. A file that cannot be read, or lacks the column, counts once."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        for batch in ParquetFile(file).iter_batches(_ROWS_AT_A_TIME, columns=[column]):
-            yield from batch.to_pylist()
-    except (ArrowException, OSError):
-        tally.broken += 1
-
-
-def _read_hub(source: SourceConfig, tally: Tally) -> Iterator[Document]:
-    """A Hugging Face dataset without a script, streamed; or a local folder that ``datasets`` understands.
-
-    Options: ``allow_download`` (nothing is downloaded by surprise), ``config``, ``split``, ``revision``.
+    Raises:
+        UserError: it would be downloaded without leave, or cannot be read.
     """
-    options = take_options(source, allow_download=False, config=None, split="train", revision=None)
+    options = _hub_options(source)
     if source.path is None:
         raise UserError(f"data.sources.{source.name}.path is not set; set it to the id of a dataset")
     if not options["allow_download"] and not Path(source.path).exists():
@@ -267,24 +269,94 @@ def _read_hub(source: SourceConfig, tally: Tally) -> Iterator[Document]:
         )
     if any(Path(source.path).glob("*.txt")):  # `datasets` would make a document of every line
         raise UserError(f"data.sources.{source.name}.path={source.path} holds text files; set kind=folder, which reads one document a file")
-    yield from _records(_hub_rows(source.name, source.path, options), options["split"], source.text_column, tally)
+    files = _hub_files(source, options)
+    if files and all(file.name.endswith(SUFFIXES) for file in files):
+        return shards_of(files, shard_bytes)
+    return [Shard("+".join(_splits(options)), tuple(files))]
 
 
-def _hub_rows(name: str, path: str, options: dict[str, Any]) -> Iterator[Any]:
-    from datasets import load_dataset
+def _splits(options: dict[str, Any]) -> list[str]:
+    return [options["split"]] if isinstance(options["split"], str) else list(options["split"])
 
+
+def _hub_files(source: SourceConfig, options: dict[str, Any]) -> list[File]:
+    """The files of the splits, at one commit: what `datasets` finds for the data set's config."""
+    from datasets import load_dataset_builder
+
+    with _named(source):
+        found = load_dataset_builder(source.path or "", name=options["config"], revision=options["revision"]).config.data_files or {}
+        missing = [split for split in _splits(options) if split not in found]
+        if missing:
+            raise ValueError(f"it has no split {missing[0]}, only {', '.join(map(str, found))}")
+        places = [str(place) for split in _splits(options) for place in found[split]]
+    return [File(_hub_name(place, source.path or ""), place) for place in places]
+
+
+def _hub_name(place: str, path: str) -> str:
+    """A file's name inside its repository or folder."""
+    if place.startswith(HUB):
+        return place.partition("@")[2].partition("/")[2]
+    return Path(place).relative_to(path).as_posix() if Path(place).is_relative_to(path) else Path(place).name
+
+
+@contextmanager
+def _named(source: SourceConfig) -> Iterator[None]:
+    """Whatever the libraries of the hub raise becomes a sentence with the source's name."""
     try:
-        yield from load_dataset(path, name=options["config"], split=options["split"], revision=options["revision"], streaming=True)
+        yield
     except Exception as error:  # unknown, gated, a script, no such split, no network: of four libraries' own kinds, without a common base
         offline = f" (HF_HUB_OFFLINE={os.environ['HF_HUB_OFFLINE']} is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(
-            f"data.sources.{name}.path={path} cannot be read as a dataset{offline}: {why}; log in where it is gated, or set path "
+            f"data.sources.{source.name}.path={source.path} cannot be read as a dataset{offline}: {why}; log in where it is gated, or set path "
             "to a local copy"
         ) from error
 
 
-def _read_custom(source: SourceConfig, tally: Tally) -> Iterator[Document]:
+def _read_hub(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
+    """A Hugging Face dataset without a script, or a local folder that ``datasets`` understands.
+
+    Options: ``allow_download`` (nothing is downloaded by surprise), ``config``, ``split`` (one or a list), ``revision``, ``streaming`` (read
+    files as they come instead of keeping them in the hub's cache).
+    """
+    options = _hub_options(source)
+    if shard.files and all(file.name.endswith(SUFFIXES) for file in shard.files):
+        here = shard if options["streaming"] else shard._replace(files=tuple(_downloaded(source, file) for file in shard.files))
+        yield from read_files(here, source.text_column, source.max_document_bytes, tally)
+        return
+    for split in _splits(options):
+        for number, record in enumerate(_hub_rows(source, split, options)):
+            id = f"{split}:{number}"
+            if source.text_column in record:
+                yield from checked(id, record[source.text_column], source.max_document_bytes, tally)
+            else:
+                tally.reject("missing column", id, record)
+
+
+def _downloaded(source: SourceConfig, file: File) -> File:
+    """A file of the hub in the local cache, at the commit that it was listed at."""
+    if not file.place.startswith(HUB):
+        return file
+    from huggingface_hub import hf_hub_download
+
+    repo, _, rest = file.place.removeprefix(HUB + _DATASETS).partition("@")
+    revision, _, name = rest.partition("/")
+    with _named(source):
+        return File(file.name, hf_hub_download(repo, name, repo_type="dataset", revision=revision))
+
+
+def _hub_rows(source: SourceConfig, split: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    with _named(source):
+        yield from load_dataset(source.path or "", name=options["config"], split=split, revision=options["revision"], streaming=True)  # type: ignore[misc]
+
+
+def _one_shard(source: SourceConfig, shard_bytes: int) -> list[Shard]:
+    return [Shard(source.name, ())]
+
+
+def _read_custom(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
     """Whatever an instance of the class ``target`` yields: pairs of a stable id and a text. Options: the class' own arguments."""
     target = _target(source)
     try:
@@ -294,9 +366,9 @@ def _read_custom(source: SourceConfig, tally: Tally) -> Iterator[Document]:
             f"data.sources.{source.name}.target={source.target} cannot be built with options {dict(source.options)} and iterated over: "
             f"{error}; give the options that it takes"
         ) from error
-    for pair in pairs:
-        name, text = pair if isinstance(pair, tuple) and len(pair) == 2 else ("", None)
-        yield from _checked(str(name), text, tally)
+    for number, pair in enumerate(pairs):
+        id, text = pair if isinstance(pair, tuple) and len(pair) == 2 else (f"{source.target}:{number}", None)
+        yield from checked(str(id), text, source.max_document_bytes, tally)
 
 
 def _target(source: SourceConfig) -> Callable[..., Iterable[Any]]:
@@ -310,4 +382,9 @@ def _target(source: SourceConfig) -> Callable[..., Iterable[Any]]:
         ) from error
 
 
-READERS: dict[str, Reader] = {"stdlib": _read_stdlib, "folder": _read_folder, "hub": _read_hub, CUSTOM: _read_custom}
+KINDS: dict[str, Kind] = {
+    "stdlib": Kind(_stdlib_shards, _read_stdlib),
+    "folder": Kind(_folder_shards, _read_folder),
+    "hub": Kind(_hub_shards, _read_hub),
+    CUSTOM: Kind(_one_shard, _read_custom),
+}

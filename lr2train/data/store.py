@@ -1,42 +1,59 @@
-"""Tokens of many documents in one flat file: Megatron's ``.bin/.idx``, readable by whoever reads that format.
+"""Tokens of many documents in flat files: Megatron's ``.bin/.idx``, readable by whoever reads that format, with our sidecars beside them.
 
-Choice: ``.bin`` is the documents' tokens back to back, ``.idx`` their lengths and byte offsets, ``.lengths.npy`` the lengths again for
-planners that need nothing else. Tokens are uint16 below Megatron's limit of 65500 entries, int32 above: its format has no code for uint32.
-A store appears whole or
-not at all: files are written under a temporary name and renamed, the ``.json`` manifest last. Cost: nothing is appended to a finished
-store.
+Choice: ``.bin`` is the documents' tokens back to back, ``.idx`` their lengths and byte offsets. Tokens are uint16 below Megatron's limit of
+65500 entries, int32 above: its format has no code for uint32. A store is one shard of a source and appears whole or not at all: files are
+written under a temporary name and renamed, the ``.json`` manifest with the checksum of each last. ``SourceStore`` reads the shards of a
+source as one sequence of documents. Cost: nothing is appended to a finished store; a source of many shards is many files.
 
 Layout of ``.idx`` (little endian): magic 9 bytes, version u64 = 1, dtype code u8, n documents u64, n + 1 u64, lengths int32 [n], byte
 offsets int64 [n], document index int64 [n + 1] (0 … n: one sequence a document).
+
+Sidecars: ``.lengths.npy`` int32 [n] the lengths again, for planners that need nothing else; ``.targets.npy`` int64, places of the tokens
+that are learned (empty: all are); ``.hashes.npy`` uint8 [n, 16], blake2b of each document's text; ``.origins.txt`` a line for each document,
+where it came from, as a JSON string.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import struct
 from array import array
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from lr2train.config import UserError
+from lr2train.run import fingerprint as fingerprint_of
 from lr2train.run import read_json, write_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
+TRAIN, HOLDOUT = "train", "holdout"
+HASH_BYTES = 16
+PARTIAL = ".partial"  # ends the name of a file that is being written
+FILES = (".bin", ".idx", ".lengths.npy", ".targets.npy", ".hashes.npy", ".origins.txt")
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _UINT16_VOCABULARY = 65500  # Megatron's own limit
+_WRITE_BYTES = 1 << 20
+_NO_HASH = bytes(HASH_BYTES)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The stored type of a token id."""
     return np.dtype(np.uint16 if vocab_size < _UINT16_VOCABULARY else np.int32)
+
+
+def text_hash(text: bytes) -> bytes:
+    """16 bytes that stand for a document's text: equal for exact duplicates, and for them alone."""
+    return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
 
 
 class StoreWriter:
@@ -51,63 +68,102 @@ class StoreWriter:
     def __init__(self, prefix: Path, vocab_size: int, about: dict[str, Any]) -> None:
         self._prefix, self._about, self._vocab_size = prefix, about, vocab_size
         self._dtype = token_dtype(vocab_size)
-        self._lengths = array("i")
-        self._tokens, self._targets = 0, array("q")
-        self._digest = hashlib.sha256()
+        self._lengths, self._tokens, self._targets = array("i"), 0, array("q")
+        self._hashes, self._origins = bytearray(), list[str]()
 
     def __enter__(self) -> StoreWriter:
         self._prefix.parent.mkdir(parents=True, exist_ok=True)
-        _suffixed(self._prefix, ".json").unlink(missing_ok=True)  # from here on an older store of this name counts as unfinished
-        self._file = _partial(self._prefix, ".bin").open("wb")
+        suffixed(self._prefix, ".json").unlink(missing_ok=True)  # from here on an older store of this name counts as unfinished
+        self._file = _Checked(self._prefix, ".bin")
         return self
 
-    def add(self, tokens: np.ndarray | Sequence[int], targets: Sequence[tuple[int, int]] | None = None) -> None:
-        """Append one document; ``targets`` are the half-open ranges of it that are learned, None all of it. A store has them for all documents or none."""
-        ids = np.asarray(tokens, dtype=np.int64)
+    def add(
+        self,
+        tokens: np.ndarray | Sequence[int],
+        targets: Sequence[tuple[int, int]] | None = None,
+        hash: bytes = _NO_HASH,
+        origin: str = "",
+    ) -> None:
+        """Append one document.
+
+        Args:
+            tokens: its ids, at least one.
+            targets: half-open ranges of it that are learned, None all of it. A store has them for all documents or none.
+            hash: of its text (``text_hash``); zeros where there is no text.
+            origin: where it came from, such as ``web/a.jsonl.gz:17``.
+        """
+        ids = np.asarray(tokens)
         assert ids.ndim == 1
         assert len(ids)
+        assert ids.dtype.kind in "iu"
         assert ids.min() >= 0
         assert ids.max() < self._vocab_size
-        data = ids.astype(self._dtype).tobytes()
-        self._file.write(data)
-        self._digest.update(data)
+        assert len(hash) == HASH_BYTES
+        self._file.write(ids.astype(self._dtype, copy=False).tobytes())
         for start, stop in targets or ():
             self._targets.extend(range(self._tokens + start, self._tokens + stop))
         self._lengths.append(len(ids))
+        self._hashes += hash
+        self._origins.append(origin)
         self._tokens += len(ids)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self._file.close()
+            self._file.abandon()
             return
-        _sync(self._file)
         lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.zeros(0, np.int32)
-        self._write_index(lengths)
-        with _partial(self._prefix, ".lengths.npy").open("wb") as file:
-            np.save(file, lengths)
-            _sync(file, close=False)
-        with _partial(self._prefix, ".targets.npy").open("wb") as file:
-            np.save(file, np.frombuffer(self._targets, dtype=np.int64) if self._targets else np.zeros(0, np.int64))
-            _sync(file, close=False)
-        for suffix in (".bin", ".idx", ".lengths.npy", ".targets.npy"):
-            os.replace(_partial(self._prefix, suffix), _suffixed(self._prefix, suffix))
-        counts = {
-            "documents": len(lengths),
-            "tokens": int(lengths.sum(dtype=np.int64)),
-            "targets": len(self._targets),
-            "dtype": self._dtype.name,
-            "sha256": self._digest.hexdigest(),
+        targets = np.frombuffer(self._targets, dtype=np.int64) if self._targets else np.zeros(0, np.int64)
+        hashes = np.frombuffer(bytes(self._hashes), np.uint8).reshape(-1, HASH_BYTES)
+        sidecars: dict[str, Callable[[Any], Any]] = {
+            ".idx": lambda file: self._write_index(file, lengths),
+            ".lengths.npy": lambda file: np.save(file, lengths),
+            ".targets.npy": lambda file: np.save(file, targets),
+            ".hashes.npy": lambda file: np.save(file, hashes),
+            ".origins.txt": lambda file: file.write("".join(f"{json.dumps(origin)}\n" for origin in self._origins).encode()),
         }
-        write_json(_suffixed(self._prefix, ".json"), {**self._about, **counts})
+        written = [self._file]
+        for suffix, write in sidecars.items():
+            written.append(_Checked(self._prefix, suffix))
+            write(written[-1])
+        files = {one.suffix: one.finish() for one in written}
+        counts = {"documents": len(lengths), "tokens": self._tokens, "targets": len(self._targets), "dtype": self._dtype.name}
+        seal(suffixed(self._prefix, ".json"), {**self._about, **counts, "files": files})
 
-    def _write_index(self, lengths: np.ndarray) -> None:
+    def _write_index(self, file: _Checked, lengths: np.ndarray) -> None:
         n = len(lengths)
-        offsets = _offsets(lengths) * self._dtype.itemsize
-        with _partial(self._prefix, ".idx").open("wb") as file:
-            file.write(_HEADER.pack(MAGIC, VERSION, _CODES[self._dtype], n, n + 1))
-            for values in (lengths.astype("<i4"), offsets.astype("<i8"), np.arange(n + 1, dtype="<i8")):
-                file.write(values.tobytes())
-            _sync(file, close=False)
+        offsets = (np.cumsum(lengths, dtype=np.int64) - lengths) * self._dtype.itemsize
+        file.write(_HEADER.pack(MAGIC, VERSION, _CODES[self._dtype], n, n + 1))
+        for values in (lengths.astype("<i4"), offsets.astype("<i8"), np.arange(n + 1, dtype="<i8")):
+            file.write(values.tobytes())
+
+
+class _Checked:
+    """A file under a temporary name that counts its bytes and their checksum as they are written."""
+
+    def __init__(self, prefix: Path, suffix: str) -> None:
+        self.suffix = suffix
+        self._path = suffixed(prefix, suffix)
+        # Of this process alone: one that a killed job has left behind may still write its own.
+        self._temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}{PARTIAL}")
+        self._file: IO[bytes] = self._temporary.open("wb", buffering=_WRITE_BYTES)
+        self._digest, self._bytes = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        self._bytes += len(data)
+        return self._file.write(data)
+
+    def finish(self) -> dict[str, Any]:
+        """Make it appear; returns its size and checksum."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self._path)
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+    def abandon(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 class Store(Sequence[np.ndarray]):
@@ -119,7 +175,7 @@ class Store(Sequence[np.ndarray]):
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        index = _suffixed(prefix, ".idx")
+        index = suffixed(prefix, ".idx")
         try:
             if index.stat().st_size < _HEADER.size:
                 raise self._broken("its .idx is cut short")
@@ -145,13 +201,13 @@ class Store(Sequence[np.ndarray]):
 
     def _flat(self) -> np.ndarray:
         """All tokens, back to back."""
-        path, tokens = _suffixed(self.prefix, ".bin"), int(self.lengths.sum(dtype=np.int64))
+        path, tokens = suffixed(self.prefix, ".bin"), int(self.lengths.sum(dtype=np.int64))
         if path.stat().st_size != tokens * self.dtype.itemsize:
             raise self._broken(f"its .bin has {path.stat().st_size} bytes where the .idx promises {tokens * self.dtype.itemsize}")
         return np.memmap(path, mode="r", dtype=self.dtype) if tokens else np.zeros(0, self.dtype)
 
     def _broken(self, why: str) -> UserError:
-        return UserError(f"token store {self.prefix} is unusable: {why}; remove {self.prefix}.* and run prepare again")
+        return broken(self.prefix, why)
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -166,15 +222,15 @@ class Store(Sequence[np.ndarray]):
         return self.read(document, 0, int(self.lengths[document]))
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of one document, cut at its end."""
+        """Tokens [start, stop) of one document, cut at its end; a read-only view."""
         first = int(self._starts[document]) // self.dtype.itemsize
         return self.flat[first + start : first + min(stop, int(self.lengths[document]))]
 
     @cached_property
     def _target_places(self) -> np.ndarray:
         """Indices into ``flat`` of the tokens that are learned, sorted; empty where all are."""
-        path = _suffixed(self.prefix, ".targets.npy")
-        return np.load(path, mmap_mode="r") if path.exists() else np.zeros(0, np.int64)
+        path = suffixed(self.prefix, ".targets.npy")
+        return load_array(path, mapped=True) if path.exists() else np.zeros(0, np.int64)
 
     def is_target(self, document: int, start: int, stop: int) -> np.ndarray | None:
         """bool [stop - start] of tokens [start, stop) of one document: which are learned; None where all are."""
@@ -186,43 +242,207 @@ class Store(Sequence[np.ndarray]):
         mask[self._target_places[low:high] - first] = True
         return mask
 
-    def verify(self) -> None:
-        """Compare the tokens with the manifest's checksum.
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """blake2b of each document's text, uint8 [n, 16]; zeros where there is no text (synthetic documents)."""
+        return load_array(suffixed(self.prefix, ".hashes.npy"))
+
+    @cached_property
+    def origins(self) -> list[str]:
+        """Where each document came from: ``file:record``, ``file@byte``, or what its reader calls it."""
+        path = suffixed(self.prefix, ".origins.txt")
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise self._broken(f"{path.name} cannot be read ({error})") from None
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What its ``.json`` says.
 
         Raises:
-            UserError: they differ.
+            UserError: it is missing or was changed.
         """
-        digest = hashlib.sha256()
-        with _suffixed(self.prefix, ".bin").open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-        if digest.hexdigest() != read_json(_suffixed(self.prefix, ".json"))["sha256"]:
-            raise self._broken("its .bin does not have the checksum of its manifest")
+        return sealed(suffixed(self.prefix, ".json"))
+
+    def verify(self) -> None:
+        """Compare every file with the manifest's sizes and checksums.
+
+        Raises:
+            UserError: one differs.
+        """
+        check_sizes(self.prefix, self.manifest)
+        for suffix, about in self.manifest["files"].items():
+            if sha256_of(suffixed(self.prefix, suffix)) != about["sha256"]:
+                raise self._broken(f"its {suffix} does not have the checksum of its manifest")
+
+
+class SourceStore(Sequence[np.ndarray]):
+    """The shards of a source as one sequence of documents, numbered through. Nothing is opened before it is asked for.
+
+    Args:
+        prefixes: of its shards, in order.
+        usable: bool, a file of numpy's with an entry a document; None where all documents may be used.
+    """
+
+    def __init__(self, prefixes: Sequence[Path], usable: Path | None = None) -> None:
+        self._prefixes, self._usable = list(prefixes), usable
+        self._opened: dict[int, Store] = {}
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, BOS and EOS included, int32 [n]; reads the sidecars of lengths alone."""
+        parts = [load_array(suffixed(prefix, ".lengths.npy")) for prefix in self._prefixes]
+        return np.concatenate([np.zeros(0, np.int32), *parts])
+
+    @cached_property
+    def usable(self) -> np.ndarray | None:
+        """bool [n]: False where a document is left out as a duplicate, and must not be planned; None where none is."""
+        return load_array(self._usable) if self._usable is not None and self._usable.exists() else None
+
+    @cached_property
+    def first(self) -> list[int]:
+        """The number of each shard's first document, and at the end the number of all."""
+        counts = [len(load_array(suffixed(prefix, ".lengths.npy"), mapped=True)) for prefix in self._prefixes]
+        return np.cumsum([0, *counts]).tolist()
+
+    @property
+    def shards(self) -> list[Store]:
+        """All of them, opened."""
+        return [self.shard(number) for number in range(len(self._prefixes))]
+
+    def shard(self, number: int) -> Store:
+        """One of them."""
+        if number not in self._opened:
+            self._opened[number] = Store(self._prefixes[number])
+        return self._opened[number]
+
+    def locate(self, document: int) -> tuple[Store, int]:
+        """The shard that holds a document, and its number there.
+
+        Raises:
+            IndexError: there is no such document.
+        """
+        if not 0 <= document < self.first[-1]:
+            raise IndexError(document)
+        number = bisect_right(self.first, document) - 1
+        return self.shard(number), document - self.first[number]
+
+    def __len__(self) -> int:
+        return self.first[-1]
+
+    def __getitem__(self, document: int) -> np.ndarray:  # type: ignore[override]
+        """Tokens of one document, a read-only view."""
+        shard, local = self.locate(document)
+        return shard[local]
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of one document, cut at its end; a read-only view."""
+        shard, local = self.locate(document)
+        return shard.read(local, start, stop)
+
+    def is_target(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        """bool [stop - start] of tokens [start, stop) of one document: which are learned; None where all are."""
+        shard, local = self.locate(document)
+        return shard.is_target(local, start, stop)
+
+    def origin(self, document: int) -> str:
+        """Where one document came from; reads the names of its shard alone."""
+        shard, local = self.locate(document)
+        return shard.origins[local]
+
+    @property
+    def origins(self) -> list[str]:
+        """Where each document came from."""
+        return [origin for shard in self.shards for origin in shard.origins]
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """blake2b of each document's text, uint8 [n, 16]."""
+        return np.concatenate([np.zeros((0, HASH_BYTES), np.uint8), *(shard.hashes for shard in self.shards)])
+
+    def verify(self) -> None:
+        """Compare every file of every shard with its manifest's checksum.
+
+        Raises:
+            UserError: one differs.
+        """
+        for shard in self.shards:
+            shard.verify()
 
 
 def finished(prefix: Path, fingerprint: str) -> dict[str, Any] | None:
     """The manifest of a complete store of this fingerprint; None where there is none."""
-    manifest = _suffixed(prefix, ".json")
+    manifest = suffixed(prefix, ".json")
     if not manifest.exists():
         return None
-    about = read_json(manifest)
+    about = sealed(manifest)
     return about if about.get("fingerprint") == fingerprint else None
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    return np.cumsum(lengths, dtype=np.int64) - lengths
+def remove(prefix: Path) -> None:
+    """Take a store away, its manifest first: what is left after a kill is no store."""
+    for suffix in (".json", *FILES):
+        suffixed(prefix, suffix).unlink(missing_ok=True)
 
 
-def _suffixed(prefix: Path, suffix: str) -> Path:
+def check_sizes(prefix: Path, manifest: dict[str, Any]) -> None:
+    """Compare the sizes of a store's files with its manifest: what a cut or a full disk leaves is found without reading.
+
+    Raises:
+        UserError: a file is missing, or of another size.
+    """
+    for suffix, about in manifest["files"].items():
+        path = suffixed(prefix, suffix)
+        found = path.stat().st_size if path.exists() else None
+        if found is None:
+            raise broken(prefix, f"{path} is missing")
+        if found != about["bytes"]:
+            raise broken(prefix, f"its {suffix} has {found} bytes where the manifest promises {about['bytes']}")
+
+
+def seal(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON values with their own checksum, whole or not at all."""
+    plain = json.loads(json.dumps(values))
+    write_json(path, {**plain, "seal": fingerprint_of(plain)})
+
+
+def sealed(path: Path) -> dict[str, Any]:
+    """Values that ``seal`` wrote.
+
+    Raises:
+        UserError: they were changed since.
+    """
+    values = read_json(path)
+    seal_of = values.pop("seal", None) if isinstance(values, dict) else None
+    if seal_of != fingerprint_of(values):
+        raise UserError(f"{path} does not have its own checksum, so it was damaged; remove {path.with_suffix('')}.* and run prepare again")
+    return values
+
+
+def load_array(path: Path, mapped: bool = False) -> np.ndarray:
+    """A numpy array that we wrote.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return np.load(path, mmap_mode="r" if mapped else None)
+    except (OSError, ValueError, EOFError) as error:
+        raise broken(path.with_name(path.name.partition(".")[0]), f"{path.name} cannot be read ({error})") from None
+
+
+def broken(prefix: Path, why: str) -> UserError:
+    """What to say of a store that cannot be used."""
+    return UserError(f"token store {prefix} is unusable: {why}; remove {prefix}.* and run prepare again")
+
+
+def suffixed(prefix: Path, suffix: str) -> Path:
+    """A file of a store."""
     return prefix.with_name(prefix.name + suffix)
 
 
-def _partial(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(f"{prefix.name}{suffix}.partial")
-
-
-def _sync(file: Any, close: bool = True) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    if close:
-        file.close()
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lr2train.data.store import Store
+from lr2train.data.store import SourceStore
 
 
 class Text:
@@ -21,12 +21,14 @@ class Text:
         n_borders: 2, or 1 where documents have no BOS.
     """
 
-    def __init__(self, stores: Sequence[Store], n_borders: int) -> None:
+    def __init__(self, stores: Sequence[SourceStore], n_borders: int) -> None:
         self._stores = [store for store in stores if len(store)]
-        lengths = [store.lengths.astype(np.int64) - n_borders for store in self._stores]
+        self._skipped = n_borders - 1  # tokens before a document's text
+        usable = [np.flatnonzero(np.ones(len(store), bool) if store.usable is None else store.usable) for store in self._stores]
+        lengths = [store.lengths[kept].astype(np.int64) - n_borders for store, kept in zip(self._stores, usable, strict=True)]
         self._lengths = np.concatenate([np.zeros(0, np.int64), *lengths])
-        self._first = np.concatenate([np.zeros(0, np.int64), *(store.starts + n_borders - 1 for store in self._stores)])
-        self._store = np.repeat(np.arange(len(self._stores)), [len(store) for store in self._stores])
+        self._document = np.concatenate([np.zeros(0, np.int64), *usable])
+        self._store = np.repeat(np.arange(len(self._stores)), [len(kept) for kept in usable])
         self._places: dict[int, np.ndarray] = {}  # by length: running count of places for a crop, over all documents
 
     @property
@@ -61,20 +63,18 @@ class Text:
         return self._cut(document, pick - np.where(document > 0, ends[document - 1], 0), length)
 
     def _cut(self, document: np.ndarray, place: np.ndarray, length: int) -> np.ndarray:
-        start = self._first[document] + place
-        crops = [
-            self._stores[store].flat[at : at + length] for store, at in zip(self._store[document].tolist(), start.tolist(), strict=True)
-        ]
-        return np.stack(crops).astype(np.int64)
+        crops = [self._read(which, at, length) for which, at in zip(document.tolist(), place.tolist(), strict=True)]
+        return np.stack(crops)
+
+    def _read(self, document: int, place: int, length: int) -> np.ndarray:
+        start = self._skipped + place
+        return self._stores[self._store[document]].read(int(self._document[document]), start, start + length).astype(np.int64)
 
     def _joined(self, rng: np.random.Generator, length: int) -> np.ndarray:
         """Documents from a random one on, around the end if need be."""
         document, parts, missing = int(rng.integers(len(self._lengths))), [], length
         while missing > 0:
-            first = int(self._first[document])
-            parts.append(
-                self._stores[self._store[document]].flat[first : first + min(int(self._lengths[document]), missing)].astype(np.int64)
-            )
+            parts.append(self._read(document, 0, min(int(self._lengths[document]), missing)))
             missing -= len(parts[-1])
             document = (document + 1) % len(self._lengths)
         return np.concatenate(parts)

@@ -62,6 +62,15 @@ class Tokenizer:
         return tuple(sorted(borders | set(self._core.get_added_tokens_decoder())))
 
     @property
+    def added_tokens(self) -> list[str]:
+        """Tokens that are found in a text before it is cut into words, special ones among them."""
+        return [token.content for token in self._core.get_added_tokens_decoder().values()]
+
+    def to_json(self) -> str:
+        """The whole of tokenizer.json."""
+        return self._core.to_str()
+
+    @property
     def fingerprint(self) -> str:
         """Of the vocabulary, its rules and the borders."""
         return hashlib.sha256(f"{self._core.to_str()} {self.bos} {self.eos}".encode()).hexdigest()[:16]
@@ -83,8 +92,12 @@ class Tokenizer:
         return self._core.decode([int(id) for id in ids], skip_special_tokens=False)
 
     def bound(self, ids: np.ndarray | Sequence[int]) -> np.ndarray:
-        """A document as it is stored: BOS ids EOS (no BOS where the model has none)."""
-        return np.concatenate([[] if self.bos is None else [self.bos], ids, [self.eos]]).astype(np.int64)
+        """A document as it is stored: BOS ids EOS (no BOS where the model has none), int64."""
+        whole = np.empty(len(ids) + self.n_borders, np.int64)
+        whole[0] = self.eos if self.bos is None else self.bos
+        whole[self.n_borders - 1 : -1] = ids
+        whole[-1] = self.eos
+        return whole
 
     @property
     def n_borders(self) -> int:

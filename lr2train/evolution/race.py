@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lr2train.config import SearchConfig
 from lr2train.evolution.fitness import Fitness, Losses
-from lr2train.evolution.genome import Candidate
+from lr2train.evolution.genome import Candidate, Space
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,15 @@ class Scored:
 
 
 class Judge:
-    """Scores the candidates of a generation against those that were kept, under the knobs of ``SearchConfig``.
+    """Scores the candidates of a generation against those that were kept, under the knobs of the space.
 
     Args:
-        fitness: whose first ``knobs.documents`` documents the generations are scored on, and the further ones the finalists.
-        knobs: racing or not, and how daring.
+        space: its knobs say whether there is racing, and how daring.
+        fitness: whose first ``search.documents`` documents the generations are scored on, and the further ones the finalists.
     """
 
-    def __init__(self, fitness: Fitness, knobs: SearchConfig):
-        self._fitness, self._knobs = fitness, knobs
+    def __init__(self, space: Space, fitness: Fitness):
+        self._fitness, self._knobs = fitness, space.knobs
 
     def __call__(self, candidates: Sequence[Candidate], kept: Sequence[Candidate]) -> list[Scored]:
         """The candidates in their order, dropped ones among them. ``kept`` have been scored on everything before."""

@@ -4,6 +4,9 @@ Choice: ranks of one sequence-parallel group are consecutive, ``rank = dp_rank *
 a node consecutively and attention's exchange is the traffic that wants the fast links inside a node. A rank with one neighbour or none
 still gets real process groups (of one rank): to torch, ``group=None`` means the whole world, and a mesh that said ``None`` would turn a
 reduction over one rank into one over all. Cost: every axis opens one communicator for each of its groups.
+
+Inside a sequence-parallel group the ranks may form a second mesh, ``sp_rank = ring_rank * ulysses_size + ulysses_rank``: the ulysses axis,
+whose all-to-all is the heavier traffic, lies on consecutive ranks, and the ring axis joins the nodes.
 """
 
 from __future__ import annotations
@@ -28,29 +31,63 @@ class Mesh:
     sp_size: int = 1
     sp_group: dist.ProcessGroup | None = None  # the sp_size ranks that share this rank's segment, in order of sp_rank
     dp_group: dist.ProcessGroup | None = None  # the dp_size ranks that hold the same shard of other segments, in order of dp_rank
+    ring_size: int = 1  # of the sp_size ranks, how many on the ring axis
+    ring_group: dist.ProcessGroup | None = None  # in order of ring_rank; None where ring_size is 1: there is nobody to talk to
+    ulysses_group: dist.ProcessGroup | None = None  # in order of ulysses_rank; the sp group where ring_size is 1
+
+    @property
+    def ulysses_size(self) -> int:
+        """Ranks on the ulysses axis."""
+        return self.sp_size // self.ring_size
+
+    @property
+    def ulysses_rank(self) -> int:
+        """Where this rank stands on the ulysses axis."""
+        return self.sp_rank % self.ulysses_size
+
+    @property
+    def ring_rank(self) -> int:
+        """Where this rank stands on the ring axis."""
+        return self.sp_rank // self.ulysses_size
 
 
-def make_mesh(sp: int, timeout_s: float | None = None) -> Mesh:
+def make_mesh(sp: int, timeout_s: float | None = None, ring: int = 1) -> Mesh:
     """The mesh of this process, with ``sp`` ranks sharing one segment. A collective: every rank of the world calls it.
 
-    ``timeout_s`` is how long the new groups wait for a rank (``parallel.timeout_s``); None takes torch's default for the backend, for torch
-    does not hand the world's own timeout down. Without torch.distributed the world is this process. Raises UserError when sp does not
-    divide the world.
+    ``ring`` of the ``sp`` ranks stand on the ring axis, sp / ring on the ulysses axis. ``timeout_s`` is how long the new groups wait for a
+    rank (``parallel.timeout_s``); None takes torch's default for the backend, for torch does not hand the world's own timeout down. Without
+    torch.distributed the world is this process. Raises UserError when sp does not divide the world, or ring does not divide sp.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if sp < 1 or world % sp:
-        divisors = [n for n in range(1, world + 1) if world % n == 0]
-        raise UserError(f"parallel.sp={sp} does not divide the {world} ranks of this launch; set parallel.sp to one of {divisors}")
-    sp_group, dp_group = _groups(sp, world, timeout_s) if dist.is_initialized() else (None, None)
-    return Mesh(rank, world, rank // sp, world // sp, rank % sp, sp, sp_group, dp_group)
-
-
-def _groups(sp: int, world: int, timeout_s: float | None) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        raise UserError(f"parallel.sp={sp} does not divide the {world} ranks of this launch; set parallel.sp to one of {_divisors(world)}")
+    if ring < 1 or sp % ring:
+        raise UserError(f"parallel.ring={ring} does not divide parallel.sp={sp}; set parallel.ring to one of {_divisors(sp)}")
+    place = (rank, world, rank // sp, world // sp, rank % sp, sp)
+    if not dist.is_initialized():
+        return Mesh(*place)
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
-    of_sp = [list(range(first, first + sp)) for first in range(0, world, sp)]
-    of_dp = [list(range(first, world, sp)) for first in range(sp)]
-    sp_group, _ = dist.new_subgroups_by_enumeration(of_sp, timeout=timeout)
-    dp_group, _ = dist.new_subgroups_by_enumeration(of_dp, timeout=timeout)
-    assert isinstance(sp_group, dist.ProcessGroup)  # this rank is in one group of each kind
-    assert isinstance(dp_group, dist.ProcessGroup)
-    return sp_group, dp_group
+    segments = [list(range(first, first + sp)) for first in range(0, world, sp)]
+    sp_group = _my_group(segments, timeout)
+    dp_group = _my_group([list(range(first, world, sp)) for first in range(sp)], timeout)
+    if ring == 1:
+        return Mesh(*place, sp_group, dp_group, 1, None, sp_group)
+    ulysses = sp // ring
+    rings = [ranks[first::ulysses] for ranks in segments for first in range(ulysses)]
+    ring_group = _my_group(rings, timeout)
+    ulysses_group = _my_group([ranks[first : first + ulysses] for ranks in segments for first in range(0, sp, ulysses)], timeout)
+    return Mesh(*place, sp_group, dp_group, ring, ring_group, ulysses_group)
+
+
+def _my_group(partition: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup:
+    group, _ = dist.new_subgroups_by_enumeration(partition, timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)  # a partition: this rank is in one of them
+    if dist.get_backend(group) == "nccl":
+        dist.barrier(
+            group
+        )  # nccl opens a communicator at its first call, which all ranks must join: a ring's first transfer may not be one
+    return group
+
+
+def _divisors(n: int) -> list[int]:
+    return [divisor for divisor in range(1, n + 1) if n % divisor == 0]

@@ -23,7 +23,7 @@ def start(config: Config) -> torch.device:
     if not dist.is_initialized():
         _init_process_group(device, config.parallel.timeout_s)
     if device.type == "cpu":
-        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // _local_world()))
+        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks_per_node()))
     return device
 
 
@@ -52,9 +52,10 @@ def _init_process_group(device: torch.device, timeout_s: float) -> None:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _local_world() -> int:
-    """Processes of the job on this machine: torchrun and DeepSpeed's launcher name it differently."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+def ranks_per_node() -> int:
+    """Processes of the job on this machine: torchrun and DeepSpeed's launcher name it differently; without a launcher all are here."""
+    told = next((os.environ[name] for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE") if os.environ.get(name)), None)
+    return int(told) if told else dist.get_world_size() if dist.is_initialized() else 1
 
 
 def stop() -> None:

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lr2train.attention.choice import ring_ranks
 from lr2train.config import Config
 from lr2train.planning.shape import Shape
 
@@ -50,6 +51,8 @@ class Setting:
 
     world: int
     sp: int
+    ring: int  # as configured: 0 is chosen from the heads and the nodes
+    gpus_per_node: int
     zero_stage: int
     checkpointing: bool
     chunk_tokens: int
@@ -66,6 +69,8 @@ class Setting:
         return cls(
             world=config.hardware.gpus,
             sp=config.parallel.sp,
+            ring=config.parallel.ring,
+            gpus_per_node=config.hardware.gpus_per_node,
             zero_stage=config.engine.zero_stage,
             checkpointing=config.engine.activation_checkpointing,
             chunk_tokens=config.engine.loss_chunk_tokens,
@@ -80,6 +85,10 @@ class Setting:
     def tokens(self) -> int:
         """t: tokens of a segment that a rank holds."""
         return self.segment_tokens // self.sp
+
+    def ulysses(self, heads: int) -> int:
+        """Ranks of a model with ``heads`` query heads that exchange them; the ring's others do not."""
+        return self.sp // ring_ranks(self.ring, self.sp, heads, self.gpus_per_node)
 
 
 def shard_bytes(parameters: int, bytes_per_parameter: int, ranks: int) -> float:
@@ -99,15 +108,15 @@ def saved_inputs_bytes(layers: int, hidden: int, tokens: int, weight_bytes: int)
     return layers * tokens * hidden * weight_bytes
 
 
-def layer_saved_bytes(shape: Shape, tokens: int, weight_bytes: int, sp: int) -> float:
+def layer_saved_bytes(shape: Shape, tokens: int, weight_bytes: int, ulysses: int) -> float:
     """What one layer keeps for its backward pass: t * (2 norms * (4 + 2b) H + b H + b A + 4 b F).
 
     A norm keeps its input in fp32, the normalised input and its output; the residual sum is one more H. Attention keeps q, k, v and its
-    output, A = (2 Hq + 2 Hk) Dh, under sequence parallelism twice (before and after the exchange) and with Hk repeated up to lcm(Hk, sp).
+    output, A = (2 Hq + 2 Hk) Dh; where U ranks exchange heads twice (before and after it) and with Hk repeated up to lcm(Hk, U).
     A gated MLP keeps gate, activation, up and product: 4 F.
     """
-    key_heads = math.lcm(shape.key_heads, sp)
-    attention = (2 * shape.heads + 2 * key_heads) * shape.head_dim * (2 if sp > 1 else 1)
+    key_heads = math.lcm(shape.key_heads, ulysses)
+    attention = (2 * shape.heads + 2 * key_heads) * shape.head_dim * (2 if ulysses > 1 else 1)
     norms = 2 * (4 + 2 * weight_bytes) * shape.hidden
     return tokens * (norms + weight_bytes * (shape.hidden + attention + 4 * shape.intermediate))
 
@@ -182,7 +191,7 @@ def _gathered(shape: Shape, s: Setting) -> list[Item]:
 
 def _activations(shape: Shape, s: Setting) -> list[Item]:
     weight, t = WEIGHT_BYTES[s.dtype], s.tokens
-    saved = layer_saved_bytes(shape, t, weight, s.sp)
+    saved = layer_saved_bytes(shape, t, weight, s.ulysses(shape.heads))
     flight = layer_flight_bytes(shape, t, weight)
     loss = loss_bytes(shape.hidden, shape.vocabulary, s.chunk_tokens, t, weight)
     if s.checkpointing:

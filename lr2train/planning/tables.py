@@ -81,7 +81,13 @@ def _mesh(mesh: dict[str, Any]) -> list[tuple[str, str]]:
             f"accumulation {mesh['accumulation']}, ZeRO-{mesh['zero_stage']}",
         ),
         ("segment", f"{mesh['segment_tokens']:,} tokens, {mesh['tokens_per_gpu']:,} on each GPU"),
+        *((f"attention, {part['window']}", _sent(part)) for part in mesh["attention"]),
     ]
+
+
+def _sent(part: dict[str, Any]) -> str:
+    sent = f"{part['sent_gib']:.2f} GiB sent by a GPU for a segment, recomputation aside" if part["sent_gib"] else "nothing is sent"
+    return f"{part['strategy']}: {sent}"
 
 
 def _memory(memory: dict[str, Any]) -> Table:

@@ -93,9 +93,10 @@ def _segments(config: Config) -> tuple[dict[str, int], str]:
 
 
 def _steps(parts: tuple[Part, ...], config: Config, dp_size: int) -> int:
-    """As the loader counts: every window is rounded up to whole micro-steps, all of them to whole steps."""
-    micro_steps = sum(-(-part.segments // dp_size) for part in parts)
-    return -(-micro_steps // (config.optim.segments_per_step // dp_size))
+    """As the loader counts: every window is rounded up to whole groups, all of them to whole steps."""
+    group = config.data.group_segments or dp_size
+    groups = sum(-(-part.segments // group) for part in parts)
+    return -(-groups // (config.optim.segments_per_step // group))
 
 
 def _assumptions(config: Config, parts: tuple[Part, ...], origin: str, window_tokens: int) -> list[str]:

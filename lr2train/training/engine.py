@@ -2,7 +2,8 @@
 
 Choice: to DeepSpeed every rank is a data-parallel rank. Sequence parallelism is a transform of the data (tokens, labels and positions are sharded together)
 and of attention; each rank returns the *sum* of its own target tokens' losses, scaled so that DeepSpeed's averaging over ranks and accumulation steps
-yields the gradient of ``sum of all losses / number of all target tokens`` of the step, exactly. Cost: three all-reduces of a few numbers a step.
+yields the gradient of ``sum of all losses / number of all target tokens`` of the step, exactly. Cost: two all-reduces of a few numbers and one
+exchange of a few words on the host a step, by which a rank that was handed other work than its peers is found before it is waited for.
 
 This is the only file that imports deepspeed.
 """
@@ -32,9 +33,10 @@ from lr2train.config import Config, ModelConfig, UserError
 from lr2train.data.batch import Batch
 from lr2train.model import load
 from lr2train.model.window_lm import WindowLM
-from lr2train.parallel.layout import Layout
+from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.mesh import Mesh
 from lr2train.rope.factors import Factors
+from lr2train.training.agreement import agree, said_of
 
 MODULE_PREFIX = "lm."  # the Hugging Face model's names inside WindowLM
 
@@ -189,7 +191,7 @@ class Engine:
         ds_config = deepspeed_config(config, self.accumulation)
         lm = load.build_empty(hf_config, config.model.dtype, lambda: self._init_context(ds_config))
         load.fill(lm, _weights(config, hf_config), self._gather(modifier_rank=0))
-        attention.install(lm, mesh, config.parallel.strategy)
+        self.attention = attention.install(lm, mesh, config.parallel.strategy)
         if config.engine.activation_checkpointing:
             lm.activation_checkpointing_enable({"use_reentrant": False})
         self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens).train()
@@ -222,12 +224,23 @@ class Engine:
     def step(self, batches: Sequence[Batch], lr: float, interrupted: bool = False) -> StepStats:
         """One optimizer step over this data-parallel rank's micro-batches.
 
-        The loss that goes into backward is ``sum_CE_local * world * accumulation / n_target_tokens``: DeepSpeed divides gradients by the world and losses by
-        the accumulation, so what arrives is the gradient of the mean over all target tokens of the step.
+        Raises:
+            UserError: the step has no target token, or no strategy serves a batch; on every rank.
+            RuntimeError: ranks were handed unlike work, or one of them failed; with the reason, on every rank.
         """
+        agree(lambda: [said_of(batch, self._strategy(batch)) for batch in batches], self.mesh.sp_size)
         assert len(batches) == self.accumulation, f"{len(batches)} micro-batches for an accumulation of {self.accumulation}"
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        with told_to_all():
+            return self._step(batches, interrupted)
+
+    def _step(self, batches: Sequence[Batch], interrupted: bool) -> StepStats:
+        """Forward, backward and update.
+
+        The loss that goes into backward is ``sum_CE_local * world * accumulation / n_target_tokens``: DeepSpeed divides gradients by the world and losses by
+        the accumulation, so what arrives is the gradient of the mean over all target tokens of the step.
+        """
         shards = [self._shard(batch) for batch in batches]
         counts = self._counts(batches, shards)
         n_targets = int(counts[:2].sum())
@@ -241,10 +254,13 @@ class Engine:
             sums[int(batch.window == "long")] += total.detach().double()
         return self._stats(sums, counts, batches, interrupted)
 
+    def _strategy(self, batch: Batch) -> str:
+        return self.attention.plan(batch.spans, len(batch.tokens)).title
+
     def _shard(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layout = Layout("contiguous", len(batch.tokens), self.mesh.sp_rank, self.mesh.sp_size)
+        layout = self.attention.layout(batch.spans, len(batch.tokens))
         tokens, labels, positions = (
-            layout.shard(torch.from_numpy(part), 0).to(self.device) for part in (batch.tokens, batch.labels, batch.positions)
+            layout.shard(torch.from_numpy(part), 0).to(self.device, torch.int64) for part in (batch.tokens, batch.labels, batch.positions)
         )
         return tokens, labels, positions
 
@@ -258,19 +274,8 @@ class Engine:
             counts[3] += long
             counts[4] += 1
             counts[5] += sum((stop - start) * (stop - start + 1) // 2 for start, stop in batch.spans)
-        self._refuse_mixed_windows(batches)
         dist.all_reduce(counts)
         return counts
-
-    def _refuse_mixed_windows(self, batches: Sequence[Batch]) -> None:
-        """Ranks of one micro-step must run the same window; disagreement would mix two RoPE tables in one sequence."""
-        tags = torch.tensor([int(batch.window == "long") for batch in batches], device=self.device)
-        highest = torch.cat((tags, -tags))  # the highest of -tag is minus the lowest tag: one reduction tells both
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
-        if bool((highest[: len(tags)] != -highest[len(tags) :]).any()):
-            raise RuntimeError(
-                f"ranks disagree on the window of a micro-step (this rank: {[batch.window for batch in batches]}); the loader broke its promise"
-            )
 
     def _stats(self, sums: torch.Tensor, counts: torch.Tensor, batches: Sequence[Batch], interrupted: bool) -> StepStats:
         flags = torch.tensor([float(interrupted)], dtype=torch.float64, device=self.device)

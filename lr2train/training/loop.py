@@ -10,8 +10,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ import torch
 
 from lr2train import run
 from lr2train.config import Config
-from lr2train.data.batch import Batch
+from lr2train.data.prefetch import prefetched
 from lr2train.training.engine import Engine, StepStats
 from lr2train.training.metrics import Sink
 from lr2train.training.schedule import learning_rate
+from lr2train.training.steps import Skips
 
 
 class Interrupt:
@@ -49,13 +49,16 @@ def listen_for_interrupt() -> Iterator[Interrupt]:
             signal.signal(number, handler)
 
 
-def fit(engine: Engine, loader: Any, config: Config, done: int, total_steps: int, sinks: Sequence[Sink], folder: Path) -> bool:
-    """Train from step ``done`` to ``total_steps``; returns whether the end was reached (False: interrupted, checkpoint written)."""
-    tokens_seen = done * config.optim.segments_per_step * config.data.segment_tokens
+def fit(
+    engine: Engine, loader: Any, config: Config, skips: Skips, done: int, total_steps: int, sinks: Sequence[Sink], folder: Path
+) -> bool:
+    """Train from step ``done`` to ``total_steps``, but for ``skips``; returns whether the end was reached (False: interrupted, checkpoint written)."""
+    tokens_seen = (done - skips.until(done).count) * config.optim.segments_per_step * config.data.segment_tokens
     parameters = _multiplied_parameters(engine)
-    batches = _prefetched(loader, done, total_steps)
-    with listen_for_interrupt() as interrupt:
-        for step in run.progress(range(done, total_steps), total_steps, "train", done):
+    steps, saved = skips.remaining(done, total_steps), done
+    ahead = prefetched(loader.batches, steps, config.data.prefetch_steps, config.data.loader_threads)
+    with listen_for_interrupt() as interrupt, closing(ahead) as batches:
+        for step in run.progress(steps, total_steps, "train", total_steps - len(steps)):
             start = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - start
@@ -68,23 +71,18 @@ def fit(engine: Engine, loader: Any, config: Config, done: int, total_steps: int
                     step + 1,
                     _figures(stats, lr, tokens_seen, seconds, waited, step_flops(stats, parameters, engine.hf_config), engine, config),
                 )
-            last = step + 1 == total_steps
-            if last or stats.interrupted or (step + 1) % config.engine.checkpoint_every_steps == 0:
+            last = step == steps[-1]
+            if last or stats.interrupted or _due(saved, step + 1, config.engine.checkpoint_every_steps):
                 engine.save(folder / "checkpoints", step + 1, config.engine.keep_checkpoints)
+                saved = step + 1
             if stats.interrupted and not last:
                 return False
     return True
 
 
-def _prefetched(loader: Any, first: int, stop: int) -> Iterator[list[Batch]]:
-    """The loader's batches, each made by a thread while the step before it runs."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(loader.batches, first)
-        for step in range(first, stop):
-            batches = ahead.result()
-            if step + 1 < stop:
-                ahead = pool.submit(loader.batches, step + 1)
-            yield batches
+def _due(saved: int, done: int, every: int) -> bool:
+    """Whether a multiple of ``every`` was reached since the last checkpoint; the multiple itself may have been skipped."""
+    return done // every > saved // every
 
 
 def _multiplied_parameters(engine: Engine) -> int:

@@ -1,16 +1,24 @@
-"""The loader is a function: the same step gives the same batches, whatever was asked before and on however many ranks."""
+"""The loader is a function: the same step gives the same batches, whatever was asked before and on however many ranks and threads."""
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections import Counter
+from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lr2train.config import Config, LongAttention, SourceConfig, UserError
 from lr2train.data.batch import IGNORE, LONG, SHORT
 from lr2train.data.corpus import Corpus
 from lr2train.data.loader import make_loader
+from lr2train.data.planfile import plan_file
+from lr2train.data.prefetch import prefetched
 from lr2train.prepare import prepare
 
 
@@ -62,44 +70,63 @@ def test_ranks_share_the_window_of_every_micro_step(config, size):
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_an_epoch_covers_every_segment_on_any_number_of_ranks(config, size):
     ranks = loaders(config, size)
-    micro_steps = sum(-(-ranks[0].n_segments(window) // size) for window in (SHORT, LONG))
-    seen = [[segment for step in range(rank.steps_per_epoch) for segment in segments(rank, step)][:micro_steps] for rank in ranks]
+    groups = sum(-(-ranks[0].n_segments(window) // size) for window in (SHORT, LONG))
+    seen = [[segment for step in range(rank.steps_per_epoch) for segment in rank.segments(step)][:groups] for rank in ranks]
     times = Counter(segment for of_rank in seen for segment in of_rank)
     for window in (SHORT, LONG):
-        assert sum(tag == window for tag, _ in times) == ranks[0].n_segments(window)
+        assert {number for tag, number in times if tag == window} == set(range(ranks[0].n_segments(window)))
         assert sum(count - 1 for (tag, _), count in times.items() if tag == window) < size
 
 
-def test_the_order_of_a_window_does_not_depend_on_the_number_of_ranks(config):
-    def order(size: int, window: str) -> list[bytes]:
-        ranks = loaders(config, size)
-        steps = ([segments(rank, step) for rank in ranks] for step in range(30))
-        return [one for step in steps for micro_step in zip(*step, strict=True) for tag, one in micro_step if tag == window]
+@pytest.mark.parametrize("group", [4, 8])
+def test_a_step_holds_the_same_segments_on_any_ranks_that_divide_a_group(config, group):
+    data = replace(config.data, group_segments=group)
 
-    for window in (SHORT, LONG):
-        one, four = order(1, window), order(4, window)
-        n = min(len(one), len(four))  # more than an epoch of it
-        assert n > loaders(config, 1)[0].n_segments(window)
-        assert one[:n] == four[:n]
+    def step_of(size: int, step: int) -> list[tuple[str, bytes]]:
+        ranks = [make_loader(data, 0, rank, size, 16, 128, 512) for rank in range(size)]
+        return sorted(one for rank in ranks for one in segments(rank, step))
+
+    for step in (0, 3, 17):
+        assert len(step_of(1, step)) == 16
+        assert all(step_of(size, step) == step_of(1, step) for size in (2, 4, group))
+
+
+def test_going_on_with_other_ranks_repeats_and_skips_nothing(config):
+    """Four ranks, then one, then two, in the middle of an epoch: together they see what one would have seen."""
+    data = replace(config.data, group_segments=4)
+
+    def walk(size: int, steps: range) -> Counter:
+        ranks = [make_loader(data, 0, rank, size, 8, 128, 512) for rank in range(size)]
+        return Counter(one for rank in ranks for step in steps for one in rank.segments(step))
+
+    assert walk(4, range(5)) + walk(1, range(5, 7)) + walk(2, range(7, 20)) == walk(1, range(20))
+
+
+@given(st.integers(0, 40), st.integers(0, 5), st.integers(1, 4))
+@settings(derandomize=True, deadline=None, max_examples=15)
+def test_threads_and_steps_ahead_change_nothing(config, first, ahead, threads):
+    (loader,) = loaders(config, 1)
+    steps = range(first, first + 6)
+    made = list(prefetched(loader.batches, steps, ahead, threads))
+    assert all(same(a, b) for step, batches in zip(steps, made, strict=True) for a, b in zip(batches, loader.batches(step), strict=True))
 
 
 def test_windows_are_spread_evenly_and_epochs_differ(config):
     (loader,) = loaders(config, 1)
     n_short, n_long = loader.n_segments(SHORT), loader.n_segments(LONG)
-    tags = [tag for step in range(6 * loader.steps_per_epoch) for tag, _ in segments(loader, step)]
+    tags = [tag for step in range(6 * loader.steps_per_epoch) for tag, _ in loader.segments(step)]
     share = n_long / (n_short + n_long)
     assert max(abs(tags[:n].count(LONG) - n * share) for n in range(1, len(tags))) <= 0.5 + 1e-9
-    order = [one for step in range(3 * loader.steps_per_epoch) for tag, one in segments(loader, step) if tag == LONG]
+    order = [one for step in range(3 * loader.steps_per_epoch) for tag, one in loader.segments(step) if tag == LONG]
     assert sorted(order[:n_long]) == sorted(order[n_long : 2 * n_long])
     assert order[:n_long] != order[n_long : 2 * n_long]
     (other,) = loaders(config, 1, seed=1)
-    assert order != [one for step in range(3 * loader.steps_per_epoch) for tag, one in segments(other, step) if tag == LONG]
+    assert order != [one for step in range(3 * loader.steps_per_epoch) for tag, one in other.segments(step) if tag == LONG]
 
 
 @pytest.mark.parametrize("attention", list(LongAttention))
 def test_labels_never_cross_documents(config, attention):
-    config.data.long_attention = attention
-    (loader,) = loaders(config, 1)
+    loader = make_loader(replace(config.data, long_attention=attention), 0, 0, 1, 8, 128, 512)
     bos, eos = 0, 1
     for batch in (batch for step in range(6) for batch in loader.batches(step)):
         inside = np.concatenate([np.arange(start, stop) for start, stop in batch.spans])
@@ -125,10 +152,51 @@ def test_a_loader_that_does_not_fit_the_model_is_refused(config):
             make_loader(config.data, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("group", "size", "words"),
+    [
+        (3, 1, "data.group_segments=3 does not divide optim.segments_per_step=8; set data.group_segments to one of 1, 2, 4, 8"),
+        (3, 2, "set data.group_segments to one of 2, 4, 8"),
+        (2, 4, "4 data-parallel ranks do not divide data.group_segments=2.*start with 1, 2 of them"),
+    ],
+)
+def test_groups_that_do_not_fit_say_what_does(config, group, size, words):
+    with pytest.raises(UserError, match=words):
+        make_loader(replace(config.data, group_segments=group), 0, 0, size, 8, 128, 512)
+
+
 def test_a_corpus_that_is_not_there_or_damaged_is_refused(config, tmp_path):
     with pytest.raises(UserError, match="run prepare"):
         Corpus.open(tmp_path)
-    corpus = Corpus.open(config.data.path)
-    (tmp_path / "segments.npz").write_bytes((corpus.folder / "segments.npz").read_bytes()[:-30])
-    with pytest.raises(UserError, match="is unusable"):
-        Corpus(tmp_path, corpus.manifest).pieces(SHORT)
+    copy = tmp_path / "corpus"
+    shutil.copytree(config.data.path, copy)
+    plan = plan_file(copy, LONG)
+    plan.write_bytes(plan.read_bytes()[:-30])
+    with pytest.raises(UserError, match="prepare again"):
+        make_loader(replace(config.data, path=str(copy)), 0, 0, 1, 8, 128, 512)
+
+
+def test_an_exception_on_a_thread_arrives_at_its_step_and_ends_the_threads():
+    def make(step: int) -> int:
+        if step == 3:
+            raise ValueError("step 3 is damaged")
+        return step
+
+    before, seen = threading.active_count(), []
+    with pytest.raises(ValueError, match="step 3 is damaged"):
+        seen.extend(prefetched(make, count(), 2, 2))
+    assert threading.active_count() == before
+    batches = prefetched(make, range(3), 1, 1)
+    assert next(batches) == 0
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_no_more_is_made_ahead_than_asked_for():
+    begun = []
+    batches = prefetched(lambda step: begun.append(step) or step, range(100), 3, 1)
+    for step in range(10):
+        assert next(batches) == step
+        assert len(begun) <= step + 1 + 3
+    batches.close()
+    assert len(begun) <= 13

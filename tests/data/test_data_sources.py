@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from lr2train.config import SourceConfig, UserError
-from lr2train.data.sources import Tally, check, identity, read
+from lr2train.data.formats import Tally
+from lr2train.data.sources import check, identity, read, shards
 
 
 def source(path, **values) -> SourceConfig:
@@ -32,8 +34,8 @@ def test_every_format_in_one_folder_in_fixed_order(tmp_path):
     (tmp_path / "notes.md").write_text("not ours")
     found, tally = all_of(source(tmp_path))
     assert found == {
-        "a.jsonl:0": "one",
-        "a.jsonl:1": "two",
+        "a.jsonl@0": "one",
+        "a.jsonl@17": "two",
         "c.jsonl.gz:0": "zipped",
         "d.parquet:0": "row 0",
         "d.parquet:1": "row 1",
@@ -59,7 +61,7 @@ def test_broken_records_are_counted_and_skipped(tmp_path):
 def test_one_file_and_another_column(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "one"}\n')
     found, _ = all_of(source(tmp_path / "a.jsonl", text_column="body"))
-    assert found == {"a.jsonl:0": "one"}
+    assert found == {"a.jsonl@0": "one"}
 
 
 def test_limits_are_never_exceeded(tmp_path):
@@ -100,7 +102,7 @@ def test_a_local_dataset_folder_needs_no_download(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
     found, tally = all_of(source(tmp_path, kind="hub"))
-    assert found == {"train:0": "one"}
+    assert found == {"a.jsonl@0": "one"}
     assert tally.broken == 1
 
 
@@ -115,15 +117,81 @@ def test_a_dataset_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         all_of(source(tmp_path, kind="hub", options={"split": "gone"}))
 
 
+def on_the_hub(monkeypatch, **data_files: list[str]) -> None:
+    """As ``datasets`` resolves a data set: its files of each split, at one commit."""
+    found = SimpleNamespace(config=SimpleNamespace(data_files=data_files))
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: found)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
 def test_a_dataset_that_breaks_off_is_one_sentence(monkeypatch):
     def gated(*_, **__):
         yield {"text": "one"}
         raise PermissionError("403: the dataset is gated.\nAsk for access.")
 
+    on_the_hub(monkeypatch, train=["hf://datasets/a/b@c0ffee/all.csv"])
     monkeypatch.setattr("datasets.load_dataset", gated)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(UserError, match=r"path=a/b cannot be read as a dataset: 403: the dataset is gated\. Ask for access; log in"):
         all_of(source("a/b", kind="hub", options={"allow_download": True}))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_the_hub_are_shards_at_their_commit(tmp_path, monkeypatch, streaming):
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    parquet.write_table(pa.table({"text": ["row"]}), tmp_path / "y.parquet")
+    places = [f"hf://datasets/a/b@c0ffee/data/{name}" for name in ("x.jsonl", "y.parquet")]
+    on_the_hub(monkeypatch, train=places[:1], validation=places[1:], test=["hf://datasets/a/b@c0ffee/data/z.jsonl"])
+    asked = []
+
+    def download(repo, name, repo_type, revision):
+        asked.append((repo, name, repo_type, revision))
+        return str(tmp_path / name.removeprefix("data/"))
+
+    class FileSystem:
+        def open(self, place, mode):
+            asked.append((place, mode))
+            return (tmp_path / place.rpartition("/")[2]).open(mode)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", FileSystem)
+    options = {"allow_download": True, "split": ["train", "validation"], "streaming": streaming}
+    config = source("a/b", kind="hub", options=options)
+    assert [shard.files[0].place for shard in shards(config, 1)] == places
+    found, tally = all_of(config)
+    assert found == {"data/x.jsonl@0": "one", "data/x.jsonl@16": "two", "data/y.parquet:0": "row"}
+    assert tally.broken == 0
+    if streaming:
+        assert asked == [(place, "rb") for place in places]
+    else:
+        assert asked == [("a/b", f"data/{name}", "dataset", "c0ffee") for name in ("x.jsonl", "y.parquet")]
+
+
+def test_a_commit_that_moved_is_another_source(monkeypatch):
+    config, seen = source("a/b", kind="hub", options={"allow_download": True}), set()
+    for commit in ("one", "two"):
+        on_the_hub(monkeypatch, train=[f"hf://datasets/a/b@{commit}/x.jsonl"])
+        seen.add(identity(config, shards(config, 1)))
+    assert len(seen) == 2
+
+
+def test_splits_of_a_local_data_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": f"of {split}"}) + "\n")
+    found, _ = all_of(source(tmp_path, kind="hub", options={"split": "validation"}))
+    assert found == {"validation.jsonl@0": "of validation"}
+    found, _ = all_of(source(tmp_path, kind="hub", options={"split": ["train", "validation"]}))
+    assert list(found.values()) == ["of train", "of validation"]
+
+
+def test_a_local_data_set_of_another_format_is_one_shard(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.csv").write_text("text,n\none,1\ntwo,2\n")
+    config = source(tmp_path / "set", kind="hub")
+    assert len(shards(config, 1)) == 1
+    assert all_of(config)[0] == {"train:0": "one", "train:1": "two"}
 
 
 class Counting:
@@ -147,7 +215,7 @@ def test_a_class_of_ones_own_is_read():
     found, tally = all_of(custom())
     assert found == {"number-0": "this is 0", "number-1": "this is 1"}
     assert tally.broken == 2
-    assert identity(custom()) == ""
+    assert identity(custom(), shards(custom(), 1)) == ""
 
 
 @pytest.mark.parametrize(
@@ -172,6 +240,8 @@ def test_a_class_that_cannot_be_built_is_named(words, values):
         (r"windows=\['middle'\] is not", {"windows": ["middle"]}),
         (r"windows=\[\] is not", {"windows": []}),
         ("max_tokens=0 is below 1", {"max_tokens": 0}),
+        ("max_document_bytes=0 is below 1", {"max_document_bytes": 0}),
+        (r"max_broken_share=1\.5 is not between", {"max_broken_share": 1.5}),
         ("needs kind=custom", {"target": "a.B"}),
     ],
 )
@@ -192,7 +262,10 @@ def test_definitions_are_parts_of_their_module():
 
 
 def test_identity_changes_with_the_files(tmp_path):
+    def of(path) -> str:
+        return identity(source(path), shards(source(path), 1))
+
     (tmp_path / "a.txt").write_text("x")
-    before = identity(source(tmp_path))
+    before = of(tmp_path)
     (tmp_path / "b.txt").write_text("y")
-    assert identity(source(tmp_path)) != before == identity(source(tmp_path / "a.txt"))
+    assert of(tmp_path) != before == of(tmp_path / "a.txt")

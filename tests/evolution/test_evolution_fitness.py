@@ -17,12 +17,12 @@ from lr2train.evolution.documents import Document
 from lr2train.evolution.documents import documents as documents_of
 from lr2train.evolution.fitness import WORST, Fitness
 from lr2train.evolution.genome import Space
-from lr2train.evolution.loop import evolve
 from lr2train.evolution.race import Judge, everything
 from lr2train.model import load, rotary
 from lr2train.model.score import Score
 from lr2train.rope import METHODS
 from lr2train.rope import hf as rope_hf
+from lr2train.search import ALGORITHMS
 from lr2train.training.engine import load_sharded
 
 N_DOCUMENTS = 3
@@ -193,7 +193,7 @@ def test_the_final_is_decided_on_further_documents_alone(folder, tmp_path, monke
             "answers": [losses[candidate.key][document]] * 2,
         },
     )
-    judge = Judge(fitness, SearchConfig(population=4, top_k=2, documents=2, final_documents=1))
+    judge = Judge(Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2, documents=2, final_documents=1)), fitness)
     assert [one.candidate for one in sorted(judge([first, second], []), key=lambda one: one.loss)] == [first, second]
     final = judge.final([first, second])
     assert [(one.candidate, one.documents) for one in final] == [(second, 1), (first, 1)]
@@ -215,24 +215,27 @@ def test_a_decision_is_run_until_it_misses_nothing_and_counts_what_it_asked_for(
     assert fitness.computed == 5
 
 
-def racing_search(folder, journal, sharded: bool = False) -> tuple:
-    """A whole search with racing; what it found and what it cost."""
+def racing_search(folder, journal, sharded: bool = False, algorithm: str = "evolution") -> tuple:
+    """A whole search; what it found and what it cost."""
     knobs = SearchConfig(population=6, top_k=2, generations=3, documents=2, final_documents=1, racing_answers=2)
-    fitness = fitness_over(folder, journal, sharded)
-    judge = Judge(fitness, knobs)
-    generations = list(evolve(Space(tiny.SPECTRUM, tiny.L, knobs), judge, 0))
+    fitness, space = fitness_over(folder, journal, sharded), Space(tiny.SPECTRUM, tiny.L, knobs)
+    evolution, judge_by = ALGORITHMS[algorithm]
+    judge = judge_by(space, fitness)
+    generations = list(evolution(space, judge, 0))
     final = judge.final([one.candidate for one in generations[-1].population[:2]])
     return generations, final, fitness.document_forwards, fitness.computed
 
 
-def on_ranks(rank: int, world: int, folder, journal):
-    return racing_search(folder, journal)
+def on_ranks(rank: int, world: int, folder, journal, algorithm: str):
+    return racing_search(folder, journal, algorithm=algorithm)
 
 
-def test_any_number_of_ranks_finds_the_same(folder, tmp_path):
-    found = {world: run_ranks(on_ranks, world, folder, tmp_path / f"{world}.jsonl", tmp_path=tmp_path) for world in (1, 2, 4)}
+@pytest.mark.parametrize("algorithm", ["evolution", "surrogate"])
+def test_any_number_of_ranks_finds_the_same(folder, tmp_path, algorithm):
+    found = {world: run_ranks(on_ranks, world, folder, tmp_path / f"{world}.jsonl", algorithm, tmp_path=tmp_path) for world in (1, 2, 4)}
     generations, final, wanted, computed = found[1][0]
-    assert wanted == computed < 2 * generations[-1].evaluated + 2, "alone nothing is computed in vain, and something was dropped"
+    assert wanted == computed, "alone nothing is computed in vain"
+    assert algorithm == "surrogate" or wanted < 2 * generations[-1].evaluated + 2, "somebody was dropped"
     for world in (2, 4):
         assert [one[:3] for one in found[world]] == [(generations, final, wanted)] * world
         entries = [json.loads(line) for line in (tmp_path / f"{world}.jsonl").read_text().splitlines()]
@@ -241,7 +244,7 @@ def test_any_number_of_ranks_finds_the_same(folder, tmp_path):
         assert len({(entry["candidate"], entry["document"]) for entry in entries}) == len(entries), "nothing is computed twice"
         alone = {(e["candidate"], e["document"]): e["answers"] for e in map(json.loads, (tmp_path / "1.jsonl").read_text().splitlines())}
         assert all(alone.get((e["candidate"], e["document"]), e["answers"]) == e["answers"] for e in entries)
-    resumed = run_ranks(on_ranks, 2, folder, tmp_path / "1.jsonl", tmp_path=tmp_path)
+    resumed = run_ranks(on_ranks, 2, folder, tmp_path / "1.jsonl", algorithm, tmp_path=tmp_path)
     assert resumed == [(generations, final, wanted, computed)] * 2, "a journal of one rank, read by two"
 
 

@@ -36,6 +36,26 @@ def test_gather_undoes_shard(kind, size, dim):
         assert torch.equal(layout.gather(shards, dim), x)
 
 
+@pytest.mark.parametrize(("size", "inner"), [(1, 1), (4, 1), (4, 2), (4, 4), (8, 2), (8, 4), (6, 3)])
+def test_a_nested_zigzag_is_a_zigzag_cut_contiguously(size, inner):
+    """The inner ranks of one ring rank hold, end to end, what a zigzag of size / inner ranks gives to one."""
+    x = torch.arange(96)
+    nested = [Layout("zigzag_nested", 96, rank, size, inner) for rank in range(size)]
+    shards = [layout.shard(x, 0) for layout in nested]
+    for ring_rank in range(size // inner):
+        together = torch.cat(shards[ring_rank * inner : (ring_rank + 1) * inner])
+        assert torch.equal(together, Layout("zigzag", 96, ring_rank, size // inner).indices)
+    assert all(torch.equal(layout.gather(shards, 0), x) for layout in nested)
+    assert {len(shard) for shard in shards} == {96 // size}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_the_indices(kind):
+    for layout in all_ranks(kind, 48, 4):
+        assert torch.cat([torch.arange(start, stop) for start, stop in layout.blocks]).equal(layout.indices)
+    assert Layout("zigzag", 16, 3, 4).blocks == ((6, 10),), "the middle blocks adjoin"
+
+
 @given(size=st.sampled_from(SIZES), kind=st.sampled_from(KINDS), multiple=st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
 def test_shard_is_indexing_by_indices(size, kind, multiple):

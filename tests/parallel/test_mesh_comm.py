@@ -6,7 +6,7 @@ import torch.distributed as dist
 from ranks import RankError, run_ranks
 
 from lr2train.config import UserError
-from lr2train.parallel.comm import all_gather, all_to_all
+from lr2train.parallel.comm import Transfer, agree, all_gather, all_to_all, counting, exchange_rows, transfer
 from lr2train.parallel.mesh import Mesh, make_mesh
 
 
@@ -57,10 +57,88 @@ def check_mesh(rank: int, world: int) -> None:
             make_mesh(sp)
 
 
+def check_inner_mesh(rank: int, world: int) -> None:
+    for sp, ring in ((4, 2), (4, 4), (2, 2), (4, 1), (1, 1)):
+        mesh = make_mesh(sp, timeout_s=30, ring=ring)
+        assert (mesh.ring_size, mesh.ulysses_size) == (ring, sp // ring)
+        assert mesh.ring_rank * mesh.ulysses_size + mesh.ulysses_rank == mesh.sp_rank
+        first = rank - mesh.sp_rank
+        neighbours = [first + mesh.ring_rank * mesh.ulysses_size + i for i in range(mesh.ulysses_size)]
+        assert dist.get_process_group_ranks(mesh.ulysses_group) == neighbours, "consecutive: the fast links"
+        if ring > 1:
+            assert dist.get_process_group_ranks(mesh.ring_group) == [first + i * mesh.ulysses_size + mesh.ulysses_rank for i in range(ring)]
+        else:
+            assert mesh.ring_group is None
+    with pytest.raises(UserError, match=r"parallel.ring=3 does not divide parallel.sp=4; set parallel.ring to one of \[1, 2, 4\]"):
+        make_mesh(4, ring=3)
+
+
+def check_uneven_exchange(rank: int, world: int) -> None:
+    """Rank a sends a + b rows to rank b: its own number, so that it can be told whose they are."""
+    sent = [0 if other == rank else rank + other for other in range(world)]
+    received = [0 if other == rank else rank + other for other in range(world)]
+    with counting() as counts:
+        into, work = exchange_rows(torch.full((sum(sent), 3), float(rank)), sent, received, dist.group.WORLD)
+    work.wait()
+    assert into[:, 0].tolist() == [other for other in range(world) for _ in range(received[other])]
+    assert counts == {"all_to_all": sum(sent) * 3 * 4}
+
+
+def check_transfers(rank: int, world: int) -> None:
+    """Around the ring in both directions at once, with nothing on one link: two phases in flight, told apart by their order and tag."""
+    back, forth = (rank - 1) % world, (rank + 1) % world
+    empty = 2  # the rank that has nothing to send in the first phase
+    first = torch.full((0 if rank == empty else 2, 2), float(rank))
+    arriving = torch.empty(0 if forth == empty else 2, 2)
+    second, other = torch.full((3,), 10.0 + rank), torch.empty(3)
+    with counting() as counts:
+        works = transfer(Transfer(back, [first]), Transfer(forth, [arriving]), dist.group.WORLD, tag=0)
+        works += transfer(Transfer(forth, [second]), Transfer(back, [other]), dist.group.WORLD, tag=1)
+    for work in works:
+        work.wait()
+    assert torch.equal(arriving, torch.full_like(arriving, forth))
+    assert torch.equal(other, torch.full((3,), 10.0 + back))
+    assert counts == {"send": first.nbytes + second.nbytes}
+
+
+def check_counts(rank: int, world: int) -> None:
+    """A count begun in the forward goes on in the backward, after the block; outside of any block nothing is kept."""
+    x = torch.ones(4, 8, requires_grad=True)
+    with counting() as counts:
+        out = all_to_all(x, 1, 0, dist.group.WORLD)
+        gathered = all_gather(x, 0, dist.group.WORLD)
+    part = x.nbytes // world * (world - 1)
+    assert counts == {"all_to_all": part, "all_gather": x.nbytes * (world - 1)}
+    all_to_all(x, 1, 0, dist.group.WORLD)
+    assert counts["all_to_all"] == part
+    (out.sum() + gathered.sum()).backward()
+    assert counts == {"all_to_all": 2 * part, "all_gather": x.nbytes * (world - 1), "reduce_scatter": x.nbytes * (world - 1)}
+
+
+def check_agree(rank: int, world: int) -> None:
+    same = {"window": "long", "n_tokens": 4096, "spans": 2**62 + 1}
+    agree(same, dist.group.WORLD, "a segment")
+    sentence = r"ranks that share a segment disagree on n_tokens \(4096 on rank 0, 8192 on rank 3\); every rank must be started"
+    with pytest.raises(UserError, match=sentence):
+        agree(same | {"n_tokens": 8192 if rank == 3 else 4096}, dist.group.WORLD, "a segment")
+    with pytest.raises(UserError, match=r"disagree on window \(\d+ on rank 0, \d+ on rank 1\)"):
+        agree(same | {"window": "short" if rank == 1 else "long"}, dist.group.WORLD, "a segment")
+    with pytest.raises(UserError, match="disagree on its fields"):
+        agree(same if rank else {"window": "long"}, dist.group.WORLD, "a segment")
+    total = torch.ones(1)
+    dist.all_reduce(total)  # every rank raised, so every rank is here
+    assert total.item() == world
+
+
 def check_all(rank: int, world: int) -> None:
     check_all_to_all(rank, world)
     check_all_gather(rank, world)
     check_mesh(rank, world)
+    check_inner_mesh(rank, world)
+    check_uneven_exchange(rank, world)
+    check_transfers(rank, world)
+    check_counts(rank, world)
+    check_agree(rank, world)
 
 
 def test_collectives_and_mesh_on_4_ranks(tmp_path):
@@ -74,6 +152,7 @@ def test_without_torch_distributed_everything_is_one_rank():
     x = torch.randn(2, 3)
     assert all_to_all(x, 0, 1, None) is x
     assert all_gather(x, 0, None) is x
+    agree({"window": 1}, None, "a segment")
 
 
 def fails_on_rank_1(rank: int, world: int) -> None:

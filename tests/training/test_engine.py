@@ -18,6 +18,8 @@ ARCHITECTURE = {
     "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
 }  # fmt: skip
 SHORT_SPANS = ((0, 13), (13, 32), (32, 50), (50, 60))
+WITHIN = 6  # the segment whose documents lie inside the shards of two and of four ranks
+WITHIN_SPANS = ((0, 13), (13, 16), (16, 32), (32, 48), (48, 60))
 EMPTY_SHARD = 8  # the segment whose second half is padding: with sp=2 a rank has no attention and no target at all
 # Below a threshold ZeRO-3 keeps parameters whole; zero makes it gather and release every one, as it does those of a large model.
 RELEASE_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -32,7 +34,7 @@ def segment(index: int) -> Batch:
     if index % 2:
         return Batch(tokens, labels, np.arange(T), ((0, T),), "long", T - 1)
     positions = np.zeros(T, dtype=np.int64)
-    spans = SHORT_SPANS[:2] if index == EMPTY_SHARD else SHORT_SPANS
+    spans = {EMPTY_SHARD: SHORT_SPANS[:2], WITHIN: WITHIN_SPANS}.get(index, SHORT_SPANS)
     for start, stop in spans:
         positions[start:stop] = np.arange(stop - start)
         labels[stop - 1] = -100
@@ -71,6 +73,16 @@ def one_step(rank: int, world: int, sp: int, accumulation: int, segments: list[i
     config, mesh = config_for(sp, accumulation, world), make_mesh(sp)
     config = replace(config, engine=replace(config.engine, **(engine_changes or {})), model=replace(config.model, **(model_changes or {})))
     engine = Engine(config, mesh, factors(), load.config_of(config.model), torch.device("cpu"))
+    gradients = captured_gradients(engine)
+    mine = segments[mesh.dp_rank :: mesh.dp_size]
+    stats = engine.step([segment(i) for i in mine], lr=1e-3)
+    dist.barrier()
+    engine._engine.destroy()
+    return stats, {name: gradient.numpy() for name, gradient in gradients.items()} if rank == 0 else None
+
+
+def captured_gradients(engine) -> dict[str, torch.Tensor]:
+    """Filled by every step with its whole gradients, before they are applied."""
     gradients: dict[str, torch.Tensor] = {}
     update = engine._engine.step
 
@@ -80,11 +92,7 @@ def one_step(rank: int, world: int, sp: int, accumulation: int, segments: list[i
         update()
 
     engine._engine.step = capture
-    mine = segments[mesh.dp_rank :: mesh.dp_size]
-    stats = engine.step([segment(i) for i in mine], lr=1e-3)
-    dist.barrier()
-    engine._engine.destroy()
-    return stats, {name: gradient.numpy() for name, gradient in gradients.items()} if rank == 0 else None
+    return gradients
 
 
 def plain_step(segments: list[int]):
@@ -128,7 +136,7 @@ def plain_step(segments: list[int]):
         )
         for name, _ in models["short"].named_parameters()
     }
-    return loss.item(), {w: float(total[w] / n_targets[w]) for w in total if n_targets[w]}, sum(n_targets.values()), gradients
+    return loss.item(), {w: float(total[w].detach() / n_targets[w]) for w in total if n_targets[w]}, sum(n_targets.values()), gradients
 
 
 def cases_of(world: int) -> tuple[list[tuple[int, int, int]], list[list[int]]]:
@@ -136,6 +144,45 @@ def cases_of(world: int) -> tuple[list[tuple[int, int, int]], list[list[int]]]:
     cases = [case for case in CASES if case[0] == world]
     segments = [[2 * j + (m % 2) + 1 for m in range(accumulation) for j in range(world // sp)] for _, sp, accumulation in cases]
     return [*cases, (world, world, 2)], [*segments, [EMPTY_SHARD, 3]]
+
+
+# What each strategy is run on, in turn on one engine: an odd number is a long segment, an even one short; see `segment`.
+STRATEGIES = {
+    "auto": [1, 2], "ulysses": [1, EMPTY_SHARD], "ring": [2, 3], "gather": [EMPTY_SHARD, 5], "ulysses_ring": [1, 2], "local": [WITHIN, WITHIN]
+}  # fmt: skip
+
+
+def every_strategy(rank: int, world: int):
+    """(strategy, stats, gradients) of one step of each. A learning rate of 0 leaves the weights as they are."""
+    import torch.distributed as dist
+
+    from lr2train.model import load
+    from lr2train.parallel.mesh import make_mesh
+    from lr2train.training.engine import Engine, start_deepspeed
+
+    start_deepspeed(torch.device("cpu"))
+    config, mesh = config_for(world, 2, world), make_mesh(world, ring=min(2, world))
+    engine = Engine(config, mesh, factors(), load.config_of(config.model), torch.device("cpu"))
+    gradients = captured_gradients(engine)
+    found = []
+    for strategy, segments in STRATEGIES.items():
+        engine.attention.strategy = strategy
+        stats = engine.step([segment(i) for i in segments], lr=0.0)
+        found.append((strategy, stats, {name: gradient.numpy() for name, gradient in gradients.items()} if rank == 0 else None))
+    dist.barrier()
+    engine._engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_strategy_gives_the_same_step(world, tmp_path):
+    for strategy, stats, gradients in run_ranks(every_strategy, world, tmp_path=tmp_path, timeout_s=240)[0]:
+        loss, _, n_targets, expected = plain_step(STRATEGIES[strategy])
+        assert stats.n_target_tokens == n_targets, strategy
+        assert stats.loss == pytest.approx(loss, rel=1e-5), strategy
+        for name, gradient in expected.items():
+            error = np.abs(gradients[name] - gradient.numpy()).max() / gradient.abs().max().item()
+            assert error < 1e-5, f"{strategy} {name}: {error:.1e}"
 
 
 VARIANTS = {  # what else users choose, on two ranks that share segments: overrides of config_for, and how far from fp64 it may be

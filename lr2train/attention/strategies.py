@@ -1,0 +1,13 @@
+"""All strategies by the name that ``parallel.strategy`` gives them."""
+
+from __future__ import annotations
+
+from lr2train.attention.gather import GATHER
+from lr2train.attention.local import LOCAL
+from lr2train.attention.ring import RING
+from lr2train.attention.ring_flash_attn import RING_FLASH_ATTN
+from lr2train.attention.strategy import Strategy
+from lr2train.attention.ulysses import ULYSSES
+from lr2train.attention.ulysses_ring import ULYSSES_RING
+
+STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (LOCAL, ULYSSES, RING, GATHER, ULYSSES_RING, RING_FLASH_ATTN)}

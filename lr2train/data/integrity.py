@@ -1,0 +1,130 @@
+"""Whether a corpus on the disk is the one that was written: sizes always, checksums once.
+
+Choice: every store has the checksums of its files in its manifest, ``checksums.json`` has those of what lies around them (plan, tokenizer,
+manifests), and each of these lists has its own. A file that passed is remembered by size and time in ``verified.json``, so the next start
+reads it no more. Cost: the first start reads all tokens once, at about a gigabyte a second and core; damage that keeps a file's size and
+time is found at the first start on a machine that cannot remember, and not again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from lr2train.config import UserError
+from lr2train.data import store
+from lr2train.data.store import HOLDOUT, TRAIN
+from lr2train.run import read_json, write_json
+
+CHECKSUMS, VERIFIED = "checksums.json", "verified.json"
+_AROUND = ("corpus.json", "segments*", "plan*", "tokenizer/*", "store/*/source.json", "store/*/*.usable.npy")
+
+
+class _File(NamedTuple):
+    path: Path
+    size: int
+    sha256: str
+
+
+def write_checksums(folder: Path) -> None:
+    """Note the checksums of everything around the stores: the last thing that ``prepare`` does."""
+    files = sorted({path for pattern in _AROUND for path in folder.glob(pattern) if path.is_file()})
+    noted = {str(path.relative_to(folder)): [path.stat().st_size, store.sha256_of(path)] for path in files}
+    store.seal(folder / CHECKSUMS, {"files": noted})
+
+
+def refuse_damage(folder: Path) -> None:
+    """Compare what lies around the stores of a corpus, as far as it is there, with its checksums: what ``prepare`` goes on from.
+
+    Raises:
+        UserError: a file was changed.
+    """
+    if (folder / CHECKSUMS).exists():
+        noted = store.sealed(folder / CHECKSUMS)["files"]
+        _compare(folder, [_File(folder / name, *about) for name, about in noted.items() if (folder / name).exists()])
+
+
+def verify_corpus(folder: Path, prefixes: Iterable[Path], full: bool = True) -> int:
+    """Compare a corpus with its checksums.
+
+    Args:
+        folder: of the corpus.
+        prefixes: of its stores.
+        full: read what was not read before; else sizes alone are looked at.
+
+    Returns:
+        How many bytes had to be read.
+
+    Raises:
+        UserError: a file is missing, of another size, or was changed; the text names it.
+    """
+    noted = store.sealed(folder / CHECKSUMS)["files"]
+    around = [_File(folder / name, size, sha256) for name, (size, sha256) in noted.items()]
+    for file in around:
+        _check_size(file)
+    files = [*around, *(file for prefix in prefixes for file in _files_of(prefix))]
+    return _compare(folder, files) if full else 0
+
+
+def verify_stores(folder: Path, prefixes: Iterable[Path]) -> int:
+    """Compare stores alone with their checksums; see ``verify_corpus``."""
+    return _compare(folder, [file for prefix in prefixes for file in _files_of(prefix)])
+
+
+def _files_of(prefix: Path) -> list[_File]:
+    manifest = store.sealed(store.suffixed(prefix, ".json"))
+    store.check_sizes(prefix, manifest)
+    return [_File(store.suffixed(prefix, suffix), about["bytes"], about["sha256"]) for suffix, about in manifest["files"].items()]
+
+
+def _check_size(file: _File) -> None:
+    found = file.path.stat().st_size if file.path.exists() else None
+    if found != file.size:
+        raise _damaged(file.path, "is missing" if found is None else f"has {found} bytes where {file.size} were written")
+
+
+def _compare(folder: Path, files: list[_File]) -> int:
+    known = _remembered(folder)
+    new = [file for file in files if known.get(_name(folder, file)) != _stamp(file)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for file, sha256 in zip(new, pool.map(store.sha256_of, (file.path for file in new)), strict=True):
+            if sha256 != file.sha256:
+                raise _damaged(file.path, "does not have the checksum that it was written with")
+    if new:
+        _remember(folder, {**known, **{_name(folder, file): _stamp(file) for file in new}})
+    return sum(file.size for file in new)
+
+
+def _name(folder: Path, file: _File) -> str:
+    return file.path.relative_to(folder).as_posix()
+
+
+def _stamp(file: _File) -> list[int | str]:
+    """By which a file that was read is known again."""
+    stat = file.path.stat()
+    return [stat.st_size, stat.st_mtime_ns, file.sha256]
+
+
+def _remembered(folder: Path) -> dict[str, list[int | str]]:
+    try:
+        return dict(read_json(folder / VERIFIED)) if (folder / VERIFIED).exists() else {}
+    except (UserError, TypeError, ValueError):  # only a memory: without it everything is read again
+        return {}
+
+
+def _remember(folder: Path, stamps: dict[str, list[int | str]]) -> None:
+    try:
+        write_json(folder / VERIFIED, stamps)
+    except OSError:  # a corpus that is only to be read
+        return
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    of_store = path.parent.parent.name == "store" and path.name.startswith((f"{TRAIN}-", f"{HOLDOUT}-"))
+    remove = f"{path.parent / path.name.partition('.')[0]}.*" if of_store else f"{path} and corpus.json"
+    return UserError(
+        f"the corpus is damaged: {path} {why}; remove {remove} and run prepare again, or set data.verify=false to go on all the same"
+    )

@@ -1,0 +1,181 @@
+"""inspect: look at planned segments: what documents they hold, from where, and how they read.
+
+    python -m lr2train.inspect data.path=runs/corpus                                   the first segment of each window
+    python -m lr2train.inspect data.path=runs/corpus inspect.window=long inspect.segment=3
+    python -m lr2train.inspect run=first inspect.step=17 inspect.dp_size=8             what step 17 of a run holds, rank by rank
+    python -m lr2train.inspect data.path=runs/corpus optim.segments_per_step=64 inspect.step=17
+
+A step is counted as metrics.jsonl counts it. ``run=`` takes the corpus, the seed, the batch and the groups of a training run. In the bar a
+letter is a source, capital and small in turn from document to document, and a dot is padding. In the table ``<`` marks a document that
+begins before its piece, ``>`` one that goes on after it. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lr2train import run
+from lr2train.config import Config, LongAttention, UserError, main
+from lr2train.data.batch import WINDOWS
+from lr2train.data.corpus import Corpus
+from lr2train.data.loader import SegmentLoader, make_loader
+from lr2train.data.viewing import EMPTY, SegmentView, Viewer, bar, letters_of
+from lr2train.training.steps import Skips, Steps
+
+_BAR_CELLS, _STEP_CELLS, _NARROWEST = 96, 48, 140
+_HEADER = ("at", "tokens", "source", "document", "from the document", "targets", "text")
+_RIGHT = (0, 1, 5)  # columns of numbers
+
+
+def inspect(config: Config) -> list[SegmentView]:
+    """Run the verb: print what was asked for; returns it.
+
+    Raises:
+        UserError: there is no such corpus, segment, step or run.
+    """
+    config = _of_run(config)
+    corpus = Corpus.open(config.data.path)
+    asked, letters = config.inspect, letters_of([source["name"] for source in corpus.manifest["sources"]])
+    if asked.step is not None:
+        return _show_step(config, corpus, letters)
+    viewer = Viewer(corpus, _loader(config, corpus, 1))
+    shown = [viewer.look(window, number, asked.text_chars) for window, number in _chosen(config, viewer.loader)]
+    for segment in shown:
+        _print_segment(segment, letters, asked.documents)
+    return shown
+
+
+def _of_run(config: Config) -> Config:
+    """The config with what decided the data of the run that ``run=`` names."""
+    if config.run is None:
+        return config
+    folder = Path(config.runs_folder) / config.run
+    saved = run.read_json(folder / "train.config.json")
+    if saved["data"]["kind"] != "segments":
+        raise UserError(f"run={config.run} was trained with data.kind={saved['data']['kind']}, which plans no segments; choose another run")
+    data = replace(
+        config.data,
+        path=config.data.path or saved["data"]["path"],
+        long_attention=LongAttention[saved["data"]["long_attention"]],
+        group_segments=saved["data"].get("group_segments", 0),
+        skip_steps=saved["data"].get("skip_steps", []),
+    )
+    steps = Steps.settle(folder, data, config.inspect.dp_size)
+    optim = replace(config.optim, segments_per_step=saved["optim"]["segments_per_step"])
+    return replace(config, seed=saved["seed"], data=steps.applied(data), optim=optim)
+
+
+def _loader(config: Config, corpus: Corpus, dp_size: int) -> SegmentLoader:
+    data = replace(config.data, segment_tokens=corpus.segment_tokens, kind="segments")
+    loader = make_loader(data, config.seed, 0, dp_size, config.optim.segments_per_step)
+    assert isinstance(loader, SegmentLoader)
+    return loader
+
+
+def _chosen(config: Config, loader: SegmentLoader) -> list[tuple[str, int]]:
+    """Window and number of the segments that were asked for.
+
+    Raises:
+        UserError: no window has that segment.
+    """
+    number, windows = config.inspect.segment or 0, WINDOWS if config.inspect.window is None else (config.inspect.window,)
+    chosen = [(window, number) for window in windows if number < loader.n_segments(window)]
+    if not chosen:
+        counts = " and ".join(f"{loader.n_segments(window)} {window}" for window in windows)
+        raise UserError(f"inspect.segment={number} is not there: the plan has {counts} segments, counted from 0; set a smaller number")
+    return chosen
+
+
+def _show_step(config: Config, corpus: Corpus, letters: dict[str, str]) -> list[SegmentView]:
+    step, size = config.inspect.step or 1, config.inspect.dp_size
+    viewer = Viewer(corpus, _loader(config, corpus, size))
+    by_rank = [viewer.loader.segments(step - 1, rank) for rank in range(size)]
+    skipped = " (passed over: data.skip_steps)" if step in Skips.parse(config.data.skip_steps) else ""
+    group = config.data.group_segments or size
+    print(
+        f"step {step}{skipped}: {config.optim.segments_per_step} segments in groups of {group}, {size} data-parallel ranks, seed {config.seed}; "
+        f"an epoch has {viewer.loader.steps_per_epoch} steps"
+    )
+    print(_legend(letters, letters))
+    shown = []
+    for micro_step, of_ranks in enumerate(zip(*by_rank, strict=True)):
+        for rank, (window, number) in enumerate(of_ranks):
+            shown.append(viewer.look(window, number, 0))
+            print(f"micro-step {micro_step:>3}  rank {rank:>3}  {_line(shown[-1], letters)}")
+    return shown
+
+
+def _line(segment: SegmentView, letters: dict[str, str]) -> str:
+    return (
+        f"{segment.window:<5} {segment.number:>7}  {_painted(bar(segment, _STEP_CELLS, letters))}  {len(segment.pieces):>5} documents  "
+        f"{segment.padding_share:>6.2%} padding  {segment.n_targets:>9,} targets"
+    )
+
+
+def _print_segment(segment: SegmentView, letters: dict[str, str], most: int) -> None:
+    print(
+        f"\n{segment.window} segment {segment.number} of {segment.n_segments:,}: {segment.segment_tokens:,} tokens, "
+        f"{len(segment.pieces)} documents, attention over {'the whole segment' if segment.n_spans == 1 else 'each document'}, "
+        f"{segment.padding_share:.2%} padding, {segment.n_targets:,} targets"
+    )
+    print(_painted(bar(segment, _BAR_CELLS, letters)))
+    print(_legend(letters, segment.sources))
+    rows = list(_rows(segment, letters, most))
+    if sys.stdout.isatty():
+        _print_rich(rows)
+    else:
+        _print_plain(rows)
+    if len(segment.pieces) > most:
+        print(f"… {len(segment.pieces) - most} more documents (inspect.documents={len(segment.pieces)} shows all)")
+
+
+def _legend(letters: dict[str, str], names: Sequence[str] | dict[str, str]) -> str:
+    return "  ".join([*(f"{letters[name]} {name}" for name in names), f"{EMPTY} padding"])
+
+
+def _rows(segment: SegmentView, letters: dict[str, str], most: int) -> Iterator[tuple[str, ...]]:
+    for piece in segment.pieces[:most]:
+        part = f"[{piece.start:,}, {piece.stop:,}) of {piece.length:,}"
+        cut = f"{'<' if piece.begins_before else ' '}{part}{'>' if piece.goes_on else ' '}"
+        document = f"{piece.document}  {piece.origin}" if piece.origin else f"{piece.document}"
+        text = f"{piece.head} … {piece.tail}" if piece.tail else piece.head
+        source = f"{letters[piece.source]} {piece.source}"
+        yield f"{piece.at:,}", f"{piece.stop - piece.start:,}", source, document, cut, f"{piece.n_targets:,}", text
+
+
+def _print_plain(rows: Sequence[tuple[str, ...]]) -> None:
+    table = [_HEADER, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = [f"{cell:{'>' if column in _RIGHT else '<'}{widths[column]}}" for column, cell in enumerate(row)]
+        print("  ".join(cells).rstrip())
+
+
+def _print_rich(rows: Sequence[tuple[str, ...]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    console.width = max(console.width, _NARROWEST)  # a narrower terminal wraps lines: better than columns of a few letters
+    table = Table(*_HEADER, box=SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(table.columns[:-1]):
+        column.no_wrap, column.justify = True, "right" if number in _RIGHT else "left"
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: what stands in documents is no markup
+    console.print(table)
+
+
+def _painted(cells: str) -> str:
+    """The bar in colours, a colour a letter, where there is a terminal."""
+    if not sys.stdout.isatty():
+        return cells
+    return "".join(cell if cell == EMPTY else f"\x1b[{41 + (ord(cell.upper()) - ord('A')) % 6};30m{cell}\x1b[0m" for cell in cells)
+
+
+if __name__ == "__main__":
+    main("inspect", inspect)

@@ -1,0 +1,72 @@
+"""How a rank that fails in the middle of common work tells the others why.
+
+Choice: the reason goes into the process group's own store, before the failing rank leaves. The others are blocked in a collective that it
+will never join; gloo wakes them when its process ends, nccl's watchdog or the launcher at the latest after ``parallel.timeout_s``; they then
+look into the store and raise that reason in the place of "connection closed". What fails before the first collective is better told by
+``control.together``, which leaves the job intact. Cost: the store has to outlive the failing rank; where rank 0 keeps it itself (the
+``deepspeed`` launcher) and is the one that fails, the others can only say that a rank is gone, and its own log says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+
+from torch.distributed.distributed_c10d import _get_default_store
+
+from lr2train.config import UserError
+from lr2train.parallel.control import PeerGone, rank, world
+
+_KEY = "lr2train/failure"
+_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # what gloo says of a peer whose process has ended
+
+
+@contextlib.contextmanager
+def told_to_all() -> Iterator[None]:
+    """Whatever one rank raises inside becomes the reason that every rank raises. The process group is of no use afterwards.
+
+    Raises:
+        UserError: another rank raised one first; the text names the rank.
+        PeerGone: a rank ended without a word.
+        RuntimeError: another rank raised anything else first; the text names the rank, the kind and the reason.
+        Exception: this rank's own, unchanged, when it was the first, or all say the same.
+    """
+    try:
+        yield
+    except Exception as error:
+        if world() == 1:
+            raise
+        elsewhere = _first_reason(error)
+        if elsewhere is None:
+            raise
+        raise elsewhere from error
+
+
+def _first_reason(error: Exception) -> Exception | None:
+    """What ended the common work: another rank's error, or None where ``error`` is it."""
+    own = _of(error)
+    try:
+        told = json.loads(_get_default_store().compare_set(_KEY, "", json.dumps(own)))  # the first one stands
+    except (RuntimeError, ValueError):  # the store went with its rank
+        told = own
+    number, of_user, text = told
+    if number == rank() or told[1:] == own[1:]:  # the first, or every rank says the same
+        return PeerGone(text) if _closed(error) and not isinstance(error, PeerGone) else None
+    return (UserError if of_user else RuntimeError)(f"rank {number}: {text}")
+
+
+def _of(error: Exception) -> list[int | bool | str]:
+    """[rank, whether a user can mend it, text]."""
+    text = " ".join(str(error).split())
+    if isinstance(error, PeerGone):
+        pass  # it says who
+    elif _closed(error):
+        text = f"a rank is gone, its own log says why (seen by rank {rank()}: {text[:200]})"
+    elif not isinstance(error, UserError):
+        text = f"{type(error).__name__}: {text}"
+    return [rank(), isinstance(error, UserError), text]
+
+
+def _closed(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CLOSED)

@@ -1,0 +1,116 @@
+"""What a resumed run keeps about its data: the size of groups, and the steps that were passed over; ``train.steps.json`` in the run folder.
+
+Choice: ``data.group_segments`` is settled once, at the first start, so that a later start with another number of ranks sees the same
+segments at the same steps. ``data.skip_steps`` passes over steps that were seen to harm: nothing is loaded or learned there, while the
+counter, the learning rate and the data of all other steps stay as they were (as in Megatron and OLMo-core). It may be changed for steps that
+are still to come. Cost: a skipped step leaves no line in metrics.jsonl, and a run that skips makes fewer updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lr2train.config import DataConfig, UserError
+from lr2train.run import read_json
+
+FILE = "train.steps.json"
+
+
+@dataclass(frozen=True)
+class Skips:
+    """Steps that are passed over: sorted ranges, first and last step, counted from 1 as metrics.jsonl does."""
+
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> Skips:
+        """Read ``data.skip_steps``.
+
+        Raises:
+            UserError: an entry is no step and no range of steps.
+        """
+        ranges: list[tuple[int, int]] = []
+        for first, last in sorted(_range(text) for text in texts):
+            if ranges and first <= ranges[-1][1] + 1:
+                ranges[-1] = ranges[-1][0], max(last, ranges[-1][1])
+            else:
+                ranges.append((first, last))
+        return cls(tuple(ranges))
+
+    def __contains__(self, step: int) -> bool:
+        return any(first <= step <= last for first, last in self.ranges)
+
+    def until(self, step: int) -> Skips:
+        """Those among the first ``step`` steps."""
+        return Skips(tuple((first, min(last, step)) for first, last in self.ranges if first <= step))
+
+    @property
+    def count(self) -> int:
+        """Steps in all."""
+        return sum(last - first + 1 for first, last in self.ranges)
+
+    def remaining(self, done: int, total: int) -> list[int]:
+        """The steps to train from ``done`` to ``total``, counted from 0 as loaders do."""
+        edges = [(done, done), *((first - 1, last) for first, last in self.ranges if last > done), (total, total)]
+        return [step for (_, end), (begin, _) in pairwise(edges) for step in range(max(end, done), min(begin, total))]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in self.ranges) or "none"
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, dash, last = str(text).partition("-")
+    try:
+        found = int(first), int(last if dash else first)
+    except ValueError:
+        found = 0, 0
+    if not 1 <= found[0] <= found[1]:
+        raise UserError(
+            f"data.skip_steps has the entry {text!r}, which is no step and no range of steps; write a step as metrics.jsonl counts them, such "
+            "as 1500, or the first and the last of a range, such as 1200-1230"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The group size and the skipped steps of a run, and those that it was last started with."""
+
+    group_segments: int
+    skips: Skips
+    before: Skips | None
+
+    @classmethod
+    def settle(cls, folder: Path, data: DataConfig, dp_size: int) -> Steps:
+        """As the run folder remembers, else as the config says, else a group holds a segment for each data-parallel rank.
+
+        Raises:
+            UserError: ``data.skip_steps`` cannot be read.
+        """
+        found: dict[str, Any] = read_json(folder / FILE) if (folder / FILE).exists() else {}
+        before = Skips(tuple((first, last) for first, last in found["skipped"])) if found else None
+        return cls(found.get("group_segments") or data.group_segments or dp_size, Skips.parse(data.skip_steps), before)
+
+    def applied(self, data: DataConfig) -> DataConfig:
+        """The config with the settled group size."""
+        return replace(data, group_segments=self.group_segments)
+
+    def refuse_other_past(self, done: int) -> None:
+        """Refuse to call steps skipped that were trained, or the other way round.
+
+        Raises:
+            UserError: the skipped steps among the first ``done`` are not those that the run was made with.
+        """
+        if self.before is not None and self.before.until(done) != self.skips.until(done):
+            raise UserError(
+                f"data.skip_steps skips {self.skips.until(done)} of the {done} steps that are done, and the run was made skipping "
+                f"{self.before.until(done)}; change steps after {done} only, go back to an earlier checkpoint, or choose another name="
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``settle`` reads at the next start."""
+        return {"group_segments": self.group_segments, "skipped": [list(one) for one in self.skips.ranges]}

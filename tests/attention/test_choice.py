@@ -1,0 +1,193 @@
+"""The choice of a strategy is pure: checked for any spans, heads and ranks in one process, against the strategies' own declarations."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lr2train.attention import choice
+from lr2train.attention.choice import AUTO, EVEN, Layers, bytes_sent, plan, ring_ranks
+from lr2train.attention.strategies import STRATEGIES
+from lr2train.attention.strategy import Strategy, Work
+from lr2train.config import STRATEGIES as CONFIGURED
+from lr2train.config import UserError
+from lr2train.parallel.layout import Layout
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ATTENTION.md"
+LLAMA3_8B, PHI3_MINI, MQA = Layers(32, 8, 128), Layers(32, 32, 96), Layers(32, 1, 128)
+L = 131072
+LONG = ((0, L),)
+SHORT = tuple((start, start + 8192) for start in range(0, L, 8192))
+CROSSING = ((0, 5000), *((start, start + 8192) for start in range(5000, L - 8192, 8192)))
+
+
+def fits(strategy: Strategy, work: Work) -> bool:
+    """As the module's docstring says, written once more."""
+    if strategy.name == "ulysses_ring" and not 1 < work.ring < work.sp:
+        return False
+    try:
+        strategy.refuse(work)
+        Layout(strategy.layout_kind, work.n_tokens, 0, work.sp, work.ulysses if strategy.layout_kind == "zigzag_nested" else 1)
+    except UserError:
+        return False
+    if strategy.name == "local":
+        return True
+    mean = sum(strategy.pairs(work, rank) for rank in range(work.sp)) / work.sp
+    return strategy.imbalance(work) * mean <= EVEN * work.n_heads * work.n_tokens * (work.n_tokens + 1) / 2 / work.sp + 1e-9
+
+
+@st.composite
+def segments(draw):
+    """(spans, tokens, ranks, ring): spans with gaps and padding, of any lengths."""
+    sp = draw(st.sampled_from((2, 3, 4, 8)))
+    n_tokens = 2 * sp * draw(st.integers(1, 12))
+    borders = sorted(draw(st.sets(st.integers(0, n_tokens), min_size=2, max_size=9)))
+    spans = tuple(pair for pair in pairwise(borders) if draw(st.booleans())) or ((borders[0], borders[-1]),)
+    return spans, n_tokens, sp, draw(st.sampled_from([ring for ring in range(1, sp + 1) if sp % ring == 0]))
+
+
+@given(segment=segments(), heads=st.sampled_from(((8, 8), (8, 2), (8, 1), (12, 4), (6, 3))))
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_auto_never_sends_more_than_the_best_that_fits(segment, heads):
+    spans, n_tokens, sp, ring = segment
+    layers = Layers(*heads, 16)
+    work = Work(spans, n_tokens, *heads, 16, 2, sp, ring)
+    chosen = plan("auto", layers, spans, n_tokens, sp, ring)
+    sent = bytes_sent(chosen, layers, spans, n_tokens, sp, ring)
+    assert sent == STRATEGIES[chosen.title].bytes_sent(work).total
+    fitting = [name for name in AUTO if fits(STRATEGIES[name], work)]
+    assert chosen.title in fitting or not fitting
+    assert sent <= min((STRATEGIES[name].bytes_sent(work).total for name in fitting), default=sent)
+
+
+@pytest.mark.parametrize(
+    ("layers", "spans", "sp", "ring", "name"),
+    [
+        (LLAMA3_8B, LONG, 1, 1, "local"),
+        (LLAMA3_8B, SHORT, 8, 1, "local"),
+        (LLAMA3_8B, LONG, 8, 1, "ulysses"),
+        (PHI3_MINI, LONG, 8, 1, "ulysses"),
+        (LLAMA3_8B, CROSSING, 8, 1, "gather"),
+        (MQA, LONG, 8, 1, "ring"),
+        (LLAMA3_8B, LONG, 16, 2, "ulysses_ring"),  # ulysses sends as much, but more of it between the two nodes
+        (PHI3_MINI, LONG, 16, 2, "ulysses"),
+        (LLAMA3_8B, LONG, 64, 2, "ulysses_ring"),
+        (Layers(7, 7, 128), LONG, 8, 8, "ring"),
+    ],
+)
+def test_what_auto_takes_at_128k(layers, spans, sp, ring, name):
+    assert plan("auto", layers, spans, L, sp, ring).title == name
+
+
+def test_a_long_window_is_spread_evenly_whatever_auto_takes():
+    for layers in (LLAMA3_8B, PHI3_MINI, MQA):
+        for sp, ring in ((2, 1), (8, 1), (16, 2), (64, 8), (64, 64)):
+            chosen = STRATEGIES[plan("auto", layers, LONG, L, sp, ring).title]
+            work = next(iter(layers.works(LONG, L, sp, ring)))
+            assert chosen.imbalance(work) < 0.02, (chosen.name, layers, sp, ring)
+
+
+def test_the_reason_names_what_would_send_more_and_does_not_change_with_the_numbers():
+    first, second = (plan("auto", LLAMA3_8B, ((0, n),), L, 8) for n in (L, L - 7))
+    assert first.reason == second.reason == "ring would send more"
+    assert first.figures.startswith("MiB a rank and layer, forward and backward: ulysses 560")
+    assert plan("auto", LLAMA3_8B, SHORT, L, 8).reason == "every span lies inside one shard: nothing is sent"
+
+
+def test_each_kind_of_layer_gets_its_cheapest_strategy_under_one_layout():
+    """Layers that slide over few tokens need their neighbour's last ones only; they share the layout of those that look at everything."""
+    mixed = Layers(32, 8, 128, ((None, 16), (1024, 16)))
+    chosen = plan("auto", mixed, LONG, L, 8)
+    assert chosen.layout_kind == "contiguous"
+    assert dict(chosen.names) == {None: "ulysses", 1024: "gather"}
+    assert bytes_sent(chosen, mixed, LONG, L, 8) < bytes_sent(plan("ulysses", mixed, LONG, L, 8), mixed, LONG, L, 8)
+
+
+def test_a_sliding_window_as_long_as_the_longest_span_is_none():
+    assert plan("auto", Layers(4, 4, 8, ((16, 2),)), ((0, 16), (16, 32)), 32, 2).names == ((None, "local"),)
+    assert plan("auto", Layers(4, 4, 8, ((15, 2),)), ((0, 16), (16, 32)), 32, 2).names == ((15, "local"),)
+
+
+def test_a_strategy_by_name_serves_everything_or_is_refused():
+    assert plan("ulysses", LLAMA3_8B, SHORT, L, 8).title == "ulysses"
+    with pytest.raises(UserError, match="which parallel.strategy=local cannot serve"):
+        plan("local", LLAMA3_8B, LONG, L, 8)
+    with pytest.raises(UserError, match="num_attention_heads=32 cannot be shared by parallel.sp=64"):
+        plan("ulysses", LLAMA3_8B, LONG, L, 64)
+    with pytest.raises(UserError, match="is not divisible by|cannot be cut"):
+        plan("ring", LLAMA3_8B, ((0, 24),), 24, 8)
+
+
+def test_a_strategy_by_name_leaves_spans_that_it_does_not_know_to_auto(monkeypatch):
+    """As ring_flash_attn does, which needs CUDA: here a ring that is as choosy about spans."""
+
+    def refuse(work: Work) -> None:
+        if work.spans != ((0, work.n_tokens),):
+            raise UserError("one span over the segment")
+
+    monkeypatch.setitem(STRATEGIES, "choosy", replace(STRATEGIES["ring"], name="choosy", refuse=refuse))
+    assert plan("choosy", LLAMA3_8B, LONG, L, 8).title == "choosy"
+    left = plan("choosy", LLAMA3_8B, SHORT, L, 8)
+    assert (left.title, left.layout_kind) == ("local", "contiguous")
+    assert left.reason.startswith("parallel.strategy=choosy serves one span over the whole segment and leaves others to auto: every span")
+
+
+def test_auto_says_what_is_in_the_way_of_everything():
+    with pytest.raises(UserError, match=r"segment_tokens=20 .*set data.segment_tokens to 24"):
+        plan("auto", Layers(7, 7, 16), ((0, 20),), 20, 8, 8)
+
+
+def test_refuse_leaves_local_to_the_spans():
+    choice.refuse("local", LLAMA3_8B, L, L, 8, 1)
+    choice.refuse("auto", LLAMA3_8B, L, L, 64, 2)
+    with pytest.raises(UserError, match="num_attention_heads=32"):
+        choice.refuse("ulysses", LLAMA3_8B, L, L, 64, 2)
+
+
+@pytest.mark.parametrize(
+    ("sp", "heads", "per_node", "ring"),
+    [
+        (1, 32, 8, 1),
+        (8, 32, 8, 1),
+        (8, 32, 1, 8),
+        (16, 32, 8, 2),
+        (64, 32, 64, 2),
+        (64, 32, 8, 8),
+        (8, 12, 8, 2),
+        (8, 7, 8, 8),
+        (6, 32, 8, 3),
+    ],
+)
+def test_the_ring_axis_takes_what_heads_and_nodes_leave(sp, heads, per_node, ring):
+    assert ring_ranks(0, sp, heads, per_node) == ring
+
+
+def test_the_ring_axis_can_be_set():
+    assert ring_ranks(4, 8, 32, 8) == 4
+    with pytest.raises(
+        UserError, match=r"parallel.ring=3 does not divide parallel.sp=8; set parallel.ring to one of \[1, 2, 4, 8\], or to 0"
+    ):
+        ring_ranks(3, 8, 32, 8)
+
+
+def test_the_documented_bytes_are_the_formulas_and_auto_takes_the_bold_one():
+    """docs/ATTENTION.md: a row is a model and segment, its ranks, and MiB of each strategy."""
+    rows = [line.strip("| ").split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith(("| LLaMA3-8B", "| Phi3-mini"))]
+    assert len(rows) == 18
+    spans_of = {"long": LONG, "aligned 8k": SHORT, "crossing 8k": (*CROSSING, (CROSSING[-1][1], L))}
+    for title, ranks, *cells in rows:
+        model, segment = title.split(", ")
+        layers, spans, sp = {"LLaMA3-8B": LLAMA3_8B, "Phi3-mini": PHI3_MINI}[model], spans_of[segment], int(ranks)
+        ring = ring_ranks(0, sp, layers.n_heads, 8)
+        work = next(iter(layers.works(spans, L, sp, ring)))
+        for name, cell in zip(("local", "ulysses", "ring", "gather", "ulysses_ring"), cells, strict=True):
+            if cell != "–":
+                assert cell.strip("*") == f"{STRATEGIES[name].bytes_sent(work).total / 2**20:.4g}", (title, ranks, name)
+            assert (cell.startswith("**")) == (plan("auto", layers, spans, L, sp, ring).title == name), (title, ranks, name)
+
+
+def test_every_strategy_can_be_configured():
+    assert set(CONFIGURED) == set(STRATEGIES)

@@ -1,0 +1,290 @@
+"""Every strategy against attention written out in float64, on real ranks and, for 8 of them, one after another in one process.
+
+Shapes are small and the inputs fp32: what is measured is the algorithm's error, and 1e-5 is some hundred roundings of 6e-8.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
+
+from lr2train.attention import ring as ring_module
+from lr2train.attention.ring import plan
+from lr2train.attention.simulation import Segment, alone, simulate
+from lr2train.attention.strategies import STRATEGIES
+from lr2train.attention.strategy import Work
+from lr2train.attention.tiles import Tile
+from lr2train.config import UserError
+from lr2train.parallel.comm import counting
+from lr2train.parallel.layout import Layout
+from lr2train.parallel.mesh import Mesh, make_mesh
+from tests.attention.reference import attend_explicitly, gradients_explicitly, random_qkv, relative_error
+
+T = 96  # divides into the 2 x 4 blocks of the largest ring here, and into odd ones
+SPANS = {
+    "short packed": tuple((start, start + 8) for start in range(0, T, 8)),
+    "long whole": ((0, T),),
+    "long by document": ((0, 1), (1, 3), (3, 40), (40, 41), (43, 90), (90, 95)),  # lengths 1, 2 and odd, a gap, borders crossed
+    "in one shard": ((13, 20),),
+}
+HEADS = {"mha": (4, 4), "gqa": (8, 2), "mqa": (4, 1), "not a power of two": (12, 6)}
+OURS = ("local", "ulysses", "ring", "gather", "ulysses_ring")
+
+
+def segment_of(spans, heads, window_tokens=None, n_tokens=T, dtype=torch.float32, head_size=8) -> Segment:
+    q, k, v = random_qkv(n_tokens, *heads, head_size, dtype)
+    grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    return Segment(q, k, v, grad_out, spans, 0.7 / math.sqrt(head_size), window_tokens)
+
+
+def expected_of(segment: Segment) -> list[torch.Tensor]:
+    """(out, dq, dk, dv) in float64, by an explicit mask."""
+    inputs = (segment.q, segment.k, segment.v, segment.spans, segment.scale)
+    out, _ = attend_explicitly(*inputs, window_tokens=segment.window_tokens)
+    return [out, *gradients_explicitly(*inputs, segment.grad_out, window_tokens=segment.window_tokens)]
+
+
+def check_result(result, expected, what: str, tolerance=1e-5, layout: Layout | None = None) -> None:
+    """``result`` is the whole, or the shard of ``layout``; errors are measured by the largest value of the whole. Spans of one token have q
+    and k gradients of pure rounding, so the size of a gradient is at least a tenth of dv's.
+    """
+    for name, actual, wanted in zip(("out", "dq", "dk", "dv"), result, expected, strict=True):
+        size = max(wanted.abs().max(), 0.1 * expected[3].abs().max())
+        mine = wanted if layout is None else layout.shard(wanted, 0)
+        error = ((actual.double() - mine).abs().max() / size).item()
+        assert error < tolerance, f"{name} of {what}: {error:.2e}"
+
+
+def work_of(segment: Segment, mesh: Mesh) -> Work:
+    return Work(
+        segment.spans, len(segment.q), segment.q.shape[1], segment.k.shape[1], segment.q.shape[2],
+        segment.q.element_size(), mesh.sp_size, mesh.ring_size, segment.window_tokens,
+    )  # fmt: skip
+
+
+def serves(name: str, work: Work) -> bool:
+    try:
+        STRATEGIES[name].refuse(work)
+    except UserError:
+        return False
+    return True
+
+
+def run_shard(name: str, segment: Segment, mesh: Mesh):
+    """This rank's (out, dq, dk, dv), its layout, and what it sent: (forward, backward)."""
+    layout = STRATEGIES[name].layout(len(segment.q), mesh)
+    leaves = [layout.shard(x, 0).clone().requires_grad_() for x in (segment.q, segment.k, segment.v)]
+    with counting() as sent:
+        out = STRATEGIES[name].attend(*leaves, segment.spans, segment.scale, mesh, segment.window_tokens)
+        forward = sum(sent.values())
+    out.backward(layout.shard(segment.grad_out, 0))  # outside: the count goes with the graph
+    return [out.detach(), *(x.grad for x in leaves)], layout, (forward, sum(sent.values()) - forward)
+
+
+def check_on_mesh(mesh: Mesh, names, cases) -> int:
+    """Every case on real ranks: values, and bytes as the docstring's formula has them. Returns how many were served."""
+    n_served = 0
+    for (kind, heads, window_tokens), name in itertools.product(cases, names):
+        segment = segment_of(SPANS[kind], heads, window_tokens)
+        work = work_of(segment, mesh)
+        if not serves(name, work):
+            continue
+        n_served += 1
+        result, layout, sent = run_shard(name, segment, mesh)
+        what = f"{name}, {kind}, heads {heads}, window {window_tokens}, {mesh.sp_size} ranks, ring {mesh.ring_size}"
+        check_result(result, expected_of(segment), what, layout=layout)
+        assert sent == tuple(STRATEGIES[name].traffic(work, mesh.sp_rank)), what
+        assert sent == (0, 0) or name != "local"
+    return n_served
+
+
+FIXED = ("short packed", "long whole", "long by document", "in one shard")
+CASES = [(kind, heads, None) for kind in FIXED for heads in HEADS.values()]
+CASES += [(f"random {seed}", HEADS["gqa"], None if seed % 2 else 9) for seed in range(6)]
+WINDOWS = [("long whole", HEADS["gqa"], 30), ("long by document", HEADS["mha"], 5), ("long whole", HEADS["mqa"], 1)]
+
+
+def random_spans(seed: int):
+    """Some spans with gaps, the same on every rank: many cross no border, so that exchanges with nothing in them are met too."""
+    drawn = torch.randperm(T + 1, generator=torch.Generator().manual_seed(seed))[: 3 + 2 * (seed % 5)]
+    pieces = list(itertools.pairwise(sorted(drawn.tolist())))
+    return tuple(piece for i, piece in enumerate(pieces) if (seed + i) % 3) or (pieces[0],)
+
+
+SPANS |= {f"random {seed}": random_spans(seed) for seed in range(6)}
+
+
+def check_next_block_is_in_flight(mesh: Mesh) -> None:
+    """While the ring computes with the block of step t, that of step t + 1 has been asked for; in the backward too."""
+    order = []
+
+    def log(module, name, patch):
+        original = getattr(module, name)
+        patch.setattr(module, name, lambda *args, **kwargs: order.append((name, kwargs.get("tag"))) or original(*args, **kwargs))
+
+    segment = segment_of(SPANS["long whole"], HEADS["gqa"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("transfer", "forward_block", "backward_block"):
+            log(ring_module, name, patch)
+        run_shard("ring", segment, mesh)
+    n_steps = mesh.sp_size
+    steps = [[("transfer", 2 * t), ("forward_block", None)] for t in range(1, n_steps)]
+    expected = [*itertools.chain(*steps), ("forward_block", None)]
+    assert order[: 2 * n_steps - 1] == expected
+    keys = [what for what in order[2 * n_steps - 1 :] if what[1] is None or what[1] % 2 == 0]  # odd tags are gradients going home
+    assert keys == [(name.replace("forward", "backward"), tag) for name, tag in expected]
+
+
+def check_all(rank: int, world: int, meshes) -> list[int]:
+    """(sp, ring) of each mesh; every strategy serves what it should: all but local take every kind of span."""
+    check_next_block_is_in_flight(make_mesh(world))
+    served = []
+    for sp, ring in meshes:
+        names = OURS if ring == 1 else ("ulysses_ring",)
+        served.append(check_on_mesh(make_mesh(sp, ring=ring), names, CASES + WINDOWS))
+    return served
+
+
+def test_on_2_ranks(tmp_path):
+    n_cases = len(CASES + WINDOWS)
+    whole, two_rings = run_ranks(check_all, 2, [(2, 1), (2, 2)], tmp_path=tmp_path)[0]
+    assert whole >= 4 * n_cases + 8, "all but local serve everything, and local the short and those of one shard"
+    assert two_rings == n_cases
+
+
+def test_on_4_ranks(tmp_path):
+    n_cases = len(CASES + WINDOWS)
+    whole, mixed, pairs = run_ranks(check_all, 4, [(4, 1), (4, 2), (2, 1)], tmp_path=tmp_path)[0]
+    assert whole >= 4 * n_cases + 8
+    assert mixed == n_cases
+    assert pairs >= whole
+
+
+def test_one_rank_without_torch_distributed():
+    assert check_on_mesh(Mesh(), OURS, CASES + WINDOWS) == len(OURS) * len(CASES + WINDOWS)
+
+
+# ---- 8 ranks, one after another ----
+
+
+@st.composite
+def spans_of(draw, n_tokens=T):
+    """Any spans of a row: borders are drawn, and each piece between them is a span or a gap."""
+    borders = sorted(draw(st.sets(st.integers(0, n_tokens), min_size=2, max_size=14)))
+    pieces = list(itertools.pairwise(borders))
+    kept = draw(st.lists(st.booleans(), min_size=len(pieces), max_size=len(pieces)))
+    return tuple(piece for piece, keep in zip(pieces, kept, strict=True) if keep) or (pieces[0],)
+
+
+@given(
+    spans=spans_of(),
+    heads=st.sampled_from([(8, 8), (8, 2), (8, 1), (24, 6)]),
+    window_tokens=st.none() | st.integers(1, 40),
+    name=st.sampled_from(["ulysses", "ring", "gather", "ulysses_ring"]),
+    sp=st.sampled_from([2, 4, 8]),
+)
+@settings(max_examples=120, derandomize=True, deadline=None)
+def test_any_spans_on_up_to_8_simulated_ranks(spans, heads, window_tokens, name, sp):
+    """fp64: what is left is the algorithm."""
+    if name == "ring" and sp == 8:
+        sp = 6  # 12 blocks of 8: rings need not be powers of two
+    segment = segment_of(spans, heads, window_tokens, dtype=torch.float64)
+    check_result(simulate(name, segment, sp, rings=2), expected_of(segment), f"{name} on {sp}", tolerance=1e-12)
+
+
+@pytest.mark.parametrize("kind", FIXED)
+@pytest.mark.parametrize("name", ["ring", "gather", "ulysses", "ulysses_ring"])
+def test_8_simulated_ranks(name, kind):
+    spans = tuple((4 * start // 3, 4 * stop // 3) for start, stop in SPANS[kind] if 4 * start // 3 < 4 * stop // 3)
+    segment = segment_of(spans, (8, 2), n_tokens=128)
+    check_result(simulate(name, segment, 8, rings=4), expected_of(segment), f"{name} on 8")
+
+
+@pytest.mark.parametrize("name", ["ring", "gather", "ulysses", "ulysses_ring"])
+def test_error_does_not_grow_with_the_ranks(name):
+    """bf16 against float64, root mean square over all of out, dq, dk, dv: at most 1.5 times that of one rank."""
+    segment = segment_of(((0, 100), (100, 512)), (8, 4), n_tokens=512, dtype=torch.bfloat16, head_size=32)
+    expected = expected_of(segment)
+
+    def errors(result):
+        return [((a.double() - b).pow(2).mean() / b.pow(2).mean()).sqrt() for a, b in zip(result, expected, strict=True)]
+
+    one = errors(alone(segment))
+    for sp in (2, 4, 8):
+        for of_many, of_one in zip(errors(simulate(name, segment, sp, rings=2)), one, strict=True):
+            assert of_many < 1.5 * of_one
+
+
+# ---- what strategies declare ----
+
+
+@pytest.mark.parametrize("kind", SPANS)
+@pytest.mark.parametrize("window_tokens", [None, 11])
+def test_pairs_of_all_ranks_are_those_of_the_segment(kind, window_tokens):
+    spans = SPANS[kind]
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    one_head = sum(int((distance[: stop - start, : stop - start] >= 0).sum()) for start, stop in spans)
+    if window_tokens is not None:
+        one_head = sum(min(i + 1, window_tokens) for start, stop in spans for i in range(stop - start))
+    for name in OURS:
+        for sp, ring in ((1, 1), (2, 1), (4, 1), (4, 2), (6, 3)):
+            work = Work(spans, T, 12, 6, 8, 2, sp, ring, window_tokens)
+            if serves(name, work):
+                assert sum(STRATEGIES[name].pairs(work, rank) for rank in range(sp)) == 12 * one_head
+
+
+def test_a_step_of_the_ring_is_half_a_shard_by_a_shard():
+    """Of one span: from a rank before, half its keys for all queries; from a rank after, all its keys for half the queries. One tile each."""
+    shard = 8192 // 8
+    for rank in range(8):
+        own, *steps = plan(((0, 8192),), 8192, rank, 8)
+        assert own.tiles == (Tile(0, shard, 0, shard, 0),)
+        for t, step in enumerate(steps, 1):
+            (tile,) = step.tiles
+            owner = (rank + t) % 8
+            assert (step.queries, step.take) == (((0, shard), (0, shard // 2)) if owner < rank else ((shard // 2, shard), (0, shard)))
+            assert tile.gap == tile.n_queries, "full: no masked pair"
+            assert tile.pairs() == shard * shard // 2
+
+
+def test_ring_and_ulysses_are_even_and_gather_says_that_it_is_not():
+    work = Work(((0, 8192),), 8192, 32, 8, 128, 2, 8)
+    assert STRATEGIES["ring"].imbalance(work) < 0.02
+    assert STRATEGIES["ulysses"].imbalance(work) == 0
+    assert STRATEGIES["ulysses_ring"].imbalance(work.on(8, 4)) < 0.02
+    assert 0.8 < STRATEGIES["gather"].imbalance(work) < 1
+
+
+def test_the_figures_in_the_docstrings():
+    """LLaMA3-8B, 128k, 8 ranks, bf16."""
+    work = Work(((0, 131072),), 131072, 32, 8, 128, 2, 8)
+    mib = {
+        name: [x / 2**20 for x in STRATEGIES[name].bytes_sent(work)]
+        for name in ("local", "ulysses", "ring", "gather")
+        if serves(name, work)
+    }
+    assert mib == {"ulysses": [280, 280], "ring": [448, 672], "gather": [448, 448]}
+
+
+def test_what_cannot_be_served_is_refused_with_the_remedy():
+    work = Work(((0, 96),), 96, 12, 4, 8, 2, 8)
+    for name, sentence in {
+        "ulysses": r"num_attention_heads=12 cannot be shared by parallel.sp=8 ranks; set parallel.sp to one of \[1, 2, 3, 4, 6, 12\]",
+        "ring": r"segment_tokens=100 cannot be cut in the 16 blocks that parallel.strategy=ring needs for parallel.sp=8; set data.segment_tokens to 112",
+        "gather": r"segment_tokens=100 is not divisible by parallel.sp=8; set data.segment_tokens to 104",
+        "local": r"tokens 0:96 are one span across a border of 8 shards of 12 tokens",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            STRATEGIES[name].refuse(work if "=100" not in sentence else Work(((0, 100),), 100, 12, 4, 8, 2, 8))
+
+
+def test_a_wrong_answer_is_seen():
+    """The reference at another scale is not within the tolerance."""
+    segment = segment_of(SPANS["long whole"], HEADS["gqa"])
+    out, *_ = simulate("ring", segment, 4)
+    wrong, _ = attend_explicitly(segment.q, segment.k, segment.v, segment.spans, segment.scale * 1.001)
+    assert relative_error(out, wrong) > 1e-5

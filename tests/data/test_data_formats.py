@@ -1,0 +1,153 @@
+"""Formats: shards add up to the file, whatever their size; every kind of broken record is counted by its reason."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from lr2train.config import SourceConfig
+from lr2train.data.formats import File, Tally, read_files, shards_of
+from lr2train.data.sources import read, shards
+
+LIMIT = 1 << 20
+
+
+def zst(data: bytes) -> bytes:
+    """One frame."""
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+def documents(path, shard_bytes: int, tally: Tally | None = None, max_bytes: int = LIMIT) -> list[tuple[str, str]]:
+    made = shards_of([File(path.name, str(path))], shard_bytes)
+    tally = tally or Tally()
+    return [(document.id, document.text) for shard in made for document in read_files(shard, "text", max_bytes, tally)]
+
+
+def all_of(folder, **values) -> tuple[dict[str, str], Tally]:
+    tally = Tally()
+    config = SourceConfig(name="web", path=str(folder), **values)
+    return {document.id: document.text for document in read(config, tally)}, tally
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=30), max_size=20), st.integers(1, 200), st.booleans())
+@settings(max_examples=80, derandomize=True, deadline=None)
+def test_byte_ranges_of_a_jsonl_file_hold_every_line_once(tmp_path_factory, texts, shard_bytes, ends):
+    lines = [json.dumps({"text": text}, ensure_ascii=False) if text != "x" else "" for text in texts]
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_bytes(("\n".join(lines) + ("\n" if ends else "")).encode())
+    expected, place = [], 0
+    for line in lines:  # line by line, nothing seeked
+        if line and json.loads(line)["text"].strip():
+            expected.append((f"a.jsonl@{place}", json.loads(line)["text"]))
+        place += len(line.encode()) + 1
+    assert documents(path, shard_bytes) == expected
+
+
+def test_row_groups_and_record_batches_add_up(tmp_path):
+    table = pa.table({"text": [f"row {i} " + "x" * i for i in range(500)]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=40)
+    with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=70)
+    with pa.OSFile(str(tmp_path / "c.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=70)
+    expected = [(str(i), text) for i, text in enumerate(table["text"].to_pylist())]
+    for name in ("a.parquet", "b.arrow", "c.arrow"):
+        for shard_bytes in (1, 9000, 1 << 30):
+            path = tmp_path / name
+            found = [(id.removeprefix(f"{name}:"), text) for id, text in documents(path, shard_bytes)]
+            assert found == expected
+        assert len(shards_of([File(name, str(path))], 9000)) > 2
+
+
+def test_what_datasets_saved_is_read_without_its_caches(tmp_path):
+    from datasets import Dataset
+
+    saved = Dataset.from_dict({"text": ["one", "two", "three"]})
+    saved.save_to_disk(str(tmp_path / "set"), num_shards=2)
+    (tmp_path / "set" / "cache-0123.arrow").write_bytes((tmp_path / "set" / "data-00000-of-00002.arrow").read_bytes())
+    found, tally = all_of(tmp_path)
+    assert list(found.values()) == ["one", "two", "three"]
+    assert tally.broken == 0
+
+
+def test_zst_over_several_frames(tmp_path):
+    lines = [json.dumps({"text": f"number {i}"}) + "\n" for i in range(30)]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(zst("".join(lines[i : i + 10]).encode()) for i in (0, 10, 20)))
+    found, _ = all_of(tmp_path)
+    assert found == {f"a.jsonl.zst:{i}": f"number {i}" for i in range(30)}
+
+
+def test_small_files_share_a_shard_and_large_ones_are_cut(tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.txt").write_text("x" * 40)
+    (tmp_path / "9.jsonl").write_text('{"text": "twenty two"}\n' * 10)
+    made = shards(SourceConfig(name="web", path=str(tmp_path)), 100)
+    assert [len(shard.files) for shard in made] == [2, 2, 2, 1, 1, 1]
+    assert [(shard.start, shard.stop) for shard in made[3:]] == [(0, 100), (100, 200), (200, 230)]
+
+
+REASONS = {
+    "bad UTF-8": 3,
+    "empty": 1,
+    "invalid JSON": 2,
+    "missing column": 4,
+    "no text": 1,
+    "too large": 4,
+    "unreadable file": 4,
+}
+
+
+def test_every_reason_is_counted_and_sampled(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "good"}\n{"text": \n{"body": "no text"}\n{"text": 5}\n{"text": "  "}\n[1]\n{"text": "\xff"}\n{"text": "\\ud800"}\n'
+        + b"["
+        + b"1" * 5
+        + b"\n"
+        + json.dumps({"text": "y" * 3000}).encode()
+        + b"\n"
+        + b'{"text": "'
+        + b"z" * 200_000
+        + b'"}\n{"text": "last"}\n'
+    )
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00bad")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 but no more")
+    parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "d.parquet")
+    whole = gzip.compress(json.dumps({"text": "x" * 5000}).encode() + b"\n")
+    (tmp_path / "e.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "f.jsonl.zst").write_bytes(zst(b'{"text": "fine"}\n')[:-6])
+    (tmp_path / "g.arrow").write_bytes(b"no arrow at all, but long enough")
+    with pa.OSFile(str(tmp_path / "h.arrow"), "wb") as sink, pa.ipc.new_stream(sink, pa.schema([("body", pa.string())])) as writer:
+        writer.write_table(pa.table({"body": ["x"]}))
+    (tmp_path / "i.txt").write_text("w" * 3000)
+    (tmp_path / "j.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "v" * 2001}).encode() + b"\n"))
+    found, tally = all_of(tmp_path, max_document_bytes=2000)
+    assert list(found.values()) == ["good", "last"]
+    assert dict(tally.reasons) == REASONS
+    assert all({"reason", "origin", "beginning"} == set(reject) and len(reject["beginning"]) <= 1000 for reject in tally.rejects)
+    json.dumps(tally.rejects)
+    assert {reject["reason"] for reject in tally.rejects} == set(REASONS)
+
+
+def test_only_a_few_examples_of_a_reason_are_kept():
+    tally = Tally()
+    for number in range(100):
+        tally.reject("empty", f"a:{number}", b"\xff" * 1000)
+    assert (tally.broken, len(tally.rejects)) == (100, 5)
+
+
+@pytest.mark.parametrize("shard_bytes", [50, 1 << 20])
+def test_a_line_that_cannot_be_held_is_passed_over(tmp_path, shard_bytes):
+    buffer = io.BytesIO()
+    for text in ("before", "q" * 300_000, "after"):
+        buffer.write(json.dumps({"text": text}).encode() + b"\n")
+    (tmp_path / "a.jsonl").write_bytes(buffer.getvalue())
+    tally = Tally()
+    assert [text for _, text in documents(tmp_path / "a.jsonl", shard_bytes, tally, max_bytes=1000)] == ["before", "after"]
+    assert dict(tally.reasons) == {"too large": 1}

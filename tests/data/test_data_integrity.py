@@ -1,0 +1,107 @@
+"""A bit flipped or a byte lost in any file of a corpus is found before it is used, and read only once where nothing has changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lr2train.config import Config, SourceConfig, UserError
+from lr2train.data.corpus import Corpus
+from lr2train.prepare import prepare
+
+STORE = "store/web/train-00000"
+KINDS = [
+    *(f"{STORE}{suffix}" for suffix in (".bin", ".idx", ".lengths.npy", ".targets.npy", ".hashes.npy", ".origins.txt", ".json")),
+    "store/web/holdout-00000.bin",
+    "store/web/train.usable.npy",
+    "store/web/source.json",
+    "corpus.json",
+    "checksums.json",
+    "tokenizer/tokenizer.json",
+    "segments.long.npy",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    (runs / "texts").mkdir()
+    for number in range(12):
+        (runs / "texts" / f"{number}.txt").write_text(f"this is the text of number {number % 9}, and it is long enough " * 30)
+    prepare(config(runs))
+    return runs
+
+
+def config(runs: Path) -> Config:
+    made = Config(name="corpus", runs_folder=str(runs))
+    made.model.original_window_tokens = 128
+    made.data.segment_tokens, made.data.vocab_size, made.data.holdout, made.data.deduplicate = 256, 380, 0.3, "corpus"
+    made.data.sources = [SourceConfig(name="web", path=str(runs / "texts"))]
+    return made
+
+
+def copied(whole: Path, folder: Path) -> Path:
+    """A copy with its times, so that nothing is taken for changed."""
+    return Path(shutil.copytree(whole / "corpus", folder / "corpus", copy_function=shutil.copy2))
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 4
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["new", "verified before"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_flipped_bit_is_found(whole, tmp_path, name, seen):
+    corpus = copied(whole, tmp_path)
+    if seen:
+        Corpus.open(corpus).verify()
+    flipped(corpus / name)
+    with pytest.raises(UserError, match=r"damaged|unusable|not valid JSON"):
+        Corpus.open(corpus).verify()
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.endswith((".json", "targets.npy"))])
+def test_a_cut_file_is_found_by_its_size_alone(whole, tmp_path, name):
+    corpus = copied(whole, tmp_path)
+    (corpus / name).write_bytes((corpus / name).read_bytes()[:-1])
+    with pytest.raises(UserError, match="bytes where"):
+        Corpus.open(corpus).verify(full=False)
+    (corpus / name).unlink()
+    with pytest.raises(UserError, match="is missing"):
+        Corpus.open(corpus).verify(full=False)
+
+
+def test_what_passed_is_not_read_again(whole, tmp_path):
+    corpus = copied(whole, tmp_path)
+    (corpus / "verified.json").unlink(missing_ok=True)
+    assert Corpus.open(corpus).verify() > 1000
+    assert Corpus.open(corpus).verify() == 0
+    (corpus / "verified.json").write_text("{")
+    assert Corpus.open(corpus).verify() > 1000, "a broken memory only costs the reading"
+
+
+@pytest.mark.parametrize("name", [f"{STORE}.bin", "store/web/source.json", "segments.long.npy", "corpus.json", "tokenizer/tokenizer.json"])
+def test_the_sentence_says_what_to_remove(whole, tmp_path, name):
+    """Doing so, and running prepare again, gives the corpus as it was."""
+    for part in ("texts", "corpus"):
+        shutil.copytree(whole / part, tmp_path / part, copy_function=shutil.copy2)
+    corpus = tmp_path / "corpus"
+    before = {
+        str(file.relative_to(corpus)): file.read_bytes() for file in corpus.rglob("*") if file.name.endswith((".bin", ".idx", ".npy"))
+    }
+    made = config(whole)
+    made.runs_folder = str(tmp_path)
+    flipped(corpus / name)
+    with pytest.raises(UserError, match=r"(damaged|unusable|not valid JSON).*remove"):
+        prepare(made)
+    for file in corpus.glob(f"{STORE}.*") if name.startswith(STORE) else [corpus / name, corpus / "corpus.json"]:
+        file.unlink(missing_ok=True)
+    prepare(made)
+    Corpus.open(corpus).verify()
+    assert before == {
+        str(file.relative_to(corpus)): file.read_bytes() for file in corpus.rglob("*") if file.name.endswith((".bin", ".idx", ".npy"))
+    }

@@ -1,0 +1,295 @@
+"""Stage 1: the same stores whatever the number of workers, the limits' route and the kills; what changed is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lr2train.config import Config, DecontaminateConfig, SourceConfig, UserError
+from lr2train.data import tokenizer
+from lr2train.data.corpus import Corpus, source_store
+from lr2train.data.formats import Shard
+from lr2train.data.sources import Limits
+from lr2train.data.tokenizing import Ledger, Task
+from lr2train.prepare import prepare
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FILES = (".bin", ".idx", ".lengths.npy", ".targets.npy", ".hashes.npy", ".origins.txt")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Nine .jsonl files of forty documents of random words, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abdeiklmnorstu"), rng.integers(2, 8))) for _ in range(200)]
+    for number in range(9):
+        lines = [json.dumps({"text": " ".join(rng.choice(words, rng.integers(5, 200))), "id": i}) for i in range(40)]
+        (folder / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
+    tokenizer.train([" ".join(words)], 400).save(folder / "tokenizer")
+    return folder
+
+
+def config(texts: Path, runs: Path, source: dict | None = None, **data) -> Config:
+    made = Config(name="corpus", runs_folder=str(runs))
+    made.model.original_window_tokens = 128
+    made.data.segment_tokens, made.data.tokenizer, made.data.holdout = 512, str(texts / "tokenizer"), 0.2
+    made.data.workers, made.data.shard_bytes = 1, 9000
+    made.data.sources = [SourceConfig(name="web", path=str(texts), **(source or {}))]
+    for key, value in data.items():
+        setattr(made.data, key, value)
+    return made
+
+
+def contents(runs: Path, source: str = "web") -> dict[str, bytes]:
+    """The bytes of all files of the source's stores but their manifests."""
+    folder = runs / "corpus" / "store" / source
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name.endswith(FILES)}
+
+
+@pytest.fixture(scope="module")
+def whole(texts, tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("whole")
+    prepare(config(texts, runs))
+    return runs
+
+
+def test_shards_are_stores_of_their_own_and_one_sequence_together(whole, texts):
+    corpus = Corpus.open(whole / "corpus")
+    (train,), (held,) = corpus.stores("train"), corpus.stores("holdout")
+    assert len(train.shards) == len(held.shards) > 9
+    read = [json.loads(line)["text"] for file in sorted(texts.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    by_text = {corpus.tokenizer.decode(one[1:-1]): one for one in [*train, *held]}
+    assert len(train) + len(held) == len(by_text) == len(read) == 360
+    assert set(by_text) == set(read)
+    order = [read.index(corpus.tokenizer.decode(one[1:-1])) for one in train]
+    assert order == sorted(order)
+    assert (train.lengths == [len(one) for one in train]).all()
+    assert train.origins == [train.origin(i) for i in range(len(train))]
+    assert all(np.array_equal(train.read(i, 1, 5), train[i][1:5]) for i in range(0, len(train), 7))
+    assert len({bytes(row) for row in train.hashes}) == len(train)
+    with pytest.raises(IndexError):
+        train.locate(len(train))
+
+
+def test_origins_name_the_line(whole, texts):
+    (train,) = Corpus.open(whole / "corpus").stores()
+    for document in range(0, len(train), 11):
+        name, _, place = train.origin(document).partition("@")
+        with (texts / name).open("rb") as file:
+            file.seek(int(place))
+            text = json.loads(file.readline())["text"]
+        assert Corpus.open(whole / "corpus").tokenizer.decode(train[document][1:-1]) == text
+
+
+def test_the_stores_do_not_depend_on_the_number_of_workers(whole, texts, tmp_path):
+    prepare(config(texts, tmp_path, workers=3))
+    assert contents(tmp_path) == contents(whole)
+    assert Corpus.open(tmp_path / "corpus").fingerprint == Corpus.open(whole / "corpus").fingerprint
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_documents": 100}, {"max_bytes": 60_000}, {"max_tokens": 20_000}, {"max_documents": 90, "max_tokens": 100_000}]
+)
+def test_limits_do_not_depend_on_workers_or_shards(texts, tmp_path, limits):
+    found = []
+    for workers, shard_bytes in ((1, 9000), (1, 1 << 30), (2, 5000)):
+        runs = tmp_path / f"{workers}-{shard_bytes}"
+        prepare(config(texts, runs, limits, workers=workers, shard_bytes=shard_bytes))
+        (store,) = Corpus.open(runs / "corpus").stores()
+        found.append((store.origins, [one.tolist() for one in store]))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_raised_limit_goes_on_from_the_shards_that_are_there(whole, texts, tmp_path):
+    made = config(texts, tmp_path, {"max_tokens": 20_000})
+    prepare(made)
+    store = tmp_path / "corpus" / "store" / "web"
+    before = {file.name: file.stat().st_ino for file in store.glob("train-*.bin")}
+    (tmp_path / "corpus" / "prepare.config.json").unlink()  # a finished run belongs to its config; here only the stores are looked at
+    prepare(config(texts, tmp_path))
+    assert contents(tmp_path) == contents(whole)
+    kept = [name for name, inode in before.items() if (store / name).stat().st_ino == inode]
+    assert len(kept) >= len(before) - 1
+
+
+shards_of_documents = st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=6), min_size=1, max_size=6)
+some = st.one_of(st.none(), st.integers(1, 60))
+
+
+def shard_result(documents: list[tuple[int, int]], limits: Limits) -> dict:
+    """What reading one shard gives, document by document: (bytes, tokens) each."""
+    n, size, tokens, limited = 0, 0, 0, False
+    for of_text, of_tokens in documents:
+        if n == limits.documents or (limits.text_bytes is not None and size + of_text > limits.text_bytes):
+            limited = True
+            break
+        n, size, tokens = n + 1, size + of_text, tokens + of_tokens
+        if limits.tokens is not None and tokens >= limits.tokens:
+            limited = True
+            break
+    given = {"documents": limits.documents, "text_bytes": limits.text_bytes, "tokens": limits.tokens}
+    return {"read_documents": n, "text_bytes": size, "read_tokens": tokens, "limited": limited, "limits": given}
+
+
+@given(shards_of_documents, some, some, some, st.integers(1, 4), st.randoms(use_true_random=False))
+@settings(max_examples=300, derandomize=True, deadline=None)
+def test_the_ledger_ends_where_reading_in_order_would(documents, n, size, tokens, workers, random):
+    limits = Limits(n, size, tokens)
+    tasks = [Task(SourceConfig(name="a"), Shard(str(i), ()), i, "f", limits) for i in range(len(documents))]
+    ledger, busy = Ledger(tasks, {}), []
+    while True:
+        while len(busy) < workers and (task := ledger.draw()) is not None:
+            busy.append(task)
+        if not busy:
+            break
+        task = busy.pop(random.randrange(len(busy)))
+        ledger.put(task, shard_result(documents[task.number], task.limits))
+    assert ledger.closed
+    expected = shard_result([one for shard in documents for one in shard], limits)
+    for key in ("read_documents", "text_bytes", "read_tokens"):
+        assert sum(made[key] for made in ledger.settled) == expected[key]
+
+
+KILLED = """
+import os, signal, sys
+replace, left = os.replace, int(sys.argv[1])
+
+def killed(source, target):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = killed
+from lr2train.config import main
+from lr2train.prepare import prepare
+sys.argv[1:2] = []
+main("prepare", prepare)
+"""
+
+
+def command(texts: Path, runs: Path, *more: str) -> list[str]:
+    return [
+        f"data.sources=[{{name: web, path: {texts}}}]", f"data.tokenizer={texts / 'tokenizer'}", "data.segment_tokens=512", "data.holdout=0.2",
+        "model.original_window_tokens=128", "data.workers=1", "data.shard_bytes=9000", f"runs_folder={runs}", "name=corpus", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", [3, 19, 60, 111])
+def test_killed_before_any_file_appears_it_goes_on_there(whole, texts, tmp_path, at):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    dead = subprocess.run([sys.executable, "-c", KILLED, str(at), *command(texts, tmp_path)], env=environment, capture_output=True)
+    assert dead.returncode == -signal.SIGKILL
+    store = tmp_path / "corpus" / "store" / "web"
+    before = {file.name: file.stat().st_mtime_ns for file in store.glob("train-*.json")}
+    prepare(config(texts, tmp_path))
+    assert contents(tmp_path) == contents(whole)
+    assert before == {name: (store / name).stat().st_mtime_ns for name in before}, "a finished shard was made again"
+    assert not list(store.glob("*.partial"))
+
+
+def test_what_changed_is_refused_by_name(texts, tmp_path):
+    theirs = tmp_path / "texts"
+    theirs.mkdir()
+    for file in texts.glob("?.jsonl"):
+        (theirs / file.name).write_bytes(file.read_bytes())
+    (theirs / "tokenizer").symlink_to(texts / "tokenizer")
+    prepare(config(theirs, tmp_path))
+    (tmp_path / "corpus" / "prepare.config.json").unlink()  # as after a kill: the folder is not claimed before the end
+    with pytest.raises(
+        UserError, match=r"data\.sources\.web: \d+ shards in .* are from before a change of data\.holdout; choose another name="
+    ):
+        prepare(config(theirs, tmp_path, holdout=0.5))
+    with pytest.raises(UserError, match=r"change of data\.shard_bytes"):
+        prepare(config(theirs, tmp_path, shard_bytes=5000))
+    with pytest.raises(UserError, match=r"change of data\.sources\.web\.text_column"):
+        prepare(config(theirs, tmp_path, {"text_column": "id"}))
+    os.utime(theirs / "3.jsonl", ns=(0, 0))
+    with pytest.raises(UserError, match="change of the source's files"):
+        prepare(config(theirs, tmp_path))
+    tokenizer.train(["another text"], 380).save(tmp_path / "other")
+    with pytest.raises(UserError, match=r"documents of another tokenizer, because data\.tokenizer=.*other has changed"):
+        prepare(config(theirs, tmp_path, tokenizer=str(tmp_path / "other")))
+    assert Corpus.open(tmp_path / "corpus").tokenizer.vocab_size == 400, "the refused one did not replace it"
+
+
+def test_too_many_broken_records_stop_the_job_and_leave_examples(texts, tmp_path):
+    theirs = tmp_path / "texts"
+    theirs.mkdir()
+    (theirs / "a.jsonl").write_text('{"text": "good enough to be read, and long"}\n' * 90 + "{\n" * 8 + '{"body": 1}\n' * 2)
+    (theirs / "tokenizer").symlink_to(texts / "tokenizer")
+    with pytest.raises(
+        UserError, match=r"10 of 100 records are broken \(8 invalid JSON, 2 missing column\), more than its max_broken_share of 0\.05"
+    ):
+        prepare(config(theirs, tmp_path))
+    examples = [json.loads(line) for line in (tmp_path / "corpus" / "store" / "web" / "rejects.jsonl").read_text().splitlines()]
+    assert {(one["reason"], one["beginning"]) for one in examples} == {("invalid JSON", "{\n"), ("missing column", '{"body": 1}\n')}
+    made = prepare(config(theirs, tmp_path, {"max_broken_share": 0.1}))
+    assert made["sources"][0]["broken_by_reason"] == {"invalid JSON": 8, "missing column": 2}
+    assert len((tmp_path / "corpus" / "rejects.jsonl").read_text().splitlines()) == len(examples)
+
+
+MEGATRON_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+
+
+class MegatronIndexedDataset:
+    """Reads a store as Megatron-LM does (megatron/core/datasets/indexed_dataset.py, _IndexReader), written anew from its published layout."""
+
+    def __init__(self, prefix: Path) -> None:
+        with Path(f"{prefix}.idx").open("rb") as stream:
+            assert stream.read(9) == b"MMIDIDX\x00\x00"
+            assert struct.unpack("<Q", stream.read(8)) == (1,)
+            self.dtype = MEGATRON_DTYPES[struct.unpack("<B", stream.read(1))[0]]
+            (n,) = struct.unpack("<Q", stream.read(8))
+            (m,) = struct.unpack("<Q", stream.read(8))
+            offset = stream.tell()
+        buffer = Path(f"{prefix}.idx").read_bytes()
+        self.lengths = np.frombuffer(buffer, np.int32, n, offset)
+        self.pointers = np.frombuffer(buffer, np.int64, n, offset + self.lengths.nbytes)
+        self.documents = np.frombuffer(buffer, np.int64, m, offset + self.lengths.nbytes + self.pointers.nbytes)
+        assert self.lengths.shape[0] == n == self.documents[-1]
+        self.data = Path(f"{prefix}.bin").read_bytes()
+
+    def __getitem__(self, sequence: int) -> np.ndarray:
+        return np.frombuffer(self.data, self.dtype, self.lengths[sequence], self.pointers[sequence])
+
+
+def test_megatrons_reader_reads_every_shard(whole):
+    store = source_store(whole / "corpus", "web")
+    for shard in store.shards:
+        theirs = MegatronIndexedDataset(shard.prefix)
+        assert theirs.dtype == np.uint16
+        assert len(theirs.lengths) == len(shard)
+        assert all(np.array_equal(theirs[i], shard[i]) for i in range(len(shard)))
+        assert [stop - start for start, stop in pairwise(theirs.documents)] == [1] * len(shard)
+
+
+def test_documents_that_share_text_with_an_evaluation_set_are_left_out(texts, tmp_path):
+    theirs = tmp_path / "texts"
+    theirs.mkdir()
+    question = "How many apples does Anna have, if she buys seven and gives two of them away?"
+    filler = " ".join(f"word{i}" for i in range(40))
+    rows = [filler, f"{filler}. {question.upper()} {filler}", f"{filler} apples and nothing of it", f"so: {question}"]
+    (theirs / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (theirs / "tokenizer").symlink_to(texts / "tokenizer")
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": question, "choices": ["five", "seven"]}) + "\n")
+    decontaminate = DecontaminateConfig(files=[str(tmp_path / "eval.jsonl")])
+    made = prepare(config(theirs, tmp_path, decontaminate=decontaminate, holdout=0.0, segment_tokens=128))["sources"][0]
+    assert (made["documents"], made["contaminated"]) == (2, 2)
+    assert made["contaminated_examples"][0] == {
+        "origin": f"a.jsonl@{len(json.dumps({'text': rows[0]})) + 1}",
+        "words": "how many apples does anna have if she buys seven and gives two",
+    }

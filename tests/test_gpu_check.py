@@ -1,0 +1,453 @@
+"""The GPU check on the CPU: the same code over small shapes, its counts against brute force, and that it notices what is wrong."""
+
+import importlib
+import inspect
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lr2train.attention import kernel, ring
+from lr2train.attention.strategies import STRATEGIES
+from lr2train.attention.strategy import Work
+from lr2train.parallel.comm import counting
+from lr2train.parallel.layout import Layout
+from tests.attention.reference import attend_explicitly, mask_of, random_qkv, relative_error
+from tests.attention.test_ring_flash_attn import hand_it_our_kernel
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+sys.path[:0] = [] if str(TOOLS) in sys.path else [str(TOOLS)]
+
+gpu_check = importlib.import_module("gpu_check")
+gpu_kernels, gpu_layer, gpu_one_rank, gpu_parity, gpu_peaks, gpu_slice, gpu_timing = (
+    importlib.import_module(f"benches.gpu_{name}") for name in ("kernels", "layer", "one_rank", "parity", "peaks", "slice", "timing")
+)
+
+CPU = torch.device("cpu")
+MODEL = gpu_slice.Model("tiny", hidden=32, layers=2, heads=8, kv_heads=2, head_size=8, intermediate=48, vocabulary=64)
+FLOPS = gpu_timing.Flops(2e12, 4e12)
+
+
+def setting(n_tokens=64, sp=4, rank=1):
+    return gpu_slice.Setting(MODEL, n_tokens, sp, rank, CPU, torch.float32, rounds=1, warm_ups=0)
+
+
+@pytest.fixture
+def stand_ins():
+    """flash-attn's modules over our CPU kernel, for this test alone."""
+    before = dict(sys.modules)
+    hand_it_our_kernel()
+    yield
+    for name in set(sys.modules) - set(before):
+        if name.split(".")[0] in ("flash_attn", "ring_flash_attn"):
+            del sys.modules[name]
+
+
+# ---- the whole check ----
+
+
+def test_the_whole_check_runs_on_cpu(tmp_path, capsys):
+    """Every part; the JSON tells what was printed."""
+    out = tmp_path / "deep" / "gpu_check.json"
+    assert gpu_check.main(["--device", "cpu", "--tokens", "256", "--rounds", "1", "--peak", "1", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    told = json.loads(out.read_text())
+    assert told["kernels"] == ["cpu_flash"]
+    assert told["not_importable"][0] == "not importable: flash_attn_3 (needs CUDA)"
+    assert set(told["not_importable"]) <= set(printed)
+    assert {row["level"] for row in told["parity"]} == {
+        "rows", "blocks", "ring on 4", "gather on 4", "ulysses on 4", "ulysses_ring on 2x2",
+    }  # fmt: skip
+    assert all(row["passes"] and row["cases"] == (24 if row["level"] in ("rows", "blocks") else 12) for row in told["parity"])
+    assert {row["strategy"] for row in told["attention"]["rows"]} == {"ulysses", "ring"}
+    assert all(row["forward_ms"] > 0 and row["tflops_per_s"] > 0 for part in ("attention", "layer") for row in told[part]["rows"])
+    figures = {figure["name"]: figure for figure in told["figures"]}
+    assert figures["parity_failures"]["value"] == figures["attention_failures"]["value"] == figures["layer_failures"]["value"] == 0
+    assert figures["layer_ring_share_of_peak"]["value"] == pytest.approx(figures["layer_ring_tflops_per_s"]["value"])
+    assert all(figure["holds"] for figure in figures.values())
+    assert [line.split(": ")[0] for line in printed[-len(figures) :]] == list(figures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--device", "cuda:77"], "--device cuda:77: torch .* sees .* CUDA devices; --device cpu runs the same code, small"),
+        (["--device", "tpu9"], "--device tpu9 is no device; give cuda, cuda:1 … or cpu"),
+        (["--device", "meta"], "--device meta has no attention kernel here"),
+        (["--device", "cpu", "--rank", "4"], "--rank 4 --sp 4 --tokens 1024: --rank must be below --sp"),
+        (["--device", "cpu", "--rank", "-1"], "--rank must be below --sp"),
+        (["--device", "cpu", "--sp", "3"], "divide the 8 query heads"),
+        (["--device", "cpu", "--tokens", "1001"], r"2\*sp divide --tokens"),
+    ],
+)
+def test_what_cannot_start_is_one_sentence(arguments, sentence, tmp_path, capsys):
+    out = tmp_path / "gpu_check.json"
+    assert gpu_check.main([*arguments, "--out", str(out)]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("arguments", [["--tokens", "0"], ["--rounds", "-1"], ["--peak", "0"], ["--only", "speed"]])
+def test_malformed_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as refused:
+        gpu_check.main(["--device", "cpu", *arguments])
+    assert refused.value.code == 2
+
+
+@pytest.mark.usefixtures("fewer_cases")
+def test_a_wrong_kernel_ends_with_1(tmp_path, monkeypatch, capsys):
+    flash = kernel._cpu_flash
+    monkeypatch.setattr(kernel, "_cpu_flash", lambda q, *rest, **options: flash(1.01 * q, *rest, **options))
+    assert gpu_check.main(["--device", "cpu", "--only", "parity", "--out", str(tmp_path / "out.json")]) == 1
+    printed = capsys.readouterr().out
+    assert "MISSED: parity_failures is" in printed
+    assert "FAILS" in printed
+
+
+def test_a_part_that_does_not_fit_goes_on_with_less(tmp_path, monkeypatch, capsys):
+    race = gpu_slice.race_attention
+
+    def small_memory(at, *rest):
+        if at.n_tokens > (64 if rest[0] == "ulysses" else 0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return race(at, *rest)
+
+    monkeypatch.setattr(gpu_slice, "race_attention", small_memory)
+    out = tmp_path / "out.json"
+    arguments = ["--device", "cpu", "--only", "attention", "--tokens", "128", "--rounds", "1", "--out", str(out)]
+    assert gpu_check.main(arguments) == 1, "what could not be measured at all is a failure"
+    printed = capsys.readouterr().out
+    assert "attention, ulysses: 128 tokens do not fit into memory; going on with 64" in printed
+    assert "attention, ring: 16 tokens do not fit either: CUDA out of memory" in printed
+    assert "MISSED: attention_failures is 1" in printed
+    assert {row["segment_tokens"] for row in json.loads(out.read_text())["attention"]["rows"]} == {64}
+
+
+# ---- parity notices what is wrong ----
+
+
+@pytest.fixture
+def fewer_cases(monkeypatch):
+    monkeypatch.setattr(gpu_parity, "HEADS", {"gqa": (6, 2)})
+
+
+def rows_of(*dtypes):
+    return list(gpu_parity.check(["cpu_flash"], CPU, dtypes, quick=True))
+
+
+def not_causal(q, k, v, dropout, causal, **options):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, False, **options)
+
+
+def lse_off(q, k, v, *rest, **options):
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, *rest, **options)
+    return out, lse + 0.05
+
+
+def not_a_number(q, k, v, *rest, **options):
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, *rest, **options)
+    out[..., 0, 0] = math.nan
+    return out, lse
+
+
+@pytest.mark.parametrize("broken", [not_causal, not_a_number, lse_off])
+@pytest.mark.usefixtures("fewer_cases")
+def test_a_wrong_forward_fails_at_every_level(broken, monkeypatch):
+    monkeypatch.setattr(kernel, "_cpu_flash", broken)
+    rows = rows_of(torch.float32, torch.bfloat16)
+    assert len(rows) == 12
+    assert [row.level for row in rows if row.passes] == []
+
+
+@pytest.mark.usefixtures("fewer_cases")
+def test_a_wrong_backward_fails_in_its_gradient_alone(monkeypatch):
+    backward = kernel._cpu_flash_backward
+
+    def wrong(*rest, **options):
+        dq, dk, dv = backward(*rest, **options)
+        return dq, 1.02 * dk, dv
+
+    monkeypatch.setattr(kernel, "_cpu_flash_backward", wrong)
+    for row in rows_of(torch.float32, torch.bfloat16):
+        if row.level not in ("rows", "blocks"):
+            continue  # judged by the same kernel on one rank too
+        assert not row.passes
+        assert [name for name, ratio in row.ratios.items() if ratio > gpu_parity.LIMITS[name]] == ["dk"]
+        assert row.worst.startswith("dk: ")
+
+
+@pytest.mark.usefixtures("fewer_cases")
+def test_a_merge_that_forgets_the_lse_fails_where_parts_are_merged(monkeypatch):
+    for module in (kernel, ring, gpu_parity):
+        monkeypatch.setattr(module, "merge", lambda out_a, lse_a, out_b, lse_b: ((out_a + out_b) / 2, torch.logaddexp(lse_a, lse_b)))
+    passing = {row.level for row in rows_of(torch.bfloat16) if row.passes}
+    assert not passing & {"blocks", "ring on 4", "ulysses_ring on 2x2"}
+
+
+@pytest.mark.usefixtures("fewer_cases")
+def test_a_kernel_that_raises_is_a_row_and_the_others_go_on(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(kernel, "_cpu_flash_backward", broken)
+    rows = rows_of(torch.float32)
+    assert len(rows) == 6
+    assert all(not row.passes and row.error.endswith("RuntimeError: no kernel image is available") for row in rows)
+
+
+@pytest.mark.parametrize("window_tokens", [None, 5])
+def test_its_reference_is_the_other_reference(window_tokens):
+    """Two masks and two references written apart: of the tests, and of the check."""
+    spans = ((0, 1), (1, 9), (12, 40))
+    assert torch.equal(gpu_parity.mask_of(spans, 48, window_tokens), mask_of(spans, 48, window_tokens=window_tokens))
+    case = gpu_parity.Case((4, 2), 8, torch.float64, spans, 48, window_tokens)
+    segment = gpu_parity.draw(case, CPU)
+    expected = attend_explicitly(segment.q, segment.k, segment.v, spans, segment.scale, window_tokens=window_tokens)
+    answer = gpu_parity._written_out(segment, torch.float64)
+    torch.testing.assert_close((answer.out, answer.lse), expected)
+    assert all(grad.isfinite().all() for grad in answer.grads)
+
+
+# ---- counts ----
+
+
+@pytest.mark.parametrize("sp", [1, 2, 4, 8])
+@pytest.mark.parametrize("strategy", ["ulysses", "ring"])
+def test_pairs_of_a_slice_against_counting_them(strategy, sp):
+    n_tokens, causal = 64, torch.ones(64, 64, dtype=torch.bool).tril()
+    for rank in range(sp):
+        at = setting(n_tokens, sp, rank)
+        if strategy == "ulysses":
+            expected = MODEL.heads // sp * int(causal.sum())
+        else:
+            expected = MODEL.heads * int(causal[Layout("zigzag", n_tokens, rank, sp).indices].sum())
+        assert gpu_slice.slice_pairs(at, strategy) == expected
+        tiles, heads, kv_heads = gpu_slice.plain_tiles(at, strategy)
+        assert heads * sum(tile.pairs() for tile in tiles) == expected, "the plain kernel does the same work"
+        assert heads % kv_heads == 0
+
+
+def test_flops_of_attention_against_torch_s_counter():
+    """FlopCounterMode counts the products of attention written out: two forward, and four backward to which flash attention adds one."""
+    q, k, v = (x.requires_grad_() for x in random_qkv(32, 3, 3, 8))
+    with FlopCounterMode(display=False) as forward:
+        out = (q.transpose(0, 1) @ k.permute(1, 2, 0)) @ v.transpose(0, 1)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    counted = gpu_slice.attention_flops(3 * 32 * 32, 8)
+    assert counted.forward == forward.get_total_flops()
+    assert counted.backward == backward.get_total_flops() * 5 / 4
+
+
+def test_flops_of_a_layer_against_torch_s_counter():
+    """Linear maps as the counter sees them in transformers' own layer, and attention by its pairs; twice that backward."""
+    at = setting()
+    with gpu_one_rank.one_rank(at.rank, at.sp) as mesh:
+        lm = gpu_layer._build(at, "ring", mesh)
+        kept = next(one for one in gpu_layer._layer_passes(at, "ring", lm) if one.name == gpu_layer.LAYER)
+        with FlopCounterMode(display=False) as counter:
+            kept.forward()
+    linear = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}["aten.mm"]
+    attention = 4 * MODEL.head_size * gpu_slice.slice_pairs(at, "ring")
+    assert kept.flops.forward == linear + attention
+    assert kept.flops.backward == 2 * kept.flops.forward
+    loss = gpu_layer._loss_pass(at, lm, 8).flops
+    assert loss == gpu_timing.Flops(2 * 32 * 64 * 16, 4 * 32 * 64 * 16)
+
+
+def test_a_step_is_its_layers_and_one_loss():
+    lanes = {name: gpu_timing.Lane(FLOPS, [1.0], [seconds - 1.0]) for name, seconds in ((gpu_layer.LAYER, 4.0), (gpu_layer.LOSS, 2.0))}
+    lanes[gpu_layer.KEPT] = gpu_timing.Lane(FLOPS, [1.0], [2.0])
+    step = gpu_layer.Step("ring", 64, layers=3, lanes=lanes)
+    assert step.seconds == 14.0
+    assert step.tflops_per_s == pytest.approx(4 * 6 / 14)
+    assert step.recomputed == pytest.approx(0.25)
+    assert not step.failed
+
+
+# ---- one rank alone runs what a real rank runs ----
+
+
+@pytest.mark.parametrize(("strategy", "rings"), [("ulysses", 1), ("ring", 1), ("gather", 1), ("ulysses_ring", 2)])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_one_rank_alone_sends_what_the_formula_says(strategy, rings, rank):
+    work = Work(((0, 64),), 64, 8, 2, 8, 4, sp=4, ring=rings)
+    leaves = [x.requires_grad_() for x in random_qkv(16, 8, 2, 8)]
+    with gpu_one_rank.one_rank(rank, 4, rings) as mesh, counting() as sent:
+        out = STRATEGIES[strategy].attend(*leaves, work.spans, 0.3, mesh)
+        assert sent.total() == STRATEGIES[strategy].traffic(work, rank).forward
+        out.sum().backward()
+    assert sent.total() == STRATEGIES[strategy].traffic(work, rank).total
+    assert out.shape == (16, 8, 8)
+    assert all(x.isfinite().all() and x.std() > 0 for x in (out, *(leaf.grad for leaf in leaves)))
+    assert not torch.distributed.is_initialized()
+
+
+def test_what_arrives_is_what_was_sent():
+    into = torch.full((5,), math.nan)
+    gpu_one_rank._echo(into, [torch.empty(0), torch.tensor([1.0, 2.0])])
+    assert into.tolist() == [1.0, 2.0, 1.0, 2.0, 1.0]
+    gpu_one_rank._echo(into, [torch.empty(0)])
+    assert into.isfinite().all()
+
+
+def test_the_ring_computes_the_pairs_that_are_counted(monkeypatch):
+    pairs = []
+    forward = ring.forward_block
+
+    def counted(q, k, v, tiles, *rest):
+        pairs.append(q.shape[1] * sum(tile.pairs() for tile in tiles))
+        return forward(q, k, v, tiles, *rest)
+
+    monkeypatch.setattr(ring, "forward_block", counted)
+    rivals = gpu_slice.race_attention(setting(), "ring", ["cpu_flash"])
+    assert sum(pairs) == gpu_slice.slice_pairs(setting(), "ring")
+    assert rivals.failures == 0
+    assert rivals.ratio("ours, cpu_flash") > 0
+    assert rivals.beside("plain cpu_flash") is None
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_ring_flash_attn_races_where_it_can_be_imported():
+    lanes = gpu_slice.race_attention(setting(), "ring", ["cpu_flash"]).lanes
+    assert lanes["ring-flash-attn"].error is None
+    assert lanes["ring-flash-attn"].median_s > 0
+    assert lanes["ring-flash-attn"].flops == lanes["ours, cpu_flash"].flops
+    assert not any("ring_flash_attn" in line for line in gpu_kernels.at_hand(CPU).missing)
+
+
+# ---- kernels at hand ----
+
+
+def libraries(monkeypatch, of_version_2, of_version_3, capability):
+    """The two libraries with these backward functions, on a GPU of this capability."""
+    for name, function, implementation in (
+        ("flash_attn", "", None),
+        ("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward", of_version_2),
+        ("flash_attn_interface", "_flash_attn_backward", of_version_3),
+    ):
+        module = ModuleType(name)
+        setattr(module, function or "__path__", implementation or [])
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def test_kernels_at_hand_on_cuda(monkeypatch):
+    """The libraries replaced: there, for another GPU, too old, broken. Nothing raises."""
+
+    def old(q, window_size): ...
+
+    def new(q, window_size_left, window_size_right): ...
+
+    cuda = torch.device("cuda")
+    libraries(monkeypatch, new, new, (9, 0))
+    assert gpu_kernels.at_hand(cuda).names == ("flash_attn_3", "flash_attn", "torch_varlen")
+    libraries(monkeypatch, new, new, (8, 0))
+    assert gpu_kernels.at_hand(cuda).names == ("flash_attn", "torch_varlen")
+    assert gpu_kernels.at_hand(cuda).missing[0] == "not importable: flash_attn_3 (runs on Hopper GPUs alone)"
+    libraries(monkeypatch, old, old, (9, 0))
+    hand = gpu_kernels.at_hand(cuda)
+    assert hand.names == ("torch_varlen",)
+    assert hand.missing[1] == "not importable: flash_attn (too old: its _flash_attn_varlen_backward has no window_size_left)"
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it raises
+    monkeypatch.delitem(sys.modules, "flash_attn.flash_attn_interface")
+    assert gpu_kernels.at_hand(cuda).missing[1].startswith("not importable: flash_attn (")
+
+
+def test_a_kernel_can_be_asked_for():
+    with gpu_kernels.using("torch_varlen"):
+        assert kernel.kernel_name("cuda") == ("torch_varlen", "asked for on cuda")
+    assert kernel.kernel_name("cpu")[0] == "cpu_flash"
+
+
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    """flash-attn's, of rows [B, T, H, D]; version 2 and 3 share these names."""
+    spans = ((0, q.shape[1]),)
+    return attend_explicitly(q[0], k[0], v[0], spans, softmax_scale, causal)[0][None].to(q.dtype)
+
+
+def varlen_stand_in(*args, **kwargs):
+    """torch's varlen_attn: held to the signature of the installed one."""
+    given = inspect.signature(varlen_attn).bind(*args, **kwargs).arguments
+    q = given["query"]
+    assert given["cu_seq_q"].tolist() == [0, given["max_q"]] == [0, len(q)]
+    assert given["cu_seq_k"].dtype == torch.int32
+    assert given["enable_gqa"] == (q.shape[1] != given["key"].shape[1])
+    causal = {(-1, 0): True, (-1, -1): False}[given["window_size"]]
+    return attend_explicitly(q, given["key"], given["value"], ((0, len(q)),), given["scale"], causal)[0].to(q.dtype)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", sorted(gpu_kernels.PLAIN))
+def test_plain_kernels_are_called_as_they_are_documented(name, causal, monkeypatch):
+    for module in ("flash_attn", "flash_attn_interface"):
+        library = ModuleType(module)
+        library.flash_attn_func = (
+            flash_attn_func if module == "flash_attn" else lambda *args, **kwargs: (flash_attn_func(*args, **kwargs), 0)
+        )
+        monkeypatch.setitem(sys.modules, module, library)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_stand_in)
+    for heads in ((4, 4), (6, 2)):
+        q, k, v = random_qkv(32, *heads, 8)
+        expected, _ = attend_explicitly(q, k, v, ((0, 32),), 0.2, causal)
+        assert relative_error(gpu_kernels.PLAIN[name](q, k, v, 0.2, causal), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA RTX A4000", None),
+        ("Some GPU", None),
+    ],
+)
+def test_peaks_by_name(name, peak):
+    assert gpu_peaks.peak_tflops(name) == peak
+
+
+# ---- timing ----
+
+
+def test_a_failing_rival_leaves_the_race():
+    leaf = torch.ones(4, requires_grad=True)
+    calls = []
+
+    def fails():
+        calls.append(1)
+        raise ValueError("no GQA\nhere")
+
+    passes = [
+        gpu_timing.Pass("works", lambda: [leaf * 2], (leaf,), FLOPS, [torch.ones(4)]),
+        gpu_timing.Pass("fails", fails, (), FLOPS),
+    ]
+    lanes = gpu_timing.race(passes, CPU, rounds=3, warm_ups=2)
+    assert len(calls) == 1
+    assert lanes["fails"].figures() == {"error": "ValueError: no GQA here"}
+    assert len(lanes["works"].rounds_s) == 3
+    assert leaf.grad.tolist() == [2.0] * 4, "gradients are not added up over rounds"
+    assert math.isnan(lanes["fails"].over(lanes["works"]))
+    assert math.isnan(lanes["works"].over(lanes["fails"]))
+
+
+def test_figures_of_a_lane():
+    lane = gpu_timing.Lane(FLOPS, [1.0, 2.0, 9.0], [2.0, 3.0, 1.0])
+    assert lane.rounds_s == [3.0, 5.0, 10.0]
+    assert list(lane.figures().values()) == [2000.0, 2000.0, 1.0, 2.0, 6 / 5]
+    assert lane.over(gpu_timing.Lane(FLOPS, [1.0, 1.0, 1.0], [1.0, 1.5, 1.0])) == 2.0, "the median of ratios"
+
+
+def test_clocks_are_empty_where_there_is_no_gpu():
+    assert gpu_timing.clocks(CPU) == {}

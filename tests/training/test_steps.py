@@ -1,0 +1,111 @@
+"""Skipped steps are passed over and nothing else changes; a resumed run keeps its groups and cannot rewrite its past."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lr2train.config import DataConfig, UserError
+from lr2train.run import write_json
+from lr2train.training.loop import _due
+from lr2train.training.steps import FILE, Skips, Steps
+
+RANGES = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 9)).map(lambda one: f"{one[0]}-{one[0] + one[1]}"), max_size=5)
+
+
+def listed(texts: list[str]) -> set[int]:
+    return {step for text in texts for first, last in [map(int, text.split("-"))] for step in range(first, last + 1)}
+
+
+@given(RANGES, st.integers(0, 70), st.integers(0, 70))
+@settings(derandomize=True, deadline=None)
+def test_ranges_are_the_sets_that_they_name(texts, done, total):
+    skips, named = Skips.parse(texts), listed(texts)
+    assert {step for step in range(1, 80) if step in skips} == named
+    assert skips.count == len(named)
+    assert skips.until(done) == Skips.parse([str(step) for step in named if step <= done])
+    assert skips.remaining(done, total) == [step for step in range(done, total) if step + 1 not in named]
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "5-3", "-4", "3-", "1.5", "2-4-6"])
+def test_an_entry_that_is_no_range_is_refused(text):
+    with pytest.raises(UserError, match="data.skip_steps has the entry"):
+        Skips.parse([text])
+
+
+def test_the_first_start_settles_the_groups(tmp_path):
+    assert Steps.settle(tmp_path, DataConfig(), 8).group_segments == 8
+    assert Steps.settle(tmp_path, DataConfig(group_segments=16), 8).group_segments == 16
+    write_json(tmp_path / FILE, Steps.settle(tmp_path, DataConfig(), 8).to_json())
+    again = Steps.settle(tmp_path, DataConfig(), 2)
+    assert again.group_segments == again.applied(DataConfig()).group_segments == 8
+
+
+def test_the_past_cannot_be_rewritten_and_the_future_can(tmp_path):
+    write_json(tmp_path / FILE, json.loads(json.dumps(Steps.settle(tmp_path, DataConfig(skip_steps=["3-5", "90-99"]), 1).to_json())))
+    for later in (["3-5"], ["3-4", "5", "11-20"], ["3-5", "95"]):
+        Steps.settle(tmp_path, DataConfig(skip_steps=later), 1).refuse_other_past(10)
+    for other in ([], ["3-6"], ["3-5", "10-12"]):
+        with pytest.raises(UserError, match="of the 10 steps that are done, and the run was made skipping 3-5"):
+            Steps.settle(tmp_path, DataConfig(skip_steps=other), 1).refuse_other_past(10)
+    Steps.settle(tmp_path, DataConfig(), 1).refuse_other_past(2)  # the checkpoint lies before the skipped steps
+
+
+def test_a_checkpoint_is_due_though_its_step_was_skipped():
+    assert [_due(8, done, 4) for done in (9, 11, 12, 13)] == [False, False, True, True]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("steps")
+    tiny.make_corpus(made)
+    return made
+
+
+def train(folder: Path, *overrides: str) -> tuple[int, str]:
+    """Exit code and stderr of a training from scratch."""
+    sizes = [
+        f"model.original_window_tokens={tiny.L0}", f"data.segment_tokens={tiny.L}", "model=tiny_llama", "model.path=null",
+        f"model.architecture.max_position_embeddings={tiny.L0}", "model.architecture.hidden_size=32", "model.architecture.head_dim=16",
+        "model.architecture.num_hidden_layers=1", f"model.architecture.vocab_size={tiny.VOCAB}", "model.architecture.intermediate_size=48",
+        "rope.critical_index=2", "rope.tail=[4.0]", "optim.steps=12", "optim.segments_per_step=2", "optim.warmup_steps=2", "logger=jsonl",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "lr2train.train", *tiny.arguments(folder), *sizes, *overrides]
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150)
+    return process.returncode, process.stderr
+
+
+def test_training_passes_over_skipped_steps_and_refuses_another_past(folder):
+    status, err = train(folder, "name=skipping", "data.skip_steps=[2-4, 6, 12]")
+    assert status == 0, err
+    lines = [json.loads(line) for line in (folder / "skipping" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 5, 7, 8, 9, 10, 11]
+    assert [line["tokens_seen"] for line in lines] == [nth * 2 * tiny.L for nth in range(1, 8)]
+    assert json.loads((folder / "skipping" / "checkpoints" / "latest.json").read_text())["step"] == 11
+    (folder / "skipping" / "train.json").unlink()
+    status, err = train(folder, "name=skipping", "data.skip_steps=[2-4]")
+    assert (status, "data.skip_steps skips 2-4 of the 11 steps that are done" in err) == (2, True), err
+
+
+def test_training_on_a_damaged_corpus_is_refused_before_it_starts(folder, tmp_path):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(folder / "corpus", corpus)
+    tokens = next(corpus.glob("store/*/train-*.bin"))
+    flipped = bytearray(tokens.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    tokens.write_bytes(flipped)
+    status, err = train(folder, "name=damaged", f"data.path={corpus}")
+    assert status == 2, err
+    assert str(tokens) in err
+    assert "prepare again" in err
+    assert not (folder / "damaged" / "checkpoints").exists()

@@ -1,0 +1,124 @@
+"""Attention kernels at hand on a machine: which can be imported, how ours is made to use one of them, and how each is called plainly.
+
+Choice: a *plain* call is the library's own public function with its own autograd, over one row of queries and one of keys. It is what our
+kernel door is compared with: same kernel, nothing around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lr2train.attention import kernel
+from lr2train.attention.ring_flash_attn import zigzag_function
+from lr2train.config import UserError
+
+
+class Plain(Protocol):
+    """q [Tq, Hq, D], k and v [Tk, Hkv, D], scale, causal (Tq = Tk) or full -> out [Tq, Hq, D], differentiable."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor: ...
+
+
+class AtHand(NamedTuple):
+    """Kernels that can be called on a device, by the names of ``attention.kernel``, and a line about each that cannot."""
+
+    names: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+MODULES = {  # and the function that the kernel door calls of a library, whose signature tells old versions
+    "flash_attn_3": ("flash_attn_interface", "_flash_attn_backward"),
+    "flash_attn": ("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward"),
+    "torch_varlen": ("torch.nn.attention.varlen", None),
+}
+
+
+def at_hand(device: torch.device) -> AtHand:
+    """What ``device`` has. On CPU that is torch's flash kernel alone; a missing package is a line and no error."""
+    cpu = device.type == "cpu"
+    reasons = {name: "needs CUDA" if cpu else _refusal(name, device) for name in MODULES}
+    names = ("cpu_flash",) if cpu else tuple(name for name, reason in reasons.items() if not reason)
+    reasons["ring_flash_attn"] = _ring_refusal()
+    return AtHand(names, tuple(f"not importable: {name} ({reason})" for name, reason in reasons.items() if reason))
+
+
+def _ring_refusal() -> str | None:
+    try:
+        zigzag_function()
+    except UserError as error:
+        return f"needs flash-attn 2: {error.__cause__}" if error.__cause__ else str(error)
+    return None
+
+
+def _refusal(name: str, device: torch.device) -> str | None:
+    """Why a kernel cannot be used, or None."""
+    module, function = MODULES[name]
+    try:
+        library = importlib.import_module(module)
+        called = getattr(library, function) if function else None
+    except (ImportError, OSError, AttributeError) as error:  # OSError: built for another torch, its library does not load
+        return str(error)
+    if name == "flash_attn_3" and torch.cuda.get_device_capability(device)[0] != 9:
+        return "runs on Hopper GPUs alone"
+    old = called is not None and "window_size_left" not in inspect.signature(getattr(called, "_init_fn", called)).parameters
+    return f"too old: its {function} has no window_size_left" if old else None
+
+
+@contextlib.contextmanager
+def using(name: str) -> Iterator[None]:
+    """Our kernel door goes through kernel ``name``, whichever it would choose itself."""
+
+    def chosen(device: torch.device | str) -> tuple[str, str]:
+        return name, f"asked for on {device}"
+
+    with mock.patch.object(kernel, "kernel_name", chosen):
+        yield
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q[None], k[None], v[None], softmax_scale=scale, causal=causal)[0]
+
+
+def _flash3(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q[None], k[None], v[None], softmax_scale=scale, causal=causal)
+    return (out[0] if isinstance(out, tuple) else out)[0]  # betas return (out, lse)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows = (_bounds(len(q), q.device), _bounds(len(k), k.device), len(q), len(k))
+    out = varlen_attn(q, k, v, *rows, scale=scale, window_size=(-1, 0 if causal else -1), enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(out, Tensor)  # no lse was asked for
+    return out
+
+
+@lru_cache(maxsize=16)
+def _bounds(n_tokens: int, device: torch.device) -> Tensor:
+    return torch.tensor([0, n_tokens], dtype=torch.int32, device=device)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    """torch's public attention without its fallback that holds every score."""
+    q_rows, k_rows, v_rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        out = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+PLAIN: dict[str, Plain] = {"flash_attn_3": _flash3, "flash_attn": _flash2, "torch_varlen": _varlen, "cpu_flash": _sdpa, "torch_sdpa": _sdpa}

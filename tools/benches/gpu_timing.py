@@ -1,0 +1,174 @@
+"""Forward and backward passes timed against each other: in turn, warmed up, by CUDA events; medians over rounds.
+
+Choice: rivals run within one round, one after another, and a comparison is the median of the rounds' ratios, so a clock that sinks as the
+GPU warms meets all of them. Cost: a pass never finds its own data in the cache, as in training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of a pass, forward and backward."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Something to time. ``leaves`` lose their gradients before each run; the backward is that of all outputs, with ``grads``."""
+
+    name: str
+    forward: Callable[[], Sequence[Tensor]]
+    leaves: Sequence[Tensor]
+    flops: Flops
+    grads: Sequence[Tensor] | None = None  # None: the outputs are scalars
+    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # in force in forward and backward
+
+
+@dataclass
+class Lane:
+    """What became of a pass: seconds of each round, or the error that ended it."""
+
+    flops: Flops
+    forward_s: list[float] = field(default_factory=list)
+    backward_s: list[float] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def rounds_s(self) -> list[float]:
+        """Forward and backward of each round."""
+        return [a + b for a, b in zip(self.forward_s, self.backward_s, strict=True)]
+
+    @property
+    def median_s(self) -> float:
+        """Of forward and backward; nan where it failed."""
+        return statistics.median(self.rounds_s) if self.rounds_s else float("nan")
+
+    def over(self, other: Lane) -> float:
+        """How many times as long as another it takes: the median of the rounds' ratios; nan where either failed."""
+        ratios = [a / b for a, b in zip(self.rounds_s, other.rounds_s, strict=False)]
+        return statistics.median(ratios) if ratios else float("nan")
+
+    def figures(self) -> dict[str, Any]:
+        """Milliseconds and TFLOP/s, for the table and the JSON."""
+        if not self.rounds_s:
+            return {"error": self.error}
+        forward, backward = statistics.median(self.forward_s), statistics.median(self.backward_s)
+        return {
+            "forward_ms": 1e3 * forward,
+            "backward_ms": 1e3 * backward,
+            "forward_tflops_per_s": self.flops.forward / forward / 1e12,
+            "backward_tflops_per_s": self.flops.backward / backward / 1e12,
+            "tflops_per_s": self.flops.total / self.median_s / 1e12,
+        }
+
+
+def race(passes: Sequence[Pass], device: torch.device, rounds: int, warm_ups: int) -> dict[str, Lane]:
+    """Time all passes in turn, ``rounds`` times after ``warm_ups``. A pass that fails is left out of the rest and says why.
+
+    Raises:
+        torch.OutOfMemoryError: the work is too large for the device.
+    """
+    lanes = {one.name: Lane(one.flops) for one in passes}
+    for number in range(warm_ups + rounds):
+        for one in passes:
+            lane = lanes[one.name]
+            if lane.error is None:
+                _run(one, lane, device, counts=number >= warm_ups)
+    return lanes
+
+
+def _run(one: Pass, lane: Lane, device: torch.device, counts: bool) -> None:
+    for leaf in one.leaves:
+        leaf.grad = None
+    try:
+        forward_s, backward_s = _seconds(one, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a library raises: it is out of the race, and the others go on
+        lane.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        lane.forward_s.clear()
+        lane.backward_s.clear()
+        return
+    if counts:
+        lane.forward_s.append(forward_s)
+        lane.backward_s.append(backward_s)
+
+
+def _seconds(one: Pass, device: torch.device) -> tuple[float, float]:
+    with one.around():
+        start = _mark(device)
+        outputs = one.forward()
+        middle = _mark(device)
+        torch.autograd.backward(outputs, one.grads)
+        stop = _mark(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(middle) / 1e3, middle.elapsed_time(stop) / 1e3
+    return middle - start, stop - middle
+
+
+def _mark(device: torch.device) -> Any:
+    """A point in time: an event on the GPU's stream, or the clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def fitting(work: Callable[[int], Any], sizes: Sequence[int], unit: str, say: Callable[[str], None]) -> Any:
+    """``work(size)`` for the first of ``sizes`` that fits into memory; each that does not is said.
+
+    Raises:
+        torch.OutOfMemoryError: not even the last fits.
+    """
+    for size, smaller in _steps(sizes):
+        try:
+            return work(size)
+        except torch.OutOfMemoryError:
+            if smaller is None:
+                raise
+        torch.cuda.empty_cache()  # outside the handler, which would keep the failed tensors alive
+        say(f"{size} {unit} do not fit into memory; going on with {smaller}")
+    raise AssertionError("no size was given")
+
+
+def _steps(sizes: Sequence[int]) -> Iterator[tuple[int, int | None]]:
+    yield from zip(sizes, [*sizes[1:], None], strict=True)
+
+
+_CLOCKS = ("clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
+
+
+def clocks(device: torch.device) -> dict[str, str]:
+    """What nvidia-smi says of the GPU's clocks, power and heat right now; empty where it cannot be asked. Nothing is changed."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return {}
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    query = f"--query-gpu={','.join(_CLOCKS)}"
+    command = ["nvidia-smi", query, "--format=csv,noheader", "-i", uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(_CLOCKS, (value.strip() for value in answer.split(",")), strict=False))
