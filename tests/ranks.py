@@ -8,9 +8,9 @@
     def test_sum(tmp_path):
         assert run_ranks(body, 2, 10, tmp_path=tmp_path) == [21, 21]
 
-Choice: processes fork from a server that has imported torch and transformers once, so that the first launch of a session takes seconds and
-the next a tenth of one. The server computes nothing, which is what makes forking from it safe. Cost: a module that it has not imported
-(`PRELOAD`) is imported by every rank anew, so several checks over such a module belong in one launch.
+Choice: processes fork from a server that has imported torch, transformers and DeepSpeed once (`rank_imports.py`), so that the first launch of
+a session takes seconds and the next a tenth of one. The server computes nothing, which is what makes forking from it safe. Cost: a module
+that it has not imported is imported by every rank anew, so several checks over such a module belong in one launch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "transformers", "transformers.modeling_utils", "transformers.models.llama.modeling_llama"]
+PRELOAD = ["rank_imports"]
 _GRACE_S = 2.0  # after one rank failed: its peers lose their connection and write down their own end
 
 

@@ -7,8 +7,9 @@ Models", arXiv 2407.21783, section 3.3.2, which gathers all keys and values.
 
 Choice: the exchange is an all-to-all of uneven parts in a few groups of key heads: while one group is computed with, the next is on its
 way, and the memory for fetched rows is that of two groups. The shares of the gradients go home the same way, in the model's dtype, and are
-summed in fp32. Where no document crosses a border nothing is sent at all. Cost: the last rank of a long document fetches and computes
-most, up to twice the mean when one document fills the segment, where ``ring`` and ``ulysses`` are even.
+summed in fp32 when all have come: their memory is that of all groups. Where no document crosses a border nothing is sent at all. Cost: the
+last rank of a long document fetches and computes most, up to twice the mean when one document fills the segment, where ``ring`` and
+``ulysses`` are even.
 
 Bytes that rank r sends for a layer, with need(a, b) = the rows of rank b's shard that rank a fetches:
     forward    2 Hkv D b  sum over a of need(a, r)
@@ -209,14 +210,15 @@ def _start_fetch(
     k: Tensor, v: Tensor, heads: HeadGroup, fetched: Fetched, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, dist.Work, Tensor]:
     """(where rows will lie, what to wait for, what is being sent and must live until then)."""
-    own = torch.stack([k[:, heads.kv], v[:, heads.kv]], 1)
-    sent = torch.cat([own[len(own) - n :] for n in fetched.gives])
+    most = max(fetched.gives)
+    own = torch.stack([x[len(x) - most :, heads.kv] for x in (k, v)], 1)
+    sent = torch.cat([own[most - n :] for n in fetched.gives])
     rows, work = exchange_rows(sent, fetched.gives, fetched.takes, group)
     return rows, work, sent
 
 
 class _Returns:
-    """Gradients on their way home, one head group in flight: this rank's, of fetched rows, and others', of this rank's rows."""
+    """Gradients on their way home, of all head groups until the end: this rank's, of fetched rows, and others', of this rank's rows."""
 
     def __init__(self, fetched: Fetched, group: dist.ProcessGroup | None) -> None:
         self.fetched, self.group = fetched, group

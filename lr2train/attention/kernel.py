@@ -173,9 +173,11 @@ _CUDA_LIBRARIES = {  # by preference: the module of the raw functions, and the o
 
 def _choose_cuda_kernel() -> tuple[str, str]:
     refused = []
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9  # all that flash-attn 3 is built for
+    generation = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    if 0 < generation < 8:
+        raise UserError(f"this GPU has compute capability {generation}.x and flash attention needs 8 (A100) or newer; set device to cpu")
     for name, (module, function) in _CUDA_LIBRARIES.items():
-        if name == "flash_attn_3" and not hopper:
+        if name == "flash_attn_3" and generation != 9:  # all that it is built for
             continue
         try:
             usable = "window_size_left" in _parameters(getattr(importlib.import_module(module), function))

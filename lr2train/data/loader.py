@@ -8,6 +8,7 @@ multiplies has to widen ids to 64 bits, on its own part of the segment.
 from __future__ import annotations
 
 import mmap
+import resource
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from lr2train.data.packing import COLUMNS, Pieces
 from lr2train.data.store import SourceStore, Store
 
 Ranges = Sequence[tuple[int, int]]  # half-open, in a segment
+_FILES_A_SHARD, _FILES_BESIDES = 3, 256  # that a process keeps open: of a store (.bin, .idx, .targets.npy), and of everything else
 
 
 def make_loader(
@@ -137,7 +139,7 @@ class SegmentLoader:
     """Batches of planned segments.
 
     Raises:
-        UserError: the plan holds no segment, or groups do not fit the ranks.
+        UserError: the plan holds no segment, groups do not fit the ranks, or the system does not let so many files be open.
     """
 
     def __init__(self, corpus: Corpus, long_attention: LongAttention, seed: int, ranks: Ranks, group_segments: int) -> None:
@@ -145,7 +147,9 @@ class SegmentLoader:
         self._pieces = {window: _plain(corpus.pieces(window)) for window in WINDOWS}
         if not any(pieces.n_segments for pieces in self._pieces.values()):
             raise UserError(f"the corpus {corpus.folder} has no segment; prepare more documents, or a smaller data.segment_tokens")
-        self._texts = [Texts(store) for store in corpus.stores()]
+        stores = corpus.stores()
+        _allow_open_files(sum(len(store.first) - 1 for store in stores))
+        self._texts = [Texts(store) for store in stores]
         self._whole = {SHORT: False, LONG: long_attention is LongAttention.segment}
         self._ranks = ranks
         self._padding = corpus.tokenizer.eos
@@ -181,6 +185,24 @@ class SegmentLoader:
             _made(self._pieces[window].segment_tokens, one, window, self._whole[window], self._padding)
             for (window, _), one in zip(segments, found, strict=True)
         ]
+
+
+def _allow_open_files(n_shards: int) -> None:
+    """Raise this process' limit of open files, which begins at 1024 on many systems, so that all shards fit: a mapped file stays open.
+
+    Raises:
+        UserError: the system's own limit is lower.
+    """
+    needed = _FILES_A_SHARD * n_shards + _FILES_BESIDES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"the corpus has {n_shards} shards, which takes {needed} open files where this system allows a process {hard}; raise the limit "
+            "(`ulimit -Hn`, nofile in limits.conf), or prepare another corpus with a greater data.shard_bytes"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _plain(pieces: Pieces) -> Pieces:

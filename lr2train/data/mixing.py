@@ -54,7 +54,7 @@ def targets(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarray) 
     cells = (
         _by_corpus(data, buckets, wanted, available) if data.weights_of is WeightsOf.corpus else _inside(data, buckets, wanted, available)
     )
-    return np.rint(cells).astype(np.int64)
+    return np.where(available > 0, np.rint(cells), 0).astype(np.int64)  # less than a token of what is not there is nothing
 
 
 def _by_bucket(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarray) -> np.ndarray:

@@ -206,4 +206,4 @@ def _marginal(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def _line(source: str, bucket: str, *figures: str) -> str:
     widths = (12, 16, 16, 16, 10, 8)
-    return (f"{source:<20}{bucket:<14}" + "".join(f"{figure:>{width}}" for figure, width in zip(figures, widths, strict=True))).rstrip()
+    return (f"{source:<19} {bucket:<13} " + "".join(f"{figure:>{width}}" for figure, width in zip(figures, widths, strict=True))).rstrip()

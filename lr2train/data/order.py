@@ -114,7 +114,8 @@ class Order:
 def part(segments: np.ndarray, rank: int, size: int) -> np.ndarray:
     """The segments of a group that one of ``size`` data-parallel ranks takes, one a micro-step.
 
-    The ranks of a micro-step take neighbours in cost; who takes the dearer one alternates, so that sums are alike too.
+    The ranks of a micro-step take neighbours in cost; inside a group of several micro-steps who takes the dearer one alternates, so that sums
+    are alike too.
     """
     rows = segments.reshape(-1, size)
     places = np.where(np.arange(len(rows)) % 2, size - 1 - rank, rank)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lr2train.config import DataConfig, UserError, to_dict
+from lr2train.config import DataConfig, UserError, WeightsOf, to_dict
 from lr2train.data import mixreport, packing, planfile
 from lr2train.data.batch import SHORT, WINDOWS
 from lr2train.data.composing import Plan, make_plan
@@ -147,15 +147,19 @@ def _remarks(data: DataConfig, made: Sequence[dict[str, Any]], report: dict[str,
 
 
 def _absent(data: DataConfig, report: dict[str, Any]) -> Iterator[str]:
-    """A line for each source that has no document of a window in which its weight counts: the others take its share."""
+    """A line for each source without a document of a bucket in which its weight counts: the others take its share."""
     listed = {bucket.window for bucket in data.buckets if bucket.sources}
-    for window, budget in budgets(data).items():
+    there = {(row["source"], row["bucket"]) for row in report["cells"] if row["documents"]}
+    for bucket in report["by_bucket"]:
+        name, window, budget = bucket["bucket"], bucket["window"], bucket["target_tokens"]
+        if not budgets(data)[window] or window in listed or data.weights_of is not WeightsOf.bucket:
+            continue
         counting = [source for source in data.sources if window in source.windows and source.weight > 0]
         total = sum(source.weight for source in counting)
         for source in counting:
-            there = report["windows"][window]["sources"][source.name]["documents"]
-            if budget and not there and window not in listed and data.weights_of.name == "bucket":
+            if (source.name, name) not in there:
                 yield (
-                    f"plan: {source.name} has no {window} document, so the other sources take its share of {source.weight / total * budget:.0f} "
-                    f"tokens; raise its limits, or leave {window} out of its windows"
+                    f"plan: {source.name} has no {window} document{'' if name == window else f' of bucket {name}'}, so the other sources take its "
+                    f"share of {source.weight / total * budget:.0f} tokens; raise its limits, leave {window} out of its windows, or give every "
+                    "bucket weights of single sources (data.buckets.*.sources)"
                 )

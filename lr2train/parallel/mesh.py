@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from lr2train.config import UserError
@@ -83,9 +84,9 @@ def _my_group(partition: list[list[int]], timeout: timedelta | None) -> dist.Pro
     group, _ = dist.new_subgroups_by_enumeration(partition, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)  # a partition: this rank is in one of them
     if dist.get_backend(group) == "nccl":
-        dist.barrier(
-            group
-        )  # nccl opens a communicator at its first call, which all ranks must join: a ring's first transfer may not be one
+        # nccl opens a communicator at its first call, which all ranks must join: a ring's first transfer may not be one. Without a device
+        # a barrier guesses one from the rank, and the communicator would be another device's.
+        dist.barrier(group, device_ids=[torch.cuda.current_device()])
     return group
 
 

@@ -22,6 +22,7 @@ from lr2train.attention.kernel import (
     kernel_name,
     merge,
 )
+from lr2train.attention.simulation import Segment, simulate
 from lr2train.attention.tiles import Tile, diagonal, make_rounds
 from lr2train.config import UserError
 from tests.attention.reference import attend_explicitly, gradients_explicitly, random_qkv, relative_error
@@ -442,6 +443,21 @@ def test_cuda_kernels_are_called_as_they_are_documented(cuda_kernel, tiles, wind
         assert (grad.double() - wanted.double()).abs().max() <= 2e-2 * max(1.0, wanted.abs().max())
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_rings_of_cuda_kernels(cuda_kernel, seed):
+    """The tiles that a ring makes of documents under a sliding window: 6 ranks, bf16, where 3e-2 is a few of its roundings."""
+    generator = torch.Generator().manual_seed(seed)
+    borders = sorted(torch.randperm(97, generator=generator)[:5].tolist())
+    spans, window_tokens = tuple(pairwise(borders)), (5, 9, 17, 40, 9, None)[seed]
+    q, k, v = random_qkv(96, 4, 2, 16, torch.bfloat16, seed)
+    grad_out = torch.randn(q.shape, generator=generator).bfloat16()
+    result = simulate("ring", Segment(q, k, v, grad_out, spans, 0.3, window_tokens), 6)
+    expected_out, _ = attend_explicitly(q, k, v, spans, 0.3, window_tokens=window_tokens)
+    expected = [expected_out, *gradients_explicitly(q, k, v, spans, 0.3, grad_out, window_tokens=window_tokens)]
+    for name, actual, wanted in zip(("out", "dq", "dk", "dv"), result, expected, strict=True):
+        assert (actual.double() - wanted).abs().max() < 3e-2 * max(1.0, wanted.abs().max()), name
+
+
 def test_what_cuda_does_not_serve_is_refused(cuda_kernel):
     with pytest.raises(UserError, match=r"model.dtype=float32 has no flash attention on CUDA; set model.dtype to bfloat16"):
         attend(*random_qkv(96, 4, 2, 32), FULL, 0.2)
@@ -483,6 +499,9 @@ def test_the_cuda_kernel_is_flash_attn_where_it_is_new_enough(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(sys.modules, "flash_attn_interface", FakeFlash3("flash_attn_interface"))
     assert kernel._choose_cuda_kernel() == ("flash_attn_3", "flash_attn_3 is installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(UserError, match="this GPU has compute capability 7.x and flash attention needs 8"):
+        kernel._choose_cuda_kernel()
 
 
 def test_agrees_with_torch_on_one_span():

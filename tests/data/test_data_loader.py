@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import threading
 from collections import Counter
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from lr2train.config import Config, LongAttention, SourceConfig, UserError
 from lr2train.data.batch import IGNORE, LONG, SHORT
 from lr2train.data.corpus import Corpus
-from lr2train.data.loader import make_loader
+from lr2train.data.loader import _allow_open_files, make_loader
 from lr2train.data.planfile import plan_file
 from lr2train.data.prefetch import prefetched
 from lr2train.prepare import prepare
@@ -174,6 +176,18 @@ def test_a_corpus_that_is_not_there_or_damaged_is_refused(config, tmp_path):
     plan.write_bytes(plan.read_bytes()[:-30])
     with pytest.raises(UserError, match="prepare again"):
         make_loader(replace(config.data, path=str(copy)), 0, 0, 1, 8, 128, 512)
+
+
+def test_a_low_limit_of_open_files_is_raised_as_far_as_the_system_lets(config):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard))  # two stores take six
+    try:
+        assert len(make_loader(config.data, 0, 0, 1, 8, 128, 512).batches(0)) == 8
+        if hard != resource.RLIM_INFINITY:
+            with pytest.raises(UserError, match=f"takes {3 * 10**12 + 256} open files where this system allows a process {hard}"):
+                _allow_open_files(10**12)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_exception_on_a_thread_arrives_at_its_step_and_ends_the_threads():

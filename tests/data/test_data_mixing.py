@@ -114,6 +114,12 @@ def test_weights_act_inside_each_bucket_among_sources_that_have_documents():
     assert table.tolist() == [[75, 75, 400], [225, 225, 0]]
 
 
+def test_a_share_of_less_than_a_token_of_no_documents_is_nothing():
+    ranges = [BucketConfig(name="s", window="short", sources={"a": 999.3, "b": 0.7})]
+    data = data_of({"a": 1, "b": 1}, buckets=ranges, short_tokens=1000, long_tokens=0)
+    assert mixing.targets(data, buckets.resolve(data, 8192), np.array([[900, 0], [0, 0]]))[:, 0].tolist() == [999, 0]
+
+
 def test_without_a_budget_every_document_comes_once():
     data = data_of({"a": 1, "b": 3}, short_tokens=0)
     table = mixing.targets(data, buckets.resolve(data, 8192), np.array([[17, 900, 900], [9, 900, 900]]))

@@ -152,3 +152,15 @@ def test_documents_in_no_bucket_are_said(tmp_path, capsys):
     stored = Corpus.open(tmp_path / "corpus").documents().lengths
     outside = stored[stored > 300]
     assert f"{len(outside)} documents with {outside.sum()} tokens lie in no bucket" in capsys.readouterr().err
+
+
+def test_a_source_that_lacks_a_bucket_is_said_with_its_share(tmp_path, capsys):
+    """Its share goes to the others, so the mix over sources is not what its weights say."""
+    (tmp_path / "a.txt").write_text("".join(map(str, np.random.default_rng(0).integers(10, size=420))))  # 129 to 300 tokens
+    ranges = [BucketConfig(name="to_300", to_tokens=300), BucketConfig(name="rest", above_tokens=300, weight=3)]
+    config = config_of(tmp_path / "runs", holdout=0.0, buckets=ranges, long_tokens=4000, max_repeats=99.0)
+    config.data.sources.append(SourceConfig(name="a", path=str(tmp_path / "a.txt")))
+    prepare(config)
+    err = capsys.readouterr().err
+    assert "a has no long document of bucket rest, so the other sources take its share of 1500 tokens" in err
+    assert "of bucket to_300" not in err

@@ -67,7 +67,8 @@ def _disturb(folder: Path, kills: int, steps: int) -> list[int]:
         process = _start(folder, rng)
         assert process.stdout is not None
         if rng.random() < 0.8:  # the others die while they start
-            for _ in range(rng.randrange(2 * steps // kills)):
+            left = steps - _checkpoint(folder / "disturbed")
+            for _ in range(rng.randrange(max(1, left // (kills - len(killed))))):  # the child runs on while its lines are read
                 process.stdout.readline()
         try:
             process.wait(timeout=rng.uniform(0, 0.02))
@@ -92,7 +93,7 @@ def _start(folder: Path, rng: random.Random) -> subprocess.Popen:
 def read_epoch(corpus_folder: Path, folder: Path, dp_size: int, threads: int) -> None:
     """Go on from the last checkpoint to the end of the epoch."""
     ranks = [_loader(corpus_folder, rank, dp_size) for rank in range(dp_size)]
-    done = read_json(folder / "checkpoint.json")["step"] if (folder / "checkpoint.json").exists() else 0
+    done = _checkpoint(folder)
     kept = [line for line in _journal(folder) if line["step"] < done]
     folder.mkdir(exist_ok=True)
     _write_lines(folder / "journal.jsonl", kept)
@@ -105,6 +106,11 @@ def read_epoch(corpus_folder: Path, folder: Path, dp_size: int, threads: int) ->
             print(step, flush=True)
             if (step + 1) % _CHECKPOINT_EVERY == 0:
                 write_json(folder / "checkpoint.json", {"step": step + 1})
+
+
+def _checkpoint(folder: Path) -> int:
+    """Steps that are done for good."""
+    return read_json(folder / "checkpoint.json")["step"] if (folder / "checkpoint.json").exists() else 0
 
 
 def _loader(corpus_folder: Path, rank: int, dp_size: int) -> SegmentLoader:
