@@ -184,7 +184,7 @@ class DataConfig:
     holdout: float = 0.02  # share of documents kept out of training, for the search and the evaluation
     align_sp: Any = 1  # shards of a segment (a number, or a list) whose borders no short document crosses: it then costs no communication
     # Segments of one window that follow each other in a step, shared by the data-parallel ranks: any number of ranks that divides it sees the
-    # same data at the same step. 0: the ranks of the first start.
+    # same data at the same step. 0: a multiple of the first start's ranks, up to a quarter of a step.
     group_segments: int = 0
     # Steps that are passed over, as metrics.jsonl counts them: ["1200-1230", "1500"]. Their data is never trained on; the counter and the
     # learning rate go on.
@@ -272,7 +272,7 @@ class SearchConfig:
         1.0  # standard errors by which answers must be worse than the k-th best's to be dropped; inf drops only what is certain to lose
     )
     racing_answers: int = 4  # answers that have to be compared before a candidate is dropped on a likelihood
-    proposals: int = 4  # surrogate: mutations drawn for each child that is evaluated
+    proposals: int = 8  # surrogate: mutations drawn for each child that is evaluated
     looks: float = 2.25  # surrogate: document-forwards of a generation for each of its children
     tail_low: float = 1.0  # bounds of the tail, in multiples of s = L / L0
     tail_high: float = 2.0
@@ -287,6 +287,14 @@ class SearchConfig:
     chunk_tokens: int = 0  # forward passes in chunks with a key-value cache, where activations of a whole window do not fit; 0 is whole
     shard: bool = False  # ZeRO-3 over all ranks, for a model that does not fit one device
     seed: int = 0
+
+    @property
+    def most_forwards(self) -> int:
+        """Document-forwards that a search takes where racing drops nobody."""
+        children = self.population + self.generations * (self.population - self.top_k)
+        if self.algorithm == "surrogate":
+            return round(self.looks * children) + 2 * self.final_documents
+        return children * self.documents + self.top_k * self.final_documents
 
 
 @dataclass
@@ -530,8 +538,17 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
             continue  # a key that a later release has added: the run was started without it
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, f"{prefix}{key}.")
+        elif _names(a) and _names(a) == _names(b):
+            for one, other in zip(a or (), b or (), strict=True):
+                yield from differences(one, other, f"{prefix}{key}.{one['name']}.")
         elif a != b:
             yield f"{prefix}{key}: {a!r} -> {b!r}"
+
+
+def _names(value: Any) -> list[str]:
+    """Of a list of named things, such as sources; empty for anything else."""
+    named = isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value)
+    return [one["name"] for one in value] if named else []
 
 
 def _validate(config: Config) -> None:

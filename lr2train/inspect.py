@@ -12,6 +12,7 @@ begins before its piece, ``>`` one that goes on after it. Writes nothing.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -63,7 +64,9 @@ def _of_run(config: Config) -> Config:
         group_segments=saved["data"].get("group_segments", 0),
         skip_steps=saved["data"].get("skip_steps", []),
     )
-    steps = Steps.settle(folder, data, config.inspect.dp_size)
+    steps = Steps.settle(folder, data, config.inspect.dp_size, saved["optim"]["segments_per_step"])
+    if steps.before is not None:  # train.config.json is of the first start, and a later one may skip more
+        data = replace(data, skip_steps=steps.before.texts)
     optim = replace(config.optim, segments_per_step=saved["optim"]["segments_per_step"])
     return replace(config, seed=saved["seed"], data=steps.applied(data), optim=optim)
 
@@ -177,5 +180,15 @@ def _painted(cells: str) -> str:
     return "".join(cell if cell == EMPTY else f"\x1b[{41 + (ord(cell.upper()) - ord('A')) % 6};30m{cell}\x1b[0m" for cell in cells)
 
 
+def inspect_into_a_pipe(config: Config) -> None:
+    """The verb as a person runs it, who may read the beginning alone (``| head``)."""
+    try:
+        inspect(config)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails on its way out
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    main("inspect", inspect)
+    main("inspect", inspect_into_a_pipe)

@@ -195,12 +195,12 @@ def _search(shape: Shape, config: Config) -> dict[str, Any] | None:
     if target <= shape.window_tokens:
         return None
     flops = cost.scoring_flops(shape, target)
-    forwards = cost.search_forwards(knobs.population, knobs.generations, knobs.top_k, knobs.documents, knobs.final_documents)
+    forwards = knobs.most_forwards
     hours = cost.gpu_hours(flops * forwards, hardware.gpu_bf16_tflops, hardware.mfu)
     return {
         "flops_per_document": flops,
         "document_forwards": forwards,
-        "racing": knobs.racing,
+        "racing": knobs.racing and knobs.algorithm != "surrogate",
         "gpu_hours": hours,
         "hours": hours / hardware.gpus,
         "price_usd": hours * hardware.gpu_hour_price,

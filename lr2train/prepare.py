@@ -3,11 +3,13 @@
     python -m lr2train.prepare experiment=tiny_4k name=corpus
 
 Writes ``runs/<name>/``: tokenizer/, store/, segments.*.npy, corpus.json (see lr2train.data.corpus), plan.json, plan.txt, pictures/ and
-prepare.json. Killed at any time, the same command goes on at the shard where it was.
+prepare.json. Killed at any time, the same command goes on at the shard where it was. With other limits, weights or budgets it plans anew from
+the tokens that are there; what would make other tokens of a source is refused (lr2train.data.textsource).
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -25,25 +27,32 @@ def prepare(config: Config) -> dict[str, Any]:
     """Run the verb; returns what ``prepare.json`` holds.
 
     Raises:
-        UserError: sources, tokenizer or windows that cannot be prepared.
+        UserError: sources, tokenizer or windows that cannot be prepared, or another job is at the same folder.
     """
     original_window_tokens = original_window(config.model)
     building.check(config.data, original_window_tokens)
-    job = run.open_run(config, "prepare", GROUPS)
+    job = run.open_run(config, "prepare", GROUPS, follows=True)
     started = time.monotonic()
-    integrity.refuse_damage(job.folder)
     listed = building.list_sources(config.data)
+    with job.lock() or contextlib.nullcontext():
+        for change in job.changes():
+            job.log(f"changed since the last time: {change}")
+        result = _prepare(config, original_window_tokens, listed, job)
+        result["seconds"] = round(time.monotonic() - started, 2)
+        job.write_json("prepare.json", result)
+    print(table(result), flush=True)
+    return result
+
+
+def _prepare(config: Config, original_window_tokens: int, listed: building.Listed, job: run.Run) -> dict[str, Any]:
+    """Stages 1 and 2 in a folder that is ours; the config is noted last, because a budget that cannot be filled must not replace one that could."""
+    integrity.refuse_damage(job.folder)
     tokenizer = building.ensure_tokenizer(job.folder, config.data, listed, job.log)
     stores = building.ensure_stores(job.folder, config.data, listed, tokenizer, original_window_tokens, config.seed, job.log)
     manifest = segmenting.ensure_plan(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
     integrity.write_checksums(job.folder)
-    lock = job.claim({})  # only now: a budget that cannot be filled must not reserve the name
-    result = {**manifest, "folder": str(job.folder), "seconds": round(time.monotonic() - started, 2)}
-    job.write_json("prepare.json", result)
-    print(table(result), flush=True)
-    if lock is not None:
-        lock.close()
-    return result
+    job.note({})
+    return {**manifest, "folder": str(job.folder)}
 
 
 def original_window(model: ModelConfig) -> int:

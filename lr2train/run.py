@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 # Keys inside the groups of a run that may change between a start and its resumption: they do not change what it computes.
 FREE_KEYS = (
-    "parallel.timeout_s", "engine.checkpoint_every_steps", "engine.keep_checkpoints", "data.tokenizer_train_bytes", "model.allow_download",
+    "parallel.", "engine.checkpoint_every_steps", "engine.keep_checkpoints", "data.tokenizer_train_bytes", "model.allow_download",
     "data.workers", "data.tokenizer_backend", "data.verify",
     "data.skip_steps", "data.prefetch_steps", "data.loader_threads",
 )  # fmt: skip
@@ -54,6 +54,7 @@ class Run:
     folder: Path
     verb: str
     values: dict[str, Any] = field(default_factory=dict)  # what the folder belongs to once it is claimed
+    follows: bool = False  # another config takes the folder over
 
     def claim(self, inputs: dict[str, str]) -> IO[str] | None:
         """Make the folder belong to this config and these inputs. Called once the input has proved good: a typo must not reserve a name.
@@ -68,15 +69,25 @@ class Run:
             UserError: another job is writing here.
         """
         self.refuse_other_inputs(inputs)
-        if rank() != 0:
-            return None
-        lock = self._lock()
-        saved = self.folder / f"{self.verb}.config.json"
-        if not saved.exists():
-            write_json(self.folder / f"{self.verb}.provenance.json", provenance())
-            write_json(self.folder / f"{self.verb}.inputs.json", inputs)
-            write_json(saved, self.values)
+        lock = self.lock()
+        self.note(inputs)
         return lock
+
+    def note(self, inputs: dict[str, str]) -> None:
+        """Write down what the folder belongs to, from rank 0 alone; for a verb that has taken the lock before it knows that its input is good."""
+        saved = self.folder / f"{self.verb}.config.json"
+        if rank() != 0 or (saved.exists() and not self.changes()):
+            return
+        write_json(self.folder / f"{self.verb}.provenance.json", provenance())
+        write_json(self.folder / f"{self.verb}.inputs.json", inputs)
+        write_json(saved, self.values)
+
+    def changes(self) -> list[str]:
+        """What differs from the saved config, ``key: old -> new``, in a folder that follows its newest config; else nothing is asked."""
+        saved = self.folder / f"{self.verb}.config.json"
+        if not self.follows or not saved.exists():
+            return []
+        return list(differences(read_json(saved), json.loads(json.dumps(self.values))))
 
     def refuse_other_inputs(self, inputs: dict[str, str]) -> None:
         """Refuse to go on from work that was done on other inputs under the same paths.
@@ -95,7 +106,14 @@ class Run:
                 "the folder to start over"
             )
 
-    def _lock(self) -> IO[str] | None:
+    def lock(self) -> IO[str] | None:
+        """Keep other jobs out of the folder as long as what is returned stays open; on rank 0 alone.
+
+        Raises:
+            UserError: another job is writing here.
+        """
+        if rank() != 0:
+            return None
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = (self.folder / f".{self.verb}.lock").open("a+")
         try:
@@ -128,13 +146,14 @@ class Run:
         return path
 
 
-def open_run(config: Config, verb: str, groups: tuple[str, ...]) -> Run:
-    """Open ``<runs_folder>/<name>`` for a verb; nothing is written before ``Run.claim``.
+def open_run(config: Config, verb: str, groups: tuple[str, ...], follows: bool = False) -> Run:
+    """Open ``<runs_folder>/<name>`` for a verb; nothing is written before ``Run.claim`` or ``Run.lock``.
 
     Args:
         config: the experiment; ``claim`` saves it as ``<verb>.config.json``.
         verb: the verb's name.
         groups: the top-level config keys that decide what the verb computes; a change of another key, or of ``FREE_KEYS``, does not matter.
+        follows: the folder takes over the newest config, because the verb itself refuses what would spoil finished work.
 
     Raises:
         UserError: the folder holds a run of the same verb with another config; the keys that differ are listed.
@@ -142,9 +161,9 @@ def open_run(config: Config, verb: str, groups: tuple[str, ...]) -> Run:
     folder = Path(config.runs_folder) / config.name
     values = {key: value for key, value in to_dict(config).items() if key in groups}
     saved = folder / f"{verb}.config.json"
-    if saved.exists():
+    if saved.exists() and not follows:
         _refuse_other_config(saved, values, config.name)
-    return Run(folder, verb, values)
+    return Run(folder, verb, values, follows)
 
 
 def _refuse_other_config(saved: Path, values: dict[str, Any], name: str) -> None:

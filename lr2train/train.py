@@ -57,7 +57,7 @@ def train(config: Config) -> dict[str, Any]:
     ring = attention.ring_ranks(hf_config, config.parallel, processes.ranks_per_node())
     mesh = make_mesh(config.parallel.sp, config.parallel.timeout_s, ring)
     target = factors.target_window_tokens if config.data.kind == "segments" else None
-    steps = Steps.settle(job.folder, config.data, mesh.dp_size)
+    steps = Steps.settle(job.folder, config.data, mesh.dp_size, config.optim.segments_per_step)
     loader = make_loader(
         steps.applied(config.data),
         config.seed,

@@ -8,26 +8,39 @@
     def test_sum(tmp_path):
         assert run_ranks(body, 2, 10, tmp_path=tmp_path) == [21, 21]
 
-Choice: processes fork from a server that has imported torch, transformers and DeepSpeed once (`rank_imports.py`), so that the first launch of
-a session takes seconds and the next a tenth of one. The server computes nothing, which is what makes forking from it safe. Cost: a module
-that it has not imported is imported by every rank anew, so several checks over such a module belong in one launch.
+Choice: processes fork from a server that has imported torch, transformers and DeepSpeed once, so that the first launch of a session takes
+seconds and the next a tenth of one. The server computes nothing, which is what makes forking from it safe. Cost: a module that it has not
+imported (`PRELOAD`) is imported by every rank anew, so several checks over such a module belong in one launch.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-PRELOAD = ["rank_imports"]
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2")
+PRELOAD = [
+    "torch.distributed",
+    "transformers.modeling_utils",
+    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported with the first optimizer, and with it torch's compiler: seconds
+    "hypothesis",
+    "pytest",
+]
 _GRACE_S = 2.0  # after one rank failed: its peers lose their connection and write down their own end
 
 
@@ -44,8 +57,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, tmp_path: Path, ti
     TimeoutError.
     """
     folder = Path(tempfile.mkdtemp(dir=tmp_path, prefix="ranks_"))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forking()
     body = pickle.dumps((fn, args, dict(os.environ)))
     ranks = [context.Process(target=_rank, args=(rank, world, folder, body), daemon=True) for rank in range(world)]
     for process in ranks:
@@ -58,6 +70,15 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, tmp_path: Path, ti
     return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world)]
 
 
+def forking() -> ForkServerContext:
+    """What processes are made with: it forks them from the server, which is started here if need be."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # or DeepSpeed touches the GPU when imported, and such a server must not fork
+        forkserver.ensure_running()
+    return context
+
+
 def _rank(rank: int, world: int, folder: Path, body: bytes) -> None:
     try:
         import torch  # here, so that the parent need not import torch
@@ -66,6 +87,7 @@ def _rank(rank: int, world: int, folder: Path, body: bytes) -> None:
         fn, args, environ = pickle.loads(body)
         os.environ.update(environ)  # of the caller, now: the server kept what it was when it started
         torch.set_num_threads(1)
+        gc.freeze()  # DeepSpeed collects garbage with every engine: it need not go through what the server imported
         dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
         result = fn(rank, world, *args)
         (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
@@ -76,7 +98,7 @@ def _rank(rank: int, world: int, folder: Path, body: bytes) -> None:
         raise SystemExit(1) from None
 
 
-def _join(ranks: list[BaseProcess], timeout_s: float) -> None:
+def _join(ranks: Sequence[BaseProcess], timeout_s: float) -> None:
     """Return when all ranks have ended, or soon after one has failed."""
     deadline = time.monotonic() + timeout_s
     failed = False
@@ -89,14 +111,14 @@ def _join(ranks: list[BaseProcess], timeout_s: float) -> None:
             failed, deadline = True, min(deadline, time.monotonic() + _GRACE_S)
 
 
-def _end(ranks: list[BaseProcess]) -> None:
+def _end(ranks: Sequence[BaseProcess]) -> None:
     for process in ranks:
         if process.is_alive():
             process.kill()
         process.join()
 
 
-def _raise_failures(ranks: list[BaseProcess], folder: Path, name: str) -> None:
+def _raise_failures(ranks: Sequence[BaseProcess], folder: Path, name: str) -> None:
     errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
     texts = [f"rank {path.stem} of {name}:\n{path.read_text()}" for path in errors]
     if not texts and any(process.exitcode for process in ranks):

@@ -73,6 +73,11 @@ def test_the_whole_check_runs_on_cpu(tmp_path, capsys):
     assert figures["layer_ring_share_of_peak"]["value"] == pytest.approx(figures["layer_ring_tflops_per_s"]["value"])
     assert all(figure["holds"] for figure in figures.values())
     assert [line.split(": ")[0] for line in printed[-len(figures) :]] == list(figures)
+    assert sum("summary: " in line for line in printed) == 1
+    summary = printed[next(i for i, line in enumerate(printed) if "summary: " in line) :]
+    for figure in figures.values():
+        row = next(line for line in summary if f" {figure['name']} " in line)
+        assert ("met" if figure["at_most"] is not None else "no target here") in row
 
 
 @pytest.mark.parametrize(
@@ -109,6 +114,7 @@ def test_a_wrong_kernel_ends_with_1(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "MISSED: parity_failures is" in printed
     assert "FAILS" in printed
+    assert re.search(r"parity_failures .* at most 0 .* MISSED", printed), "in the summary too"
 
 
 def test_a_part_that_does_not_fit_goes_on_with_less(tmp_path, monkeypatch, capsys):

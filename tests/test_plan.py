@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lr2train.config import UserError, compose
+from lr2train.config import SearchConfig, UserError, compose
 from lr2train.model import load
 from lr2train.plan import plan
 from lr2train.planning import cost, memory, tables
@@ -96,8 +96,11 @@ def test_gpu_hours_of_the_papers_search(llama):
     forwards = 64 * 40 * 10
     assert cost.gpu_hours(6.6e15 * forwards, 312, 0.4) == pytest.approx(376, abs=1)
     assert cost.gpu_hours(cost.scoring_flops(llama, L) * forwards, 312, 0.4) == pytest.approx(361, abs=1)
-    assert cost.search_forwards(64, 40, 16, 10) == (64 + 40 * 48) * 10
-    assert cost.search_forwards(64, 40, 16, 3, 24) == (64 + 40 * 48) * 3 + 16 * 24
+    knobs = {"population": 64, "generations": 40, "top_k": 16}
+    assert SearchConfig(**knobs, documents=10).most_forwards == (64 + 40 * 48) * 10
+    assert SearchConfig(**knobs, documents=3, final_documents=24).most_forwards == (64 + 40 * 48) * 3 + 16 * 24
+    pooled = SearchConfig(**knobs, algorithm="surrogate", documents=20, final_documents=24, looks=2.25)
+    assert pooled.most_forwards == 2.25 * (64 + 40 * 48) + 2 * 24
 
 
 def test_training_flops_agree_with_the_training_loop(llama):
@@ -226,7 +229,7 @@ def test_plan_of_llama3_8b(tmp_path, capsys):
     assert result["work"]["tokens"] == pytest.approx(10e9, rel=0.01)
     assert result["cost"]["hours"] == pytest.approx(41.5, abs=0.5)  # 54 h at the paper's 0.307
     assert result["cost"]["price_usd"] == pytest.approx(2 * result["cost"]["gpu_hours"])
-    assert result["search"]["document_forwards"] == (64 + 40 * 48) * 3 + 16 * 24
+    assert result["search"]["document_forwards"] == 2.25 * (64 + 40 * 48) + 2 * 24
     shown = capsys.readouterr().out
     for words in ("8.03B", "8,030,261,248", "dp 8 x sp 8", "gathered weights", "tokens/s/GPU", "assumptions", "6.33 PFLOP", "fits"):
         assert words in shown

@@ -51,14 +51,14 @@ VARIANTS = {
     "racing_only": [*PLAIN, "search.racing=true"],
     "racing": RACING,
     "cmaes": [*RACING, "search.algorithm=cmaes"],
-    "surrogate": [*ONE, "search.algorithm=surrogate", "search.documents=10", "search.final_documents=24"],
+    "surrogate": [*ONE, "search.algorithm=surrogate", "search.documents=20", "search.final_documents=24"],
 }
 WHAT = {
     "plain": "the paper's loop: everyone on 10 documents of one question",
     "racing_only": "the same documents, hopeless candidates dropped",
     "racing": "3 documents of 4 questions, racing, the last top_k on 24 further documents",
     "cmaes": "CMA-ES in the place of evolution, on racing's documents",
-    "surrogate": "plain's documents and 24 further ones; a Gaussian process over all evaluations says who is evaluated on which",
+    "surrogate": "20 documents of one question and 24 further ones; a Gaussian process over all evaluations says who is evaluated on which",
 }
 
 

@@ -1,6 +1,6 @@
 """Are attention's kernels right on this GPU, and how close to its limits is one rank's work?  python tools/gpu_check.py [--quick]
 
-Three parts, one table each, one JSON (--out):
+Three parts with their details, then one table that sums them up, and one JSON (--out):
 
   parity     every kernel that can be imported (flash-attn 3 and 2, torch's varlen; the CPU's), forward and backward, against attention
              written out in float64: head sizes to 256, MHA/GQA/MQA, packed spans, sliding windows, bf16 and fp16, whole rows, blocks with
@@ -37,7 +37,7 @@ from benches import gpu_layer, gpu_parity, gpu_slice, gpu_timing  # noqa: E402
 from benches.figures import Figure, conclude  # noqa: E402
 from benches.gpu_kernels import at_hand  # noqa: E402
 from benches.gpu_peaks import peak_tflops  # noqa: E402
-from benches.gpu_tables import Line, show_parity, show_speed  # noqa: E402
+from benches.gpu_tables import Line, show_parity, show_speed, show_summary  # noqa: E402
 
 from lr2train.attention.kernel import kernel_name  # noqa: E402
 from lr2train.config import UserError  # noqa: E402
@@ -93,6 +93,7 @@ def run(setting: gpu_slice.Setting, arguments: argparse.Namespace) -> int:
         _attention(findings, setting, hand.names, asserted)
     if "layer" in arguments.only:
         _layer(findings, setting, arguments.peak, asserted)
+    show_summary(findings.figures)
     print(f"written: {findings.out}")
     return conclude(findings.figures)
 

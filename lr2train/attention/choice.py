@@ -7,8 +7,8 @@ Choice: ``auto`` takes, for every segment anew, what sends the fewest bytes amon
   span. So the ranks of a long window are even within ``EVEN``, and documents, which are a small part of such work, may be less so.
   ``local`` is not asked: what it can serve it serves, as evenly as the packer has made it.
 
-Where nothing is even, evenness is not asked. Tokens are cut once for all layers, so the layout with the smallest sum over layers wins, and
-each kind of layer (full, sliding) takes the cheapest strategy of that layout.
+Where nothing is even, what leaves the busiest rank the least work is taken. Tokens are cut once for all layers, so the layout with the
+smallest sum over layers wins, and each kind of layer (full, sliding) takes the cheapest strategy of that layout.
 
 Cost: bytes stand for time. A ring that hides what it sends behind its work, or an exchange that cannot, look alike here; who has measured
 better sets ``parallel.strategy``.
@@ -16,7 +16,7 @@ better sets ``parallel.strategy``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -162,30 +162,42 @@ def _cheapest(works: dict[Work, int], sp: int, ring: int) -> Plan:
         return _all_local(works, "every span lies inside one shard: nothing is sent")
     serving = {work: _serving(work) for work in works}
     even = {work: [one for one in strategies if _is_even(one, work)] for work, strategies in serving.items()}
-    best = _least(even, works) or _least(serving, works)
+    best = _least(even, works, _sent)
+    reason = "nothing spreads the work evenly, and others do less" if best is None else _reason(best, even)
+    best = best or _least(serving, works, _of_the_busiest)
     if best is None:
         _refuse(STRATEGIES["gather"], next(iter(works)))  # serves any heads and spans: what stops it stops the others
         raise AssertionError(f"no strategy serves {works}")
     names = tuple((work.window_tokens, strategy.name) for work, strategy in best.items())
-    return Plan(names, next(iter(best.values())).layout_kind, _reason(best, even), _figures(serving))
+    return Plan(names, next(iter(best.values())).layout_kind, reason, _figures(serving))
 
 
 def _all_local(works: dict[Work, int], reason: str) -> Plan:
     return Plan(tuple((work.window_tokens, "local") for work in works), "contiguous", reason)
 
 
-def _least(fitting: dict[Work, list[Strategy]], works: dict[Work, int]) -> dict[Work, Strategy] | None:
+def _least(
+    fitting: dict[Work, list[Strategy]], works: dict[Work, int], cost: Callable[[Strategy, Work], int]
+) -> dict[Work, Strategy] | None:
     """The cheapest strategy for each work, all of one layout: that with the smallest sum over layers. None where no layout serves all."""
     best, least = None, None
     for kind in dict.fromkeys(one.layout_kind for strategies in fitting.values() for one in strategies):
         alike = {work: [one for one in strategies if one.layout_kind == kind] for work, strategies in fitting.items()}
         if not all(alike.values()):
             continue
-        chosen = {work: min(strategies, key=lambda one: one.bytes_sent(work).total) for work, strategies in alike.items()}
-        sent = sum(one.bytes_sent(work).total * works[work] for work, one in chosen.items())
-        if least is None or sent < least:
-            best, least = chosen, sent
+        chosen = {work: min(strategies, key=lambda one: cost(one, work)) for work, strategies in alike.items()}
+        total = sum(cost(one, work) * works[work] for work, one in chosen.items())
+        if least is None or total < least:
+            best, least = chosen, total
     return best
+
+
+def _sent(strategy: Strategy, work: Work) -> int:
+    return strategy.bytes_sent(work).total
+
+
+def _of_the_busiest(strategy: Strategy, work: Work) -> int:
+    return max(strategy.pairs(work, rank) for rank in range(work.sp))
 
 
 def _serving(work: Work) -> list[Strategy]:

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from lr2train.attention import choice
 from lr2train.attention.choice import Layers, Plan
 from lr2train.attention.strategies import STRATEGIES
+from lr2train.attention.strategy import layout_of
 from lr2train.attention.tiles import Spans
 from lr2train.config import ParallelConfig, UserError
 from lr2train.parallel.layout import Layout
@@ -61,9 +62,7 @@ class SequenceAttention:
 
     def layout(self, spans: Spans, n_tokens: int) -> Layout:
         """Which tokens of a segment this rank has to be handed. Raises UserError as ``plan``."""
-        kind = self.plan(spans, n_tokens).layout_kind
-        inner = self.mesh.ulysses_size if kind == "zigzag_nested" else 1
-        return Layout(kind, n_tokens, self.mesh.sp_rank, self.mesh.sp_size, inner)
+        return layout_of(self.plan(spans, n_tokens).layout_kind, spans, n_tokens, self.mesh)
 
 
 def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> SequenceAttention:

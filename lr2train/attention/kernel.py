@@ -253,15 +253,23 @@ def _nothing(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=256)
 def _rows_of(round_: Round, device: torch.device) -> tuple[slice | Tensor, slice | Tensor]:
     """What selects the queries and the keys of a round. Made once for a segment, not in each layer."""
-    queries = [(tile.q_start, tile.q_stop) for tile in round_.tiles]
-    keys = [(tile.k_start, tile.k_stop) for tile in round_.tiles]
+    queries = tuple((tile.q_start, tile.q_stop) for tile in round_.tiles)
+    keys = tuple((tile.k_start, tile.k_stop) for tile in round_.tiles)
     return _rows(queries, device), _rows(keys, device)
 
 
-def _rows(ranges: list[tuple[int, int]], device: torch.device) -> slice | Tensor:
-    """A slice (no copy) where the ranges adjoin, else an index."""
+@lru_cache(maxsize=256)
+def rows_in(ranges: tuple[tuple[int, int], ...], device: torch.device) -> slice | Tensor:
+    """What selects the rows of half-open ranges: a slice (no copy) where they adjoin, else an index on ``device``.
+
+    Made once for a segment, not in each layer.
+    """
+    return _rows(ranges, device)
+
+
+def _rows(ranges: tuple[tuple[int, int], ...], device: torch.device) -> slice | Tensor:
     if all(left[1] == right[0] for left, right in pairwise(ranges)):
-        return slice(ranges[0][0], ranges[-1][1])
+        return slice(ranges[0][0], ranges[-1][1]) if ranges else slice(0, 0)
     with torch.inference_mode(False):  # an evaluation may come first, and training may not save its tensors
         return torch.cat([torch.arange(start, stop) for start, stop in ranges]).to(device)
 

@@ -1,47 +1,48 @@
 """Ring attention (Liu et al., arXiv 2310.01889) over the zigzag layout: keys and values go around, queries stay.
 
-The segment is cut in 2 R blocks and rank r of R holds blocks r and 2 R - 1 - r. In step t rank r attends to what it needs of the shard of
-rank (r + t) mod R, while the shard of the next step is on its way. Of a span that covers the segment it needs, in step 0, its own shard
-(causally); from a rank before it, the low block, for all its queries; from a rank after it, both blocks, for its high block: in every
-step the same work on every rank, half a shard by a shard, and no masked pair is computed.
+A document is cut in 2 R pieces and rank r of R holds pieces r and 2 R - 1 - r (``parallel.layout`` says of which documents this is so). In
+step t rank r attends to what it needs of the shard of rank (r + t) mod R, while the shard of the next step is on its way. Of such a document
+it needs, in step 0, its own pieces (causally); from a rank before it, the low piece, for all its queries; from a rank after it, both pieces,
+for its high one: in every step the same work on every rank, half a share by a share, and no masked pair is computed.
 
 Choice: a rank sends each other rank exactly the rows that it needs, straight from the shard that owns them, and a rank's share of the
 gradients of keys and values goes straight home in the model's own dtype, where it is summed in fp32. Kernels round their gradients to that
-dtype anyway, so an accumulator that went around in fp32 would be twice the bytes and no more exact. Documents that end inside a shard are
+dtype anyway, so an accumulator that went around in fp32 would be twice the bytes and no more exact. Documents that lie inside a shard are
 not sent at all. Cost: in step t the peers are t ranks apart, where the classic ring speaks to neighbours only; on a machine that joins
 nothing but neighbours by fast links that one is better, between nodes they are alike where each node has one rank of the ring
-(``ulysses_ring``).
+(``ulysses_ring``). And where several documents are cut, half the rows of a shard do not adjoin, and are copied before they are sent or
+attend by themselves.
 
 Bytes that rank r sends for a layer, with need(a, b) = the rows of rank b's shard that rank a's queries see:
     forward    2 Hkv D b  sum over a of need(a, r)
     backward   the same, and  2 Hkv D b  sum over a of need(r, a)
 with b bytes an element. Of one span over T tokens and n = T / 2 R: need(a, r) is n where r < a and 2 n where r > a, so forward
 2 Hkv D b n (R - 1 + r) and backward 2 Hkv D b n 3 (R - 1). LLaMA3-8B (8 key heads of 128, bf16) at T = 128k, R = 8: at most 448 MiB
-forward and 672 MiB backward.
+forward and 672 MiB backward. Documents that are cut one by one and fill a segment together send as much, within rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lr2train.attention.kernel import Queries, backward_block, dense_last, forward_block, merge
+from lr2train.attention.kernel import Queries, backward_block, dense_last, forward_block, merge, rows_in
 from lr2train.attention.strategy import Strategy, Traffic, Work
 from lr2train.attention.tiles import Spans, Tile, touching
 from lr2train.config import UserError
 from lr2train.parallel.comm import Transfer, counter, resume, transfer
-from lr2train.parallel.layout import Layout
+from lr2train.parallel.layout import Layout, Ranges
 from lr2train.parallel.mesh import Mesh
-
-Rows = tuple[int, int]
-"""Half-open range of rows of a shard; (0, 0) is none."""
 
 Fetch = Callable[[int], tuple[Tensor, Tensor]]
 """step -> (k, v) of the rows that the step takes from its rank."""
@@ -52,12 +53,12 @@ Give = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Step:
-    """What a rank does with the shard of rank (rank + t) mod size."""
+    """What a rank does with the shard of rank (rank + t) mod size, in ranges of rows of shards."""
 
-    queries: Rows  # of this rank, that see anything of it
-    take: Rows  # of it, that they see
-    give: Rows  # of this rank's own shard, that rank (rank - t) mod size takes in the same step
-    tiles: tuple[Tile, ...]  # counted from the first row of queries and of take
+    queries: Ranges  # of this rank, that see anything of it
+    take: Ranges  # of it, that they see
+    give: Ranges  # of this rank's own shard, that rank (rank - t) mod size takes in the same step
+    tiles: tuple[Tile, ...]  # by row of queries and of take, each laid end to end
 
 
 def ring(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, mesh: Mesh, window_tokens: int | None = None) -> Tensor:
@@ -81,7 +82,7 @@ def ring_over(
     return _Ring.apply(q, k, v, steps, scale, window_tokens, rank, group)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def plan(spans: Spans, n_tokens: int, rank: int, size: int, window_tokens: int | None = None) -> tuple[Step, ...]:
     """What ``rank`` of ``size`` does in steps 0 … size - 1 with a segment of ``n_tokens``. Pure."""
     return tuple(_step(spans, n_tokens, rank, size, window_tokens, t) for t in range(size))
@@ -98,7 +99,7 @@ def forward_rank(
     for t, step in enumerate(steps[1:], 1):
         keys, values = fetch(t)
         if step.tiles:
-            rows = slice(*step.queries)
+            rows = rows_in(step.queries, q.device)
             out = out.to(lse.dtype)
             part = forward_block(q[rows], keys, values, step.tiles, scale, window_tokens)
             out[rows], lse[rows] = merge(out[rows], lse[rows], *part)
@@ -116,7 +117,7 @@ def backward_rank(
     dq, dk, dv = (grad.to(queries.lse.dtype) for grad in own)
     for t, step in enumerate(steps[1:], 1):
         keys, values = fetch(t)
-        rows = slice(*step.queries)
+        rows = rows_in(step.queries, k.device)
         part = backward_block(queries.part(rows), keys, values, step.tiles, scale, window_tokens)
         dq[rows] += part[0]
         give(t, part[1].to(k.dtype), part[2].to(k.dtype))
@@ -127,51 +128,13 @@ def backward_rank(
 
 
 def _step(spans: Spans, n_tokens: int, rank: int, size: int, window_tokens: int | None, t: int) -> Step:
-    blocks = _all_blocks(n_tokens, size)
-    mine = blocks[rank]
+    held = _held(spans, n_tokens, size)
     if t == 0:
-        return Step((0, n_tokens // size), (0, 0), (0, 0), _own_tiles(spans, mine, window_tokens))
-    tiles = _tiles(spans, mine, blocks[(rank + t) % size], window_tokens)
-    given = _tiles(spans, blocks[(rank - t) % size], mine, window_tokens)
-    queries, take = _hull([tile[:2] for tile in tiles]), _hull([tile[2:4] for tile in tiles])
-    moved = (Tile(a - queries[0], b - queries[0], c - take[0], d - take[0], gap) for a, b, c, d, gap in tiles)
-    return Step(queries, take, _hull([tile[2:4] for tile in given]), tuple(moved))
-
-
-@lru_cache(maxsize=16)
-def _all_blocks(n_tokens: int, size: int) -> tuple[tuple[Rows, ...], ...]:
-    return tuple(Layout("zigzag", n_tokens, rank, size).blocks for rank in range(size))
-
-
-def _own_tiles(spans: Spans, blocks: Sequence[Rows], window_tokens: int | None) -> tuple[Tile, ...]:
-    """The tiles between the queries of a rank and its own keys, by row of its shard. A span in both its blocks fills all between them, so
-    its rows adjoin, and one causal triangle over the rows is the mask over the positions.
-    """
-    tiles: list[Tile] = []
-    for span in dict.fromkeys(span for block in blocks for span in touching(spans, *block)):
-        pieces = _pieces(blocks, span)
-        if window_tokens is not None and window_tokens < span[1] - span[0]:
-            tiles += _in_pairs(pieces, pieces, window_tokens)
-        else:
-            tiles.append(Tile(pieces[0].start, pieces[-1].stop, pieces[0].start, pieces[-1].stop, 0))
-    return tuple(tiles)
-
-
-def _tiles(spans: Spans, q_blocks: Sequence[Rows], k_blocks: Sequence[Rows], window_tokens: int | None) -> tuple[Tile, ...]:
-    """The tiles between the queries of one rank and the keys of another, by row of their shards. Only a span with tokens of a block of
-    queries and tokens before it has any.
-    """
-    tiles: list[Tile] = []
-    for span in dict.fromkeys(span for first, _ in q_blocks for span in touching(spans, first, first + 1)):
-        keys = _pieces(k_blocks, span)
-        if not keys:
-            continue
-        queries = _pieces(q_blocks, span)
-        if window_tokens is not None and window_tokens < span[1] - span[0]:
-            tiles += _in_pairs(queries, keys, window_tokens)
-        else:
-            tiles += _earlier(queries, keys)
-    return tuple(tiles)
+        return Step(((0, n_tokens // size),), (), (), _own_tiles(held[rank], window_tokens))
+    tiles = _tiles(held[rank], held[(rank + t) % size], window_tokens)
+    given = _tiles(held[(rank - t) % size], held[rank], window_tokens)
+    queries, take = _joined(tile[:2] for tile in tiles), _joined(tile[2:4] for tile in tiles)
+    return Step(queries, take, _joined(tile[2:4] for tile in given), _end_to_end(tiles, queries, take))
 
 
 class _Piece(NamedTuple):
@@ -187,14 +150,51 @@ class _Piece(NamedTuple):
         return self.position + self.stop - self.start
 
 
-def _pieces(blocks: Sequence[Rows], span: Rows) -> list[_Piece]:
-    pieces, row = [], 0
-    for start, stop in blocks:
-        low, high = max(start, span[0]), min(stop, span[1])
-        if low < high:
-            pieces.append(_Piece(row + low - start, row + high - start, low))
-        row += stop - start
-    return pieces
+_Held = dict[tuple[int, int], list[_Piece]]
+"""What a shard holds of each span: at most two pieces, with no row between them."""
+
+
+@lru_cache(maxsize=16)
+def _held(spans: Spans, n_tokens: int, size: int) -> tuple[_Held, ...]:
+    """Of every rank, in order."""
+    return tuple(_pieces(spans, Layout("zigzag", n_tokens, rank, size, spans=spans).blocks) for rank in range(size))
+
+
+def _pieces(spans: Spans, blocks: Ranges) -> _Held:
+    held: _Held = {}
+    row = 0
+    for first, last in blocks:
+        for span in touching(spans, first, last):
+            low, high = max(first, span[0]), min(last, span[1])
+            held.setdefault(span, []).append(_Piece(row + low - first, row + high - first, low))
+        row += last - first
+    return held
+
+
+def _own_tiles(held: _Held, window_tokens: int | None) -> tuple[Tile, ...]:
+    """The tiles between the queries of a rank and its own keys, by row of its shard. Two pieces of a span adjoin, so one causal triangle over
+    their rows is the mask over the positions.
+    """
+    tiles: list[Tile] = []
+    for span, pieces in held.items():
+        if window_tokens is not None and window_tokens < span[1] - span[0]:
+            tiles += _in_pairs(pieces, pieces, window_tokens)
+        else:
+            tiles.append(Tile(pieces[0].start, pieces[-1].stop, pieces[0].start, pieces[-1].stop, 0))
+    return tuple(tiles)
+
+
+def _tiles(queries: _Held, keys: _Held, window_tokens: int | None) -> list[Tile]:
+    """The tiles between the queries of one rank and the keys of another, by row of their shards."""
+    tiles: list[Tile] = []
+    for span in queries:
+        if span not in keys:
+            continue
+        if window_tokens is not None and window_tokens < span[1] - span[0]:
+            tiles += _in_pairs(queries[span], keys[span], window_tokens)
+        else:
+            tiles += _earlier(queries[span], keys[span])
+    return tiles
 
 
 def _earlier(queries: Sequence[_Piece], keys: Sequence[_Piece]) -> list[Tile]:
@@ -219,8 +219,37 @@ def _in_pairs(queries: Sequence[_Piece], keys: Sequence[_Piece], window_tokens: 
     return [tile for tile in tiles if tile is not None]
 
 
-def _hull(ranges: Sequence[tuple[int, ...]]) -> Rows:
-    return (min(start for start, _ in ranges), max(stop for _, stop in ranges)) if ranges else (0, 0)
+def _joined(ranges: Iterable[tuple[int, ...]]) -> Ranges:
+    """The same rows in order, as few ranges as can be."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], stop)
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
+
+
+def _end_to_end(tiles: Sequence[Tile], queries: Ranges, keys: Ranges) -> tuple[Tile, ...]:
+    """The tiles by row of those ranges laid end to end."""
+    to_q, to_k = _counted(queries), _counted(keys)
+    placed = ((to_q(tile.q_start), to_k(tile.k_start), tile) for tile in tiles)
+    return tuple(Tile(q, q + tile.n_queries, k, k + tile.n_keys, tile.gap) for q, k, tile in placed)
+
+
+def _counted(ranges: Ranges) -> Callable[[int], int]:
+    """row -> how many rows of ``ranges`` lie before it; it is one of them."""
+    starts, before = [start for start, _ in ranges], [0, *accumulate(stop - start for start, stop in ranges)]
+
+    def count(row: int) -> int:
+        i = bisect_right(starts, row) - 1
+        return before[i] + row - starts[i]
+
+    return count
+
+
+def _n_rows(ranges: Ranges) -> int:
+    return sum(stop - start for start, stop in ranges)
 
 
 # ---- on real ranks ----
@@ -277,10 +306,10 @@ class _Arrivals:
 
     def _start(self, t: int) -> None:
         step, size = self.steps[t], len(self.steps)
-        rows = slice(*step.give)
-        n_rows = step.take[1] - step.take[0]
+        rows, n_rows = rows_in(step.give, self.k.device), _n_rows(step.take)
         self.arriving = self.k.new_empty(n_rows, *self.k.shape[1:]), self.v.new_empty(n_rows, *self.v.shape[1:])
-        sent = Transfer((self.rank - t) % size, (self.k[rows], self.v[rows]))
+        self.leaving = self.k[rows], self.v[rows]  # which may be copies: they live until they have left
+        sent = Transfer((self.rank - t) % size, self.leaving)
         self.works = transfer(sent, Transfer((self.rank + t) % size, self.arriving), self.group, tag=2 * t)
 
 
@@ -296,7 +325,7 @@ class _Returns:
         """Send the gradients of the rows that step t took to the rank that owns them, and take in those of the rows that it gave."""
         self._land()
         step, size = self.steps[t], len(self.steps)
-        arriving = tuple(x.new_empty(step.give[1] - step.give[0], *x.shape[1:]) for x in self.like)
+        arriving = tuple(x.new_empty(_n_rows(step.give), *x.shape[1:]) for x in self.like)
         sent = Transfer((self.rank + t) % size, (dk, dv))
         works = transfer(sent, Transfer((self.rank - t) % size, arriving), self.group, tag=2 * t + 1)
         self.pending = t, works, arriving, (dk, dv)
@@ -314,7 +343,7 @@ class _Returns:
         for work in works:
             work.wait()
         for total, part in zip(self.sums, arrived, strict=True):
-            total[slice(*self.steps[t].give)] += part
+            total[rows_in(self.steps[t].give, total.device)] += part
         self.pending = None
 
 
@@ -323,17 +352,41 @@ class _Returns:
 
 def ring_traffic(work: Work, rank: int) -> Traffic:
     """The formula of the module's docstring."""
-    steps = plan(work.spans, work.n_tokens, rank, work.sp, work.window_tokens)
+    need = needs(work.spans, work.n_tokens, work.sp, work.window_tokens)
     row_bytes = 2 * work.n_kv_heads * work.head_size * work.bytes_per_element
-    given = sum(step.give[1] - step.give[0] for step in steps) * row_bytes
-    taken = sum(step.take[1] - step.take[0] for step in steps) * row_bytes
+    given, taken = (int(rows) * row_bytes for rows in (need[:, rank].sum(), need[rank].sum()))
     return Traffic(given, given + taken)
 
 
+@lru_cache(maxsize=64)
+def needs(spans: Spans, n_tokens: int, size: int, window_tokens: int | None = None) -> np.ndarray:
+    """[size, size]: the rows of rank b's shard that rank a's queries see, b another than a. A choice asks for all at once, so no tile is made.
+
+    Of a piece of keys, the first of a's pieces of queries behind it sees most: all of it, or what its first query's window reaches.
+    """
+    number = {span: i for i, span in enumerate(spans)}
+    held = _held(spans, n_tokens, size)
+    queries = np.full((2, size, len(spans)), -1)  # positions of the first and of the last piece that a holds of each span
+    for rank, pieces in enumerate(held):
+        for span, own in pieces.items():
+            queries[:, rank, number[span]] = own[0].position, own[-1].position
+    need = np.zeros((size, size), np.int64)
+    for rank, pieces in enumerate(held):
+        keys = np.array([(number[span], key.position, key.end) for span, own in pieces.items() for key in own], np.int64).reshape(-1, 3)
+        of_span, start, end = keys.T
+        first, last = queries[..., of_span]
+        query = np.where(first >= end, first, last)
+        seen_from = start if window_tokens is None else np.maximum(start, query - window_tokens + 1)
+        need[:, rank] = np.where(query >= end, np.maximum(end - seen_from, 0), 0).sum(1)
+    np.fill_diagonal(need, 0)
+    return need
+
+
 def ring_pairs(work: Work, rank: int) -> int:
-    """(query, key) pairs of all heads that ``rank`` computes."""
-    steps = plan(work.spans, work.n_tokens, rank, work.sp, work.window_tokens)
-    return work.n_heads * sum(tile.pairs(work.window_tokens) for step in steps for tile in step.tiles)
+    """(query, key) pairs of all heads that ``rank`` computes: what each of its queries sees of its span, wherever that lies."""
+    held = _held(work.spans, work.n_tokens, work.sp)[rank]
+    rows = ((piece.stop - piece.start, piece.end - span[0]) for span, pieces in held.items() for piece in pieces)
+    return work.n_heads * sum(Tile(0, n, 0, seen, 0).pairs(work.window_tokens) for n, seen in rows)
 
 
 def refuse_uneven(work: Work, unit: int, name: str) -> None:

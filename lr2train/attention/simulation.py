@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lr2train.attention import gather, ring
-from lr2train.attention.kernel import Queries, backward_block, forward_block
+from lr2train.attention.kernel import Queries, backward_block, forward_block, rows_in
 from lr2train.attention.tiles import Spans, diagonal
 from lr2train.attention.ulysses import refuse_heads, spread_kv_heads
 from lr2train.parallel.layout import Layout
@@ -74,17 +74,17 @@ def _ulysses(segment: Segment, size: int, rings: int) -> Result:
 
 
 def _ring(segment: Segment, size: int) -> Result:
-    layouts = [Layout("zigzag", len(segment.q), rank, size) for rank in range(size)]
+    layouts = [Layout("zigzag", len(segment.q), rank, size, spans=segment.spans) for rank in range(size)]
     q, k, v, grad_out = ([layout.shard(x, 0) for layout in layouts] for x in (segment.q, segment.k, segment.v, segment.grad_out))
     plans = [ring.plan(segment.spans, len(segment.q), rank, size, segment.window_tokens) for rank in range(size)]
     home = _Home(k, v)
 
     def fetch(rank: int, t: int) -> tuple[Tensor, Tensor]:
-        owner, rows = (rank + t) % size, slice(*plans[rank][t].take)
+        owner, rows = (rank + t) % size, rows_in(plans[rank][t].take, segment.q.device)
         return k[owner][rows], v[owner][rows]
 
     def give(rank: int, t: int, dk: Tensor, dv: Tensor) -> None:
-        home.add((rank + t) % size, slice(*plans[rank][t].take), slice(None), dk, dv)
+        home.add((rank + t) % size, rows_in(plans[rank][t].take, segment.q.device), slice(None), dk, dv)
 
     outs, dqs = [], []
     for rank, steps in enumerate(plans):
@@ -132,7 +132,7 @@ class _Home:
         self.dtype = k[0].dtype
         self.dk, self.dv = ([torch.zeros_like(x, dtype=torch.promote_types(torch.float32, x.dtype)) for x in xs] for xs in (k, v))
 
-    def add(self, owner: int, rows: slice, heads: slice, dk: Tensor, dv: Tensor) -> None:
+    def add(self, owner: int, rows: slice | Tensor, heads: slice, dk: Tensor, dv: Tensor) -> None:
         self.dk[owner][rows, heads] += dk
         self.dv[owner][rows, heads] += dv
 

@@ -68,6 +68,12 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
+def layout_of(kind: Kind, spans: Spans, n_tokens: int, mesh: Mesh) -> Layout:
+    """Where the tokens of a segment lie for the rank of ``mesh``. Raises UserError when they cannot be cut evenly."""
+    inner = mesh.ulysses_size if kind == "zigzag_nested" else 1
+    return Layout(kind, n_tokens, mesh.sp_rank, mesh.sp_size, inner, () if kind == "contiguous" else spans)
+
+
 @dataclass(frozen=True)
 class Strategy:
     """One way of spreading attention over ranks, with what it declares of itself."""
@@ -79,10 +85,9 @@ class Strategy:
     traffic: Callable[[Work, int], Traffic]  # bytes sent by one rank: the formula of its module's docstring
     pairs: Callable[[Work, int], int]  # (query, key) pairs that one rank computes, summed over its query heads
 
-    def layout(self, n_tokens: int, mesh: Mesh) -> Layout:
+    def layout(self, spans: Spans, n_tokens: int, mesh: Mesh) -> Layout:
         """Where the tokens of a segment lie for this rank. Raises UserError when they cannot be cut evenly."""
-        inner = mesh.ulysses_size if self.layout_kind == "zigzag_nested" else 1
-        return Layout(self.layout_kind, n_tokens, mesh.sp_rank, mesh.sp_size, inner)
+        return layout_of(self.layout_kind, spans, n_tokens, mesh)
 
     def bytes_sent(self, work: Work) -> Traffic:
         """Of the rank that sends most, which is the one that the others wait for."""

@@ -100,7 +100,7 @@ class Round:
     fresh_both: bool  # nor any key
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)  # more than a ring of 64 has steps: a round made anew has its indices sent to the device anew
 def make_rounds(tiles: tuple[Tile, ...], window_tokens: int | None, cpu: bool, n_queries: int) -> tuple[Round, ...]:
     """The kernel calls that ``tiles`` over ``n_queries`` rows of queries take, in order; ``cpu``: as the CPU kernel needs them cut."""
     pieces = [piece for tile in tiles if (piece := tile.trimmed(window_tokens)) is not None]

@@ -18,7 +18,7 @@ from typing import Any
 from lr2train.config import DataConfig, SourceConfig, UserError, to_dict
 from lr2train.data import composing, dedup, encoding, integrity, segmenting, sources, store
 from lr2train.data import tokenizer as tokenizers
-from lr2train.data.corpus import FORMAT, SOURCE, TOKENIZER, source_folder, source_store, store_prefix
+from lr2train.data.corpus import FORMAT, SOURCE, TOKENIZER, reopen, source_folder, source_store, store_prefix
 from lr2train.data.formats import Document, Shard, Tally
 from lr2train.data.needles import N_KEYS, NeedleMaker, between, check_needles, sentences
 from lr2train.data.store import HOLDOUT, TRAIN
@@ -131,6 +131,7 @@ def ensure_tokenizer(folder: Path, data: DataConfig, listed: Listed, log: Log) -
             f"{folder} holds documents of another tokenizer, because {what} has changed since; choose another name=, put it back, or remove "
             f"{folder / 'store'} to tokenise again"
         )
+    reopen(folder)
     note.unlink(missing_ok=True)
     if data.tokenizer:
         made = tokenizers.load(data.tokenizer)
@@ -220,6 +221,7 @@ def _ensure_needles(
         store.StoreWriter(store_prefix(folder, source.name, split, 0), tokenizer.vocab_size, about) for split in (TRAIN, HOLDOUT)
     )
     started = time.monotonic()
+    reopen(folder)
     with train, held:
         for number, length in enumerate(islice(cycle(options["lengths_tokens"]), options["count"])):
             n_pairs = int(rng.integers(1, options["max_pairs"], endpoint=True))

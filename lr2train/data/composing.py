@@ -42,10 +42,11 @@ def check(data: DataConfig, original_window_tokens: int) -> tuple[list[Bucket], 
     """The buckets, and the shards of a short segment, of a config that can be planned as far as one can tell without documents.
 
     Raises:
-        UserError: buckets, shards or shares that make no sense.
+        UserError: buckets, shards, budgets, weights or shares that make no sense.
     """
     ranges, shards = buckets.resolve(data, original_window_tokens), packing.shards_of(data.align_sp)
     packing.check_shards(data.segment_tokens, shards, 0)
+    mixing.check(data, ranges)
     _check_keep_below(data)
     return ranges, shards
 

@@ -57,6 +57,12 @@ def source_store(folder: Path, source: str, split: str = TRAIN) -> SourceStore:
     return SourceStore([store_prefix(folder, source, split, shard) for shard in range(shards)], usable)
 
 
+def reopen(folder: Path) -> None:
+    """Before anything of a finished corpus changes: until ``prepare`` is through again it is none, and its old checksums hold no more."""
+    for name in (integrity.CHECKSUMS, MANIFEST):
+        (folder / name).unlink(missing_ok=True)
+
+
 class Documents(Sequence[np.ndarray]):
     """The documents of several stores as one sequence of token arrays (views of files)."""
 

@@ -88,7 +88,7 @@ def _texts(file: Path) -> Iterator[str]:
     try:
         text = file.read_text(encoding="utf-8")
         found = (
-            [one for line in text.splitlines() if line.strip() for one in _strings(json.loads(line))] if file.suffix == ".jsonl" else [text]
+            [one for line in text.split("\n") if line.strip() for one in _strings(json.loads(line))] if file.suffix == ".jsonl" else [text]
         )
     except (OSError, ValueError) as error:
         raise UserError(f"data.decontaminate.files: {file} cannot be read ({error}); name .txt or .jsonl files in UTF-8") from None

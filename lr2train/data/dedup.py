@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from lr2train.data.corpus import source_folder, source_store
-from lr2train.data.store import HASH_BYTES, HOLDOUT, PARTIAL, TRAIN, SourceStore
+from lr2train.data.corpus import reopen, source_folder, source_store
+from lr2train.data.store import HASH_BYTES, HOLDOUT, PARTIAL, TRAIN, SourceStore, load_array
 
 _EXAMPLES = 5
 NONE, SOURCE, CORPUS = "none", "source", "corpus"
@@ -32,7 +32,7 @@ def mark(folder: Path, names: Sequence[str], scope: str) -> dict[str, dict[str, 
     if scope == NONE:
         for name in names:
             for split in (TRAIN, HOLDOUT):
-                _usable_file(folder, name, split).unlink(missing_ok=True)
+                _unmark(folder, _usable_file(folder, name, split))
         return {}
     groups = [[name] for name in names] if scope == SOURCE else [list(names)]
     return {name: found for group in groups for name, found in _mark(folder, group).items()}
@@ -51,7 +51,7 @@ def _mark(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     for number, ((name, split), store) in enumerate(zip(parts, stores, strict=True)):
         original = first[starts[number] : starts[number + 1]]
         usable = original == np.arange(starts[number], starts[number + 1])
-        _write(_usable_file(folder, name, split), usable)
+        _write(folder, _usable_file(folder, name, split), usable)
         about = found[name]
         about["documents"] += int(np.count_nonzero(~usable))
         about["tokens"] += int(store.lengths[~usable].sum(dtype=np.int64))
@@ -77,7 +77,16 @@ def _origin(stores: Sequence[SourceStore], starts: np.ndarray, document: int) ->
     return stores[number].origin(document - int(starts[number]))
 
 
-def _write(path: Path, usable: np.ndarray) -> None:
+def _unmark(folder: Path, path: Path) -> None:
+    if path.exists():
+        reopen(folder)
+        path.unlink()
+
+
+def _write(folder: Path, path: Path, usable: np.ndarray) -> None:
+    if path.exists() and np.array_equal(load_array(path), usable):
+        return
+    reopen(folder)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     with temporary.open("wb") as file:
         np.save(file, usable)

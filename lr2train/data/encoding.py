@@ -17,7 +17,7 @@ from lr2train.data.tokenizer import Tokenizer
 HF, GIGATOKEN, AUTO = "hf", "gigatoken", "auto"
 _FIRST_CHARACTERS = 1 << 17  # of every shard, all compared
 _EVERY = 256  # documents after that, one of which is compared
-_PIECE = 4096  # characters of a document that are compared
+_PIECE = 4096  # characters of it that are
 _PROBES = (
     "", " ", "  \n\n \t x", "a\r\nb\rc", "don't WE'LL It's", "1234567 0.12 3,000", "naïve e\u0301 ﬁ ①", "日本語 한국어 ไทย", "🙂\u200d👩 \U0001f9d1\U0001f3fd",
     "\ufeffx\u2028y\u00a0z\u3000", "\x00\x01\x7f", "x" * 300, "    def f(x):\n        return x\n", "https://a.b/c?d=e&f#g", "ſ İ ß",
@@ -59,14 +59,17 @@ class Encoder:
         """
         if self._fast is None:
             return self._tokenizer.encode_batch(texts)
-        self._compare([text[:_PIECE] for text in texts if self._is_sampled(text)])
+        self._compare([text[:size] for text in texts if (size := self._compared_characters(text))])
         return self._fast(texts)
 
-    def _is_sampled(self, text: str) -> bool:
+    def _compared_characters(self, text: str) -> int:
+        """How much of a document: at a shard's beginning all that is asked for, because a fast encoder may cut what is long; then a piece of some."""
         self._documents += 1
-        sampled = self._compared < _FIRST_CHARACTERS or self._documents % _EVERY == 0
-        self._compared += min(len(text), _PIECE) if sampled else 0
-        return sampled
+        left = _FIRST_CHARACTERS - self._compared
+        if left <= 0:
+            return 0 if self._documents % _EVERY else _PIECE
+        self._compared += min(len(text), left)
+        return left
 
     def _compare(self, texts: Sequence[str]) -> None:
         if self._fast is None or not texts:

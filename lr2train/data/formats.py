@@ -2,7 +2,8 @@
 
 Choice: a shard is the same part of the input in every run, whatever the number of workers: a range of bytes of a .jsonl file, row groups of
 a .parquet file, record batches of an .arrow file, some small .txt files together. A broken record is counted by reason, sampled and skipped:
-one bad line must not cost a night. Ids are stable names (``file``, ``file:record``, ``file@byte`` for a line of a .jsonl file), because the
+one bad line must not cost a night. A file that breaks off counts once; one that the disk or the network fails to give ends the job, because nobody would
+read its rest again. Ids are stable names (``file``, ``file:record``, ``file@byte`` for a line of a .jsonl file), because the
 holdout is drawn by their hash. Cost: a compressed file is one shard, however large.
 """
 
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
+
+from lr2train.config import UserError
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 SUFFIXES = (".txt", *LINES, ".parquet", ".arrow")
@@ -90,7 +93,13 @@ def _shown(sample: object, size: int = 200) -> str:
 
 
 def checked(id: str, text: object, max_bytes: int, tally: Tally) -> Iterator[Document]:
-    """The document, or one more broken record."""
+    """The document, or one more broken record. Bytes, as a binary column has them, are read as UTF-8."""
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError:
+            tally.reject("bad UTF-8", id, text)
+            return
     if not isinstance(text, str):
         tally.reject("no text", id, text)
     elif not text.strip():
@@ -115,11 +124,26 @@ def read_text(file: File, max_bytes: int, tally: Tally) -> Iterator[Document]:
         if len(data) > max_bytes:
             tally.reject("too large", file.name, data)
         else:
-            yield from checked(file.name, data.decode().replace("\r\n", "\n").replace("\r", "\n"), max_bytes, tally)
+            yield from checked(file.name, data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n"), max_bytes, tally)
     except UnicodeDecodeError:
         tally.reject("bad UTF-8", file.name, data)
     except OSError as error:
+        _refuse_outage(file, error)
         tally.reject("unreadable file", file.name, str(error))
+
+
+def _refuse_outage(file: File, error: Exception) -> None:
+    """Tell a damaged file, which is skipped, from one that cannot be read now: the system's errors have a number, those of decoders have none.
+
+    Raises:
+        UserError: it cannot be read now.
+    """
+    if not isinstance(error, OSError) or isinstance(error, gzip.BadGzipFile):
+        return
+    if error.errno is not None or file.place.startswith(HUB):  # libraries of the network number nothing
+        raise UserError(
+            f"{file.place} cannot be read ({' '.join(str(error).split())}); make it readable or remove it, and run the same command again to go on"
+        ) from error
 
 
 def opened(place: str) -> IO[bytes]:
@@ -235,6 +259,7 @@ def _read_table(file: File, shard: Shard, column: str, max_bytes: int, tally: Ta
     except KeyError:
         tally.reject("missing column", file.name, f"no column {column}")
     except (ArrowException, OSError) as error:
+        _refuse_outage(file, error)
         tally.reject("unreadable file", file.name, str(error))
 
 
@@ -247,8 +272,18 @@ def _parquet_rows(place: str, start: int, stop: int, column: str, stack: ExitSta
     groups = range(start, stop if stop >= 0 else file.metadata.num_row_groups)
     number = sum(file.metadata.row_group(group).num_rows for group in range(start))
     for batch in file.iter_batches(_ROWS_AT_A_TIME, row_groups=list(groups), columns=[column]):
-        yield from enumerate(batch.column(0).to_pylist(), number)
+        yield from enumerate(_values(batch.column(0)), number)
         number += batch.num_rows
+
+
+def _values(column: Any) -> list[Any]:
+    """A column's values; as bytes where one of them is no UTF-8."""
+    import pyarrow as pa
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return column.cast(pa.large_binary()).to_pylist()
 
 
 def _arrow_rows(place: str, start: int, stop: int, column: str, stack: ExitStack) -> Iterator[tuple[int, Any]]:
@@ -257,7 +292,7 @@ def _arrow_rows(place: str, start: int, stop: int, column: str, stack: ExitStack
         if column not in batch.schema.names:
             raise KeyError(column)
         if start <= index and (stop < 0 or index < stop):
-            yield from enumerate(batch.column(column).to_pylist(), number)
+            yield from enumerate(_values(batch.column(column)), number)
         number += batch.num_rows
 
 
@@ -290,6 +325,7 @@ def _read_lines(file: File, shard: Shard, column: str, max_bytes: int, tally: Ta
                 elif line.strip():
                     yield from _parsed(id, line, column, max_bytes, tally)
     except (OSError, EOFError, zlib.error) as error:
+        _refuse_outage(file, error)
         tally.reject("unreadable file", file.name, str(error))
 
 

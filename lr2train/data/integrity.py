@@ -1,7 +1,7 @@
 """Whether a corpus on the disk is the one that was written: sizes always, checksums once.
 
 Choice: every store has the checksums of its files in its manifest, ``checksums.json`` has those of what lies around them (plan, tokenizer,
-manifests), and each of these lists has its own. A file that passed is remembered by size and time in ``verified.json``, so the next start
+manifests), and each of these lists has its own. A file that passed is remembered by size, time and inode in ``verified.json``, so the next start
 reads it no more. Cost: the first start reads all tokens once, at about a gigabyte a second and core; damage that keeps a file's size and
 time is found at the first start on a machine that cannot remember, and not again.
 """
@@ -103,9 +103,9 @@ def _name(folder: Path, file: _File) -> str:
 
 
 def _stamp(file: _File) -> list[int | str]:
-    """By which a file that was read is known again."""
+    """By which a file that was read is known again; a copy that kept its times is another file."""
     stat = file.path.stat()
-    return [stat.st_size, stat.st_mtime_ns, file.sha256]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino, file.sha256]
 
 
 def _remembered(folder: Path) -> dict[str, list[int | str]]:
@@ -125,6 +125,4 @@ def _remember(folder: Path, stamps: dict[str, list[int | str]]) -> None:
 def _damaged(path: Path, why: str) -> UserError:
     of_store = path.parent.parent.name == "store" and path.name.startswith((f"{TRAIN}-", f"{HOLDOUT}-"))
     remove = f"{path.parent / path.name.partition('.')[0]}.*" if of_store else f"{path} and corpus.json"
-    return UserError(
-        f"the corpus is damaged: {path} {why}; remove {remove} and run prepare again, or set data.verify=false to go on all the same"
-    )
+    return UserError(f"the corpus is damaged: {path} {why}; remove {remove} and run prepare again")

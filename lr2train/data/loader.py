@@ -27,7 +27,7 @@ from lr2train.data.packing import COLUMNS, Pieces
 from lr2train.data.store import SourceStore, Store
 
 Ranges = Sequence[tuple[int, int]]  # half-open, in a segment
-_FILES_A_SHARD, _FILES_BESIDES = 3, 256  # that a process keeps open: of a store (.bin, .idx, .targets.npy), and of everything else
+_FILES_A_SHARD, _FILES_BESIDES = 2, 256  # that a process keeps open: of a store (.bin, .targets.npy), and of everything else
 
 
 def make_loader(
@@ -123,7 +123,7 @@ class Ranks:
         if group_segments % self.size:
             raise UserError(
                 f"{self.size} data-parallel ranks do not divide data.group_segments={group_segments}, which decides what each step holds "
-                f"(0: the ranks of the first start); start with {_listed(_divisors(group_segments))} of them (ranks / parallel.sp)"
+                f"and is settled at the first start; start with {_listed(_divisors(group_segments))} of them (ranks / parallel.sp)"
             )
 
 

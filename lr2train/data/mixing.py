@@ -31,6 +31,38 @@ def budgets(data: DataConfig) -> dict[str, int]:
     return dict(zip(WINDOWS, (data.short_tokens, data.long_tokens), strict=True))
 
 
+def check(data: DataConfig, buckets: Sequence[Bucket]) -> None:
+    """Refuse what makes no sense whatever documents there are, so that nobody tokenises for hours to hear it.
+
+    Raises:
+        UserError: budgets, weights or repeats out of range, or settings that contradict each other.
+    """
+    if not 0 < data.max_repeats < np.inf:
+        raise UserError(f"data.max_repeats={data.max_repeats} is not above 0; set it to a number of passes such as 4")
+    for window, budget in budgets(data).items():
+        if budget < 0:
+            raise UserError(f"data.{window}_tokens={budget} is below 0; set it to a number of tokens, or to 0 for every document once")
+    for source in data.sources:
+        if not 0 <= source.weight < np.inf:
+            raise UserError(f"data.sources.{source.name}.weight={source.weight} is not 0 or more; set it to a share")
+    if data.weights_of is WeightsOf.corpus:
+        _check_corpus_weights(data, buckets)
+
+
+def _check_corpus_weights(data: DataConfig, buckets: Sequence[Bucket]) -> None:
+    for key, contradicts in (
+        ("data.short_tokens=0 or data.long_tokens=0", not all(budgets(data).values())),
+        ("data.buckets.*.sources", any(one.sources for one in buckets)),
+    ):
+        if contradicts:
+            raise UserError(
+                f"data.weights_of=corpus makes a source's weight its share of a known number of tokens, which contradicts {key}; set "
+                "data.weights_of=bucket, or budgets for both windows and no weights of single cells"
+            )
+    if not sum(source.weight for source in data.sources) > 0:
+        raise UserError("data.sources.*.weight add up to 0, and data.weights_of=corpus divides all tokens by them; give a source a weight")
+
+
 def targets(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarray) -> np.ndarray:
     """Tokens to plan from each source and bucket.
 
@@ -45,11 +77,7 @@ def targets(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarray) 
     Raises:
         UserError: a budget that cannot be filled (how much is missing, where, which key to change), or settings that contradict each other.
     """
-    if not 0 < data.max_repeats < np.inf:
-        raise UserError(f"data.max_repeats={data.max_repeats} is not above 0; set it to a number of passes such as 4")
-    for source in data.sources:
-        if not 0 <= source.weight < np.inf:
-            raise UserError(f"data.sources.{source.name}.weight={source.weight} is not 0 or more; set it to a share")
+    check(data, buckets)
     wanted = _by_bucket(data, buckets, available)
     cells = (
         _by_corpus(data, buckets, wanted, available) if data.weights_of is WeightsOf.corpus else _inside(data, buckets, wanted, available)
@@ -111,18 +139,7 @@ def _refuse_shortfall(data: DataConfig, bucket: Bucket, wanted: np.ndarray, avai
 
 
 def _by_corpus(data: DataConfig, buckets: Sequence[Bucket], wanted: np.ndarray, available: np.ndarray) -> np.ndarray:
-    for key, contradicts in (
-        ("data.short_tokens=0 or data.long_tokens=0", not all(budgets(data).values())),
-        ("data.buckets.*.sources", any(one.sources for one in buckets)),
-    ):
-        if contradicts:
-            raise UserError(
-                f"data.weights_of=corpus makes a source's weight its share of a known number of tokens, which contradicts {key}; set "
-                "data.weights_of=bucket, or budgets for both windows and no weights of single cells"
-            )
     weights = np.array([source.weight for source in data.sources])
-    if not weights.sum() > 0:
-        raise UserError("data.sources.*.weight add up to 0, and data.weights_of=corpus divides all tokens by them; give a source a weight")
     by_source = wanted.sum() * weights / weights.sum()
     _refuse_unfillable(data, buckets, by_source, wanted, available)
     return proportional_fit(available.astype(float), by_source, wanted, data.max_repeats)

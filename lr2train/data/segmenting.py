@@ -18,7 +18,7 @@ from lr2train.config import DataConfig, UserError, WeightsOf, to_dict
 from lr2train.data import mixreport, packing, planfile
 from lr2train.data.batch import SHORT, WINDOWS
 from lr2train.data.composing import Plan, make_plan
-from lr2train.data.corpus import FORMAT, MANIFEST, source_store
+from lr2train.data.corpus import FORMAT, MANIFEST, reopen, source_store
 from lr2train.data.mixing import budgets
 from lr2train.data.store import seal, sealed
 from lr2train.run import fingerprint as fingerprint_of
@@ -54,7 +54,6 @@ def ensure_plan(
     if found is not None:
         log("plan: done before")
         return found
-    (folder / MANIFEST).unlink(missing_ok=True)
     started = time.monotonic()
     lengths = [store.lengths for store in stores]
     plan = make_plan(data, lengths, usable, original_window_tokens, seed)
@@ -71,6 +70,7 @@ def ensure_plan(
         "segment_tokens": data.segment_tokens,
         "sources": list(made),
     }
+    reopen(folder)  # only now: a budget that cannot be filled costs no plan
     _write(folder, head, plan, report)
     for line in _remarks(data, made, report):
         log(line)
@@ -93,7 +93,8 @@ def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     if not (folder / MANIFEST).exists():
         return None
     manifest = sealed(folder / MANIFEST)
-    if manifest.get("fingerprint") != fingerprint:
+    files = [folder / PLAN_JSON, folder / PLAN_TEXT, *(planfile.plan_file(folder, window) for window in manifest["plan"])]
+    if manifest.get("fingerprint") != fingerprint or not all(file.exists() for file in files):
         return None
     for window, about in manifest["plan"].items():
         planfile.verify(planfile.plan_file(folder, window), about)

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,7 @@ def read(source: SourceConfig, tally: Tally) -> Iterator[Document]:
     documents = (document for shard in shards(source, SHARD_BYTES) for document in read_shard(source, shard, tally))
     yield from Limits.of(source).admit(documents, tally)
     if not tally.documents:
-        raise nothing(source, tally.broken)
+        raise nothing(source, tally.reasons)
 
 
 def shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
@@ -88,12 +88,21 @@ def read_shard(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Doc
     return kind_of(source).read(source, shard, tally)
 
 
-def nothing(source: SourceConfig, broken: int) -> UserError:
-    """What to say of a source without documents."""
-    return UserError(
-        f"data.sources.{source.name} ({source.kind}, path={source.path}) has no document ({broken} broken records); point path "
-        "at text, or raise its limits"
+def nothing(source: SourceConfig, reasons: Mapping[str, int]) -> UserError:
+    """What to say of a source without documents.
+
+    Args:
+        reasons: why its records are broken, with their counts.
+    """
+    key = f"data.sources.{source.name}"
+    what = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    broken = f": all its records are broken ({what})" if reasons else ""
+    remedy = (
+        f"set {key}.text_column (now {source.text_column}) to the column that holds the text"
+        if {"missing column", "no text"} & set(reasons)
+        else "point path at text, or raise its limits"
     )
+    return UserError(f"{key} ({source.kind}, path={source.path}) has no document{broken}; {remedy}")
 
 
 def check(source: SourceConfig) -> None:
@@ -234,11 +243,19 @@ def _files(source: SourceConfig) -> list[File]:
         raise UserError(
             f"data.sources.{source.name}.path={source.path} does not exist; set it to a folder or a file ({', '.join(SUFFIXES)})"
         )
-    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    found = [path] if path.is_file() else sorted(_below(path))
     files = [file for file in found if file.name.endswith(SUFFIXES) and _of_the_data_set(file)]
     if not files:
         raise UserError(f"data.sources.{source.name}.path={source.path} holds no file that we read; it needs {', '.join(SUFFIXES)}")
     return [File(file.name if path.is_file() else file.relative_to(path).as_posix(), str(file)) for file in files]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files below a folder, those behind links too; a link to a folder that it lies in is passed over."""
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = Path(here).resolve()
+        folders[:] = [name for name in folders if not real.is_relative_to(Path(here, name).resolve())]
+        yield from (file for name in files if (file := Path(here, name)).is_file())
 
 
 def _of_the_data_set(file: Path) -> bool:
@@ -304,6 +321,8 @@ def _named(source: SourceConfig) -> Iterator[None]:
     """Whatever the libraries of the hub raise becomes a sentence with the source's name."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # unknown, gated, a script, no such split, no network: of four libraries' own kinds, without a common base
         offline = f" (HF_HUB_OFFLINE={os.environ['HF_HUB_OFFLINE']} is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
@@ -322,7 +341,8 @@ def _read_hub(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Docu
     options = _hub_options(source)
     if shard.files and all(file.name.endswith(SUFFIXES) for file in shard.files):
         here = shard if options["streaming"] else shard._replace(files=tuple(_downloaded(source, file) for file in shard.files))
-        yield from read_files(here, source.text_column, source.max_document_bytes, tally)
+        with _named(source):
+            yield from read_files(here, source.text_column, source.max_document_bytes, tally)
         return
     for split in _splits(options):
         for number, record in enumerate(_hub_rows(source, split, options)):

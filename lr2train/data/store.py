@@ -15,16 +15,18 @@ where it came from, as a JSON string.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import resource
 import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -32,12 +34,13 @@ from lr2train.config import UserError
 from lr2train.run import fingerprint as fingerprint_of
 from lr2train.run import read_json, write_json
 
+T = TypeVar("T")
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 TRAIN, HOLDOUT = "train", "holdout"
 HASH_BYTES = 16
 PARTIAL = ".partial"  # ends the name of a file that is being written
-FILES = (".bin", ".idx", ".lengths.npy", ".targets.npy", ".hashes.npy", ".origins.txt")
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
@@ -166,6 +169,27 @@ class _Checked:
         self._temporary.unlink(missing_ok=True)
 
 
+def _with_files(open_it: Callable[[], T]) -> T:
+    """``open_it()``, with this process' limit of open files raised where it is reached: it begins at 1024 on many systems.
+
+    Raises:
+        UserError: the system's own limit is reached.
+    """
+    try:
+        return open_it()
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        raise UserError(
+            f"the corpus has more shards than this system lets a process open files ({hard}); raise the limit (`ulimit -Hn`, nofile in "
+            "limits.conf), or prepare another corpus with a greater data.shard_bytes"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return open_it()
+
+
 class Store(Sequence[np.ndarray]):
     """Reads one store through mmap: opening costs nothing, a document is a view.
 
@@ -179,7 +203,7 @@ class Store(Sequence[np.ndarray]):
         try:
             if index.stat().st_size < _HEADER.size:
                 raise self._broken("its .idx is cut short")
-            raw = np.memmap(index, mode="r", dtype=np.uint8)
+            raw = _with_files(lambda: np.fromfile(index, np.uint8))  # read, not mapped: a map holds a file open
             self.dtype, n = self._header(raw)
             self._parse(raw, n)
             self.flat = self._flat()
@@ -204,7 +228,7 @@ class Store(Sequence[np.ndarray]):
         path, tokens = suffixed(self.prefix, ".bin"), int(self.lengths.sum(dtype=np.int64))
         if path.stat().st_size != tokens * self.dtype.itemsize:
             raise self._broken(f"its .bin has {path.stat().st_size} bytes where the .idx promises {tokens * self.dtype.itemsize}")
-        return np.memmap(path, mode="r", dtype=self.dtype) if tokens else np.zeros(0, self.dtype)
+        return _with_files(lambda: np.memmap(path, mode="r", dtype=self.dtype)) if tokens else np.zeros(0, self.dtype)
 
     def _broken(self, why: str) -> UserError:
         return broken(self.prefix, why)
@@ -229,8 +253,9 @@ class Store(Sequence[np.ndarray]):
     @cached_property
     def _target_places(self) -> np.ndarray:
         """Indices into ``flat`` of the tokens that are learned, sorted; empty where all are."""
-        path = suffixed(self.prefix, ".targets.npy")
-        return load_array(path, mapped=True) if path.exists() else np.zeros(0, np.int64)
+        if not self.manifest["targets"]:
+            return np.zeros(0, np.int64)
+        return load_array(suffixed(self.prefix, ".targets.npy"), mapped=True)
 
     def is_target(self, document: int, start: int, stop: int) -> np.ndarray | None:
         """bool [stop - start] of tokens [start, stop) of one document: which are learned; None where all are."""
@@ -380,12 +405,6 @@ def finished(prefix: Path, fingerprint: str) -> dict[str, Any] | None:
     return about if about.get("fingerprint") == fingerprint else None
 
 
-def remove(prefix: Path) -> None:
-    """Take a store away, its manifest first: what is left after a kill is no store."""
-    for suffix in (".json", *FILES):
-        suffixed(prefix, suffix).unlink(missing_ok=True)
-
-
 def check_sizes(prefix: Path, manifest: dict[str, Any]) -> None:
     """Compare the sizes of a store's files with its manifest: what a cut or a full disk leaves is found without reading.
 
@@ -427,7 +446,7 @@ def load_array(path: Path, mapped: bool = False) -> np.ndarray:
         UserError: the file is missing or damaged.
     """
     try:
-        return np.load(path, mmap_mode="r" if mapped else None)
+        return _with_files(lambda: np.load(path, mmap_mode="r" if mapped else None))
     except (OSError, ValueError, EOFError) as error:
         raise broken(path.with_name(path.name.partition(".")[0]), f"{path.name} cannot be read ({error})") from None
 

@@ -18,7 +18,7 @@ from typing import Any
 from lr2train.config import SourceConfig, UserError, to_dict
 from lr2train.data import decontaminate, integrity, sources, store
 from lr2train.data.batch import WINDOWS
-from lr2train.data.corpus import FORMAT, SOURCE, source_folder, store_prefix
+from lr2train.data.corpus import FORMAT, SOURCE, reopen, source_folder, store_prefix
 from lr2train.data.formats import Shard
 from lr2train.data.sources import Limits
 from lr2train.data.store import HOLDOUT, TRAIN
@@ -91,6 +91,7 @@ class TextSource:
             made = self._summary(ledger)
             self._log(f"{self._source.name}: {counts(made)} in {time.monotonic() - started:.1f} s{example(made['contaminated_examples'])}")
         if not (self._home / SOURCE).exists() or store.sealed(self._home / SOURCE) != made:
+            reopen(self._folder)
             store.seal(self._home / SOURCE, made)
         return made
 
@@ -115,6 +116,7 @@ class TextSource:
             store.seal(note, self._recipe)
 
     def _tokenise(self, ledger: Ledger, workers: Workers[Task]) -> None:
+        reopen(self._folder)
         (self._home / SOURCE).unlink(missing_ok=True)
         fallbacks = set[str]()
         with meter(f"tokenise {self._source.name}") as tick:
@@ -127,10 +129,7 @@ class TextSource:
                     self._log(f"{self._source.name}: Hugging Face's tokenizers from {task.shard.name} on, because {made['fallback']}")
                 self._stop_if_broken(ledger, ended=False)
         assert ledger.closed
-        self._stop_if_broken(ledger, ended=True)
-        for task in self._tasks[len(ledger.settled) :]:  # done ahead, beyond the source's limits
-            for split in (TRAIN, HOLDOUT):
-                store.remove(store_prefix(self._folder, self._source.name, split, task.number))
+        self._stop_if_broken(ledger, ended=True)  # what was done beyond the limits stays, and serves when they are raised
 
     def _stop_if_broken(self, ledger: Ledger, ended: bool) -> None:
         """Stop where too much of the source is broken; the examples are written for a look.
@@ -150,7 +149,7 @@ class TextSource:
                 f"{self._source.max_broken_share:g}; see {self._home / REJECTS}, mend them, or raise data.sources.{self._source.name}.max_broken_share"
             )
         if ended and broken == records:
-            raise sources.nothing(self._source, broken)
+            raise sources.nothing(self._source, reasons)
         if ended and not any(made["documents"] + made["holdout"]["documents"] for made in ledger.settled):
             raise UserError(
                 f"data.sources.{self._source.name} has no document for windows={list(self._source.windows)} (the border is the original window "
@@ -234,6 +233,7 @@ def _write_rejects(path: Path, source: str, made: Sequence[dict[str, Any]]) -> N
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # another folder may share the file by a hard link
     path.write_text("".join(f"{json.dumps(reject)}\n" for reject in rejects))
 
 

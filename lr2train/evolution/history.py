@@ -57,9 +57,9 @@ class History:
     def expected_evaluations(self) -> int:
         """That the search will take, judged by the generations so far; at first as many as there are without racing."""
         knobs = self.knobs
+        if not self.lines or knobs.algorithm == "surrogate":  # its budget is fixed
+            return knobs.most_forwards
         final = knobs.top_k * knobs.final_documents
-        if not self.lines:
-            return knobs.documents * (knobs.population + knobs.generations * (knobs.population - knobs.top_k)) + final
         by_generation = self.lines[-1]["document_forwards"] / len(self.lines)
         expected = by_generation * (knobs.generations + 1) + final / (2 if knobs.racing else 1)
         return max(round(expected), self.fitness.computed)

@@ -1,19 +1,25 @@
-"""Who holds which tokens of a segment: index maps from (length, rank, size), and nothing else.
+"""Who holds which tokens of a segment: index maps from (length, rank, size, spans), and nothing else.
 
 Choice: sequence parallelism is a transform of the data. Tokens, labels and positions are sharded by the same map before the model sees
 them, so model code knows nothing of ranks; and because a layout takes integers and no process group, one process can check all ranks.
 
 ``contiguous``     rank r holds tokens [r n, (r + 1) n) with n = length / size. What ``local``, ``ulysses`` and ``gather`` attention read.
-``zigzag``         the segment is cut in 2 size blocks and rank r holds blocks r and 2 size - 1 - r, so that under a causal mask every rank
-                   of a ring has the same work. Cost: two pieces instead of one, and a length divisible by 2 size.
+``zigzag``         a run of tokens is cut in 2 size pieces and rank r holds pieces r and 2 size - 1 - r, so that under a causal mask every
+                   rank of a ring has the same work. The run is the segment where that is even for its documents (``spans``), as it is for
+                   one that fills it. Else every document of some length is a run, cut by itself, and so is what lies between two of them,
+                   short documents and padding. What does not divide is dealt out in turn, over all runs, so that shards are of one size.
+                   Cost: two pieces of each run instead of one of the segment, and a length divisible by 2 size.
 ``zigzag_nested``  for a mesh of rings x ulysses: the ``inner`` consecutive ranks of one ulysses group cut one zigzag part (of
                    size / inner) among them, contiguously, so that the group together holds what one rank of the ring would.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from operator import itemgetter
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +28,15 @@ from torch import Tensor
 from lr2train.config import UserError
 
 Kind = Literal["contiguous", "zigzag", "zigzag_nested"]
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open (start, stop) ranges of tokens."""
+
+# A segment is not cut finer, which would send more, while the busiest rank exceeds the mean by at most this part of a rank's work of a
+# segment that one document fills: of long documents that is little of their own work, of many short ones it may be some more.
+_EVEN = 0.0025
+# Documents shorter than this part of the segment are not cut by themselves: however their lengths mix, a rank gets about this part of its
+# work of a whole segment too much, and ever smaller pieces of ever more documents would be planned, sent and computed one by one.
+_SHORT = 0.01
 
 
 @dataclass(frozen=True)
@@ -33,12 +48,14 @@ class Layout:
     rank: int
     size: int
     inner: int = 1  # zigzag_nested: consecutive ranks that share one zigzag part
+    spans: Ranges = ()  # zigzag, nested or not: the segment's documents, sorted and disjoint; without them it is cut as one
 
     def __post_init__(self) -> None:
         assert self.kind in get_args(Kind), f"layout kind {self.kind!r} is none of {get_args(Kind)}"
         assert 0 <= self.rank < self.size, f"rank {self.rank} is not inside a group of {self.size}"
         assert self.size % self.inner == 0, f"{self.inner} inner ranks do not divide a group of {self.size}"
         assert self.inner == 1 or self.kind == "zigzag_nested", f"layout kind {self.kind!r} has no inner ranks"
+        assert not self.spans or self.kind != "contiguous", "a contiguous layout does not depend on spans"
         if self.length % self._unit:
             name, unit = {"contiguous": "sp", "zigzag": "2*sp"}.get(self.kind, "2*sp"), self._unit
             longer = -(-self.length // unit) * unit
@@ -47,14 +64,13 @@ class Layout:
             raise UserError(f"{refused}; set data.segment_tokens to {longer} or parallel.sp to {sp}")
 
     @property
-    def blocks(self) -> tuple[tuple[int, int], ...]:
+    def blocks(self) -> Ranges:
         """Half-open (start, stop) ranges of global positions that this rank holds, in the order in which it holds them."""
-        if self.kind == "contiguous":
-            return (self._range(self.rank, self.size),)
-        ring, place = self.size // self.inner, self.rank // self.inner
-        low, high = self._range(place, 2 * ring), self._range(2 * ring - 1 - place, 2 * ring)
         share = self.length // self.size
-        return _cut((low, high), self.rank % self.inner * share, share)
+        if self.kind == "contiguous":
+            return ((self.rank * share, (self.rank + 1) * share),)
+        parts = _zigzag(self.length, self.size // self.inner, self.spans)
+        return _cut(parts[self.rank // self.inner], self.rank % self.inner * share, share)
 
     @property
     def indices(self) -> Tensor:
@@ -62,7 +78,7 @@ class Layout:
         return self.shard(torch.arange(self.length), 0)
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's part of ``x`` along ``dim`` (size ``length`` there). A view for one block, a copy for two."""
+        """This rank's part of ``x`` along ``dim`` (size ``length`` there). A view for one block, a copy for more."""
         assert x.shape[dim] == self.length, f"dim {dim} of {tuple(x.shape)} is not the layout's {self.length} tokens"
         mine = [x.narrow(dim, start, stop - start) for start, stop in self.blocks]
         return mine[0] if len(mine) == 1 else torch.cat(mine, dim)
@@ -72,7 +88,7 @@ class Layout:
         assert len(shards) == self.size, f"{len(shards)} shards for {self.size} ranks"
         pieces: dict[int, Tensor] = {}
         for rank, shard in enumerate(shards):
-            blocks = Layout(self.kind, self.length, rank, self.size, self.inner).blocks
+            blocks = replace(self, rank=rank).blocks
             parts = shard.split([stop - start for start, stop in blocks], dim)
             pieces |= {start: part for (start, _), part in zip(blocks, parts, strict=True)}
         return torch.cat([pieces[start] for start in sorted(pieces)], dim)
@@ -82,12 +98,52 @@ class Layout:
         """What the length must be divisible by. A nested part of two blocks is cut into 2 inner pieces, so that all ranks cut alike."""
         return self.size if self.kind == "contiguous" else 2 * self.size
 
-    def _range(self, block: int, n_blocks: int) -> tuple[int, int]:
-        tokens = self.length // n_blocks
-        return block * tokens, (block + 1) * tokens
+
+@lru_cache(maxsize=64)
+def _zigzag(length: int, size: int, spans: Ranges) -> tuple[Ranges, ...]:
+    """The blocks of every rank, in ascending order: the coarsest cut that is even."""
+    whole = _dealt([(0, length)], size)
+    work = [_pairs(blocks, spans) for blocks in whole]
+    is_even = max(work) * size - sum(work) <= _EVEN * length * (length + 1) / 2
+    return whole if is_even else _dealt(_runs(length, spans), size)
 
 
-def _cut(blocks: Sequence[tuple[int, int]], first: int, n_tokens: int) -> tuple[tuple[int, int], ...]:
+def _runs(length: int, spans: Ranges) -> list[tuple[int, int]]:
+    """Every document that is not short, and what lies between two of them."""
+    runs, end = [], 0
+    for start, stop in (*(span for span in spans if span[1] - span[0] >= _SHORT * length), (length, length)):
+        runs += [run for run in ((end, start), (start, stop)) if run[0] < run[1]]
+        end = stop
+    return runs
+
+
+def _dealt(runs: Sequence[tuple[int, int]], size: int) -> tuple[Ranges, ...]:
+    """A zigzag over each run: up through the ranks with the low halves of their shares, and down with the high ones."""
+    held: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    turn = 0
+    for at, stop in runs:
+        base, extra = divmod(stop - at, size)
+        shares = [base + ((rank - turn) % size < extra) for rank in range(size)]
+        turn += extra
+        # Odd tokens go to low and high by turns: if all were low, the work of rank r would exceed that of rank 0 by r tokens a query.
+        lows = [(share + rank % 2) // 2 for rank, share in enumerate(shares)]
+        for rank, n in (*enumerate(lows), *((rank, shares[rank] - lows[rank]) for rank in reversed(range(size)))):
+            held[rank].append((at, at + n))
+            at += n
+    return tuple(_cut(blocks, 0, blocks[-1][1]) for blocks in held)
+
+
+def _pairs(blocks: Ranges, spans: Ranges) -> int:
+    """(query, key) pairs of the queries in ``blocks``: each sees its span up to itself."""
+    total = 0
+    for first, last in blocks:
+        for start, stop in spans[bisect_right(spans, first, key=itemgetter(1)) : bisect_left(spans, last, key=itemgetter(0))]:
+            low, high = max(first, start), min(last, stop)
+            total += (high - low) * (low + high + 1 - 2 * start) // 2
+    return total
+
+
+def _cut(blocks: Sequence[tuple[int, int]], first: int, n_tokens: int) -> Ranges:
     """The ranges that rows [first, first + n_tokens) of ``blocks``, laid end to end, come from. Adjoining ones are joined."""
     cut: list[tuple[int, int]] = []
     for start, stop in blocks:

@@ -42,14 +42,6 @@ def scoring_flops(shape: Shape, document_tokens: int) -> float:
     return document_tokens * (2.0 * shape.body_parameters + attention_flops_per_token(shape, document_tokens))
 
 
-def search_forwards(population: int, generations: int, top_k: int, documents: int, final_documents: int = 0) -> int:
-    """Document-forwards of a whole search without racing: (P + generations * (P - k)) * documents + k * final documents.
-
-    The k parents of a generation are known already.
-    """
-    return (population + generations * (population - top_k)) * documents + top_k * final_documents
-
-
 def tokens_per_s(tflops: float, mfu: float, flops_per_token: float) -> float:
     """Tokens a second of one GPU: peak * MFU / FLOPs a token."""
     return tflops * 1e12 * mfu / flops_per_token

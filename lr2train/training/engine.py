@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -36,6 +35,7 @@ from lr2train.model.window_lm import WindowLM
 from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.mesh import Mesh
 from lr2train.rope.factors import Factors
+from lr2train.training import checkpoint
 from lr2train.training.agreement import agree, said_of
 
 MODULE_PREFIX = "lm."  # the Hugging Face model's names inside WindowLM
@@ -298,49 +298,17 @@ class Engine:
 
     def save(self, folder: Path, step: int, keep: int) -> None:
         """Write a checkpoint of step ``step`` (steps done so far) and only then name it the latest; older ones beyond ``keep`` go."""
-        tag = f"step_{step:08d}"
         with _quiet():
-            self._engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
-        dist.barrier()
-        if run.rank() == 0:
-            run.write_json(folder / "latest.json", {"step": step, "tag": tag, "world": self.mesh.world})
-            for old in sorted(folder.glob("step_*"))[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
+            checkpoint.save(self._engine, folder, step, keep)
 
     def load(self, folder: Path) -> int:
-        """Load the latest complete checkpoint of ``folder``; returns the number of steps done, 0 where there is none.
+        """Load the latest complete checkpoint of ``folder``, whatever number of ranks wrote it; returns the number of steps done, 0 where there is none.
 
         Raises:
-            UserError: it was written by another number of ranks.
+            UserError: it is damaged, not there on every machine, or cannot be read by this number of ranks; on every rank.
         """
-        latest = folder / "latest.json"
-        box = [run.read_json(latest) if run.rank() == 0 and latest.exists() else None]
-        dist.broadcast_object_list(box, src=0)  # rank 0 looks: what a node's own disk or cache shows may differ
-        written = box[0]
-        if written is None:
-            return 0
-        if written["world"] != self.mesh.world:
-            raise UserError(
-                f"the checkpoint {folder / written['tag']} was written by {written['world']} ranks and this job has {self.mesh.world}; "
-                f"start it with {written['world']} ranks, or give a new name= to start over"
-            )
-        self._refuse_invisible(folder / written["tag"])
         with _quiet():
-            path, _ = self._engine.load_checkpoint(str(folder), tag=written["tag"])
-        if path is None:
-            raise UserError(
-                f"the checkpoint {folder / written['tag']} cannot be read; remove {latest} to start over, or restore the folder"
-            )
-        return int(written["step"])
-
-    def _refuse_invisible(self, checkpoint: Path) -> None:
-        seen = torch.tensor([int(checkpoint.is_dir())], device=self.device)
-        dist.all_reduce(seen, dist.ReduceOp.MIN)
-        if not seen.item():
-            raise UserError(
-                f"the checkpoint {checkpoint} is not there on every machine; put runs_folder on a file system that all machines share"
-            )
+            return checkpoint.load(self._engine, folder)
 
     def write_model(self, folder: Path, config: dict[str, Any]) -> None:
         """Write the weights as a Hugging Face folder with ``config`` as its config.json; no rank holds them all at once."""

@@ -58,8 +58,13 @@ class Skips:
         edges = [(done, done), *((first - 1, last) for first, last in self.ranges if last > done), (total, total)]
         return [step for (_, end), (begin, _) in pairwise(edges) for step in range(max(end, done), min(begin, total))]
 
+    @property
+    def texts(self) -> list[str]:
+        """As ``data.skip_steps`` has them."""
+        return [f"{first}-{last}" if first < last else f"{first}" for first, last in self.ranges]
+
     def __str__(self) -> str:
-        return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in self.ranges) or "none"
+        return ", ".join(self.texts) or "none"
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -76,6 +81,12 @@ def _range(text: str) -> tuple[int, int]:
     return found
 
 
+def default_group(dp_size: int, segments_per_step: int) -> int:
+    """Segments of a group: a multiple of the ranks, at most a quarter of a step, so that both windows meet in every step; else the ranks."""
+    room = [n for n in range(dp_size, segments_per_step // 4 + 1, dp_size) if segments_per_step % n == 0]
+    return max(room, default=dp_size)
+
+
 @dataclass(frozen=True)
 class Steps:
     """The group size and the skipped steps of a run, and those that it was last started with."""
@@ -85,15 +96,15 @@ class Steps:
     before: Skips | None
 
     @classmethod
-    def settle(cls, folder: Path, data: DataConfig, dp_size: int) -> Steps:
-        """As the run folder remembers, else as the config says, else a group holds a segment for each data-parallel rank.
+    def settle(cls, folder: Path, data: DataConfig, dp_size: int, segments_per_step: int) -> Steps:
+        """As the run folder remembers, else as the config says, else up to a quarter of a step, for more ranks to come (``default_group``).
 
         Raises:
             UserError: ``data.skip_steps`` cannot be read.
         """
         found: dict[str, Any] = read_json(folder / FILE) if (folder / FILE).exists() else {}
         before = Skips(tuple((first, last) for first, last in found["skipped"])) if found else None
-        return cls(found.get("group_segments") or data.group_segments or dp_size, Skips.parse(data.skip_steps), before)
+        return cls(found.get("group_segments") or data.group_segments or default_group(dp_size, segments_per_step), Skips.parse(data.skip_steps), before)
 
     def applied(self, data: DataConfig) -> DataConfig:
         """The config with the settled group size."""

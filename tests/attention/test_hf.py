@@ -58,8 +58,8 @@ def test_the_layout_follows_the_strategy():
     layouts = {name: install(tiny_model("llama"), mesh, name).layout(CROSSING, 32) for name in ("gather", "ring", "ulysses_ring")}
     assert layouts == {
         "gather": Layout("contiguous", 32, 1, 4),
-        "ring": Layout("zigzag", 32, 1, 4),
-        "ulysses_ring": Layout("zigzag_nested", 32, 1, 4, 2),
+        "ring": Layout("zigzag", 32, 1, 4, spans=CROSSING),
+        "ulysses_ring": Layout("zigzag_nested", 32, 1, 4, 2, CROSSING),
     }
 
 

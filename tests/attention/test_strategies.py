@@ -22,7 +22,7 @@ from lr2train.config import UserError
 from lr2train.parallel.comm import counting
 from lr2train.parallel.layout import Layout
 from lr2train.parallel.mesh import Mesh, make_mesh
-from tests.attention.reference import attend_explicitly, gradients_explicitly, random_qkv, relative_error
+from tests.attention.reference import attend_explicitly, gradients_explicitly, mask_of, random_qkv, relative_error
 
 T = 96  # divides into the 2 x 4 blocks of the largest ring here, and into odd ones
 SPANS = {
@@ -76,7 +76,7 @@ def serves(name: str, work: Work) -> bool:
 
 def run_shard(name: str, segment: Segment, mesh: Mesh):
     """This rank's (out, dq, dk, dv), its layout, and what it sent: (forward, backward)."""
-    layout = STRATEGIES[name].layout(len(segment.q), mesh)
+    layout = STRATEGIES[name].layout(segment.spans, len(segment.q), mesh)
     leaves = [layout.shard(x, 0).clone().requires_grad_() for x in (segment.q, segment.k, segment.v)]
     with counting() as sent:
         out = STRATEGIES[name].attend(*leaves, segment.spans, segment.scale, mesh, segment.window_tokens)
@@ -237,6 +237,37 @@ def test_pairs_of_all_ranks_are_those_of_the_segment(kind, window_tokens):
                 assert sum(STRATEGIES[name].pairs(work, rank) for rank in range(sp)) == 12 * one_head
 
 
+@given(spans=spans_of(), window_tokens=st.none() | st.integers(1, 40), size=st.sampled_from([1, 2, 3, 6, 8]))
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_the_ring_takes_the_rows_that_are_seen_and_no_other(spans, window_tokens, size):
+    """What it declares, and what it plans, against the mask over all tokens."""
+    mask = mask_of(spans, T, window_tokens=window_tokens)
+    shards = [Layout("zigzag", T, rank, size, spans=spans).indices for rank in range(size)]
+    need = ring_module.needs(spans, T, size, window_tokens)
+    work = Work(spans, T, 1, 1, 8, 2, size, 1, window_tokens)
+    for rank, mine in enumerate(shards):
+        steps = plan(spans, T, rank, size, window_tokens)
+        for t, step in enumerate(steps[1:], 1):
+            theirs = shards[(rank + t) % size]
+            seen = mask[mine][:, theirs].any(0).nonzero().flatten().tolist()
+            assert [row for start, stop in step.take for row in range(start, stop)] == seen
+            assert step.take == plan(spans, T, (rank + t) % size, size, window_tokens)[t].give
+            assert need[rank, (rank + t) % size] == len(seen)
+        pairs = sum(tile.pairs(window_tokens) for step in steps for tile in step.tiles)
+        assert pairs == STRATEGIES["ring"].pairs(work, rank) == int(mask[mine].sum())
+
+
+MIXED = ((0, 300), (300, 304), (304, 311), (311, 700), *((start, start + 3) for start in range(702, 741, 3)), (760, 1020))
+
+
+@pytest.mark.parametrize("window_tokens", [None, 50])
+@pytest.mark.parametrize("name", ["ring", "ulysses_ring"])
+def test_short_documents_between_long_ones(name, window_tokens):
+    """In a segment of 1024 tokens documents under 11 are dealt together with what surrounds them."""
+    segment = segment_of(MIXED, (2, 1), window_tokens, n_tokens=1024, dtype=torch.float64)
+    check_result(simulate(name, segment, 8, rings=4), expected_of(segment), f"{name} on 8", tolerance=1e-12)
+
+
 def test_a_step_of_the_ring_is_half_a_shard_by_a_shard():
     """Of one span: from a rank before, half its keys for all queries; from a rank after, all its keys for half the queries. One tile each."""
     shard = 8192 // 8
@@ -246,7 +277,8 @@ def test_a_step_of_the_ring_is_half_a_shard_by_a_shard():
         for t, step in enumerate(steps, 1):
             (tile,) = step.tiles
             owner = (rank + t) % 8
-            assert (step.queries, step.take) == (((0, shard), (0, shard // 2)) if owner < rank else ((shard // 2, shard), (0, shard)))
+            queries, take = ((0, shard), (0, shard // 2)) if owner < rank else ((shard // 2, shard), (0, shard))
+            assert (step.queries, step.take) == ((queries,), (take,))
             assert tile.gap == tile.n_queries, "full: no masked pair"
             assert tile.pairs() == shard * shard // 2
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lr2train.config import BucketConfig, DataConfig, OverLong, SourceConfig, UserError, WeightsOf
 from lr2train.data import mixreport
 from lr2train.data.batch import IGNORE, LONG, SHORT
-from lr2train.data.composing import Plan, make_plan
+from lr2train.data.composing import Plan, check, make_plan
 from lr2train.data.loader import materialise
 from lr2train.data.store import Store, StoreWriter
 
@@ -175,6 +175,15 @@ def test_a_share_of_the_documents_below_a_length_is_kept_and_all_others():
 def test_a_share_to_keep_that_makes_no_sense_is_refused(keep, words):
     with pytest.raises(UserError, match=words):
         planned(data_of([[5]], keep_below=keep), [[5]])
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [({"long_tokens": -1}, "long_tokens=-1"), ({"max_repeats": 0.0}, "max_repeats"), ({"weights_of": WeightsOf.corpus}, "contradicts")],
+)
+def test_what_no_document_can_mend_is_refused_before_any_is_read(knobs, words):
+    with pytest.raises(UserError, match=words):
+        check(data_of([[5]], **knobs), L0)
 
 
 def test_a_plan_depends_on_its_seed_and_on_nothing_else():

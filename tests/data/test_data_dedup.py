@@ -110,3 +110,9 @@ def test_short_records_are_compared_whole(tmp_path):
     assert contamination.find("Zero: one, two; three four FIVE six-seven eight nine ten") == "one two three four five six seven eight nine"
     assert contamination.find("one two three four five six seven eight and nine") is None
     assert contamination.find("too short to tell") is None
+
+
+def test_a_record_may_hold_what_unicode_calls_the_end_of_a_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"q": "one two three four\u2028five six\x85seven eight nine"}\n{"q": "short"}\n', encoding="utf-8")
+    contamination = Contamination(DecontaminateConfig(files=[str(tmp_path / "a.jsonl")]))
+    assert contamination.find("one two three four five six seven eight nine") is not None

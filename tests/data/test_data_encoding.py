@@ -91,6 +91,18 @@ def test_a_missing_package_is_said(folder, monkeypatch):
     assert len(said) == 1
 
 
+def test_a_long_document_is_compared_beyond_its_beginning(folder, monkeypatch):
+    """A fast encoder may cut what is long, so ids that differ late have to be found too."""
+    known = tokenizer.load(str(folder))
+    encoder = encoding.Encoder(known, "gigatoken")
+    text = "a few words " * 9000
+    assert [len(ids) for ids in encoder.encode([text])] == [len(known.encode(text))]
+    encoder.begin_shard()
+    monkeypatch.setattr(encoder, "_fast", lambda texts: [known.encode(one[:50_000]) for one in texts])
+    with pytest.raises(encoding.Disagreement):
+        encoder.encode([text])
+
+
 def test_documents_that_differ_have_their_shard_done_again(folder, tmp_path, monkeypatch):
     """The probes pass, a document of the shard does not."""
     lines = "".join(json.dumps({"text": f"{text}{i}"}) + "\n" for i in range(40) for text in TEXTS)

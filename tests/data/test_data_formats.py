@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from lr2train.config import SourceConfig
+from lr2train.config import SourceConfig, UserError
 from lr2train.data.formats import File, Tally, read_files, shards_of
 from lr2train.data.sources import read, shards
 
@@ -151,3 +151,48 @@ def test_a_line_that_cannot_be_held_is_passed_over(tmp_path, shard_bytes):
     tally = Tally()
     assert [text for _, text in documents(tmp_path / "a.jsonl", shard_bytes, tally, max_bytes=1000)] == ["before", "after"]
     assert dict(tally.reasons) == {"too large": 1}
+
+
+@pytest.mark.parametrize("type", [pa.string(), pa.large_string(), pa.binary()])
+def test_one_bad_value_of_a_column_costs_its_row_alone(tmp_path, type):
+    data = [b"one", b"t\xffo", "thrée".encode(), None]
+    column = pa.array(data, pa.large_binary() if type == pa.large_string() else pa.binary()).view(type)
+    table = pa.table({"text": column})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    found, tally = all_of(tmp_path)
+    assert found == {f"{name}:{row}": text for name in ("a.parquet", "b.arrow") for row, text in ((0, "one"), (2, "thrée"))}
+    assert dict(tally.reasons) == {"bad UTF-8": 2, "no text": 2}
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "text"}\n')
+    assert list(all_of(tmp_path)[0].values()) == ["text", "text"]
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "a.txt").write_text("behind a link")
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "deep" / "up").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "web" / "self").symlink_to(tmp_path / "web")
+    assert all_of(tmp_path / "web")[0] == {"link/deep/a.txt": "behind a link"}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow"])
+def test_a_file_that_is_gone_ends_the_job_instead_of_counting_as_one_record(tmp_path, name):
+    """As one that the disk or the network does not give for the moment: passed over, its documents would be lost for good."""
+    (tmp_path / name).write_bytes(b"x")
+    listed = shards_of([File(name, str(tmp_path / name))], 1 << 20)
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=f"{name} cannot be read .*No such file.*run the same command again"):
+        list(read_files(listed[0], "text", LIMIT, Tally()))
+
+
+def test_a_source_that_is_broken_throughout_says_why(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "text"}\n' * 3)
+    with pytest.raises(UserError, match=r"records are broken \(3 missing column\); set data\.sources\.web\.text_column \(now text\) to"):
+        all_of(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,31 @@ def test_what_passed_is_not_read_again(whole, tmp_path):
     assert Corpus.open(corpus).verify() == 0
     (corpus / "verified.json").write_text("{")
     assert Corpus.open(corpus).verify() > 1000, "a broken memory only costs the reading"
+
+
+def test_a_copy_is_read_anew_whatever_it_remembers(whole, tmp_path):
+    """Times and the memory travel with a copy, and so does nothing that was damaged on the way."""
+    Corpus.open(whole / "corpus").verify()
+    corpus = copied(whole, tmp_path)
+    times = (corpus / f"{STORE}.bin").stat()
+    flipped(corpus / f"{STORE}.bin")
+    os.utime(corpus / f"{STORE}.bin", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match=r"train-00000\.bin does not have the checksum"):
+        Corpus.open(corpus).verify()
+
+
+@pytest.mark.parametrize(
+    "name", ["segments.long.npy", "segments.short.npy", "plan.txt", "plan.json", "store/web/train.usable.npy", "checksums.json"]
+)
+def test_what_is_gone_around_the_stores_is_made_again(whole, tmp_path, name):
+    corpus = copied(whole, tmp_path)
+    before = (corpus / name).read_bytes()
+    (corpus / name).unlink()
+    made = config(whole)
+    made.runs_folder = str(tmp_path)
+    prepare(made)
+    Corpus.open(corpus).verify()
+    assert (corpus / name).read_bytes() == before
 
 
 @pytest.mark.parametrize("name", [f"{STORE}.bin", "store/web/source.json", "segments.long.npy", "corpus.json", "tokenizer/tokenizer.json"])

@@ -180,12 +180,23 @@ def test_a_corpus_that_is_not_there_or_damaged_is_refused(config, tmp_path):
 
 def test_a_low_limit_of_open_files_is_raised_as_far_as_the_system_lets(config):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard))  # two stores take six
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard))  # two tables of the plan and two stores take four
     try:
         assert len(make_loader(config.data, 0, 0, 1, 8, 128, 512).batches(0)) == 8
         if hard != resource.RLIM_INFINITY:
-            with pytest.raises(UserError, match=f"takes {3 * 10**12 + 256} open files where this system allows a process {hard}"):
+            with pytest.raises(UserError, match=f"takes {2 * 10**12 + 256} open files where this system allows a process {hard}"):
                 _allow_open_files(10**12)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_whoever_opens_all_shards_is_let_to(config):
+    """Not the loader alone: a search or an evaluation reads the documents of all stores."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 1, hard))
+    try:
+        documents = Corpus.open(config.data.path).documents()
+        assert all(len(documents[index]) for index in range(len(documents)))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

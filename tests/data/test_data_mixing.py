@@ -141,6 +141,7 @@ def test_without_a_budget_every_document_comes_once():
             r"data\.long_tokens=700 cannot be filled, because there is no long document of 100,001-200,000 tokens.*all 400 are missing",
         ),
         ([[90, 900, 900]] * 2, {"max_repeats": 0}, r"data\.max_repeats=0 is not above 0"),
+        ([[90, 900, 900]] * 2, {"short_tokens": -5}, r"data\.short_tokens=-5 is below 0"),
         (
             [[90, 900, 900]] * 2,
             {"short_tokens": 0, "weights_of": WeightsOf.corpus},

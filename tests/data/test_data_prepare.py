@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from lr2train.data.batch import LONG, SHORT
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import needle_set, text_set
 from lr2train.prepare import original_window, prepare
+from lr2train.run import open_run
 
 
 def small(folder, **data) -> Config:
@@ -215,6 +218,85 @@ def test_budgets_and_weights_plan_the_mix(tmp_path):
         share = 3000 * weights[name] / sum(weights.values())
         assert share <= one["planned_tokens"] < share + 128
     assert windows[LONG]["planned_tokens"] >= 60_000 - 512
+
+
+def texts_only(folder, **data) -> Config:
+    """A tokenizer that is given, so that limits may change; budgets that can be met."""
+    config = windowed(folder, **{"short_tokens": 3000, "long_tokens": 5000, **data})
+    config.data.sources[0].windows = [LONG, SHORT]
+    return config
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A finished corpus for others to copy."""
+    runs = tmp_path_factory.mktemp("planned")
+    return runs, prepare(texts_only(runs))
+
+
+def copied(planned, tmp_path) -> tuple[dict, Path]:
+    runs, first = planned
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    return first, tmp_path / "corpus"
+
+
+def test_another_plan_in_the_same_folder_takes_the_tokens_that_are_there(planned, tmp_path, monkeypatch, capsys):
+    first, folder = copied(planned, tmp_path)
+    monkeypatch.setattr(building.Tokenizer, "encode_batch", None)
+    other = texts_only(tmp_path, short_tokens=1500, max_repeats=9.0, align_sp=2, deduplicate="corpus")
+    other.data.sources[0].weight = 5.0
+    second = prepare(other)
+    assert second["fingerprint"] != first["fingerprint"]
+    assert second["windows"][SHORT]["planned_tokens"] < 2000 < first["windows"][SHORT]["planned_tokens"]
+    said = capsys.readouterr().err
+    assert "changed since the last time: data.short_tokens: 3000 -> 1500" in said
+    assert "changed since the last time: data.sources.modules.weight: 1.0 -> 5.0" in said
+    assert json.loads((folder / "prepare.config.json").read_text())["data"]["short_tokens"] == 1500
+    Corpus.open(folder).verify()
+    assert prepare(texts_only(tmp_path))["fingerprint"] == first["fingerprint"], "and back"
+
+
+@pytest.mark.parametrize("bad", [{"long_tokens": 10**9}, {"segment_tokens": 1024, "align_sp": 16}, {"holdout": 0.5}, {"vocab_size": 420}])
+def test_a_change_that_cannot_be_made_costs_nothing(planned, tmp_path, bad):
+    first, folder = copied(planned, tmp_path)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name not in ("log.txt", ".prepare.lock")}
+    with pytest.raises(UserError):
+        prepare(texts_only(tmp_path, **bad))
+    after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name not in ("log.txt", ".prepare.lock")}
+    assert {file for file in before if before[file] != after.get(file)} <= {folder / "verified.json"}
+    assert Corpus.open(folder).fingerprint == first["fingerprint"]
+    Corpus.open(folder).verify()
+
+
+@pytest.mark.parametrize(
+    "where", ["lr2train.data.planfile.write", "lr2train.data.segmenting.write_json", "lr2train.data.integrity.write_checksums"]
+)
+def test_a_plan_that_was_cut_off_is_no_damage(planned, tmp_path, monkeypatch, where):
+    """Killed between the files of another plan, the next start finds old and new ones side by side."""
+    _, folder = copied(planned, tmp_path)
+    other = {"long_tokens": 4000, "deduplicate": "corpus"}
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, cut)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(texts_only(tmp_path, **other))
+    with pytest.raises(UserError, match="no finished corpus|does not exist; run the verb"):
+        Corpus.open(folder).verify()
+    assert prepare(texts_only(tmp_path, **other))["fingerprint"] == prepare(texts_only(tmp_path / "anew", **other))["fingerprint"]
+    Corpus.open(folder).verify()
+
+
+def test_two_jobs_do_not_prepare_one_folder(tmp_path):
+    config = texts_only(tmp_path)
+    lock = open_run(config, "prepare", ("data",)).lock()
+    assert lock is not None
+    with lock, pytest.raises(UserError, match=r"in use by process \d+"):
+        prepare(config)
+    assert [file.name for file in (tmp_path / "corpus").iterdir()] == [".prepare.lock"]
+    prepare(config)
 
 
 def test_sets_for_measuring_come_from_held_out_text(prepared):

@@ -76,7 +76,7 @@ def test_nothing_to_read_is_an_error(tmp_path):
     with pytest.raises(UserError, match="holds no file"):
         all_of(source(tmp_path))
     (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(UserError, match=r"no document \(1 broken"):
+    with pytest.raises(UserError, match=r"no document: all its records are broken \(1 empty\)"):
         all_of(source(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
         all_of(source(tmp_path / "gone"))

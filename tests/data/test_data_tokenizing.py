@@ -117,11 +117,22 @@ def test_a_raised_limit_goes_on_from_the_shards_that_are_there(whole, texts, tmp
     prepare(made)
     store = tmp_path / "corpus" / "store" / "web"
     before = {file.name: file.stat().st_ino for file in store.glob("train-*.bin")}
-    (tmp_path / "corpus" / "prepare.config.json").unlink()  # a finished run belongs to its config; here only the stores are looked at
     prepare(config(texts, tmp_path))
     assert contents(tmp_path) == contents(whole)
     kept = [name for name, inode in before.items() if (store / name).stat().st_ino == inode]
     assert len(kept) >= len(before) - 1
+    assert run_config(tmp_path)["data"]["sources"][0]["max_tokens"] is None, "what is noted is what was run last"
+    finished = {file.name: file.stat().st_ino for file in store.glob("train-*.bin")}
+    prepare(made)
+    assert Corpus.open(tmp_path / "corpus").documents().lengths.sum() < 20_000 + 5000
+    lost = [name for name, inode in finished.items() if (store / name).stat().st_ino != inode]
+    assert len(lost) == 1, "a lower limit makes one shard anew and takes none away"
+    prepare(config(texts, tmp_path))
+    assert contents(tmp_path) == contents(whole)
+
+
+def run_config(runs: Path) -> dict:
+    return json.loads((runs / "corpus" / "prepare.config.json").read_text())
 
 
 shards_of_documents = st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=6), min_size=1, max_size=6)
@@ -208,7 +219,6 @@ def test_what_changed_is_refused_by_name(texts, tmp_path):
         (theirs / file.name).write_bytes(file.read_bytes())
     (theirs / "tokenizer").symlink_to(texts / "tokenizer")
     prepare(config(theirs, tmp_path))
-    (tmp_path / "corpus" / "prepare.config.json").unlink()  # as after a kill: the folder is not claimed before the end
     with pytest.raises(
         UserError, match=r"data\.sources\.web: \d+ shards in .* are from before a change of data\.holdout; choose another name="
     ):

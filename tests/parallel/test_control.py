@@ -1,14 +1,13 @@
 """Control messages on real ranks: results in order, one rank's error on all, and a killed rank noticed at once."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from ranks import PRELOAD, run_ranks
+from ranks import forking, run_ranks
 
 from lr2train.config import UserError
 from lr2train.parallel import control
@@ -84,8 +83,7 @@ def surviving(rank: int, killed: int, folder, pipe) -> None:
 @contextlib.contextmanager
 def three_ranks(killed: int, folder):
     """Pipes to three ranks, of which one is killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forking()
     pipes = [context.Pipe() for _ in range(3)]
     ranks = [context.Process(target=surviving, args=(rank, killed, folder, pipes[rank][1]), daemon=True) for rank in range(3)]
     for process in ranks:

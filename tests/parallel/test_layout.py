@@ -1,5 +1,7 @@
 """Layouts cut a segment and put it together again, for all ranks in one process."""
 
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,6 +76,79 @@ def test_zigzag_gives_every_rank_the_same_causal_work():
     """Query i of a causal segment meets i + 1 keys."""
     assert Layout("zigzag", 16, 1, 4).indices.tolist() == [2, 3, 12, 13]
     assert len({int((layout.indices + 1).sum()) for layout in all_ranks("zigzag", 64, 8)}) == 1
+
+
+# ---- zigzag by document ----
+
+
+@st.composite
+def packed(draw):
+    """(spans with gaps, tokens, ranks of a ring, inner ranks): lengths of which some are short beside the segment, and some not."""
+    size, inner = draw(st.sampled_from([1, 2, 3, 4, 8])), draw(st.sampled_from([1, 2, 3]))
+    length = 2 * size * inner * draw(st.integers(1, 60))
+    borders = sorted(draw(st.sets(st.integers(0, length), max_size=20)))
+    return tuple(pair for pair in pairwise(borders) if draw(st.booleans())), length, size, inner
+
+
+@given(packed())
+@settings(max_examples=150, derandomize=True, deadline=None)
+def test_any_documents_are_dealt_to_shards_of_one_size_and_put_together_again(case):
+    spans, length, size, inner = case
+    x = torch.arange(length)
+    layouts = [Layout("zigzag", length, rank, size, spans=spans) for rank in range(size)]
+    shards = [layout.shard(x, 0) for layout in layouts]
+    assert {len(shard) for shard in shards} == {length // size}
+    assert torch.equal(layouts[-1].gather(shards, 0), x)
+    assert all(torch.equal(shard, shard.sort().values) for shard in shards)
+    nested = [Layout("zigzag_nested", length, rank, size * inner, inner, spans) for rank in range(size * inner)]
+    assert torch.equal(torch.cat([layout.indices for layout in nested]), torch.cat(shards))
+    assert torch.equal(nested[0].gather([layout.shard(x, 0) for layout in nested], 0), x)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 64])
+def test_one_document_or_none_is_the_plain_zigzag(size):
+    n = 5
+    blocks = torch.arange(2 * size * n).view(2 * size, n)
+    for rank in range(size):
+        expected = torch.cat([blocks[rank], blocks[2 * size - 1 - rank]])
+        for spans in ((), ((0, 2 * size * n),)):
+            assert torch.equal(Layout("zigzag", 2 * size * n, rank, size, spans=spans).indices, expected)
+
+
+def pairs_by_rank(spans, length: int, size: int) -> torch.Tensor:
+    """What each rank's queries see, counted token by token."""
+    seen = torch.zeros(length, dtype=torch.int64)
+    for start, stop in spans:
+        seen[start:stop] = torch.arange(1, stop - start + 1)
+    return torch.stack([seen[Layout("zigzag", length, rank, size, spans=spans).indices].sum() for rank in range(size)])
+
+
+@pytest.mark.parametrize("size", [2, 8, 16, 64])
+@pytest.mark.parametrize("seed", range(4))
+def test_long_documents_are_spread_evenly(size, seed):
+    """Within 2 %, where one zigzag over the segment can leave the busiest rank half as much again as the mean."""
+    length = 131072
+    lengths = 8192 + torch.randint(24576, (20,), generator=torch.Generator().manual_seed(seed))
+    borders = [0, *(border for border in accumulate(lengths.tolist()) if border < length)]
+    for spans in (tuple(pairwise(borders)), tuple(pairwise([*borders, length]))):  # the last part padding, or a document
+        pairs = pairs_by_rank(spans, length, size)
+        assert pairs.max() < 1.02 * pairs.double().mean()
+
+
+def test_short_documents_are_cut_no_finer_than_the_long_ones_demand():
+    """300 documents of 437 tokens are one run. Beside long ones, those that lie together are, with the padding behind them."""
+    length, size = 131072, 64
+    short = tuple((start, start + 437) for start in range(0, length - 437, 437))
+    assert {len(Layout("zigzag", length, rank, size, spans=short).blocks) for rank in range(size - 1)} == {2}
+    mixed = ((0, 50000), *(span for span in short if 50000 <= span[0] < 100000), (110000, 131072))
+    assert {len(Layout("zigzag", length, rank, size, spans=mixed).blocks) for rank in range(1, size - 1)} == {6}
+    pairs = pairs_by_rank(mixed, length, size)
+    assert pairs.max() - pairs.double().mean() < 0.01 * length**2 / 2 / size, "little beside a document that fills the segment"
+
+
+def test_documents_that_a_plain_zigzag_spreads_evenly_are_not_cut():
+    aligned = tuple((start, start + 8) for start in range(0, 128, 8))
+    assert [Layout("zigzag", 128, rank, 8, spans=aligned).blocks for rank in (0, 7)] == [((0, 8), (120, 128)), ((56, 72),)]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from ranks import RankError, run_ranks
 
 from lr2train.config import UserError
-from lr2train.parallel.comm import Transfer, agree, all_gather, all_to_all, counting, exchange_rows, transfer
+from lr2train.parallel.comm import Transfer, all_to_all, counting, exchange_rows, transfer
 from lr2train.parallel.mesh import Mesh, make_mesh
 
 
@@ -26,17 +26,6 @@ def check_all_to_all(rank: int, world: int) -> None:
         assert torch.equal(mine.grad, parts[rank].grad)
         out = all_to_all(inputs(world)[rank].requires_grad_(), scatter_dim, gather_dim, dist.group.WORLD)
         assert torch.equal(all_to_all(out, gather_dim, scatter_dim, dist.group.WORLD), inputs(world)[rank])
-
-
-def check_all_gather(rank: int, world: int) -> None:
-    for dim in (0, 1, 2):
-        parts = [x.clone().requires_grad_() for x in inputs(world)]
-        whole = torch.cat(parts, dim)
-        out = all_gather(mine := inputs(world)[rank].requires_grad_(), dim, dist.group.WORLD)
-        assert torch.equal(out, whole)
-        sum((whole * (r + whole)).sum() for r in range(world)).backward()
-        (out * (rank + out)).sum().backward()
-        torch.testing.assert_close(mine.grad, parts[rank].grad)
 
 
 def check_mesh(rank: int, world: int) -> None:
@@ -106,39 +95,21 @@ def check_counts(rank: int, world: int) -> None:
     x = torch.ones(4, 8, requires_grad=True)
     with counting() as counts:
         out = all_to_all(x, 1, 0, dist.group.WORLD)
-        gathered = all_gather(x, 0, dist.group.WORLD)
     part = x.nbytes // world * (world - 1)
-    assert counts == {"all_to_all": part, "all_gather": x.nbytes * (world - 1)}
+    assert counts == {"all_to_all": part}
     all_to_all(x, 1, 0, dist.group.WORLD)
     assert counts["all_to_all"] == part
-    (out.sum() + gathered.sum()).backward()
-    assert counts == {"all_to_all": 2 * part, "all_gather": x.nbytes * (world - 1), "reduce_scatter": x.nbytes * (world - 1)}
-
-
-def check_agree(rank: int, world: int) -> None:
-    same = {"window": "long", "n_tokens": 4096, "spans": 2**62 + 1}
-    agree(same, dist.group.WORLD, "a segment")
-    sentence = r"ranks that share a segment disagree on n_tokens \(4096 on rank 0, 8192 on rank 3\); every rank must be started"
-    with pytest.raises(UserError, match=sentence):
-        agree(same | {"n_tokens": 8192 if rank == 3 else 4096}, dist.group.WORLD, "a segment")
-    with pytest.raises(UserError, match=r"disagree on window \(\d+ on rank 0, \d+ on rank 1\)"):
-        agree(same | {"window": "short" if rank == 1 else "long"}, dist.group.WORLD, "a segment")
-    with pytest.raises(UserError, match="disagree on its fields"):
-        agree(same if rank else {"window": "long"}, dist.group.WORLD, "a segment")
-    total = torch.ones(1)
-    dist.all_reduce(total)  # every rank raised, so every rank is here
-    assert total.item() == world
+    out.sum().backward()
+    assert counts == {"all_to_all": 2 * part}
 
 
 def check_all(rank: int, world: int) -> None:
     check_all_to_all(rank, world)
-    check_all_gather(rank, world)
     check_mesh(rank, world)
     check_inner_mesh(rank, world)
     check_uneven_exchange(rank, world)
     check_transfers(rank, world)
     check_counts(rank, world)
-    check_agree(rank, world)
 
 
 def test_collectives_and_mesh_on_4_ranks(tmp_path):
@@ -151,8 +122,6 @@ def test_without_torch_distributed_everything_is_one_rank():
         make_mesh(2)
     x = torch.randn(2, 3)
     assert all_to_all(x, 0, 1, None) is x
-    assert all_gather(x, 0, None) is x
-    agree({"window": 1}, None, "a segment")
 
 
 def fails_on_rank_1(rank: int, world: int) -> None:

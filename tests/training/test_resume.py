@@ -1,4 +1,4 @@
-"""Training that is killed goes on where its checkpoint was and ends where an undisturbed run ends; one that belongs to other ranks is refused."""
+"""Training that is killed goes on where its checkpoint was, on as many ranks as there are by then, and ends where an undisturbed run ends."""
 
 import json
 import os
@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from ranks import RankError, run_ranks
 
 from lr2train.config import compose
 from lr2train.prepare import prepare
@@ -34,7 +36,7 @@ def overrides(tmp_path_factory) -> list[str]:
         "model.architecture.intermediate_size=48",
         "data.vocab_size=400", "data.segment_tokens=128", "data.short_tokens=0", "data.long_tokens=0", f"data.path={runs}/corpus",
         f"data.sources=[{{name: text, kind: folder, path: {folder / 'text'}}}]", "parallel.sp=1", "optim.warmup_steps=2",
-        "optim.lr=1e-2",
+        "optim.lr=1e-2", "data.group_segments=2",  # so that two data-parallel ranks may go on later
     ]  # fmt: skip
     prepare(compose("prepare", [*common, "name=corpus"]))
     return [*common, f"optim.steps={STEPS}", "engine.checkpoint_every_steps=3", "logger=jsonl"]
@@ -96,6 +98,48 @@ def test_killed_and_interrupted_training_ends_like_an_undisturbed_one(overrides,
     ).read_bytes()
 
 
+def train_until(rank: int, world: int, overrides: list[str], last: int) -> int:
+    """The verb on a rank among others, asked to stop after its first ``last`` steps; its exit code."""
+    from lr2train.train import train
+    from lr2train.training.engine import Engine
+
+    steps, step = [], Engine.step
+
+    def asking(engine, *arguments):
+        steps.append(engine.step)
+        stats = step(engine, *arguments)
+        if rank == 0 and len(steps) == last - 1:  # the flag goes with the next step, which is the last
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stats
+
+    Engine.step = asking  # in this process alone
+    with pytest.raises(SystemExit) as end:
+        train(compose("train", overrides))
+    return end.value.code
+
+
+def test_a_run_goes_on_with_other_numbers_of_ranks(overrides, undisturbed, tmp_path):
+    """One rank; four that share segments in pairs; three, which is refused; two that share one segment."""
+    folder, fixed = folder_of(overrides, "moving"), [*(o for o in overrides if o != "parallel.sp=1"), "name=moving"]
+    for world, sp, steps in ((1, 1, 3), (4, 2, 3), (3, 1, 0), (2, 2, 2)):
+        launch = partial(run_ranks, train_until, world, [*fixed, f"parallel.sp={sp}"], steps, tmp_path=tmp_path, timeout_s=120)
+        if steps:
+            assert launch() == [130] * world
+            continue
+        with pytest.raises(RankError, match="optim.segments_per_step=2 is not divisible by the 3 data-parallel ranks") as refused:
+            launch()
+        assert str(refused.value).count("set optim.segments_per_step to 3") == 3  # on every rank, in the same words
+    found = losses(folder)
+    assert list(found) == list(range(1, 9))
+    assert found == pytest.approx({step: undisturbed[step] for step in found}, rel=1e-5)  # fp32: sums in another order, through AdamW
+    for key in ("n_target_tokens", "tokens_seen", "window_mix", "lr"):  # the same segments
+        assert figures(folder, key) == figures(folder_of(overrides, "undisturbed"), key)[:8], key
+
+
+def figures(folder: Path, key: str) -> list[float]:
+    return [json.loads(line)[key] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_losses_fall(undisturbed):
     assert undisturbed[STEPS] < undisturbed[1] - 0.1
 
@@ -107,7 +151,7 @@ def test_losses_fall(undisturbed):
         (["data.path=nowhere", "name=fresh"], ["nowhere"]),
         (["model.path=missing/model", "name=fresh"], ["model.path=missing/model", "downloads are off"]),
         (["model.path=./missing", "name=fresh"], ["model.path=./missing", "is no folder"]),
-        (["optim.segments_per_step=3", "parallel.sp=2", "name=fresh"], ["parallel.sp=2", "does not divide"]),
+        (["optim.segments_per_step=3", "data.group_segments=0", "parallel.sp=2", "name=fresh"], ["parallel.sp=2", "does not divide"]),
         (["rope.tail=[2.0, 2.0]", "name=fresh"], ["rope.tail"]),
     ],
 )

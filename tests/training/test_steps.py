@@ -43,20 +43,23 @@ def test_an_entry_that_is_no_range_is_refused(text):
 
 
 def test_the_first_start_settles_the_groups(tmp_path):
-    assert Steps.settle(tmp_path, DataConfig(), 8).group_segments == 8
-    assert Steps.settle(tmp_path, DataConfig(group_segments=16), 8).group_segments == 16
-    write_json(tmp_path / FILE, Steps.settle(tmp_path, DataConfig(), 8).to_json())
-    again = Steps.settle(tmp_path, DataConfig(), 2)
+    assert Steps.settle(tmp_path, DataConfig(), 8, 8).group_segments == 8
+    assert Steps.settle(tmp_path, DataConfig(group_segments=16), 8, 64).group_segments == 16
+    assert Steps.settle(tmp_path, DataConfig(), 8, 64).group_segments == 16, "a quarter of a step: up to 16 ranks may go on"
+    assert Steps.settle(tmp_path, DataConfig(), 3, 48).group_segments == 12
+    assert Steps.settle(tmp_path, DataConfig(), 2, 2).group_segments == 2
+    write_json(tmp_path / FILE, Steps.settle(tmp_path, DataConfig(), 8, 8).to_json())
+    again = Steps.settle(tmp_path, DataConfig(), 2, 8)
     assert again.group_segments == again.applied(DataConfig()).group_segments == 8
 
 
 def test_the_past_cannot_be_rewritten_and_the_future_can(tmp_path):
-    write_json(tmp_path / FILE, json.loads(json.dumps(Steps.settle(tmp_path, DataConfig(skip_steps=["3-5", "90-99"]), 1).to_json())))
+    write_json(tmp_path / FILE, json.loads(json.dumps(Steps.settle(tmp_path, DataConfig(skip_steps=["3-5", "90-99"]), 1, 4).to_json())))
     for later in (["3-5"], ["3-4", "5", "11-20"], ["3-5", "95"]):
-        Steps.settle(tmp_path, DataConfig(skip_steps=later), 1).refuse_other_past(10)
+        Steps.settle(tmp_path, DataConfig(skip_steps=later), 1, 4).refuse_other_past(10)
     for other in ([], ["3-6"], ["3-5", "10-12"]):
         with pytest.raises(UserError, match="of the 10 steps that are done, and the run was made skipping 3-5"):
-            Steps.settle(tmp_path, DataConfig(skip_steps=other), 1).refuse_other_past(10)
+            Steps.settle(tmp_path, DataConfig(skip_steps=other), 1, 4).refuse_other_past(10)
     Steps.settle(tmp_path, DataConfig(), 1).refuse_other_past(2)  # the checkpoint lies before the skipped steps
 
 

@@ -1,9 +1,9 @@
 """Bytes that a rank sends for one attention layer at 128k: each strategy's formula, beside what its code hands to torch.distributed.
 
-Every rank of 8, 16 and 64 runs alone over torch's fake process group (``gpu_one_rank``), on a segment that is 512 times shorter and whose
-borders all lie on multiples of 512, so that 512 times what it sends is what the long segment would send, exactly. Counted are the arguments
-of the calls into torch.distributed, and by ``comm.counting``; both must equal ``Strategy.traffic``, and for one span the closed form of the
-strategy's docstring. The table shows the rank that sends most.
+Every rank of 8, 16 and 64 runs alone over torch's fake process group (``gpu_one_rank``), on the whole segment, with heads of one number and a
+kernel that computes nothing: the head size times what it sends is what the model would send, exactly. Counted are the arguments of the calls
+into torch.distributed, and by ``comm.counting``; both must equal ``Strategy.traffic``, and for one span the closed form of the strategy's
+docstring. The table shows the rank that sends most.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,13 +20,15 @@ import torch.distributed as dist
 from benches.figures import Figure
 from benches.gpu_one_rank import one_rank
 
+from lr2train.attention import gather, kernel, ring
+from lr2train.attention.kernel import Queries
 from lr2train.attention.strategies import STRATEGIES
 from lr2train.attention.strategy import Traffic, Work
 from lr2train.attention.tiles import Spans
 from lr2train.config import UserError
 from lr2train.parallel.comm import counting
 
-T, SHORTER = 131072, 512
+T = 131072
 RINGS = {8: 2, 16: 2, 64: 8}  # ranks on the ring axis of ulysses_ring: nodes of 4, 8 and 8
 MODELS = {"llama3_8b": (32, 8, 128), "phi3_mini": (32, 32, 96)}
 NAMES = ("local", "ulysses", "ring", "gather", "ulysses_ring")
@@ -70,13 +73,10 @@ def _cases(model: str, sp: int) -> Iterator[Case]:
 
 
 def _packed() -> Spans:
-    """Documents of 2.5k to 40k tokens, end to end, over borders of shards as they come."""
-    lengths, spans, start = (5, 80, 7, 31, 11, 52, 19, 46, 5), [], 0
-    for length in (length * SHORTER for length in lengths):
-        spans.append((start, start + length))
-        start += length
-    assert start == T
-    return tuple(spans)
+    """Documents of 200 to 40k tokens, end to end, over borders of shards as they come: of two the length divides among no ranks."""
+    lengths = (2560, 40961, 3583, 15872, 200, 5432, 26624, 9728, 23552, 2560)
+    assert sum(lengths) == T
+    return tuple(pairwise([0, *accumulate(lengths)]))
 
 
 def _aligned(sp: int) -> Spans:
@@ -94,17 +94,31 @@ def _off(name: str, work: Work, rank: int, one_span: bool) -> int:
 
 
 def _counted(name: str, work: Work, rank: int) -> tuple[Traffic, Traffic]:
-    """What one rank sends by the arguments of torch.distributed's calls, and by ``comm.counting``; times what the segment was shortened by."""
-    spans = tuple((start // SHORTER, stop // SHORTER) for start, stop in work.spans)
-    n_rows = work.n_tokens // SHORTER // work.sp
+    """What one rank sends by the arguments of torch.distributed's calls, and by ``comm.counting``; times the size of a head."""
+    n_rows, size = work.n_tokens // work.sp, work.head_size
     heads = (work.n_heads, work.n_kv_heads, work.n_kv_heads)
-    q, k, v = (torch.randn(n_rows, n, work.head_size, dtype=torch.bfloat16, requires_grad=True) for n in heads)
-    with one_rank(rank, work.sp, work.ring) as mesh, _watching(rank) as wire, counting() as sent:
-        out = STRATEGIES[name].attend(q, k, v, spans, 1.0, mesh)
+    q, k, v = (torch.zeros(n_rows, n, 1, dtype=torch.bfloat16, requires_grad=True) for n in heads)
+    with _idle_kernel(), one_rank(rank, work.sp, work.ring) as mesh, _watching(rank) as wire, counting() as sent:
+        out = STRATEGIES[name].attend(q, k, v, work.spans, 1.0, mesh)
         forward = sum(wire), sum(sent.values())
         out.sum().backward()
     backward = sum(wire) - forward[0], sum(sent.values()) - forward[1]
-    return Traffic(forward[0] * SHORTER, backward[0] * SHORTER), Traffic(forward[1] * SHORTER, backward[1] * SHORTER)
+    return Traffic(forward[0] * size, backward[0] * size), Traffic(forward[1] * size, backward[1] * size)
+
+
+def _idle_kernel() -> Any:
+    """Blocks of attention answer zeros of the right shapes, as quickly as can be: what is sent does not depend on them."""
+
+    def forward(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros_like(q), torch.zeros(q.shape[:2])
+
+    def backward(queries: Queries, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+        return torch.zeros_like(queries.q), torch.zeros_like(k), torch.zeros_like(v)
+
+    stack = contextlib.ExitStack()
+    for module in (kernel, ring, gather):
+        stack.enter_context(mock.patch.multiple(module, forward_block=forward, backward_block=backward))
+    return stack
 
 
 @contextlib.contextmanager

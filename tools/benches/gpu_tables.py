@@ -1,4 +1,4 @@
-"""What ``gpu_check`` found, as tables: one of errors, one of speeds. In colour on a terminal, plain text elsewhere."""
+"""What ``gpu_check`` found, as tables: details of errors and of speeds, and one summary. In colour on a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from benches.figures import Figure
 from benches.gpu_parity import LIMITS, LSE_LIMIT_NATS, Row
 from benches.gpu_timing import Lane
 from rich.console import Console
@@ -65,6 +66,30 @@ def show_speed(title: str, lines: Sequence[Line], clocks: dict[str, dict[str, st
     for when, said in clocks.items():
         if said:
             console.print(f"{when}: {', '.join(f'{name} {value}' for name, value in said.items())}")
+
+
+def show_summary(figures: Sequence[Figure]) -> None:
+    """Every figure with its target and whether it is met: what the check comes to."""
+    table = Table(title="summary: what this machine comes to")
+    table.add_column("figure")
+    for name in ("value", "target"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for figure in figures:
+        style = None if figure.holds else "bold red"
+        table.add_row(figure.name, f"{figure.value:.4g}", _target(figure), _verdict(figure), style=style)
+    _console().print(table)
+
+
+def _target(figure: Figure) -> str:
+    bounds = (("at most", figure.at_most), ("at least", figure.at_least))
+    return ", ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+
+
+def _verdict(figure: Figure) -> str:
+    if not _target(figure):
+        return "no target here"
+    return "met" if figure.holds else "MISSED"
 
 
 def _console() -> Console:

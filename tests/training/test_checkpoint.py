@@ -1,0 +1,267 @@
+"""Checkpoints go on with any number of ranks, bit for bit; what is damaged, in the making or of a kind that cannot be divided anew is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
+
+from lr2train.config import UserError
+from lr2train.training import partitions
+from tests.training.test_engine import RELEASE_ALL, config_for, factors, segment
+
+LONG, SHORT = [1, 3, 5, 7], [2, 4, 6, 10]  # the segments of a step: four of one window, so that one, two and four ranks share their work
+STEPS = [LONG, SHORT, LONG, SHORT, LONG]
+SAVED = 3
+SMALL_GROUPS = {"zero_optimization": {"sub_group_size": 1000, "stage3_param_persistence_threshold": 0}}
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+# Overrides of the engine and the model, and how far a later loss may be off. fp32: sums in another order. bfloat16: eight bits of mantissa.
+VARIANTS = {
+    "stage 3": ({"deepspeed": RELEASE_ALL}, {}, 1e-6),
+    "stage 3, kept parameters": ({"deepspeed": {}}, {}, 1e-6),  # below DeepSpeed's threshold: whole on every rank
+    "stage 3, small groups": ({"deepspeed": SMALL_GROUPS}, {}, 1e-6),  # groups are cut by a rank's share: two and four ranks have others
+    "stage 3, offload": ({"deepspeed": OFFLOAD}, {}, 1e-6),
+    "stage 3, bfloat16": ({"deepspeed": RELEASE_ALL}, {"dtype": "bfloat16"}, 1e-2),
+    "stage 2": ({"zero_stage": 2, "deepspeed": {}}, {}, 1e-6),
+    "stage 1": ({"zero_stage": 1, "deepspeed": {}}, {}, 1e-6),
+    "stage 1, bfloat16": ({"zero_stage": 1, "deepspeed": {}}, {"dtype": "bfloat16"}, 1e-2),
+    "stage 0": ({"zero_stage": 0, "deepspeed": {}}, {}, 1e-6),
+}
+Trained = tuple[dict[int, float], dict[str, np.ndarray]]
+
+
+def engine_of(world: int, sp: int, variant: str):
+    from lr2train.model import load
+    from lr2train.parallel.mesh import make_mesh
+    from lr2train.training.engine import Engine, start_deepspeed
+
+    start_deepspeed(torch.device("cpu"))
+    engine, model, _ = VARIANTS[variant]
+    config = config_for(sp, len(LONG) * sp // world, world)
+    config = replace(
+        config,
+        engine=replace(config.engine, **engine),
+        model=replace(config.model, **model),
+        optim=replace(config.optim, clip=0.5, weight_decay=0.1),
+    )
+    return Engine(config, make_mesh(sp), factors(), load.config_of(config.model), torch.device("cpu"))
+
+
+def trained(rank: int, world: int, cases: list[tuple[int, str]], folder: Path) -> list[Trained]:
+    """Losses by step, and the whole optimizer's state after ``SAVED`` steps, of engines (sp, variant) that begin at their checkpoint, if there is one."""
+    return [train(world, sp, folder / variant, variant) for sp, variant in cases]
+
+
+def train(world: int, sp: int, folder: Path, variant: str) -> Trained:
+    import torch.distributed as dist
+
+    engine = engine_of(world, sp, variant)
+    done, losses = engine.load(folder), {}
+    state = whole_state(engine) if done else {}
+    for step in range(done, len(STEPS)):
+        mine = STEPS[step][engine.mesh.dp_rank :: engine.mesh.dp_size]
+        losses[step] = engine.step([segment(i) for i in mine], lr=1e-2).loss
+        if step + 1 == SAVED:
+            engine.save(folder, SAVED, keep=1)
+            state = whole_state(engine)
+    dist.barrier()
+    engine._engine.destroy()
+    return losses, state
+
+
+def whole_state(engine) -> dict[str, np.ndarray]:
+    """Master weights and moments of every parameter, gathered by DeepSpeed's own hands, and the options and step counts of torch's optimizer."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    optimizer, found = engine._engine.optimizer, {}
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2: where a parameter's moments lie is looked up once
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.model.named_parameters() if engine.config.engine.zero_stage else ():
+        found[name] = safe_get_full_fp32_param(parameter).numpy()
+        found |= {f"{name}/{key}": safe_get_full_optimizer_state(parameter, key).numpy() for key in ("exp_avg", "exp_avg_sq")}
+    inner = getattr(optimizer, "optimizer", optimizer)
+    found |= {
+        f"{key}{number}": np.array(group[key]) for number, group in enumerate(inner.param_groups) for key in ("weight_decay", "betas")
+    }
+    return found | {"steps": np.unique([float(state["step"]) for state in inner.state.values()])}
+
+
+# On two ranks all begin. Who goes on where; every kind of division is met on more ranks and on fewer.
+LATER = {
+    1: [(1, "stage 3, small groups"), (1, "stage 3, offload"), (1, "stage 3, bfloat16"), (1, "stage 1"), (1, "stage 0")],
+    4: [
+        (1, "stage 3"),
+        (2, "stage 3"),
+        (2, "stage 3, small groups"),
+        (1, "stage 3, kept parameters"),
+        (1, "stage 2"),
+        (1, "stage 1, bfloat16"),
+    ],
+}
+
+
+def test_any_number_of_ranks_goes_on_bit_for_bit_where_two_were(tmp_path):
+    undisturbed = dict(
+        zip(VARIANTS, run_ranks(trained, 2, [(1, v) for v in VARIANTS], tmp_path, tmp_path=tmp_path, timeout_s=240)[0], strict=True)
+    )
+    for world, cases in LATER.items():
+        for (sp, variant), (losses, state) in zip(
+            cases, run_ranks(trained, world, cases, tmp_path, tmp_path=tmp_path, timeout_s=240)[0], strict=True
+        ):
+            case = f"{variant}, {world} ranks, sp {sp}"
+            expected, written = undisturbed[variant]
+            assert state.keys() == written.keys(), case
+            assert state["steps"] == SAVED, case
+            for name, value in written.items():
+                np.testing.assert_array_equal(state[name], value, err_msg=f"{case}: {name}")
+            assert losses == pytest.approx({step: expected[step] for step in range(SAVED, len(STEPS))}, rel=VARIANTS[variant][2]), case
+
+
+def damaged_ones(rank: int, world: int, alone: Path, folder: Path) -> list[str]:
+    """What a rank says of each broken checkpoint, and the loss after reading a sound one with the same engine."""
+    import torch.distributed as dist
+
+    engine = engine_of(world, 1, "stage 3")
+    engine.save(folder, 1, keep=2)
+    said = []
+    for where, name in ((alone, "zero_pp_rank_0_mp_rank_00_optim_states.pt"), (folder, "zero_pp_rank_1_mp_rank_00_optim_states.pt")):
+        [file] = where.glob(f"step_*/{name}")
+        for harm in (cut_short, Path.unlink):
+            sound = file.read_bytes()
+            dist.barrier()
+            if rank == 0:
+                harm(file)
+            dist.barrier()
+            with pytest.raises(UserError) as raised:
+                engine.load(where)
+            said.append(str(raised.value))
+            dist.barrier()
+            if rank == 0:
+                file.write_bytes(sound)
+            dist.barrier()
+    assert engine.load(alone) == SAVED
+    mine = STEPS[SAVED][engine.mesh.dp_rank :: engine.mesh.dp_size]
+    return [*said, f"{engine.step([segment(i) for i in mine], lr=1e-2).loss:.5f}"]
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def test_damage_is_one_sentence_on_every_rank_and_changes_nothing(tmp_path):
+    [(losses, _)] = run_ranks(trained, 1, [(1, "stage 3")], tmp_path, tmp_path=tmp_path, timeout_s=120)[0]
+    first, second = run_ranks(damaged_ones, 2, tmp_path / "stage 3", tmp_path / "two", tmp_path=tmp_path, timeout_s=120)
+    assert first == second
+    *said, loss = first
+    assert all("cannot be read (" in text and "restore the folder, name an older checkpoint in" in text for text in said), said
+    assert ["it lacks 1 of" in text for text in said] == [False, True, False, True]
+    assert float(loss) == pytest.approx(losses[SAVED], abs=2e-5)  # printed with five digits
+
+
+def after_kills(rank: int, world: int, folder: Path) -> list[list[str]]:
+    """The checkpoints that are left by saves among the remains of killed runs."""
+    import torch.distributed as dist
+
+    engine = engine_of(world, 1, "stage 3")
+    begun = [folder / "step_00000009" / f"zero_pp_rank_{number}_mp_rank_00_optim_states.pt" for number in range(4)]
+    left = []
+    for step in (6, 7, 9, 12):
+        if rank == 0 and step == 7:  # four ranks went on from 6 and were killed while they wrote 9
+            begun[0].parent.mkdir()
+            for file in begun:
+                file.write_bytes(b"the beginning of")
+        dist.barrier()
+        engine.save(folder, step, keep=1)
+        left.append([f"{path.name}: {len(list(path.glob('*optim_states.pt')))}" for path in sorted(folder.glob("step_*"))])
+        dist.barrier()  # both have looked
+    return [*left, [str(json.loads((folder / "latest.json").read_text())["world"]), str(engine_of(world, 1, "stage 3").load(folder))]]
+
+
+def test_remains_of_killed_runs_neither_stay_nor_cost_a_checkpoint(tmp_path):
+    for left in run_ranks(after_kills, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120):
+        assert left == [
+            ["step_00000006: 2"],
+            ["step_00000007: 2", "step_00000009: 4"],
+            ["step_00000009: 2"],
+            ["step_00000012: 2"],
+            ["2", "12"],
+        ]
+
+
+# ---- the layouts alone ----
+
+GROUPS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size=1, max_size=3)
+FORMS = {"by parameter": partitions.FORMS[3], "by group": partitions.FORMS[1]}
+
+
+def plain_parts(groups: list[dict[str, torch.Tensor]], world: int, form: partitions.Form) -> list[list[torch.Tensor]]:
+    """By rank and group, in whole vectors: the reference."""
+
+    def cut(whole: torch.Tensor, multiple: int) -> torch.Tensor:
+        return torch.nn.functional.pad(whole, (0, -len(whole) % (multiple * world))).view(world, -1)
+
+    if form is FORMS["by parameter"]:
+        parts = [torch.cat([cut(values, 1) for values in group.values()], dim=1) for group in groups]
+    else:
+        parts = [cut(torch.cat(list(group.values())), partitions.ALIGNMENT) for group in groups]
+    return [[part[rank].clone() for part in parts] for rank in range(world)]
+
+
+def plain_state(groups: list[dict[str, torch.Tensor]], rank: int, world: int, form: partitions.Form) -> dict:
+    """A rank's state as ZeRO has it; moments are told from weights by an offset, which padding has not."""
+    moved = [{name: values + 0.5 for name, values in group.items()} for group in groups]
+    moments = [{"step": torch.tensor(7.0), "exp_avg": part} for part in plain_parts(moved, world, form)[rank]]
+    options = [{"weight_decay": 0.1, "params": list(range(len(groups)))}]
+    return {
+        form.weights: plain_parts(groups, world, form)[rank],
+        form.optimizer: {"state": dict(enumerate(moments)), "param_groups": options},
+    }
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(groups=GROUPS, old=st.integers(1, 7), new=st.integers(1, 7), cut_anew=st.booleans())
+def test_a_state_divided_anew_is_what_the_new_ranks_would_have_written(form, groups, old, new, cut_anew, tmp_path_factory):
+    folder, numbers = tmp_path_factory.mktemp("shards"), iter(range(10**6))
+    before = [
+        {f"{g}.{n}": torch.tensor([float(next(numbers)) for _ in range(numel)]) for n, numel in enumerate(group)}
+        for g, group in enumerate(groups)
+    ]
+    after = [{name: values} for group in before for name, values in group.items()] if cut_anew else before
+    files = [folder / f"{rank}.pt" for rank in range(old)]
+    for rank, file in enumerate(files):
+        torch.save({"optimizer_state_dict": plain_state(before, rank, old, form)}, file)
+    sizes, sizes_after = ([{name: len(values) for name, values in group.items()} for group in part] for part in (before, after))
+    for rank in range(new):
+        expected = plain_state(after, rank, new, form)
+        empty = {**expected, form.weights: [torch.zeros_like(part) for part in expected[form.weights]]}
+        found = partitions.repartitioned(files, sizes, form, empty, sizes_after, rank, new)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [partitions.by_parameter, partitions.by_group])
+@given(groups=GROUPS, world=st.integers(1, 9))
+@settings(derandomize=True, deadline=None)
+def test_every_element_has_one_place(layout, groups, world):
+    sizes = [{f"{g}.{n}": numel for n, numel in enumerate(group)} for g, group in enumerate(groups)]
+    found = layout(sizes, world)
+    for group in sizes:
+        for name, numel in group.items():
+            runs = found.places[name]
+            assert [i for run in runs for i in range(run.start, run.start + run.numel)] == list(range(numel))
+    taken = [(p.rank, p.group, i) for places in found.places.values() for p in places for i in range(p.flat_start, p.flat_start + p.numel)]
+    assert len(set(taken)) == len(taken)
+    assert all(rank < world and 0 <= i < found.part_numels[group] for rank, group, i in taken)
+
+
+def test_another_way_of_dividing_is_refused():
+    form, groups = FORMS["by group"], [{"w": torch.arange(5.0)}]
+    for change in ({form.weights: [torch.zeros(7)]}, {"param_alignment_paddings": [[3]]}):
+        with pytest.raises(UserError, match="go on with the number of ranks that wrote the checkpoint"):
+            partitions.repartitioned([Path("missing")], [{"w": 5}], form, {**plain_state(groups, 0, 1, form), **change}, [{"w": 5}], 0, 1)
