@@ -113,7 +113,16 @@ def test_dropping_only_the_certain_losers_finds_what_no_racing_finds(world, tmp_
     ]
 
 
-@pytest.mark.parametrize("more", [["search=longrope"], ["search.objective=text"], ["search.algorithm=cmaes"], ["search.algorithm=surrogate"], ["search.chunk_tokens=100"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["search=longrope"],
+        ["search.objective=text"],
+        ["search.algorithm=cmaes"],
+        ["search.algorithm=surrogate"],
+        ["search.chunk_tokens=100"],
+    ],
+)
 def test_other_spaces_objectives_and_algorithms_run(world, tmp_path, more):
     result = search(
         search_config(world, tmp_path, "name=s", *more, "search.original_tokens=[0,4]" if more == ["search=longrope"] else "seed=0")

@@ -104,7 +104,11 @@ class Steps:
         """
         found: dict[str, Any] = read_json(folder / FILE) if (folder / FILE).exists() else {}
         before = Skips(tuple((first, last) for first, last in found["skipped"])) if found else None
-        return cls(found.get("group_segments") or data.group_segments or default_group(dp_size, segments_per_step), Skips.parse(data.skip_steps), before)
+        return cls(
+            found.get("group_segments") or data.group_segments or default_group(dp_size, segments_per_step),
+            Skips.parse(data.skip_steps),
+            before,
+        )
 
     def applied(self, data: DataConfig) -> DataConfig:
         """The config with the settled group size."""

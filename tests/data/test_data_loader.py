@@ -180,7 +180,9 @@ def test_a_corpus_that_is_not_there_or_damaged_is_refused(config, tmp_path):
 
 def test_a_low_limit_of_open_files_is_raised_as_far_as_the_system_lets(config):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard))  # two tables of the plan and two stores take four
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard)
+    )  # two tables of the plan and two stores take four
     try:
         assert len(make_loader(config.data, 0, 0, 1, 8, 128, 512).batches(0)) == 8
         if hard != resource.RLIM_INFINITY:
