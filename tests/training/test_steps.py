@@ -60,7 +60,7 @@ def test_the_past_cannot_be_rewritten_and_the_future_can(tmp_path):
     for other in ([], ["3-6"], ["3-5", "10-12"]):
         with pytest.raises(UserError, match="of the 10 steps that are done, and the run was made skipping 3-5"):
             Steps.settle(tmp_path, DataConfig(skip_steps=other), 1, 4).refuse_other_past(10)
-    Steps.settle(tmp_path, DataConfig(), 1).refuse_other_past(2)  # the checkpoint lies before the skipped steps
+    Steps.settle(tmp_path, DataConfig(), 1, 4).refuse_other_past(2)  # the checkpoint lies before the skipped steps
 
 
 def test_a_checkpoint_is_due_though_its_step_was_skipped():
