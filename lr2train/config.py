@@ -10,12 +10,14 @@ from __future__ import annotations
 import difflib
 import errno
 import logging
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -551,67 +553,83 @@ def _names(value: Any) -> list[str]:
     return [one["name"] for one in value] if named else []
 
 
+_LEAST = {
+    "parallel.sp": 1,
+    "parallel.ring": 0,
+    "optim.segments_per_step": 1,
+    "optim.steps": 0,
+    "data.segment_tokens": 2,
+    "data.workers": 0,
+    "data.shard_bytes": 1,
+    "data.decontaminate.ngram": 1,
+    "data.group_segments": 0,
+    "data.prefetch_steps": 0,
+    "data.loader_threads": 1,
+    "inspect.segment": 0,
+    "inspect.step": 1,
+    "inspect.dp_size": 1,
+    "inspect.documents": 1,
+    "inspect.text_chars": 0,
+    "rope.target_window_tokens": 1,
+    "engine.loss_chunk_tokens": 1,
+    "engine.checkpoint_every_steps": 1,
+    "engine.keep_checkpoints": 1,
+    "search.population": 2,
+    "search.documents": 1,
+    "search.questions": 1,
+    "search.distractors": 0,
+    "search.final_documents": 0,
+    "search.generations": 0,
+    "search.racing_answers": 2,
+    "search.proposals": 1,
+    "search.chunk_tokens": 0,
+    "eval.distractors": 0,
+    "eval.samples": 1,
+}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "device": ("auto", "cpu", "cuda"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "data.kind": ("segments", "curriculum"),
+    "data.tokenizer_backend": ("hf", "gigatoken", "auto"),
+    "data.deduplicate": ("none", "source", "corpus"),
+    "parallel.strategy": ("auto", *STRATEGIES),
+    "search.algorithm": ("evolution", "surrogate", "cmaes"),
+    "search.space": ("longrope2", "longrope"),
+    "search.objective": ("needle", "text"),
+    "generate.window": ("auto", "short", "long"),
+    "inspect.window": (None, "short", "long"),
+    "logger.mode": ("online", "offline"),
+    "engine.zero_stage": (0, 1, 2, 3),
+}
+_SHARES = (
+    "data.holdout",
+    "search.mutation_probability",
+    "search.depth",
+    "search.crossover",
+    "search.move_critical_index",
+)
+
+
 def _validate(config: Config) -> None:
-    for key, value, low in (
-        ("parallel.sp", config.parallel.sp, 1),
-        ("parallel.ring", config.parallel.ring, 0),
-        ("optim.segments_per_step", config.optim.segments_per_step, 1),
-        ("optim.steps", config.optim.steps, 0),
-        ("data.segment_tokens", config.data.segment_tokens, 2),
-        ("data.workers", config.data.workers, 0),
-        ("data.shard_bytes", config.data.shard_bytes, 1),
-        ("data.decontaminate.ngram", config.data.decontaminate.ngram, 1),
-        ("data.group_segments", config.data.group_segments, 0),
-        ("data.prefetch_steps", config.data.prefetch_steps, 0),
-        ("data.loader_threads", config.data.loader_threads, 1),
-        ("inspect.segment", config.inspect.segment or 0, 0),
-        ("inspect.step", 1 if config.inspect.step is None else config.inspect.step, 1),
-        ("inspect.dp_size", config.inspect.dp_size, 1),
-        ("inspect.documents", config.inspect.documents, 1),
-        ("inspect.text_chars", config.inspect.text_chars, 0),
-        ("rope.target_window_tokens", config.rope.target_window_tokens, 1),
-        ("engine.loss_chunk_tokens", config.engine.loss_chunk_tokens, 1),
-        ("engine.checkpoint_every_steps", config.engine.checkpoint_every_steps, 1),
-        ("engine.keep_checkpoints", config.engine.keep_checkpoints, 1),
-        ("search.population", config.search.population, 2),
-        ("search.documents", config.search.documents, 1),
-        ("search.questions", config.search.questions, 1),
-        ("search.distractors", config.search.distractors, 0),
-        ("search.final_documents", config.search.final_documents, 0),
-        ("search.generations", config.search.generations, 0),
-        ("search.racing_answers", config.search.racing_answers, 2),
-        ("search.proposals", config.search.proposals, 1),
-        ("search.chunk_tokens", config.search.chunk_tokens, 0),
-        ("eval.distractors", config.eval.distractors, 0),
-        ("eval.samples", config.eval.samples, 1),
-    ):
-        _at_least(key, value, low)
-    for key, value, allowed in (
-        ("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16")),
-        ("device", config.device, ("auto", "cpu", "cuda")),
-        ("optim.schedule", config.optim.schedule, ("cosine", "linear", "constant")),
-        ("data.kind", config.data.kind, ("segments", "curriculum")),
-        ("data.tokenizer_backend", config.data.tokenizer_backend, ("hf", "gigatoken", "auto")),
-        ("data.deduplicate", config.data.deduplicate, ("none", "source", "corpus")),
-        ("parallel.strategy", config.parallel.strategy, ("auto", *STRATEGIES)),
-        ("search.algorithm", config.search.algorithm, ("evolution", "surrogate", "cmaes")),
-        ("search.space", config.search.space, ("longrope2", "longrope")),
-        ("search.objective", config.search.objective, ("needle", "text")),
-        ("generate.window", config.generate.window, ("auto", "short", "long")),
-        ("inspect.window", config.inspect.window, (None, "short", "long")),
-        ("logger.mode", config.logger.mode, ("online", "offline")),
-        ("engine.zero_stage", config.engine.zero_stage, (0, 1, 2, 3)),
-    ):
-        _one_of(key, value, allowed)
-    for key, value in (
-        ("data.holdout", config.data.holdout),
-        ("search.mutation_probability", config.search.mutation_probability),
-        ("search.depth", config.search.depth),
-        ("search.crossover", config.search.crossover),
-        ("search.move_critical_index", config.search.move_critical_index),
-    ):
-        if not 0.0 <= value <= 1.0:
+    """Values on their own by table, then those that depend on each other; None, where a key may have it, is for whoever reads it."""
+    for key, low in _LEAST.items():
+        if (value := attrgetter(key)(config)) is not None and value < low:
+            raise UserError(f"{key}={value} is below {low}; set {key} to {low} or more")
+    for key, allowed in _ALLOWED.items():
+        if (value := attrgetter(key)(config)) not in allowed:
+            raise UserError(f"{key}={value} is not one of {', '.join(map(str, allowed))}; set {key} to one of them")
+    for key in _SHARES:
+        if not 0.0 <= (value := attrgetter(key)(config)) <= 1.0:
             raise UserError(f"{key}={value} is not between 0 and 1; set {key} inside these limits")
+    _validate_together(config)
+
+
+def _validate_together(config: Config) -> None:
+    if not 1 <= config.search.looks < math.inf:
+        raise UserError(
+            f"search.looks={config.search.looks} is not a finite number of 1 or more, the first look at each child; set it to such as 2.25"
+        )
     if not config.search.racing_z >= 0:
         raise UserError(f"search.racing_z={config.search.racing_z} is not 0 or more; set it to a number of standard errors such as 1")
     if not config.optim.lr > 0:
@@ -630,13 +648,3 @@ def _validate(config: Config) -> None:
             f"data.segment_tokens={config.data.segment_tokens} is not divisible by parallel.sp={config.parallel.sp}; "
             f"set data.segment_tokens to {config.data.segment_tokens // config.parallel.sp * config.parallel.sp} or change parallel.sp"
         )
-
-
-def _at_least(key: str, value: int, low: int) -> None:
-    if value < low:
-        raise UserError(f"{key}={value} is below {low}; set {key} to {low} or more")
-
-
-def _one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{key}={value} is not one of {', '.join(map(str, allowed))}; set {key} to one of them")

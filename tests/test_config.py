@@ -60,6 +60,10 @@ def test_the_papers_settings():
         ("parallel.sp=0", ["parallel.sp=0", "below 1"]),
         ("search.top_k=99", ["search.top_k=99", "search.population=16"]),
         ("data.holdout=2", ["data.holdout=2", "between 0 and 1"]),
+        ("search.looks=0.5", ["search.looks=0.5", "1 or more"]),
+        ("search.looks=nan", ["search.looks=nan", "finite"]),
+        ("search.algorithm=annealing", ["search.algorithm=annealing", "evolution, surrogate, cmaes"]),
+        ("inspect.segment=-1", ["inspect.segment=-1", "below 0"]),
         ("=3", ["override", "=3"]),
     ],
 )
@@ -140,7 +144,7 @@ def test_a_key_that_a_later_release_has_added_refuses_no_old_run(tmp_path):
     saved = run.read_json(job.folder / "train.config.json")
     del saved["engine"]["loss_chunk_tokens"]
     run.write_json(job.folder / "train.config.json", saved)
-    run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
+    assert run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN).folder == job.folder
 
 
 def test_inputs_written_anew_under_the_same_path_are_refused(tmp_path):

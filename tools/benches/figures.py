@@ -1,8 +1,10 @@
-"""Figures of a benchmark: printed last, one a line as ``name: value``, and the exit status that says whether all bounds hold."""
+"""Benchmarks by command: figures printed last, one a line as ``name: value``, and the exit status that says whether all bounds hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import argparse
+import importlib
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -32,3 +34,12 @@ def conclude(figures: Iterable[Figure]) -> int:
     for figure in figures:
         print(f"{figure.name}: {figure.value:.6g}", flush=True)
     return 0 if all(figure.holds for figure in figures) else 1
+
+
+def main(doc: str | None, subject: str, commands: Sequence[str]) -> int:
+    """The command line of a benchmark whose commands are modules ``benches.<subject>_<command>`` with ``measure(quick) -> figures``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("--quick", action="store_true", help="a smaller input, for a look; the bounds are meant for the whole one")
+    arguments = parser.parse_args()
+    return conclude(importlib.import_module(f"benches.{subject}_{arguments.command}").measure(arguments.quick))
