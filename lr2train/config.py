@@ -290,12 +290,17 @@ class SearchConfig:
     shard: bool = False  # ZeRO-3 over all ranks, for a model that does not fit one device
     seed: int = 0
 
+    def final_looks(self, before: int) -> int:
+        """surrogate: document-forwards of the final: two finalists' further documents, and at most a tenth of those ``before`` it."""
+        return min(2 * self.final_documents, round(before / 10))
+
     @property
     def most_forwards(self) -> int:
         """Document-forwards that a search takes where racing drops nobody."""
         children = self.population + self.generations * (self.population - self.top_k)
         if self.algorithm == "surrogate":
-            return round(self.looks * children) + 2 * self.final_documents
+            looks = round(self.looks * children)
+            return looks + self.final_looks(looks)
         return children * self.documents + self.top_k * self.final_documents
 
 

@@ -23,6 +23,7 @@ from lr2train.config import Config, LongAttention, UserError, main
 from lr2train.data.batch import WINDOWS
 from lr2train.data.corpus import Corpus
 from lr2train.data.loader import SegmentLoader, make_loader
+from lr2train.data.order import default_group
 from lr2train.data.viewing import EMPTY, SegmentView, Viewer, bar, letters_of
 from lr2train.training.steps import Skips, Steps
 
@@ -97,7 +98,7 @@ def _show_step(config: Config, corpus: Corpus, letters: dict[str, str]) -> list[
     viewer = Viewer(corpus, _loader(config, corpus, size))
     by_rank = [viewer.loader.segments(step - 1, rank) for rank in range(size)]
     skipped = " (passed over: data.skip_steps)" if step in Skips.parse(config.data.skip_steps) else ""
-    group = config.data.group_segments or size
+    group = config.data.group_segments or default_group(size, config.optim.segments_per_step)
     print(
         f"step {step}{skipped}: {config.optim.segments_per_step} segments in groups of {group}, {size} data-parallel ranks, seed {config.seed}; "
         f"an epoch has {viewer.loader.steps_per_epoch} steps"

@@ -101,6 +101,8 @@ def test_gpu_hours_of_the_papers_search(llama):
     assert SearchConfig(**knobs, documents=3, final_documents=24).most_forwards == (64 + 40 * 48) * 3 + 16 * 24
     pooled = SearchConfig(**knobs, algorithm="surrogate", documents=20, final_documents=24, looks=2.25)
     assert pooled.most_forwards == 2.25 * (64 + 40 * 48) + 2 * 24
+    small = replace(pooled, population=16, generations=4, top_k=4)
+    assert small.most_forwards == round(1.1 * 2.25 * (16 + 4 * 12)) < 0.25 * 10 * (16 + 4 * 12)
 
 
 def test_training_flops_agree_with_the_training_loop(llama):

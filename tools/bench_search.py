@@ -75,7 +75,7 @@ class Size:
 
 
 FULL = Size(5, 32, 8, 8, ("plain", "racing_only", "racing", "cmaes", "surrogate"), 60)
-QUICK = Size(2, 16, 4, 4, ("plain", "racing", "surrogate"), 30)
+QUICK = Size(5, 16, 4, 4, ("plain", "surrogate"), 30)
 
 
 def main() -> int:
@@ -91,7 +91,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two seeds of a small search, less than ten minutes")
+    parser.add_argument("--quick", action="store_true", help="a small search, plain and surrogate alone; less than ten minutes")
     parser.add_argument("--model", default="runs/base/model", help="made by the demo's first two steps where it is missing")
     parser.add_argument("--corpus", default="runs/corpus", help="made likewise")
     parser.add_argument("--out", default="runs/bench_search", help="where the searches lie; finished ones are not run again")

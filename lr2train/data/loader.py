@@ -22,7 +22,7 @@ from lr2train.config import DataConfig, LongAttention, UserError
 from lr2train.data.batch import IGNORE, LONG, SHORT, WINDOWS, Batch, Loader
 from lr2train.data.corpus import Corpus
 from lr2train.data.curriculum import CurriculumLoader
-from lr2train.data.order import Order, Schedule, part
+from lr2train.data.order import Order, Schedule, default_group, part
 from lr2train.data.packing import COLUMNS, Pieces
 from lr2train.data.store import SourceStore, Store
 
@@ -42,7 +42,7 @@ def make_loader(
     """The loader that ``data.kind`` names.
 
     Args:
-        data: ``path`` is the corpus; ``group_segments`` 0 makes groups of ``dp_size`` segments.
+        data: ``path`` is the corpus; ``group_segments`` 0 takes ``order.default_group``.
         seed: of the order (segments) or of everything (curriculum).
         dp_rank, dp_size: this data-parallel rank and their number.
         segments_per_step: the global batch.
@@ -67,7 +67,7 @@ def make_loader(
             )
         return CurriculumLoader(corpus, data, seed, ranks.rank, ranks.size, ranks.accumulation)
     _check_plan(corpus, data, original_window_tokens)
-    return SegmentLoader(corpus, data.long_attention, seed, ranks, data.group_segments or dp_size)
+    return SegmentLoader(corpus, data.long_attention, seed, ranks, data.group_segments or default_group(dp_size, segments_per_step))
 
 
 def _check_plan(corpus: Corpus, data: DataConfig, original_window_tokens: int | None) -> None:

@@ -111,6 +111,12 @@ class Order:
         return order
 
 
+def default_group(dp_size: int, segments_per_step: int) -> int:
+    """Segments of a group: a multiple of the ranks, at most a quarter of a step, so that both windows meet in every step; else the ranks."""
+    room = [n for n in range(dp_size, segments_per_step // 4 + 1, dp_size) if segments_per_step % n == 0]
+    return max(room, default=dp_size)
+
+
 def part(segments: np.ndarray, rank: int, size: int) -> np.ndarray:
     """The segments of a group that one of ``size`` data-parallel ranks takes, one a micro-step.
 

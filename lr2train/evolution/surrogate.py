@@ -92,12 +92,11 @@ class Evidence:
     def final(self, finalists: Sequence[Candidate]) -> list[Scored]:
         """The finalists, best first, once the most promising of them were evaluated on all documents, the further ones among them.
 
-        It takes as many evaluations as two finalists have further documents.
+        It takes ``SearchConfig.final_looks`` evaluations.
         """
-        documents = len(self._fitness.documents)
-        self.look_again(
-            finalists, 2 * (documents - self.space.knobs.documents), documents, stream(self.space.knobs.seed, "search", "final")
-        )
+        knobs = self.space.knobs
+        rng = stream(knobs.seed, "search", "final")
+        self.look_again(finalists, knobs.final_looks(len(self._looks)), len(self._fitness.documents), rng)
         return list(ranked(self.estimates(finalists)))
 
     def estimates(self, candidates: Sequence[Candidate]) -> list[Scored]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lr2train.config import DataConfig, UserError
+from lr2train.data.order import default_group
 from lr2train.run import read_json
 
 FILE = "train.steps.json"
@@ -81,12 +82,6 @@ def _range(text: str) -> tuple[int, int]:
     return found
 
 
-def default_group(dp_size: int, segments_per_step: int) -> int:
-    """Segments of a group: a multiple of the ranks, at most a quarter of a step, so that both windows meet in every step; else the ranks."""
-    room = [n for n in range(dp_size, segments_per_step // 4 + 1, dp_size) if segments_per_step % n == 0]
-    return max(room, default=dp_size)
-
-
 @dataclass(frozen=True)
 class Steps:
     """The group size and the skipped steps of a run, and those that it was last started with."""
@@ -97,7 +92,7 @@ class Steps:
 
     @classmethod
     def settle(cls, folder: Path, data: DataConfig, dp_size: int, segments_per_step: int) -> Steps:
-        """As the run folder remembers, else as the config says, else up to a quarter of a step, for more ranks to come (``default_group``).
+        """As the run folder remembers, else as the config says, else as ``order.default_group``, for more ranks to come.
 
         Raises:
             UserError: ``data.skip_steps`` cannot be read.

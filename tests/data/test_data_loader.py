@@ -40,7 +40,9 @@ def config(tmp_path_factory) -> Config:
 
 
 def loaders(config: Config, size: int, segments_per_step: int = 8, seed: int = 0):
-    return [make_loader(config.data, seed, rank, size, segments_per_step, 128, 512) for rank in range(size)]
+    """One a rank, with groups as small as they can be."""
+    data = replace(config.data, group_segments=size)
+    return [make_loader(data, seed, rank, size, segments_per_step, 128, 512) for rank in range(size)]
 
 
 def segments(loader, step: int) -> list[tuple[str, bytes]]:
