@@ -1,7 +1,8 @@
-"""What training sees of the data: one segment with its labels, positions, spans and tag.
+"""What training sees of the data: one segment's tokens, and the few facts that its labels and positions follow from.
 
-Choice: labels are shifted here, before anything is sharded, so a shard needs no neighbour to know its targets. Ids are 32 bits wide until
-they are on the device: half the bytes to make, keep ahead and send. Cost: a second array of T integers; whoever looks up embeddings widens.
+Choice: a batch holds token ids as the store has them, two bytes each for most vocabularies. A label is the next token but at ``breaks``, a position
+counts from where its span begins: both are made where they are needed, on the device that trains (``training.segment``). So a batch costs the host one
+copy, and what is kept ahead is small. Cost: whoever wants labels on the host has them made (``labels``, ``positions``).
 """
 
 from __future__ import annotations
@@ -18,30 +19,54 @@ WINDOWS = (SHORT, LONG)
 
 @dataclass(frozen=True)
 class Batch:
-    """One segment of T tokens, whole: the engine shards it. Its arrays are to be read only: batches may share them.
+    """One segment of T tokens, whole: the engine shards it. Its arrays are to be read only.
 
     Attributes:
-        tokens: int32 [T] (int64 is taken too; labels and positions are of the same type).
-        labels: [T]; ``labels[t]`` is the token that position t predicts, ``IGNORE`` where there is none. It is the document's next
-            token, also where that token lies in another segment, and never a token of another document.
-        positions: [T], what RoPE rotates by.
+        tokens: [T], uint16 or int32.
+        breaks: int64 [2, n], places and labels: where the label is not the next token of the segment. It is ``IGNORE`` where a document ends, in padding
+            and where nothing is to be learned; where a document goes on in another segment, it is that document's next token. Each place
+            once; the last one of the segment is among them.
         spans: half-open, disjoint, sorted; a token attends to its own span only. Padding lies outside every span.
         window: ``short`` or ``long``: which RoPE table acts.
-        n_target_tokens: labels that are not ``IGNORE``.
     """
 
     tokens: np.ndarray
-    labels: np.ndarray
-    positions: np.ndarray
+    breaks: np.ndarray
     spans: tuple[tuple[int, int], ...]
     window: str
-    n_target_tokens: int
 
     def __post_init__(self) -> None:
         assert self.window in WINDOWS
-        assert self.tokens.shape == self.labels.shape == self.positions.shape == (len(self.tokens),)
-        assert self.tokens.dtype == self.labels.dtype == self.positions.dtype
-        assert self.tokens.dtype in (np.int32, np.int64)
+        assert self.tokens.ndim == 1 and self.tokens.dtype in (np.uint16, np.int32)
+        assert self.breaks.dtype == np.int64 and len(self.breaks) == 2
+
+    @classmethod
+    def of_labels(cls, tokens: np.ndarray, labels: np.ndarray, spans: tuple[tuple[int, int], ...], window: str) -> Batch:
+        """A batch whose labels [T] are given one by one."""
+        following = np.append(tokens[1:], IGNORE)  # the last place is a break whatever its label is
+        places = np.flatnonzero((labels != following) | (np.arange(len(tokens)) == len(tokens) - 1))
+        return cls(tokens, np.stack([places, labels[places]]).astype(np.int64), spans, window)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [T]; ``labels[t]`` is the token that position t predicts, ``IGNORE`` where there is none. Never a token of another document."""
+        labels = np.empty(len(self.tokens), np.int32)
+        labels[:-1] = self.tokens[1:]
+        labels[self.breaks[0]] = self.breaks[1]
+        return labels
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int32 [T], what RoPE rotates by: 0, 1, 2 … in every span; 0 outside."""
+        positions = np.zeros(len(self.tokens), np.int32)
+        for start, stop in self.spans:
+            positions[start:stop] = np.arange(stop - start)
+        return positions
+
+    @property
+    def n_target_tokens(self) -> int:
+        """Labels that are not ``IGNORE``."""
+        return len(self.tokens) - int(np.count_nonzero(self.breaks[1] == IGNORE))
 
 
 class Loader(Protocol):

@@ -64,11 +64,10 @@ class CurriculumLoader:
         length, n_rows = stage.length_tokens, self._size // stage.length_tokens
         row_tokens, row_labels = self._rows.make(stage, n_rows, rng)
         used = n_rows * length
-        tokens, labels, positions = (np.full(self._size, value, np.int32) for value in (self._eos, IGNORE, 0))
+        tokens, labels = (np.full(self._size, value, np.int32) for value in (self._eos, IGNORE))
         tokens[:used], labels[:used] = row_tokens.ravel(), row_labels.ravel()
-        positions[:used] = np.tile(np.arange(length), n_rows)
         spans = tuple((start, start + length) for start in range(0, used, length))
-        return Batch(tokens, labels, positions, spans, SHORT, int(np.count_nonzero(labels != IGNORE)))
+        return Batch.of_labels(tokens, labels, spans, SHORT)
 
 
 class RowMaker:

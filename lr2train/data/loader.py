@@ -1,19 +1,16 @@
 """Planned segments as batches: a pure function of (corpus, seed, step, data-parallel rank and size).
 
 Which segments a step holds is decided in ``order``; here they become arrays. Choice: a segment is copied piece by piece straight out of the
-mapped stores, in 32 bits: labels are the tokens moved by one, and only the places where a piece ends are looked at singly. Cost: whoever
-multiplies has to widen ids to 64 bits, on its own part of the segment.
+mapped stores, as they have it, and nothing is made of a token that can be made on the device: only the places where a piece ends are looked at
+singly. Cost: a batch is not what a model takes yet (``Batch``).
 """
 
 from __future__ import annotations
 
-import mmap
 import resource
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -24,10 +21,14 @@ from lr2train.data.corpus import Corpus
 from lr2train.data.curriculum import CurriculumLoader
 from lr2train.data.order import Order, Schedule, default_group, part
 from lr2train.data.packing import COLUMNS, Pieces
+from lr2train.data.readahead import ReadAhead
 from lr2train.data.store import SourceStore, Store
 
 Ranges = Sequence[tuple[int, int]]  # half-open, in a segment
-_FILES_A_SHARD, _FILES_BESIDES = 2, 256  # that a process keeps open: of a store (.bin, .targets.npy), and of everything else
+_FILES_A_SHARD, _FILES_BESIDES = (
+    3,
+    256,
+)  # that a process keeps open: of a store (.bin mapped, .bin read ahead, .targets.npy), and of everything else
 
 
 def make_loader(
@@ -226,26 +227,12 @@ class Shard(NamedTuple):
     begins: np.ndarray  # where each document begins in it
     lengths: np.ndarray
     masked: bool  # some tokens are not learned
-    read_ahead: Callable[[int, int], None]  # tokens [begin, end) will be read soon
+    read_ahead: ReadAhead
 
 
 def _shard(store: Store) -> Shard:
     flat, begins, lengths = (np.asarray(array) for array in (store.flat, store.starts, store.lengths))
-    return Shard(store, flat, begins, lengths, store.is_target(0, 0, 1) is not None if len(store) else False, _read_ahead(store.flat))
-
-
-def _read_ahead(flat: np.ndarray) -> Callable[[int, int], None]:
-    """Ask the kernel for the pages of a mapped array before they are needed: touching them waits for the disk again and again."""
-    mapped = getattr(flat, "_mmap", None)
-    if mapped is None or not hasattr(mapped, "madvise"):  # an empty store; a system without the call
-        return lambda begin, end: None
-    mapped.madvise(mmap.MADV_RANDOM)  # read what is asked for and not what lies around it
-
-    def ask(begin: int, end: int) -> None:
-        first = begin * flat.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_WILLNEED, first, end * flat.itemsize - first)
-
-    return ask
+    return Shard(store, flat, begins, lengths, store.is_target(0, 0, 1) is not None if len(store) else False, ReadAhead(store.flat))
 
 
 class Found(NamedTuple):
@@ -301,51 +288,33 @@ def _find(pieces: Pieces, segment: int, texts: Sequence[Texts]) -> Pieced:
 
 
 def _made(size: int, pieces: Pieced, window: str, whole: bool, padding: int) -> Batch:
-    spans = tuple(span for span, _ in pieces)
-    gaps = [(end, begin) for (_, end), (begin, _) in pairwise([(0, 0), *spans, (size, size)]) if end < begin]
-    tokens, labels, *rest = np.empty((2 if whole else 3, size), np.int32)
-    _fill_tokens(tokens, pieces, gaps, padding)
-    _fill_labels(labels, tokens, pieces, gaps)
-    n_targets = sum(_n_targets(end - begin, one) for (begin, end), one in pieces)
-    if whole:
-        return Batch(tokens, labels, _ramp(size), ((0, size),), window, n_targets)
-    _fill_restarting(rest[0], spans, gaps)
-    return Batch(tokens, labels, rest[0], spans, window, n_targets)
-
-
-def _fill_tokens(tokens: np.ndarray, pieces: Pieced, gaps: Ranges, padding: int) -> None:
+    tokens = np.empty(size, pieces[0][1].flat.dtype)  # one tokenizer, so one dtype in all stores
+    gaps, filled = [], 0
     for (at, end), (flat, begin, _, _) in pieces:
+        if filled < at:
+            gaps.append((filled, at))
         tokens[at:end] = flat[begin : begin + end - at]
+        filled = end
+    if filled < size:
+        gaps.append((filled, size))
     for begin, end in gaps:
         tokens[begin:end] = padding
+    spans = ((0, size),) if whole else tuple(span for span, _ in pieces)
+    return Batch(tokens, _breaks(pieces, gaps), spans, window)
 
 
-def _fill_labels(labels: np.ndarray, tokens: np.ndarray, pieces: Pieced, gaps: Ranges) -> None:
-    """The tokens moved by one, but where a piece ends, where no piece is, and where the store says that a token is not learned."""
-    labels[:-1] = tokens[1:]
-    for begin, end in gaps:
-        labels[begin:end] = IGNORE
-    for (at, end), (flat, begin, cut, learned) in pieces:
-        labels[end - 1] = flat[begin + end - at] if cut else IGNORE
-        if learned is not None:
-            labels[at : at + len(learned)][~learned] = IGNORE
+def _breaks(pieces: Pieced, gaps: Ranges) -> np.ndarray:
+    """Where a piece ends, where no piece is, and where the store says that a token is not learned: int64 [2, n]."""
+    ends = np.array([(end - 1, _last_label(end - at, one)) for (at, end), one in pieces], np.int64).T
+    ignored = [np.arange(begin, end) for begin, end in gaps]
+    ignored += [at + np.flatnonzero(~one.learned[: end - at - 1]) for (at, end), one in pieces if one.learned is not None]
+    if not ignored:
+        return ends
+    places = np.concatenate(ignored)
+    return np.concatenate([ends, np.stack([places, np.full_like(places, IGNORE)])], axis=1)
 
 
-def _n_targets(n_tokens: int, found: Found) -> int:
-    """Labels of a piece that are not IGNORE."""
-    return n_tokens - (not found.cut) if found.learned is None else int(np.count_nonzero(found.learned))
-
-
-def _fill_restarting(positions: np.ndarray, spans: Ranges, gaps: Ranges) -> None:
-    """0, 1, 2 … in every span; 0 in the gaps."""
-    ramp = _ramp(len(positions))
-    for at, end in spans:
-        positions[at:end] = ramp[: end - at]
-    for begin, end in gaps:
-        positions[begin:end] = 0
-
-
-@lru_cache(maxsize=4)
-def _ramp(size: int) -> np.ndarray:
-    """0 … size - 1, one array for all segments."""
-    return np.arange(size, dtype=np.int32)
+def _last_label(n_tokens: int, found: Found) -> int:
+    """Of a piece: its document's next token where it was cut and that token is learned."""
+    learned = found.learned is None or found.learned[-1]
+    return int(found.flat[found.begin + n_tokens]) if found.cut and learned else IGNORE

@@ -92,16 +92,17 @@ class Viewer:
     def look(self, window: str, number: int, text_chars: int) -> SegmentView:
         """One planned segment, which must exist, with so many characters of each piece's beginning and end."""
         (batch,) = self.loader.load([(window, number)])
-        pieces = tuple(self._piece(batch, row, text_chars) for row in self._tables[window].rows(number))
+        labels = batch.labels
+        pieces = tuple(self._piece(batch, labels, row, text_chars) for row in self._tables[window].rows(number))
         n = self.loader.n_segments(window)
         return SegmentView(window, number, n, len(batch.tokens), batch.n_target_tokens, len(batch.spans), pieces)
 
-    def _piece(self, batch: Batch, row: int, text_chars: int) -> PieceView:
+    def _piece(self, batch: Batch, labels: np.ndarray, row: int, text_chars: int) -> PieceView:
         columns = ("source", "document", "start", "stop", "offset")
         source, document, start, stop, at = (int(getattr(self._tables[batch.window], column)[row]) for column in columns)
         store, inside = self._stores[source], slice(at, at + stop - start)
         head, tail = ends(self._tokenizer, batch.tokens[inside], text_chars)
-        learned = int(np.count_nonzero(batch.labels[inside] != IGNORE))
+        learned = int(np.count_nonzero(labels[inside] != IGNORE))
         return PieceView(
             at, self._names[source], document, store.origin(document), start, stop, int(store.lengths[document]), learned, head, tail
         )

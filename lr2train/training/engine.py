@@ -37,6 +37,7 @@ from lr2train.parallel.mesh import Mesh
 from lr2train.rope.factors import Factors
 from lr2train.training import checkpoint
 from lr2train.training.agreement import agree, said_of
+from lr2train.training.segment import segment_of
 
 MODULE_PREFIX = "lm."  # the Hugging Face model's names inside WindowLM
 
@@ -259,9 +260,7 @@ class Engine:
 
     def _shard(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layout = self.attention.layout(batch.spans, len(batch.tokens))
-        tokens, labels, positions = (
-            layout.shard(torch.from_numpy(part), 0).to(self.device, torch.int64) for part in (batch.tokens, batch.labels, batch.positions)
-        )
+        tokens, labels, positions = (layout.shard(whole, 0).clone() for whole in segment_of(batch, self.device))  # a view would keep the whole
         return tokens, labels, positions
 
     def _counts(self, batches: Sequence[Batch], shards: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:

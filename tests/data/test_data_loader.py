@@ -184,11 +184,11 @@ def test_a_low_limit_of_open_files_is_raised_as_far_as_the_system_lets(config):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(
         resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard)
-    )  # two tables of the plan and two stores take four
+    )  # two tables of the plan and two stores take six
     try:
         assert len(make_loader(config.data, 0, 0, 1, 8, 128, 512).batches(0)) == 8
         if hard != resource.RLIM_INFINITY:
-            with pytest.raises(UserError, match=f"takes {2 * 10**12 + 256} open files where this system allows a process {hard}"):
+            with pytest.raises(UserError, match=f"takes {3 * 10**12 + 256} open files where this system allows a process {hard}"):
                 _allow_open_files(10**12)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -29,18 +29,16 @@ CASES = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2)]  # wo
 def segment(index: int) -> Batch:
     """Segments with unlike numbers of targets: short ones (packed, padded) and long ones in turn."""
     rng = np.random.default_rng(index)
-    tokens = rng.integers(0, VOCAB, T)
+    tokens = rng.integers(0, VOCAB, T).astype(np.int32)
     labels = np.append(tokens[1:], -100)
     if index % 2:
-        return Batch(tokens, labels, np.arange(T), ((0, T),), "long", T - 1)
-    positions = np.zeros(T, dtype=np.int64)
+        return Batch.of_labels(tokens, labels, ((0, T),), "long")
     spans = {EMPTY_SHARD: SHORT_SPANS[:2], WITHIN: WITHIN_SPANS}.get(index, SHORT_SPANS)
-    for start, stop in spans:
-        positions[start:stop] = np.arange(stop - start)
+    for _, stop in spans:
         labels[stop - 1] = -100
     labels[spans[-1][1] :] = -100
     labels[: 3 * index] = -100
-    return Batch(tokens, labels, positions, spans, "short", int((labels != -100).sum()))
+    return Batch.of_labels(tokens, labels, spans, "short")
 
 
 def config_for(sp: int, accumulation: int, world: int) -> Config:
@@ -119,12 +117,14 @@ def plain_step(segments: list[int]):
         for start, stop in (*batch.spans, *((t, t + 1) for t in range(batch.spans[-1][1], T))):
             mask[start:stop, start:stop] = torch.triu(torch.full((stop - start, stop - start), -math.inf, dtype=torch.float64), 1)
         logits = models[batch.window](
-            input_ids=torch.from_numpy(batch.tokens)[None],
-            position_ids=torch.from_numpy(batch.positions)[None],
+            input_ids=torch.from_numpy(batch.tokens).long()[None],
+            position_ids=torch.from_numpy(batch.positions).long()[None],
             attention_mask=mask[None, None],
             use_cache=False,
         ).logits[0]
-        total[batch.window] += torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.labels), reduction="sum", ignore_index=-100)
+        total[batch.window] += torch.nn.functional.cross_entropy(
+            logits, torch.from_numpy(batch.labels).long(), reduction="sum", ignore_index=-100
+        )
         n_targets[batch.window] += batch.n_target_tokens
     loss = (total["short"] + total["long"]) / sum(n_targets.values())
     loss.backward()

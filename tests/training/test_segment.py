@@ -1,0 +1,61 @@
+"""Tensors that are made on the device equal what the batch itself says of its labels and positions."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lr2train.data.batch import IGNORE, LONG, SHORT, Batch
+from lr2train.training.segment import segment_of
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def batches(draw) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """A batch, and its labels and positions written down one by one."""
+    n_tokens, seed = draw(st.integers(1, 60)), draw(st.integers(0, 99))
+    rng, dtype = np.random.default_rng(seed), draw(st.sampled_from([np.uint16, np.int32]))
+    tokens = rng.integers(0, np.iinfo(np.uint16).max + 1, n_tokens).astype(dtype)
+    borders = sorted(draw(st.sets(st.integers(0, n_tokens), min_size=2, max_size=8) if n_tokens > 1 else st.just({0, 1})))
+    spans = tuple((start, stop) for start, stop in pairwise(borders) if draw(st.booleans()))
+    labels, positions = [], []
+    for place in range(n_tokens):
+        span = next(((start, stop) for start, stop in spans if start <= place < stop), None)
+        positions.append(place - span[0] if span else 0)
+        inside = span is not None and place + 1 < span[1] and draw(st.integers(0, 4)) > 0
+        cut = span is not None and place + 1 == span[1] and draw(st.booleans())  # the document goes on elsewhere
+        labels.append(int(tokens[place + 1]) if inside else int(rng.integers(70_000)) if cut else IGNORE)
+    written = np.array(labels), np.array(positions)
+    return Batch.of_labels(tokens, written[0], spans, SHORT), *written
+
+
+@given(batches())
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_labels_and_positions_are_those_written_down(case):
+    batch, labels, positions = case
+    segment = segment_of(batch, CPU)
+    assert np.array_equal(batch.labels, labels)
+    assert np.array_equal(batch.positions, positions)
+    assert batch.n_target_tokens == np.count_nonzero(labels != IGNORE)
+    for tensor, expected in zip(segment, (batch.tokens, labels, positions), strict=True):
+        assert tensor.dtype == torch.int64
+        assert tensor.tolist() == expected.tolist()
+
+
+def test_the_last_place_never_wraps_around_to_the_first_token():
+    """Also where the last label happens to be the token that stands first."""
+    tokens = np.array([7, 8, 9], np.uint16)
+    for last in (IGNORE, 7, 11):
+        batch = Batch.of_labels(tokens, np.array([8, 9, last]), ((0, 3),), LONG)
+        assert batch.labels.tolist() == segment_of(batch, CPU).labels.tolist() == [8, 9, last]
+
+
+def test_ids_beyond_the_stores_dtypes_are_a_programming_error():
+    with pytest.raises(AssertionError):
+        Batch(np.zeros(3, np.int64), np.zeros((2, 0), np.int64), ((0, 3),), LONG)
