@@ -98,13 +98,18 @@ def _needle_options(source: SourceConfig, data: DataConfig) -> dict[str, Any]:
     )
 
 
-def list_sources(data: DataConfig) -> Listed:
-    """The shards of every source of text, in order.
+def list_sources(data: DataConfig, log: Log) -> Listed:
+    """The shards of every source of text, in order; files that are of no kind that we read are said.
 
     Raises:
         UserError: a path that is not there, an unknown option, or nothing to read.
     """
-    return {source.name: sources.shards(source, data.shard_bytes) for source in data.sources if source.kind != NEEDLES}
+    listed = {source.name: sources.shards(source, data.shard_bytes) for source in data.sources if source.kind != NEEDLES}
+    for source in data.sources:
+        if over := sources.passed_over(source):
+            kinds = ", ".join(f"{count} {end}" for end, count in over.items())
+            log(f"{source.name}: passing over {sum(over.values())} files of other kinds ({kinds})")
+    return listed
 
 
 def ensure_tokenizer(folder: Path, data: DataConfig, listed: Listed, log: Log) -> Tokenizer:

@@ -23,6 +23,7 @@ from lr2train.data.order import Order, Schedule, default_group, part
 from lr2train.data.packing import COLUMNS, Pieces
 from lr2train.data.readahead import ReadAhead
 from lr2train.data.store import SourceStore, Store
+from lr2train.run import say
 
 Ranges = Sequence[tuple[int, int]]  # half-open, in a segment
 _FILES_A_SHARD, _FILES_BESIDES = (
@@ -158,7 +159,17 @@ class SegmentLoader:
         self._schedule = Schedule({window: pieces.n_segments for window, pieces in self._pieces.items()}, group_segments)
         self._order = Order(self._schedule, costs, seed)
         self._groups_per_step = ranks.segments_per_step // group_segments
+        self._say_repeats(group_segments)
         self.fingerprint = f"{corpus.fingerprint}-{long_attention.name}-{group_segments}"
+
+    def _say_repeats(self, group_segments: int) -> None:
+        for window in WINDOWS:
+            if 0 < self.n_segments(window) < group_segments:
+                say(
+                    "data",
+                    f"only {self.n_segments(window)} {window} segments for groups of {group_segments}: every step that holds a {window} group "
+                    "repeats some; prepare more of them, or set data.group_segments lower",
+                )
 
     def n_segments(self, window: str) -> int:
         """Planned segments of a window."""

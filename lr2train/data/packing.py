@@ -147,7 +147,8 @@ def check_shards(segment_tokens: int, align_sp: int, limit_tokens: int) -> int:
     """
     if segment_tokens % align_sp:
         raise UserError(
-            f"data.segment_tokens={segment_tokens} is not divisible by data.align_sp={align_sp}; set data.align_sp to a divisor"
+            f"data.segment_tokens={segment_tokens} is not divisible by {align_sp} shards, which is what data.align_sp asks for (of a list the least "
+            f"common multiple); set data.align_sp to such as {max(n for n in range(1, align_sp) if segment_tokens % n == 0)}"
         )
     shard_tokens = segment_tokens // align_sp
     if limit_tokens > shard_tokens:

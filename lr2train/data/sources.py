@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -243,11 +244,26 @@ def _files(source: SourceConfig) -> list[File]:
         raise UserError(
             f"data.sources.{source.name}.path={source.path} does not exist; set it to a folder or a file ({', '.join(SUFFIXES)})"
         )
-    found = [path] if path.is_file() else sorted(_below(path))
-    files = [file for file in found if file.name.endswith(SUFFIXES) and _of_the_data_set(file)]
+    files = [file for file in _found(path) if _is_read(file)]
     if not files:
         raise UserError(f"data.sources.{source.name}.path={source.path} holds no file that we read; it needs {', '.join(SUFFIXES)}")
     return [File(file.name if path.is_file() else file.relative_to(path).as_posix(), str(file)) for file in files]
+
+
+def passed_over(source: SourceConfig) -> dict[str, int]:
+    """Files of a folder that are not read, counted by the end of their names; none of a source of another kind."""
+    if source.kind != "folder" or source.path is None:
+        return {}
+    ends = Counter(file.suffix or file.name for file in _found(Path(source.path)) if not _is_read(file))
+    return dict(ends.most_common())
+
+
+def _found(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(_below(path))
+
+
+def _is_read(file: Path) -> bool:
+    return file.name.endswith(SUFFIXES) and _of_the_data_set(file)
 
 
 def _below(folder: Path) -> Iterator[Path]:

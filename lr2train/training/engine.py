@@ -260,7 +260,8 @@ class Engine:
 
     def _shard(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layout = self.attention.layout(batch.spans, len(batch.tokens))
-        tokens, labels, positions = (layout.shard(whole, 0).clone() for whole in segment_of(batch, self.device))  # a view would keep the whole
+        # Cloned, as a view would keep the whole.
+        tokens, labels, positions = (layout.shard(whole, 0).clone() for whole in segment_of(batch, self.device))
         return tokens, labels, positions
 
     def _counts(self, batches: Sequence[Batch], shards: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:

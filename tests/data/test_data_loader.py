@@ -169,6 +169,15 @@ def test_groups_that_do_not_fit_say_what_does(config, group, size, words):
         make_loader(replace(config.data, group_segments=group), 0, 0, size, 8, 128, 512)
 
 
+def test_a_window_with_fewer_segments_than_a_group_is_said(config, capsys):
+    (loader,) = loaders(config, 1)
+    assert capsys.readouterr().err == ""
+    few = loader.n_segments(LONG)
+    segments_per_step = 4 * (few + 1)
+    make_loader(replace(config.data, group_segments=few + 1), 0, 0, 1, segments_per_step, 128, 512)
+    assert f"only {few} long segments for groups of {few + 1}" in capsys.readouterr().err
+
+
 def test_a_corpus_that_is_not_there_or_damaged_is_refused(config, tmp_path):
     with pytest.raises(UserError, match="run prepare"):
         Corpus.open(tmp_path)

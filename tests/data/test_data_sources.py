@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from lr2train.config import SourceConfig, UserError
 from lr2train.data.formats import Tally
-from lr2train.data.sources import check, identity, read, shards
+from lr2train.data.sources import check, identity, passed_over, read, shards
 
 
 def source(path, **values) -> SourceConfig:
@@ -62,6 +62,15 @@ def test_one_file_and_another_column(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "one"}\n')
     found, _ = all_of(source(tmp_path / "a.jsonl", text_column="body"))
     assert found == {"a.jsonl@0": "one"}
+
+
+def test_files_of_other_kinds_are_counted(tmp_path):
+    for name in ("a.txt", "b.csv", "deep/c.csv", "LICENSE"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert passed_over(source(tmp_path)) == {".csv": 2, "LICENSE": 1}
+    assert passed_over(source(tmp_path / "a.txt")) == {}
+    assert passed_over(SourceConfig(name="modules", kind="stdlib")) == {}
 
 
 def test_limits_are_never_exceeded(tmp_path):
