@@ -6,10 +6,10 @@ kernel call, a causal mask aligned to the bottom right where queries are fewer t
 Models", arXiv 2407.21783, section 3.3.2, which gathers all keys and values.
 
 Choice: the exchange is an all-to-all of uneven parts in a few groups of key heads: while one group is computed with, the next is on its
-way, and the memory for fetched rows is that of two groups. The shares of the gradients go home the same way, in the model's dtype, and are
-summed in fp32 when all have come: their memory is that of all groups. Where no document crosses a border nothing is sent at all. Cost: the
-last rank of a long document fetches and computes most, up to twice the mean when one document fills the segment, where ``ring`` and
-``ulysses`` are even.
+way. Rows arrive where they are computed with, before a copy of the rank's own, so the memory for both is that of two groups. The shares of
+the gradients go home the same way, in the model's dtype, and are summed in fp32 when all have come: their memory is that of all groups.
+Where no document crosses a border nothing is sent at all. Cost: the last rank of a long document fetches and computes most, up to twice the
+mean when one document fills the segment, where ``ring`` and ``ulysses`` are even.
 
 Bytes that rank r sends for a layer, with need(a, b) = the rows of rank b's shard that rank a fetches:
     forward    2 Hkv D b  sum over a of need(a, r)
@@ -20,7 +20,7 @@ with b bytes an element. Of one span over T tokens, n = T / sp: forward 2 Hkv D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -60,6 +60,13 @@ class HeadGroup(NamedTuple):
     kv: slice
 
 
+Fetch = Callable[[HeadGroup], tuple[Tensor, Tensor]]
+"""head group -> (k, v) [n + T/sp, heads, D]: the fetched rows, and this rank's own behind them. Groups are asked for in order."""
+
+Give = Callable[[HeadGroup, Tensor], None]
+"""(head group, gradients [n, 2, heads, D] of the fetched rows of k and v): sends them home."""
+
+
 def gather(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, mesh: Mesh, window_tokens: int | None = None) -> Tensor:
     """Attention of this rank's contiguous shard: q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D]; spans of the whole segment."""
     fetched = plan(spans, q.shape[0] * mesh.sp_size, mesh.sp_rank, mesh.sp_size, window_tokens)
@@ -78,15 +85,12 @@ def plan(spans: Spans, n_tokens: int, rank: int, size: int, window_tokens: int |
 
 
 def forward_rank(
-    q: Tensor, k: Tensor, v: Tensor, fetched: Fetched, scale: float, window_tokens: int | None, arrivals: Iterator[Tensor]
+    q: Tensor, n_kv_heads: int, fetched: Fetched, scale: float, window_tokens: int | None, fetch: Fetch
 ) -> tuple[Tensor, Tensor]:
-    """One rank's forward: out [T/sp, Hq, D], lse [T/sp, Hq]. ``arrivals`` yields for each head group the fetched rows [n, 2, heads, D] of k
-    and v.
-    """
+    """One rank's forward: out [T/sp, Hq, D], lse [T/sp, Hq]. Where keys come from is ``fetch``'s affair."""
     outs, lses = [], []
-    for group, rows in zip(head_groups(q.shape[1], k.shape[1]), arrivals, strict=True):
-        keys, values = _behind(rows, k, v, group)
-        out, lse = forward_block(q[:, group.q], keys, values, fetched.tiles, scale, window_tokens)
+    for group in head_groups(q.shape[1], n_kv_heads):  # no name for keys and values: they are let go before the next group is asked for
+        out, lse = forward_block(q[:, group.q], *fetch(group), fetched.tiles, scale, window_tokens)
         outs.append(out.to(q.dtype))
         lses.append(lse)
     return torch.cat(outs, 1), torch.cat(lses, 1)
@@ -99,19 +103,18 @@ def backward_rank(
     fetched: Fetched,
     scale: float,
     window_tokens: int | None,
-    arrivals: Iterator[Tensor],
-    give: Callable[[HeadGroup, Tensor], None],
+    fetch: Fetch,
+    give: Give,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One rank's backward: dq, and of dk and dv (in fp32) what its queries contribute to its own rows.
 
-    What they contribute to fetched rows leaves through ``give``: [n, 2, heads, D], in k's dtype.
+    What they contribute to fetched rows leaves through ``give``, in k's dtype.
     """
     dq = torch.empty_like(queries.q, memory_format=torch.contiguous_format)
     dk, dv = (torch.empty_like(x, dtype=queries.lse.dtype, memory_format=torch.contiguous_format) for x in (k, v))
     n = sum(fetched.takes)
-    for group, rows in zip(head_groups(dq.shape[1], k.shape[1]), arrivals, strict=True):
-        keys, values = _behind(rows, k, v, group)
-        grads = backward_block(queries.part(slice(None), group.q), keys, values, fetched.tiles, scale, window_tokens)
+    for group in head_groups(dq.shape[1], k.shape[1]):
+        grads = backward_block(queries.part(slice(None), group.q), *fetch(group), fetched.tiles, scale, window_tokens)
         give(group, torch.stack([grads[1][:n], grads[2][:n]], 1).to(k.dtype))
         dq[:, group.q], dk[:, group.kv], dv[:, group.kv] = grads[0].to(dq.dtype), grads[1][n:], grads[2][n:]
     return dq, dk, dv
@@ -149,17 +152,12 @@ def _tiles(spans: Spans, first: int, shard: int, n_fetched: int) -> tuple[Tile, 
     return tuple(Tile(start, stop, 0 if continued else n_fetched + start, n_fetched + stop, 0) for start, stop, continued in mine)
 
 
-def _behind(rows: Tensor, k: Tensor, v: Tensor, group: HeadGroup) -> tuple[Tensor, Tensor]:
-    """(k, v) of one head group: the fetched rows, and this rank's own behind them."""
-    if not len(rows):
-        return k[:, group.kv], v[:, group.kv]
-    return torch.cat([rows[:, 0], k[:, group.kv]]), torch.cat([rows[:, 1], v[:, group.kv]])
-
-
 # ---- on real ranks ----
 
 
 class _Gather(torch.autograd.Function):
+    """``forward_rank`` and ``backward_rank``, with what they fetch and give going through ``group``."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -171,8 +169,10 @@ class _Gather(torch.autograd.Function):
         window_tokens: int | None,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
+        """This rank's q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> its out [T/sp, Hq, D]. Kept for the backward: these and lse, no fetched key."""
         q, k, v = (dense_last(x) for x in (q, k, v))
-        out, lse = forward_rank(q, k, v, fetched, scale, window_tokens, _arrivals(q, k, v, fetched, group))
+        arrivals = _Arrivals(q.shape[1], k, v, fetched, group)
+        out, lse = forward_rank(q, k.shape[1], fetched, scale, window_tokens, arrivals.fetch)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.arguments, ctx.counts = (fetched, scale, window_tokens, group), counter()
         return out
@@ -180,41 +180,45 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """grad_out [T/sp, Hq, D] -> dq [T/sp, Hq, D], dk and dv [T/sp, Hkv, D] of this rank's rows, whoever's queries saw them."""
         q, k, v, out, lse = ctx.saved_tensors
         fetched, scale, window_tokens, group = ctx.arguments
         with resume(ctx.counts):
-            returns = _Returns(fetched, group)
+            arrivals, returns = _Arrivals(q.shape[1], k, v, fetched, group), _Returns(fetched, group)
             queries = Queries(q, out, lse, dense_last(grad_out))
-            arrivals = _arrivals(q, k, v, fetched, group)
-            dq, dk, dv = backward_rank(queries, k, v, fetched, scale, window_tokens, arrivals, returns.give)
+            dq, dk, dv = backward_rank(queries, k, v, fetched, scale, window_tokens, arrivals.fetch, returns.give)
             returns.add_to(dk, dv)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
-def _arrivals(q: Tensor, k: Tensor, v: Tensor, fetched: Fetched, group: dist.ProcessGroup | None) -> Iterator[Tensor]:
-    """The fetched rows of each head group, the next group in flight while one is computed with."""
-    groups = head_groups(q.shape[1], k.shape[1])
-    if not fetched.anyone:
-        yield from (k.new_empty(0, 2, heads.kv.stop - heads.kv.start, k.shape[2]) for heads in groups)
-        return
-    coming = _start_fetch(k, v, groups[0], fetched, group)
-    for following in (*groups[1:], None):
-        rows, work, _ = coming
-        work.wait()
-        if following is not None:
-            coming = _start_fetch(k, v, following, fetched, group)
-        yield rows
+class _Arrivals:
+    """Keys and values by head group, one group ahead of whoever asks: the next is in flight while one is computed with."""
 
+    def __init__(self, n_heads: int, k: Tensor, v: Tensor, fetched: Fetched, group: dist.ProcessGroup | None) -> None:
+        self.k, self.v, self.fetched, self.group = k, v, fetched, group
+        self.to_start = iter(head_groups(n_heads, k.shape[1]))
+        if fetched.anyone:
+            self._start(next(self.to_start))
 
-def _start_fetch(
-    k: Tensor, v: Tensor, heads: HeadGroup, fetched: Fetched, group: dist.ProcessGroup | None
-) -> tuple[Tensor, dist.Work, Tensor]:
-    """(where rows will lie, what to wait for, what is being sent and must live until then)."""
-    most = max(fetched.gives)
-    own = torch.stack([x[len(x) - most :, heads.kv] for x in (k, v)], 1)
-    sent = torch.cat([own[most - n :] for n in fetched.gives])
-    rows, work = exchange_rows(sent, fetched.gives, fetched.takes, group)
-    return rows, work, sent
+    def fetch(self, heads: HeadGroup) -> tuple[Tensor, Tensor]:
+        """(k, v) [n + T/sp, heads, D], the fetched rows first; where there are none, the rank's own as they lie."""
+        if self.fetched.anyone:
+            self.work.wait()
+            arrived = self.arriving
+            del self.arriving, self.leaving
+            if (following := next(self.to_start, None)) is not None:
+                self._start(following)
+            if sum(self.fetched.takes):
+                return arrived[:, 0], arrived[:, 1]
+        return self.k[:, heads.kv], self.v[:, heads.kv]
+
+    def _start(self, heads: HeadGroup) -> None:
+        own, fetched, n = (self.k[:, heads.kv], self.v[:, heads.kv]), self.fetched, sum(self.fetched.takes)
+        self.leaving = torch.cat([torch.stack([x[len(x) - rows :] for x in own], 1) for rows in fetched.gives])
+        self.arriving = self.leaving.new_empty(n + len(self.k) if n else 0, *self.leaving.shape[1:])
+        if n:
+            self.arriving[n:, 0], self.arriving[n:, 1] = own
+        self.work = exchange_rows(self.leaving, fetched.gives, self.arriving[:n], fetched.takes, self.group)
 
 
 class _Returns:
@@ -227,7 +231,8 @@ class _Returns:
     def give(self, heads: HeadGroup, grads: Tensor) -> None:
         """Send the gradients [n, 2, heads, D] of the fetched rows to the ranks that own them."""
         if self.fetched.anyone:
-            rows, work = exchange_rows(grads, self.fetched.takes, self.fetched.gives, self.group)
+            rows = grads.new_empty(sum(self.fetched.gives), *grads.shape[1:])
+            work = exchange_rows(grads, self.fetched.takes, rows, self.fetched.gives, self.group)
             self.pending.append((heads, rows, work, grads))
 
     def add_to(self, dk: Tensor, dv: Tensor) -> None:

@@ -24,7 +24,7 @@ from lr2train.attention import choice
 from lr2train.attention.choice import Layers, Plan
 from lr2train.attention.strategies import STRATEGIES
 from lr2train.attention.strategy import layout_of
-from lr2train.attention.tiles import Spans
+from lr2train.attention.tiles import Spans, check_spans
 from lr2train.config import ParallelConfig, UserError
 from lr2train.parallel.layout import Layout
 from lr2train.parallel.mesh import Mesh
@@ -54,6 +54,7 @@ class SequenceAttention:
 
     def plan(self, spans: Spans, n_tokens: int) -> Plan:
         """Which strategies serve a segment of ``n_tokens``; the same on every rank. Raises UserError when none can."""
+        check_spans(spans, n_tokens)
         plan = choice.plan(self.strategy, self.layers, spans, n_tokens, self.mesh.sp_size, self.mesh.ring_size)
         if (said := f"attention strategy {plan.title}: {plan.reason}") not in self.announced:
             self.announced.add(said)

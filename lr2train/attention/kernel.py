@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lr2train.attention.tiles import Round, Spans, Tile, diagonal, make_rounds
+from lr2train.attention.tiles import Round, Spans, Tile, check_spans, diagonal, make_rounds
 from lr2train.config import UserError
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def attend(
     that no kernel serves.
     """
     assert causal or window_tokens is None, "a sliding window looks back: it is causal"
-    _check_spans(spans, q.shape[0])
+    check_spans(spans, q.shape[0])
     assert k.shape[0] == q.shape[0], f"{q.shape[0]} queries over {k.shape[0]} keys are not one row"
     return attend_tiles(q, k, v, diagonal(spans, causal), scale, window_tokens)
 
@@ -194,7 +194,9 @@ def _choose_cuda_kernel() -> tuple[str, str]:
 
 
 class _Attention(torch.autograd.Function):
-    """A shard of nothing but padding has no tile. Its q, k and v still get gradients (zeros): the ranks of a sharded model reduce the same
+    """``attend_tiles`` with gradients.
+
+    A shard of nothing but padding has no tile. Its q, k and v still get gradients (zeros): the ranks of a sharded model reduce the same
     parameters or hang.
     """
 
@@ -202,6 +204,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], scale: float, window_tokens: int | None
     ) -> tuple[Tensor, Tensor]:
+        """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> out [Tq, Hq, D] in q's dtype and lse [Tq, Hq] in nats, both kept for the backward."""
         q, k, v = (dense_last(x) for x in (q, k, v))
         out, lse = forward_block(q, k, v, tiles, scale, window_tokens)
         out = out.to(q.dtype)
@@ -213,6 +216,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """grad_out [Tq, Hq, D] -> dq [Tq, Hq, D], dk and dv [Tk, Hkv, D] in q's dtype, by ``backward_block``."""
         q, k, v, out, lse = ctx.saved_tensors
         grads = backward_block(Queries(q, out, lse, dense_last(grad_out)), k, v, *ctx.arguments)
         return *(grad.to(q.dtype) for grad in grads), None, None, None
@@ -228,13 +232,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     assert fits, f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} are not [Tq, Hq, D], [Tk, Hkv, D], [Tk, Hkv, D]"
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly"
     assert q.dtype == k.dtype == v.dtype, f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}"
-
-
-@lru_cache(maxsize=1024)
-def _check_spans(spans: Spans, n_tokens: int) -> None:
-    borders = [0, *(border for span in spans for border in span), n_tokens]
-    fits = borders == sorted(borders) and all(start < stop for start, stop in spans)
-    assert fits, f"spans {spans} are not sorted, disjoint, non-empty ranges of {n_tokens} tokens"
 
 
 def _fp32(q: Tensor) -> torch.dtype:
@@ -286,6 +283,7 @@ class _Cpu:
     """torch's flash kernel for CPU: tiles of one shape side by side in its batch dim."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, round_: Round, scale: float) -> tuple[slice | Tensor, Tensor, Tensor]:
+        """Of whole rows: (the n rows of queries in ``round_``, their out [n, Hq, D], their lse [n, Hq])."""
         rows_q, rows_k = _rows_of(round_, q.device)
         cut = (_cut(q, rows_q, round_), _cut(k, rows_k, round_), _cut(v, rows_k, round_))
         out, lse = _cpu_flash(*cut, 0.0, round_.causal and not round_.window_tokens, attn_mask=_band_mask(round_, q.dtype), scale=scale)
@@ -294,6 +292,7 @@ class _Cpu:
     def backward(
         self, queries: Queries, k: Tensor, v: Tensor, round_: Round, scale: float
     ) -> tuple[slice | Tensor, slice | Tensor, Sequence[Tensor]]:
+        """Of whole rows: (the n rows of queries, the m rows of keys, [dq [n, Hq, D], dk [m, Hkv, D], dv [m, Hkv, D]])."""
         rows_q, rows_k = _rows_of(round_, k.device)
         q, out, lse, grad_out = (_cut(x, rows_q, round_) for x in queries)
         cut = (grad_out, q, _cut(k, rows_k, round_), _cut(v, rows_k, round_), out, lse)
@@ -352,6 +351,7 @@ class _Cuda:
     call_backward: _Backward
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, round_: Round, scale: float) -> tuple[slice | Tensor, Tensor, Tensor]:
+        """As ``_Cpu.forward``."""
         rows_q, rows_k = _rows_of(round_, q.device)
         out, lse = self.call(q[rows_q], k[rows_k], v[rows_k], _varlen(round_, q.device), scale)
         return rows_q, out, lse.transpose(0, 1)
@@ -359,6 +359,7 @@ class _Cuda:
     def backward(
         self, queries: Queries, k: Tensor, v: Tensor, round_: Round, scale: float
     ) -> tuple[slice | Tensor, slice | Tensor, Sequence[Tensor]]:
+        """As ``_Cpu.backward``."""
         rows_q, rows_k = _rows_of(round_, k.device)
         part = queries.part(rows_q)
         part = part._replace(lse=part.lse.transpose(0, 1).contiguous())

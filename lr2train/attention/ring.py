@@ -256,6 +256,8 @@ def _n_rows(ranges: Ranges) -> int:
 
 
 class _Ring(torch.autograd.Function):
+    """``forward_rank`` and ``backward_rank``, with what they fetch and give going through ``group``."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -268,6 +270,7 @@ class _Ring(torch.autograd.Function):
         rank: int,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
+        """This rank's q [T/R, Hq, D], k and v [T/R, Hkv, D] -> its out [T/R, Hq, D]. Kept for the backward: these and lse, no fetched key."""
         q, k, v = dense_last(q), k.contiguous(), v.contiguous()  # whose row ranges are sent as they lie
         out, lse = forward_rank(q, k, v, steps, scale, window_tokens, _Arrivals(k, v, steps, rank, group).fetch)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -277,6 +280,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """grad_out [T/R, Hq, D] -> dq [T/R, Hq, D], dk and dv [T/R, Hkv, D] of this rank's rows, whoever's queries saw them."""
         q, k, v, out, lse = ctx.saved_tensors
         steps, scale, window_tokens, rank, group = ctx.arguments
         with resume(ctx.counts):

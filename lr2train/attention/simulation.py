@@ -6,7 +6,6 @@ and go to is replaced. Cost: nothing is learnt about the exchange itself, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -103,10 +102,9 @@ def _gather(segment: Segment, size: int) -> Result:
     q, k, v, grad_out = ([layout.shard(x, 0) for layout in layouts] for x in (segment.q, segment.k, segment.v, segment.grad_out))
     home = _Home(k, v)
 
-    def arrivals(fetched: gather.Fetched) -> Iterator[Tensor]:
-        for heads in gather.head_groups(segment.q.shape[1], segment.k.shape[1]):
-            rows = [torch.stack([x[len(x) - n :, heads.kv] for x in pair], 1) for *pair, n in zip(k, v, fetched.takes, strict=True)]
-            yield torch.cat(rows)
+    def fetch(rank: int, fetched: gather.Fetched, heads: gather.HeadGroup) -> tuple[Tensor, Tensor]:
+        keys, values = ([x[len(x) - n :] for x, n in zip(xs, fetched.takes, strict=True)] for xs in (k, v))
+        return torch.cat([*keys, k[rank]])[:, heads.kv], torch.cat([*values, v[rank]])[:, heads.kv]
 
     def give(fetched: gather.Fetched, heads: gather.HeadGroup, grads: Tensor) -> None:
         for owner, part in enumerate(grads.split(list(fetched.takes))):
@@ -115,10 +113,10 @@ def _gather(segment: Segment, size: int) -> Result:
     outs, dqs = [], []
     for rank in range(size):
         fetched = gather.plan(segment.spans, len(segment.q), rank, size, segment.window_tokens)
-        rest = (fetched, segment.scale, segment.window_tokens)
-        out, lse = gather.forward_rank(q[rank], k[rank], v[rank], *rest, arrivals(fetched))
+        rest = (fetched, segment.scale, segment.window_tokens, partial(fetch, rank, fetched))
+        out, lse = gather.forward_rank(q[rank], k[rank].shape[1], *rest)
         queries = Queries(q[rank], out, lse, grad_out[rank])
-        dq, dk, dv = gather.backward_rank(queries, k[rank], v[rank], *rest, arrivals(fetched), partial(give, fetched))
+        dq, dk, dv = gather.backward_rank(queries, k[rank], v[rank], *rest, partial(give, fetched))
         home.add(rank, slice(None), slice(None), dk, dv)
         outs.append(out)
         dqs.append(dq)

@@ -76,6 +76,14 @@ def _triangle(n_queries: int, lead: int, n_keys: int) -> int:
     return full * n_keys + between * (below + lead + 1) + between * (between - 1) // 2
 
 
+@lru_cache(maxsize=1024)
+def check_spans(spans: Spans, n_tokens: int) -> None:
+    """Assert what everything here believes of spans: anything else would be computed, to wrong numbers."""
+    borders = [0, *(border for span in spans for border in span), n_tokens]
+    fits = borders == sorted(borders) and all(start < stop for start, stop in spans)
+    assert fits, f"spans {spans} are not sorted, disjoint, non-empty ranges of {n_tokens} tokens"
+
+
 def touching(spans: Spans, start: int, stop: int) -> Spans:
     """The spans that have a token in [start, stop)."""
     return spans[bisect_right(spans, start, key=itemgetter(1)) : bisect_left(spans, stop, key=itemgetter(0))]

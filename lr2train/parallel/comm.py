@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Counts = Counter[str]
 """Bytes sent by this rank, by name of the collective: all_to_all | send."""
@@ -79,28 +80,33 @@ def transfer(send: Transfer, receive: Transfer, group: dist.ProcessGroup | None,
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def exchange_rows(x: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup | None) -> tuple[Tensor, dist.Work]:
+def exchange_rows(x: Tensor, sent: Sequence[int], into: Tensor, received: Sequence[int], group: dist.ProcessGroup | None) -> dist.Work:
     """Start an all-to-all of uneven parts: the first sent[0] rows of ``x`` go to rank 0, the next sent[1] to rank 1, ….
 
-    Returns the tensor that received[0] rows from rank 0, received[1] from rank 1, … will lie in, and what to wait for before reading it or
-    writing ``x``. No gradient passes. This rank's own entries are 0.
+    ``into``, contiguous as ``x``, gets received[0] rows from rank 0, received[1] from rank 1, …. Returns what to wait for before reading it
+    or writing ``x``. No gradient passes. This rank's own entries are 0.
     """
     assert len(x) == sum(sent), f"{len(x)} rows to send, {sum(sent)} promised"
-    into = x.new_empty(sum(received), *x.shape[1:])
+    assert len(into) == sum(received), f"room for {len(into)} rows, {sum(received)} promised"
     work = dist.all_to_all_single(into, x, list(received), list(sent), group=group, async_op=True)
     assert work is not None  # this rank is in the group
     _count("all_to_all", x.nbytes)
-    return into, work
+    return work
 
 
 class _AllToAll(torch.autograd.Function):
+    """``all_to_all``: linear, so its backward is its transpose, the exchange with the two dims swapped."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, scatter_dim: int, gather_dim: int, group: dist.ProcessGroup | None) -> Tensor:
+        """[.., S, .., G, ..] -> [.., S / P, .., P G, ..] among P ranks."""
         ctx.exchange_back, ctx.counts = (gather_dim, scatter_dim, group), counter()
         return _exchange(x, scatter_dim, gather_dim, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        """[.., S / P, .., P G, ..], the gradient of what arrived, -> [.., S, .., G, ..], that of what was handed in."""
         with resume(ctx.counts):
             return _exchange(grad, *ctx.exchange_back), None, None, None
 

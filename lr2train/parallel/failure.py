@@ -1,10 +1,11 @@
 """How a rank that fails in the middle of common work tells the others why.
 
 Choice: the reason goes into the process group's own store, before the failing rank leaves. The others are blocked in a collective that it
-will never join; gloo wakes them when its process ends, nccl's watchdog or the launcher at the latest after ``parallel.timeout_s``; they then
-look into the store and raise that reason in the place of "connection closed". What fails before the first collective is better told by
-``control.together``, which leaves the job intact. Cost: the store has to outlive the failing rank; where rank 0 keeps it itself (the
-``deepspeed`` launcher) and is the one that fails, the others can only say that a rank is gone, and its own log says why.
+will never join; gloo wakes them when its process ends, and they look into the store and raise that reason in the place of "connection
+closed". What fails before the first collective is better told by ``control.together``, which leaves the job intact. Cost: the store has to
+outlive the failing rank; where rank 0 keeps it itself (the ``deepspeed`` launcher) and is the one that fails, the others can only say that a
+rank is gone, and its own log says why. Under nccl a blocked rank waits on the device and is not woken: the launcher ends it, or after
+``parallel.timeout_s`` nccl's watchdog ends its process; the reason then stands in the log of the rank that failed, and in no other.
 """
 
 from __future__ import annotations

@@ -144,6 +144,15 @@ def test_a_key_cache_is_refused():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
 
 
+@pytest.mark.parametrize("spans", [((0, 9), (5, 32)), ((0, 40),), ((16, 32), (0, 16)), ((0, 8), (8, 8))])
+@pytest.mark.parametrize("strategy", ["auto", "ring", "gather"])
+def test_malformed_spans_are_our_own_mistake_on_any_number_of_ranks(strategy, spans):
+    """A ring and a gather would serve them, each rank some other part."""
+    attention = install(tiny_model("llama"), Mesh(world=2, sp_size=2), strategy)
+    with pytest.raises(AssertionError, match="not sorted, disjoint, non-empty ranges of 32 tokens"):
+        attention.layout(spans, N_TOKENS)
+
+
 def test_a_batch_and_a_late_module_are_our_own_mistakes():
     model = tiny_model("llama")
     install(model, Mesh())

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from lr2train.attention import gather as gather_module
 from lr2train.attention import ring as ring_module
 from lr2train.attention.ring import plan
 from lr2train.attention.simulation import Segment, alone, simulate
@@ -137,6 +139,40 @@ def check_next_block_is_in_flight(mesh: Mesh) -> None:
     assert order[: 2 * n_steps - 1] == expected
     keys = [what for what in order[2 * n_steps - 1 :] if what[1] is None or what[1] % 2 == 0]  # odd tags are gradients going home
     assert keys == [(name.replace("forward", "backward"), tag) for name, tag in expected]
+
+
+def test_gather_has_two_groups_of_heads_in_memory(monkeypatch):
+    """The last of 4 ranks, in its forward and backward: one group to compute with, as it arrived, and one on its way."""
+    held, used = [], []
+
+    class Arrived:
+        def wait(self) -> None: ...
+
+    def exchange(x, sent, into, received, group):
+        into.fill_(0.5)
+        held.append(StorageWeakRef(into.untyped_storage()))
+        assert sum(not one.expired() for one in held) <= 2
+        return Arrived()
+
+    def noting(block):
+        def computed(q, k, v, *rest):
+            used.append({x.untyped_storage()._cdata for x in (k, v)} <= {one.cdata for one in held if not one.expired()})
+            return block(q, k, v, *rest)
+
+        return computed
+
+    for name in ("forward_block", "backward_block"):
+        monkeypatch.setattr(gather_module, name, noting(getattr(gather_module, name)))
+    monkeypatch.setattr(gather_module, "exchange_rows", exchange)
+    q, k, v = random_qkv(24, 8, 8, 8)
+    fetched = gather_module.plan(((0, T),), T, 3, 4)
+    arrivals = gather_module._Arrivals(8, k, v, fetched, None)
+    out, lse = gather_module.forward_rank(q, 8, fetched, 0.3, None, arrivals.fetch)
+    held.clear()
+    arrivals = gather_module._Arrivals(8, k, v, fetched, None)
+    queries = gather_module.Queries(q, out, lse, torch.ones_like(q))
+    gather_module.backward_rank(queries, k, v, fetched, 0.3, None, arrivals.fetch, lambda group, grads: None)
+    assert used == [True] * 8, "four groups forward and four backward, none of them copied"
 
 
 def check_all(rank: int, world: int, meshes) -> list[int]:

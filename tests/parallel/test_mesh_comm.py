@@ -28,6 +28,14 @@ def check_all_to_all(rank: int, world: int) -> None:
         assert torch.equal(all_to_all(out, gather_dim, scatter_dim, dist.group.WORLD), inputs(world)[rank])
 
 
+def check_a_second_derivative_is_refused(rank: int, world: int) -> None:
+    """What arrives has no graph, so a second derivative would be zero and say nothing."""
+    x = torch.ones(4, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(all_to_all(x, 1, 0, dist.group.WORLD).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def check_mesh(rank: int, world: int) -> None:
     for sp in (1, 2, 4):
         mesh = make_mesh(sp, timeout_s=30)
@@ -67,7 +75,8 @@ def check_uneven_exchange(rank: int, world: int) -> None:
     sent = [0 if other == rank else rank + other for other in range(world)]
     received = [0 if other == rank else rank + other for other in range(world)]
     with counting() as counts:
-        into, work = exchange_rows(torch.full((sum(sent), 3), float(rank)), sent, received, dist.group.WORLD)
+        into = torch.empty(sum(received), 3)
+        work = exchange_rows(torch.full((sum(sent), 3), float(rank)), sent, into, received, dist.group.WORLD)
     work.wait()
     assert into[:, 0].tolist() == [other for other in range(world) for _ in range(received[other])]
     assert counts == {"all_to_all": sum(sent) * 3 * 4}
@@ -105,6 +114,7 @@ def check_counts(rank: int, world: int) -> None:
 
 def check_all(rank: int, world: int) -> None:
     check_all_to_all(rank, world)
+    check_a_second_derivative_is_refused(rank, world)
     check_mesh(rank, world)
     check_inner_mesh(rank, world)
     check_uneven_exchange(rank, world)
