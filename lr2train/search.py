@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -26,7 +26,7 @@ from lr2train.evolution.loop import evolve
 from lr2train.evolution.race import Judge, Scored
 from lr2train.evolution.surrogate import Evidence, evolve_surrogate
 from lr2train.model import load, rotary
-from lr2train.parallel import processes
+from lr2train.parallel import control, processes
 from lr2train.reporting.pictures import write_search_pictures
 from lr2train.rope.methods import METHODS
 
@@ -52,7 +52,7 @@ def search(config: Config) -> dict[str, Any]:
         torch.set_num_threads(1)  # by default as many as cores have ranks: then the losses' last bits would depend on the number of ranks
     model, knobs = _model(config, device), config.search
     table = rotary.install(model, METHODS["none"](space.spectrum, space.target_tokens))
-    lock = job.claim(fingerprints)
+    lock = _claimed(job, fingerprints)
     journal = job.folder / "journal.jsonl"
     fitness = Fitness(model, table, space, scored_on, journal, chunk_tokens=knobs.chunk_tokens, lockstep=knobs.shard)
     history = History(knobs, fitness, job.folder / "generations.jsonl")
@@ -65,6 +65,13 @@ def search(config: Config) -> dict[str, Any]:
     if lock is not None:
         lock.close()
     return result
+
+
+def _claimed(job: run.Run, fingerprints: dict[str, str]) -> IO[str] | None:
+    """``Run.claim``, refused on every rank where rank 0 finds another job at work."""
+    held: list[IO[str] | None] = []
+    control.together(lambda: held.append(job.claim(fingerprints)))
+    return held[0]
 
 
 def _finished(job: run.Run, config: Config) -> dict[str, Any]:

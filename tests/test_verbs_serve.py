@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -14,12 +15,14 @@ from unittest import mock
 import pytest
 import tiny
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lr2train import config as config_module
 from lr2train import evaluate as evaluate_module
 from lr2train import export as export_module
+from lr2train import run
 from lr2train.config import UserError
 from lr2train.evaluate import evaluate
 from lr2train.evaluation.subject import open_model
@@ -152,8 +155,10 @@ def test_a_journal_of_another_model_under_the_same_path_is_refused(world, tmp_pa
         search(search_config(world, tmp_path, *settings))
 
 
-def test_a_search_killed_with_kill_9_ends_like_one_that_was_not(world, tmp_path):
-    arguments = overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, "search.generations=40", "name=killed")
+@pytest.mark.parametrize(("algorithm", "generations"), [("evolution", 40), ("surrogate", 12)])
+def test_a_search_killed_with_kill_9_ends_like_one_that_was_not(world, tmp_path, algorithm, generations):
+    settings = [f"search.generations={generations}", f"search.algorithm={algorithm}"]
+    arguments = overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, *settings, "name=killed")
     command = [sys.executable, "-m", "lr2train.search", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     journal = tmp_path / "killed" / "journal.jsonl"
@@ -164,13 +169,13 @@ def test_a_search_killed_with_kill_9_ends_like_one_that_was_not(world, tmp_path)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGKILL, errors
     evaluated = journal.read_bytes().count(b"\n")
-    assert 0 < evaluated < 2 * (6 + 40 * 4)
+    assert 0 < evaluated < 2 * (6 + generations * 4)
     assert not (tmp_path / "killed" / "factors.json").exists()
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0, again.stderr
     assert f"{evaluated} evaluations found in the journal" in again.stderr
-    undisturbed = search(search_config(world, tmp_path, "search.generations=40", "name=undisturbed"))
+    undisturbed = search(search_config(world, tmp_path, *settings, "name=undisturbed"))
     assert (tmp_path / "killed" / "generations.jsonl").read_bytes() == (tmp_path / "undisturbed" / "generations.jsonl").read_bytes()
     assert Factors.load(tmp_path / "killed" / "factors.json") == Factors.load(tmp_path / "undisturbed" / "factors.json")
     pairs = [(entry["candidate"], entry["document"]) for entry in lines(journal)]
@@ -185,8 +190,8 @@ def test_a_search_killed_with_kill_9_ends_like_one_that_was_not(world, tmp_path)
         (["rope.target_window_tokens=64"], r"rope\.target_window_tokens=64 does not exceed the model's window of 64"),
         (["search.critical_index=8"], r"search\.critical_index=8 is outside"),
         (["search.tail_high=inf"], r"search\.tail_low=1\.0 and search\.tail_high=inf are no range"),
-        (["search.mutation_spread=-1"], r"search\.mutation_spread=-1\.0 is not positive and finite"),
-        (["search.attention_factor=0"], r"search\.attention_factor=0\.0 is not positive and finite"),
+        (["search.mutation_spread=-1"], r"search\.mutation_spread=-1\.0 is not a finite number of 1e-6 or more"),
+        (["search.attention_factor=0"], r"search\.attention_factor=0\.0 is not a finite number of 1e-6 or more"),
         (["search.algorithm=cmaes", "search.top_k=5"], r"search\.population=6 leaves fewer than 4 samples beside search\.top_k=5"),
         (["search.racing_z=nan"], r"search\.racing_z=nan is not 0 or more"),
         (["search.questions=1600"], r"search\.questions=1600 and search\.distractors=1 make more needles than there are names"),
@@ -198,6 +203,26 @@ def test_bad_input_of_a_search_is_refused_before_weights_are_read(world, tmp_pat
     monkeypatch.setattr(load, "load_whole", lambda *_: pytest.fail("must not load the model"))
     with pytest.raises(UserError, match=words):
         search(search_config(world, tmp_path, "name=s", *more))
+
+
+def at_a_folder_in_use(rank: int, ranks: int, settings: list[str]) -> str:
+    with mock.patch.dict(os.environ, RANK=str(rank)), pytest.raises(UserError) as raised:
+        search(config_module.compose("search", settings))
+    return str(raised.value)
+
+
+def test_a_folder_in_use_is_refused_on_every_rank(world, tmp_path):
+    settings = overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, "name=s")
+    lock = run.open_run(config_module.compose("search", settings), "search", ()).lock()
+    said = run_ranks(at_a_folder_in_use, 2, settings, tmp_path=tmp_path)
+    assert (
+        said
+        == [
+            f"rank 0: run folder {tmp_path}/s is in use by process {os.getpid()} on {platform.node()}; wait until it has ended, or choose another name="
+        ]
+        * 2
+    )
+    lock.close()
 
 
 def test_a_corpus_of_another_vocabulary_is_refused(world, tmp_path):

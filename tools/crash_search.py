@@ -1,6 +1,6 @@
 """Kill -9 a search again and again, on one, two and four ranks in turn, and see that it ends like an undisturbed one.
 
-    python tools/crash_search.py [--kills 6] [--seed 0]        needs runs/corpus and runs/base (bash launch/demo.sh makes them)
+    python tools/crash_search.py [--kills 6] [--seed 0] [search=surrogate ...]        needs runs/corpus and runs/base (bash launch/demo.sh makes them)
 
 Every second kill strikes one rank alone: the job has to end by itself with the reason, within a minute, its journal intact. The others strike all
 processes at once. Then the same search is started again on another number of ranks. Figures last, one a line as ``name: value``; exits with 1 where
@@ -12,11 +12,12 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from benches.striking import strike
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,24 +32,14 @@ OVERRIDES = [
 ]  # fmt: skip
 
 
-def start(name: str, world: int) -> subprocess.Popen:
+def start(name: str, world: int, overrides: list[str]) -> subprocess.Popen:
     """The search on so many ranks, in a process group of its own; what it says goes to a file."""
     verb = [sys.executable, "-m", "lr2train.search"] if world == 1 else ["bash", "launch/run.sh", str(world), "search"]
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     with (ROOT / "runs" / f"{name}.log").open("a") as log:
-        return subprocess.Popen([*verb, *OVERRIDES, f"name={name}"], cwd=ROOT, env=environ, start_new_session=True, stdout=log, stderr=log)
-
-
-def strike(rank: int | None) -> None:
-    """SIGKILL to every process of the search, or to one rank of it."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            environ = (process / "environ").read_bytes().split(b"\0")
-            if f"name={NAME}" in line and (rank is None or f"RANK={rank}".encode() in environ):
-                os.kill(int(process.name), signal.SIGKILL)
-        except OSError:
-            continue
+        return subprocess.Popen(
+            [*verb, *OVERRIDES, *overrides, f"name={name}"], cwd=ROOT, env=environ, start_new_session=True, stdout=log, stderr=log
+        )
 
 
 def evaluations() -> list[dict]:
@@ -67,21 +58,21 @@ def wait_for(process: subprocess.Popen, lines: int) -> bool:
     return False
 
 
-def one_round(number: int, world: int, rng: random.Random) -> float | None:
+def one_round(number: int, world: int, rng: random.Random, overrides: list[str]) -> float | None:
     """Start, kill, and see how the job ends; the seconds to its end where one rank was killed, None where the search came through."""
-    process, alone = start(NAME, world), number % 2 == 1 and world > 1
+    process, alone = start(NAME, world, overrides), number % 2 == 1 and world > 1
     struck = wait_for(process, len(evaluations()) + rng.randint(1, 12))
     if not struck:
         assert process.returncode == 0, f"the search on {world} ranks ended with {process.returncode}: see runs/{NAME}.log"
         return None
     begin = time.monotonic()
-    strike(rng.randrange(world) if alone else None)
+    strike(NAME, rng.randrange(world) if alone else None)
     try:
         process.wait(timeout=4 * END_BOUND_S)
     except subprocess.TimeoutExpired:
-        strike(None)
+        strike(NAME, None)
     seconds = time.monotonic() - begin
-    strike(None)
+    strike(NAME, None)
     assert process.returncode != 0, "a killed job said that it had done its work"
     print(
         f"kill {number}: {'one rank' if alone else 'everything'} of {world}, {len(evaluations())} evaluations, ended after {seconds:.1f} s",
@@ -95,19 +86,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", help="of the search's config")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     for name in (NAME, f"{NAME}_reference"):
         shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
         (ROOT / "runs" / f"{name}.log").unlink(missing_ok=True)
-    assert start(f"{NAME}_reference", 1).wait() == 0, "the undisturbed search failed"
+    assert start(f"{NAME}_reference", 1, arguments.overrides).wait() == 0, "the undisturbed search failed"
     ends = []
     for number in range(arguments.kills):
-        end = one_round(number, (4, 2, 1, 4)[number % 4], rng)
+        end = one_round(number, (4, 2, 1, 4)[number % 4], rng, arguments.overrides)
         if end is None:
             break
         ends.append(end)
-    assert start(NAME, 2).wait() == 0, "the resumed search failed"
+    assert start(NAME, 2, arguments.overrides).wait() == 0, "the resumed search failed"
     return report(ends)
 
 

@@ -12,11 +12,12 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from benches.striking import strike
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 24
@@ -37,18 +38,6 @@ def start(name: str, world: int, sp: int, overrides: list[str]) -> subprocess.Po
     with (ROOT / "runs" / f"{name}.log").open("a") as log:
         command = [*verb, *OVERRIDES, *overrides, f"parallel.sp={sp}", f"name={name}"]
         return subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, stdout=log, stderr=log)
-
-
-def strike(rank: int | None) -> None:
-    """SIGKILL to every process of the training, or to one rank of it."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            environ = (process / "environ").read_bytes().split(b"\0")
-            if f"name={NAME}" in line and (rank is None or f"RANK={rank}".encode() in environ):
-                os.kill(int(process.name), signal.SIGKILL)
-        except OSError:
-            continue
 
 
 def losses(name: str) -> dict[int, float]:
@@ -103,13 +92,13 @@ def one_round(number: int, rng: random.Random, overrides: list[str]) -> float | 
         assert process.returncode == 0, f"the training on {world} ranks ended with {process.returncode}: see runs/{NAME}.log"
         return None
     begin = time.monotonic()
-    strike(rng.randrange(world) if alone else None)
+    strike(NAME, rng.randrange(world) if alone else None)
     try:
         process.wait(timeout=4 * END_BOUND_S)
     except subprocess.TimeoutExpired:
-        strike(None)
+        strike(NAME, None)
     seconds = time.monotonic() - begin
-    strike(None)
+    strike(NAME, None)
     assert process.wait() != 0, "a killed job said that it had done its work"
     print(
         f"kill {number}: {'one rank' if alone else 'everything'} of {world} (sp {sp}), moment: {kind}, {len(losses(NAME))} steps in metrics.jsonl, "

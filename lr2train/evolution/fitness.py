@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lr2train.config import UserError
 from lr2train.evolution.documents import Document
 from lr2train.evolution.genome import Candidate, Space
 from lr2train.model.rotary import WindowRotary
@@ -116,10 +117,17 @@ class Fitness:
         shared = control.from_all(evaluate()) if self._lockstep else control.together(evaluate)
         entries = [entry for entry in shared if entry is not None]
         self._remember(entries)
-        if control.rank() == 0:
+        control.together(lambda: self._write(entries) if control.rank() == 0 else None)
+        self.tell()
+
+    def _write(self, entries: Sequence[dict[str, Any]]) -> None:
+        try:
             with self._journal.open("a") as file:
                 file.write("".join(json.dumps(entry) + "\n" for entry in entries))
-        self.tell()
+        except OSError as error:
+            raise UserError(
+                f"{self._journal} cannot be written ({error.strerror}); free some room on that disk, and run the same command again to go on"
+            ) from error
 
     def _evaluate(self, candidate: Candidate, document: int, keep: bool) -> dict[str, Any] | None:
         if not (keep or self._lockstep):

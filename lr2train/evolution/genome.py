@@ -78,8 +78,10 @@ class Space:
         self._refuse_bounds("tail")
         self._refuse_bounds("attention_factor")
         for name, example in (("mutation_step", 0.01), ("mutation_spread", 0.25), ("attention_factor", 1.0)):
-            if not 0 < getattr(self.knobs, name) < math.inf:
-                raise UserError(f"search.{name}={getattr(self.knobs, name)} is not positive and finite; set it to such as {example}")
+            if not 1e-6 <= getattr(self.knobs, name) < math.inf:
+                raise UserError(
+                    f"search.{name}={getattr(self.knobs, name)} is not a finite number of 1e-6 or more; set it to such as {example}"
+                )
         if not 1 <= self.knobs.top_k < self.knobs.population:
             raise UserError(
                 f"search.top_k={self.knobs.top_k} is outside 1 … {self.knobs.population - 1}, which leaves no parent or no room for "

@@ -142,8 +142,8 @@ class Evidence:
 
     def _features(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """[candidates, D + 1]: log factors over sqrt(D), so that a distance is their root mean square; the attention factor."""
-        factors = [self.space.factors(one) for one in candidates]
-        logs = np.log([one.rescale for one in factors]) / math.sqrt(self.space.spectrum.n_dims)
+        factors, n_dims = [self.space.factors(one) for one in candidates], self.space.spectrum.n_dims
+        logs = np.log([one.rescale for one in factors]).reshape(-1, n_dims) / math.sqrt(n_dims)  # a space that is used up proposes nobody
         return np.column_stack([logs, [one.attention_factor for one in factors]])
 
 

@@ -349,11 +349,17 @@ class _Shards:
             self._write()
 
     def _write(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         self._n_files += 1
         file = f"model-{self._n_files:05d}.safetensors"
-        save_file(self._held, self._folder / file, metadata={"format": "pt"})
+        try:
+            save_file(self._held, self._folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(
+                f"{self._folder / file} cannot be written ({error}); free some room on that disk, and run the same command again to go on"
+            ) from error
         self._file_of.update(dict.fromkeys(self._held, file))
         self._held, self._held_bytes = {}, 0
 

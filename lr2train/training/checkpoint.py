@@ -11,10 +11,12 @@ and wants the same number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from lr2train.training import partitions
 
 # What a cut or foreign file makes torch.load, and us afterwards, raise.
 _UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError)
+_WRITER = ("PytorchStreamWriter", "inline_container")  # torch's: what it cannot write, as on a full disk, is a RuntimeError that names it
 
 
 def save(engine: Any, folder: Path, step: int, keep: int) -> None:
@@ -38,17 +41,35 @@ def save(engine: Any, folder: Path, step: int, keep: int) -> None:
         folder: of all checkpoints of the run.
         step: steps done so far.
         keep: how many to keep, this one included.
+
+    Raises:
+        UserError: there is no room for it, on the rank that found none; the checkpoint before stays the latest.
     """
     tag = f"step_{step:08d}"
     if control.rank() == 0 and (folder / tag).exists():
         shutil.rmtree(folder / tag)  # a killed run began it, perhaps on more ranks, whose files would be left between ours
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
+    with _writing(folder / tag):
+        engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
     dist.barrier()
     if control.rank() == 0:
-        run.write_json(folder / "latest.json", {"step": step, "tag": tag, "world": control.world()})
+        with _writing(folder / tag):
+            run.write_json(folder / "latest.json", {"step": step, "tag": tag, "world": control.world()})
         _forget(folder, tag, keep)
     dist.barrier()
+
+
+@contextlib.contextmanager
+def _writing(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not any(name in str(error) for name in _WRITER):
+            raise  # a rank is gone, say
+        raise UserError(
+            f"the checkpoint {checkpoint} cannot be written ({_brief(error)}); free some room on that disk, and run the same command again to go "
+            "on from the checkpoint before it"
+        ) from error
 
 
 def _forget(folder: Path, newest: str, keep: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import tiny
 import torch
 from ranks import run_ranks
 
-from lr2train.config import ModelConfig, NeedleConfig, SearchConfig
+from lr2train.config import ModelConfig, NeedleConfig, SearchConfig, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import needle_set
 from lr2train.evolution import fitness as fitness_module
@@ -262,6 +263,28 @@ def test_ranks_that_share_a_model_find_the_same(folder, tmp_path):
         assert [one.best.candidate for one in shared_generations] == [one.best.candidate for one in generations]
         assert [one.loss for one in shared_final] == pytest.approx([one.loss for one in final], rel=1e-5)
         assert shared_wanted == wanted
+
+
+def without_room(rank: int, world: int, folder, journal):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a short write, as on a full disk
+    with pytest.raises(UserError) as raised:
+        racing_search(folder, journal)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    return str(raised.value)
+
+
+def test_a_full_disk_is_one_sentence_on_every_rank_and_costs_what_was_being_written(folder, tmp_path):
+    said = run_ranks(without_room, 2, folder, journal := tmp_path / "journal.jsonl", tmp_path=tmp_path)
+    assert (
+        said
+        == [f"rank 0: {journal} cannot be written (File too large); free some room on that disk, and run the same command again to go on"]
+        * 2
+    )
+    assert journal.stat().st_size == 2000
+    undisturbed, resumed = racing_search(folder, tmp_path / "undisturbed.jsonl"), racing_search(folder, journal)
+    assert resumed[:3] == undisturbed[:3]
 
 
 def failing(rank: int, world: int, folder, journal):

@@ -189,7 +189,8 @@ def test_longrope_candidates_stay_inside(seed, crossover):
         ({"tail_low": 2.0, "tail_high": 1.0}, r"search\.tail_low=2\.0 and search\.tail_high=1\.0 are no range"),
         ({"tail_low": 0.0}, r"search\.tail_low=0\.0"),
         ({"attention_factor_low": 1.5}, r"search\.attention_factor_low=1\.5 and search\.attention_factor_high=1\.4 are no range"),
-        ({"mutation_step": 0.0}, r"search\.mutation_step=0\.0 is not positive"),
+        ({"mutation_step": 0.0}, r"search\.mutation_step=0\.0 is not a finite number of 1e-6 or more"),
+        ({"mutation_step": 1e-320}, r"is not a finite number of 1e-6 or more"),
         ({"top_k": 64}, r"search\.top_k=64 is outside 1 … 63, .*set search\.top_k to 16"),
         (
             {"space": "longrope", "algorithm": "cmaes"},

@@ -108,6 +108,16 @@ def test_every_child_is_looked_at_and_lies_in_the_space():
         assert one.bounds[0] <= scored.candidate.tail[0] <= scored.candidate.tail[-1] <= one.bounds[1]
 
 
+def test_a_space_that_is_used_up_ends_quietly():
+    """Eleven attention factors and nothing else to search; then one candidate in all."""
+    knobs = {"critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_high": 1.05, "mutation_probability": 1.0}
+    generations, _ = searched(0, landscape := Landscape(14), **knobs)
+    assert generations[-1].evaluated == len({key for key, _ in landscape.asked}) == 11
+    alone, final = searched(0, Landscape(14), search_attention_factor=False, **knobs)
+    assert [one.evaluated for one in alone] == [1] * 9
+    assert len(final) == 1
+
+
 def test_a_perfect_candidate_and_a_broken_one_can_be_told_apart():
     """A loss of 0 and one of a million nats do not break the arithmetic."""
     one = space(documents=2)

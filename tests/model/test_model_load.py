@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import resource
 
 import pytest
 import torch
@@ -95,18 +96,13 @@ def test_a_full_disk_half_way_leaves_the_old_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(load, "SHARD_BYTES", 4000)
     old = written(tmp_path / "m")
     names = {file.name for file in (tmp_path / "m").iterdir()}
-    saved = []
-
-    def full_disk(tensors, path, metadata):
-        saved.append(path)
-        if len(saved) == 2:
-            raise OSError(28, "No space left on device")
-        save_file(tensors, path, metadata)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", full_disk)
-        with pytest.raises(OSError, match="No space"):
+    limits, largest = resource.getrlimit(resource.RLIMIT_FSIZE), max(file.stat().st_size for file in (tmp_path / "m").iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, limits[1]))  # a writer sees what it sees on a full disk
+    try:
+        with pytest.raises(UserError, match="cannot be written .* free some room"):
             written(tmp_path / "m", seed=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {file.name for file in (tmp_path / "m").iterdir()} == names
     assert same(load.load_whole(tmp_path / "m"), old)
     new = written(tmp_path / "m", seed=1)

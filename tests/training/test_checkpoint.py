@@ -1,6 +1,9 @@
 """Checkpoints go on with any number of ranks, bit for bit; what is damaged, in the making or of a kind that cannot be divided anew is refused."""
 
+import contextlib
 import json
+import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 
 from lr2train.config import UserError
+from lr2train.parallel.failure import told_to_all
 from lr2train.training import partitions
 from tests.training.test_engine import RELEASE_ALL, config_for, factors, segment
 
@@ -192,6 +196,41 @@ def test_remains_of_killed_runs_neither_stay_nor_cost_a_checkpoint(tmp_path):
             ["step_00000012: 2"],
             ["2", "12"],
         ]
+
+
+@contextlib.contextmanager
+def no_room():
+    """Files of this process end at 1000 bytes: the writer sees what it sees on a full disk, a short write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def without_room(rank: int, world: int, folder: Path) -> None:
+    """Rank 1 alone finds no room for its second checkpoint; every rank writes down what it heard."""
+    engine = engine_of(world, 1, "stage 3")
+    engine.save(folder, 1, keep=1)
+    with pytest.raises(UserError) as raised, told_to_all(), no_room() if rank == 1 else contextlib.nullcontext():
+        engine.save(folder, 2, keep=1)
+    (folder / f"{rank}.said").write_text(str(raised.value))
+    os._exit(1)  # as a verb ends: its peers wait until then
+
+
+def test_a_full_disk_is_one_sentence_on_every_rank_and_costs_no_checkpoint(tmp_path):
+    with pytest.raises(RankError):
+        run_ranks(without_room, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
+    said = [(tmp_path / "checkpoints" / f"{rank}.said").read_text() for rank in range(2)]
+    assert said[0] == f"rank 1: {said[1]}"
+    assert said[1].startswith(f"the checkpoint {tmp_path}/checkpoints/step_00000002 cannot be written (RuntimeError: ")
+    assert said[1].endswith("; free some room on that disk, and run the same command again to go on from the checkpoint before it")
+    assert run_ranks(step_read, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120) == [1, 1]
+
+
+def step_read(rank: int, world: int, folder: Path) -> int:
+    return engine_of(world, 1, "stage 3").load(folder)
 
 
 # ---- the layouts alone ----

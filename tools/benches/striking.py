@@ -1,0 +1,19 @@
+"""kill -9 for jobs of several processes, which the launchers put into sessions of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+
+def strike(name: str, rank: int | None) -> None:
+    """SIGKILL to every process with the override ``name=<name>``, or to one rank of them."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            environ = (process / "environ").read_bytes().split(b"\0")
+            if f"name={name}" in line and (rank is None or f"RANK={rank}".encode() in environ):
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:
+            continue
