@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import difflib
 import errno
+import inspect
 import logging
 import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -408,7 +410,8 @@ def load(composed: DictConfig) -> Config:
     """
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
-        raise UserError(f"{missing[0]} has no value and no default; set it on the command line: {missing[0]}=…")
+        key = re.sub(r"\[(\d+)\]", r".\1", missing[0])  # as the command line takes it
+        raise UserError(f"{key} has no value and no default; set it on the command line: {key}=…")
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
@@ -455,6 +458,8 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
     Exit codes: 0 done; 2 the input was wrong (one sentence on stderr); 130 interrupted; anything else is a defect, with its traceback.
     """
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    if {"--help", "-h"} & set(arguments):
+        print(f"{inspect.getdoc(sys.modules[job.__module__])}\n\nEvery key stands with what it does in lr2train/config.py.\n")
     if any(a.startswith("-") for a in arguments):
         _hydra_main(verb, job)
         return
@@ -478,6 +483,7 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
         sys.exit(130)
 
 
+_PATIENCE_S = 5.0  # launchers look at their ranks every second or so
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -505,9 +511,15 @@ def _hydra_main(verb: str, job: Callable[[Config], Any]) -> None:
 
 
 def _die(verb: str, error: Exception) -> None:
-    """Say it once a machine (ranks share their input, so they share the error) and leave with the code for bad input."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"{verb}: {error if isinstance(error, UserError) else _one_sentence(error)}", file=sys.stderr, flush=True)
+    """Say it once a machine (ranks share their input, so they share the error) and leave with the code for bad input.
+
+    A rank that is not its machine's first waits: had that one failed too, the launcher ends this one meanwhile. If not, nobody else would say it.
+    """
+    where = ""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        time.sleep(_PATIENCE_S)
+        where = f" (rank {os.environ.get('RANK')})"
+    print(f"{verb}{where}: {error if isinstance(error, UserError) else _one_sentence(error)}", file=sys.stderr, flush=True)
     sys.exit(EXIT_BAD_INPUT)
 
 
@@ -607,6 +619,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "logger.mode": ("online", "offline"),
     "engine.zero_stage": (0, 1, 2, 3),
 }
+_NAME = re.compile(r"\w[\w.+=-]*")  # one folder, inside runs_folder, that no shell or pattern trips over
 _SHARES = (
     "data.holdout",
     "search.mutation_probability",
@@ -631,6 +644,11 @@ def _validate(config: Config) -> None:
 
 
 def _validate_together(config: Config) -> None:
+    if not _NAME.fullmatch(config.name):
+        raise UserError(
+            f"name={config.name!r} is no name of a folder in runs_folder={config.runs_folder}; begin with a letter or a digit and go on with "
+            "those, '.', '_', '+', '=' or '-'"
+        )
     if not 1 <= config.search.looks < math.inf:
         raise UserError(
             f"search.looks={config.search.looks} is not a finite number of 1 or more, the first look at each child; set it to such as 2.25"

@@ -116,8 +116,14 @@ def _prompt(config: Config) -> str:
     if config.generate.prompt is None:
         if sys.stdin.isatty():
             raise UserError("generate.prompt is empty; set generate.prompt, generate.prompt_file, or pipe a text in")
-        return sys.stdin.read()
+        return _not_empty(sys.stdin.read())
     return config.generate.prompt
+
+
+def _not_empty(piped: str) -> str:
+    if not piped:
+        raise UserError("nothing was piped in as a prompt; set generate.prompt or generate.prompt_file, or pipe a text in")
+    return piped
 
 
 def factors_of(folder: Path, config: Config) -> Factors:

@@ -95,6 +95,11 @@ def _chosen(config: Config, loader: SegmentLoader) -> list[tuple[str, int]]:
 
 def _show_step(config: Config, corpus: Corpus, letters: dict[str, str]) -> list[SegmentView]:
     step, size = config.inspect.step or 1, config.inspect.dp_size
+    if config.optim.segments_per_step % size:
+        raise UserError(
+            f"inspect.dp_size={size} does not divide the {config.optim.segments_per_step} segments of a step (optim.segments_per_step); set "
+            "inspect.dp_size to a divisor"
+        )
     viewer = Viewer(corpus, _loader(config, corpus, size))
     by_rank = [viewer.loader.segments(step - 1, rank) for rank in range(size)]
     skipped = " (passed over: data.skip_steps)" if step in Skips.parse(config.data.skip_steps) else ""

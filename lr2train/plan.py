@@ -19,6 +19,7 @@ from lr2train.planning.memory import GIB, Item, Setting
 from lr2train.planning.shape import Shape, hf_config_of, shape_of
 from lr2train.planning.tables import show
 from lr2train.planning.work import Part, Work, work_of
+from lr2train.rope.factors import refuse_target
 from lr2train.training.engine import accumulation_of
 
 
@@ -31,6 +32,7 @@ def plan(config: Config) -> dict[str, Any]:
     refuse_mesh(config)
     hf_config = hf_config_of(config.model)
     shape = shape_of(hf_config, config.model)
+    refuse_target(config.rope.target_window_tokens, shape.window_tokens)
     dp_size = config.hardware.gpus // config.parallel.sp
     accumulation = accumulation_of(config, dp_size)
     work = work_of(config, shape.window_tokens, dp_size)

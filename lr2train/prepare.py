@@ -19,6 +19,7 @@ from lr2train.config import Config, ModelConfig, UserError, main
 from lr2train.data import building, integrity, segmenting
 from lr2train.reporting.mix import ensure_mix_pictures
 from lr2train.rope import hf as rope_hf
+from lr2train.rope.factors import refuse_target
 
 GROUPS = ("seed", "data")
 
@@ -27,13 +28,15 @@ def prepare(config: Config) -> dict[str, Any]:
     """Run the verb; returns what ``prepare.json`` holds.
 
     Raises:
-        UserError: sources, tokenizer or windows that cannot be prepared, or another job is at the same folder.
+        UserError: sources, tokenizer or windows that cannot be prepared, another job is at the same folder, or several ranks were started.
     """
+    _refuse_ranks()
     original_window_tokens = original_window(config.model)
+    refuse_target(config.rope.target_window_tokens, original_window_tokens)
     building.check(config.data, original_window_tokens)
     job = run.open_run(config, "prepare", GROUPS, follows=True)
     started = time.monotonic()
-    listed = building.list_sources(config.data)
+    listed = building.list_sources(config.data, job.log)
     with job.lock() or contextlib.nullcontext():
         for change in job.changes():
             job.log(f"changed since the last time: {change}")
@@ -53,6 +56,14 @@ def _prepare(config: Config, original_window_tokens: int, listed: building.Liste
     integrity.write_checksums(job.folder)
     job.note({})
     return {**manifest, "folder": str(job.folder)}
+
+
+def _refuse_ranks() -> None:
+    if run.world() > 1:
+        raise UserError(
+            f"prepare was started on {run.world()} ranks (WORLD_SIZE), which would all write the same corpus; start it once, without a launcher: "
+            "it uses data.workers processes by itself"
+        )
 
 
 def original_window(model: ModelConfig) -> int:

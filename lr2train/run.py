@@ -156,14 +156,22 @@ def open_run(config: Config, verb: str, groups: tuple[str, ...], follows: bool =
         follows: the folder takes over the newest config, because the verb itself refuses what would spoil finished work.
 
     Raises:
-        UserError: the folder holds a run of the same verb with another config; the keys that differ are listed.
+        UserError: the folder holds a run of another verb, or of the same one with another config; the keys that differ are listed.
     """
     folder = Path(config.runs_folder) / config.name
+    _refuse_other_verb(folder, verb)
     values = {key: value for key, value in to_dict(config).items() if key in groups}
     saved = folder / f"{verb}.config.json"
     if saved.exists() and not follows:
         _refuse_other_config(saved, values, config.name)
     return Run(folder, verb, values, follows)
+
+
+def _refuse_other_verb(folder: Path, verb: str) -> None:
+    """A folder of another verb's results has files of the same names, such as factors.json."""
+    for other in sorted(file.name.partition(".")[0] for file in folder.glob("*.config.json")):
+        if other != verb:
+            raise UserError(f"run folder {folder} belongs to a run of {other}, whose results {verb} would overwrite; choose another name=")
 
 
 def _refuse_other_config(saved: Path, values: dict[str, Any], name: str) -> None:
@@ -240,6 +248,16 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
+_WRITERS = {
+    "corpus.json": "lr2train.prepare",
+    "factors.json": "lr2train.search, or train,",
+    "search.json": "lr2train.search",
+    "train.json": "lr2train.train",
+    "train.config.json": "lr2train.train",
+    "export.json": "lr2train.export",
+}
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file that we wrote.
 
@@ -249,7 +267,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run the verb that writes it first") from None
+        writer = _WRITERS.get(path.name, "the verb that writes it")
+        raise UserError(f"{path} does not exist; run {writer} first, or name another folder") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it a readable file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

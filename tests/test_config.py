@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,9 @@ def test_the_papers_settings():
         ("search.algorithm=annealing", ["search.algorithm=annealing", "evolution, surrogate, cmaes"]),
         ("inspect.segment=-1", ["inspect.segment=-1", "below 0"]),
         ("=3", ["override", "=3"]),
+        ("name=", ["name=''", "runs_folder=runs"]),
+        ("name=../out", ["name='../out'", "begin with a letter"]),
+        ("name=a/b", ["name='a/b'"]),
     ],
 )
 def test_bad_input_names_key_value_and_limit(override, tells):
@@ -89,6 +94,18 @@ def test_main_exits_with_2_and_one_sentence(monkeypatch, capsys):
     assert end.value.code == 2
     assert out.out == ""
     assert len(out.err.strip().splitlines()) == 1
+
+
+def test_a_rank_that_fails_alone_is_heard(monkeypatch, capsys):
+    """The launcher has not ended it: its machine's first rank had nothing to say."""
+    monkeypatch.setattr("sys.argv", ["train", "experiment=tiny_4k", "name=x", "optim.lr=-1"])
+    monkeypatch.setattr(config, "_PATIENCE_S", 0.0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "5")
+    with pytest.raises(SystemExit) as end:
+        config.main("train", lambda _: pytest.fail("must not run"))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "train (rank 5): optim.lr=-1.0 is not positive; set optim.lr to a learning rate such as 2e-5\n"
 
 
 def test_main_says_that_the_disk_is_full_and_shows_other_failures_whole(monkeypatch, capsys):
@@ -126,6 +143,19 @@ def test_a_run_folder_belongs_to_one_config(tmp_path):
     with pytest.raises(UserError, match=r"seed: 0 -> 1"):
         run.open_run(_config(tmp_path, seed=1), "train", GROUPS_OF_TRAIN)
     assert (job.folder / "train.config.json").read_bytes() == before
+
+
+def test_help_says_what_the_verb_does():
+    said = subprocess.run([sys.executable, "-m", "lr2train.prepare", "--help"], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("prepare: documents -> token stores -> planned segments.")
+    assert "experiment: llama3_8b_128k" in said
+
+
+def test_a_run_folder_belongs_to_one_verb(tmp_path):
+    run.open_run(_config(tmp_path), "search", ("seed",)).claim({}).close()
+    run.open_run(_config(tmp_path), "search", ("seed",))
+    with pytest.raises(UserError, match="belongs to a run of search, whose results train would overwrite"):
+        run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
 
 
 def test_keys_that_change_no_result_may_change(tmp_path):

@@ -47,10 +47,10 @@ def check(data: DataConfig, original_window_tokens: int) -> None:
     if not names:
         raise UserError("data.sources is empty; add a source such as {name: stdlib, kind: stdlib}")
     for name in names:
-        if names.count(name) > 1 or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise UserError(
-                f"data.sources has the name {name!r} {names.count(name)} times; give each its own name of letters, digits, - and _"
-            )
+        if names.count(name) > 1:
+            raise UserError(f"data.sources has the name {name!r} {names.count(name)} times; give each source a name of its own")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UserError(f"data.sources has the name {name!r}, which becomes a folder; make it of letters, digits, - and _")
     if all(source.kind == NEEDLES for source in data.sources):
         raise UserError("data.sources has needles only, and needles hide in the text of other sources; add a source of text")
     if data.segment_tokens < original_window_tokens:

@@ -26,6 +26,7 @@ from lr2train.config import UserError
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 SUFFIXES = (".txt", *LINES, ".parquet", ".arrow")
 HUB = "hf://"  # begins the place of a file that is read from the hub as it goes
+BROKEN_OFF = "unreadable file"  # the reason of a reject
 KEPT_REJECTS = 5  # examples of a reason that a shard keeps
 _ROWS_AT_A_TIME = 256  # of a parquet file in memory
 _ESCAPED = 6  # bytes of JSON that a byte of text can take
@@ -72,6 +73,7 @@ class Tally:
     text_bytes: int = 0
     reasons: Counter[str] = field(default_factory=Counter)  # broken records by reason
     rejects: list[dict[str, str]] = field(default_factory=list)  # examples of each
+    broken_off_bytes: int = 0  # of files that broke off, their whole size: what was lost cannot be known
     limited: bool = False  # a limit of the source ended the reading
 
     @property
@@ -84,6 +86,16 @@ class Tally:
         if self.reasons[reason] < KEPT_REJECTS:
             self.rejects.append({"reason": reason, "origin": origin, "beginning": _shown(sample)})
         self.reasons[reason] += 1
+
+    def break_off(self, file: File, error: Exception, part_bytes: int | None = None) -> None:
+        """Count a file that cannot be read (on); ``part_bytes`` of it are this reader's, or all.
+
+        Raises:
+            UserError: it is not damaged, but cannot be read now.
+        """
+        _refuse_outage(file, error)
+        self.reject(BROKEN_OFF, file.name, str(error))
+        self.broken_off_bytes += size_of(file) if part_bytes is None else part_bytes
 
 
 def _shown(sample: object, size: int = 200) -> str:
@@ -128,8 +140,7 @@ def read_text(file: File, max_bytes: int, tally: Tally) -> Iterator[Document]:
     except UnicodeDecodeError:
         tally.reject("bad UTF-8", file.name, data)
     except OSError as error:
-        _refuse_outage(file, error)
-        tally.reject("unreadable file", file.name, str(error))
+        tally.break_off(file, error)
 
 
 def _refuse_outage(file: File, error: Exception) -> None:
@@ -247,6 +258,11 @@ def read_files(shard: Shard, column: str, max_bytes: int, tally: Tally) -> Itera
             yield from _read_lines(file, shard, column, max_bytes, tally)
 
 
+def _part_of(shard: Shard) -> int | None:
+    """Bytes that a shard holds of its one file; None where it holds several, whole."""
+    return shard.size_bytes if len(shard.files) == 1 else None
+
+
 def _read_table(file: File, shard: Shard, column: str, max_bytes: int, tally: Tally) -> Iterator[Document]:
     """Rows of a .parquet or .arrow file. One that cannot be read, or lacks the column, counts once."""
     from pyarrow import ArrowException
@@ -259,8 +275,7 @@ def _read_table(file: File, shard: Shard, column: str, max_bytes: int, tally: Ta
     except KeyError:
         tally.reject("missing column", file.name, f"no column {column}")
     except (ArrowException, OSError) as error:
-        _refuse_outage(file, error)
-        tally.reject("unreadable file", file.name, str(error))
+        tally.break_off(file, error, _part_of(shard))
 
 
 def _parquet_rows(place: str, start: int, stop: int, column: str, stack: ExitStack) -> Iterator[tuple[int, Any]]:
@@ -325,8 +340,7 @@ def _read_lines(file: File, shard: Shard, column: str, max_bytes: int, tally: Ta
                 elif line.strip():
                     yield from _parsed(id, line, column, max_bytes, tally)
     except (OSError, EOFError, zlib.error) as error:
-        _refuse_outage(file, error)
-        tally.reject("unreadable file", file.name, str(error))
+        tally.break_off(file, error, _part_of(shard))
 
 
 def _decompressed(file: File, stack: ExitStack) -> IO[bytes]:

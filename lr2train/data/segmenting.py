@@ -137,7 +137,7 @@ def _remarks(data: DataConfig, made: Sequence[dict[str, Any]], report: dict[str,
     if padding > _MUCH_PADDING:
         yield (
             f"plan: {padding:.1%} of the short segments is padding, because few documents fill what others leave of a shard of "
-            f"{data.segment_tokens // shards} tokens; add shorter documents, or set data.align_sp below {shards}"
+            f"{data.segment_tokens // shards} tokens; add shorter documents{f', or set data.align_sp below {shards}' if shards > 1 else ''}"
         )
     outside = report["outside"]
     if outside["documents"]:

@@ -19,7 +19,7 @@ from lr2train.config import SourceConfig, UserError, to_dict
 from lr2train.data import decontaminate, integrity, sources, store
 from lr2train.data.batch import WINDOWS
 from lr2train.data.corpus import FORMAT, SOURCE, reopen, source_folder, store_prefix
-from lr2train.data.formats import Shard
+from lr2train.data.formats import BROKEN_OFF, Shard
 from lr2train.data.sources import Limits
 from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.data.tokenizer import Tokenizer
@@ -150,10 +150,23 @@ class TextSource:
             )
         if ended and broken == records:
             raise sources.nothing(self._source, reasons)
+        if ended:
+            self._refuse_broken_files(ledger)
         if ended and not any(made["documents"] + made["holdout"]["documents"] for made in ledger.settled):
             raise UserError(
                 f"data.sources.{self._source.name} has no document for windows={list(self._source.windows)} (the border is the original window "
                 f"of {self._recipe['model.original_window_tokens']} tokens); raise its limits, or add the other window"
+            )
+
+    def _refuse_broken_files(self, ledger: Ledger) -> None:
+        """A file that breaks off is one record, however much it held: so its bytes count too."""
+        lost = sum(made.get("broken_off_bytes", 0) for made in ledger.settled)
+        whole = sum(task.shard.size_bytes for task in self._tasks[: len(ledger.settled)])
+        if lost > self._source.max_broken_share * whole:
+            names = dict.fromkeys(one["origin"] for made in ledger.settled for one in made["rejects"] if one["reason"] == BROKEN_OFF)
+            raise UserError(
+                f"data.sources.{self._source.name}: files of {lost} of {whole} bytes break off ({', '.join(names)}), more than its max_broken_share "
+                f"of {self._source.max_broken_share:g}; copy them again, or raise data.sources.{self._source.name}.max_broken_share"
             )
 
     def _summary(self, ledger: Ledger) -> dict[str, Any]:

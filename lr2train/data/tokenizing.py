@@ -145,6 +145,7 @@ class _Reading:
     def about(self) -> dict[str, Any]:
         counted = {"read_documents": self.tally.documents, "text_bytes": self.tally.text_bytes, "read_tokens": self.tokens}
         broken = {"reasons": dict(self.tally.reasons), "rejects": self.tally.rejects, "limited": self.tally.limited}
+        broken["broken_off_bytes"] = self.tally.broken_off_bytes
         return {**counted, **broken, "contaminated": self._contaminated, "contaminated_examples": self._examples}
 
 

@@ -117,13 +117,18 @@ class Factors:
 
 
 def extension_ratio(spectrum: Spectrum, target_tokens: int) -> float:
-    """s = L / L0. Raises UserError when L is below L0: there is nothing to extend."""
-    if target_tokens < spectrum.window_tokens:
+    """s = L / L0. Raises UserError when L is below L0."""
+    refuse_target(target_tokens, spectrum.window_tokens)
+    return target_tokens / spectrum.window_tokens
+
+
+def refuse_target(target_tokens: int, original_window_tokens: int) -> None:
+    """Raises UserError when L is below L0: there is nothing to extend."""
+    if target_tokens < original_window_tokens:
         raise UserError(
-            f"rope.target_window_tokens={target_tokens} is below the original window of {spectrum.window_tokens} tokens; "
+            f"rope.target_window_tokens={target_tokens} is below the original window of {original_window_tokens} tokens; "
             "set rope.target_window_tokens to at least that, or correct model.original_window_tokens"
         )
-    return target_tokens / spectrum.window_tokens
 
 
 def longrope_attention_factor(scale: float, window_tokens: int) -> float:

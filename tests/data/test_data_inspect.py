@@ -81,7 +81,7 @@ def test_nothing_there_is_one_sentence(folder):
         shown(folder, "inspect.segment=9999")
     with pytest.raises(UserError, match="inspect.step=0 is below 1"):
         shown(folder, "inspect.step=0")
-    with pytest.raises(UserError, match="not divisible by the 3 data-parallel ranks"):
+    with pytest.raises(UserError, match="inspect.dp_size=3 does not divide the"):
         shown(folder, "inspect.step=1", "inspect.dp_size=3")
 
 

@@ -44,6 +44,13 @@ def prepared(tmp_path_factory):
     return config, prepare(config), Corpus.open(f"{config.runs_folder}/corpus")
 
 
+def test_several_ranks_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"prepare was started on 2 ranks \(WORLD_SIZE\), .* start it once, without a launcher"):
+        prepare(small(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_counts_add_up(prepared):
     _, result, corpus = prepared
     stored = corpus.documents("train").lengths
@@ -319,7 +326,7 @@ def test_sets_for_measuring_come_from_held_out_text(prepared):
         ("data.sources is empty", {"sources": []}),
         ("needles only", {"sources": [SourceConfig(name="n", kind="needles")]}),
         ("'a' 2 times", {"sources": [SourceConfig(name="a", kind="stdlib"), SourceConfig(name="a", kind="stdlib")]}),
-        ("'a/b' 1 times", {"sources": [SourceConfig(name="a/b", kind="stdlib")]}),
+        ("'a/b', which becomes a folder", {"sources": [SourceConfig(name="a/b", kind="stdlib")]}),
         ("kind=web", {"sources": [SourceConfig(name="a", kind="web")]}),
         ("below the original window", {"segment_tokens": 64}),
         ("windows=", {"sources": [SourceConfig(name="a", kind="stdlib", windows=["both"])]}),

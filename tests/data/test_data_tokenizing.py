@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -250,6 +251,22 @@ def test_too_many_broken_records_stop_the_job_and_leave_examples(texts, tmp_path
     made = prepare(config(theirs, tmp_path, {"max_broken_share": 0.1}))
     assert made["sources"][0]["broken_by_reason"] == {"invalid JSON": 8, "missing column": 2}
     assert len((tmp_path / "corpus" / "rejects.jsonl").read_text().splitlines()) == len(examples)
+
+
+def test_a_file_that_breaks_off_counts_with_its_bytes(texts, tmp_path):
+    theirs = tmp_path / "texts"
+    theirs.mkdir()
+    (theirs / "tokenizer").symlink_to(texts / "tokenizer")
+    lines = "".join(json.dumps({"text": f"line {number} of a file that is large enough"}) + "\n" for number in range(400)).encode()
+    (theirs / "a.jsonl").write_bytes(lines)
+    whole = gzip.compress(lines, 0)
+    (theirs / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        UserError, match=rf"files of {len(whole) // 2} of \d+ bytes break off \(b\.jsonl\.gz\), more than its max_broken_share of 0\.05"
+    ):
+        prepare(config(theirs, tmp_path))
+    made = prepare(config(theirs, tmp_path, {"max_broken_share": 0.5}))
+    assert made["sources"][0]["broken_by_reason"] == {"unreadable file": 1}
 
 
 MEGATRON_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
