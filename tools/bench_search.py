@@ -74,8 +74,8 @@ class Size:
     held_out: int  # documents with the needle at the start, and as many at five depths
 
 
-FULL = Size(5, 32, 8, 8, ("plain", "racing_only", "racing", "cmaes", "surrogate"), 60)
-QUICK = Size(5, 16, 4, 4, ("plain", "surrogate"), 30)
+FULL = Size(5, 32, 8, 8, ("plain", "racing_only", "racing", "cmaes", "surrogate"), 120)
+QUICK = Size(4, 16, 4, 4, ("plain", "surrogate"), 40)
 
 
 def main() -> int:
@@ -269,6 +269,9 @@ def _figures(size: Size, folder: Path, results: dict[tuple[str, int], dict[str, 
         print(f"cost_{variant}_over_plain: {sum(forwards[variant]) / sum(forwards['plain']):.4f}")
         print(f"largest_cost_{variant}_over_plain_of_a_seed: {max(shares):.4f}")
         print(f"seeds_on_which_{variant}_is_at_least_as_good_as_plain: {wins} of {size.seeds}")
+        mine, plain = (np.array([held_out[f"{one}_{seed}", "start"] for seed in seeds]) for one in (variant, "plain"))
+        print(f"nats_a_token_{variant}_minus_plain: {(mine - plain).mean():.4f}")
+        print(f"standard_error_of_{variant}_minus_plain: {_standard_error(mine - plain):.4f}")
     journals = [folder / f"plain_{seed}" / "journal.jsonl" for seed in seeds]
     seconds = [json.loads(line)["seconds"] for journal in journals for line in journal.read_text().splitlines()]
     print(f"seconds_per_document_forward: {np.median(seconds):.4f}")
@@ -277,6 +280,13 @@ def _figures(size: Size, folder: Path, results: dict[tuple[str, int], dict[str, 
     print(f"bound_cost_of_{BOUND}_at_most_{COST_BOUND}: {'met' if cheap else 'MISSED'}")
     print(f"bound_{BOUND}_at_least_as_good_as_plain_on_held_out_needles: {'met' if good else 'MISSED'}")
     return 0 if cheap and good else 1
+
+
+def _standard_error(differences: np.ndarray) -> float:
+    """Of the mean of differences [seeds, documents], were other seeds and other documents drawn: by a bootstrap over both."""
+    rng, (n_seeds, n_documents) = run.stream(0, "bootstrap"), differences.shape
+    drawn = (differences[np.ix_(rng.integers(n_seeds, size=n_seeds), rng.integers(n_documents, size=n_documents))] for _ in range(1000))
+    return float(np.std([one.mean() for one in drawn]))
 
 
 def _perplexity(losses: Sequence[float]) -> float:
