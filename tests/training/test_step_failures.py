@@ -25,7 +25,7 @@ def engine_of(world: int):
 def handed_unlike_work(rank: int, world: int) -> list[str]:
     """What a rank raises where rank 1 has something else, and the loss of a sound step after it all."""
     engine, long = engine_of(world), segment(1)
-    longer = replace(long, **{name: np.zeros(2 * T, dtype=np.int64) for name in ("tokens", "labels", "positions")})
+    longer = replace(long, tokens=np.zeros(2 * T, dtype=np.int32))
     others = [replace(long, window="short"), replace(long, spans=((0, 30), (30, T))), longer, replace(long, spans=((0, T + 1),))]
     heard = []
     for other in others:
