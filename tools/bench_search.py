@@ -6,7 +6,8 @@ Every search is a run of `python -m lr2train.search` on the demo's tiny model, o
 finished is not run again. Plain and racing searches of a seed have the same population, iterations and operators and start from the
 same candidates. Winners are then scored on documents that nobody has seen, the same for all: over source files of an installed package
 that is in no corpus, each another file, in the paper's form (one question, needle at the start) with distractors, and the same with the
-needle at five depths. A quick run cannot tell searches apart that are alike: it calls them so within a standard error. Figures last, one a line as ``name: value``; exits with 1 where a bound is missed.
+needle at five depths. A quick run has too few seeds to tell alike searches apart: it takes them for alike within a standard error.
+Figures last, one a line as ``name: value``; exits with 1 where a bound is missed.
 """
 
 from __future__ import annotations
