@@ -275,7 +275,7 @@ def documents(figure: FigureBase, look: Look, journal: Sequence[Json]) -> str:
         label="best candidate",
     )
     _log_y(axes)
-    axes.set(xlabel="document", ylabel="loss (nats, log scale)", xlim=(numbers[0] - 0.6, numbers[-1] + 0.6))
+    axes.set(xlabel="document", ylabel="loss of its answers in all (nats, log scale)", xlim=(numbers[0] - 0.6, numbers[-1] + 0.6))
     _whole_numbers(axes.xaxis, numbers)
     _legend_above(figure, axes)
     return "loss by document"
