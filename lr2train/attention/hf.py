@@ -171,6 +171,12 @@ def refuse_model(config: Any) -> None:
             f"{config.model_type} has layers of type {', '.join(sorted(others))}, which are not attention over whole spans; "
             "choose another model (model.path)"
         )
+    value_dim, query_dim = getattr(config, "v_head_dim", None), getattr(config, "qk_head_dim", None)
+    if value_dim != query_dim:
+        raise UserError(
+            f"{config.model_type} has value heads of {value_dim} and query heads of {query_dim} dims (latent attention), and kernels here want "
+            "them alike; choose another model (model.path)"
+        )
     softcap = getattr(config, "attn_logit_softcapping", None)
     if softcap is not None:
         raise UserError(

@@ -112,6 +112,13 @@ def test_install_refuses(family, changes, text):
         install(tiny_model(family, **changes), Mesh())
 
 
+def test_value_heads_of_another_size_are_refused():
+    from transformers import DeepseekV3Config
+
+    with pytest.raises(UserError, match=r"deepseek_v3 has value heads of 128 and query heads of 192 dims"):
+        refuse_config(DeepseekV3Config(), ParallelConfig(), 32, 32, 1)
+
+
 def test_layers_that_are_not_attention_over_spans_are_refused():
     """Linear attention and the like would restart on every shard."""
     model = tiny_model("llama")
