@@ -36,7 +36,7 @@ def prepare(config: Config) -> dict[str, Any]:
     building.check(config.data, original_window_tokens)
     job = run.open_run(config, "prepare", GROUPS, follows=True)
     started = time.monotonic()
-    listed = building.list_sources(config.data, job.log)
+    listed = building.list_sources(config.data)
     with job.lock() or contextlib.nullcontext():
         for change in job.changes():
             job.log(f"changed since the last time: {change}")
@@ -50,6 +50,7 @@ def prepare(config: Config) -> dict[str, Any]:
 def _prepare(config: Config, original_window_tokens: int, listed: building.Listed, job: run.Run) -> dict[str, Any]:
     """Stages 1 and 2 in a folder that is ours; the config is noted last, because a budget that cannot be filled must not replace one that could."""
     integrity.refuse_damage(job.folder)
+    building.say_passed_over(config.data, job.log)
     tokenizer = building.ensure_tokenizer(job.folder, config.data, listed, job.log)
     stores = building.ensure_stores(job.folder, config.data, listed, tokenizer, original_window_tokens, config.seed, job.log)
     manifest = segmenting.ensure_plan(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from benches.striking import strike
+from benches.striking import seconds_to_its_end
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -65,15 +65,7 @@ def one_round(number: int, world: int, rng: random.Random, overrides: list[str])
     if not struck:
         assert process.returncode == 0, f"the search on {world} ranks ended with {process.returncode}: see runs/{NAME}.log"
         return None
-    begin = time.monotonic()
-    strike(NAME, rng.randrange(world) if alone else None)
-    try:
-        process.wait(timeout=4 * END_BOUND_S)
-    except subprocess.TimeoutExpired:
-        strike(NAME, None)
-    seconds = time.monotonic() - begin
-    strike(NAME, None)
-    assert process.returncode != 0, "a killed job said that it had done its work"
+    seconds = seconds_to_its_end(process, NAME, rng.randrange(world) if alone else None, 4 * END_BOUND_S)
     print(
         f"kill {number}: {'one rank' if alone else 'everything'} of {world}, {len(evaluations())} evaluations, ended after {seconds:.1f} s",
         file=sys.stderr,

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from benches.striking import strike
+from benches.striking import seconds_to_its_end
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 24
@@ -91,15 +91,7 @@ def one_round(number: int, rng: random.Random, overrides: list[str]) -> float | 
     if not wait_for(process, moment(kind, rng)):
         assert process.returncode == 0, f"the training on {world} ranks ended with {process.returncode}: see runs/{NAME}.log"
         return None
-    begin = time.monotonic()
-    strike(NAME, rng.randrange(world) if alone else None)
-    try:
-        process.wait(timeout=4 * END_BOUND_S)
-    except subprocess.TimeoutExpired:
-        strike(NAME, None)
-    seconds = time.monotonic() - begin
-    strike(NAME, None)
-    assert process.wait() != 0, "a killed job said that it had done its work"
+    seconds = seconds_to_its_end(process, NAME, rng.randrange(world) if alone else None, 4 * END_BOUND_S)
     print(
         f"kill {number}: {'one rank' if alone else 'everything'} of {world} (sp {sp}), moment: {kind}, {len(losses(NAME))} steps in metrics.jsonl, "
         f"ended after {seconds:.1f} s",
@@ -128,9 +120,8 @@ def main() -> int:
         if end is None:
             break
         ends.append(end)
-    assert start(NAME, *PLACES[arguments.kills % len(PLACES)], arguments.overrides).wait() == 0, (
-        f"the resumed training failed: see runs/{NAME}.log"
-    )
+    world, sp = PLACES[arguments.kills % len(PLACES)]
+    assert start(NAME, world, sp, arguments.overrides).wait() == 0, f"the resumed training failed: see runs/{NAME}.log"
     return report(ends)
 
 

@@ -30,7 +30,7 @@ from lr2train.data.workers import Workers
 from lr2train.run import fingerprint as fingerprint_of
 from lr2train.run import read_json, stream, write_json
 
-__all__ = ["check", "ensure_stores", "ensure_tokenizer", "is_held_out", "list_sources"]
+__all__ = ["check", "ensure_stores", "ensure_tokenizer", "is_held_out", "list_sources", "say_passed_over"]
 Log = Callable[[str], None]
 Listed = dict[str, list[Shard]]
 """The shards of each source of text."""
@@ -98,18 +98,21 @@ def _needle_options(source: SourceConfig, data: DataConfig) -> dict[str, Any]:
     )
 
 
-def list_sources(data: DataConfig, log: Log) -> Listed:
-    """The shards of every source of text, in order; files that are of no kind that we read are said.
+def list_sources(data: DataConfig) -> Listed:
+    """The shards of every source of text, in order.
 
     Raises:
         UserError: a path that is not there, an unknown option, or nothing to read.
     """
-    listed = {source.name: sources.shards(source, data.shard_bytes) for source in data.sources if source.kind != NEEDLES}
+    return {source.name: sources.shards(source, data.shard_bytes) for source in data.sources if source.kind != NEEDLES}
+
+
+def say_passed_over(data: DataConfig, log: Log) -> None:
+    """Say which files of the sources' folders are of no kind that we read."""
     for source in data.sources:
         if over := sources.passed_over(source):
             kinds = ", ".join(f"{count} {end}" for end, count in over.items())
             log(f"{source.name}: passing over {sum(over.values())} files of other kinds ({kinds})")
-    return listed
 
 
 def ensure_tokenizer(folder: Path, data: DataConfig, listed: Listed, log: Log) -> Tokenizer:

@@ -33,8 +33,11 @@ class LossHead(nn.Module):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Logits of a chunk of rows at a time, in the forward pass and again in the backward pass; none are kept between."""
+
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
+        """hidden [T, H], weight [V, H], labels [T] -> scalar, the summed negative log-likelihood in nats."""
         ctx.save_for_backward(hidden, weight, labels)
         ctx.chunk_tokens = chunk_tokens
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
@@ -44,6 +47,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total: torch.Tensor):
+        """Gradient of the scalar -> those of hidden [T, H] and weight [V, H] in their dtypes: (softmax - one-hot) through the head."""
         hidden, weight, labels = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=_wide(hidden), device=weight.device)

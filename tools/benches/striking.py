@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 
@@ -17,3 +19,17 @@ def strike(name: str, rank: int | None) -> None:
                 os.kill(int(process.name), signal.SIGKILL)
         except OSError:
             continue
+
+
+def seconds_to_its_end(process: subprocess.Popen, name: str, rank: int | None, patience_s: float) -> float:
+    """Strike a job and wait until it has ended by itself; all of it is killed after ``patience_s``. It must not end as if it were done."""
+    begin = time.monotonic()
+    strike(name, rank)
+    try:
+        process.wait(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        strike(name, None)
+    seconds = time.monotonic() - begin
+    strike(name, None)
+    assert process.wait() != 0, "a killed job said that it had done its work"
+    return seconds
