@@ -169,8 +169,8 @@ def open_run(config: Config, verb: str, groups: tuple[str, ...], follows: bool =
 
 def _refuse_other_verb(folder: Path, verb: str) -> None:
     """A folder of another verb's results has files of the same names, such as factors.json."""
-    for other in sorted(file.name.partition(".")[0] for file in folder.glob("*.config.json")):
-        if other != verb:
+    for other in ("prepare", "search", "train"):
+        if other != verb and (folder / f"{other}.config.json").exists():
             raise UserError(f"run folder {folder} belongs to a run of {other}, whose results {verb} would overwrite; choose another name=")
 
 
