@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lr2train import run
+from lr2train import io, run
 from lr2train.config import Config, RopeConfig, UserError, main
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import NeedleDocument, needle_set, text_set
@@ -72,7 +72,7 @@ def inputs(config: Config) -> tuple[Config, list[Subject]]:
             )
         return config, _before(config, load.folder_of(config.model))
     folder = of_run.folder_of(config)
-    run.read_json(folder / "train.json")  # refuses a run that is not finished
+    io.read_json(folder / "train.json")  # refuses a run that is not finished
     factors = Factors.load(folder / "factors.json")
     config = of_run.completed(config)
     extended = factors.target_window_tokens > factors.spectrum.window_tokens
@@ -160,10 +160,10 @@ def _settings(subject: Subject, config: Config, corpus: Corpus, lengths: list[in
 def _evaluated(subject: Subject, settings: dict[str, Any], job: run.Run, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """One row; read back where a former call has measured it under the same settings."""
     file = job.folder / "evaluation" / f"{re.sub(r'[^a-z0-9_]+', '_', subject.label)}.json"
-    if file.exists() and (old := run.read_json(file))["settings"] == settings:
+    if file.exists() and (old := io.read_json(file))["settings"] == settings:
         return old["row"]
     row = measure()
-    run.write_json(file, {"settings": settings, "row": row})
+    io.write_json(file, {"settings": settings, "row": row})
     return row
 
 

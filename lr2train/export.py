@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lr2train import run
+from lr2train import io, run
 from lr2train.config import Config, UserError, main
 from lr2train.evaluation import of_run
 from lr2train.model import load, rotary
@@ -54,12 +54,12 @@ def export(config: Config) -> dict[str, Any]:
     job = run.Run(of_run.folder_of(config), "export")
     if config.export.dtype not in (None, *load.DTYPES):
         raise UserError(f"export.dtype={config.export.dtype} is not one of {', '.join(load.DTYPES)}; set one of them, or leave it empty")
-    run.read_json(job.folder / "train.json")  # refuses a run that is not finished
+    io.read_json(job.folder / "train.json")  # refuses a run that is not finished
     factors = Factors.load(job.folder / "factors.json")
     folder = Path(config.export.folder or job.folder / "export")
     _refuse_to_overwrite(folder)
     config = of_run.completed(config)
-    dtype = config.export.dtype or run.read_json(job.folder / "model" / "config.json")["dtype"]
+    dtype = config.export.dtype or io.read_json(job.folder / "model" / "config.json")["dtype"]
     companions = {file.name: file for file in (*_tokenizer_files(job.folder / "model"), *_files_of_base(config, job))}
     card = _card(str(config.run), factors, config.model.path)
     _write(job.folder / "model", folder, factors, dtype, card, list(companions.values()))
@@ -144,7 +144,7 @@ def _their_logits(folder: Path, lengths: dict[str, int], device: str) -> dict[st
 
 
 def _our_logits(folder: Path, factors: Factors, lengths: dict[str, int], device: str) -> dict[str, torch.Tensor]:
-    model = load.load_whole(folder, run.read_json(folder / "config.json")["dtype"], device)
+    model = load.load_whole(folder, io.read_json(folder / "config.json")["dtype"], device)
     table = rotary.install(model, factors)
     logits = {}
     for window, length in lengths.items():

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lr2train import run
+from lr2train import io, run
 from lr2train.config import Config, GenerateConfig, UserError, main
 from lr2train.evaluation import of_run
 from lr2train.model import decode, load, rotary
@@ -56,7 +56,7 @@ def generate(config: Config) -> dict[str, Any]:
         "seconds": time.monotonic() - start,
         "provenance": run.provenance(),
     }
-    run.write_json(_run_folder(config) / "generate.json", result)
+    io.write_json(_run_folder(config) / "generate.json", result)
     switch = " after a switch with re-prefill" if result["switched"] else ""
     run.say("generate", f"{len(tokens)} + {len(new)} tokens, window {table.window}{switch}, {result['seconds']:.1f} s")
     return result

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lr2train import run
+from lr2train import io
 from lr2train.config import Config, LongAttention, UserError, main
 from lr2train.data.batch import WINDOWS
 from lr2train.data.corpus import Corpus
@@ -55,7 +55,7 @@ def _of_run(config: Config) -> Config:
     if config.run is None:
         return config
     folder = Path(config.runs_folder) / config.run
-    saved = run.read_json(folder / "train.config.json")
+    saved = io.read_json(folder / "train.config.json")
     if saved["data"]["kind"] != "segments":
         raise UserError(f"run={config.run} was trained with data.kind={saved['data']['kind']}, which plans no segments; choose another run")
     data = replace(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lr2train import run
+from lr2train import io, run
 from lr2train.attention import choice
 from lr2train.attention import hf as attention
 from lr2train.config import Config, UserError, main
@@ -48,7 +48,7 @@ def plan(config: Config) -> dict[str, Any]:
         "assumptions": [*work.assumptions, *_assumptions(config)],
     }
     path = Path(config.runs_folder) / config.name / "plan.json"
-    run.write_json(path, result)
+    io.write_json(path, result)
     show(result)
     run.say("plan", f"written to {path}")
     return result

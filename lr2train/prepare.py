@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lr2train import run
+from lr2train import io, run
 from lr2train.config import Config, ModelConfig, UserError, main
 from lr2train.data import building, integrity, segmenting
 from lr2train.reporting.mix import ensure_mix_pictures
@@ -77,7 +77,7 @@ def original_window(model: ModelConfig) -> int:
         return model.original_window_tokens
     file = Path(model.path or "") / "config.json"
     if model.path is not None and file.is_file():
-        return rope_hf.spectrum_of(run.read_json(file)).window_tokens
+        return rope_hf.spectrum_of(io.read_json(file)).window_tokens
     if model.path is None and model.architecture:
         return rope_hf.spectrum_of(dict(model.architecture)).window_tokens
     raise UserError(f"model.path={model.path} has no config.json to read the original window from; set model.original_window_tokens")

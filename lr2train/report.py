@@ -9,13 +9,12 @@ paths that it recorded; folders named after it take their place.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lr2train import run
+from lr2train import io, run
 from lr2train.config import EXIT_BAD_INPUT, UserError
 from lr2train.reporting import making, results
 from lr2train.reporting.inputs import Inputs, gather
@@ -46,8 +45,8 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """
     inputs = gather(folders)
     path = out or folders[0] / "report.html"
-    _write(path, render(inputs))
-    run.write_json(
+    io.write_text(path, render(inputs))
+    io.write_json(
         folders[0] / "report.json", {"page": str(path), "folders": [str(folder) for folder in folders], "bytes": path.stat().st_size}
     )
     return path
@@ -62,14 +61,6 @@ def render(inputs: Inputs) -> str:
         sections.append(("missing", "Not here yet", wanting(left_out)))
     footer = f"lr2train report of <code>{text(inputs.folder)}</code>, written {time.strftime('%Y-%m-%d %H:%M')}."
     return page(f"{inputs.folder.resolve().name} · lr2train", results.header(inputs), sections, footer)
-
-
-def _write(path: Path, html: str) -> None:
-    """Whole or not at all: a reader may have the page open."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(html)
-    os.replace(temporary, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

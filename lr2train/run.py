@@ -1,8 +1,7 @@
 """A run folder: where a verb writes, what it ran with, how it draws random numbers, logs and shows progress.
 
 Choice: one folder a run, ``<runs_folder>/<name>``, opened by every verb the same way. The resolved config lies in it; opening it again with another
-config is refused with the keys that differ, so a resumed run is the run that was started. Files are written whole or not at all (temporary name,
-then rename), because any of them may be cut by kill -9.
+config is refused with the keys that differ, so a resumed run is the run that was started.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 
 from lr2train.config import Config, UserError, differences, to_dict
+from lr2train.io import read_json, write_json
 
 T = TypeVar("T")
 
@@ -219,60 +219,6 @@ def stream(seed: int, *names: str | int) -> np.random.Generator:
     """A random stream that depends on the seed and its name only, never on how much another stream was used."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint64))
-
-
-def fingerprint(value: Any) -> str:
-    """16 hex digits that stand for a JSON value; the order of its keys does not count."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1, default=_plain)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (np.integer, np.floating, np.bool_)):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
-_WRITERS = {
-    "corpus.json": "lr2train.prepare",
-    "factors.json": "lr2train.search, or train,",
-    "search.json": "lr2train.search",
-    "train.json": "lr2train.train",
-    "train.config.json": "lr2train.train",
-    "export.json": "lr2train.export",
-}
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file that we wrote.
-
-    Raises:
-        UserError: it is missing, unreadable or broken.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        writer = _WRITERS.get(path.name, "the verb that writes it")
-        raise UserError(f"{path} does not exist; run {writer} first, or name another folder") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); make it a readable file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); remove it and run the verb that writes it again") from None
 
 
 def say(verb: str, message: str) -> None:

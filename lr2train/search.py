@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import torch
 
-from lr2train import run
+from lr2train import io, run
 from lr2train.config import Config, UserError, main
 from lr2train.data.corpus import Corpus
 from lr2train.evolution.cma import evolve_cmaes
@@ -79,7 +79,7 @@ def _finished(job: run.Run, config: Config) -> dict[str, Any]:
     job.log(f"already finished: {job.folder / 'search.json'}")
     if run.rank() == 0 and not all((job.folder / "pictures" / name).exists() for name in PICTURES):  # killed while they were drawn
         write_search_pictures(job.folder)
-    return run.read_json(job.folder / "search.json")
+    return io.read_json(job.folder / "search.json")
 
 
 def inputs(config: Config) -> tuple[Space, list[Document]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lr2train import run
+from lr2train import io, run
 from lr2train.attention import hf as attention
 from lr2train.config import Config, UserError, main
 from lr2train.data.corpus import Corpus
@@ -50,7 +50,7 @@ def train(config: Config) -> dict[str, Any]:
     job.refuse_other_inputs(fingerprints)
     if (job.folder / "train.json").exists():
         job.log(f"already finished: {job.folder / 'train.json'}")
-        return run.read_json(job.folder / "train.json")
+        return io.read_json(job.folder / "train.json")
     device = processes.start(config)
     control.together(lambda: corpus.verify(full=config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0))  # once a machine
     start_deepspeed(device)
@@ -98,7 +98,7 @@ def _fingerprints(config: Config, factors: Factors) -> dict[str, str]:
     """What a resumed run has to find unchanged, whatever the paths say."""
     found = {
         "corpus": Corpus.open(config.data.path).fingerprint,
-        "factors": run.fingerprint(factors.to_json()),
+        "factors": io.fingerprint(factors.to_json()),
     }
     return found if config.model.path is None else {**found, "model": load.fingerprint(load.folder_of(config.model))}
 

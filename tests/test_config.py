@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lr2train import config, run
+from lr2train import config, io, run
 from lr2train.config import CONF_FOLDER, Config, UserError, compose
 
 EXPERIMENTS = sorted(path.stem for path in (CONF_FOLDER / "experiment").glob("*.yaml"))
@@ -171,9 +171,9 @@ def test_keys_that_change_no_result_may_change(tmp_path):
 def test_a_key_that_a_later_release_has_added_refuses_no_old_run(tmp_path):
     job = run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
     job.claim({}).close()
-    saved = run.read_json(job.folder / "train.config.json")
+    saved = io.read_json(job.folder / "train.config.json")
     del saved["engine"]["loss_chunk_tokens"]
-    run.write_json(job.folder / "train.config.json", saved)
+    io.write_json(job.folder / "train.config.json", saved)
     assert run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN).folder == job.folder
 
 
@@ -203,10 +203,10 @@ def test_random_streams_depend_on_seed_and_name_only():
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
-    run.write_json(path, {"a": 1})
+    io.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        run.write_json(path, {"a": object()})
-    assert run.read_json(path) == {"a": 1}
+        io.write_json(path, {"a": object()})
+    assert io.read_json(path) == {"a": 1}
     path.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        run.read_json(path)
+        io.read_json(path)

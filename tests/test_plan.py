@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from lr2train.config import SearchConfig, UserError, compose
+from lr2train.io import write_json
 from lr2train.model import load
 from lr2train.plan import plan
 from lr2train.planning import cost, memory, tables
 from lr2train.planning.memory import GIB
 from lr2train.planning.shape import hf_config_of, shape_of
 from lr2train.planning.work import work_of
-from lr2train.run import write_json
 
 REPO = Path(__file__).parent.parent
 L = 131072

@@ -16,11 +16,12 @@ import pytest
 from reporting.searches import L0, SPECTRUM, L, make_search, write_jsonl
 
 from lr2train.config import UserError
+from lr2train.io import read_json, write_json
 from lr2train.report import render, report
 from lr2train.reporting import charts, inputs
 from lr2train.reporting.heatmap import color_of, short_count
 from lr2train.rope.methods import METHODS
-from lr2train.run import provenance, read_json, write_json
+from lr2train.run import provenance
 
 LENGTHS, DEPTHS = [512, 1024, 2048, 4096], [0.0, 0.25, 0.5, 0.75, 1.0]
 EVIL = '<script>alert("x")</script>'

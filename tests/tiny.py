@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from lr2train.config import Config, compose, to_dict
+from lr2train.io import write_json
 from lr2train.model import load
 from lr2train.prepare import prepare
 from lr2train.rope import METHODS, Factors, Spectrum
 from lr2train.rope import hf as rope_hf
-from lr2train.run import write_json
 
 L0, L, VOCAB = 64, 256, 400
 SPECTRUM = Spectrum(16, 1000.0, L0)

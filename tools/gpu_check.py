@@ -41,7 +41,8 @@ from benches.gpu_tables import Line, show_parity, show_speed, show_summary  # no
 
 from lr2train.attention.kernel import kernel_name  # noqa: E402
 from lr2train.config import UserError  # noqa: E402
-from lr2train.run import say, write_json  # noqa: E402
+from lr2train.io import write_json  # noqa: E402
+from lr2train.run import say  # noqa: E402
 
 PARTS = ("parity", "attention", "layer")
 STRATEGIES = ("ulysses", "ring")

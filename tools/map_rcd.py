@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT)]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from lr2train import run  # noqa: E402
+from lr2train import io, run  # noqa: E402
 from lr2train.config import EXIT_BAD_INPUT, Config, UserError, compose, to_dict  # noqa: E402
 from lr2train.data.corpus import Corpus  # noqa: E402
 from lr2train.data.needles import NeedleDocument, needle_set  # noqa: E402
@@ -176,11 +176,11 @@ def finished_cells(out: Path, settings: Json) -> dict[Cell, Json]:
         UserError: they were measured with another model, other documents or other windows.
     """
     if (out / "settings.json").exists():
-        found = run.read_json(out / "settings.json")
+        found = io.read_json(out / "settings.json")
         changed = [key for key, value in settings.items() if found.get(key) != value]
         if changed:
             raise UserError(f"--out {out} holds cells of other settings ({', '.join(changed)}); choose another --out, or remove the folder")
-    run.write_json(out / "settings.json", settings)
+    io.write_json(out / "settings.json", settings)
     file = out / "cells.jsonl"
     text = file.read_text() if file.exists() else ""
     whole = text[: text.rfind("\n") + 1]
@@ -417,7 +417,7 @@ def make_map(given: argparse.Namespace) -> Json:
     if "all" in found:
         print("all attention factors", in_words(found["all"]), "", sep="\n")
     summary = {"verdicts": found, "cells": len(cells), "documents": len(documents), "pictures": pictures, "resamples": RESAMPLES}
-    run.write_json(given.out / "summary.json", summary)
+    io.write_json(given.out / "summary.json", summary)
     print(*(f"picture: {picture}" for picture in pictures), sep="\n")
     return summary
 

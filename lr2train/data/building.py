@@ -27,8 +27,9 @@ from lr2train.data.textsource import REJECTS, TextSource, counts, example, held_
 from lr2train.data.tokenizer import Tokenizer
 from lr2train.data.tokenizing import Setup, Task, is_held_out
 from lr2train.data.workers import Workers
-from lr2train.run import fingerprint as fingerprint_of
-from lr2train.run import read_json, stream, write_json
+from lr2train.io import fingerprint as fingerprint_of
+from lr2train.io import read_json, write_json
+from lr2train.run import stream
 
 __all__ = ["check", "ensure_stores", "ensure_tokenizer", "is_held_out", "list_sources", "say_passed_over"]
 Log = Callable[[str], None]

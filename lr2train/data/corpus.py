@@ -29,7 +29,7 @@ from lr2train.data.batch import WINDOWS
 from lr2train.data.packing import Pieces
 from lr2train.data.store import HOLDOUT, TRAIN, SourceStore, sealed
 from lr2train.data.text import Text
-from lr2train.run import read_json
+from lr2train.io import read_json
 
 MANIFEST, TOKENIZER = "corpus.json", "tokenizer"
 SOURCE = "source.json"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lr2train.config import DecontaminateConfig, UserError
-from lr2train.run import fingerprint
+from lr2train.io import fingerprint
 
 SHORTEST = 8  # words of a run: fewer are found by chance (GPT-3's own lower end)
 _WORD = re.compile(r"\w+")

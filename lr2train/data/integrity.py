@@ -17,7 +17,7 @@ from typing import NamedTuple
 from lr2train.config import UserError
 from lr2train.data import store
 from lr2train.data.store import HOLDOUT, TRAIN
-from lr2train.run import read_json, write_json
+from lr2train.io import read_json, sha256_of, write_json
 
 CHECKSUMS, VERIFIED = "checksums.json", "verified.json"
 _AROUND = ("corpus.json", "segments*", "plan*", "tokenizer/*", "store/*/source.json", "store/*/*.usable.npy")
@@ -32,7 +32,7 @@ class _File(NamedTuple):
 def write_checksums(folder: Path) -> None:
     """Note the checksums of everything around the stores: the last thing that ``prepare`` does."""
     files = sorted({path for pattern in _AROUND for path in folder.glob(pattern) if path.is_file()})
-    noted = {str(path.relative_to(folder)): [path.stat().st_size, store.sha256_of(path)] for path in files}
+    noted = {str(path.relative_to(folder)): [path.stat().st_size, sha256_of(path)] for path in files}
     store.seal(folder / CHECKSUMS, {"files": noted})
 
 
@@ -90,7 +90,7 @@ def _compare(folder: Path, files: list[_File]) -> int:
     known = _remembered(folder)
     new = [file for file in files if known.get(_name(folder, file)) != _stamp(file)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for file, sha256 in zip(new, pool.map(store.sha256_of, (file.path for file in new)), strict=True):
+        for file, sha256 in zip(new, pool.map(sha256_of, (file.path for file in new)), strict=True):
             if sha256 != file.sha256:
                 raise _damaged(file.path, "does not have the checksum that it was written with")
     if new:

@@ -6,8 +6,6 @@ about a hundred megabytes for 10B tokens in five million pieces.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 
 from lr2train.config import UserError
 from lr2train.data.packing import COLUMNS, Pieces
+from lr2train.io import replacing, sha256_of
 
 FORMAT = 1
 _CHUNK_BYTES = 1 << 24
@@ -27,13 +26,9 @@ def plan_file(folder: Path, window: str) -> Path:
 
 def write(path: Path, pieces: Pieces) -> dict[str, Any]:
     """Write a plan whole or not at all; returns its ``bytes`` and ``sha256`` for the manifest."""
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         np.save(file, np.stack([np.asarray(getattr(pieces, column), np.int32) for column in COLUMNS]))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def read(path: Path, segment_tokens: int) -> Pieces:
@@ -59,17 +54,9 @@ def verify(path: Path, about: dict[str, Any]) -> None:
     """
     if not path.is_file() or path.stat().st_size != about["bytes"]:
         raise _unusable(path, f"it has not the {about['bytes']} bytes that the manifest promises")
-    if _sha256(path) != about["sha256"]:
+    if sha256_of(path) != about["sha256"]:
         raise _unusable(path, "its checksum is not the manifest's")
 
 
 def _unusable(path: Path, why: str) -> UserError:
     return UserError(f"the plan {path} is unusable ({why}); remove it and run prepare again, which tokenises nothing anew")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

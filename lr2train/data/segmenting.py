@@ -21,8 +21,8 @@ from lr2train.data.composing import Plan, make_plan
 from lr2train.data.corpus import FORMAT, MANIFEST, reopen, source_store
 from lr2train.data.mixing import budgets
 from lr2train.data.store import seal, sealed
-from lr2train.run import fingerprint as fingerprint_of
-from lr2train.run import write_json
+from lr2train.io import fingerprint as fingerprint_of
+from lr2train.io import write_json
 
 __all__ = ["budgets", "ensure_plan"]
 Log = Callable[[str], None]

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from lr2train.config import SourceConfig, UserError
 from lr2train.data.batch import WINDOWS
 from lr2train.data.formats import HUB, SUFFIXES, Document, File, Shard, Tally, checked, read_files, read_text, shards_of, size_of
-from lr2train.run import fingerprint, read_json
+from lr2train.io import fingerprint, read_json
 
 CUSTOM = "custom"
 PART = "#"  # in an id, before a part of a document: parts are held out as their whole is

@@ -31,8 +31,8 @@ from typing import IO, Any, TypeVar
 import numpy as np
 
 from lr2train.config import UserError
-from lr2train.run import fingerprint as fingerprint_of
-from lr2train.run import read_json, write_json
+from lr2train.io import fingerprint as fingerprint_of
+from lr2train.io import read_json, sha256_of, write_json
 
 T = TypeVar("T")
 
@@ -459,9 +459,3 @@ def broken(prefix: Path, why: str) -> UserError:
 def suffixed(prefix: Path, suffix: str) -> Path:
     """A file of a store."""
     return prefix.with_name(prefix.name + suffix)
-
-
-def sha256_of(path: Path) -> str:
-    """Checksum of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

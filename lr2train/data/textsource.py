@@ -25,8 +25,8 @@ from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.data.tokenizer import Tokenizer
 from lr2train.data.tokenizing import Ledger, Setup, Task, finished
 from lr2train.data.workers import Workers
+from lr2train.io import fingerprint as fingerprint_of
 from lr2train.run import Tick, meter
-from lr2train.run import fingerprint as fingerprint_of
 
 Log = Callable[[str], None]
 RECIPE, REJECTS = "recipe.json", "rejects.jsonl"

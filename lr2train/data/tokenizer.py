@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from lr2train.config import UserError
-from lr2train.run import write_json
+from lr2train.io import write_json
 
 BOS, EOS = "<s>", "</s>"
 _CONFIG = "tokenizer_config.json"

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lr2train import run
+from lr2train import io
 from lr2train.config import Config, UserError
 
 T = TypeVar("T")
@@ -37,8 +37,8 @@ def completed(config: Config) -> Config:
         UserError: the run has no saved config, or no model yet.
     """
     folder = folder_of(config)
-    saved = run.read_json(folder / "train.config.json")
-    dtype = run.read_json(folder / "model" / "config.json")["dtype"]
+    saved = io.read_json(folder / "train.config.json")
+    dtype = io.read_json(folder / "model" / "config.json")["dtype"]
     model = _laid_over(config.model, {**saved["model"], "dtype": dtype})
     needles = _laid_over(config.data.needles, saved["data"]["needles"])
     data = replace(config.data, path=config.data.path or saved["data"]["path"], needles=needles)

@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from lr2train.config import ModelConfig, UserError
+from lr2train.io import read_json, write_json
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.spectrum import Spectrum
-from lr2train.run import rank, read_json, write_json
+from lr2train.run import rank
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,7 +12,7 @@ from pathlib import Path
 from lr2train.config import Config, LongAttention
 from lr2train.data.batch import LONG, SHORT
 from lr2train.data.corpus import MANIFEST
-from lr2train.run import read_json
+from lr2train.io import read_json
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ light colours. Cost: matplotlib measures the page's labels in its own font, a li
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Concatenate, ParamSpec
 import matplotlib
 from matplotlib.figure import Figure, FigureBase
 
+from lr2train.io import replacing
 from lr2train.reporting.style import LIGHT
 
 HALF, WIDE = (4.8, 2.9), (9.6, 4.0)  # inches of 72 units
@@ -96,10 +96,8 @@ def side_by_side(charts: Sequence[Chart], path: Path, title: str) -> Path:
         for part, one in zip(parts, charts, strict=True):
             part.set_facecolor("none")
             one.draw(part, PAPER)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH)
-    os.replace(temporary, path)
+        with replacing(path) as file:
+            figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
     return path
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lr2train.config import UserError
+from lr2train.io import read_json
 from lr2train.rope.factors import Factors
-from lr2train.run import read_json
 from lr2train.training.metrics import read_jsonl
 
 Json = dict[str, Any]

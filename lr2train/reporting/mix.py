@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from lr2train.io import read_json
 from lr2train.reporting.canvas import N_SERIES, Chart, Look, chart, side_by_side
-from lr2train.run import read_json
 
 PICTURES = ("lengths", "mix", "segments")
 _OTHERS = "others"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lr2train.config import UserError
+from lr2train.io import write_json
 from lr2train.rope.spectrum import Spectrum
 
 
@@ -104,11 +104,7 @@ class Factors:
 
     def save(self, path: str | Path) -> None:
         """Write JSON atomically: whoever reads sees the old file or the new one, never half of one."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        scratch.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        os.replace(scratch, path)
+        write_json(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Factors:

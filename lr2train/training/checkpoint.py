@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lr2train import run
+from lr2train import io, run
 from lr2train.config import UserError
 from lr2train.parallel import control
 from lr2train.training import partitions
@@ -54,7 +54,7 @@ def save(engine: Any, folder: Path, step: int, keep: int) -> None:
     dist.barrier()
     if control.rank() == 0:
         with _writing(folder / tag):
-            run.write_json(folder / "latest.json", {"step": step, "tag": tag, "world": control.world()})
+            io.write_json(folder / "latest.json", {"step": step, "tag": tag, "world": control.world()})
         _forget(folder, tag, keep)
     dist.barrier()
 
@@ -91,7 +91,7 @@ def load(engine: Any, folder: Path) -> int:
     """
     latest = folder / "latest.json"
     # Rank 0 looks: what another machine's cache shows may differ.
-    written, *_ = control.together(lambda: run.read_json(latest) if control.rank() == 0 and latest.exists() else None)
+    written, *_ = control.together(lambda: io.read_json(latest) if control.rank() == 0 and latest.exists() else None)
     if written is None:
         return 0
     checkpoint, world = folder / written["tag"], int(written["world"])

@@ -16,7 +16,7 @@ from typing import Any
 
 from lr2train.config import DataConfig, UserError
 from lr2train.data.order import default_group
-from lr2train.run import read_json
+from lr2train.io import read_json
 
 FILE = "train.steps.json"
 

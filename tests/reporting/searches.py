@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lr2train.io import write_json
 from lr2train.rope.methods import METHODS
 from lr2train.rope.spectrum import Spectrum
-from lr2train.run import write_json
 
 L0, L = 512, 4096
 SPECTRUM = Spectrum(64, 10000.0, L0)  # d10 8, tcd 16

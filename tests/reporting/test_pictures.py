@@ -177,8 +177,8 @@ def test_a_picture_is_whole_or_the_one_before(tmp_path, monkeypatch):
     make_search(tmp_path / "s")
     before = {file: file.read_bytes() for file in write_search_pictures(tmp_path / "s")}
 
-    def cut(self, path, **_):
-        Path(path).write_bytes(b"half")
+    def cut(self, file, **_):
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(canvas.Figure, "savefig", cut)

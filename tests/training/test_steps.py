@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lr2train.config import DataConfig, UserError
-from lr2train.run import write_json
+from lr2train.io import write_json
 from lr2train.training.loop import _due
 from lr2train.training.steps import FILE, Skips, Steps
 

@@ -33,7 +33,7 @@ from lr2train.data.batch import WINDOWS
 from lr2train.data.corpus import Corpus
 from lr2train.data.loader import SegmentLoader, make_loader
 from lr2train.data.prefetch import prefetched
-from lr2train.run import read_json, write_json
+from lr2train.io import read_json, write_json
 
 SEGMENT_TOKENS, ORIGINAL_WINDOW_TOKENS = 4096, 512
 SEGMENTS_PER_STEP, GROUP_SEGMENTS = 8, 8

@@ -8,7 +8,7 @@ import numpy as np
 
 from lr2train.data import corpus, packing, planfile, store, tokenizer
 from lr2train.data.batch import LONG, SHORT
-from lr2train.run import write_json
+from lr2train.io import write_json
 
 ORIGINAL_WINDOW_TOKENS = 8192
 _SHARDS = 2  # of each source
