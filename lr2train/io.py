@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:  # one without a number shows nothing but its text
             error.filename = str(path)
         raise
     sync_folder(path.parent)
