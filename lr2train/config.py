@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from operator import attrgetter
@@ -237,6 +237,10 @@ class EngineConfig:
     loss_chunk_tokens: int = 4096  # positions whose logits exist at one time
     checkpoint_every_steps: int = 100
     keep_checkpoints: int = 2
+    # Steps in a row whose loss or gradient norm is not finite, after which the run ends. One may be a bad document; three are the weights or settings.
+    max_bad_steps: int = 3
+    # Step of a checkpoint to go back to, such as 300, once: the same command repeated goes on from the newest. None: the newest checkpoint.
+    resume_from: int | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)  # merged over the DeepSpeed config that we write, for what we do not name
 
 
@@ -549,27 +553,6 @@ def _probably_meant(key: str, type_name: str) -> str:
     return f"; did you mean {close[0]}?" if close else f"; its keys are {', '.join(known)}" if known else ""
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield ``key: old -> new`` for every leaf that differs between two plain configs."""
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if key not in old:
-            continue  # a key that a later release has added: the run was started without it
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from differences(a, b, f"{prefix}{key}.")
-        elif _names(a) and _names(a) == _names(b):
-            for one, other in zip(a or (), b or (), strict=True):
-                yield from differences(one, other, f"{prefix}{key}.{one['name']}.")
-        elif a != b:
-            yield f"{prefix}{key}: {a!r} -> {b!r}"
-
-
-def _names(value: Any) -> list[str]:
-    """Of a list of named things, such as sources; empty for anything else."""
-    named = isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value)
-    return [one["name"] for one in value] if named else []
-
-
 _LEAST = {
     "parallel.sp": 1,
     "parallel.ring": 0,
@@ -591,6 +574,8 @@ _LEAST = {
     "engine.loss_chunk_tokens": 1,
     "engine.checkpoint_every_steps": 1,
     "engine.keep_checkpoints": 1,
+    "engine.max_bad_steps": 1,
+    "engine.resume_from": 1,
     "search.population": 2,
     "search.documents": 1,
     "search.questions": 1,

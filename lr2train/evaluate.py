@@ -10,6 +10,7 @@ each row of the comparison under ``evaluation/`` as soon as it is done (interrup
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from lr2train.evaluation import niah, of_run, perplexity
 from lr2train.evaluation.subject import Subject, open_model
 from lr2train.model import load
 from lr2train.model.score import Score
-from lr2train.parallel import processes
+from lr2train.parallel import control, processes
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import build
 
@@ -44,6 +45,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     lengths = _lengths(config, factors.target_window_tokens)
     needles, texts = _documents(config, corpus, lengths)
     device = processes.start(config)
+    lock = control.together(job.lock)[0]  # also found here: a folder that may not be written
+    corpus.verify(full=config.data.verify)
     rows = []
     for subject in subjects:
         settings = _settings(subject, config, corpus, lengths)
@@ -53,9 +56,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     prompt = _write_prompt(config, corpus, factors.spectrum.window_tokens, job)
     result = {**windows, "prompt": prompt, "lengths_tokens": lengths, "rows": rows, "provenance": run.provenance()}
     job.write_json("evaluate.json", result)
-    (job.folder / "evaluation" / "table.txt").write_text(table(result) + "\n")
+    io.write_text(job.folder / "evaluation" / "table.txt", table(result) + "\n")
     print(table(result))
     processes.stop()
+    if lock is not None:
+        lock.close()
     return result
 
 
@@ -136,8 +141,7 @@ def _write_prompt(config: Config, corpus: Corpus, original_window_tokens: int, j
     tokens = needle.tokens[: needle.answer_spans[0][0]]
     borders = 0 if corpus.tokenizer.bos is None else 1  # the tokenizer puts BOS before a prompt by itself
     file = job.folder / "evaluation" / "prompt.txt"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(corpus.tokenizer.decode(tokens[borders:]))
+    io.write_text(file, corpus.tokenizer.decode(tokens[borders:]))
     return {"file": str(file), "answer": needle.answers[0]}
 
 
@@ -175,6 +179,7 @@ def _row(subject: Subject, config: Config, needles: list[NeedleDocument], texts:
         yield from perplexity.scores(model, table, subject, texts)
 
     scored = list(run.progress(everything(), len(needles) + len(texts), subject.label))
+    _refuse_non_finite(subject, [one for _, one in scored], config.model.dtype)
     of_needles, of_texts = scored[: len(needles)], scored[len(needles) :]
     return {
         "label": subject.label,
@@ -182,6 +187,14 @@ def _row(subject: Subject, config: Config, needles: list[NeedleDocument], texts:
         "cells": niah.cells(of_needles),
         "by_length": _by_length([(len(document.tokens), one) for document, one in of_needles], of_texts),
     }
+
+
+def _refuse_non_finite(subject: Subject, scores: Sequence[Score], dtype: str) -> None:
+    """A mean over such losses would be no figure, and a table that hides them a lie."""
+    bad = sum(not math.isfinite(score.nll) for score in scores)
+    if bad:
+        remedy = "set model.dtype=float32" if dtype != "float32" else "choose a model whose weights are sound"
+        raise UserError(f"{subject.label}: the losses of {bad} of {len(scores)} documents are not finite (model.dtype={dtype}); {remedy}")
 
 
 def _by_length(of_needles: Sequence[tuple[int, Score]], of_texts: Sequence[tuple[int, Score]]) -> list[dict[str, Any]]:

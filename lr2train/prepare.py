@@ -55,7 +55,7 @@ def _prepare(config: Config, original_window_tokens: int, listed: building.Liste
     stores = building.ensure_stores(job.folder, config.data, listed, tokenizer, original_window_tokens, config.seed, job.log)
     manifest = segmenting.ensure_plan(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
     integrity.write_checksums(job.folder)
-    job.note({})
+    job.claim({})
     return {**manifest, "folder": str(job.folder)}
 
 

@@ -12,28 +12,47 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from lr2train.config import Config, UserError, differences, to_dict
-from lr2train.io import read_json, write_json
+from lr2train.config import Config, UserError, to_dict
+from lr2train.io import fingerprint, finite, read_json, write_json
 
 T = TypeVar("T")
 
-# Keys inside the groups of a run that may change between a start and its resumption: they do not change what it computes.
-FREE_KEYS = (
-    "parallel.", "engine.checkpoint_every_steps", "engine.keep_checkpoints", "data.tokenizer_train_bytes", "model.allow_download",
-    "data.workers", "data.tokenizer_backend", "data.verify",
-    "data.skip_steps", "data.prefetch_steps", "data.loader_threads",
+# What may change between the starts of one run. All else is refused with the keys that differ.
+_MAY_CHANGE = (
+    # other ranks
+    "parallel.",
+    # the input's contents decide, not its path
+    "model.path:", "model.revision:", "model.allow_download:", "data.path:", "rope.factors:",
+    # decided when the corpus was prepared: its contents tell
+    *(f"data.{key}" for key in (
+        "sources", "tokenizer", "vocab_size", "shard_bytes", "deduplicate", "decontaminate", "short_tokens", "long_tokens", "buckets", "weights_of",
+        "max_repeats", "keep_below", "over_long", "holdout", "align_sp", "workers",
+    )),
+    # how data is read; lr2train.training.steps has its own rule for skipped steps and groups
+    "data.verify:", "data.prefetch_steps:", "data.loader_threads:", "data.skip_steps:", "data.group_segments:",
+    # when checkpoints are written and read
+    "engine.checkpoint_every_steps:", "engine.keep_checkpoints:", "engine.max_bad_steps:", "engine.resume_from:",
+    # memory against time
+    "engine.activation_checkpointing:", "engine.loss_chunk_tokens:", "search.chunk_tokens:", "search.shard:",
+    *(f"engine.deepspeed.zero_optimization.{key}" for key in (
+        "offload_", "stage3_", "allgather_", "reduce_bucket_size", "sub_group_size", "overlap_comm", "contiguous_gradients", "round_robin_gradients",
+    )),
+    # logging
+    *(f"engine.deepspeed.{key}" for key in ("wall_clock_breakdown", "steps_per_print", "comms_logger", "flops_profiler", "memory_breakdown")),
 )  # fmt: skip
+_OPEN = re.compile(r"model\.(architecture|overrides)\.|rope\.options\.|engine\.deepspeed\.|data\.keep_below\.|.*\.(options|sources)\.$")
 _PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy", "flash-attn", "ring-flash-attn")
 
 
@@ -53,69 +72,22 @@ class Run:
 
     folder: Path
     verb: str
-    values: dict[str, Any] = field(default_factory=dict)  # what the folder belongs to once it is claimed
+    values: dict[str, Any] = field(default_factory=dict)  # the config that the folder belongs to once it is claimed
     follows: bool = False  # another config takes the folder over
 
-    def claim(self, inputs: dict[str, str]) -> IO[str] | None:
-        """Make the folder belong to this config and these inputs. Called once the input has proved good: a typo must not reserve a name.
-
-        Args:
-            inputs: fingerprints of what is read (corpus, model …): the same path may hold something else by now.
-
-        Returns:
-            An open lock that the caller keeps as long as it writes; the kernel lets go of it when the process ends, however it ends.
-
-        Raises:
-            UserError: another job is writing here.
-        """
-        self.refuse_other_inputs(inputs)
-        lock = self.lock()
-        self.note(inputs)
-        return lock
-
-    def note(self, inputs: dict[str, str]) -> None:
-        """Write down what the folder belongs to, from rank 0 alone; for a verb that has taken the lock before it knows that its input is good."""
-        saved = self.folder / f"{self.verb}.config.json"
-        if rank() != 0 or (saved.exists() and not self.changes()):
-            return
-        write_json(self.folder / f"{self.verb}.provenance.json", provenance())
-        write_json(self.folder / f"{self.verb}.inputs.json", inputs)
-        write_json(saved, self.values)
-
-    def changes(self) -> list[str]:
-        """What differs from the saved config, ``key: old -> new``, in a folder that follows its newest config; else nothing is asked."""
-        saved = self.folder / f"{self.verb}.config.json"
-        if not self.follows or not saved.exists():
-            return []
-        return list(differences(read_json(saved), json.loads(json.dumps(self.values))))
-
-    def refuse_other_inputs(self, inputs: dict[str, str]) -> None:
-        """Refuse to go on from work that was done on other inputs under the same paths.
-
-        Raises:
-            UserError: some input has been written anew since.
-        """
-        file = self.folder / f"{self.verb}.inputs.json"
-        if not file.exists():
-            return
-        found = read_json(file)
-        changed = [name for name in inputs if inputs[name] != found.get(name)]
-        if changed:
-            raise UserError(
-                f"run folder {self.folder} was made from another {' and '.join(changed)}, written anew since; choose another name=, or remove "
-                "the folder to start over"
-            )
-
     def lock(self) -> IO[str] | None:
-        """Keep other jobs out of the folder as long as what is returned stays open; on rank 0 alone.
+        """Keep other jobs, of whatever verb, out of the folder as long as the returned file stays open; on rank 0 alone.
+
+        The kernel lets go of the lock when the process ends, however it ends. The config is compared once more under the lock: two jobs may
+        have been started on one new name at the same time.
 
         Raises:
-            UserError: another job is writing here.
+            UserError: another job is writing here, or the folder belongs to another verb or config.
         """
         if rank() != 0:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = (self.folder / f".{self.verb}.lock").open("a+")
+        lock = (self.folder / ".lock").open("a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -125,10 +97,73 @@ class Run:
             ) from None
         except OSError:  # a file system without locks: go on without
             return None
+        self.refuse_other_config()
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.write(f"{self.verb}, process {os.getpid()} on {platform.node()}\n")
         lock.flush()
         return lock
+
+    def refuse_other_config(self) -> None:
+        """Refuse to overwrite what another verb or config has made.
+
+        Raises:
+            UserError: the folder holds a run of another verb, or of this one with another config; the keys that differ are listed.
+        """
+        if not self.values:  # a verb that adds to a run
+            return
+        _refuse_other_verb(self.folder, self.verb)
+        saved = self.folder / f"{self.verb}.config.json"
+        if saved.exists() and not self.follows:
+            _refuse_other_config(saved, self.values)
+
+    def claim(self, inputs: dict[str, Any]) -> None:
+        """Note that the folder belongs to this config and these inputs, from rank 0 alone. Called once the input has proved good.
+
+        Args:
+            inputs: name -> fingerprint of what is read, or {"content": fingerprint, "files": …} (lr2train.parallel.inputs): the same path may
+                hold something else by the next start.
+        """
+        if rank() != 0:
+            return
+        saved = self.folder / f"{self.verb}.config.json"
+        write_json(self.folder / f"{self.verb}.inputs.json", inputs)
+        if not saved.exists() or self.changes():
+            write_json(saved, self.values)
+        with (self.folder / f"{self.verb}.provenance.jsonl").open("a") as file:
+            file.write(json.dumps(provenance()) + "\n")
+
+    def changes(self) -> list[str]:
+        """The keys that differ from the saved config, ``key: old -> new``, in a folder that follows its newest config."""
+        saved = self.folder / f"{self.verb}.config.json"
+        if not self.follows or not saved.exists():
+            return []
+        return list(differences(read_json(saved), self.values))
+
+    def noted_inputs(self) -> dict[str, Any]:
+        """What ``claim`` noted of the inputs at the first start; empty before it."""
+        saved = self.folder / f"{self.verb}.inputs.json"
+        return read_json(saved) if saved.exists() else {}
+
+    def refuse_other_inputs(self, inputs: dict[str, Any]) -> None:
+        """Refuse to go on from work that was done on inputs with other contents.
+
+        Raises:
+            UserError: an input is not the one that the run was started with.
+        """
+        noted = self.noted_inputs()
+        changed = [name for name in inputs if name in noted and content_of(noted[name]) != content_of(inputs[name])]
+        if changed:
+            raise UserError(
+                f"run folder {self.folder} was made from another {' and '.join(changed)} than is there now; put back what was there, or choose "
+                "another name="
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides what the claimed run computes: its first config and its inputs."""
+        values, inputs = (read_json(self.folder / f"{self.verb}.{what}.json") for what in ("config", "inputs"))
+        decisive = {key: value for key, value in _leaves(values) if key != "name" and not f"{key}:".startswith(_MAY_CHANGE)}
+        return fingerprint([decisive, {name: content_of(one) for name, one in inputs.items()}])
 
     def log(self, message: str) -> None:
         """One line to the terminal and to ``log.txt``, from rank 0 alone."""
@@ -146,25 +181,39 @@ class Run:
         return path
 
 
+def content_of(noted: Any) -> str:
+    """The fingerprint of an input's contents, in either form that ``claim`` takes."""
+    return noted["content"] if isinstance(noted, dict) else noted
+
+
 def open_run(config: Config, verb: str, groups: tuple[str, ...], follows: bool = False) -> Run:
-    """Open ``<runs_folder>/<name>`` for a verb; nothing is written before ``Run.claim`` or ``Run.lock``.
+    """Open ``<runs_folder>/<name>`` for a verb; nothing is written before ``Run.lock``.
 
     Args:
-        config: the experiment; ``claim`` saves it as ``<verb>.config.json``.
+        config: the experiment; ``claim`` saves it as ``<verb>.config.json``, with absolute paths.
         verb: the verb's name.
-        groups: the top-level config keys that decide what the verb computes; a change of another key, or of ``FREE_KEYS``, does not matter.
+        groups: the top-level config keys that decide what the verb computes; a change of another key, or of ``_MAY_CHANGE``, does not matter.
         follows: the folder takes over the newest config, because the verb itself refuses what would spoil finished work.
 
     Raises:
         UserError: the folder holds a run of another verb, or of the same one with another config; the keys that differ are listed.
     """
-    folder = Path(config.runs_folder) / config.name
-    _refuse_other_verb(folder, verb)
-    values = {key: value for key, value in to_dict(config).items() if key in groups}
-    saved = folder / f"{verb}.config.json"
-    if saved.exists() and not follows:
-        _refuse_other_config(saved, values, config.name)
-    return Run(folder, verb, values, follows)
+    values = {key: value for key, value in to_dict(_absolute(config)).items() if key in groups}
+    job = Run(Path(config.runs_folder) / config.name, verb, json.loads(json.dumps(finite(values))), follows)
+    job.refuse_other_config()
+    return job
+
+
+def _absolute(config: Config) -> Config:
+    """The config with absolute paths: a run is read from other folders than the one that it was started in. A hub id stays as it is."""
+
+    def absolute(path: str | None) -> str | None:
+        return os.path.abspath(path) if path is not None and Path(path).exists() else path
+
+    sources = [replace(source, path=absolute(source.path)) for source in config.data.sources]
+    data = replace(config.data, path=absolute(config.data.path), tokenizer=absolute(config.data.tokenizer), sources=sources)
+    model, rope = replace(config.model, path=absolute(config.model.path)), replace(config.rope, factors=absolute(config.rope.factors))
+    return replace(config, model=model, rope=rope, data=data)
 
 
 def _refuse_other_verb(folder: Path, verb: str) -> None:
@@ -174,13 +223,54 @@ def _refuse_other_verb(folder: Path, verb: str) -> None:
             raise UserError(f"run folder {folder} belongs to a run of {other}, whose results {verb} would overwrite; choose another name=")
 
 
-def _refuse_other_config(saved: Path, values: dict[str, Any], name: str) -> None:
-    changed = [line for line in differences(read_json(saved), json.loads(json.dumps(values))) if not line.startswith(FREE_KEYS)]
+def _refuse_other_config(saved: Path, values: dict[str, Any]) -> None:
+    changed = [line for line in differences(read_json(saved), values) if not _allowed(line)]
     if changed:
         raise UserError(
             f"run folder {saved.parent} belongs to another config ({len(changed)} keys differ: {'; '.join(changed[:8])}); "
-            f"choose another name= (now {name}), or remove the folder to start over"
+            "put them back, or choose another name="
         )
+
+
+def _allowed(line: str) -> bool:
+    """Whether a run may go on with this difference."""
+    if line.startswith(_MAY_CHANGE):
+        return True
+    key, _, change = line.partition(": ")
+    old, _, new = change.partition(" -> ")
+    return key == "optim.steps" and old.isdigit() and new.isdigit() and 0 < int(old) < int(new)  # more steps than were planned
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield ``key: old -> new`` for every leaf that differs between two plain configs.
+
+    A field that the old config does not have is of a later release: the run was started without it. A key of an open dictionary is not.
+    """
+    for key in sorted(old.keys() | new.keys()):
+        if key not in old and not _OPEN.match(prefix):
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif _names(a) and _names(a) == _names(b):
+            for one, other in zip(a or (), b or (), strict=True):
+                yield from differences(one, other, f"{prefix}{key}.{one['name']}.")
+        elif a != b:
+            yield f"{prefix}{key}: {a!r} -> {b!r}"
+
+
+def _names(value: Any) -> list[str]:
+    """The names in a list of named things, such as sources; empty for anything else."""
+    named = isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value)
+    return [one["name"] for one in value] if named else []
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def provenance() -> dict[str, Any]:

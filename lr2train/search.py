@@ -8,9 +8,10 @@ factors.json (with where it comes from), search.json and pictures/.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ from lr2train.evolution.race import Judge, Scored
 from lr2train.evolution.surrogate import Evidence, evolve_surrogate
 from lr2train.model import load, rotary
 from lr2train.parallel import control, processes
+from lr2train.parallel.inputs import identities
 from lr2train.reporting.pictures import write_search_pictures
 from lr2train.rope.methods import METHODS
 
@@ -42,48 +44,53 @@ def search(config: Config) -> dict[str, Any]:
         UserError: bad input, on every rank.
     """
     job = run.open_run(config, "search", GROUPS)
-    if (job.folder / "search.json").exists():
-        return _finished(job, config)
-    space, scored_on = inputs(config)
-    fingerprints = {**_fingerprints(config), "documents": digest(scored_on)}
-    job.refuse_other_inputs(fingerprints)
+    space, scored_on, corpus = inputs(config)
     device = processes.start(config)
+    lock = control.together(job.lock)[0]
+    known = {"corpus": corpus.fingerprint, "documents": digest(scored_on)}
+    found = identities(job, known, {"model": load.files_of(load.folder_of(config.model))})
+    if (job.folder / "search.json").exists():
+        return _finished(job)
+    control.together(lambda: corpus.verify(full=config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0))  # once a machine
     if device.type == "cpu" and not config.threads:
         torch.set_num_threads(1)  # by default as many as cores have ranks: then the losses' last bits would depend on the number of ranks
     model, knobs = _model(config, device), config.search
     table = rotary.install(model, METHODS["none"](space.spectrum, space.target_tokens))
-    lock = _claimed(job, fingerprints)
+    job.claim(found)
     journal = job.folder / "journal.jsonl"
     fitness = Fitness(model, table, space, scored_on, journal, chunk_tokens=knobs.chunk_tokens, lockstep=knobs.shard)
     history = History(knobs, fitness, job.folder / "generations.jsonl")
     _announce(job, space, fitness)
     start = time.monotonic()
     finalists = _run(job, space, history)
-    result = {**history.result(finalists), "seconds": time.monotonic() - start, "model": config.model.path, "corpus": config.data.path}
-    _write(job, space, finalists[0], result, {"fingerprints": fingerprints, **run.provenance(), "history": history.brief()})
+    result = {**history.result(finalists), "seconds": time.monotonic() - start, **_read(job)}
+    _write(
+        job,
+        space,
+        finalists[0],
+        result,
+        {"inputs": {name: run.content_of(one) for name, one in found.items()}, **run.provenance(), "history": history.brief()},
+    )
     processes.stop()
     if lock is not None:
         lock.close()
     return result
 
 
-def _claimed(job: run.Run, fingerprints: dict[str, str]) -> IO[str] | None:
-    """``Run.claim``, refused on every rank where rank 0 finds another job at work."""
-    held: list[IO[str] | None] = []
-    control.together(lambda: held.append(job.claim(fingerprints)))
-    return held[0]
+def _read(job: run.Run) -> dict[str, Any]:
+    """Where the model and the corpus lie."""
+    return {"model": job.values["model"]["path"], "corpus": job.values["data"]["path"]}
 
 
-def _finished(job: run.Run, config: Config) -> dict[str, Any]:
-    job.refuse_other_inputs(_fingerprints(config))
+def _finished(job: run.Run) -> dict[str, Any]:
     job.log(f"already finished: {job.folder / 'search.json'}")
     if run.rank() == 0 and not all((job.folder / "pictures" / name).exists() for name in PICTURES):  # killed while they were drawn
         write_search_pictures(job.folder)
     return io.read_json(job.folder / "search.json")
 
 
-def inputs(config: Config) -> tuple[Space, list[Document]]:
-    """The search space and the documents (those of the generations, then those of the final), before any process group or weight exists."""
+def inputs(config: Config) -> tuple[Space, list[Document], Corpus]:
+    """The search space, the documents (those of the generations, then those of the final) and their corpus, before any weight exists."""
     hf_config = load.config_of(config.model)
     if config.model.path is None:
         raise UserError("model.path is empty; set model.path to the pretrained model whose factors are searched")
@@ -98,12 +105,7 @@ def inputs(config: Config) -> tuple[Space, list[Document]]:
     space = Space(spectrum, target, config.search)
     corpus = Corpus.open(Path(config.data.path))
     corpus.refuse_other_tokenizer(hf_config.vocab_size, load.folder_of(config.model))
-    return space, documents(config, corpus)
-
-
-def _fingerprints(config: Config) -> dict[str, str]:
-    """A journal tells nothing of other documents or another model, even under the same path."""
-    return {"corpus": Corpus.open(config.data.path).fingerprint, "model": load.fingerprint(load.folder_of(config.model))}
+    return space, documents(config, corpus), corpus
 
 
 def _model(config: Config, device: torch.device) -> Any:
@@ -135,6 +137,7 @@ def _run(job: run.Run, space: Space, history: History) -> list[Scored]:
         fitness.tell = lambda: tick(fitness.computed, history.expected_evaluations, history.note)
         for generation in generations(space, judge, knobs.seed):
             finalists = list(generation.population[: knobs.top_k])
+            fitness.refuse_broken_model()
             job.log(history.add(generation))
         return judge.final([one.candidate for one in finalists]) if knobs.final_documents else finalists
 

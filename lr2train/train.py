@@ -25,13 +25,15 @@ from lr2train.data.loader import make_loader
 from lr2train.model import load
 from lr2train.parallel import control, processes
 from lr2train.parallel.failure import told_to_all
+from lr2train.parallel.inputs import identities
 from lr2train.parallel.mesh import make_mesh
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import build
+from lr2train.training.checkpoint import Checkpoints
 from lr2train.training.engine import Engine, start_deepspeed
 from lr2train.training.loop import fit
-from lr2train.training.metrics import read_jsonl, sinks
+from lr2train.training.metrics import bad_steps_in, read_jsonl, sinks
 from lr2train.training.steps import FILE, Steps
 
 GROUPS = ("name", "seed", "model", "rope", "data", "parallel", "optim", "engine")
@@ -46,12 +48,11 @@ def train(config: Config) -> dict[str, Any]:
     """
     job = run.open_run(config, "train", GROUPS)
     hf_config, factors, corpus = inputs(config)
-    fingerprints = _fingerprints(config, factors)
-    job.refuse_other_inputs(fingerprints)
-    if (job.folder / "train.json").exists():
-        job.log(f"already finished: {job.folder / 'train.json'}")
-        return io.read_json(job.folder / "train.json")
     device = processes.start(config)
+    lock = control.together(job.lock)[0]
+    found = identities(job, {"corpus": corpus.fingerprint, "factors": io.fingerprint(factors.to_json())}, _base(config))
+    if (finished := _finished(job, config)) is not None:
+        return finished
     control.together(lambda: corpus.verify(full=config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0))  # once a machine
     start_deepspeed(device)
     ring = attention.ring_ranks(hf_config, config.parallel, processes.ranks_per_node())
@@ -69,38 +70,49 @@ def train(config: Config) -> dict[str, Any]:
     )
     engine = Engine(config, mesh, factors, hf_config, device)
     total_steps = config.optim.steps or loader.steps_per_epoch
-    done = engine.load(job.folder / "checkpoints")
+    job.claim(found)
+    checkpoints = Checkpoints(
+        job.folder / "checkpoints", control.from_rank_0(job.fingerprint if run.rank() == 0 else ""), config.engine.keep_checkpoints
+    )
+    done = engine.load(checkpoints, config.engine.resume_from)
     steps.refuse_other_past(done)
-    lock = job.claim(fingerprints)
     job.write_json(FILE, steps.to_json())
     _announce(job, config, engine, factors, total_steps, done)
     job.write_json("factors.json", factors.to_json())
     start = time.monotonic()
     outputs = sinks(config, job.folder, done)
-    finished = fit(engine, loader, config, steps.skips, done, total_steps, outputs, job.folder)
+    ended = fit(engine, loader, config, steps.skips, done, total_steps, outputs, checkpoints, bad_steps_in(outputs))
     for output in outputs:
         output.close()
-    if not finished:
+    dist.barrier()  # a launcher kills the other ranks as soon as one leaves, and rank 0 may still close its dashboards
+    if not ended:
         job.log("interrupted; the checkpoint is written, run the same command again to go on")
         sys.exit(130)
     _write_model(job, engine, factors, hf_config, corpus)
     result = _result(job, config, total_steps, time.monotonic() - start, mesh.world)
     job.write_json("train.json", result)
     dist.barrier()
-    job.log(f"done: loss {result['final_loss']:.4f} after {total_steps} steps, model in {job.folder / 'model'}")
+    loss = "" if result["final_loss"] is None else f"loss {result['final_loss']:.4f} "
+    job.log(f"done: {loss}after {total_steps} steps, model in {job.folder / 'model'}")
     processes.stop()
     if lock is not None:
         lock.close()
     return result
 
 
-def _fingerprints(config: Config, factors: Factors) -> dict[str, str]:
-    """What a resumed run has to find unchanged, whatever the paths say."""
-    found = {
-        "corpus": Corpus.open(config.data.path).fingerprint,
-        "factors": io.fingerprint(factors.to_json()),
-    }
-    return found if config.model.path is None else {**found, "model": load.fingerprint(load.folder_of(config.model))}
+def _base(config: Config) -> dict[str, list[Path]]:
+    """The files of the base model, if there is one."""
+    return {} if config.model.path is None else {"model": load.files_of(load.folder_of(config.model))}
+
+
+def _finished(job: run.Run, config: Config) -> dict[str, Any] | None:
+    """The result of a run that is finished; None where there is something to do, such as more steps than were asked for before."""
+    file = job.folder / "train.json"
+    result = control.together(lambda: io.read_json(file) if run.rank() == 0 and file.exists() else None)[0]
+    if result is None or config.optim.steps > result["steps"]:
+        return None
+    job.log(f"already finished: {file}")
+    return result
 
 
 def inputs(config: Config) -> tuple[Any, Factors, Corpus]:
@@ -141,17 +153,18 @@ def _write_model(job: run.Run, engine: Engine, factors: Factors, hf_config: Any,
 
 def _result(job: run.Run, config: Config, total_steps: int, seconds: float, world: int) -> dict[str, Any]:
     lines = read_jsonl(job.folder / "metrics.jsonl") if run.rank() == 0 else []
-    last = lines[-1] if lines else {"loss": float("nan"), "tokens_seen": 0, "peak_gib": 0.0}
+    last = lines[-1] if lines else {"loss": None, "tokens_seen": 0, "peak_gib": 0.0}
     return {
         "steps": total_steps,
         "final_loss": last["loss"],
+        "bad_steps": last.get("bad_steps", 0),
         "tokens_seen": last["tokens_seen"],
         "seconds": seconds,
         "world": world,
         "peak_gib": last["peak_gib"],
-        "model": str(job.folder / "model"),
-        "base": config.model.path,
-        "corpus": config.data.path,
+        "model": os.path.abspath(job.folder / "model"),
+        "base": job.values["model"]["path"],
+        "corpus": job.values["data"]["path"],
     }
 
 

@@ -137,7 +137,7 @@ def test_a_run_folder_belongs_to_one_config(tmp_path):
     assert not job.folder.exists(), "a name is taken before the input has proved good"
     job.claim({}).close()
     assert (job.folder / "train.config.json").exists()
-    assert (job.folder / "train.provenance.json").exists()
+    assert (job.folder / "train.provenance.jsonl").exists()
     run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)  # the same again
     before = (job.folder / "train.config.json").read_bytes()
     with pytest.raises(UserError, match=r"seed: 0 -> 1"):

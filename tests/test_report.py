@@ -162,7 +162,7 @@ def make_run(runs: Path, name: str = "first") -> Path:
             "model": {"path": "runs/base/model"},
         },
     )
-    write_json(folder / "train.provenance.json", provenance())
+    write_jsonl(folder / "train.provenance.jsonl", [provenance()])
     write_json(
         folder / "train.json",
         {
@@ -331,7 +331,7 @@ def test_data_is_escaped(tmp_path):
     evaluation = json.loads((folder / "evaluate.json").read_text())
     evaluation["rows"][-1]["label"] = EVIL
     write_json(folder / "evaluate.json", evaluation)
-    for name in ("generate.json", "export.json", "train.provenance.json", "train.config.json"):
+    for name in ("generate.json", "export.json", "train.provenance.jsonl", "train.config.json"):
         values = json.loads((folder / name).read_text())
         values |= {"text": EVIL, "prompt": EVIL, "folder": EVIL, "command": [EVIL], "commit": EVIL, "host": EVIL, "name": EVIL}
         write_json(folder / name, values)

@@ -85,3 +85,7 @@ class Loader(Protocol):
     def batches(self, step: int) -> list[Batch]:
         """This data-parallel rank's batches of one optimizer step; batch j has the same window on every rank."""
         ...
+
+    def described(self, step: int) -> list[str]:
+        """What each of ``batches(step)`` holds, for a message: its window, its number and the sources of its documents."""
+        ...

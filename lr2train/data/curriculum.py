@@ -55,9 +55,16 @@ class CurriculumLoader:
         """Steps of all stages."""
         return int(self._ends[-1])
 
+    def _stage(self, step: int) -> int:
+        return min(int(np.searchsorted(self._ends, step, side="right")), len(self._stages) - 1)
+
+    def described(self, step: int) -> list[str]:
+        """Number and stage of each of this rank's segments of a step."""
+        return [f"{segment} of stage {self._stage(step)}" for segment in self._segments]
+
     def batches(self, step: int) -> list[Batch]:
         """This rank's batches of a step."""
-        stage = self._stages[min(int(np.searchsorted(self._ends, step, side="right")), len(self._stages) - 1)]
+        stage = self._stages[self._stage(step)]
         return [self._batch(stage, stream(self._seed, "curriculum", step, segment)) for segment in self._segments]
 
     def _batch(self, stage: StageConfig, rng: np.random.Generator) -> Batch:

@@ -150,6 +150,7 @@ class SegmentLoader:
         if not any(pieces.n_segments for pieces in self._pieces.values()):
             raise UserError(f"the corpus {corpus.folder} has no segment; prepare more documents, or a smaller data.segment_tokens")
         stores = corpus.stores()
+        self._names = [source["name"] for source in corpus.manifest["sources"]]
         _allow_open_files(sum(len(store.first) - 1 for store in stores))
         self._texts = [Texts(store) for store in stores]
         self._whole = {SHORT: False, LONG: long_attention is LongAttention.segment}
@@ -189,6 +190,15 @@ class SegmentLoader:
     def batches(self, step: int) -> list[Batch]:
         """This rank's batches of a step, short and long interleaved."""
         return self.load(self.segments(step))
+
+    def described(self, step: int) -> list[str]:
+        """Window, number and sources of each of this rank's segments of a step."""
+        return [f"{window} {segment} ({', '.join(self._sources_of(window, segment))})" for window, segment in self.segments(step)]
+
+    def _sources_of(self, window: str, segment: int) -> list[str]:
+        pieces = self._pieces[window]
+        rows = pieces.rows(segment)
+        return [self._names[source] for source in dict.fromkeys(pieces.source[rows.start : rows.stop].tolist())]
 
     def load(self, segments: Sequence[tuple[str, int]]) -> list[Batch]:
         """Batches of planned segments, by window and number; the disk is asked for all of them before the first is waited for."""

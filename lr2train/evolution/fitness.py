@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lr2train import io
 from lr2train.config import UserError
 from lr2train.evolution.documents import Document
 from lr2train.evolution.genome import Candidate, Space
@@ -29,6 +30,7 @@ T = TypeVar("T")
 Losses = Callable[[Candidate, int], np.ndarray]
 """(candidate, document) -> negative log-likelihood of each answer of the document, nats, float64 [answers]."""
 
+_HOPELESS = 8  # losses that are not finite, and none that is: then the model is at fault and no candidate
 WORST = 50.0  # nats a token: what a candidate gets that breaks the model (nan, infinite)
 
 
@@ -70,6 +72,7 @@ class Fitness:
         self._journal, self._chunk_tokens, self._lockstep = journal, chunk_tokens, lockstep
         entries, self.damaged = control.from_rank_0(_read_journal(journal) if control.rank() == 0 else ([], 0))
         self._known: dict[tuple[str, int], np.ndarray] = {}
+        self._some_finite = False
         self._remember(entries)
         self._wanted: set[tuple[str, int]] = set()
         self.recovered = len(self._known)
@@ -118,12 +121,26 @@ class Fitness:
         entries = [entry for entry in shared if entry is not None]
         self._remember(entries)
         control.together(lambda: self._write(entries) if control.rank() == 0 else None)
+        if len(self._known) >= _HOPELESS:
+            self.refuse_broken_model()
         self.tell()
+
+    def refuse_broken_model(self) -> None:
+        """Refuse a model of which no loss at all is finite, on every rank.
+
+        Raises:
+            UserError: every loss that was computed is infinite or not a number.
+        """
+        if self._known and not self._some_finite:
+            raise UserError(
+                f"none of {len(self._known)} losses is finite, whatever the factors: the model's weights or its dtype are broken; set model.path to "
+                "another copy of the model, or model.dtype=float32"
+            )
 
     def _write(self, entries: Sequence[dict[str, Any]]) -> None:
         try:
             with self._journal.open("a") as file:
-                file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+                file.write("".join(line_of(entry) for entry in entries))
         except OSError as error:
             raise UserError(
                 f"{self._journal} cannot be written ({error.strerror}); free some room on that disk, and run the same command again to go on"
@@ -153,7 +170,8 @@ class Fitness:
 
     def _remember(self, entries: Sequence[dict[str, Any]]) -> None:
         for entry in entries:
-            losses = np.asarray(entry["answers"], dtype=np.float64)
+            losses = np.asarray(entry["answers"], dtype=np.float64)  # null, where a loss was not finite, is read as nan
+            self._some_finite |= bool(np.isfinite(losses).any())
             worst = WORST * np.array([stop - start for start, stop in self.documents[entry["document"]].spans])
             self._known[entry["candidate"], entry["document"]] = np.where(np.isfinite(losses), losses, worst)
 
@@ -191,10 +209,14 @@ def _read_journal(journal: Path) -> tuple[list[dict[str, Any]], int]:
     parsed = [(line, _parsed(line)) for line in lines]
     good = [(line, entry) for line, entry in parsed if entry is not None]
     if len(good) < len(lines):
-        scratch = journal.with_name(f".{journal.name}.tmp")
-        scratch.write_text("".join(line for line, _ in good))
-        scratch.replace(journal)
+        io.write_text(journal, "".join(line for line, _ in good))
     return [entry for _, entry in good], len(lines) - len(good)
+
+
+def line_of(entry: dict[str, Any]) -> str:
+    """An evaluation as a line of the journal, with a checksum of its own: a changed loss would change what the search finds."""
+    plain = io.finite(entry)
+    return json.dumps({**plain, "check": io.fingerprint(plain)}, allow_nan=False) + "\n"
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -202,4 +224,6 @@ def _parsed(line: str) -> dict[str, Any] | None:
         entry = json.loads(line) if line.endswith("\n") else None
     except json.JSONDecodeError:
         return None
-    return entry if isinstance(entry, dict) and {"candidate", "document", "answers"} <= entry.keys() else None
+    if not isinstance(entry, dict) or not {"candidate", "document", "answers", "check"} <= entry.keys():
+        return None
+    return entry if entry.pop("check") == io.fingerprint(entry) else None

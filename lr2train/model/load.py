@@ -414,8 +414,12 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise UserError(f"{folder} has no readable tokenizer ({_brief(error)}); copy the model's tokenizer files into it") from error
 
 
+def files_of(folder: Path) -> list[Path]:
+    """A model folder's config and weights: the files whose contents decide what the model computes."""
+    return sorted((*folder.glob("*.safetensors"), folder / "config.json"))
+
+
 def fingerprint(folder: Path) -> str:
     """Of a model folder's config and weights, by name, size and time: sees that a folder was written anew without reading gigabytes."""
-    files = sorted((*folder.glob("*.safetensors"), folder / "config.json"))
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(folder)]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

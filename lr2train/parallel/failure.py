@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -20,6 +22,7 @@ from lr2train.config import UserError
 from lr2train.parallel.control import PeerGone, rank, world
 
 _KEY = "lr2train/failure"
+_STORE_S = 10.0  # a store that works answers in milliseconds
 _CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # what gloo says of a peer whose process has ended
 
 
@@ -47,14 +50,28 @@ def told_to_all() -> Iterator[None]:
 def _first_reason(error: Exception) -> Exception | None:
     """What ended the common work: another rank's error, or None where ``error`` is it."""
     own = _of(error)
-    try:
-        told = json.loads(_get_default_store().compare_set(_KEY, "", json.dumps(own)))  # the first one stands
-    except (RuntimeError, ValueError):  # the store went with its rank
-        told = own
+    told = _first_told(own)
     number, of_user, text = told
     if number == rank() or told[1:] == own[1:]:  # the first, or every rank says the same
         return PeerGone(text) if _closed(error) and not isinstance(error, PeerGone) else None
     return (UserError if of_user else RuntimeError)(f"rank {number}: {text}")
+
+
+def _first_told(own: list[int | bool | str]) -> list[Any]:
+    """The first rank's reason, which stands in the store; ``own`` where the store is gone or does not answer.
+
+    The store's own time-out does not hold for this call, and a rank 0 that was stopped keeps the connection open for ever.
+    """
+    told = [own]
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError, ValueError):  # the store went with its rank
+            told.append(json.loads(_get_default_store().compare_set(_KEY, "", json.dumps(own))))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_STORE_S)
+    return told[-1]
 
 
 def _of(error: Exception) -> list[int | bool | str]:

@@ -17,7 +17,7 @@ from lr2train.rope.factors import Factors
 from lr2train.training.metrics import read_jsonl
 
 Json = dict[str, Any]
-MAKERS = ("train", "search", "prepare")  # verbs that write <verb>.config.json and <verb>.provenance.json
+MAKERS = ("train", "search", "prepare")  # verbs that write <verb>.config.json and <verb>.provenance.jsonl
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def _related(run: Path, recorded: str | None, name: str) -> Path | None:
 def _origins(folders: Sequence[Path | None]) -> list[tuple[Path, str, Json, Json]]:
     distinct = {folder.resolve(): folder for folder in folders if folder is not None}
     return [
-        (folder, verb, _json(folder / f"{verb}.config.json") or {}, _json(folder / f"{verb}.provenance.json") or {})
+        (folder, verb, _json(folder / f"{verb}.config.json") or {}, starts[-1])
         for folder in distinct.values()
         for verb in MAKERS
-        if (folder / f"{verb}.provenance.json").is_file()
+        if (starts := read_jsonl(folder / f"{verb}.provenance.jsonl"))
     ]

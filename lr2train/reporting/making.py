@@ -163,8 +163,13 @@ def _training_sentence(lines: Sequence[Json]) -> str:
     last, long = lines[-1], sum(line["window_mix"] for line in lines) / len(lines)
     return text(
         f"Step {last['step']:,}, {last['tokens_seen']:,} tokens seen, {long:.0%} of the segments long; at most "
-        f"{last['peak_gib']:.2f} GiB in one process."
+        f"{last['peak_gib']:.2f} GiB in one process." + _bad_steps(last)
     )
+
+
+def _bad_steps(last: Json) -> str:
+    number_of = last.get("bad_steps", 0)
+    return f" {count(number_of, 'step')} had a loss or a gradient norm that is not finite: no update was made there." if number_of else ""
 
 
 def _base(inputs: Inputs) -> str:

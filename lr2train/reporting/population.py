@@ -37,9 +37,9 @@ class Candidates:
         return len(self.perplexity)
 
 
-def bounded(perplexity: float) -> float:
+def bounded(perplexity: float | None) -> float:
     """At most ``HOPELESS``; nan and infinity are as bad."""
-    return perplexity if perplexity < HOPELESS else HOPELESS
+    return perplexity if perplexity is not None and perplexity < HOPELESS else HOPELESS  # None: it was not finite
 
 
 def candidates(generations: Sequence[Json]) -> Candidates:

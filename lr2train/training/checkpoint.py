@@ -1,22 +1,26 @@
-"""Checkpoints of the engine: written whole, only then named the latest, and read by any number of ranks that divides the work.
+"""Checkpoints of the engine: written whole, checked before they are read, and read by any number of ranks that divides the work.
 
-    checkpoints/step_00000300/      DeepSpeed's shard files, one or two a rank
-    checkpoints/latest.json         {step, tag, world}: the checkpoint that a resumed run reads
+    checkpoints/step_00000300/*.pt            DeepSpeed's shard files, one or two a rank
+    checkpoints/step_00000300/manifest.json   the step, the ranks, the run, and size, checksum and rank of every shard file
+    checkpoints/latest.json                   {tag}: the checkpoint that a resumed run reads
 
-Choice: DeepSpeed writes, and reads where the number of ranks is the same; where it is another, every rank reads its new share of the weights and
-of AdamW's moments out of the old shards (``partitions``), bit for bit. There is no random state to keep: nothing is dropped out, and what a step
-holds is a function of its number. Cost: reading on other ranks knows DeepSpeed's file layout; ZeRO's optimizer on NVMe keeps its state elsewhere
-and wants the same number of ranks.
+Choice: DeepSpeed writes, and reads where the number of ranks is the same. With another number every rank reads its new share of the weights and of
+AdamW's moments out of the old shards (``partitions``), bit for bit. Shards and folders are synced to the disk before ``latest.json`` names them. A
+start compares every shard with its checksum, the ranks sharing the files, and refuses the checkpoint of another run. Shards are read as data alone
+(``weights_only``), so nothing in a file is executed. There is no random state to keep: nothing is dropped out, and a step's data follows from its
+number. Cost: reading on other ranks knows DeepSpeed's file layout; an optimizer on NVMe keeps its state elsewhere and wants the same number of
+ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +32,103 @@ from lr2train.config import UserError
 from lr2train.parallel import control
 from lr2train.training import partitions
 
+LATEST, MANIFEST = "latest.json", "manifest.json"
 # What a cut or foreign file makes torch.load, and us afterwards, raise.
 _UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError)
 _WRITER = ("PytorchStreamWriter", "inline_container")  # torch's: what it cannot write, as on a full disk, is a RuntimeError that names it
 
 
-def save(engine: Any, folder: Path, step: int, keep: int) -> None:
-    """Write a checkpoint and only then name it the latest; older ones beyond ``keep`` go. A collective.
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Attributes:
+        folder: where they lie.
+        run: fingerprint of all that decides what the run computes; a checkpoint of another run is refused.
+        keep: how many to keep.
+    """
+
+    folder: Path
+    run: str = ""
+    keep: int = 1
+
+
+def save(engine: Any, of: Checkpoints, step: int) -> None:
+    """Write a checkpoint and only then name it the latest; older ones beyond ``of.keep`` go. A collective.
 
     Args:
         engine: DeepSpeed's.
-        folder: of all checkpoints of the run.
+        of: the run's checkpoints.
         step: steps done so far.
-        keep: how many to keep, this one included.
 
     Raises:
-        UserError: there is no room for it, on the rank that found none; the checkpoint before stays the latest.
+        UserError: there is no room for the checkpoint; the one before stays the latest.
     """
-    tag = f"step_{step:08d}"
-    if control.rank() == 0 and (folder / tag).exists():
-        shutil.rmtree(folder / tag)  # a killed run began it, perhaps on more ranks, whose files would be left between ours
+    target = of.folder / _tag(step)
+    if control.rank() == 0 and target.exists():
+        shutil.rmtree(target)  # a killed run began it, perhaps on more ranks, whose files would be left between ours
     dist.barrier()
-    with _writing(folder / tag):
-        engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
-    dist.barrier()
+    with _recorded(engine.checkpoint_engine) as written, _writing(target):
+        engine.save_checkpoint(str(of.folder), tag=target.name, client_state={"step": step}, save_latest=False)
+    files: dict[str, Any] = {}
+    for mine in control.together(lambda: {path.name: _sealed(path) for path in written}):
+        files |= mine
     if control.rank() == 0:
-        with _writing(folder / tag):
-            io.write_json(folder / "latest.json", {"step": step, "tag": tag, "world": control.world()})
-        _forget(folder, tag, keep)
+        about = {"step": step, "world": control.world(), "zero_stage": engine.zero_optimization_stage(), "run": of.run}
+        with _writing(target):
+            io.seal(target / MANIFEST, {**about, "files": files})
+            io.sync_folder(of.folder)
+            _name_latest(of.folder, target.name)
+        _forget(of, target.name)
     dist.barrier()
+
+
+def _tag(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+_KEEP = -1
+
+
+def _name_latest(folder: Path, tag: str, went_back_to: int | None = _KEEP) -> None:
+    """Name the checkpoint that a resumed run reads, and the step that a user has gone back to, so that a repeated command does not go back again."""
+    if went_back_to == _KEEP:
+        went_back_to = (_latest(folder) or {}).get("went_back_to")
+    io.write_json(folder / LATEST, {"tag": tag} | ({} if went_back_to is None else {"went_back_to": went_back_to}))
+
+
+def _latest(folder: Path) -> dict[str, Any] | None:
+    """What latest.json says; None where it is missing or damaged."""
+    try:
+        found = io.read_json(folder / LATEST)
+    except UserError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("tag"), str) else None
+
+
+@contextlib.contextmanager
+def _recorded(files: Any) -> Iterator[list[Path]]:
+    """The paths that DeepSpeed's checkpoint engine writes on this rank meanwhile."""
+    written: list[Path] = []
+    own = files.save
+
+    def save_and_record(state_dict: Any, path: str) -> None:
+        own(state_dict, path)
+        written.append(Path(path))
+
+    files.save = save_and_record
+    try:
+        yield written
+    finally:
+        files.save = own
+
+
+def _sealed(path: Path) -> dict[str, Any]:
+    """Have the disk hold a shard file; returns what the manifest says of it."""
+    with _writing(path.parent):
+        io.sync_file(path)
+        io.sync_folder(path.parent)
+        return {"bytes": path.stat().st_size, "xxh3": io.checksum(path), "rank": control.rank()}
 
 
 @contextlib.contextmanager
@@ -72,68 +144,136 @@ def _writing(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
-def _forget(folder: Path, newest: str, keep: int) -> None:
-    """Remove checkpoints before the newest; a later one was begun by a killed run, or a user has gone back: it takes nobody's place."""
-    until_now = sorted(path for path in folder.glob("step_*") if path.name <= newest)
-    for old in until_now[:-keep]:
+def _forget(of: Checkpoints, newest: str) -> None:
+    """Remove checkpoints before the newest. A later one was begun by a killed run, or a user has gone back: it takes nobody's place."""
+    until_now = sorted(path for path in of.folder.glob("step_*") if path.name <= newest)
+    for old in until_now[: -of.keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load(engine: Any, folder: Path) -> int:
-    """Read the latest complete checkpoint into a fresh engine; returns the number of steps done, 0 where there is none. A collective.
+def load(engine: Any, of: Checkpoints, resume_from: int | None = None) -> int:
+    """Read a checkpoint into a fresh engine; returns the number of steps done, 0 where there is none. A collective.
 
     Args:
         engine: DeepSpeed's, on the same or another number of ranks than wrote the checkpoint.
-        folder: of all checkpoints of the run.
+        of: the run's checkpoints.
+        resume_from: ``engine.resume_from``: the step to go back to, once; None reads the latest.
 
     Raises:
-        UserError: the checkpoint is damaged, is not there on every machine, or cannot be read by this number of ranks; on every rank.
+        UserError: checkpoints are there and none is named the latest; the checkpoint is damaged, another run's, not there on every machine, or
+            cannot be read by this number of ranks; on every rank.
     """
-    latest = folder / "latest.json"
     # Rank 0 looks: what another machine's cache shows may differ.
-    written, *_ = control.together(lambda: io.read_json(latest) if control.rank() == 0 and latest.exists() else None)
-    if written is None:
+    chosen, *_ = control.together(lambda: _choose(of, resume_from) if control.rank() == 0 else None)
+    if chosen is None:
         return 0
-    checkpoint, world = folder / written["tag"], int(written["world"])
-    stage = engine.zero_optimization_stage()
-    control.together(lambda: _refuse_incomplete(checkpoint, latest, stage, world))
+    tag, manifest = chosen
+    checkpoint, world, stage = of.folder / tag, int(manifest["world"]), engine.zero_optimization_stage()
+    started = time.monotonic()
+    with _offering(of, checkpoint):
+        control.together(lambda: _refuse_damaged(checkpoint, manifest["files"]))
+    checked = time.monotonic()
     if world == control.world() or not _optimizer_files(checkpoint):
-        control.together(lambda: _refuse_damaged(checkpoint, latest, stage))
-        path, _ = engine.load_checkpoint(str(folder), tag=written["tag"])
+        engine.checkpoint_engine.load = _read_by_deepspeed
+        path, _ = engine.load_checkpoint(str(of.folder), tag=tag)
         assert path is not None, "DeepSpeed does not find what was looked at before"
     else:
-        _load_on_other_ranks(engine, checkpoint, latest, stage, world)
-    return int(written["step"])
+        _load_on_other_ranks(engine, checkpoint, stage, world)
+    run.say("checkpoint", f"{checkpoint}: checked in {checked - started:.1f} s, read in {time.monotonic() - checked:.1f} s")
+    return int(manifest["step"])
 
 
-def _refuse_incomplete(checkpoint: Path, latest: Path, stage: int, world: int) -> None:
-    if not checkpoint.is_dir():
-        raise UserError(
-            f"the checkpoint {checkpoint} is not there on every machine; put runs_folder on a file system that all machines share, or remove "
-            f"{latest} to start over"
-        )
-    found = set(os.listdir(checkpoint))
-    wanted = [_weights_file(stage, number) for number in (range(world) if stage == 3 else [0])]
-    missing = [name for name in wanted if name not in found]
-    n_optimizers = len(_optimizer_files(checkpoint))
-    if stage > 0 and n_optimizers != world:
-        missing.append(f"{world - n_optimizers} of {world} optim_states files")
-    if missing:
-        raise UserError(_unreadable(checkpoint, latest, f"it lacks {missing[0]}"))
+class _Unusable(UserError):
+    """Why a checkpoint cannot be used, without what to do instead."""
 
 
-def _refuse_damaged(checkpoint: Path, latest: Path, stage: int) -> None:
-    """Open this rank's own files: the index of a file stands at its end, so that one which was cut short cannot be opened."""
-    own = [checkpoint / _weights_file(stage, control.rank()), *_optimizer_files(checkpoint)[control.rank() :][:1]]
+def _choose(of: Checkpoints, resume_from: int | None) -> tuple[str, dict[str, Any]] | None:
+    """The checkpoint to read, by its tag, and its manifest; None where the folder has none."""
+    latest = _latest(of.folder) or {}
+    going_back = resume_from is not None and latest.get("went_back_to") != resume_from
+    tag = _tag(resume_from) if going_back and resume_from is not None else latest.get("tag")
+    if tag is None:
+        if any(of.folder.glob("step_*")):
+            raise UserError(f"{of.folder / LATEST} is missing or damaged, and {of.folder} holds checkpoints; {_offer(of)}")
+        return None
+    with _offering(of, of.folder / tag):
+        manifest = _manifest(of, of.folder / tag)
+    if going_back or (resume_from is None and "went_back_to" in latest):
+        _name_latest(of.folder, tag, resume_from)
+    return tag, manifest
+
+
+@contextlib.contextmanager
+def _offering(of: Checkpoints, checkpoint: Path) -> Iterator[None]:
+    """Say beside why a checkpoint cannot be used which other one can."""
     try:
-        for file in own:
-            _opened(file)
-    except _UNREADABLE as error:
-        raise UserError(_unreadable(checkpoint, latest, f"{file.name}: {_brief(error)}")) from error
+        yield
+    except UserError as error:  # of any rank, whose kind does not travel
+        raise UserError(f"the checkpoint {checkpoint} cannot be used ({error}); {_offer(of, but=checkpoint)}") from error
 
 
-def _opened(file: Path) -> dict[str, Any]:
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+def _offer(of: Checkpoints, but: Path | None = None) -> str:
+    """The newest whole checkpoint of this run and how to go on from there, judged by the sizes of its files."""
+    for checkpoint in sorted(of.folder.glob("step_*"), reverse=True):
+        if checkpoint != but:
+            with contextlib.suppress(_Unusable):
+                manifest = _manifest(of, checkpoint)
+                _refuse_other_sizes(checkpoint, manifest["files"])
+                return f"set engine.resume_from={manifest['step']} to go on from {checkpoint.name}, the newest whole one"
+    return "no whole checkpoint of this run is left besides: restore the folder, or choose another name= to start over"
+
+
+def _manifest(of: Checkpoints, checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint of this run.
+
+    Raises:
+        _Unusable: the checkpoint is missing, unfinished, or another run's.
+    """
+    if not checkpoint.is_dir():
+        raise _Unusable("the folder is missing")
+    try:
+        manifest = io.sealed(checkpoint / MANIFEST)
+    except UserError as error:
+        raise _Unusable(str(error).partition(";")[0]) from None
+    if manifest["run"] != of.run:
+        raise _Unusable("another run wrote it, with another model, corpus, factors or settings")
+    if _tag(manifest["step"]) != checkpoint.name:
+        raise _Unusable(f"it holds step {manifest['step']}")
+    return manifest
+
+
+def _refuse_other_sizes(checkpoint: Path, files: dict[str, Any]) -> None:
+    for name, about in files.items():
+        found = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else None
+        if found != about["bytes"]:
+            raise _Unusable(f"{name} " + ("is missing" if found is None else f"has {found} bytes, {about['bytes']} were written"))
+
+
+def _refuse_damaged(checkpoint: Path, files: dict[str, Any]) -> None:
+    """Compare the sizes of all shard files, and the checksums of this rank's share of them, with the manifest."""
+    if not checkpoint.is_dir():
+        raise _Unusable("it is not there on every machine: put runs_folder on a file system that all machines share")
+    _refuse_other_sizes(checkpoint, files)
+    for name, about in list(files.items())[control.rank() :: control.world()]:
+        try:
+            damaged = io.checksum(checkpoint / name) != about["xxh3"]
+        except OSError as error:
+            raise _Unusable(f"{name}: {_brief(error)}") from error
+        if damaged:
+            raise _Unusable(f"{name} does not have the checksum that it was written with")
+
+
+def _opened(path: str | Path, map_location: Any = "cpu", mmap: bool = True) -> dict[str, Any]:
+    """What a shard file holds: tensors, plain values and DeepSpeed's own few classes. Anything else in it is refused, and nothing is executed."""
+    from lr2train.training.engine import classes_in_checkpoints
+
+    with torch.serialization.safe_globals(classes_in_checkpoints()):
+        return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+
+
+def _read_by_deepspeed(path: str, map_location: Any = None) -> dict[str, Any]:
+    """In the place of DeepSpeed's own reading. Not mapped: DeepSpeed keeps tensors of the file as the optimizer's state."""
+    return _opened(path, map_location or "cpu", mmap=False)
 
 
 def _weights_file(stage: int, rank: int) -> str:
@@ -151,26 +291,16 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _unreadable(checkpoint: Path, latest: Path, reason: str) -> str:
-    return (
-        f"the checkpoint {checkpoint} cannot be read ({reason}); restore the folder, name an older checkpoint in {latest}, or remove that file to "
-        "start over"
-    )
-
-
-def _load_on_other_ranks(engine: Any, checkpoint: Path, latest: Path, stage: int, world: int) -> None:
+def _load_on_other_ranks(engine: Any, checkpoint: Path, stage: int, world: int) -> None:
     """Read what ``world`` ranks have written; nothing is changed before every rank has read its share."""
-    begin = time.monotonic()
     share: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    control.together(lambda: share.append(_share(engine, checkpoint, latest, stage, world)))
+    control.together(lambda: share.append(_share(engine, checkpoint, stage, world)))
     common, state = share.pop()
     _hand_over(engine, common, state, stage)
-    run.say(
-        "checkpoint", f"{checkpoint} of {world} ranks was divided anew over {control.world()} ranks in {time.monotonic() - begin:.1f} s"
-    )
+    run.say("checkpoint", f"{checkpoint} of {world} ranks was divided anew over {control.world()} ranks")
 
 
-def _share(engine: Any, checkpoint: Path, latest: Path, stage: int, world: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _share(engine: Any, checkpoint: Path, stage: int, world: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What all ranks have in common, and this rank's own state."""
     if stage not in partitions.FORMS or engine.zero_nvme_offload_optimizer():
         how = "with its optimizer on NVMe" if stage in partitions.FORMS else f"by ZeRO stage {stage} with a divided optimizer"
@@ -181,11 +311,11 @@ def _share(engine: Any, checkpoint: Path, latest: Path, stage: int, world: int) 
     try:
         common = _opened(checkpoint / _weights_file(stage, 0))
         written, sizes = (_sizes(shapes) for shapes in (common["param_shapes"], engine._get_zero_param_shapes()))
-        files, form = _optimizer_files(checkpoint), partitions.FORMS[stage]
-        live = engine.optimizer.state_dict()
-        return common, partitions.repartitioned(files, written, form, live, sizes, control.rank(), control.world())
+        form, live, files = partitions.FORMS[stage], engine.optimizer.state_dict(), _optimizer_files(checkpoint)
+        shards = cache(lambda rank: _opened(files[rank])["optimizer_state_dict"])
+        return common, partitions.repartitioned(shards, world, written, form, live, sizes, control.rank(), control.world())
     except _UNREADABLE as error:
-        raise UserError(_unreadable(checkpoint, latest, _brief(error))) from error
+        raise UserError(f"the checkpoint {checkpoint} cannot be read ({_brief(error)}); restore the folder") from error
 
 
 def _sizes(shapes: list[dict[str, torch.Size]]) -> partitions.Sizes:

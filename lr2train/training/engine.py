@@ -5,38 +5,40 @@ and of attention; each rank returns the *sum* of its own target tokens' losses, 
 yields the gradient of ``sum of all losses / number of all target tokens`` of the step, exactly. Cost: two all-reduces of a few numbers and one
 exchange of a few words on the host a step, by which a rank that was handed other work than its peers is found before it is waited for.
 
+A loss that is not finite makes the step's gradients NaN on every rank. So one mechanism covers losses and gradients: no update is made where the
+global gradient norm is not finite. DeepSpeed's ZeRO optimizers decide so on all ranks together; without ZeRO ``_FiniteAdamW`` does.
+
 This is the only file that imports deepspeed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
+import math
 import os
-import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from lr2train import run
 from lr2train.attention import hf as attention
 from lr2train.config import Config, ModelConfig, UserError
 from lr2train.data.batch import Batch
 from lr2train.model import load
 from lr2train.model.window_lm import WindowLM
+from lr2train.parallel import control
 from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.mesh import Mesh
 from lr2train.rope.factors import Factors
 from lr2train.training import checkpoint
 from lr2train.training.agreement import agree, said_of
+from lr2train.training.checkpoint import Checkpoints
 from lr2train.training.segment import segment_of
 
 MODULE_PREFIX = "lm."  # the Hugging Face model's names inside WindowLM
@@ -53,8 +55,10 @@ class StepStats:
     n_tokens: int  # of all segments, padding included
     window_mix: float  # share of long segments
     n_pairs: float  # query-key pairs that attention has to look at, causal
-    grad_norm: float | None  # None where DeepSpeed computes none
+    grad_norm: float | None  # None where DeepSpeed computes none, and where the norm is not finite
     interrupted: bool  # some rank was asked to stop
+    finite: bool = True  # loss and gradient norm are finite; False: no update was made
+    suspects: tuple[int, ...] = ()  # this rank's micro-batches whose own loss is not finite
 
 
 def start_deepspeed(device: torch.device) -> None:
@@ -68,74 +72,24 @@ def start_deepspeed(device: torch.device) -> None:
         os.environ.setdefault(name, str(value))  # DeepSpeed reads them; whoever made the process group by hand is on one machine
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        build_cpu_op()
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")  # DeepSpeed calls what torch has renamed
     with _quiet():
         import deepspeed
 
+        if device.type == "cpu":
+            _without_cpu_op()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
-def build_cpu_op() -> None:
-    """Compile DeepSpeed's shared-memory op before anything needs it (about a minute, once a machine).
+def _without_cpu_op() -> None:
+    """Keep DeepSpeed from compiling and starting its shared-memory all-reduce for CPUs.
 
-    DeepSpeed compiles it on its first CPU run, under torch's file lock. A run killed meanwhile leaves that lock behind and every later run waits for
-    it in silence. Ours hold a kernel lock, which dies with its owner: a torch lock seen while we hold ours is stale once no compiler is at work.
-    A virtual environment keeps its own build, as another one's would be compiled again and again.
+    Only DeepSpeed's inference calls it. It costs a minute of compiling, which a kill leaves locked for ever, and 69 MB of shared memory a rank,
+    which no process frees. DeepSpeed asks this table whether the op can be built; filling the table also spares the probes behind it.
     """
-    from torch.utils.cpp_extension import _get_build_directory
+    from deepspeed import ops
 
-    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-
-    # The environment's own ninja first, however Python was called: another version does not trust this one's log and compiles everything again.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    with _quiet():
-        from deepspeed.ops import __compatible_ops__ as compatible
-        from deepspeed.ops.op_builder import ShareMemCommBuilder  # pyright: ignore[reportAttributeAccessIssue]
-
-        if ShareMemCommBuilder is None:  # DeepSpeed drives another device: there is nothing to build
-            return
-        builder = ShareMemCommBuilder()
-        if not compatible.get(builder.NAME, False):
-            return
-        folder = Path(_get_build_directory(builder.NAME, verbose=False))
-    with (folder / "lr2train.lock").open("w") as ours:
-        _wait_for(ours)
-        _remove_stale(folder)
-        if not (folder / f"{builder.NAME}.so").exists():
-            run.say("engine", "compiling DeepSpeed's CPU communication op (about a minute, once a machine)")
-        with _quiet():
-            builder.load(verbose=False)
-
-
-def _wait_for(lock: IO[str]) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            run.say("engine", "waiting for another process of this environment that compiles DeepSpeed's CPU communication op")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove torch's lock where nobody builds; a killed run's compiler may live on for some seconds."""
-    stale = folder / "lock"
-    while stale.exists():
-        if not _somebody_builds_in(folder):
-            run.say("engine", f"removing a stale build lock that a killed run left: {stale}")
-            stale.unlink(missing_ok=True)
-        else:
-            time.sleep(0.5)
-
-
-def _somebody_builds_in(folder: Path) -> bool:
-    """Whether a process works in the folder (ninja and the compiler run there)."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if int(process.name) != os.getpid() and Path(os.readlink(process / "cwd")) == folder.resolve():
-                return True
-    return False
+    ops.__dict__.setdefault("__compatible_ops__", {})
 
 
 @contextlib.contextmanager
@@ -203,7 +157,7 @@ class Engine:
         import deepspeed
 
         optim = self.config.optim
-        optimizer = torch.optim.AdamW(
+        optimizer = (torch.optim.AdamW if self.config.engine.zero_stage else _FiniteAdamW)(
             _parameter_groups(self.model, optim.weight_decay),
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
@@ -247,13 +201,20 @@ class Engine:
         n_targets = int(counts[:2].sum())
         if n_targets == 0:
             raise UserError("a step has no target token at all; check data.path: its segments hold only padding")
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch, shard in zip(batches, shards, strict=True):
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss of short, of long, ranks that were asked to stop
+        sums[2] = float(interrupted)
+        losses = []
+        for number, (batch, shard) in enumerate(zip(batches, shards, strict=True), 1):
             total = self._engine(*shard, spans=batch.spans, window=batch.window)
-            self._engine.backward(total * (self.mesh.world * self.accumulation / n_targets))
+            losses.append(total.detach().double())
+            sums[int(batch.window == "long")] += losses[-1]
+            scale = torch.full_like(losses[-1], self.mesh.world * self.accumulation / n_targets, dtype=total.dtype)
+            if number == len(batches):
+                dist.all_reduce(sums)
+                scale.masked_fill_(~torch.isfinite(sums[:2].sum()), torch.nan)
+            self._engine.backward(total * scale)
             self._engine.step()
-            sums[int(batch.window == "long")] += total.detach().double()
-        return self._stats(sums, counts, batches, interrupted)
+        return self._stats(sums, counts, torch.stack(losses))
 
     def _strategy(self, batch: Batch) -> str:
         return self.attention.plan(batch.spans, len(batch.tokens)).title
@@ -277,13 +238,11 @@ class Engine:
         dist.all_reduce(counts)
         return counts
 
-    def _stats(self, sums: torch.Tensor, counts: torch.Tensor, batches: Sequence[Batch], interrupted: bool) -> StepStats:
-        flags = torch.tensor([float(interrupted)], dtype=torch.float64, device=self.device)
-        reduced = torch.cat((sums, flags))
-        dist.all_reduce(reduced)
+    def _stats(self, sums: torch.Tensor, counts: torch.Tensor, losses: torch.Tensor) -> StepStats:
         n_short, n_long, n_tokens, n_long_segments, n_segments, n_pairs = counts.tolist()
-        norm = self._engine.get_global_grad_norm()
-        short, long, asked = reduced.tolist()
+        norm = self._grad_norm()
+        short, long, asked = sums.tolist()
+        finite = math.isfinite(short + long) and (self._loss_scaled or norm is None or math.isfinite(norm))
         return StepStats(
             loss=(short + long) / (n_short + n_long),
             loss_short=short / n_short if n_short else None,
@@ -292,23 +251,57 @@ class Engine:
             n_tokens=n_tokens,
             window_mix=n_long_segments / n_segments,
             n_pairs=n_pairs / self.mesh.sp_size,  # every rank of a sequence-parallel group has counted the whole segment
-            grad_norm=None if norm is None else float(norm),
+            grad_norm=norm if norm is not None and math.isfinite(norm) else None,
             interrupted=asked > 0,
+            finite=finite,
+            suspects=tuple(torch.isfinite(losses).logical_not().nonzero().flatten().tolist()),
         )
 
-    def save(self, folder: Path, step: int, keep: int) -> None:
-        """Write a checkpoint of step ``step`` (steps done so far) and only then name it the latest; older ones beyond ``keep`` go."""
-        with _quiet():
-            checkpoint.save(self._engine, folder, step, keep)
+    @property
+    def _loss_scaled(self) -> bool:
+        """float16: DeepSpeed looks for the loss scale by overflows, so a gradient that overflows is no fault."""
+        return self.config.model.dtype == "float16"
 
-    def load(self, folder: Path) -> int:
-        """Load the latest complete checkpoint of ``folder``, whatever number of ranks wrote it; returns the number of steps done, 0 where there is none.
+    def _grad_norm(self) -> float | None:
+        """Of the step that was just made, the same on every rank; not finite where no update was made."""
+        norm = self._engine.get_global_grad_norm()
+        if not self.config.engine.zero_stage and not self._engine.optimizer.finite:
+            return math.nan
+        return None if norm is None else float(norm)
+
+    def refuse_non_finite(self) -> None:
+        """Refuse weights and optimizer states that hold a number that is not finite, on every rank.
 
         Raises:
-            UserError: it is damaged, not there on every machine, or cannot be read by this number of ranks; on every rank.
+            UserError: a rank's part holds one; the text names a tensor.
+        """
+        control.together(lambda: _refuse_non_finite(self._held()))
+
+    def _held(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's part of the weights, and of the optimizer's states."""
+        for name, parameter in self.model.named_parameters():
+            yield f"the weight {name.removeprefix(MODULE_PREFIX)}", getattr(parameter, "ds_tensor", parameter).detach()
+        for states in getattr(self._engine.optimizer, "optimizer", self._engine.optimizer).state.values():
+            yield from ((f"the optimizer's {key}", value) for key, value in states.items() if isinstance(value, torch.Tensor))
+
+    def save(self, checkpoints: Checkpoints, step: int) -> None:
+        """Write a checkpoint of step ``step`` (steps done so far) and only then name it the latest; older ones beyond ``checkpoints.keep`` go.
+
+        Raises:
+            UserError: a weight or state is not finite, or there is no room; the checkpoints before stay.
+        """
+        self.refuse_non_finite()
+        with _quiet():
+            checkpoint.save(self._engine, checkpoints, step)
+
+    def load(self, checkpoints: Checkpoints, resume_from: int | None = None) -> int:
+        """Load the latest checkpoint, or the one to go back to; returns the number of steps done, 0 where there is none.
+
+        Raises:
+            UserError: the checkpoint is damaged, another run's, not there on every machine, or cannot be read by this number of ranks; on every rank.
         """
         with _quiet():
-            return checkpoint.load(self._engine, folder)
+            return checkpoint.load(self._engine, checkpoints, resume_from)
 
     def write_model(self, folder: Path, config: dict[str, Any]) -> None:
         """Write the weights as a Hugging Face folder with ``config`` as its config.json; no rank holds them all at once."""
@@ -320,6 +313,32 @@ class Engine:
 
         whole = ((name, safe_get_full_grad(parameter)) for name, parameter in self.model.named_parameters())
         return {name.removeprefix(MODULE_PREFIX): gradient for name, gradient in whole if gradient is not None}
+
+
+class _FiniteAdamW(torch.optim.AdamW):
+    """AdamW that makes no update where a gradient is not finite. For ZeRO stage 0, where every rank holds the same whole gradients.
+
+    Attributes:
+        finite: whether the last call made its update.
+    """
+
+    finite = True
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update, or none."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.finite = bool(torch.stack([torch.isfinite(one).all() for one in gradients]).all())
+        return super().step(closure) if self.finite else None
+
+
+def _refuse_non_finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise UserError(
+            f"{bad[0]} holds numbers that are not finite ({len(bad)} tensors do), so no checkpoint is written and the one before stays; "
+            "set optim.lr to a lower value under another name="
+        )
 
 
 def load_sharded(model_config: ModelConfig, device: torch.device, deepspeed_config: Mapping[str, Any] | None = None) -> Any:
@@ -367,6 +386,15 @@ def _gather_in_forward(model: Any, ds_config: dict[str, Any]) -> None:
         engine.optimizer.get_param_coordinator().reset_step()  # this function also keeps the engine, whose end would take the hooks away
 
     model.base_model.register_forward_pre_hook(begin_pass, prepend=True)
+
+
+def classes_in_checkpoints() -> list[Any]:
+    """DeepSpeed's own classes that its checkpoints hold beside tensors and plain values."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _zero_init(ds_config: dict[str, Any], batch_size: int) -> contextlib.AbstractContextManager[Any]:

@@ -11,14 +11,16 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lr2train import run
+from lr2train import io, run
 from lr2train.config import Config
+from lr2train.data.batch import Loader
 from lr2train.data.prefetch import prefetched
+from lr2train.training.bad_steps import BadSteps
+from lr2train.training.checkpoint import Checkpoints
 from lr2train.training.engine import Engine, StepStats
 from lr2train.training.metrics import Sink
 from lr2train.training.schedule import learning_rate
@@ -50,9 +52,22 @@ def listen_for_interrupt() -> Iterator[Interrupt]:
 
 
 def fit(
-    engine: Engine, loader: Any, config: Config, skips: Skips, done: int, total_steps: int, sinks: Sequence[Sink], folder: Path
+    engine: Engine,
+    loader: Loader,
+    config: Config,
+    skips: Skips,
+    done: int,
+    total_steps: int,
+    sinks: Sequence[Sink],
+    checkpoints: Checkpoints,
+    bad_before: int = 0,
 ) -> bool:
-    """Train from step ``done`` to ``total_steps``, but for ``skips``; returns whether the end was reached (False: interrupted, checkpoint written)."""
+    """Train from step ``done`` to ``total_steps``, but for ``skips``; returns whether the end was reached (False: interrupted, checkpoint written).
+
+    Raises:
+        UserError: ``engine.max_bad_steps`` steps in a row, or the last one, have a loss or a gradient norm that is not finite.
+    """
+    bad = BadSteps(config.engine.max_bad_steps, bad_before)
     tokens_seen = (done - skips.until(done).count) * config.optim.segments_per_step * config.data.segment_tokens
     parameters = _multiplied_parameters(engine)
     steps, saved = skips.remaining(done, total_steps), done
@@ -66,14 +81,17 @@ def fit(
             stats = engine.step(micro_batches, lr, interrupt.asked)
             tokens_seen += stats.n_tokens
             seconds = time.perf_counter() - start
+            flops = step_flops(stats, parameters, engine.hf_config)
+            figures = _figures(stats, lr, tokens_seen, seconds, waited, flops, engine, config)
             for sink in sinks:
-                sink.write(
-                    step + 1,
-                    _figures(stats, lr, tokens_seen, seconds, waited, step_flops(stats, parameters, engine.hf_config), engine, config),
-                )
+                sink.write(step + 1, {**figures, "bad_steps": bad.total + (not stats.finite)})
+            bad.look(step, stats, loader)
             last = step == steps[-1]
-            if last or stats.interrupted or _due(saved, step + 1, config.engine.checkpoint_every_steps):
-                engine.save(folder / "checkpoints", step + 1, config.engine.keep_checkpoints)
+            if last and bad.in_a_row:
+                bad.give_up(step)
+            due = not bad.in_a_row and _due(saved, step + 1, config.engine.checkpoint_every_steps)
+            if last or stats.interrupted or due:
+                engine.save(checkpoints, step + 1)
                 saved = step + 1
             if stats.interrupted and not last:
                 return False
@@ -107,9 +125,7 @@ def _figures(
     per_second = stats.n_tokens / seconds
     peak = config.hardware.gpu_bf16_tflops * 1e12 * engine.mesh.world
     return {
-        "loss": stats.loss,
-        "loss_short": stats.loss_short,
-        "loss_long": stats.loss_long,
+        **io.finite({"loss": stats.loss, "loss_short": stats.loss_short, "loss_long": stats.loss_long}),
         "n_target_tokens": stats.n_target_tokens,
         "tokens_seen": tokens_seen,
         "grad_norm": stats.grad_norm,

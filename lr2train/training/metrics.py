@@ -6,12 +6,14 @@ copies of it. This is the only file that imports wandb.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from lr2train import run
+from lr2train import io, run
 from lr2train.config import Config, UserError, to_dict
 
 
@@ -25,23 +27,36 @@ class Sink(Protocol):
         """Flush and let go."""
 
 
+def _text(line: dict[str, Any]) -> str:
+    """A line of JSON, which has no form for a number that is not finite: null stands for it."""
+    return json.dumps(io.finite(line), allow_nan=False) + "\n"
+
+
 class Jsonl:
-    """``metrics.jsonl``: a line a step."""
+    """``metrics.jsonl``: a line a step.
+
+    Attributes:
+        last: the figures of the last step that was done before.
+    """
 
     def __init__(self, path: Path, done_steps: int):
         self._cut_back(path, done_steps)
         self._file = path.open("a")
 
     def _cut_back(self, path: Path, done_steps: int) -> None:
-        """Drop what a killed run wrote after its last checkpoint, and a half-written last line."""
-        kept = [line for line in read_jsonl(path) if line["step"] <= done_steps]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        """Drop what a killed run wrote after its last checkpoint, and lines that are damaged."""
+        lines, damaged = read_lines(path)
+        if damaged:
+            run.say(
+                "train", f"{damaged} damaged lines were taken out of {path}: the figures of these steps are lost, training is not affected"
+            )
+        kept = [line for line in lines if line.get("step", math.inf) <= done_steps]
+        io.write_text(path, "".join(_text(line) for line in kept))
+        self.last = kept[-1] if kept else None
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Append and flush one line."""
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.write(_text({"step": step, **figures}))
         self._file.flush()
 
     def close(self) -> None:
@@ -79,7 +94,7 @@ class Wandb:
                 f"logger.wandb=true but wandb cannot be imported ({error}); pip install wandb, or set logger.wandb=false"
             ) from error
         logger = config.logger
-        identity = run.hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         try:
             self._run = wandb.init(
                 project=logger.project,
@@ -117,14 +132,31 @@ def sinks(config: Config, folder: Path, done_steps: int) -> list[Sink]:
     return chosen
 
 
+def bad_steps_in(opened: Sequence[Sink]) -> int:
+    """How many steps before were not finite, as the last line of metrics.jsonl has it; 0 on ranks other than 0."""
+    lines = (sink.last for sink in opened if isinstance(sink, Jsonl))
+    return next(((line or {}).get("bad_steps", 0) for line in lines), 0)
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a jsonl file; a last line that a kill cut short is left out."""
+    """The whole lines of a jsonl file."""
+    return read_lines(path)[0]
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a jsonl file, and how many of its lines are none; a last line that a kill cut short is not counted."""
     if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+        return [], 0
+    texts = path.read_text(errors="replace").splitlines(keepends=True)
+    found = [_parsed(text) for text in texts]
+    cut_short = bool(texts) and found[-1] is None and not texts[-1].endswith("\n")
+    lines = [line for line in found if line is not None]
+    return lines, len(found) - len(lines) - cut_short
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return line if isinstance(line, dict) else None

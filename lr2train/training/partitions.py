@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,12 +101,20 @@ _SCALARS = ("loss_scaler", "dynamic_loss_scale", "overflow")  # of fp16; the sam
 
 
 def repartitioned(
-    files: Sequence[Path], written: Sizes, form: Form, live: Mapping[str, Any], sizes: Sizes, rank: int, world: int
+    shards: Callable[[int], dict[str, Any]],
+    n_shards: int,
+    written: Sizes,
+    form: Form,
+    live: Mapping[str, Any],
+    sizes: Sizes,
+    rank: int,
+    world: int,
 ) -> dict[str, Any]:
-    """The state of one rank out of ``world``, from shards that ``len(files)`` ranks have written.
+    """The state of one rank out of ``world``, from shards that ``n_shards`` ranks have written.
 
     Args:
-        files: DeepSpeed's optim_states files, in order of rank; opened when they are needed.
+        shards: rank -> the optimizer's state in its file, opened when it is needed.
+        n_shards: ranks that wrote.
         written: the sizes that they were written with.
         form: of the ZeRO stage, which is the same.
         live: the rank's present state; gives everything that is not in the shards. Not changed.
@@ -121,8 +127,7 @@ def repartitioned(
     Raises:
         UserError: the shards, or the present groups, are not laid out as this module knows it.
     """
-    shards = cache(lambda number: _state_in(files[number]))
-    old, new = form.layout(written, len(files)), form.layout(sizes, world)
+    old, new = form.layout(written, n_shards), form.layout(sizes, world)
     _refuse_unknown(live, form, new)
     _refuse_unknown(shards(0), form, old)
 
@@ -143,10 +148,6 @@ def repartitioned(
     weights = [part(group, lambda r, g: shards(r)[form.weights][g]) for group in range(len(sizes))]
     scalars = {key: shards(0)[key] for key in _SCALARS if key in shards(0)}
     return {**live, **scalars, form.weights: weights, form.optimizer: optimizer}
-
-
-def _state_in(file: Path) -> dict[str, Any]:
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
 
 
 def _is_flat(value: object) -> bool:
