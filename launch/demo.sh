@@ -5,6 +5,7 @@
 set -euo pipefail
 export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1  # the same on every machine, with a GPU or without, and nothing is downloaded
 source "$(dirname "$0")/setup.sh"
+cd "$checkout"
 start=$SECONDS
 step() { echo "== $1 (${SECONDS}s)" >&2; shift; "$@"; }
 

@@ -9,4 +9,17 @@ shift
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # The launcher hands on NCCL_* and what ~/.deepspeed_env or ./.deepspeed_env lists, nothing else.
 [ -f .deepspeed_env ] || echo "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" > .deepspeed_env
-exec deepspeed --hostfile "${HOSTFILE:-hosts}" --no_local_rank --module "lr2train.$verb" "$@"
+deepspeed --hostfile "${HOSTFILE:-hosts}" --no_local_rank --module "lr2train.$verb" "$@" &
+trap 'kill -TERM $! 2>/dev/null' TERM INT  # deepspeed ends the ranks on all machines
+code=0
+wait $! || code=$?
+wait $! 2>/dev/null || code=$?  # a signal ends the first wait; this one waits for the end
+# deepspeed exits with 0 where its launcher was killed: the result tells whether the job is done.
+runs=runs name=
+for argument in "$@"; do
+  case $argument in runs_folder=*) runs=${argument#*=} ;; name=*) name=${argument#*=} ;; esac
+done
+case $verb in
+  train | search) [ "$code" != 0 ] || [ -f "$runs/$name/$verb.json" ] || { echo "[multinode] $runs/$name/$verb.json was not written" >&2; exit 1; } ;;
+esac
+exit "$code"

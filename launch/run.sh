@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# One verb on this machine's ranks under the deepspeed launcher:  bash launch/run.sh 2 train experiment=tiny_4k name=first
+# One verb on this machine's ranks under DeepSpeed's launcher:  bash launch/run.sh 2 train experiment=tiny_4k name=first
+# This process becomes the launcher, which passes SIGTERM on to the ranks and ends with their exit code. (The `deepspeed` command in front of it does
+# neither.) The ranks end their step, write a checkpoint and leave; the launcher kills them after 30 s.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 ranks=$1 verb=$2
 shift 2
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-exec deepspeed --quiet --num_gpus "$ranks" --master_port "$port" --no_local_rank --module "lr2train.$verb" "$@"
+world=$(python -c 'import base64, json, sys; print(base64.urlsafe_b64encode(json.dumps({"localhost": list(range(int(sys.argv[1])))}).encode()).decode())' "$ranks")
+exec python -m deepspeed.launcher.launch --world_info="$world" --master_addr=127.0.0.1 --master_port="$port" --quiet --no_local_rank \
+  --module "lr2train.$verb" "$@"

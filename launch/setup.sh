@@ -1,20 +1,17 @@
-# Sourced by the other scripts: a virtual environment at .venv with requirements.txt in it, and DeepSpeed's CPU op compiled. Does nothing the second time.
+# Sourced by the other scripts: a virtual environment at .venv with requirements.txt in it. Does nothing the second time. The working directory stays.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ ! -f .venv/ready ]; then
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$checkout/.venv
+if [ ! -f "$venv/ready" ]; then
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "[setup] Python 3.11 or newer is needed; set PYTHON to one" >&2; exit 2; }
-  "${PYTHON:-python3}" -m venv --clear .venv  # a half-made one is made anew
-  touch .venv/ready
+  "${PYTHON:-python3}" -m venv --clear "$venv"  # a half-made one is made anew
+  touch "$venv/ready"
 fi
-source .venv/bin/activate
-if ! cmp -s requirements.txt .venv/requirements.stamp; then
+source "$venv/bin/activate"
+if ! cmp -s "$checkout/requirements.txt" "$venv/requirements.stamp"; then
   echo "[setup] installing requirements.txt into .venv (some minutes, once)" >&2
-  python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-  cp requirements.txt .venv/requirements.stamp
+  python -m pip install --quiet --disable-pip-version-check -r "$checkout/requirements.txt"
+  cp "$checkout/requirements.txt" "$venv/requirements.stamp"
 fi
 command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
-export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
-if [ -z "${LR2TRAIN_READY:-}" ]; then
-  python -c 'from lr2train.training.engine import build_cpu_op; build_cpu_op()'
-  export LR2TRAIN_READY=1
-fi
+export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1

@@ -5,6 +5,6 @@ source "$(dirname "$0")/setup.sh"
 methods=$1
 shift
 for method in $methods; do
-  bash launch/run.sh 2 train "$@" "rope=$method" rope.factors=null "name=sweep_$method"
+  bash "$checkout/launch/run.sh" 2 train "$@" "rope=$method" rope.factors=null "name=sweep_$method"
   python -m lr2train.evaluate "$@" "run=sweep_$method"
 done

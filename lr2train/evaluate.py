@@ -45,7 +45,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     lengths = _lengths(config, factors.target_window_tokens)
     needles, texts = _documents(config, corpus, lengths)
     device = processes.start(config)
-    lock = control.together(job.lock)[0]  # also found here: a folder that may not be written
+    lock = control.on_rank_0(job.lock)  # also found here: a folder that may not be written
     corpus.verify(full=config.data.verify)
     rows = []
     for subject in subjects:

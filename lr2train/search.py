@@ -46,7 +46,7 @@ def search(config: Config) -> dict[str, Any]:
     job = run.open_run(config, "search", GROUPS)
     space, scored_on, corpus = inputs(config)
     device = processes.start(config)
-    lock = control.together(job.lock)[0]
+    lock = control.on_rank_0(job.lock)
     known = {"corpus": corpus.fingerprint, "documents": digest(scored_on)}
     found = identities(job, known, {"model": load.files_of(load.folder_of(config.model))})
     if (job.folder / "search.json").exists():
@@ -64,13 +64,8 @@ def search(config: Config) -> dict[str, Any]:
     start = time.monotonic()
     finalists = _run(job, space, history)
     result = {**history.result(finalists), "seconds": time.monotonic() - start, **_read(job)}
-    _write(
-        job,
-        space,
-        finalists[0],
-        result,
-        {"inputs": {name: run.content_of(one) for name, one in found.items()}, **run.provenance(), "history": history.brief()},
-    )
+    contents = {name: run.content_of(one) for name, one in found.items()}
+    _write(job, space, finalists[0], result, {"inputs": contents, **run.provenance(), "history": history.brief()})
     processes.stop()
     if lock is not None:
         lock.close()

@@ -49,7 +49,7 @@ def train(config: Config) -> dict[str, Any]:
     job = run.open_run(config, "train", GROUPS)
     hf_config, factors, corpus = inputs(config)
     device = processes.start(config)
-    lock = control.together(job.lock)[0]
+    lock = control.on_rank_0(job.lock)
     found = identities(job, {"corpus": corpus.fingerprint, "factors": io.fingerprint(factors.to_json())}, _base(config))
     if (finished := _finished(job, config)) is not None:
         return finished

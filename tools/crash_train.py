@@ -51,8 +51,11 @@ def losses(name: str) -> dict[int, float]:
 
 def written_by() -> int | None:
     """How many ranks wrote the latest checkpoint."""
-    latest = ROOT / "runs" / NAME / "checkpoints" / "latest.json"
-    return json.loads(latest.read_text())["world"] if latest.exists() else None
+    folder = ROOT / "runs" / NAME / "checkpoints"
+    if not (folder / "latest.json").exists():
+        return None
+    tag = json.loads((folder / "latest.json").read_text())["tag"]
+    return json.loads((folder / tag / "manifest.json").read_text())["world"]
 
 
 def divided_anew() -> int:

@@ -80,6 +80,13 @@ def together(fn: Callable[[], T]) -> list[T]:
     return [one.value for one in outcomes if isinstance(one, _Done)]
 
 
+def on_rank_0(fn: Callable[[], T]) -> T | None:
+    """Call ``fn`` on rank 0 alone; returns its result there, which need not be sendable (an open lock), and None on the others. Raises as ``together``."""
+    held: list[T] = []
+    together(lambda: held.append(fn()) if rank() == 0 else None)
+    return held[0] if held else None
+
+
 @dataclass(frozen=True)
 class _Done:
     value: Any

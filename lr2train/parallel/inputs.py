@@ -31,9 +31,8 @@ def identities(job: Run, known: Mapping[str, str], files: Mapping[str, Sequence[
     noted, stamps = looked[0]  # rank 0's: another machine may have a copy with other times
     found: dict[str, Any] = dict(known)
     for name, paths in files.items():
-        before = noted.get(name)
-        same = isinstance(before, dict) and before["files"] == stamps[name]
-        content = before["content"] if same else io.fingerprint(sorted(_checksums(paths).items()))
+        before: dict[str, Any] = noted.get(name) or {}
+        content = before["content"] if before.get("files") == stamps[name] else io.fingerprint(sorted(_checksums(paths).items()))
         found[name] = {"content": content, "files": stamps[name]}
     control.together(lambda: job.refuse_other_inputs(found) if _first() else None)
     return found

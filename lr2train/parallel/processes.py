@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lr2train.config import Config, UserError
+from lr2train.parallel.launcher import watch_launcher
 
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
 
@@ -20,6 +21,7 @@ def start(config: Config) -> torch.device:
         UserError: CUDA is asked for and torch sees none.
     """
     device = pick_device(config.device)
+    watch_launcher()
     if not dist.is_initialized():
         _init_process_group(device, config.parallel.timeout_s)
     if device.type == "cpu":

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankError, run_ranks
 
+from lr2train import io
 from lr2train.config import UserError
 from lr2train.parallel.failure import told_to_all
 from lr2train.training import partitions
+from lr2train.training.checkpoint import Checkpoints
 from tests.training.test_engine import RELEASE_ALL, config_for, factors, segment
 
 LONG, SHORT = [1, 3, 5, 7], [2, 4, 6, 10]  # the segments of a step: four of one window, so that one, two and four ranks share their work
@@ -65,13 +68,13 @@ def train(world: int, sp: int, folder: Path, variant: str) -> Trained:
     import torch.distributed as dist
 
     engine = engine_of(world, sp, variant)
-    done, losses = engine.load(folder), {}
+    done, losses = engine.load(Checkpoints(folder)), {}
     state = whole_state(engine) if done else {}
     for step in range(done, len(STEPS)):
         mine = STEPS[step][engine.mesh.dp_rank :: engine.mesh.dp_size]
         losses[step] = engine.step([segment(i) for i in mine], lr=1e-2).loss
         if step + 1 == SAVED:
-            engine.save(folder, SAVED, keep=1)
+            engine.save(Checkpoints(folder), SAVED)
             state = whole_state(engine)
     dist.barrier()
     engine._engine.destroy()
@@ -127,45 +130,159 @@ def test_any_number_of_ranks_goes_on_bit_for_bit_where_two_were(tmp_path):
             assert losses == pytest.approx({step: expected[step] for step in range(SAVED, len(STEPS))}, rel=VARIANTS[variant][2]), case
 
 
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def zeros(file: Path) -> None:
+    """As a file system leaves a block that never reached the disk."""
+    middle = file.stat().st_size // 2
+    with file.open("r+b") as opened:
+        opened.seek(middle)
+        opened.write(bytes(512))
+
+
+def flipped_bit(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 3] ^= 0x40
+    file.write_bytes(raw)
+
+
+def swapped(file: Path) -> None:
+    """The shards of two ranks have changed places."""
+    other = file.with_name(file.name.replace("pp_rank_0", "pp_rank_x").replace("pp_rank_1", "pp_rank_0").replace("pp_rank_x", "pp_rank_1"))
+    one, two = file.read_bytes(), other.read_bytes()
+    file.write_bytes(two)
+    other.write_bytes(one)
+
+
+HARMS = {
+    cut_short: "bytes",
+    Path.unlink: "is missing",
+    zeros: "checksum",
+    flipped_bit: "checksum",
+    swapped: "",
+}  # swapped: of other sizes or not
+SHARDS = ("zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+
+
 def damaged_ones(rank: int, world: int, alone: Path, folder: Path) -> list[str]:
     """What a rank says of each broken checkpoint, and the loss after reading a sound one with the same engine."""
     import torch.distributed as dist
 
     engine = engine_of(world, 1, "stage 3")
-    engine.save(folder, 1, keep=2)
+    engine.save(Checkpoints(folder, keep=2), 1)
+    engine.save(Checkpoints(folder, keep=2), 2)
     said = []
-    for where, name in ((alone, "zero_pp_rank_0_mp_rank_00_optim_states.pt"), (folder, "zero_pp_rank_1_mp_rank_00_optim_states.pt")):
-        [file] = where.glob(f"step_*/{name}")
-        for harm in (cut_short, Path.unlink):
-            sound = file.read_bytes()
+    for harm in HARMS:
+        for name in SHARDS:
+            folder_2 = folder / "step_00000002"
+            sound = {path: path.read_bytes() for path in folder_2.iterdir()}
             dist.barrier()
             if rank == 0:
-                harm(file)
+                harm(folder_2 / name)
             dist.barrier()
             with pytest.raises(UserError) as raised:
-                engine.load(where)
+                engine.load(Checkpoints(folder))
             said.append(str(raised.value))
             dist.barrier()
             if rank == 0:
-                file.write_bytes(sound)
+                for path, data in sound.items():
+                    path.write_bytes(data)
             dist.barrier()
-    assert engine.load(alone) == SAVED
+    assert engine.load(Checkpoints(alone)) == SAVED
     mine = STEPS[SAVED][engine.mesh.dp_rank :: engine.mesh.dp_size]
     return [*said, f"{engine.step([segment(i) for i in mine], lr=1e-2).loss:.5f}"]
 
 
-def cut_short(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def test_damage_is_one_sentence_on_every_rank_and_changes_nothing(tmp_path):
+def test_damage_of_any_kind_is_one_sentence_on_every_rank_and_changes_nothing(tmp_path):
     [(losses, _)] = run_ranks(trained, 1, [(1, "stage 3")], tmp_path, tmp_path=tmp_path, timeout_s=120)[0]
     first, second = run_ranks(damaged_ones, 2, tmp_path / "stage 3", tmp_path / "two", tmp_path=tmp_path, timeout_s=120)
     assert first == second
     *said, loss = first
-    assert all("cannot be read (" in text and "restore the folder, name an older checkpoint in" in text for text in said), said
-    assert ["it lacks 1 of" in text for text in said] == [False, True, False, True]
+    for text, reason in zip(said, [reason for reason in HARMS.values() for _ in SHARDS], strict=True):
+        assert "step_00000002 cannot be used" in text and reason in text and "pp_rank_" in text, text
+        assert text.endswith("set engine.resume_from=1 to go on from step_00000001, the newest whole one"), text
     assert float(loss) == pytest.approx(losses[SAVED], abs=2e-5)  # printed with five digits
+
+
+def other_starts(rank: int, world: int, folder: Path) -> list[str | int]:
+    """What reading says, and which step it reads, as the folder is tampered with and the user goes back."""
+    import torch.distributed as dist
+
+    engine, ours = engine_of(world, 1, "stage 3"), Checkpoints(folder, "this run", keep=3)
+    heard: list[str | int] = []
+
+    def load(of: Checkpoints = ours, resume_from: int | None = None) -> None:
+        try:
+            heard.append(engine.load(of, resume_from))
+        except UserError as error:
+            heard.append(str(error))
+        dist.barrier()
+
+    for step in (1, 2, 3):
+        engine.save(ours, step)
+    load(Checkpoints(folder, "another run"))
+    if rank == 0:
+        (folder / "latest.json").write_text('{"tag": "step_00000002"}')  # the step is the checkpoint's own
+    load()
+    if rank == 0:
+        (folder / "latest.json").write_text("")
+    load()
+    load(resume_from=7)
+    load(resume_from=2)
+    load(resume_from=2)  # the same command again, before another checkpoint was written
+    engine.save(ours, 4)
+    load(resume_from=2)  # and after: it does not go back once more
+    load()
+    load(resume_from=2)  # once the key was left out, it does
+    if rank == 0:
+        (folder / "step_00000002").rename(folder / "step_00000009")
+    load(resume_from=9)
+    return heard
+
+
+def test_a_start_reads_the_runs_own_newest_checkpoint_or_the_one_to_go_back_to(tmp_path):
+    first, second = run_ranks(other_starts, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
+    assert first == second
+    foreign, two, lost, unknown, *steps, renamed = first
+    assert "another run wrote it" in foreign and "no whole checkpoint of this run is left" in foreign
+    assert two == 2
+    assert "latest.json is missing or damaged" in lost and "set engine.resume_from=3 " in lost
+    assert "step_00000007 cannot be used (the folder is missing); set engine.resume_from=3 " in unknown
+    assert steps == [2, 2, 4, 4, 2]
+    assert "it holds step 2" in renamed and "set engine.resume_from=4 " in renamed
+
+
+def runs_code(rank: int, world: int, folder: Path) -> str:
+    """What a rank says of a checkpoint whose shard would run code, with a manifest that fits."""
+    engine, of = engine_of(world, 1, "stage 3"), Checkpoints(folder)
+    engine.save(of, 1)
+    checkpoint = folder / "step_00000001"
+    [file] = checkpoint.glob("*optim_states.pt")
+    torch.save({"optimizer_state_dict": Runs(folder / "ran")}, file)
+    manifest = io.sealed(checkpoint / "manifest.json")
+    manifest["files"][file.name] |= {"bytes": file.stat().st_size, "xxh3": io.checksum(file)}
+    io.seal(checkpoint / "manifest.json", manifest)
+    with pytest.raises(pickle.UnpicklingError) as raised:
+        engine.load(of)
+    return str(raised.value)
+
+
+class Runs:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self):
+        return Path.touch, (self._file,)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    [said] = run_ranks(runs_code, 1, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
+    assert "weights_only" in said.lower()
+    assert not (tmp_path / "checkpoints" / "ran").exists()
 
 
 def after_kills(rank: int, world: int, folder: Path) -> list[list[str]]:
@@ -181,10 +298,10 @@ def after_kills(rank: int, world: int, folder: Path) -> list[list[str]]:
             for file in begun:
                 file.write_bytes(b"the beginning of")
         dist.barrier()
-        engine.save(folder, step, keep=1)
+        engine.save(Checkpoints(folder), step)
         left.append([f"{path.name}: {len(list(path.glob('*optim_states.pt')))}" for path in sorted(folder.glob("step_*"))])
         dist.barrier()  # both have looked
-    return [*left, [str(json.loads((folder / "latest.json").read_text())["world"]), str(engine_of(world, 1, "stage 3").load(folder))]]
+    return [*left, [json.loads((folder / "latest.json").read_text())["tag"], str(engine_of(world, 1, "stage 3").load(Checkpoints(folder)))]]
 
 
 def test_remains_of_killed_runs_neither_stay_nor_cost_a_checkpoint(tmp_path):
@@ -194,7 +311,7 @@ def test_remains_of_killed_runs_neither_stay_nor_cost_a_checkpoint(tmp_path):
             ["step_00000007: 2", "step_00000009: 4"],
             ["step_00000009: 2"],
             ["step_00000012: 2"],
-            ["2", "12"],
+            ["step_00000012", "12"],
         ]
 
 
@@ -212,9 +329,9 @@ def no_room():
 def without_room(rank: int, world: int, folder: Path) -> None:
     """Rank 1 alone finds no room for its second checkpoint; every rank writes down what it heard."""
     engine = engine_of(world, 1, "stage 3")
-    engine.save(folder, 1, keep=1)
+    engine.save(Checkpoints(folder), 1)
     with pytest.raises(UserError) as raised, told_to_all(), no_room() if rank == 1 else contextlib.nullcontext():
-        engine.save(folder, 2, keep=1)
+        engine.save(Checkpoints(folder), 2)
     (folder / f"{rank}.said").write_text(str(raised.value))
     os._exit(1)  # as a verb ends: its peers wait until then
 
@@ -230,7 +347,7 @@ def test_a_full_disk_is_one_sentence_on_every_rank_and_costs_no_checkpoint(tmp_p
 
 
 def step_read(rank: int, world: int, folder: Path) -> int:
-    return engine_of(world, 1, "stage 3").load(folder)
+    return engine_of(world, 1, "stage 3").load(Checkpoints(folder))
 
 
 # ---- the layouts alone ----
@@ -266,21 +383,19 @@ def plain_state(groups: list[dict[str, torch.Tensor]], rank: int, world: int, fo
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(groups=GROUPS, old=st.integers(1, 7), new=st.integers(1, 7), cut_anew=st.booleans())
-def test_a_state_divided_anew_is_what_the_new_ranks_would_have_written(form, groups, old, new, cut_anew, tmp_path_factory):
-    folder, numbers = tmp_path_factory.mktemp("shards"), iter(range(10**6))
+def test_a_state_divided_anew_is_what_the_new_ranks_would_have_written(form, groups, old, new, cut_anew):
+    numbers = iter(range(10**6))
     before = [
         {f"{g}.{n}": torch.tensor([float(next(numbers)) for _ in range(numel)]) for n, numel in enumerate(group)}
         for g, group in enumerate(groups)
     ]
     after = [{name: values} for group in before for name, values in group.items()] if cut_anew else before
-    files = [folder / f"{rank}.pt" for rank in range(old)]
-    for rank, file in enumerate(files):
-        torch.save({"optimizer_state_dict": plain_state(before, rank, old, form)}, file)
+    shards = [plain_state(before, rank, old, form) for rank in range(old)]
     sizes, sizes_after = ([{name: len(values) for name, values in group.items()} for group in part] for part in (before, after))
     for rank in range(new):
         expected = plain_state(after, rank, new, form)
         empty = {**expected, form.weights: [torch.zeros_like(part) for part in expected[form.weights]]}
-        found = partitions.repartitioned(files, sizes, form, empty, sizes_after, rank, new)
+        found = partitions.repartitioned(shards.__getitem__, old, sizes, form, empty, sizes_after, rank, new)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -303,4 +418,4 @@ def test_another_way_of_dividing_is_refused():
     form, groups = FORMS["by group"], [{"w": torch.arange(5.0)}]
     for change in ({form.weights: [torch.zeros(7)]}, {"param_alignment_paddings": [[3]]}):
         with pytest.raises(UserError, match="go on with the number of ranks that wrote the checkpoint"):
-            partitions.repartitioned([Path("missing")], [{"w": 5}], form, {**plain_state(groups, 0, 1, form), **change}, [{"w": 5}], 0, 1)
+            partitions.repartitioned({}.__getitem__, 1, [{"w": 5}], form, {**plain_state(groups, 0, 1, form), **change}, [{"w": 5}], 0, 1)
