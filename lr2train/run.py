@@ -249,14 +249,22 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
     for key in sorted(old.keys() | new.keys()):
         if key not in old and not _OPEN.match(prefix):
             continue
-        a, b = old.get(key), new.get(key)
+        a, b = (values.get(key, {} if isinstance(other.get(key), dict) else _UNSET) for values, other in ((old, new), (new, old)))
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, f"{prefix}{key}.")
         elif _names(a) and _names(a) == _names(b):
-            for one, other in zip(a or (), b or (), strict=True):
+            for one, other in zip(a, b, strict=True):
                 yield from differences(one, other, f"{prefix}{key}.{one['name']}.")
         elif a != b:
             yield f"{prefix}{key}: {a!r} -> {b!r}"
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "not set"
+
+
+_UNSET = _Unset()
 
 
 def _names(value: Any) -> list[str]:

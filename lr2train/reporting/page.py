@@ -61,10 +61,10 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
-def number(value: float) -> str:
-    """A perplexity or a loss: four digits after the point near 1, where perplexities of good searches lie."""
-    if not math.isfinite(value):
-        return "∞"
+def number(value: float | None) -> str:
+    """A perplexity or a loss: four digits after the point near 1, where perplexities of good searches lie. None is one that was not finite."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
     return f"{value:.4f}" if 1 <= value < 1.1 else f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.1e}"
 
 
