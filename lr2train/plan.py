@@ -13,7 +13,8 @@ from typing import Any
 from lr2train import io, run
 from lr2train.attention import choice
 from lr2train.attention import hf as attention
-from lr2train.config import Config, UserError, main
+from lr2train.cli import main
+from lr2train.config import Config, UserError
 from lr2train.planning import cost, memory
 from lr2train.planning.memory import GIB, Item, Setting
 from lr2train.planning.shape import Shape, hf_config_of, shape_of

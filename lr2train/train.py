@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from lr2train import io, run
 from lr2train.attention import hf as attention
-from lr2train.config import Config, UserError, main
+from lr2train.cli import main
+from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.loader import make_loader
 from lr2train.model import load
