@@ -102,6 +102,8 @@ class Override:
         if not _TYPABLE.fullmatch(key):
             raise UserError(f"{self.key} is no key that can be typed; write it into a YAML file and name its folder with --config-dir")
         opens = place.inside_open or get_origin(core_of(place.hint)) is dict
+        if opens and value == "{}":
+            raise UserError(f"{self.key}={{}} would empty nothing, because dictionaries are merged; set its entries, such as {self.key}.NAME=null")
         return f"{'++' if opens and not self.prefix else self.prefix}{key}={value}"
 
 
