@@ -83,7 +83,10 @@ def _compose(name: str, overrides: list[str], folders: Sequence[Path]) -> DictCo
     from hydra import compose, initialize_config_dir
 
     with searching(folders), initialize_config_dir(str(folders[-1]), version_base="1.3"):
-        return compose(name, overrides=overrides)
+        try:
+            return compose(name, overrides=overrides)
+        except (TypeError, ValueError) as error:  # OmegaConf has no error of its own for a name where a list wants a number
+            raise UserError(one_sentence(error)) from error
 
 
 def hydra_overrides(name: str, arguments: Sequence[str], folders: Sequence[Path]) -> list[str]:

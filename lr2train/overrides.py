@@ -18,6 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from lr2train.config import Config, UserError, typed_key
 
 _TYPABLE = re.compile(r"[A-Za-z_$][\w$-]*(\.([A-Za-z_$][\w$-]*|0|[1-9]\d*))*", re.ASCII)  # Hydra's keys
+_NAME = re.compile(r"[\w$/%*@?|.+-]+", re.ASCII)  # Hydra's keys inside braces
 _FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|extend_list)\(.*\)", re.DOTALL)
 _CLOSERS = {"[": "]", "{": "}"}
 
@@ -98,12 +99,13 @@ class Override:
         value = _Value(self.value, self.key).rewritten(place.hint)
         if place.inside_open and not _TYPABLE.fullmatch(key):  # a name that begins with a digit
             key, _, name = key.rpartition(".")
-            value = f"{{{name}: {value}}}"
-        if not _TYPABLE.fullmatch(key):
-            raise UserError(f"{self.key} is no key that can be typed; write it into a YAML file and name its folder with --config-dir")
+            value = f"{{{_typable(name, _NAME)}: {value}}}"
+        _typable(key, _TYPABLE)
         opens = place.inside_open or get_origin(core_of(place.hint)) is dict
         if opens and value == "{}":
-            raise UserError(f"{self.key}={{}} would empty nothing, because dictionaries are merged; set its entries, such as {self.key}.NAME=null")
+            raise UserError(
+                f"{self.key}={{}} would empty nothing, because dictionaries are merged; set its entries, such as {self.key}.NAME=null"
+            )
         return f"{'++' if opens and not self.prefix else self.prefix}{key}={value}"
 
 
@@ -119,7 +121,7 @@ def place_of(key: str) -> Place:
         core = core_of(hint)
         inside = below(hint, part)
         if inside is UNKNOWN or (core is Any and not opened):
-            return Place(Any, known=False)
+            return Place(Any, known=False, entry=entry)
         opened = opened or get_origin(core) is dict
         entry = (before, part) if get_origin(core) is list and not part.isdecimal() else entry
         hint, before = inside, f"{before}.{part}".lstrip(".")
@@ -179,7 +181,7 @@ class _Value:
             raise UserError(
                 f"{self._key}={self._text} has {part.strip()!r} in the place of `key: value`; put a value with a comma in quotes"
             )
-        return f"{key}: {self._rewritten(value.strip(), below(core, key.strip()))}"
+        return f"{_typable(key.strip(), _NAME)}: {self._rewritten(value.strip(), below(core, key.strip()))}"
 
     def _inside(self, text: str) -> list[str]:
         """The parts between a bracket and its partner.
@@ -191,6 +193,12 @@ class _Value:
         if not text.endswith(closer) or len(list(_parts(text))) != 1:
             raise UserError(f"{self._key}={self._text} opens a {text[0]} that no {closer} closes; close it, or put the text in quotes")
         return [part.strip() for part in _parts(text[1:-1])] if text[1:-1].strip() else []
+
+
+def _typable(key: str, grammar: re.Pattern[str]) -> str:
+    if not grammar.fullmatch(key):
+        raise UserError(f"{key} is no key that can be typed; write it into a YAML file and name its folder with --config-dir")
+    return key
 
 
 def _parts(text: str) -> Iterator[str]:
