@@ -86,7 +86,7 @@ def _compose(name: str, overrides: list[str], folders: Sequence[Path]) -> DictCo
         try:
             return compose(name, overrides=overrides)
         except (TypeError, ValueError) as error:  # OmegaConf has no error of its own for a name where a list wants a number
-            raise UserError(one_sentence(error)) from error
+            raise UserError(f"{' '.join(overrides)} cannot be composed ({one_sentence(error)})") from error
 
 
 def hydra_overrides(name: str, arguments: Sequence[str], folders: Sequence[Path]) -> list[str]:

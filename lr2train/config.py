@@ -89,6 +89,9 @@ PACKAGE = Path(__file__).resolve().parent
 CONF_FOLDER = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # in a wheel, in a checkout
 
 
+NEEDLE_NAMES = 1600  # needles of one document have different names (lr2train.data.needles)
+
+
 class LongAttention(Enum):
     """What a token of a long segment may attend to: the whole segment (the paper, Figure 5b) or its own document (the authors' released example)."""
 
@@ -225,11 +228,11 @@ class NeedleConfig:
     # Of the hidden number.
     digits: int = number(7, least=1, most=18)
     # Needles hidden in one training document (1 … max).
-    max_pairs: int = number(1, least=1)
+    max_pairs: int = number(1, least=1, most=NEEDLE_NAMES)
     # Share of training documents whose first asked needle stands at the very start, the farthest from its question.
     at_start: float = number(0.4, least=0, most=1)
     # Needles asked for at the end of a training document (1 … max). More questions are more answers to learn from.
-    max_questions: int = number(1, least=1)
+    max_questions: int = number(1, least=1, most=NEEDLE_NAMES)
 
 
 @dataclass
@@ -385,9 +388,9 @@ class SearchConfig:
     # Needle documents that a candidate is scored on.
     documents: int = number(10, least=1)
     # Needles asked for in each document, one forward pass for all: the paper asks one.
-    questions: int = number(1, least=1)
+    questions: int = number(1, least=1, most=NEEDLE_NAMES)
     # Needles beside them that are not asked for; the paper has none. Needed where every good candidate finds a lone needle.
-    distractors: int = number(0, least=0)
+    distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
     # Of the needles that are asked for, one after another: 0 is the start of the document. The others lie anywhere.
     depth: float = number(0.0, least=0, most=1)
     # Further documents, on which the last top_k compete to be the winner: the best of many on few documents is partly luck.
@@ -445,7 +448,7 @@ class EvalConfig:
     # Needle documents per length and depth (the paper runs 10).
     samples: int = number(10, least=1)
     # Needles beside the one that is asked for (RULER's multi-key; the paper has none).
-    distractors: int = number(0, least=0)
+    distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
     # Plain documents per length, for perplexity.
     text_documents: int = number(4, least=1)
     # Shown beside, on the untrained model.

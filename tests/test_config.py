@@ -1,15 +1,21 @@
 """Configs: every experiment composes, bad keys and values are named, a run folder belongs to one config."""
 
-import errno
-import os
-import subprocess
-import sys
+import dataclasses
+import math
+import re
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pytest
+from omegaconf import OmegaConf
+from remedies import remedy_of
 
+from lr2train import config as schema
 from lr2train import io, run
-from lr2train.config import CONF_FOLDER, READS, Config, UserError, compose, reads
+from lr2train.config import CONF_FOLDER, READS, Config, UserError, compose, load, reads
+from lr2train.data.needles import N_KEYS
+from lr2train.data.tokenizer import SMALLEST_VOCABULARY
+from lr2train.overrides import core_of, place_of
 
 EXPERIMENTS = sorted(path.stem for path in (CONF_FOLDER / "experiment").glob("*.yaml"))
 GROUPS = [(path.parent.name, path.stem) for path in sorted(CONF_FOLDER.glob("*/*.yaml")) if path.parent.name not in ("experiment", "local")]
@@ -84,6 +90,127 @@ def test_bad_input_names_key_value_and_limit(override, tells):
 def _reader(override: str) -> str:
     """A verb that reads the key."""
     return next(verb for verb in ("train", *READS) if reads(verb, override.partition("=")[0]) or verb == "plan")
+
+
+BLANK = OmegaConf.merge(
+    OmegaConf.structured(Config),
+    OmegaConf.from_dotlist(
+        ["name=x", "data.sources=[{name: 's'}]", "data.buckets=[{name: 'b'}]", "data.stages=[{steps: 1, length_tokens: 8}]"]
+    ),
+)
+
+
+def _fields() -> list[tuple[str, dataclasses.Field[Any]]]:
+    """(key, field) of everything in the schema, as the command line takes it."""
+    numbered = re.compile(r"^data\.(sources|buckets|stages)\.\w+")
+    return [(numbered.sub(r"data.\1.0", key), one) for key, one, _ in schema._leaves(OmegaConf.to_object(BLANK))]
+
+
+def _holds_numbers(key: str) -> bool:
+    hint = core_of(place_of(key).hint)
+    return hint in (int, float) or (get_origin(hint) in (list, dict) and get_args(hint)[-1] in (int, float))
+
+
+FIELDS = _fields()
+NUMBERS = [(key, one) for key, one in FIELDS if _holds_numbers(key)]
+
+
+def test_every_number_has_limits_or_a_reason_why_not():
+    assert len(NUMBERS) > 90
+    without = [key for key, one in NUMBERS if not {"limits", "choices", "unlimited"} & one.metadata.keys()]
+    assert without == []
+    assert {one.metadata["unlimited"] for _, one in NUMBERS if "unlimited" in one.metadata} == {"a stream is drawn from any whole number"}
+    assert sum("unlimited" in one.metadata for _, one in NUMBERS) == 3
+
+
+def _outside(limits: schema.Limits, whole: bool) -> list[float]:
+    """Numbers that limits refuse."""
+    beyond = [] if limits.least is None else [limits.least - 1]
+    beyond += [] if limits.above is None else [limits.above, limits.above - 1]
+    beyond += [] if limits.most is None else [limits.most + 1]
+    beyond += [] if limits.below is None else [limits.below]
+    return [int(one) for one in beyond] if whole else [*beyond, math.nan, *([] if limits.infinite else [math.inf]), -math.inf]
+
+
+def _setting(key: str, value: Any) -> Any:
+    """A blank config in which a key has a value; of a list the first number, of a dictionary the entry ``x``."""
+    hint = core_of(place_of(key).hint)
+    whole = {list: [value], dict: {"x": value}}.get(get_origin(hint), value)
+    made = OmegaConf.create(BLANK)
+    OmegaConf.update(made, key.replace(".0.", "[0]."), whole)
+    return made
+
+
+LIMITED = [(key, one.metadata["limits"]) for key, one in NUMBERS if "limits" in one.metadata]
+CHOICES = [(key, one) for key, one in FIELDS if "choices" in one.metadata]
+
+
+@pytest.mark.parametrize(("key", "limits"), LIMITED, ids=[key for key, _ in LIMITED])
+def test_a_number_out_of_its_limits_is_refused_and_the_remedy_leads_on(key, limits):
+    hint = core_of(place_of(key).hint)
+    for value in _outside(limits, whole=hint is int or int in get_args(hint)):
+        made, verb = _setting(key, value), _reader(key)
+        with pytest.raises(UserError, match=rf"=\[?({re.escape(str(value))}|{re.escape(str(float(value)))})[\] ]"):
+            load(made, verb)
+        for _ in range(4):
+            if (remedy := _refused(made, verb)) is None:
+                break
+            name, _, text = remedy.partition("=")
+            OmegaConf.update(made, re.sub(r"\.([sb0])(?=\.|$)", "[0]", name), OmegaConf.create(f"value: {text}").value)
+        assert _refused(made, verb) is None, f"{key}={value}"
+
+
+def _refused(made: Any, verb: str) -> str | None:
+    """The remedy of an error, None where there is none."""
+    try:
+        load(made, verb)
+    except UserError as error:
+        return remedy_of(error)
+    return None
+
+
+@pytest.mark.parametrize(("key", "one"), CHOICES, ids=[key for key, _ in CHOICES])
+def test_a_choice_that_is_none_is_refused_with_one_that_is(key, one):
+    whole = isinstance(one.default, int)
+    with pytest.raises(UserError) as error:
+        load(_setting(key, 99 if whole else "nonesuch"), _reader(key))
+    assert re.search(rf"{re.escape(key)}=(99|nonesuch) is not one of .*; set {re.escape(key)} to (\w+)", str(error.value)), str(error.value)
+
+
+def test_inf_is_a_number_where_it_has_a_meaning():
+    assert compose("search", ["name=x", "search.racing_z=inf"]).search.racing_z == math.inf
+
+
+def test_limits_that_other_parts_set_are_theirs():
+    assert schema.NEEDLE_NAMES == N_KEYS
+    limits = dict(NUMBERS)["data.vocab_size"].metadata["limits"]
+    assert limits.least == SMALLEST_VOCABULARY
+
+
+@pytest.mark.parametrize("verb", READS)
+def test_a_verb_is_refused_over_the_keys_that_it_reads_alone(verb):
+    wrong = {
+        "parallel.sp": 0, "search.racing_z": -1, "data.holdout": 2, "optim.lr": -1, "eval.samples": 0, "hardware.mfu": 0, "generate.top_p": 0,
+        "inspect.dp_size": 0, "export.dtype": "int4", "logger.mode": "loud",
+    }  # fmt: skip
+    for key, value in wrong.items():
+        made = _setting(key, value)
+        if reads(verb, key):
+            with pytest.raises(UserError, match=re.escape(key)):
+                load(made, verb)
+        else:
+            assert load(made, verb).name == "x"
+
+
+def test_the_readers_of_a_key():
+    assert [verb for verb in READS if reads(verb, "parallel.sp")] == ["train", "plan"]
+    assert [verb for verb in READS if reads(verb, "parallel.timeout_s")] == ["search", "train", "evaluate", "plan"]
+    assert [verb for verb in READS if reads(verb, "data.sources.web.weight")] == ["prepare"]
+    assert [verb for verb in READS if reads(verb, "data")] == [verb for verb in READS if verb not in ("export", "generate")]
+
+
+def test_every_key_that_a_verb_reads_is_in_the_schema():
+    assert [key for keys in READS.values() for key in keys if not place_of(key).known] == []
 
 
 def test_a_missing_name_is_asked_for():

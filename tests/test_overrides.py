@@ -163,7 +163,7 @@ def test_open_dictionaries_and_entries_of_lists_can_be_typed(argument, key, valu
         ("optim.lr=1,2", ["optim.lr=1,2", "--multirun"]),
         ("model.overrides={}", ["model.overrides={}", "empty nothing"]),
         ("data.sources.x.wieght=1", ["wieght", "did you mean weight?"]),
-        ("data.skip_steps.x=1", ["Index 'x'"]),
+        ("data.skip_steps.x=1", ["data.skip_steps.x=1"]),
         ("data.keep_below.数据=1", ["数据", "no key that can be typed", "--config-dir"]),
         ("~/x", ["~/x", "key=value"]),
         ("optim=1e5", ["optim/1e5", "default"]),
