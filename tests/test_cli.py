@@ -150,7 +150,7 @@ def test_a_run_folder_that_no_disk_takes_is_refused(monkeypatch, capsys, tmp_pat
     assert start(monkeypatch, plan.plan, "experiment=tiny_4k", typed, verb="plan") == 2
     said = capsys.readouterr().err
     assert tells in said
-    assert said.count("plan: ") == 1
+    assert sum(line.startswith("plan: ") for line in said.splitlines()) == 1
 
 
 # Sweeps.
