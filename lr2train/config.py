@@ -39,23 +39,31 @@ class Limits:
 
     def why_not(self, value: float) -> str | None:
         """What is wrong with a number, or None."""
-        if math.isnan(value) or (math.isinf(value) and not self.infinite):
-            return "is not a finite number"
         low, high = self.least if self.above is None else self.above, self.most if self.below is None else self.below
+        if math.isnan(value) or (math.isinf(value) and not self.infinite):
+            kind = "number" if self.infinite else "finite number"
+            return (
+                f"is not a {kind} "
+                + (f"above {low}" if self.above is not None else f"of {low} or more")
+                + (f" and at most {high}" if high else "")
+            )
         too_low = low is not None and (value < low or value == self.above)
         too_high = high is not None and (value > high or value == self.below)
         if not (too_low or too_high):
             return None
         if low is not None and high is not None:
-            return f"is not between {low} and {high}" + (f", {self.above} left out" if too_low and self.above is not None else "")
+            left_out = self.above if too_low else self.below
+            return f"is not between {low} and {high}" + ("" if left_out is None else f", {left_out} left out")
         return f"is not above {self.above}" if self.above is not None else f"is below {low}" if too_low else f"is above {high}"
 
     def nearest(self, value: float, default: Any) -> Any:
-        """A number that is allowed, in the place of one that is not: the bound where only one stands, else the default."""
+        """A number that is allowed, in the place of one that is not: the bound where only one stands, else the default, else a bound."""
         if self.least is not None and self.most is None and self.below is None and value < self.least:
             return self.least
         if isinstance(default, int | float) and self.why_not(default) is None:
             return default
+        if self.most is not None and value > self.most:
+            return self.most
         return self.least if self.least is not None else 1 if self.above == 0 else self.most
 
 
@@ -538,7 +546,7 @@ class Config:
     run: str | None = a_path()
     seed: int = any_number(0, why="a stream is drawn from any whole number")
     device: str = one_of("auto", "cpu", "cuda")
-    # CPU threads per rank. 0: the machine's cores divided by the local ranks.
+    # CPU threads per rank. 0: OMP_NUM_THREADS without a launcher, else the machine's cores divided by the local ranks.
     threads: int = number(0, least=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -679,9 +687,9 @@ def _check(key: str, one: Field[Any], value: Any) -> None:
     """Refuse a value that its field does not take. null, where the type allows it, is for the reader of the key."""
     choices, limits = one.metadata.get("choices"), one.metadata.get("limits")
     if choices and value not in choices:
-        close = difflib.get_close_matches(str(value), map(str, choices), n=1) or [choices[0]]
-        named = ", ".join("null" if choice is None else str(choice) for choice in choices)
-        raise UserError(f"{key}={value} is not one of {named}; set {key} to {close[0]}")
+        named = ["null" if choice is None else str(choice) for choice in choices]
+        close = difflib.get_close_matches(str(value), named, n=1) or named
+        raise UserError(f"{key}={value} is not one of {', '.join(named)}; set {key} to {close[0]}")
     if limits is None or value is None:
         return
     default = one.default_factory() if callable(one.default_factory) else one.default

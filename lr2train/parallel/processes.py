@@ -20,9 +20,10 @@ def start(config: Config) -> torch.device:
         UserError: CUDA is asked for and torch sees none.
     """
     device = pick_device(config.device)
+    told = "RANK" not in os.environ and "OMP_NUM_THREADS" in os.environ  # a user's own: launchers set it for their ranks
     if not dist.is_initialized():
         _init_process_group(device, config.parallel.timeout_s)
-    if device.type == "cpu":
+    if device.type == "cpu" and (config.threads or not told):
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks_per_node()))
     return device
 
