@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from lr2train import io, run
-from lr2train.config import Config, UserError, main
+from lr2train.cli import main
+from lr2train.config import Config, UserError
 from lr2train.evaluation import of_run
 from lr2train.model import load, rotary
 from lr2train.parallel import processes

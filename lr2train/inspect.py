@@ -19,7 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lr2train import io
-from lr2train.config import Config, LongAttention, UserError, main
+from lr2train.cli import main
+from lr2train.config import Config, LongAttention, UserError
 from lr2train.data.batch import WINDOWS
 from lr2train.data.corpus import Corpus
 from lr2train.data.loader import SegmentLoader, make_loader

@@ -9,11 +9,14 @@ about a millisecond each on a local disk.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from io import IOBase
 from pathlib import Path
 from typing import IO, Any
 
@@ -142,6 +145,44 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it a readable file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); remove it and run the verb that writes it again") from None
+
+
+_SPACE = "free some, or set runs_folder to another disk, and run the same command again to go on"
+_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EROFS: "set runs_folder, or the key of this path, to a disk that can be written",
+    errno.EACCES: "let this user read and write there, or set runs_folder, or the key of this path, to another place",
+    errno.EPERM: "let this user read and write there, or set runs_folder, or the key of this path, to another place",
+    errno.EFBIG: "raise the limit of a file's size (`ulimit -f`) or take another disk, and run the same command again to go on",
+    errno.ENAMETOOLONG: "give a shorter name=, runs_folder or path",
+    errno.ENOTDIR: "name a folder where a folder is wanted, or remove the file that stands in its place",
+    errno.EEXIST: "name a folder where a folder is wanted, or remove the file that stands in its place",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.EIO: "have the disk looked at, and copy what is on it",
+}
+"""What helps against the errors of files that a user can mend. A file that is not there is not among them: its reader knows what it is."""
+
+
+def for_user(error: BaseException) -> UserError | None:
+    """An error as a sentence that names the file and what helps; None where no user can mend it."""
+    if isinstance(error, UserError):
+        return error
+    if not isinstance(error, OSError) or error.errno not in _REMEDIES:
+        return None
+    file = error.filename if error.filename is not None else _file_at_work(error)
+    where = f"{os.fsdecode(file)}: " if isinstance(file, str | bytes | Path) else ""
+    return UserError(f"{where}{os.strerror(error.errno)}; {_REMEDIES[error.errno]}")
+
+
+def _file_at_work(error: OSError) -> str | None:
+    """The file that was open where the error rose: a write that fails does not say which it was."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for local in frame.f_locals.values():
+            for one in (local, *getattr(local, "__dict__", {}).values()):
+                if isinstance(one, IOBase) and isinstance(name := getattr(one, "name", None), str):
+                    return name
+    return None
 
 
 def fingerprint(value: Any) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 from lr2train import io, run
 from lr2train.attention import choice
 from lr2train.attention import hf as attention
-from lr2train.config import Config, UserError, main
+from lr2train.cli import main
+from lr2train.config import Config, UserError
 from lr2train.planning import cost, memory
 from lr2train.planning.memory import GIB, Item, Setting
 from lr2train.planning.shape import Shape, hf_config_of, shape_of
@@ -58,22 +59,11 @@ def refuse_mesh(config: Config) -> None:
     """Refuse what no mesh can hold.
 
     Raises:
-        UserError: ``parallel.sp`` does not divide ``hardware.gpus`` or the segment, or a number is not positive.
+        UserError: ``parallel.sp`` does not divide ``hardware.gpus``.
     """
-    hardware, sp = config.hardware, config.parallel.sp
-    for key in ("gpus", "gpus_per_node", "gpu_memory_gib", "gpu_bf16_tflops", "mfu"):
-        if not getattr(hardware, key) > 0:
-            raise UserError(f"hardware.{key}={getattr(hardware, key)} is not positive; set hardware.{key} to what the cluster has")
-    if hardware.gpus % sp:
-        raise UserError(
-            f"hardware.gpus={hardware.gpus} is not divisible by parallel.sp={sp}; set hardware.gpus to "
-            f"{-(-hardware.gpus // sp) * sp} or change parallel.sp"
-        )
-    if config.data.segment_tokens % sp:
-        raise UserError(
-            f"data.segment_tokens={config.data.segment_tokens} is not divisible by parallel.sp={sp}; set data.segment_tokens to a "
-            "multiple of it or change parallel.sp"
-        )
+    gpus, sp = config.hardware.gpus, config.parallel.sp
+    if gpus % sp:
+        raise UserError(f"hardware.gpus={gpus} is not divisible by parallel.sp={sp}; set hardware.gpus to {-(-gpus // sp) * sp}")
 
 
 def _model(shape: Shape, config: Config) -> dict[str, Any]:

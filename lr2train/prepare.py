@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lr2train import io, run
-from lr2train.config import Config, ModelConfig, UserError, main
+from lr2train.cli import main
+from lr2train.config import Config, ModelConfig, UserError
 from lr2train.data import building, integrity, segmenting
 from lr2train.reporting.mix import ensure_mix_pictures
 from lr2train.rope import hf as rope_hf

@@ -9,13 +9,12 @@ paths that it recorded; folders named after it take their place.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from lr2train import io, run
-from lr2train.config import EXIT_BAD_INPUT, UserError
+from lr2train.cli import door
 from lr2train.reporting import making, results
 from lr2train.reporting.inputs import Inputs, gather
 from lr2train.reporting.page import Missing, page, text, wanting
@@ -64,7 +63,7 @@ def render(inputs: Inputs) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line. Exit codes: 0 done, 2 the input was wrong (one sentence on stderr)."""
+    """The command line. Exit codes as in ``lr2train.cli``."""
     parser = argparse.ArgumentParser(prog="python -m lr2train.report", description="One HTML page about a run, complete in itself.")
     parser.add_argument(
         "folders",
@@ -75,12 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, help="where to write the page (default: report.html in the first folder)")
     given = parser.parse_args(arguments)
-    try:
-        path = report(given.folders, given.out)
-    except UserError as error:
-        print(f"report: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    run.say("report", f"{path} ({path.stat().st_size / 1024:.0f} KiB)")
+    with door("report"):
+        path = report([folder.expanduser() for folder in given.folders], given.out and given.out.expanduser())
+        run.say("report", f"{path} ({path.stat().st_size / 1024:.0f} KiB)")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from lr2train import io, run
-from lr2train.config import Config, UserError, main
+from lr2train.cli import main
+from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.evolution.cma import evolve_cmaes
 from lr2train.evolution.documents import Document, digest, documents

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from lr2train import io, run
 from lr2train.attention import hf as attention
-from lr2train.config import Config, UserError, main
+from lr2train.cli import main
+from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.loader import make_loader
 from lr2train.model import load
@@ -31,6 +32,7 @@ from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import build
 from lr2train.training.checkpoint import Checkpoints
+from lr2train.training.deepspeed_keys import refuse_keys
 from lr2train.training.engine import Engine, start_deepspeed
 from lr2train.training.loop import fit
 from lr2train.training.metrics import bad_steps_in, read_jsonl, sinks
@@ -117,6 +119,7 @@ def _finished(job: run.Run, config: Config) -> dict[str, Any] | None:
 
 def inputs(config: Config) -> tuple[Any, Factors, Corpus]:
     """The model's config, the factors and the corpus, each checked against the others before any process group or weight exists."""
+    refuse_keys(config.engine.deepspeed)
     hf_config = load.config_of(config.model)
     if config.data.path is None:
         raise UserError("data.path is empty; set data.path to a folder that `python -m lr2train.prepare` wrote, such as runs/corpus")

@@ -1,19 +1,24 @@
 """Configs: every experiment composes, bad keys and values are named, a run folder belongs to one config."""
 
-import errno
-import os
-import subprocess
-import sys
-from pathlib import Path
+import dataclasses
+import math
+import re
+from typing import Any, get_args, get_origin
 
 import pytest
+from omegaconf import OmegaConf
+from remedies import remedy_of
 
-from lr2train import config, io, run
-from lr2train.config import CONF_FOLDER, Config, UserError, compose
+from lr2train import config as schema
+from lr2train import io, run
+from lr2train.config import CONF_FOLDER, READS, Config, UserError, compose, load, reads
+from lr2train.data.needles import N_KEYS
+from lr2train.data.tokenizer import SMALLEST_VOCABULARY
+from lr2train.overrides import core_of, place_of
 
 EXPERIMENTS = sorted(path.stem for path in (CONF_FOLDER / "experiment").glob("*.yaml"))
 GROUPS = [(path.parent.name, path.stem) for path in sorted(CONF_FOLDER.glob("*/*.yaml")) if path.parent.name not in ("experiment", "local")]
-VERBS = sorted(path.stem for path in CONF_FOLDER.glob("*.yaml") if path.stem != "base")
+VERBS = sorted(READS)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -54,19 +59,19 @@ def test_the_papers_settings():
     [
         ("optim.lrr=1", ["optim.lrr", "did you mean lr?"]),
         ("optim.lr=fast", ["optim.lr", "fast", "Float"]),
-        ("optim.lr=-1", ["optim.lr=-1", "not positive"]),
+        ("optim.lr=-1", ["optim.lr=-1", "not above 0"]),
         ("data.long_attention=all", ["long_attention", "all", "segment, document"]),
         ("model.dtype=int8", ["model.dtype=int8", "float32, bfloat16"]),
         ("experiment=nope", ["experiment/nope", "tiny_4k"]),
-        ("parallel.sp=3", ["data.segment_tokens=4096", "parallel.sp=3", "4095"]),
+        ("parallel.sp=3", ["data.segment_tokens=4096", "parallel.sp=3", "set parallel.sp to 1"]),
         ("parallel.sp=0", ["parallel.sp=0", "below 1"]),
         ("search.top_k=99", ["search.top_k=99", "search.population=16"]),
         ("data.holdout=2", ["data.holdout=2", "between 0 and 1"]),
-        ("search.looks=0.5", ["search.looks=0.5", "1 or more"]),
+        ("search.looks=0.5", ["search.looks=0.5", "below 1"]),
         ("search.looks=nan", ["search.looks=nan", "finite"]),
         ("search.algorithm=annealing", ["search.algorithm=annealing", "evolution, surrogate, cmaes"]),
         ("inspect.segment=-1", ["inspect.segment=-1", "below 0"]),
-        ("=3", ["override", "=3"]),
+        ("=3", ["=3", "key=value"]),
         ("name=", ["name=''", "runs_folder=runs"]),
         ("name=../out", ["name='../out'", "begin with a letter"]),
         ("name=a/b", ["name='a/b'"]),
@@ -75,123 +80,141 @@ def test_the_papers_settings():
 def test_bad_input_names_key_value_and_limit(override, tells):
     experiment = [] if override.startswith("experiment") else ["experiment=tiny_4k"]
     with pytest.raises(UserError) as error:
-        compose("train", [*experiment, "name=x", override])
+        compose(_reader(override), [*experiment, "name=x", override])
     sentence = str(error.value)
     assert all(part in sentence for part in tells), sentence
     assert "\n" not in sentence
 
 
+def _reader(override: str) -> str:
+    """A verb that reads the key."""
+    return next(verb for verb in ("train", *READS) if reads(verb, override.partition("=")[0]) or verb == "plan")
+
+
+BLANK = OmegaConf.merge(
+    OmegaConf.structured(Config),
+    OmegaConf.from_dotlist(
+        ["name=x", "data.sources=[{name: 's'}]", "data.buckets=[{name: 'b'}]", "data.stages=[{steps: 1, length_tokens: 8}]"]
+    ),
+)
+
+
+def _fields() -> list[tuple[str, dataclasses.Field[Any]]]:
+    """(key, field) of everything in the schema, as the command line takes it."""
+    numbered = re.compile(r"^data\.(sources|buckets|stages)\.\w+")
+    return [(numbered.sub(r"data.\1.0", key), one) for key, one, _ in schema._leaves(OmegaConf.to_object(BLANK))]
+
+
+def _holds_numbers(key: str) -> bool:
+    hint = core_of(place_of(key).hint)
+    return hint in (int, float) or (get_origin(hint) in (list, dict) and get_args(hint)[-1] in (int, float))
+
+
+FIELDS = _fields()
+NUMBERS = [(key, one) for key, one in FIELDS if _holds_numbers(key)]
+
+
+def test_every_number_has_limits_or_a_reason_why_not():
+    assert len(NUMBERS) > 90
+    without = [key for key, one in NUMBERS if not {"limits", "choices", "unlimited"} & one.metadata.keys()]
+    assert without == []
+    assert {one.metadata["unlimited"] for _, one in NUMBERS if "unlimited" in one.metadata} == {"a stream is drawn from any whole number"}
+    assert sum("unlimited" in one.metadata for _, one in NUMBERS) == 3
+
+
+def _outside(limits: schema.Limits, whole: bool) -> list[float]:
+    """Numbers that limits refuse."""
+    beyond = [] if limits.least is None else [limits.least - 1]
+    beyond += [] if limits.above is None else [limits.above, limits.above - 1]
+    beyond += [] if limits.most is None else [limits.most + 1]
+    beyond += [] if limits.below is None else [limits.below]
+    return [int(one) for one in beyond] if whole else [*beyond, math.nan, *([] if limits.infinite else [math.inf]), -math.inf]
+
+
+def _setting(key: str, value: Any) -> Any:
+    """A blank config in which a key has a value; of a list the first number, of a dictionary the entry ``x``."""
+    hint = core_of(place_of(key).hint)
+    whole = {list: [value], dict: {"x": value}}.get(get_origin(hint), value)
+    made = OmegaConf.create(BLANK)
+    OmegaConf.update(made, key.replace(".0.", "[0]."), whole)
+    return made
+
+
+LIMITED = [(key, one.metadata["limits"]) for key, one in NUMBERS if "limits" in one.metadata]
+CHOICES = [(key, one) for key, one in FIELDS if "choices" in one.metadata]
+
+
+@pytest.mark.parametrize(("key", "limits"), LIMITED, ids=[key for key, _ in LIMITED])
+def test_a_number_out_of_its_limits_is_refused_and_the_remedy_leads_on(key, limits):
+    hint = core_of(place_of(key).hint)
+    for value in _outside(limits, whole=hint is int or int in get_args(hint)):
+        made, verb = _setting(key, value), _reader(key)
+        with pytest.raises(UserError, match=rf"=\[?({re.escape(str(value))}|{re.escape(str(float(value)))})[\] ]"):
+            load(made, verb)
+        for _ in range(4):
+            if (remedy := _refused(made, verb)) is None:
+                break
+            name, _, text = remedy.partition("=")
+            OmegaConf.update(made, re.sub(r"\.([sb0])(?=\.|$)", "[0]", name), OmegaConf.create(f"value: {text}").value)
+        assert _refused(made, verb) is None, f"{key}={value}"
+
+
+def _refused(made: Any, verb: str) -> str | None:
+    """The remedy of an error, None where there is none."""
+    try:
+        load(made, verb)
+    except UserError as error:
+        return remedy_of(error)
+    return None
+
+
+@pytest.mark.parametrize(("key", "one"), CHOICES, ids=[key for key, _ in CHOICES])
+def test_a_choice_that_is_none_is_refused_with_one_that_is(key, one):
+    whole = isinstance(one.default, int)
+    with pytest.raises(UserError) as error:
+        load(_setting(key, 99 if whole else "nonesuch"), _reader(key))
+    assert re.search(rf"{re.escape(key)}=(99|nonesuch) is not one of .*; set {re.escape(key)} to (\w+)", str(error.value)), str(error.value)
+
+
+def test_inf_is_a_number_where_it_has_a_meaning():
+    assert compose("search", ["name=x", "search.racing_z=inf"]).search.racing_z == math.inf
+
+
+def test_limits_that_other_parts_set_are_theirs():
+    assert schema.NEEDLE_NAMES == N_KEYS
+    limits = dict(NUMBERS)["data.vocab_size"].metadata["limits"]
+    assert limits.least == SMALLEST_VOCABULARY
+
+
+@pytest.mark.parametrize("verb", READS)
+def test_a_verb_is_refused_over_the_keys_that_it_reads_alone(verb):
+    wrong = {
+        "parallel.sp": 0, "search.racing_z": -1, "data.holdout": 2, "optim.lr": -1, "eval.samples": 0, "hardware.mfu": 0, "generate.top_p": 0,
+        "inspect.dp_size": 0, "export.dtype": "int4", "logger.mode": "loud",
+    }  # fmt: skip
+    for key, value in wrong.items():
+        made = _setting(key, value)
+        if reads(verb, key):
+            with pytest.raises(UserError, match=re.escape(key)):
+                load(made, verb)
+        else:
+            assert load(made, verb).name == "x"
+
+
+def test_the_readers_of_a_key():
+    assert [verb for verb in READS if reads(verb, "parallel.sp")] == ["train", "plan"]
+    assert [verb for verb in READS if reads(verb, "parallel.timeout_s")] == ["search", "train", "evaluate", "plan"]
+    assert [verb for verb in READS if reads(verb, "data.sources.web.weight")] == ["prepare"]
+    assert [verb for verb in READS if reads(verb, "data")] == [verb for verb in READS if verb not in ("export", "generate")]
+
+
+def test_every_key_that_a_verb_reads_is_in_the_schema():
+    assert [key for keys in READS.values() for key in keys if not place_of(key).known] == []
+
+
 def test_a_missing_name_is_asked_for():
     with pytest.raises(UserError, match="name has no value"):
         compose("train", ["experiment=tiny_4k"])
-
-
-def test_main_exits_with_2_and_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train", "experiment=tiny_4k", "name=x", "optim.lrr=1"])
-    with pytest.raises(SystemExit) as end:
-        config.main("train", lambda _: pytest.fail("must not run"))
-    out = capsys.readouterr()
-    assert end.value.code == 2
-    assert out.out == ""
-    assert len(out.err.strip().splitlines()) == 1
-
-
-def test_a_rank_that_fails_alone_is_heard(monkeypatch, capsys):
-    """The launcher has not ended it: its machine's first rank had nothing to say."""
-    monkeypatch.setattr("sys.argv", ["train", "experiment=tiny_4k", "name=x", "optim.lr=-1"])
-    monkeypatch.setattr(config, "_PATIENCE_S", 0.0)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("RANK", "5")
-    with pytest.raises(SystemExit) as end:
-        config.main("train", lambda _: pytest.fail("must not run"))
-    assert end.value.code == 2
-    assert capsys.readouterr().err == "train (rank 5): optim.lr=-1.0 is not positive; set optim.lr to a learning rate such as 2e-5\n"
-
-
-def test_main_says_that_the_disk_is_full_and_shows_other_failures_whole(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train", "experiment=tiny_4k", "name=x"])
-
-    def fails(number: int):
-        def job(_):
-            raise OSError(number, os.strerror(number), "runs/x/metrics.jsonl")
-
-        return job
-
-    with pytest.raises(SystemExit) as end:
-        config.main("train", fails(errno.ENOSPC))
-    assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("train: there is no room left for runs/x/metrics.jsonl (No space left on device); free some")
-    with pytest.raises(OSError, match="Permission denied"):
-        config.main("train", fails(errno.EACCES))
-
-
-def _config(tmp_path: Path, **changes) -> Config:
-    return Config(name="one", runs_folder=str(tmp_path), **changes)
-
-
-GROUPS_OF_TRAIN = ("seed", "parallel", "engine")
-
-
-def test_a_run_folder_belongs_to_one_config(tmp_path):
-    job = run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
-    assert not job.folder.exists(), "a name is taken before the input has proved good"
-    job.claim({}).close()
-    assert (job.folder / "train.config.json").exists()
-    assert (job.folder / "train.provenance.jsonl").exists()
-    run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)  # the same again
-    before = (job.folder / "train.config.json").read_bytes()
-    with pytest.raises(UserError, match=r"seed: 0 -> 1"):
-        run.open_run(_config(tmp_path, seed=1), "train", GROUPS_OF_TRAIN)
-    assert (job.folder / "train.config.json").read_bytes() == before
-
-
-def test_help_says_what_the_verb_does():
-    said = subprocess.run([sys.executable, "-m", "lr2train.prepare", "--help"], capture_output=True, text=True, check=True).stdout
-    assert said.startswith("prepare: documents -> token stores -> planned segments.")
-    assert "experiment: llama3_8b_128k" in said
-
-
-def test_a_run_folder_belongs_to_one_verb(tmp_path):
-    run.open_run(_config(tmp_path), "search", ("seed",)).claim({}).close()
-    run.open_run(_config(tmp_path), "search", ("seed",))
-    with pytest.raises(UserError, match="belongs to a run of search, whose results train would overwrite"):
-        run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
-
-
-def test_keys_that_change_no_result_may_change(tmp_path):
-    run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN).claim({}).close()
-    changed = _config(tmp_path, device="cpu", threads=2)
-    changed.parallel.timeout_s, changed.engine.checkpoint_every_steps = 5.0, 7
-    run.open_run(changed, "train", GROUPS_OF_TRAIN)
-    changed.engine.zero_stage = 1
-    with pytest.raises(UserError, match=r"engine.zero_stage: 3 -> 1"):
-        run.open_run(changed, "train", GROUPS_OF_TRAIN)
-
-
-def test_a_key_that_a_later_release_has_added_refuses_no_old_run(tmp_path):
-    job = run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
-    job.claim({}).close()
-    saved = io.read_json(job.folder / "train.config.json")
-    del saved["engine"]["loss_chunk_tokens"]
-    io.write_json(job.folder / "train.config.json", saved)
-    assert run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN).folder == job.folder
-
-
-def test_inputs_written_anew_under_the_same_path_are_refused(tmp_path):
-    job = run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
-    job.claim({"corpus": "a", "model": "b"}).close()
-    job.claim({"corpus": "a", "model": "b"}).close()
-    with pytest.raises(UserError, match="made from another model"):
-        job.claim({"corpus": "a", "model": "c"})
-
-
-def test_two_jobs_do_not_write_into_one_folder(tmp_path):
-    job = run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN)
-    lock = job.claim({})
-    with pytest.raises(UserError, match=r"in use by process \d+"):
-        run.open_run(_config(tmp_path), "train", GROUPS_OF_TRAIN).claim({})
-    lock.close()
-    job.claim({}).close()
 
 
 def test_random_streams_depend_on_seed_and_name_only():

@@ -30,7 +30,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from lr2train import io, run  # noqa: E402
-from lr2train.config import EXIT_BAD_INPUT, Config, UserError, compose, to_dict  # noqa: E402
+from lr2train.cli import EXIT_BAD_INPUT  # noqa: E402
+from lr2train.config import Config, UserError, compose, to_dict  # noqa: E402
 from lr2train.data.corpus import Corpus  # noqa: E402
 from lr2train.data.needles import NeedleDocument, needle_set  # noqa: E402
 from lr2train.model import load, rotary  # noqa: E402

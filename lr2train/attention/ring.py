@@ -396,10 +396,9 @@ def ring_pairs(work: Work, rank: int) -> int:
 def refuse_uneven(work: Work, unit: int, name: str) -> None:
     """Raises UserError when the segment cannot be cut in ``unit`` equal blocks."""
     if work.n_tokens % unit:
-        longer = -(-work.n_tokens // unit) * unit
         raise UserError(
             f"segment_tokens={work.n_tokens} cannot be cut in the {unit} blocks that parallel.strategy={name} needs for parallel.sp={work.sp}; "
-            f"set data.segment_tokens to {longer} or parallel.strategy to auto"
+            "set parallel.strategy to auto"
         )
 
 

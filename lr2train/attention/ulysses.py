@@ -53,8 +53,7 @@ def to_heads(q: Tensor, k: Tensor, v: Tensor, size: int, group: dist.ProcessGrou
 def refuse_heads(n_heads: int, sp: int) -> None:
     """Raises UserError when ``sp`` ranks cannot share ``n_heads`` query heads."""
     if n_heads % sp:
-        fitting = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
-        raise UserError(f"num_attention_heads={n_heads} cannot be shared by parallel.sp={sp} ranks; set parallel.sp to one of {fitting}")
+        raise UserError(f"num_attention_heads={n_heads} cannot be shared by parallel.sp={sp} ranks; set parallel.strategy to auto")
 
 
 def spread_kv_heads(n_kv_heads: int, size: int) -> int:

@@ -49,18 +49,13 @@ def make_loader(
         dp_rank, dp_size: this data-parallel rank and their number.
         segments_per_step: the global batch.
         original_window_tokens: L0 of the model that will train; compared with the corpus'. None skips the comparison.
-        target_window_tokens: L; a segment must not be longer. None skips the comparison.
+        target_window_tokens: L; the length of a segment. None skips the comparison.
 
     Raises:
         UserError: corpus and model disagree, or the batch does not divide over groups and ranks.
     """
     corpus = Corpus.open(data.path)
     ranks = Ranks(dp_rank, dp_size, segments_per_step)
-    if target_window_tokens is not None and data.segment_tokens > target_window_tokens:
-        raise UserError(
-            f"data.segment_tokens={data.segment_tokens} exceeds rope.target_window_tokens={target_window_tokens}; set data.segment_tokens "
-            "to at most that"
-        )
     if data.kind == "curriculum":
         longest = max((stage.length_tokens for stage in data.stages), default=0)
         if original_window_tokens is not None and longest > original_window_tokens:
@@ -69,6 +64,12 @@ def make_loader(
             )
         return CurriculumLoader(corpus, data, seed, ranks.rank, ranks.size, ranks.accumulation)
     _check_plan(corpus, data, original_window_tokens)
+    if target_window_tokens not in (None, data.segment_tokens):
+        raise UserError(
+            f"data.segment_tokens={data.segment_tokens} {'exceeds' if data.segment_tokens > target_window_tokens else 'is below'} "
+            f"rope.target_window_tokens={target_window_tokens}, and training teaches the window of its segments; set rope.target_window_tokens "
+            f"to {data.segment_tokens}, or prepare segments of {target_window_tokens} tokens"
+        )
     return SegmentLoader(corpus, data.long_attention, seed, ranks, data.group_segments or default_group(dp_size, segments_per_step))
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from lr2train.config import UserError
+from lr2train.io import for_user
 
 T = TypeVar("T")
 
@@ -72,7 +73,8 @@ def together(fn: Callable[[], T]) -> list[T]:
     try:
         outcome: _Done | _Failed = _Done(fn())
     except Exception as caught:
-        error, outcome = caught, _Failed(type(caught).__name__, str(caught), isinstance(caught, UserError))
+        told = for_user(caught)
+        error, outcome = caught, _Failed(type(caught).__name__, str(told or caught), told is not None)
     outcomes = from_all(outcome)
     failures = {number: one for number, one in enumerate(outcomes) if isinstance(one, _Failed)}
     if failures:

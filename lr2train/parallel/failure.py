@@ -19,6 +19,7 @@ from typing import Any
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lr2train.config import UserError
+from lr2train.io import for_user
 from lr2train.parallel.control import PeerGone, rank, world
 
 _KEY = "lr2train/failure"
@@ -76,14 +77,15 @@ def _first_told(own: list[int | bool | str]) -> list[Any]:
 
 def _of(error: Exception) -> list[int | bool | str]:
     """[rank, whether a user can mend it, text]."""
-    text = " ".join(str(error).split())
+    told = for_user(error)
+    text = " ".join(str(told or error).split())
     if isinstance(error, PeerGone):
         pass  # it says who
     elif _closed(error):
         text = f"a rank is gone, its own log says why (seen by rank {rank()}: {text[:200]})"
-    elif not isinstance(error, UserError):
+    elif told is None:
         text = f"{type(error).__name__}: {text}"
-    return [rank(), isinstance(error, UserError), text]
+    return [rank(), told is not None, text]
 
 
 def _closed(error: Exception) -> bool:

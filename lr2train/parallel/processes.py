@@ -22,9 +22,10 @@ def start(config: Config) -> torch.device:
     """
     device = pick_device(config.device)
     watch_launcher()
+    told = "RANK" not in os.environ and "OMP_NUM_THREADS" in os.environ  # a user's own: launchers set it for their ranks
     if not dist.is_initialized():
         _init_process_group(device, config.parallel.timeout_s)
-    if device.type == "cpu":
+    if device.type == "cpu" and (config.threads or not told):
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks_per_node()))
     return device
 

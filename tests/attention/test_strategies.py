@@ -341,8 +341,8 @@ def test_the_figures_in_the_docstrings():
 def test_what_cannot_be_served_is_refused_with_the_remedy():
     work = Work(((0, 96),), 96, 12, 4, 8, 2, 8)
     for name, sentence in {
-        "ulysses": r"num_attention_heads=12 cannot be shared by parallel.sp=8 ranks; set parallel.sp to one of \[1, 2, 3, 4, 6, 12\]",
-        "ring": r"segment_tokens=100 cannot be cut in the 16 blocks that parallel.strategy=ring needs for parallel.sp=8; set data.segment_tokens to 112",
+        "ulysses": r"num_attention_heads=12 cannot be shared by parallel.sp=8 ranks; set parallel.strategy to auto",
+        "ring": r"segment_tokens=100 cannot be cut in the 16 blocks that parallel.strategy=ring needs for parallel.sp=8; set parallel.strategy to auto",
         "gather": r"segment_tokens=100 is not divisible by parallel.sp=8; set data.segment_tokens to 104",
         "local": r"tokens 0:96 are one span across a border of 8 shards of 12 tokens",
     }.items():

@@ -186,7 +186,7 @@ def killed(source, target):
     replace(source, target)
 
 os.replace = killed
-from lr2train.config import main
+from lr2train.cli import main
 from lr2train.prepare import prepare
 sys.argv[1:2] = []
 main("prepare", prepare)

@@ -1,0 +1,139 @@
+"""Which keys ``engine.deepspeed`` may hold: those that DeepSpeed looks for and that no key of ours decides.
+
+Choice: DeepSpeed itself says which keys it knows. Its config reader is handed a dictionary that notes what it is asked for, and its pydantic models
+refuse unknown keys inside their sections. Nothing is listed here that a later DeepSpeed could change. Cost: DeepSpeed is imported, some seconds,
+where ``engine.deepspeed`` is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import os
+from collections.abc import Iterator, KeysView, Mapping
+from typing import Any
+
+from lr2train.config import UserError
+
+_BATCH, _TYPE = "optim.segments_per_step", "model.dtype"
+OURS = {
+    "train_batch_size": _BATCH,
+    "train_micro_batch_size_per_gpu": _BATCH,
+    "gradient_accumulation_steps": _BATCH,
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim.lr, optim.betas, optim.eps and optim.weight_decay",
+    "scheduler": "optim.schedule, optim.warmup_steps and optim.min_lr_ratio",
+    "zero_optimization.stage": "engine.zero_stage",
+    "fp16": _TYPE,
+    "bf16": _TYPE,
+    "bfloat16": _TYPE,
+    "amp": _TYPE,
+    "torch_autocast": _TYPE,
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "sequence_parallel_size": "parallel.sp",
+}
+"""Keys of DeepSpeed's config that a key of ours decides."""
+
+
+def refuse_keys(given: Mapping[str, Any]) -> None:
+    """Refuse a key of ``engine.deepspeed`` that lr2train decides, that DeepSpeed does not know, or whose value DeepSpeed does not take.
+
+    Raises:
+        UserError: there is one; the text names the key.
+    """
+    if not given:
+        return
+    for key, value in _paths(given):
+        if key in OURS:
+            raise UserError(f"engine.deepspeed.{key}={value} is decided by {OURS[key]}; remove it from engine.deepspeed and set that")
+    for key, value in _paths(given):
+        if value == "auto":
+            raise UserError(
+                f"engine.deepspeed.{key}=auto means something to Hugging Face's trainer alone; remove it to have DeepSpeed's default"
+            )
+    _ask_deepspeed(given)
+
+
+def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{key}.")
+
+
+def _ask_deepspeed(given: Mapping[str, Any]) -> None:
+    from pydantic import ValidationError
+
+    with _quiet():
+        from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+        asked = _Asked({"train_micro_batch_size_per_gpu": 1, **given})
+        try:
+            DeepSpeedConfig(asked)  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise UserError(_of_section(error, given)) from error
+        except (DeepSpeedConfigError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"engine.deepspeed={dict(given)} is refused by DeepSpeed ({reason}); correct engine.deepspeed") from error
+    for key in given:
+        if key not in asked.keys_asked:
+            raise UserError(f"engine.deepspeed.{key} is no key of DeepSpeed's config{_near(key, asked.keys_asked)}")
+
+
+class _Asked(dict[str, Any]):
+    """A dictionary that notes which keys it is asked for."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        super().__init__(values)
+        self.keys_asked: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+        """As of any dictionary."""
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> KeysView[str]:  # type: ignore[override]
+        """A view that asks this dictionary whether it holds a key."""
+        return KeysView(self)
+
+
+def _of_section(error: Any, given: Mapping[str, Any]) -> str:
+    """The first thing that a pydantic model of DeepSpeed's refuses, with the section that it stands in."""
+    first = error.errors()[0]
+    inside = ".".join(str(part) for part in first["loc"])
+    key = next((path for path, value in _paths(given) if path.endswith(f".{inside}") and value == first["input"]), inside)
+    if first["type"] == "extra_forbidden":
+        return f"engine.deepspeed.{key} is no key of DeepSpeed's config{_near(str(first['loc'][-1]), _keys_of_sections())}"
+    return f"engine.deepspeed.{key}={first['input']} is refused by DeepSpeed ({first['msg']}); correct it"
+
+
+def _keys_of_sections() -> set[str]:
+    """The keys of all of DeepSpeed's sections, as they are written in a config."""
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    known = [DeepSpeedConfigModel]
+    for one in known:
+        known += one.__subclasses__()
+    return {str(field.alias or name) for one in known for name, field in one.model_fields.items()}
+
+
+def _near(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]}?" if close else "; remove it from engine.deepspeed"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints what it reads to stdout, which belongs to results."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
