@@ -4,8 +4,8 @@ Choice: every start goes through one door, with a flag or without. Hydra compose
 no job. ``--multirun`` runs every job in a process of its own, one after the other: process groups, DeepSpeed's state and CUDA's memory belong to
 a process, and a job that dies leaves the next ones alone. Cost: a job of a sweep starts Python anew.
 
-Exit codes: 0 done; 2 the input was wrong (one sentence on stderr); 130 interrupted; anything else is a defect, with its traceback. Nothing but the
-verbs imports this file.
+Exit codes: 0 done; 2 the input was wrong (one sentence on stderr); 130 interrupted; 1 another rank was lost (one sentence), or a defect, with its
+traceback. Nothing but the verbs imports this file.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from typing import Any
 from lr2train import composing, io, run
 from lr2train.config import Config, UserError, load
 from lr2train.overrides import Override
+from lr2train.parallel.control import PeerGone
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+EXIT_RANK_LOST, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 _PATIENCE_S = 5.0  # launchers look at their ranks every second or so
 _REFUSED = {
     "config_path": "--config-path would hide the configs of lr2train; name the folder with --config-dir, which is searched first",
@@ -64,6 +65,9 @@ def door(verb: str) -> Iterator[None]:
         if (told := io.for_user(error)) is None:
             raise
         _die(verb, told)
+    except PeerGone as gone:
+        print(f"{verb} (rank {run.rank()}): {gone}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        sys.exit(EXIT_RANK_LOST)
     except KeyboardInterrupt:
         print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

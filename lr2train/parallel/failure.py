@@ -24,7 +24,8 @@ from lr2train.parallel.control import PeerGone, rank, world
 
 _KEY = "lr2train/failure"
 _STORE_S = 10.0  # a store that works answers in milliseconds
-_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # what gloo says of a peer whose process has ended
+# What gloo says of a peer whose process has ended, or that does not answer.
+_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
 @contextlib.contextmanager
@@ -72,6 +73,9 @@ def _first_told(own: list[int | bool | str]) -> list[Any]:
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(_STORE_S)
+    if asking.is_alive() and rank() != 0:
+        number, of_user, text = own
+        return [number, of_user, f"rank 0 does not answer: it was stopped, or its machine is lost ({text})"]
     return told[-1]
 
 
@@ -82,7 +86,7 @@ def _of(error: Exception) -> list[int | bool | str]:
     if isinstance(error, PeerGone):
         pass  # it says who
     elif _closed(error):
-        text = f"a rank is gone, its own log says why (seen by rank {rank()}: {text[:200]})"
+        text = f"a rank is gone or does not answer, its own log says why (seen by rank {rank()}: {text[:200]})"
     elif told is None:
         text = f"{type(error).__name__}: {text}"
     return [rank(), told is not None, text]
