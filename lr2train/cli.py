@@ -43,12 +43,14 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
         if flags.help:
             print(f"{inspect.getdoc(sys.modules[job.__module__])}\n\nEvery key stands with what it does in lr2train/config.py.\n")
         if flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
-            _show(verb, flags)
+            with composing.told():
+                _show(verb, flags)
         elif flags.multirun:
             _run_all(verb, flags)
         else:
-            folders = composing.config_folders(flags.config_dir)
-            config = load(composing.composed(flags.config_name or verb, flags.overrides, folders), verb)
+            with composing.told():
+                folders = composing.config_folders(flags.config_dir)
+                config = load(composing.composed(flags.config_name or verb, flags.overrides, folders), verb)
             if idle := composing.unread(verb, flags.overrides):
                 run.say(verb, f"given, but not read by {verb}: {', '.join(idle)}")
             job(config)
@@ -59,8 +61,7 @@ def door(verb: str) -> Iterator[None]:
     """Whatever goes wrong inside becomes a sentence and an exit code; a defect keeps its traceback."""
     _show_log()
     try:
-        with composing.told():
-            yield
+        yield
     except (UserError, OSError) as error:
         if (told := io.for_user(error)) is None:
             raise
@@ -135,7 +136,8 @@ def _run_all(verb: str, flags: Namespace) -> None:
 
     Raises:
         UserError: several ranks were started, or another sweeper of Hydra's is asked for.
-        SystemExit: a job failed, with the exit code of the first that did, after all have run; or the sweep was interrupted.
+        SystemExit: a job failed, with the exit code of the first that did, after all have run.
+        KeyboardInterrupt: a job was interrupted; those after it do not run.
     """
     if run.world() > 1:
         raise UserError(
@@ -152,9 +154,9 @@ def _run_all(verb: str, flags: Namespace) -> None:
         swept = " ".join(one for one, given in zip(overrides, flags.overrides, strict=True) if one != given)
         run.say(verb, f"job {number} of {len(jobs)}: {swept}")
         codes.append(_wait_for(subprocess.Popen([sys.executable, "-m", f"lr2train.{verb}", *kept, *overrides])))
-        run.say(verb, f"job {number} of {len(jobs)}: {'done' if codes[-1] == 0 else f'failed with exit code {codes[-1]}'}: {swept}")
         if codes[-1] == EXIT_INTERRUPTED:
-            break
+            raise KeyboardInterrupt
+        run.say(verb, f"job {number} of {len(jobs)}: {'done' if codes[-1] == 0 else f'failed with exit code {codes[-1]}'}: {swept}")
     if any(codes):
         run.say(verb, f"{sum(map(bool, codes))} of {len(jobs)} jobs failed")
         sys.exit(next(filter(None, codes)))
