@@ -9,6 +9,7 @@ about a millisecond each on a local disk.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -92,6 +93,17 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all. A number that is not finite has no JSON form and becomes null."""
     text = json.dumps(finite(value), indent=1, default=_plain, allow_nan=False)
     write_text(path, text + "\n")
+
+
+def write_json_where_allowed(path: Path, value: Any) -> str:
+    """Write JSON into a folder that may belong to somebody else; returns why the file cannot be written, empty where it is."""
+    try:
+        write_json(path, value)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return error.strerror or str(error)
+    return ""
 
 
 def finite(value: Any) -> Any:

@@ -17,8 +17,9 @@ from lr2train.config import UserError
 from lr2train.rope import hf as rope_hf
 
 NAME = "config.json"
-_COUNTS = {  # and the least that each may be
-    "vocab_size": 1, "intermediate_size": 1, "num_hidden_layers": 1, "num_key_value_heads": 1, "sliding_window": 0,
+_COUNTS = {  # whole numbers, with their least and largest value; some of them are lengths of loops
+    "vocab_size": (1, rope_hf.LARGEST_COUNT), "intermediate_size": (1, rope_hf.LARGEST_COUNT), "num_hidden_layers": (1, 10_000),
+    "num_key_value_heads": (1, rope_hf.LARGEST_COUNT), "sliding_window": (0, rope_hf.LARGEST_COUNT), "num_labels": (0, 100_000),
 }  # fmt: skip
 _OBJECTS = ("auto_map", "quantization_config")
 
@@ -54,8 +55,8 @@ def refuse_odd(values: Mapping[str, Any], where: str) -> None:
     for key in _OBJECTS:
         if not isinstance(values.get(key, {}), (dict, type(None))):
             raise rope_hf.odd(where, key, values[key], "an object")
-    for key, at_least in _COUNTS.items():
-        rope_hf.refuse_odd_count(values, key, where, at_least=at_least)
+    for key, bounds in _COUNTS.items():
+        rope_hf.refuse_odd_count(values, key, where, bounds=bounds)
     rope_hf.refuse_odd(values, where)
     _refuse_quantized(values, where)
 
@@ -94,7 +95,7 @@ def parsed(folder: Path, overrides: Mapping[str, Any] | None = None) -> Any:
 
     values = read(folder)
     kind = values.get("model_type")
-    if kind not in CONFIG_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
         raise UserError(
             f"{folder / NAME} names model_type={kind!r}, which transformers does not know, and code of a model folder is never run; set "
             "model.path to a model of a type that transformers knows"

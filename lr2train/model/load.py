@@ -24,14 +24,14 @@ from torch import nn
 
 from lr2train.config import ModelConfig, UserError
 from lr2train.model import config_json
-from lr2train.model.folder import write_folder
+from lr2train.model.folder import TALK, copy_companions, write_folder
 from lr2train.model.weights import Gather, Part, Stored, files_of, fill, owners, parts_of, safetensors_of, whole
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.spectrum import Spectrum
 
 __all__ = [
-    "DTYPES", "Gather", "Stored", "assembled", "build_empty", "config_of", "files_of", "fingerprint", "folder_of", "load_tokenizer",
-    "load_whole", "plain_config", "safetensors_of", "scratch_weights", "spectrum_of", "whole", "write_folder",
+    "DTYPES", "Gather", "Stored", "assembled", "build_empty", "config_of", "copy_companions", "files_of", "fingerprint", "folder_of", "load_tokenizer",
+    "load_whole", "plain_config", "safetensors_of", "scratch_weights", "spectrum_of", "talk_of", "whole", "write_folder",
 ]  # fmt: skip
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,6 +65,14 @@ def folder_of(model: ModelConfig) -> Path:
             "to fetch it from the hub"
         )
     return _download(model)
+
+
+def talk_of(model: ModelConfig) -> list[Path]:
+    """Files of the base that say how it samples and talks; empty where there is no base, or its folder is gone."""
+    try:
+        return [file for name in TALK if (file := folder_of(model) / name).is_file()] if model.path else []
+    except UserError:
+        return []
 
 
 def _download(model: ModelConfig) -> Path:

@@ -34,15 +34,15 @@ from lr2train.rope.spectrum import Spectrum
 DEFAULT_BASE = 10000.0  # transformers' own, for configs that name none
 SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")  # types that leave the original window as it is where their factor is 1
 
+LARGEST_COUNT = 2**31 - 1
+
 # The keys that are read here, by the kind of their values.
 _COUNTS = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings")
-_NUMBERS = (
-    "rope_theta", "partial_rotary_factor", "rotary_pct", "factor", "attention_factor", "short_mscale", "long_mscale",
-)  # fmt: skip
+_NUMBERS = ("rope_theta", "factor", "attention_factor", "short_mscale", "long_mscale")
+_SHARES = ("partial_rotary_factor", "rotary_pct")
 _TABLES = ("long_factor", "short_factor")
 _DICTS = ("rope_scaling", "rope_parameters")
 _TEXTS = ("rope_type", "type")
-LARGEST_COUNT = 2**31 - 1
 
 
 def refuse_odd(config: Mapping[str, Any], where: str) -> None:
@@ -75,6 +75,9 @@ def _refuse_odd_keys(keys: Mapping[str, Any], where: str, prefix: str) -> None:
     for name in _NUMBERS:
         if (value := keys.get(name)) is not None and not _positive(value):
             raise odd(where, f"{prefix}{name}", value, "a positive finite number")
+    for name in _SHARES:
+        if (value := keys.get(name)) is not None and not (_positive(value) and value <= 1):
+            raise odd(where, f"{prefix}{name}", value, "a number above 0 and up to 1")
     if prefix:
         for name in _TEXTS:
             if (value := keys.get(name)) is not None and not isinstance(value, str):
@@ -96,11 +99,13 @@ def _refuse_odd_tables(rope: Mapping[str, Any], config: Mapping[str, Any], where
             )
 
 
-def refuse_odd_count(keys: Mapping[str, Any], name: str, where: str, prefix: str = "", at_least: int = 1) -> None:
-    """Raises UserError where ``keys`` holds a value under ``name`` that is no whole number of at least ``at_least``; null is allowed."""
-    value = keys.get(name)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not at_least <= value <= LARGEST_COUNT):
-        raise odd(where, f"{prefix}{name}", value, f"a whole number from {at_least} to {LARGEST_COUNT}")
+def refuse_odd_count(
+    keys: Mapping[str, Any], name: str, where: str, prefix: str = "", bounds: tuple[int, int] = (1, LARGEST_COUNT)
+) -> None:
+    """Raises UserError where ``keys`` holds a value under ``name`` that is no whole number within ``bounds``; null is allowed."""
+    value, (least, most) = keys.get(name), bounds
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most):
+        raise odd(where, f"{prefix}{name}", value, f"a whole number from {least} to {most}")
 
 
 def odd(where: str, key: str, value: Any, wanted: str) -> UserError:

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -310,9 +310,9 @@ class Engine:
         with _quiet():
             return checkpoint.load(self._engine, folder)
 
-    def write_model(self, folder: Path, config: dict[str, Any]) -> None:
-        """Write the weights as a Hugging Face folder with ``config`` as its config.json; no rank holds them all at once."""
-        load.write_folder(self.model.lm, config, folder, self._gather(modifier_rank=None))
+    def write_model(self, folder: Path, config: dict[str, Any], extras: Callable[[Path], None] | None = None) -> None:
+        """Write the weights as a Hugging Face folder with ``config`` as its config.json and ``extras``; no rank holds them all at once."""
+        load.write_folder(self.model.lm, config, folder, self._gather(modifier_rank=None), extras=extras)
 
     def named_gradients(self) -> dict[str, torch.Tensor]:
         """Whole fp32 gradients by the model's own names, after backward and before the next step's; for tests and inspection."""
