@@ -67,7 +67,7 @@ def export(config: Config) -> dict[str, Any]:
     dtype = config.export.dtype or io.read_json(job.folder / "model" / "config.json")["dtype"]
     device = str(processes.pick_device(config.device))
     ours = _write(job, folder, factors, dtype, device, config)
-    differences = _differences(ours, _their_logits(folder, factors, device), folder)
+    differences = _differences(ours, _their_logits(folder, factors, device), folder, dtype)
     size = sum(file.stat().st_size for file in folder.iterdir())
     result = {"folder": str(folder), "dtype": dtype, "bytes": size, **differences, "provenance": run.provenance()}
     if reason := io.write_json_where_allowed(job.folder / "export.json", result):
@@ -108,8 +108,8 @@ def _companions(config: Config, job: run.Run) -> list[Path]:
     """What goes beside the weights: how the base model samples and talks, and the tokenizer that the run was trained with."""
     trained, base = job.folder / "model", load.talk_of(config.model)
     talk = base or [trained / name for name in TALK]
-    if not base and config.model.path and not any(file.is_file() for file in talk):
-        _log(job, f"the base model {config.model.path} holds none of {', '.join(TALK)}, or is not here any more; they are left out")
+    if config.model.path and not Path(config.model.path).expanduser().is_dir() and not any(file.is_file() for file in talk):
+        _log(job, f"the base model {config.model.path} is not here any more; its {' and '.join(TALK)}, if any, are left out")
     return [*talk, *sorted(file for pattern in OF_TOKENIZERS for file in trained.glob(pattern))]
 
 
@@ -123,7 +123,7 @@ def _write(job: run.Run, folder: Path, factors: Factors, dtype: str, device: str
     logits = {}
     for table.window, length in _lengths(factors).items():
         logits[table.window] = _last_logits(model, length)
-        _refuse_not_finite(logits[table.window], f"{job.folder / 'model'} in {dtype}", table.window)
+        _refuse_not_finite(logits[table.window], str(job.folder / "model"), table.window, dtype)
     companions = _companions(config, job)
     card = _card(str(config.run), factors, table.tables["short"].attention_factor, config.model.path)
 
@@ -166,16 +166,17 @@ def _their_logits(folder: Path, factors: Factors, device: str) -> dict[str, torc
     return {window: _last_logits(model, length) for window, length in _lengths(factors).items()}
 
 
-def _differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], folder: Path) -> dict[str, float]:
+def _differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], folder: Path, dtype: str) -> dict[str, float]:
     """Largest absolute difference in each window."""
     for window, logits in theirs.items():
-        _refuse_not_finite(logits, f"{folder} in plain transformers", window)
+        _refuse_not_finite(logits, f"{folder} in plain transformers", window, dtype)
     return {f"{window}_logit_difference": (theirs[window] - ours[window]).abs().max().item() for window in ours}
 
 
-def _refuse_not_finite(logits: torch.Tensor, of: str, window: str) -> None:
+def _refuse_not_finite(logits: torch.Tensor, of: str, window: str, dtype: str) -> None:
     if not torch.isfinite(logits).all():
-        raise UserError(f"{of} computes logits that are not finite in the {window} window, so it is of no use; set export.dtype=float32")
+        remedy = "" if dtype == "float32" else "; set export.dtype=float32, as the model's own numbers may be too large for less"
+        raise UserError(f"{of} in {dtype} computes logits that are not finite in the {window} window, so nothing is claimed of it{remedy}")
 
 
 @torch.inference_mode()

@@ -62,9 +62,8 @@ def generate(
 
 def _refuse_not_finite(logits: torch.Tensor, n_tokens: int, dtype: torch.dtype) -> None:
     if not torch.isfinite(logits.max()):  # the largest is nan where one is
-        raise UserError(
-            f"the logits after {n_tokens} tokens are not finite: the model is broken, or {dtype} is too narrow for it; set model.dtype=float32"
-        )
+        remedy = "" if dtype == torch.float32 else "; set model.dtype=float32, as the model's own numbers may be too large for less"
+        raise UserError(f"the logits after {n_tokens} tokens are not finite, so no token can be chosen{remedy}")
 
 
 def window_of(total_tokens: int, original_window_tokens: int, window: str = "auto") -> str:

@@ -125,7 +125,7 @@ def _two_heads(twin: nn.Module, parts: Sequence[Part], tensors: Mapping[str, Sto
     stored: dict[str, list[str]] = {}
     for part in parts:
         stored.setdefault(owner[part.targets[0]], []).append(part.sources[0])
-    pairs = [[tensors[name].read() for name in names] for names in stored.values() if len(names) > 1]
+    pairs = [[tensors[name]() for name in names] for names in stored.values() if len(names) > 1]
     return any(not torch.equal(first, other) for first, *others in pairs for other in others)
 
 

@@ -59,6 +59,9 @@ class Stored:
     read: Callable[[], torch.Tensor]
     file: str = ""
 
+    def __call__(self) -> torch.Tensor:
+        return self.read()
+
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Stored:
         """One in memory."""
@@ -375,12 +378,12 @@ class _Reading:
 
     def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The tensor in the model's dtype, as transformers casts before it stacks."""
-        stored = self._tensors[name].read()
+        stored = self._tensors[name]()
         value = stored.to(dtype)
         if not finite(value):
             odd = int((~torch.isfinite(value)).sum())
-            cast = f" as {dtype}, which is too narrow" if finite(stored) else ""
-            self._odd[name] = f"{name} holds {odd} numbers of {value.numel()} that are not finite{cast}"
+            cast = f" in {str(dtype).removeprefix('torch.')}, which is too narrow" if finite(stored) else ""
+            self._odd[name] = f"{odd} of the {value.numel()} numbers of {name} {'is' if odd == 1 else 'are'} not finite{cast}"
         return value
 
     def refusal(self) -> str:
@@ -388,7 +391,7 @@ class _Reading:
         if self._error or not self._odd:
             return self._error
         first, *more = self._odd.values()
-        others = f" (and so do {len(more)} more tensors)" if more else ""
+        others = f" ({len(more)} more tensors hold such numbers)" if more else ""
         remedy = "set model.dtype=bfloat16" if first.endswith("narrow") else "set model.path to an intact copy of the model"
         return f"{first}{others}; {remedy}"
 
