@@ -19,6 +19,7 @@ from lr2train import io, run
 from lr2train.config import Config, GenerateConfig, UserError, main
 from lr2train.evaluation import of_run
 from lr2train.model import decode, load, rotary
+from lr2train.model.folder import values_in
 from lr2train.parallel import processes
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
@@ -73,9 +74,8 @@ def _stops(folder: Path, tokenizer: Any) -> set[int]:
     """Ids that end a text, by the tokenizer, config.json and generation_config.json: chat models have several."""
     named = [tokenizer.eos_token_id]
     for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            said = io.read_json(folder / name).get("eos_token_id")
-            named += said if isinstance(said, list) else [said]
+        said = values_in(folder / name).get("eos_token_id")
+        named += said if isinstance(said, list) else [said]
     return {one for one in named if isinstance(one, int)}
 
 

@@ -217,9 +217,14 @@ def _longer(values: Mapping[str, Any], window_tokens: int) -> dict[str, Any]:
 
 
 def _rewrite(file: Path, folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    if values := values_in(file):
+        io.write_json(folder / file.name, {key: value for key, value in change(values).items() if key not in (*_CODE, *_PATHS)})
+
+
+def values_in(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of somebody else's folder; empty where there is none, for what a model can be used without."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if isinstance(values, dict):
-        io.write_json(folder / file.name, {key: value for key, value in change(values).items() if key not in (*_CODE, *_PATHS)})
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
