@@ -2,13 +2,14 @@
 
     python -m lr2train.export run=tiny_4k [export.dtype=bfloat16] [export.folder=…]
 
-The folder is loaded again with plain transformers and its logits are compared with ours in both windows; the figures stand in
-``export.json``.
+The folder is loaded with plain transformers and its logits are compared in both windows with those of the model that was written; the
+figures stand in ``export.json`` of the run's folder, where that may be written.
 """
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from lr2train.cli import main
 from lr2train.config import Config, UserError
 from lr2train.evaluation import of_run
 from lr2train.model import load, rotary
+from lr2train.model.folder import TALK
 from lr2train.parallel import processes
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 
-VERBATIM = ("generation_config.json", "chat_template.jinja", "chat_template.json")
+OF_TOKENIZERS = ("*token*", "*.model", "vocab.json", "merges.txt")
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -37,9 +39,10 @@ tags: [long-context, longrope2, lr2train]
 - The text's total length (prompt + generated) decides the table. A runtime that changes tables in the middle of a text has to compute its
   cache anew; `python -m lr2train.generate model.path=<this folder>` does. vLLM chooses once, from `--max-model-len`; llama.cpp from the
   context size.
-- attention_factor {attention_factor:g} multiplies cos and sin in the long window; the model was trained with 1 in the short window. {note}
+- attention_factor {attention_factor:g} multiplies cos and sin in the long window; the model was trained with {short_factor:g} in the short
+  window. {note}
 """
-EXACT = "It is 1, so every runtime is exact in both windows."
+EXACT = "They are the same, so transformers, vLLM and SGLang are exact in both windows."
 SCALED = (
     "transformers has one attention_factor for both windows: below {original} tokens its logits differ from the trained model's. "
     "To serve short texts exactly, load with `rope_parameters={{'rope_type': 'default', 'rope_theta': {theta:g}}}`."
@@ -50,7 +53,8 @@ def export(config: Config) -> dict[str, Any]:
     """Run the verb; returns what ``export.json`` holds.
 
     Raises:
-        UserError: the run is not finished, the dtype is unknown, or the folder holds something else.
+        UserError: the run is not finished, the dtype is unknown, the folder holds something else or cannot be written, or the model
+            computes logits that are not finite; nothing is replaced then.
     """
     job = run.Run(of_run.folder_of(config), "export")
     if config.export.dtype not in (None, *load.DTYPES):
@@ -59,20 +63,28 @@ def export(config: Config) -> dict[str, Any]:
     factors = Factors.load(job.folder / "factors.json")
     folder = Path(config.export.folder or job.folder / "export")
     _refuse_to_overwrite(folder)
+    _refuse_unwritable(folder)
     config = of_run.completed(config)
     dtype = config.export.dtype or io.read_json(job.folder / "model" / "config.json")["dtype"]
-    companions = {file.name: file for file in (*_tokenizer_files(job.folder / "model"), *_files_of_base(config, job))}
-    card = _card(str(config.run), factors, config.model.path)
-    _write(job.folder / "model", folder, factors, dtype, card, list(companions.values()))
+    device = str(processes.pick_device(config.device))
+    ours = _write(job, folder, factors, dtype, device, config)
+    differences = _differences(ours, _their_logits(folder, factors, device), folder, dtype)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    differences = check(folder, factors, str(processes.pick_device(config.device)))
     result = {"folder": str(folder), "dtype": dtype, "bytes": size, **differences, "provenance": run.provenance()}
-    job.write_json("export.json", result)
-    job.log(
+    if reason := io.write_json_where_allowed(job.folder / "export.json", result):
+        run.say("export", f"{job.folder / 'export.json'} is not written ({reason})")
+    _log(
+        job,
         f"{folder}: largest logit difference between transformers and lr2train: long window {result['long_logit_difference']:.2e}, "
-        f"short window {result['short_logit_difference']:.2e}"
+        f"short window {result['short_logit_difference']:.2e}",
     )
     return result
+
+
+def _log(job: run.Run, message: str) -> None:
+    """To the terminal, and to the run's log where that may be written."""
+    with contextlib.suppress(OSError):
+        job.log(message)
 
 
 def _refuse_to_overwrite(folder: Path) -> None:
@@ -82,38 +94,52 @@ def _refuse_to_overwrite(folder: Path) -> None:
         raise UserError(f"export.folder={folder} exists and is no former export, and would be replaced; set export.folder to a new folder")
 
 
-def _tokenizer_files(trained_folder: Path) -> list[Path]:
-    return [file for file in trained_folder.iterdir() if "token" in file.name or file.name in VERBATIM]
-
-
-def _files_of_base(config: Config, job: run.Run) -> list[Path]:
-    """How the base model samples and talks, which training leaves as it is."""
-    if config.model.path is None:
-        return []
+def _refuse_unwritable(folder: Path) -> None:
+    """Find out before the work: the export is made beside its place, so the folder above has to take files."""
     try:
-        base = load.folder_of(config.model)
-    except UserError:
-        job.log(f"the base model {config.model.path} is not here any more; its {' and '.join(VERBATIM)}, if any, are left out")
-        return []
-    return [base / name for name in VERBATIM if (base / name).is_file()]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent} cannot be written ({error.strerror}), and the export would go there; set export.folder to a folder of yours"
+        ) from error
 
 
-def _write(trained_folder: Path, folder: Path, factors: Factors, dtype: str, card: str, companions: list[Path]) -> None:
+def _companions(config: Config, job: run.Run) -> list[Path]:
+    """What goes beside the weights: how the base model samples and talks, and the tokenizer that the run was trained with."""
+    trained, base = job.folder / "model", load.talk_of(config.model)
+    talk = base or [trained / name for name in TALK]
+    if config.model.path and not Path(config.model.path).expanduser().is_dir() and not any(file.is_file() for file in talk):
+        _log(job, f"the base model {config.model.path} is not here any more; its {' and '.join(TALK)}, if any, are left out")
+    return [*talk, *sorted(file for pattern in OF_TOKENIZERS for file in trained.glob(pattern))]
+
+
+def _write(job: run.Run, folder: Path, factors: Factors, dtype: str, device: str, config: Config) -> dict[str, torch.Tensor]:
+    """Write the folder; returns the last logits of the model that was written, by window. One that is not finite stops it before."""
+    model = load.load_whole(job.folder / "model", dtype, device)
+    values = load.plain_config(model.config)
+    if factors.target_window_tokens > factors.spectrum.window_tokens:
+        values = rope_hf.write(values, factors)
+    table = rotary.install(model, factors)
+    logits = {}
+    for table.window, length in _lengths(factors).items():
+        logits[table.window] = _last_logits(model, length)
+        _refuse_not_finite(logits[table.window], str(job.folder / "model"), table.window, dtype)
+    companions = _companions(config, job)
+    card = _card(str(config.run), factors, table.tables["short"].attention_factor, config.model.path)
+
     def extras(temporary: Path) -> None:
-        for file in companions:
-            shutil.copy2(file, temporary / file.name)
-        (temporary / "README.md").write_text(card)
+        load.copy_companions(companions, temporary, factors.target_window_tokens)
+        io.write_text(temporary / "README.md", card)
         factors.save(temporary / "factors.json")
 
-    model = load.load_whole(trained_folder, dtype)
-    config = load.plain_config(model.config)
-    extended = factors.target_window_tokens > factors.spectrum.window_tokens
-    load.write_folder(model, rope_hf.write(config, factors) if extended else config, folder, extras=extras)
+    load.write_folder(model, values, folder, extras=extras)
+    return logits
 
 
-def _card(name: str, factors: Factors, base: str | None) -> str:
+def _card(name: str, factors: Factors, short_factor: float, base: str | None) -> str:
     spectrum = factors.spectrum
-    note = EXACT if factors.attention_factor == 1 else SCALED.format(original=spectrum.window_tokens, theta=spectrum.base)
+    exact = factors.attention_factor == short_factor
     return CARD.format(
         name=name,
         base=Path(base or "A model trained from scratch").name,
@@ -121,41 +147,42 @@ def _card(name: str, factors: Factors, base: str | None) -> str:
         target=factors.target_window_tokens,
         method=factors.method,
         attention_factor=factors.attention_factor,
-        note=note,
+        short_factor=short_factor,
+        note=EXACT if exact else SCALED.format(original=spectrum.window_tokens, theta=spectrum.base),
     )
 
 
-def check(folder: Path, factors: Factors, device: str = "cpu", extra_tokens: int = 64) -> dict[str, float]:
-    """Largest absolute logit difference between the folder in plain transformers and in lr2train: 16 positions, once in each window.
-
-    The two models are in memory one after the other, not together.
-    """
+def _lengths(factors: Factors, extra_tokens: int = 64) -> dict[str, int]:
+    """Tokens of a text in each window."""
     original = factors.spectrum.window_tokens
-    lengths = {"short": min(original, 2048), "long": min(original + extra_tokens, factors.target_window_tokens)}
-    theirs, ours = _their_logits(folder, lengths, device), _our_logits(folder, factors, lengths, device)
-    return {f"{window}_logit_difference": (theirs[window] - ours[window]).abs().max().item() for window in lengths}
+    return {"short": min(original, 2048), "long": min(original + extra_tokens, factors.target_window_tokens)}
 
 
-def _their_logits(folder: Path, lengths: dict[str, int], device: str) -> dict[str, torch.Tensor]:
+def _their_logits(folder: Path, factors: Factors, device: str) -> dict[str, torch.Tensor]:
+    """Of the folder in plain transformers, by window."""
     from transformers import AutoModelForCausalLM
 
     load_model: Any = AutoModelForCausalLM.from_pretrained
-    model = load_model(folder).to(device).eval()
-    return {window: _last_logits(model, length) for window, length in lengths.items()}
+    model = load_model(folder, trust_remote_code=False).to(device).eval()
+    return {window: _last_logits(model, length) for window, length in _lengths(factors).items()}
 
 
-def _our_logits(folder: Path, factors: Factors, lengths: dict[str, int], device: str) -> dict[str, torch.Tensor]:
-    model = load.load_whole(folder, io.read_json(folder / "config.json")["dtype"], device)
-    table = rotary.install(model, factors)
-    logits = {}
-    for window, length in lengths.items():
-        table.window = window
-        logits[window] = _last_logits(model, length)
-    return logits
+def _differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], folder: Path, dtype: str) -> dict[str, float]:
+    """Largest absolute difference in each window."""
+    for window, logits in theirs.items():
+        _refuse_not_finite(logits, f"{folder} in plain transformers", window, dtype)
+    return {f"{window}_logit_difference": (theirs[window] - ours[window]).abs().max().item() for window in ours}
+
+
+def _refuse_not_finite(logits: torch.Tensor, of: str, window: str, dtype: str) -> None:
+    if not torch.isfinite(logits).all():
+        remedy = "" if dtype == "float32" else "; set export.dtype=float32, as the model's own numbers may be too large for less"
+        raise UserError(f"{of} in {dtype} computes logits that are not finite in the {window} window, so nothing is claimed of it{remedy}")
 
 
 @torch.inference_mode()
 def _last_logits(model: Any, length: int) -> torch.Tensor:
+    """[1, 16, V] after the last tokens of a text of ``length``."""
     tokens = torch.arange(length, device=model.device)[None] * 7919 % model.config.vocab_size
     return model(tokens, use_cache=False, logits_to_keep=16).logits.float().cpu()
 

@@ -20,6 +20,7 @@ from lr2train.cli import main
 from lr2train.config import Config, GenerateConfig, UserError
 from lr2train.evaluation import of_run
 from lr2train.model import decode, load, rotary
+from lr2train.model.folder import values_in
 from lr2train.parallel import processes
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
@@ -30,7 +31,7 @@ def generate(config: Config) -> dict[str, Any]:
     """Run the verb; returns what ``generate.json`` of the run's folder (without ``run=``: of ``runs/<name>``) holds.
 
     Raises:
-        UserError: no model, no prompt, or a text longer than the target window.
+        UserError: no model, no prompt, a text longer than the target window, or logits that are not finite.
     """
     _refuse_bad_knobs(config.generate)
     folder = _folder(config)
@@ -38,7 +39,7 @@ def generate(config: Config) -> dict[str, Any]:
     prompt = _prompt(config)
     factors = factors_of(folder, config)
     tokenizer = load.load_tokenizer(folder)
-    tokens = tokenizer(prompt)["input_ids"]
+    tokens = _encoded(prompt, tokenizer)
     _refuse_too_long(len(tokens), config, factors)
     device = processes.pick_device(config.device)
     model = load.load_whole(folder, config.model.dtype, str(device), _overrides(config))
@@ -46,7 +47,7 @@ def generate(config: Config) -> dict[str, Any]:
     original, knobs = factors.spectrum.window_tokens, config.generate
     how = {"window": knobs.window, "temperature": knobs.temperature, "top_p": knobs.top_p, "seed": config.seed}
     start = time.monotonic()
-    new = _show(decode.generate(model, table, tokens, knobs.max_new_tokens, original, stop=tokenizer.eos_token_id, **how), tokenizer)
+    new = _show(decode.generate(model, table, tokens, knobs.max_new_tokens, original, stop=_stops(folder, tokenizer), **how), tokenizer)
     result = {
         "prompt": prompt,
         "prompt_tokens": len(tokens),
@@ -57,10 +58,26 @@ def generate(config: Config) -> dict[str, Any]:
         "seconds": time.monotonic() - start,
         "provenance": run.provenance(),
     }
-    io.write_json(_run_folder(config) / "generate.json", result)
+    if reason := io.write_json_where_allowed(_run_folder(config) / "generate.json", result):
+        run.say("generate", f"{_run_folder(config) / 'generate.json'} is not written ({reason})")
     switch = " after a switch with re-prefill" if result["switched"] else ""
     run.say("generate", f"{len(tokens)} + {len(new)} tokens, window {table.window}{switch}, {result['seconds']:.1f} s")
     return result
+
+
+def _encoded(prompt: str, tokenizer: Any) -> list[int]:
+    """Token ids of the prompt, with one BOS where the prompt begins with the text of BOS and the tokenizer adds its own."""
+    tokens = tokenizer(prompt)["input_ids"]
+    return tokens[1:] if tokenizer.bos_token_id is not None and tokens[:2] == [tokenizer.bos_token_id] * 2 else tokens
+
+
+def _stops(folder: Path, tokenizer: Any) -> set[int]:
+    """Ids that end a text, by the tokenizer, config.json and generation_config.json: chat models have several."""
+    named = [tokenizer.eos_token_id]
+    for name in ("config.json", "generation_config.json"):
+        said = values_in(folder / name).get("eos_token_id")
+        named += said if isinstance(said, list) else [said]
+    return {one for one in named if isinstance(one, int)}
 
 
 def _show(tokens: Iterator[int], tokenizer: Any) -> list[int]:

@@ -99,6 +99,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
+def write_json_where_allowed(path: Path, value: Any) -> str:
+    """Write JSON into a folder that may belong to somebody else; returns why the file cannot be written, empty where it is."""
+    try:
+        write_json(path, value)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return error.strerror or str(error)
+    return ""
+
+
 def finite(value: Any) -> Any:
     """``value`` with None in the place of every float that is not finite, in dicts and lists too."""
     if isinstance(value, (float, np.floating)):

@@ -9,7 +9,6 @@ The same command resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from lr2train import io, run
 from lr2train.attention import hf as attention
 from lr2train.cli import main
-from lr2train.config import Config, UserError
+from lr2train.config import Config, ModelConfig, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.loader import make_loader
 from lr2train.model import load
@@ -90,7 +89,7 @@ def train(config: Config) -> dict[str, Any]:
     if not ended:
         job.log("interrupted; the checkpoint is written, run the same command again to go on")
         sys.exit(130)
-    _write_model(job, engine, factors, hf_config, corpus)
+    _write_model(job, engine, factors, hf_config, corpus, config.model)
     result = _result(job, config, total_steps, time.monotonic() - start, mesh.world)
     job.write_json("train.json", result)
     dist.barrier()
@@ -145,13 +144,13 @@ def _announce(job: run.Run, config: Config, engine: Engine, factors: Factors, to
     )
 
 
-def _write_model(job: run.Run, engine: Engine, factors: Factors, hf_config: Any, corpus: Corpus) -> None:
+def _write_model(job: run.Run, engine: Engine, factors: Factors, hf_config: Any, corpus: Corpus, model: ModelConfig) -> None:
     config = load.plain_config(hf_config)
     if factors.target_window_tokens > factors.spectrum.window_tokens:
         config = rope_hf.write(config, factors)
-    engine.write_model(job.folder / "model", config)
-    if run.rank() == 0:
-        shutil.copytree(corpus.tokenizer_folder, job.folder / "model", dirs_exist_ok=True)
+    companions = [*load.talk_of(model), *sorted(corpus.tokenizer_folder.iterdir())]
+    window = factors.target_window_tokens
+    engine.write_model(job.folder / "model", config, lambda folder: load.copy_companions(companions, folder, window))
 
 
 def _result(job: run.Run, config: Config, total_steps: int, seconds: float, world: int) -> dict[str, Any]:

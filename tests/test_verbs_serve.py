@@ -1,5 +1,6 @@
 """search, evaluate, export and generate from end to end, on a random tiny model and a corpus of a few text files."""
 
+import errno
 import gc
 import json
 import os
@@ -16,10 +17,10 @@ import pytest
 import tiny
 import torch
 from ranks import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lr2train import cli, run
+from lr2train import cli, io, run
 from lr2train import config as config_module
 from lr2train import evaluate as evaluate_module
 from lr2train import export as export_module
@@ -423,28 +424,132 @@ def test_an_export_takes_the_base_models_way_of_talking_along(world, tmp_path):
     values["model"]["path"] = str(base)
     (folder / "train.config.json").write_text(json.dumps(values))
     export(export_config(world, "run=talks"))
-    for name in ("generation_config.json", "chat_template.jinja"):
-        assert (folder / "export" / name).read_bytes() == (base / name).read_bytes()
+    assert json.loads((folder / "export" / "generation_config.json").read_text()) == settings
+    assert (folder / "export" / "chat_template.jinja").read_text() == "{{ messages }}"
     shutil.rmtree(base)
     export(export_config(world, "run=talks"))
     assert "is not here any more" in (folder / "log.txt").read_text()
 
 
 def test_the_check_holds_one_model_at_a_time(world, monkeypatch):
-    folder = tiny.make_run(world, "frugal")
+    tiny.make_run(world, "frugal")
+    models = []
+
+    def watched(make):
+        def made(*args, **kwargs):
+            gc.collect()
+            assert not any(reference() for reference in models)
+            models.append(weakref.ref(model := make(*args, **kwargs)))
+            return model
+
+        return made
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched(AutoModelForCausalLM.from_pretrained))
+    monkeypatch.setattr(load, "load_whole", watched(load.load_whole))
     export(export_config(world, "run=frugal"))
-    models, from_pretrained = [], AutoModelForCausalLM.from_pretrained
-
-    def watched(*args, **kwargs):
-        gc.collect()
-        assert not any(reference() for reference in models)
-        loaded = from_pretrained(*args, **kwargs)
-        models.append(weakref.ref(loaded[0] if isinstance(loaded, tuple) else loaded))
-        return loaded
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
-    export_module.check(folder / "export", Factors.load(folder / "factors.json"), "cpu")
     assert len(models) == 2
+
+
+def test_an_export_follows_the_new_window_and_names_nothing_of_this_machine(world, tmp_path):
+    folder = tiny.make_run(world, "window")
+    base = tiny.make_model(tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"max_length": tiny.L0, "eos_token_id": [1, 7]}))
+    file = folder / "model" / "tokenizer_config.json"
+    said = {"model_max_length": tiny.L0, "name_or_path": str(base), "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
+    (folder / "model" / ".tokenizer.json.77.tmp").write_text("half")
+    (folder / "model" / "tokenizer.json").chmod(0o600)
+    values = json.loads((folder / "train.config.json").read_text())
+    values["model"]["path"] = str(base)
+    (folder / "train.config.json").write_text(json.dumps(values))
+    umask = os.umask(0o027)
+    try:
+        export(export_config(world, "run=window"))
+    finally:
+        os.umask(umask)
+    exported = folder / "export"
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=False)
+    assert tokenizer.model_max_length == tiny.L
+    generation = json.loads((exported / "generation_config.json").read_text())
+    assert generation == {"max_length": tiny.L, "eos_token_id": [1, 7]}
+    assert {file.name for file in exported.iterdir()} == {
+        "README.md", "config.json", "factors.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert {file.stat().st_mode & 0o777 for file in exported.iterdir()} == {0o640}
+    for file in exported.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes()
+        assert str(world).encode() not in file.read_bytes()
+    assert "auto_map" not in (exported / "tokenizer_config.json").read_text()
+
+
+def test_an_export_is_on_the_disk_before_it_has_its_name(world, monkeypatch):
+    folder = tiny.make_run(world, "synced")
+    synced, rename = [], Path.rename
+    monkeypatch.setattr(io, "sync_file", lambda path: synced.append(path.name))
+    monkeypatch.setattr(io, "sync_folder", lambda path: synced.append(f"{path.name}/"))
+
+    def renamed(self, target):
+        if Path(target) == folder / "export":
+            assert {file.name for file in self.iterdir()} | {f"{self.name}/"} <= set(synced)
+            synced.clear()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    export(export_config(world, "run=synced"))
+    assert "synced/" in synced
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 3e38])
+def test_a_model_of_no_use_replaces_no_export(world, bad):
+    """A weight that is not finite is refused at load; finite ones whose products are not are found by the logits."""
+    folder = tiny.make_run(world, "useless")
+    export(export_config(world, "run=useless"))
+    before = {file.name: file.read_bytes() for file in (folder / "export").iterdir()}
+    said = (folder / "export.json").read_bytes()
+    tensors = load_file(folder / "model" / "model.safetensors")
+    tensors["model.norm.weight"][:] = bad
+    save_file(tensors, folder / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="not finite"):
+        export(export_config(world, "run=useless"))
+    assert {file.name: file.read_bytes() for file in (folder / "export").iterdir()} == before
+    assert (folder / "export.json").read_bytes() == said
+    assert not list(folder.glob(".export*"))
+
+
+def refused_to(monkeypatch, folder: Path) -> None:
+    """Files under ``folder`` may only be read, whoever runs the test."""
+    replacing, opened = io.replacing, Path.open
+
+    def denied(path: Path) -> None:
+        if path.is_relative_to(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(io, "replacing", lambda path: (denied(path), replacing(path))[1])
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", *rest, **more: ("a" in mode and denied(self), opened(self, mode, *rest, **more))[1]
+    )
+
+
+def test_a_run_of_another_user_is_exported_and_spoken_with(world, tmp_path, monkeypatch, capsys):
+    folder = tiny.make_run(world, "theirs")
+    elsewhere = f"export.folder={tmp_path}/mine"
+    with monkeypatch.context() as patch:
+        refused_to(patch, folder)
+        export(export_config(world, "run=theirs", elsewhere))
+        generate(generate_config(world, "run=theirs", "generate.prompt=ab"))
+    assert (tmp_path / "mine" / "model.safetensors").exists()
+    said = capsys.readouterr().err
+    assert f"{folder}/export.json is not written (Permission denied)" in said
+    assert f"{folder}/generate.json is not written (Permission denied)" in said
+    assert not (folder / "export.json").exists()
+
+
+def test_a_folder_that_takes_no_files_is_refused_before_the_work(world, tmp_path, monkeypatch):
+    tiny.make_run(world, "refusing")
+    monkeypatch.setattr(load, "load_whole", lambda *_: pytest.fail("must not load the model"))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match=r"file/deep cannot be written \(Not a directory\).*set export\.folder"):
+        export(export_config(world, "run=refusing", f"export.folder={tmp_path}/file/deep/export"))
 
 
 @pytest.mark.parametrize(
@@ -538,6 +643,28 @@ def test_a_base_run_speaks_without_being_told_its_rope(world):
     assert generate(generate_config(world, "run=plain", "generate.prompt=ab"))["window"] == "short"
 
 
+def test_a_prompt_that_begins_with_bos_has_one(served, world, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(served / "model")
+    plain = generate(generate_config(world, "run=served", "generate.prompt=ab"))
+    (tmp_path / "prompt.txt").write_text(f"{tokenizer.bos_token}ab")
+    with_bos = generate(generate_config(world, "run=served", f"generate.prompt_file={tmp_path}/prompt.txt"))
+    assert len(tokenizer(f"{tokenizer.bos_token}ab")["input_ids"]) == plain["prompt_tokens"] + 1
+    assert (with_bos["prompt_tokens"], with_bos["text"]) == (plain["prompt_tokens"], plain["text"])
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_each_of_several_end_tokens_ends_a_text(served, world, tmp_path, file):
+    folder = tmp_path / "m"
+    shutil.copytree(served / "export", folder)
+    settings = [f"model.path={folder}", "generate.prompt=ab", "name=ends"]
+    words = generate(generate_config(world, *settings))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    spoken = tokenizer(words["text"], add_special_tokens=False)["input_ids"]
+    values = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps({**values, "eos_token_id": [tiny.VOCAB - 1, spoken[2]]}))
+    assert generate(generate_config(world, *settings))["new_tokens"] == spoken.index(spoken[2]) + 1 < words["new_tokens"]
+
+
 def test_a_held_window_is_no_switch(served, world):
     result = generate(generate_config(world, "run=served", "generate.prompt=ab", "generate.window=long"))
     assert (result["window"], result["switched"]) == ("long", False)
@@ -564,3 +691,23 @@ def test_bad_input_of_generate_is_one_sentence_and_exit_code_2(served, world, mo
     assert out.out == ""
     assert words in out.err
     assert sum(line.startswith("generate: ") for line in out.err.splitlines()) == 1
+
+
+# ---- one loader ----
+
+
+@pytest.mark.parametrize("verb", ["search", "evaluate", "generate", "export"])
+def test_every_verb_reads_weights_by_the_one_loader(world, monkeypatch, verb):
+    """`train` and a sharded search call it too (tests/training)."""
+    folder = tiny.make_run(world, "alike")
+    tensors = load_file(folder / "model" / "model.safetensors")
+    save_file({**tensors, "model.layers.9.mlp.up_proj.weight": torch.ones(2)}, folder / "model" / "model.safetensors", {"format": "pt"})
+    path = f"model.path={folder}/model"
+    verbs = {
+        "search": lambda: search(config_module.compose("search", [*tiny.arguments(world, path, *SEARCH, "name=alike_s")])),
+        "evaluate": lambda: evaluate(evaluate_config(world, world, "name=alike_e", path, "rope=pi")),
+        "generate": lambda: generate(generate_config(world, path, "generate.prompt=ab")),
+        "export": lambda: export(export_config(world, "run=alike")),
+    }
+    with pytest.raises(UserError, match=r"1 tensors that have no place in the model \(model\.layers\.9\.mlp\.up_proj\.weight\)"):
+        verbs[verb]()

@@ -8,7 +8,7 @@ were computed under the old table. Cost: one prefill of L0 tokens, once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def generate(
     window: str = "auto",
     temperature: float = 0.0,
     top_p: float = 1.0,
-    stop: int | None = None,
+    stop: Collection[int] = (),
     seed: int = 0,
 ) -> Iterator[int]:
     """Yield new token ids one by one.
@@ -38,10 +38,10 @@ def generate(
         original_window_tokens: L0, where "auto" switches.
         window: "auto", or "short" | "long" to hold one table throughout.
         temperature: 0 is greedy.
-        stop: end after this id (it is yielded).
+        stop: end after one of these ids (it is yielded).
 
     Raises:
-        UserError: the prompt is empty.
+        UserError: the prompt is empty, or the model computes logits that are not finite.
     """
     if not prompt:
         raise UserError("the prompt is empty; set generate.prompt or generate.prompt_file to some text")
@@ -52,11 +52,18 @@ def generate(
         if rotary.window != cached_under:
             cache, cached_under = None, rotary.window
         logits, cache = _forward(model, tokens, cache)
+        _refuse_not_finite(logits, len(tokens), model.dtype)
         token = _pick(logits, temperature, top_p, generator)
         tokens.append(token)
         yield token
-        if token == stop:
+        if token in stop:
             return
+
+
+def _refuse_not_finite(logits: torch.Tensor, n_tokens: int, dtype: torch.dtype) -> None:
+    if not torch.isfinite(logits.max()):  # the largest is nan where one is
+        remedy = "" if dtype == torch.float32 else "; set model.dtype=float32, as the model's own numbers may be too large for less"
+        raise UserError(f"the logits after {n_tokens} tokens are not finite, so no token can be chosen{remedy}")
 
 
 def window_of(total_tokens: int, original_window_tokens: int, window: str = "auto") -> str:

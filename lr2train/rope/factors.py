@@ -5,7 +5,7 @@ another model. It holds what is physically needed and refuses only what no rotar
 (non-decreasing, in [s, 2s]) are promises of the search and of single methods, not of this class: published sets break them and have to be
 read as they are.
 
-The short window of our own training is always the original RoPE (all ones, attention factor 1). `short_rescale` and
+The short window of our own training is always the model's own: all ones and attention factor 1 for plain RoPE. `short_rescale` and
 `short_attention_factor` exist for published sets that do otherwise.
 """
 
@@ -80,8 +80,10 @@ class Factors:
         return self.spectrum.inv_freq if self.short_rescale is None else self.spectrum.inv_freq / np.asarray(self.short_rescale)
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict; floats survive json.dumps and json.loads exactly. `original_tokens` stands in it where it is not 0."""
-        data = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """A plain dict; floats survive json.dumps and json.loads exactly. What was added later stands in it where it is not its default."""
+        data: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if data["spectrum"]["attention_factor"] == 1.0:
+            del data["spectrum"]["attention_factor"]
         return data if self.original_tokens else {k: v for k, v in data.items() if k != "original_tokens"}
 
     @classmethod

@@ -14,11 +14,17 @@ Choice: `write` gives one dict under both names, with every number written out, 
 - llama.cpp's converter computes sqrt(1 + ln s / ln L0) itself, whatever is written.
 - Phi-3 in transformers before version 5 accepts exactly three keys in `rope_scaling` and refuses ours: better than a temperature that it
   would invent.
+
+The short window of a model is its own, in training and in `write` alike. A base with plain RoPE has a short table of ones and the factor 1. A
+base of type `longrope` has its `short_factor` and its short attention factor, and both are kept.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lr2train.config import UserError
@@ -26,6 +32,90 @@ from lr2train.rope.factors import Factors, longrope_attention_factor
 from lr2train.rope.spectrum import Spectrum
 
 DEFAULT_BASE = 10000.0  # transformers' own, for configs that name none
+SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")  # types that leave the original window as it is where their factor is 1
+
+LARGEST_COUNT = 2**31 - 1
+
+# The keys that are read here, by the kind of their values.
+_COUNTS = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings")
+_NUMBERS = ("rope_theta", "factor", "attention_factor", "short_mscale", "long_mscale")
+_SHARES = ("partial_rotary_factor", "rotary_pct")
+_TABLES = ("long_factor", "short_factor")
+_DICTS = ("rope_scaling", "rope_parameters")
+_TEXTS = ("rope_type", "type")
+
+
+def refuse_odd(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a value that is of another JSON type or outside the limits of its key, before anything computes with it.
+
+    Args:
+        config: as it stands in config.json.
+        where: names the file in the message.
+
+    Raises:
+        UserError: names the file, the key, the value and what is wanted.
+    """
+    _refuse_odd_keys(config, where, "")
+    for name in _DICTS:
+        rope = config.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise odd(where, name, rope, "an object")
+        by_layer_type = bool(rope) and all(isinstance(part, dict) for part in rope.values())
+        parts = {f"{name}.{kind}.": part for kind, part in rope.items()} if by_layer_type else {f"{name}.": rope}
+        for prefix, part in parts.items():
+            _refuse_odd_keys(part, where, prefix)
+            _refuse_odd_tables(part, config, where, prefix)
+
+
+def _refuse_odd_keys(keys: Mapping[str, Any], where: str, prefix: str) -> None:
+    for name in _COUNTS:
+        refuse_odd_count(keys, name, where, prefix)
+    for name in _NUMBERS:
+        if (value := keys.get(name)) is not None and not _positive(value):
+            raise odd(where, f"{prefix}{name}", value, "a positive finite number")
+    for name in _SHARES:
+        if (value := keys.get(name)) is not None and not (_positive(value) and value <= 1):
+            raise odd(where, f"{prefix}{name}", value, "a number above 0 and up to 1")
+    if prefix:
+        for name in _TEXTS:
+            if (value := keys.get(name)) is not None and not isinstance(value, str):
+                raise odd(where, f"{prefix}{name}", value, "a text")
+
+
+def _refuse_odd_tables(rope: Mapping[str, Any], config: Mapping[str, Any], where: str, prefix: str) -> None:
+    for name in _TABLES:
+        table = rope.get(name)
+        if table is None:
+            continue
+        if not isinstance(table, list) or not all(_positive(value) for value in table):
+            raise odd(where, f"{prefix}{name}", table, "a list of positive finite numbers")
+        sized = config.get("head_dim") or (config.get("hidden_size") and config.get("num_attention_heads"))
+        if sized and len(table) != (wanted := _rotary_dim(dict(config)) // 2):
+            raise UserError(
+                f"{where}: {prefix}{name} has {len(table)} numbers, and a rotary dimension of {2 * wanted} needs {wanted}; correct "
+                f"{prefix}{name} there"
+            )
+
+
+def refuse_odd_count(
+    keys: Mapping[str, Any], name: str, where: str, prefix: str = "", bounds: tuple[int, int] = (1, LARGEST_COUNT)
+) -> None:
+    """Raises UserError where ``keys`` holds a value under ``name`` that is no whole number within ``bounds``; null is allowed."""
+    value, (least, most) = keys.get(name), bounds
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most):
+        raise odd(where, f"{prefix}{name}", value, f"a whole number from {least} to {most}")
+
+
+def odd(where: str, key: str, value: Any, wanted: str) -> UserError:
+    """The error of a value in a file that is not what its key wants."""
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    return UserError(f"{where}: {key}={shown} is not {wanted}; correct {key} there")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def spectrum_of(config: dict[str, Any]) -> Spectrum:
@@ -44,9 +134,9 @@ def spectrum_of(config: dict[str, Any]) -> Spectrum:
             f"the model's RoPE is of type {kind}, which already rescales its frequencies; "
             "set model.path to a model with plain RoPE (type default)"
         )
-    head_dim = config.get("head_dim") or int(_need(config, "hidden_size")) // int(_need(config, "num_attention_heads"))
     base = _first(rope.get("rope_theta"), config.get("rope_theta"), DEFAULT_BASE)
-    return Spectrum(int(head_dim * _first(_partial(config), 1.0)), float(base), _original_window(config, rope))
+    plain = Spectrum(_rotary_dim(config), float(base), _original_window(config, rope))
+    return plain if kind == "default" else replace(plain, attention_factor=_short_attention_factor(config, rope, plain))
 
 
 def factors_of(config: dict[str, Any]) -> Factors | None:
@@ -63,22 +153,30 @@ def factors_of(config: dict[str, Any]) -> Factors | None:
     if _kind(rope) != "longrope":
         return None
     spectrum = spectrum_of(config)
-    target = _target_window(config, rope, spectrum)
-    default = longrope_attention_factor(rope.get("factor") or target / spectrum.window_tokens, spectrum.window_tokens)
-    written = rope.get("attention_factor")
     return Factors(
         rescale=_need(rope, "long_factor"),
-        attention_factor=_first(written, rope.get("long_mscale"), default),
+        attention_factor=_first(rope.get("attention_factor"), rope.get("long_mscale"), _default_attention_factor(config, rope, spectrum)),
         spectrum=spectrum,
-        target_window_tokens=target,
+        target_window_tokens=_target_window(config, rope, spectrum),
         method="longrope",
         short_rescale=_need(rope, "short_factor"),
-        short_attention_factor=_first(rope.get("short_mscale"), written, default),
+        short_attention_factor=spectrum.attention_factor,
     )
+
+
+def _short_attention_factor(config: dict[str, Any], rope: dict[str, Any], spectrum: Spectrum) -> float:
+    return _first(rope.get("short_mscale"), rope.get("attention_factor"), _default_attention_factor(config, rope, spectrum))
+
+
+def _default_attention_factor(config: dict[str, Any], rope: dict[str, Any], spectrum: Spectrum) -> float:
+    scale = rope.get("factor") or _target_window(config, rope, spectrum) / spectrum.window_tokens
+    return longrope_attention_factor(scale, spectrum.window_tokens)
 
 
 def write(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
     """A copy of the config with the factors in it, for transformers, vLLM, SGLang (the module's text says what each of them reads).
+
+    The long window is that of the factors. The short window is the config's own, as in training.
 
     Raises:
         UserError: the factors were made for another rotary dimension or base than the config's, or keep the original RoPE for first tokens,
@@ -96,7 +194,7 @@ def write(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
             f"but the model has {own.rotary_dim} and {own.base:g}; "
             "set rope.factors to factors of this model"
         )
-    rope = _longrope_dict(factors)
+    rope = _longrope_dict(factors, factors_of(config))
     if (partial := _partial(config)) is not None:
         rope["partial_rotary_factor"] = partial
     return copy.deepcopy(config) | {
@@ -108,8 +206,9 @@ def write(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
     }
 
 
-def _longrope_dict(factors: Factors) -> dict[str, Any]:
-    short = factors.short_rescale or (1.0,) * factors.spectrum.n_dims
+def _longrope_dict(factors: Factors, own: Factors | None) -> dict[str, Any]:
+    """The keys of `longrope`; ``own`` are the factors that the config itself carries."""
+    short = (own and own.short_rescale) or (1.0,) * factors.spectrum.n_dims
     return {
         "rope_type": "longrope",
         "type": "longrope",
@@ -120,7 +219,7 @@ def _longrope_dict(factors: Factors) -> dict[str, Any]:
         "short_factor": list(short),
         "attention_factor": factors.attention_factor,
         "long_mscale": factors.attention_factor,
-        "short_mscale": factors.short_attention_factor,
+        "short_mscale": own.short_attention_factor if own else 1.0,
     }
 
 
@@ -138,7 +237,14 @@ def _kind(rope: dict[str, Any]) -> str:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default" and "mrope_section" in rope:
         return "mrope"
+    if kind in SCALED_BY_FACTOR and rope.get("factor") == 1 and _first(rope.get("attention_factor"), 1) == 1:
+        return "default"
     return "longrope" if kind == "su" else kind
+
+
+def _rotary_dim(config: dict[str, Any]) -> int:
+    head_dim = config.get("head_dim") or int(_need(config, "hidden_size")) // int(_need(config, "num_attention_heads"))
+    return int(head_dim * _first(_partial(config), 1.0))
 
 
 def _original_window(config: dict[str, Any], rope: dict[str, Any]) -> int:

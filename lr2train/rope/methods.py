@@ -232,7 +232,8 @@ def _full_tail(spectrum: Spectrum, critical_index: int, tail: Sequence[float] | 
 def build(rope: RopeConfig, spectrum: Spectrum) -> Factors:
     """The factors that a config asks for: those of `rope.factors` when set, else those of `rope.method`.
 
-    `rope.attention_factor`, when set, replaces theirs in both cases.
+    `rope.attention_factor`, when set, replaces theirs in both cases. A method that leaves attention as it is (factor 1) keeps the factor that
+    the model has in its own window.
 
     Args:
         rope: target window, and a factors file or a method with its parameters.
@@ -252,6 +253,8 @@ def _from_file(rope: RopeConfig, spectrum: Spectrum) -> Factors:
     if path.is_dir():  # a search's run folder, or a model folder
         path = path / "factors.json" if (path / "factors.json").exists() else path / "config.json"
     data = read_json(path)
+    if "rescale" not in data:
+        hf.refuse_odd(data, f"rope.factors: {path}")
     factors = Factors.from_json(data) if "rescale" in data else hf.factors_of(data)
     if factors is None:
         raise UserError(
@@ -285,7 +288,8 @@ def _from_method(rope: RopeConfig, spectrum: Spectrum) -> Factors:
         raise UserError(f"rope.method={rope.method} is not one of {', '.join(METHODS)}; set rope.method to one of them")
     arguments = _arguments(rope, method)
     try:
-        return method(spectrum, rope.target_window_tokens, **arguments)
+        made = method(spectrum, rope.target_window_tokens, **arguments)
+        return replace(made, attention_factor=spectrum.attention_factor) if made.attention_factor == 1.0 else made
     except UserError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:  # options are untyped in YAML

@@ -11,7 +11,7 @@ cosine indices.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class Spectrum:
         rotary_dim: d, rotated dimensions of one head (head size x partial rotary factor); even, at least 4.
         base: b (rope_theta), above 1.
         window_tokens: L0, the original window; above 2 pi, since a shorter one holds no whole period.
+        attention_factor: multiplies cos and sin in the original window; 1 but for a model that is `longrope` already. Two spectra that differ
+            in nothing else are equal.
 
     Raises:
         UserError: a value outside these limits.
@@ -36,6 +38,7 @@ class Spectrum:
     rotary_dim: int
     base: float
     window_tokens: int
+    attention_factor: float = field(default=1.0, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", float(self.base))  # JSON and YAML write 10000 for 10000.0

@@ -18,7 +18,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,8 @@ class Engine:
         self.config, self.mesh, self.device = config, mesh, device
         self.accumulation = accumulation_of(config, mesh.dp_size)
         ds_config = deepspeed_config(config, self.accumulation)
-        lm = load.build_empty(hf_config, config.model.dtype, lambda: self._init_context(ds_config))
-        load.fill(lm, _weights(config, hf_config), self._gather(modifier_rank=0))
+        weights = _weights(config, hf_config)
+        lm = load.assembled(hf_config, config.model.dtype, weights, lambda: self._init_context(ds_config), self._gather(modifier_rank=0))
         self.attention = attention.install(lm, mesh, config.parallel.strategy)
         if config.engine.activation_checkpointing:
             lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -303,9 +303,9 @@ class Engine:
         with _quiet():
             return checkpoint.load(self._engine, checkpoints, resume_from)
 
-    def write_model(self, folder: Path, config: dict[str, Any]) -> None:
-        """Write the weights as a Hugging Face folder with ``config`` as its config.json; no rank holds them all at once."""
-        load.write_folder(self.model.lm, config, folder, self._gather(modifier_rank=None))
+    def write_model(self, folder: Path, config: dict[str, Any], extras: Callable[[Path], None] | None = None) -> None:
+        """Write the weights as a Hugging Face folder with ``config`` as its config.json and ``extras``; no rank holds them all at once."""
+        load.write_folder(self.model.lm, config, folder, self._gather(modifier_rank=None), extras=extras)
 
     def named_gradients(self) -> dict[str, torch.Tensor]:
         """Whole fp32 gradients by the model's own names, after backward and before the next step's; for tests and inspection."""
@@ -363,9 +363,8 @@ def load_sharded(model_config: ModelConfig, device: torch.device, deepspeed_conf
         "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 10**12, **_dtype_sections(model_config.dtype)
     }  # fmt: skip
     ds_config = _merged(written, dict(deepspeed_config or {}))
-    model = load.build_empty(hf_config, model_config.dtype, lambda: _zero_init(ds_config, dist.get_world_size()))
-    load.fill(model, load.safetensors_of(load.folder_of(model_config)), _gathered(modifier_rank=0))
-    model.set_attn_implementation("sdpa")
+    weights, ranks = load.safetensors_of(load.folder_of(model_config)), dist.get_world_size()
+    model = load.assembled(hf_config, model_config.dtype, weights, lambda: _zero_init(ds_config, ranks), _gathered(modifier_rank=0))
     _gather_in_forward(model.eval().requires_grad_(False), ds_config)
     return model
 

@@ -34,6 +34,9 @@ FAMILIES = {
     "qwen3": {},
     "phi3": {},
     "olmo2": {},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "mixtral": {"num_local_experts": 4, "experts_implementation": "eager"},  # the default kernel takes no fp64
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "experts_implementation": "eager"},
 }
 SLIDING = {  # in every layer, in one of two, and one as long as the segment
     "mistral": {"sliding_window": 11},

@@ -110,7 +110,7 @@ def test_text_ends_after_the_stop_token(models):
     model, table, _ = models
     text = reference(models, prompt_of(8), 30)
     stop = text[6]
-    assert list(generate(model, table, prompt_of(8), 30, L0, stop=stop)) == text[: text.index(stop) + 1]
+    assert list(generate(model, table, prompt_of(8), 30, L0, stop={stop, V})) == text[: text.index(stop) + 1]
 
 
 def test_samples_depend_on_the_seed_alone(models):
@@ -143,3 +143,16 @@ def test_samples_come_from_the_nucleus(models):
 def test_an_empty_prompt_is_refused(models):
     with pytest.raises(UserError, match="the prompt is empty"):
         next(generate(models[0], models[1], [], 4, L0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_said_in_the_place_of_a_token(models, bad, temperature):
+    model, table, _ = models
+    norm, before = model.base_model.norm.weight.data, model.base_model.norm.weight.data.clone()
+    norm[0] = bad
+    try:
+        with pytest.raises(UserError, match="logits after 8 tokens are not finite"):
+            list(generate(model, table, prompt_of(8), 4, L0, temperature=temperature))
+    finally:
+        norm.copy_(before)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from lr2train.config import UserError
 from lr2train.rope import METHODS, Factors, Spectrum
-from lr2train.rope.hf import factors_of, spectrum_of, write
+from lr2train.rope.hf import factors_of, refuse_odd, spectrum_of, write
 
 HEADS, L0, L = 4, 128, 1024
 
@@ -25,9 +26,9 @@ def plain_config(head_dim=16, base=1e4, old=False, partial=None, window=L0):
     return config | (rope | {"rope_scaling": None} if old else {"rope_parameters": rope | {"rope_type": "default"}})
 
 
-def made(rotary_dim, attention_factor=1.2, **more):
+def made(rotary_dim, attention_factor=1.2, method="longrope2", **more):
     n = rotary_dim // 2
-    return Factors(tuple(np.linspace(1.0, 12.0, n)), attention_factor, Spectrum(rotary_dim, 1e4, L0), L, "longrope2", **more)
+    return Factors(tuple(np.linspace(1.0, 12.0, n)), attention_factor, Spectrum(rotary_dim, 1e4, L0), L, method, **more)
 
 
 def tables(rotary):
@@ -100,9 +101,63 @@ def test_round_trip(quarter, partial, old, base, window, extra, data):
         data.draw(table), data.draw(positive), spectrum, window + extra, "longrope", data.draw(st.none() | table), data.draw(positive)
     )
     written = write(config, factors)
-    assert factors_of(written) == factors
+    assert factors_of(written) == replace(factors, short_rescale=None, short_attention_factor=1.0), "the short window is the config's own"
     assert spectrum_of(written) == spectrum
     assert write(written, factors) == written
+
+
+@given(st.integers(2, 10), st.booleans(), st.data())
+def test_a_short_window_of_its_own_is_kept(quarter, old, data):
+    """Of a base that is `longrope` already: training leaves its short window as it is."""
+    config = plain_config(4 * quarter, old=old, window=L) | {"original_max_position_embeddings": L0}
+    table = st.lists(st.floats(0.1, 1e4), min_size=2 * quarter, max_size=2 * quarter)
+    short, long, positive = data.draw(table), data.draw(table), st.floats(0.1, 10)
+    own = {"type": data.draw(st.sampled_from(["su", "longrope"])), "short_factor": short, "long_factor": long}
+    own |= data.draw(st.fixed_dictionaries({}, optional={"attention_factor": positive, "short_mscale": positive, "long_mscale": positive}))
+    base = config | {"rope_scaling": own}
+    before, factors = factors_of(base), made(4 * quarter)
+    after = factors_of(write(base, factors))
+    assert (after.rescale, after.attention_factor) == (factors.rescale, factors.attention_factor)
+    assert (after.short_rescale, after.short_attention_factor) == (before.short_rescale, before.short_attention_factor)
+    assert write(write(base, factors), factors) == write(base, factors)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+@pytest.mark.parametrize("name", ["type", "rope_type"])
+def test_a_rescaling_by_one_is_none(kind, name):
+    config = plain_config(old=True) | {"rope_scaling": {name: kind, "factor": 1.0}}
+    assert spectrum_of(config) == spectrum_of(plain_config(old=True))
+    assert factors_of(write(config, made(16))) == made(16, method="longrope")
+    with pytest.raises(UserError, match=f"type {kind}, which already rescales"):
+        spectrum_of(config | {"rope_scaling": {name: kind, "factor": 1.0, "attention_factor": 1.1}})
+
+
+ODD = {
+    "hidden_size": ["64", 64.5, 0, -1, 2**40, [64], {}, True],
+    "max_position_embeddings": [64.0, "64", False],
+    "rope_theta": ["1e4", 0, -1.0, math.inf, math.nan, [1e4], True],
+    "partial_rotary_factor": ["half", 0.0],
+    "rope_scaling": [3, "linear", [1.0]],
+    "rope_scaling.long_factor": [4.0, "4", [1.0] * 7, [0.0] * 8, ["1"] * 8, [None] * 8, [math.nan] * 8, {}],
+    "rope_scaling.original_max_position_embeddings": [64.0, "64", {}],
+    "rope_scaling.attention_factor": ["1", math.inf],
+    "rope_scaling.factor": [[8.0], math.nan],
+    "rope_scaling.type": [3, ["longrope"]],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ODD.items() for value in values])
+def test_a_value_of_another_kind_is_named_with_its_file_and_key(key, value):
+    scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": L0}
+    config = plain_config(old=True, window=L) | {"rope_scaling": scaling}
+    refuse_odd(config, "x/config.json")
+    outer, _, inner = key.partition(".")
+    changed = config | ({outer: scaling | {inner: value}} if inner else {outer: value})
+    with pytest.raises(UserError) as error:
+        refuse_odd(changed, "x/config.json")
+    said = str(error.value)
+    assert said.startswith(f"x/config.json: {key}")
+    assert "7 numbers" in said if value == [1.0] * 7 else f"={value!r}"[:57] in said
 
 
 def test_a_missing_attention_factor_is_the_one_that_runtimes_use_on_both_windows():

@@ -1,0 +1,230 @@
+"""Model folders that we write: published tensor names, a config that says what the weights are, and what else a runtime reads.
+
+Choice: tensors leave in the names in which the family is published (transformers' own reverse conversion), so that every runtime finds them.
+A folder is written beside its place, flushed to the disk, and then renamed: it appears whole or not at all. Files get the permissions that
+the umask says. Nothing in them names a path of this machine or code that is not shipped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lr2train import io
+from lr2train.config import UserError
+from lr2train.model import weights
+from lr2train.model.weights import Gather, whole
+from lr2train.run import rank
+
+SHARD_BYTES = 4 * 2**30
+TALK = ("generation_config.json", "chat_template.jinja", "chat_template.json")  # how a model samples and talks, beside its tokenizer
+_CODE = ("auto_map",)  # points to code of the base's folder, which is not shipped
+_PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")  # of the machine that wrote them
+
+
+def write_folder(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    folder: Path,
+    gather: Gather = whole,
+    dtype: torch.dtype | None = None,
+    extras: Callable[[Path], None] | None = None,
+) -> None:
+    """Write config.json and safetensors shards; every rank calls it, rank 0 writes. The folder appears whole or not at all.
+
+    The config is completed by what the model itself is: its class, whether its head is tied, and the dtype of its weights, as loaders cast
+    to what it says.
+
+    Args:
+        model: a Hugging Face causal LM whose parameters are written.
+        config: for config.json.
+        folder: is replaced.
+        gather: makes partitioned parameters whole.
+        dtype: of the written weights; None keeps each parameter's.
+        extras: called on rank 0 with the folder that is about to take its place, to write what else belongs into it.
+    """
+    temporary = folder.with_name(f".{folder.name}{io.TEMPORARY}")
+    try:
+        _write(model, config, temporary, gather, dtype, extras)
+    except BaseException:
+        if rank() == 0:
+            _remove(temporary)  # gigabytes, perhaps on a full disk
+        raise
+    if rank() == 0:
+        _take_the_place_of(folder, temporary)
+
+
+def _write(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    folder: Path,
+    gather: Gather,
+    dtype: torch.dtype | None,
+    extras: Callable[[Path], None] | None,
+) -> None:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    own = model.state_dict(keep_vars=True)
+    shards = _Shards(folder)
+    if rank() == 0:
+        _remove(folder)
+        folder.mkdir(parents=True)
+    for group in _groups(model, own):
+        with gather([own[name] for name in group if isinstance(own[name], nn.Parameter)]):
+            if rank() == 0:
+                held = {name: own[name].detach().to("cpu", _dtype_of(own[name], dtype), copy=True) for name in group}
+                for name, tensor in revert_weight_conversion(model, held).items():  # type: ignore[arg-type]
+                    shards.add(name, tensor.contiguous())
+    if rank() == 0:
+        shards.close()
+        said = {key: value for key, value in config.items() if key not in (*_CODE, *_PATHS)}
+        io.write_json(folder / "config.json", {**said, **_facts(model, own), "dtype": shards.dtype})
+        if extras is not None:
+            extras(folder)
+
+
+def _dtype_of(tensor: torch.Tensor, asked: torch.dtype | None) -> torch.dtype:
+    return asked if asked is not None and tensor.is_floating_point() else tensor.dtype
+
+
+def _facts(model: Any, own: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    tied = len(set(weights.owners(own).values())) < len(own)
+    return {"architectures": [type(model).__name__], "tie_word_embeddings": tied}
+
+
+def _groups(model: Any, own: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+    """Names of what is written, in groups of about ``GROUP_BYTES``; each once, and those that are published as one tensor together."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, apply_converters
+
+    backwards = [one.reverse_transform() for one in reversed(get_model_conversion_mapping(model, add_legacy=False))]
+    converters = [one for one in backwards if isinstance(one, WeightConverter)]
+    units: dict[str, list[str]] = {}
+    for name in dict.fromkeys(weights.owners(own).values()):
+        if name not in (model._keys_to_ignore_on_save or ()):
+            published, pattern = apply_converters(name, converters)
+            units.setdefault(published if pattern else name, []).append(name)
+    group: list[str] = []
+    for names in units.values():
+        group += names
+        if sum(weights.bytes_of(own[name]) for name in group) >= weights.GROUP_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+class _Shards:
+    """Tensors on their way into safetensors files of about ``SHARD_BYTES`` each."""
+
+    def __init__(self, folder: Path):
+        self.dtype = ""  # of the first tensor, the embeddings
+        self._folder = folder
+        self._held: dict[str, torch.Tensor] = {}
+        self._shards: list[list[str]] = []  # the tensors of each file
+        self._held_bytes = self._total_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self.dtype = self.dtype or str(tensor.dtype).removeprefix("torch.")
+        self._held[name] = tensor
+        self._held_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
+        if self._held_bytes >= SHARD_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        file = self._folder / self._name(len(self._shards))
+        try:
+            save_file(self._held, file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(
+                f"{file} cannot be written ({error}); free some room on that disk, and run the same command again to go on"
+            ) from error
+        io.usual_mode(file)
+        self._shards.append(list(self._held))
+        self._held, self._held_bytes = {}, 0
+
+    @staticmethod
+    def _name(number: int) -> str:
+        return f"model-{number + 1:05d}.safetensors"
+
+    def close(self) -> None:
+        """Write what is left; one file alone gets the name that needs no index."""
+        if self._held:
+            self._write()
+        count = len(self._shards)
+        names = [weights.FILE] if count == 1 else [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+        for number, name in enumerate(names):
+            (self._folder / self._name(number)).rename(self._folder / name)
+        if count > 1:
+            file_of = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
+            io.write_json(self._folder / weights.INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": file_of})
+
+
+def _take_the_place_of(folder: Path, complete: Path) -> None:
+    for file in complete.rglob("*"):
+        if file.is_file():
+            io.sync_file(file)
+    io.sync_folder(complete)
+    old = folder.with_name(f".{folder.name}.old")
+    _remove(old)
+    if folder.exists():
+        folder.rename(old)
+    complete.rename(folder)
+    io.sync_folder(folder.parent)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def copy_companions(files: Iterable[Path], folder: Path, window_tokens: int) -> None:
+    """Copy what belongs to a tokenizer, sampling and templates into a model folder of another window.
+
+    The tokenizer's ``model_max_length`` becomes the window, and a ``max_length`` of generation is raised to it. Temporary files that a killed
+    writer left are passed over, and so is a JSON file that cannot be read.
+
+    Args:
+        files: a later one takes the place of an earlier one of the same name.
+        folder: that they are written into.
+        window_tokens: of the model in ``folder``.
+    """
+    for file in files:
+        if io.is_temporary(file) or not file.is_file():
+            continue
+        if file.name == "tokenizer_config.json":
+            _rewrite(file, folder, lambda values: {**values, "model_max_length": window_tokens})
+        elif file.name == "generation_config.json":
+            _rewrite(file, folder, lambda values: {**values, **_longer(values, window_tokens)})
+        else:
+            shutil.copyfile(file, folder / file.name)
+
+
+def _longer(values: Mapping[str, Any], window_tokens: int) -> dict[str, Any]:
+    length = values.get("max_length")
+    return {"max_length": max(length, window_tokens)} if isinstance(length, (int, float)) else {}
+
+
+def _rewrite(file: Path, folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    if values := values_in(file):
+        io.write_json(folder / file.name, {key: value for key, value in change(values).items() if key not in (*_CODE, *_PATHS)})
+
+
+def values_in(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of somebody else's folder; empty where there is none, for what a model can be used without."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
