@@ -194,5 +194,5 @@ def test_a_file_that_is_gone_ends_the_job_instead_of_counting_as_one_record(tmp_
 
 def test_a_source_that_is_broken_throughout_says_why(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "text"}\n' * 3)
-    with pytest.raises(UserError, match=r"records are broken \(3 missing column\); set data\.sources\.web\.text_column \(now text\) to"):
+    with pytest.raises(UserError, match=r"records are broken \(3 missing column; a\.jsonl@0 has content\); set .*\.text_column \(now text\) to content"):
         all_of(tmp_path)
