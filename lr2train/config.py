@@ -423,7 +423,17 @@ def load(composed: DictConfig) -> Config:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain JSON values (enums by name), for provenance and comparison."""
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]
+    return {one.name: _plain(getattr(config, one.name)) for one in fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return to_dict(value) if hasattr(value, "__dataclass_fields__") else value
 
 
 def compose(verb: str, overrides: list[str]) -> Config:

@@ -10,9 +10,7 @@ the tokens that are there; what would make other tokens of a source is refused (
 from __future__ import annotations
 
 import contextlib
-import errno
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +29,11 @@ def prepare(config: Config) -> dict[str, Any]:
     """Run the verb; returns what ``prepare.json`` holds.
 
     Raises:
-        UserError: sources, tokenizer or windows that cannot be prepared, another job is at the same folder, several ranks were started, or the
-            system refuses to read or to write a file.
+        UserError: sources, tokenizer or windows that cannot be prepared, another job is at the same folder, or several ranks were started.
+        OSError: the system refuses to read or to write a file; ``filename`` says which.
     """
     _refuse_ranks()
-    with _named_files(Path(config.runs_folder) / config.name):
-        return _prepare(replace(config, data=building.settled(config.data)))
-
-
-def _prepare(config: Config) -> dict[str, Any]:
+    config = replace(config, data=building.settled(config.data))
     original_window_tokens = original_window(config.model)
     refuse_target(config.rope.target_window_tokens, original_window_tokens)
     building.check(config.data, original_window_tokens)
@@ -49,14 +43,14 @@ def _prepare(config: Config) -> dict[str, Any]:
     with job.lock() or contextlib.nullcontext():
         for change in job.changes():
             job.log(f"changed since the last time: {change}")
-        result = _made(config, original_window_tokens, listed, job)
+        result = _prepare(config, original_window_tokens, listed, job)
         result["seconds"] = round(time.monotonic() - started, 2)
         job.write_json("prepare.json", result)
     print(table(result), flush=True)
     return result
 
 
-def _made(config: Config, original_window_tokens: int, listed: building.Listed, job: run.Run) -> dict[str, Any]:
+def _prepare(config: Config, original_window_tokens: int, listed: building.Listed, job: run.Run) -> dict[str, Any]:
     """Stages 1 and 2 in a folder that is ours; the config is noted last, because a budget that cannot be filled must not replace one that could."""
     integrity.sweep(job.folder)
     integrity.refuse_damage(job.folder)
@@ -69,41 +63,6 @@ def _made(config: Config, original_window_tokens: int, listed: building.Listed, 
     integrity.write_checksums(job.folder)
     job.note({})
     return {**manifest, "not_read": unread, "folder": str(job.folder)}
-
-
-# What a system says of a file that it does not let us read or write, and what helps. Anything else is a defect of ours, with its traceback.
-_REMEDIES = {
-    errno.ENOSPC: "free some room, or set runs_folder to another disk",
-    errno.EDQUOT: "free some room, or set runs_folder to another disk",
-    errno.EFBIG: "raise the limit on the size of files (`ulimit -f unlimited`)",
-    errno.EROFS: "set runs_folder to a folder that can be written to",
-    errno.EACCES: "make it and the folder that it lies in readable and writable",
-    errno.EPERM: "make it and the folder that it lies in readable and writable",
-    errno.EIO: "have the disk looked after, or set runs_folder to another one",
-    errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
-    errno.ENFILE: "raise the limit on open files (`ulimit -n`)",
-    errno.ENAMETOOLONG: "set a shorter name= or runs_folder",
-    errno.ENOTDIR: "set runs_folder to a folder",
-    errno.EISDIR: "remove that folder",
-}
-
-
-@contextlib.contextmanager
-def _named_files(folder: Path) -> Iterator[None]:
-    """The system's refusals as one sentence that names the file, those of worker processes too.
-
-    Raises:
-        UserError: the system refused something.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _REMEDIES:
-            raise
-        raise UserError(
-            f"{error.filename or folder} cannot be read or written ({error.strerror}); {_REMEDIES[error.errno]}, and run the same command again to "
-            "go on"
-        ) from error
 
 
 def _refuse_ranks() -> None:

@@ -377,12 +377,14 @@ def _text_sizes(groups: Sequence[Any]) -> dict[str, int]:
 
 
 def _has(schema: Any, column: str) -> bool:
-    """Whether an Arrow schema, or the type of a record, has a column; dots lead into records."""
+    """Whether an Arrow schema, or the type of a record, has a column that is no record itself; dots lead into records."""
     from pyarrow import types
 
     inside = {child.name: child.type for child in schema}
+    if column in inside:
+        return not types.is_struct(inside[column])
     head, _, rest = column.partition(".")
-    return column in inside or bool(rest and head in inside and types.is_struct(inside[head]) and _has(inside[head], rest))
+    return bool(rest and head in inside and types.is_struct(inside[head]) and _has(inside[head], rest))
 
 
 def _picked(inside: Any, column: str) -> Any:
@@ -553,13 +555,13 @@ def of_record(id: str, record: object, column: str, max_bytes: int, tally: Tally
 
 
 def _value(record: object, column: str) -> Any:
-    """A record's column; dots lead into records.
+    """A record's column that is no record itself; dots lead into records.
 
     Raises:
         KeyError: there is none.
     """
     if isinstance(record, dict):
-        if column in record:
+        if column in record and not isinstance(record[column], dict):
             return record[column]
         head, dot, rest = column.partition(".")
         if dot:
@@ -577,8 +579,9 @@ def _texts(record: object, before: str = "") -> Iterator[tuple[str, int]]:
 
 
 def nearest_column(column: str, has: Mapping[str, int]) -> str | None:
-    """The column that was probably meant: of the same last name, else of a like name, else the one with most text."""
+    """The column that was probably meant: in the record of that name, of the same last name, of a like name, else the one with most text."""
+    inside = [name for name in has if name.startswith(f"{column}.")]
     same = [name for name in has if name.rpartition(".")[2] == column.rpartition(".")[2]]
     like = difflib.get_close_matches(column, has, n=1)
     largest = sorted(has, key=lambda name: -has[name])
-    return next(iter([*same, *like, *largest]), None)
+    return next(iter([*inside, *same, *like, *largest]), None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def _fingerprint(
     data: DataConfig, made: Sequence[dict[str, Any]], usable: Sequence[np.ndarray | None], original_window_tokens: int, seed: int
 ) -> str:
     """Stands for the tokens and the plan: everything that decides which token stands where."""
-    plain = to_dict(replace(data, sources=[]))
+    plain = to_dict(data)
     keys = (
         "segment_tokens", "short_tokens", "long_tokens", "buckets", "weights_of", "max_repeats", "keep_below", "keep_below_tokens", "over_long",
     )  # fmt: skip

@@ -127,19 +127,21 @@ def shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
 def _refuse_unread(source: SourceConfig, found: Found) -> None:
     """Stop before hours of work on a part of a corpus."""
     lost, held = found.lost, found.held
-    for what, one, whole in (("files", lost.files, lost.files + held.files), ("bytes", lost.bytes, lost.bytes + held.bytes)):
-        if one > source.max_broken_share * whole:
-            about = found.about_unread()
-            raise UserError(
-                f"data.sources.{source.name}.path={source.path}: about {one:.0f} of {whole:.0f} {what} cannot be read "
-                f"({reasons_in_words(about['reasons'], about['examples'])}), more than its max_broken_share of {source.max_broken_share:g}; make "
-                f"them readable, or set {allowing(source, one / whole)} to go on without them"
-            )
+    parts = [(what, one, one + of_held) for what, one, of_held in (("files", lost.files, held.files), ("bytes", lost.bytes, held.bytes))]
+    beyond = next((part for part in parts if part[1] > source.max_broken_share * part[2]), None)
+    if beyond is not None:
+        about, (what, one, whole) = found.about_unread(), beyond
+        raise UserError(
+            f"data.sources.{source.name}.path={source.path}: about {one:.0f} of {whole:.0f} {what} cannot be read "
+            f"({reasons_in_words(about['reasons'], about['examples'])}), more than its max_broken_share of {source.max_broken_share:g}; make them "
+            f"readable, or {allowing(source, max(one / whole for _, one, whole in parts if whole))} to go on without them"
+        )
 
 
-def allowing(source: SourceConfig, share: float) -> str:
-    """The override that lets so much be lost."""
-    return f"data.sources.{source.name}.max_broken_share={math.ceil(share * 1000) / 1000:g}"
+def allowing(source: SourceConfig, share: float | None) -> str:
+    """What to do that so much may be lost; None stands for nobody knows how much."""
+    key = f"data.sources.{source.name}.max_broken_share"
+    return f"raise {key}" if share is None else f"set {key}={math.ceil(share * 1000) / 1000:g}"
 
 
 def read_shard(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:

@@ -12,12 +12,11 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lr2train.config import SourceConfig, UserError
+from lr2train.config import SourceConfig, UserError, to_dict
 from lr2train.data import decontaminate, sources, store
 from lr2train.data.batch import WINDOWS
 from lr2train.data.corpus import FORMAT, SOURCE, reopen, source_folder, store_prefix
@@ -41,7 +40,7 @@ _NO_MATTER = ("weight", "max_documents", "max_bytes", "max_tokens", "max_broken_
 def without(source: SourceConfig, *keys: str) -> dict[str, Any]:
     """A source's config but for some keys, and for the path of files that are known by their contents."""
     unnamed = {*keys, "path"} if sources.is_local(source) else set(keys)
-    return {key: value for key, value in asdict(source).items() if key not in unnamed}
+    return {key: value for key, value in to_dict(source).items() if key not in unnamed}
 
 
 class TextSource:
@@ -225,22 +224,22 @@ class TextSource:
         if ended and losses.records.lost == losses.records.whole:
             raise sources.nothing(self._source, reasons, losses.columns)
         if too_many is not None:
-            raise self._too_broken(too_many, losses, reasons)
+            raise self._too_broken(too_many, losses, reasons, ended)
         if ended and not any(made["documents"] + made["holdout"]["documents"] for made in ledger.settled):
             raise UserError(
                 f"data.sources.{self._source.name} has no document for windows={list(self._source.windows)} (the border is the original window "
                 f"of {self._recipe['model.original_window_tokens']} tokens); raise its limits, or add the other window"
             )
 
-    def _too_broken(self, part: _Part, losses: _Losses, reasons: Counter[str]) -> UserError:
+    def _too_broken(self, part: _Part, losses: _Losses, reasons: Counter[str], ended: bool) -> UserError:
         unread = self._listed.found.about_unread()["reasons"]
         what = ", ".join(f"{count} {reason}" for reason, count in [*reasons.most_common(), *unread.items()])
         columns = f"; {sources.has_instead(losses.columns)}" if MISSING_COLUMN in reasons else ""
         files = f" in {', '.join(losses.files[:3])}" if losses.files else ""
         return UserError(
             f"data.sources.{self._source.name}: {part.said()} ({what}{files}), more than its max_broken_share of "
-            f"{self._source.max_broken_share:g}{columns}; see {self._home / REJECTS}, mend them, or set "
-            f"{sources.allowing(self._source, part.lost / part.whole)} to go on without them"
+            f"{self._source.max_broken_share:g}{columns}; see {self._home / REJECTS}, mend them, or "
+            f"{sources.allowing(self._source, losses.share if ended else None)} to go on without them"
         )
 
     def _summary(self, ledger: Ledger) -> dict[str, Any]:
@@ -315,6 +314,11 @@ class _Losses:
             _Part("files", part * closed.files + len(self.files), part * closed.files + max(files, 1)),
             _Part("bytes of text", beside + lost, max(beside + read, 1)),
         )
+
+    @property
+    def share(self) -> float:
+        """Of the part of which most is lost."""
+        return max(part.lost / part.whole for part in (self.records, *self._rest) if part.whole)
 
     def beyond(self, share: float) -> _Part | None:
         """The first that is lost beyond a share; None where none is."""
