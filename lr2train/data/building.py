@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from lr2train.data import composing, dedup, encoding, integrity, segmenting, sou
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.corpus import FORMAT, SOURCE, TOKENIZER, reopen, source_folder, source_store, store_prefix
 from lr2train.data.finding import reasons_in_words
-from lr2train.data.formats import Document, Tally
-from lr2train.data.needles import N_KEYS, NeedleMaker, between, check_needles, sentences
+from lr2train.data.learning import Lesson, learn
+from lr2train.data.needles import N_KEYS, NeedleMaker, between, check_needles
 from lr2train.data.sealing import Sealer
 from lr2train.data.sources import Listing
 from lr2train.data.store import HOLDOUT, TRAIN
@@ -176,29 +176,18 @@ def ensure_tokenizer(folder: Path, data: DataConfig, listed: Listed, log: Log) -
         )
     reopen(folder)
     note.unlink(missing_ok=True)
+    started = time.monotonic()
     if data.tokenizer:
-        made = tokenizers.load(data.tokenizer)
+        tokenizers.load(data.tokenizer).save(target)
     else:
-        started = time.monotonic()
         share = data.tokenizer_train_bytes // len(texts)
-        text = (document.text for source in texts for document in _beginning(source, listed[source.name], share))
-        asks = data.needles.wording if len(texts) < len(data.sources) else None
-        made = tokenizers.train(chain(text, sentences(asks) if asks else ()), data.vocab_size, share * len(texts))
-        log(f"trained a tokenizer of {made.vocab_size} entries in {time.monotonic() - started:.1f} s")
-    made.save(target)
+        wording = data.needles.wording if len(texts) < len(data.sources) else None
+        learn(Lesson([(source, shards[source.name]) for source in texts], share, wording, data.vocab_size), target)
     made = tokenizers.load(str(target))
+    if not data.tokenizer:
+        log(f"trained a tokenizer of {made.vocab_size} entries in {time.monotonic() - started:.1f} s")
     write_json(note, {"fingerprint": fingerprint, "stamp": stamp, "tokenizer": made.fingerprint})
     return made
-
-
-def _beginning(source: SourceConfig, listed: Listing, size: int) -> Iterator[Document]:
-    """Documents of a source until they add up to ``size`` characters."""
-    read = 0
-    for document in sources.read(source, Tally(), listed.shards):
-        yield document
-        read += len(document.text)
-        if read >= size:
-            return
 
 
 def ensure_stores(

@@ -113,9 +113,10 @@ def find(root: Path, reads: Reads, skipped: Collection[str] = ()) -> Found:
         skipped: names of folders that are none of ours.
     """
     if not root.is_dir():
-        found = Found(files=[File(printable(root.name), str(root))])
-        found.held = Amount(1.0, text_bytes(root.name, root.stat().st_size))
-        return found
+        size = root.stat().st_size
+        if not os.access(root, os.R_OK):
+            return Found(unread=[Unread(printable(root.name), CLOSED_FILE, size)])
+        return Found(files=[File(printable(root.name), str(root))], held=Amount(1.0, text_bytes(root.name, size)), folders=1)
     return _Search(root, reads, skipped).run()
 
 

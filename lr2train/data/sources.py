@@ -317,10 +317,16 @@ def _folder_listing(source: SourceConfig, shard_bytes: int) -> Listing:
     take_options(source)
     key, kinds = f"data.sources.{source.name}.path={source.path}", ", ".join(SUFFIXES)
     path = Path(source.path or "")
-    if source.path is None or not os.path.exists(path):
-        raise UserError(f"{key} does not exist; set it to a folder or a file ({kinds})")
+    try:
+        if source.path is None:
+            raise FileNotFoundError
+        path.stat()
+    except PermissionError:
+        raise UserError(f"{key} lies in a folder that may not be opened by this user; make it readable") from None
+    except OSError:
+        raise UserError(f"{key} does not exist; set it to a folder or a file ({kinds})") from None
     found = find(path, _is_read)
-    if not found.files or not _is_read(found.files[0].place):
+    if not any(_is_read(file.place) for file in found.files[:1]):
         unread = found.about_unread()
         closed = f" ({reasons_in_words(unread['reasons'], unread['examples'])})" if found.unread else ""
         raise UserError(f"{key} holds no file that we read{closed}; it needs {kinds}")

@@ -168,7 +168,8 @@ class _Checked:
         self.suffix = suffix
         self._path = suffixed(prefix, suffix)
         self._temporary = temporary_of(self._path)
-        self._file: IO[bytes] = self._temporary.open("wb", buffering=_WRITE_BYTES)
+        with naming(self._path):
+            self._file: IO[bytes] = self._temporary.open("wb", buffering=_WRITE_BYTES)
         self._digest, self._bytes = hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,11 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 
 from lr2train.config import UserError
 from lr2train.io import replacing, write_json
-from lr2train.run import Tick, meter
 
 BOS, EOS = "<s>", "</s>"
 _LONGEST_WORD = 512  # bytes; longer are runs without a border between words, of which the parts tell as much
 _PIECE = 1 << 16  # characters of a text that training takes at a time
 _BORDER = re.compile(r"(?<=[!-~])(?=[ \n])")
-_LOOK_S = 0.2
 _CONFIG = "tokenizer_config.json"
 DIGIT_PAIRS = tuple(f"{number:02d}" for number in range(100))
 SMALLEST_VOCABULARY = 2 + 256 + len(DIGIT_PAIRS)  # specials, bytes, pairs
@@ -126,7 +124,7 @@ class Tokenizer:
         return None if id is None else self._core.id_to_token(id)
 
 
-def train(texts: Iterable[str], vocab_size: int, n_characters: int = 0) -> Tokenizer:
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE in which every string 00 … 99 is one token.
 
     Words of more than ``_LONGEST_WORD`` characters are learned from in parts: the time of training grows with the square of a word's length.
@@ -134,7 +132,6 @@ def train(texts: Iterable[str], vocab_size: int, n_characters: int = 0) -> Token
     Args:
         texts: what to learn merges from.
         vocab_size: entries in all, special tokens included.
-        n_characters: of all texts, about, for the progress bar.
 
     Raises:
         UserError: the vocabulary has no room for bytes and digit pairs.
@@ -152,7 +149,7 @@ def train(texts: Iterable[str], vocab_size: int, n_characters: int = 0) -> Token
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(DIGIT_PAIRS), special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
-    _train(core, texts, trainer, n_characters)
+    core.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     core = _with_digit_pairs(core)
     # Other people's runtimes put BOS before a prompt because the tokenizer says so; our own code asks for none and adds its borders itself.
     bos, eos = core.token_to_id(BOS), core.token_to_id(EOS)
@@ -160,54 +157,6 @@ def train(texts: Iterable[str], vocab_size: int, n_characters: int = 0) -> Token
     assert eos is not None
     core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos)])
     return Tokenizer(core, bos, eos)
-
-
-def _train(core: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainers.BpeTrainer, n_characters: int) -> None:
-    """Train in a thread, so that this one shows progress and hears Ctrl-C; a thread that was left behind ends with the process."""
-    feed = _Feed(texts)
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            core.train_from_iterator(feed, trainer)
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    with meter("train the tokenizer") as tick:
-        thread.start()
-        try:
-            while thread.is_alive():
-                thread.join(_LOOK_S)
-                feed.show(tick, n_characters)
-        except BaseException:
-            feed.stopped = True  # while it reads it ends at once, so that it does not come back to an interpreter that is gone
-            thread.join(1.0)
-            raise
-    if failed:
-        raise failed[0]
-
-
-class _Feed:
-    """Texts in pieces, counted as they are taken."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts, self._read, self._ended = texts, 0, False
-        self.stopped = False
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            for piece in _pieces(text):
-                if self.stopped:
-                    return
-                self._read += len(piece)
-                yield piece
-        self._ended = True
-
-    def show(self, tick: Tick, n_characters: int) -> None:
-        """How far the reading is; what follows is learning, and nobody knows how long."""
-        total = float(max(n_characters, self._read, 1))
-        tick(total if self._ended else float(self._read), total, "learning merges" if self._ended else "reading")
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -247,6 +196,8 @@ def load(path: str) -> Tokenizer:
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(f"data.tokenizer={path} has no tokenizer.json; set data.tokenizer to a folder or a file with a fast tokenizer")
+    if not os.access(file, os.R_OK):
+        raise UserError(f"data.tokenizer={file} may not be opened by this user; make it readable")
     try:
         core = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
