@@ -20,11 +20,10 @@ from lr2train.config import DataConfig, SourceConfig, UserError, to_dict
 from lr2train.data import composing, dedup, encoding, integrity, segmenting, sources, store
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.corpus import FORMAT, SOURCE, TOKENIZER, reopen, source_folder, source_store, store_prefix
-from lr2train.data.finding import reasons_in_words
+from lr2train.data.finding import Listing, reasons_in_words
 from lr2train.data.learning import Lesson, learn
 from lr2train.data.needles import N_KEYS, NeedleMaker, between, check_needles
 from lr2train.data.sealing import Sealer
-from lr2train.data.sources import Listing
 from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.data.text import Text
 from lr2train.data.textsource import REJECTS, TextSource, counts, example, held_and_trained, without

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lr2train.data.formats import FORBIDDEN, File, printable, text_bytes
+from lr2train.data.records import FORBIDDEN, File, Shard, printable, text_bytes
 
 CLOSED_FOLDER, CLOSED_FILE, NOWHERE, NO_FILE = (
     "folder that may not be opened", "file that may not be opened", "link to nothing", "device, pipe or socket",
@@ -92,6 +92,18 @@ class Found:
         kinds = {kind: {"files": n, "bytes": size} for kind, (n, size) in sorted(self.others.items(), key=lambda one: -one[1][0])}
         counts = {key: sum(kind[key] for kind in kinds.values()) for key in ("files", "bytes")}
         return {**counts, "kinds": kinds, "links": len(self.again)}
+
+
+class Listing(NamedTuple):
+    """What a source has.
+
+    Attributes:
+        shards: its input, in order.
+        found: what was found beside it, where it lies in a folder.
+    """
+
+    shards: list[Shard]
+    found: Found
 
 
 def reasons_in_words(reasons: Mapping[str, int], examples: Sequence[Mapping[str, str]]) -> str:

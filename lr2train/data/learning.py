@@ -17,8 +17,8 @@ from pathlib import Path
 from lr2train.config import SourceConfig
 from lr2train.data import sources
 from lr2train.data import tokenizer as tokenizers
-from lr2train.data.formats import Shard, Tally
 from lr2train.data.needles import sentences
+from lr2train.data.records import Shard, Tally
 from lr2train.data.workers import Report, Work, Workers
 from lr2train.run import meter
 
@@ -50,7 +50,10 @@ class Lesson:
     @property
     def characters(self) -> int:
         """About how many it learns from."""
-        return sum(min(self.size, sum(shard.size_bytes for shard in shards) or self.size) for _, shards in self.texts)
+        return sum(
+            min(self.size, source.max_bytes or self.size, sum(shard.size_bytes for shard in shards) or self.size)
+            for source, shards in self.texts
+        )
 
     def _learn(self, folder: Path, report: Report) -> None:
         asks = sentences(self.wording) if self.wording else ()

@@ -8,37 +8,32 @@ a data set of another format) is one shard, read by one process.
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lr2train.config import SourceConfig, UserError
+from lr2train.data import losses
 from lr2train.data.batch import WINDOWS
-from lr2train.data.finding import Found, find, reasons_in_words
-from lr2train.data.formats import (
+from lr2train.data.finding import Found, Listing, find, reasons_in_words
+from lr2train.data.formats import SUFFIXES, read_files, read_text, shards_of
+from lr2train.data.records import (
     HUB,
-    MISSING_COLUMN,
-    SUFFIXES,
     Document,
     File,
     Shard,
     Tally,
     checked,
-    nearest_column,
     of_record,
     printable,
-    read_files,
-    read_text,
-    shards_of,
     size_of,
-)
+)  # fmt: skip
 from lr2train.io import fingerprint, read_json
 
 CUSTOM, FOLDER, HUB_KIND = "custom", "folder", "hub"
@@ -46,18 +41,6 @@ PART = "#"  # in an id, before a part of a document: parts are held out as their
 SHARD_BYTES = 64 << 20
 _DATASETS = "datasets/"
 _DEFINITION = re.compile(r"^(?:[ ]{4})?(?:@[^\n]*\n\s*)*(?:async def|def|class) ", re.MULTILINE)
-
-
-class Listing(NamedTuple):
-    """What a source has.
-
-    Attributes:
-        shards: its input, in order.
-        found: what was found beside it, where it lies in a folder.
-    """
-
-    shards: list[Shard]
-    found: Found
 
 
 class Kind(NamedTuple):
@@ -105,7 +88,7 @@ def read(source: SourceConfig, tally: Tally, listed: Iterable[Shard] | None = No
     documents = (document for shard in listed for document in read_shard(source, shard, tally))
     yield from Limits.of(source).admit(documents, tally)
     if not tally.documents:
-        raise nothing(source, tally.reasons, tally.columns)
+        raise losses.nothing(source, tally.reasons, tally.columns)
 
 
 def listing(source: SourceConfig, shard_bytes: int) -> Listing:
@@ -115,7 +98,7 @@ def listing(source: SourceConfig, shard_bytes: int) -> Listing:
         UserError: unknown kind or option, a path that is not there, or more than its ``max_broken_share`` cannot be opened.
     """
     made = kind_of(source).listing(source, shard_bytes)
-    _refuse_unread(source, made.found)
+    losses.refuse_unread(source, made.found)
     return made
 
 
@@ -124,54 +107,9 @@ def shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
     return listing(source, shard_bytes).shards
 
 
-def _refuse_unread(source: SourceConfig, found: Found) -> None:
-    """Stop before hours of work on a part of a corpus."""
-    lost, held = found.lost, found.held
-    parts = [(what, one, one + of_held) for what, one, of_held in (("files", lost.files, held.files), ("bytes", lost.bytes, held.bytes))]
-    beyond = next((part for part in parts if part[1] > source.max_broken_share * part[2]), None)
-    if beyond is not None:
-        about, (what, one, whole) = found.about_unread(), beyond
-        raise UserError(
-            f"data.sources.{source.name}.path={source.path}: about {one:.0f} of {whole:.0f} {what} cannot be read "
-            f"({reasons_in_words(about['reasons'], about['examples'])}), more than its max_broken_share of {source.max_broken_share:g}; make them "
-            f"readable, or {allowing(source, max(one / whole for _, one, whole in parts if whole))} to go on without them"
-        )
-
-
-def allowing(source: SourceConfig, share: float | None) -> str:
-    """What to do that so much may be lost; None stands for nobody knows how much."""
-    key = f"data.sources.{source.name}.max_broken_share"
-    return f"raise {key}" if share is None else f"set {key}={math.ceil(share * 1000) / 1000:g}"
-
-
 def read_shard(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
     """Documents of a shard in their fixed order, whatever the source's limits; broken records go to the tally."""
     return kind_of(source).read(source, shard, tally)
-
-
-def nothing(source: SourceConfig, reasons: Mapping[str, int], columns: Mapping[str, Any]) -> UserError:
-    """What to say of a source without documents.
-
-    Args:
-        reasons: why its records are broken, with their counts.
-        columns: of the first record without the text's column, see ``Tally``.
-    """
-    key = f"data.sources.{source.name}"
-    what = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) + (f"; {has_instead(columns)}" if columns else "")
-    broken = f": all its records are broken ({what})" if reasons else ""
-    meant = nearest_column(source.text_column, columns.get("has", {}))
-    if meant:
-        remedy = f"set {key}.text_column (now {source.text_column}) to {meant}"
-    elif {MISSING_COLUMN, "no text"} & set(reasons):
-        remedy = f"set {key}.text_column (now {source.text_column}) to the column that holds the text"
-    else:
-        remedy = "point path at text, or raise its limits"
-    return UserError(f"{key} ({source.kind}, path={source.path}) has no document{broken}; {remedy}")
-
-
-def has_instead(columns: Mapping[str, Any]) -> str:
-    """Which columns of text there are in the place of the one that is missing."""
-    return f"{columns['origin']} has {', '.join(columns['has']) or 'no column of text'}"
 
 
 def check(source: SourceConfig) -> None:

@@ -14,15 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lr2train.config import SourceConfig, UserError, to_dict
-from lr2train.data import decontaminate, sources, store
+from lr2train.data import decontaminate, losses, sources, store
 from lr2train.data.batch import WINDOWS
 from lr2train.data.corpus import FORMAT, SOURCE, reopen, source_folder, store_prefix
-from lr2train.data.formats import MISSING_COLUMN
+from lr2train.data.finding import Listing
+from lr2train.data.losses import Losses
 from lr2train.data.sealing import Sealer
-from lr2train.data.sources import Limits, Listing
+from lr2train.data.sources import Limits
 from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.data.tokenizer import Tokenizer
 from lr2train.data.tokenizing import Ledger, Setup, Task, finished
@@ -33,7 +34,6 @@ from lr2train.run import Tick, meter
 
 Log = Callable[[str], None]
 RECIPE, REJECTS, SEEN = "recipe.json", "rejects.jsonl", "seen.json"
-_EARLY_RECORDS = 1000  # after which a source with too many broken ones is stopped before its end
 _NO_MATTER = ("weight", "max_documents", "max_bytes", "max_tokens", "max_broken_share")  # keys of a source that decide no shard's tokens
 
 
@@ -216,31 +216,19 @@ class TextSource:
         Raises:
             UserError: it is, or there is no document.
         """
-        losses = _Losses(ledger.settled, self._tasks, self._listed, ended)
-        reasons = sum((Counter(made["reasons"]) for made in ledger.settled), Counter[str]())
-        too_many = losses.beyond(self._source.max_broken_share)
+        lost = Losses(self._source, ledger.settled, self._listed)
+        too_many = lost.beyond(ended)
         if ended or too_many:
             _write_rejects(self._home / REJECTS, self._source.name, ledger.settled)
-        if ended and losses.records.lost == losses.records.whole:
-            raise sources.nothing(self._source, reasons, losses.columns)
+        if ended and lost.records.lost == lost.records.whole:
+            raise losses.nothing(self._source, lost.reasons, lost.columns)
         if too_many is not None:
-            raise self._too_broken(too_many, losses, reasons, ended)
+            raise lost.refusal(too_many, ended, self._home / REJECTS)
         if ended and not any(made["documents"] + made["holdout"]["documents"] for made in ledger.settled):
             raise UserError(
                 f"data.sources.{self._source.name} has no document for windows={list(self._source.windows)} (the border is the original window "
                 f"of {self._recipe['model.original_window_tokens']} tokens); raise its limits, or add the other window"
             )
-
-    def _too_broken(self, part: _Part, losses: _Losses, reasons: Counter[str], ended: bool) -> UserError:
-        unread = self._listed.found.about_unread()["reasons"]
-        what = ", ".join(f"{count} {reason}" for reason, count in [*reasons.most_common(), *unread.items()])
-        columns = f"; {sources.has_instead(losses.columns)}" if MISSING_COLUMN in reasons else ""
-        files = f" in {', '.join(losses.files[:3])}" if losses.files else ""
-        return UserError(
-            f"data.sources.{self._source.name}: {part.said()} ({what}{files}), more than its max_broken_share of "
-            f"{self._source.max_broken_share:g}{columns}; see {self._home / REJECTS}, mend them, or "
-            f"{sources.allowing(self._source, losses.share if ended else None)} to go on without them"
-        )
 
     def _summary(self, ledger: Ledger) -> dict[str, Any]:
         """What the source's stores hold, all together."""
@@ -272,58 +260,6 @@ def held_and_trained(made: Sequence[dict[str, Any]], held: Sequence[dict[str, An
         "sha256": fingerprint_of([one["files"] for one in made]),
         "holdout_sha256": fingerprint_of([one["files"] for one in held]),
     }
-
-
-class _Part(NamedTuple):
-    """How much of something is lost: records, files or bytes."""
-
-    what: str
-    lost: float
-    whole: float
-
-    def said(self) -> str:
-        """As a message begins."""
-        if self.what == "records":
-            return f"{self.lost:.0f} of {self.whole:.0f} records are broken"
-        return f"about {self.lost:.0f} of {self.whole:.0f} {self.what} are lost"
-
-
-class _Losses:
-    """What is not read of a source: broken records, files that broke off, and what could not be opened at all.
-
-    Args:
-        made: manifests of the shards that count.
-        tasks: all its shards. Of what could not be opened, the same part counts as of them.
-        listed: what was found.
-        ended: whether the source was read to its end, or to its limits; until then only records are judged.
-    """
-
-    def __init__(self, made: Sequence[dict[str, Any]], tasks: Sequence[Task], listed: Listing, ended: bool) -> None:
-        broken = sum(sum(one["reasons"].values()) for one in made)
-        self.files = sorted({name for one in made for name in one["lost_files"]})
-        self.columns: dict[str, Any] = next((one["columns"] for one in made if one["columns"]), {})
-        self.records = _Part("records", broken, broken + sum(one["read_documents"] for one in made))
-        self._ended = ended
-        sizes = [max(task.shard.size_bytes, 1) for task in tasks]
-        part = sum(sizes[: len(made)]) / max(sum(sizes), 1)
-        closed, held = listed.found.lost, listed.found.held
-        files = len({file.name for task in tasks[: len(made)] for file in task.shard.files})
-        read, lost = (sum(one[key] for one in made) for key in ("input_bytes", "lost_bytes"))
-        beside = closed.bytes * read / held.bytes if held.bytes else closed.bytes
-        self._rest = (
-            _Part("files", part * closed.files + len(self.files), part * closed.files + max(files, 1)),
-            _Part("bytes of text", beside + lost, max(beside + read, 1)),
-        )
-
-    @property
-    def share(self) -> float:
-        """Of the part of which most is lost."""
-        return max(part.lost / part.whole for part in (self.records, *self._rest) if part.whole)
-
-    def beyond(self, share: float) -> _Part | None:
-        """The first that is lost beyond a share; None where none is."""
-        parts = (self.records, *self._rest) if self._ended else (self.records,) if self.records.whole >= _EARLY_RECORDS else ()
-        return next((part for part in parts if part.lost > share * part.whole), None)
 
 
 class _Watch:

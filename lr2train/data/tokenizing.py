@@ -21,7 +21,7 @@ from lr2train.data import buckets, encoding, sources, store
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.corpus import store_prefix
 from lr2train.data.decontaminate import Contamination
-from lr2train.data.formats import Document, Shard, Tally
+from lr2train.data.records import Document, Shard, Tally
 from lr2train.data.sources import Limits
 from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.data.workers import Report
