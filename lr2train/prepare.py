@@ -40,7 +40,10 @@ def prepare(config: Config) -> dict[str, Any]:
     job = run.open_run(config, "prepare", GROUPS, follows=True)
     started = time.monotonic()
     listed = building.list_sources(config.data)
-    with job.lock() or contextlib.nullcontext():
+    lock = job.lock()
+    with lock or contextlib.nullcontext():
+        if lock is not None:
+            integrity.sweep(job.folder)
         for change in job.changes():
             job.log(f"changed since the last time: {change}")
         result = _prepare(config, original_window_tokens, listed, job)
@@ -52,7 +55,6 @@ def prepare(config: Config) -> dict[str, Any]:
 
 def _prepare(config: Config, original_window_tokens: int, listed: building.Listed, job: run.Run) -> dict[str, Any]:
     """Stages 1 and 2 in a folder that is ours; the config is noted last, because a budget that cannot be filled must not replace one that could."""
-    integrity.sweep(job.folder)
     integrity.refuse_damage(job.folder)
     unread = building.unread(listed)
     for line in building.say_unread(unread):

@@ -9,7 +9,6 @@ time is found at the first start on a machine that cannot remember, and not agai
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,27 +37,11 @@ def write_checksums(folder: Path) -> None:
     store.seal(folder / CHECKSUMS, {"files": noted})
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Remove the files that were being written when their writers ended, by a kill or on a full disk; returns them."""
-    places = (folder, folder / "tokenizer", *folder.glob("store/*"))
-    left = [path for place in places for path in place.glob(f".*{TEMPORARY}") if is_temporary(path) and not _is_at_work(path)]
-    for path in left:
-        path.unlink(missing_ok=True)
-    return left
-
-
-def _is_at_work(path: Path) -> bool:
-    """Whether the process that a temporary file is named after is there, and is not ourselves, who have only begun."""
-    number = re.search(rf"\.(\d+){re.escape(TEMPORARY)}$", path.name)
-    if number is None or int(number[1]) == os.getpid():
-        return False
-    try:
-        os.kill(int(number[1]), 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+def sweep(folder: Path) -> None:
+    """Remove the files that were being written when their writers ended, by a kill or on a full disk; for the one who holds the folder's lock."""
+    for place in (folder, folder / "tokenizer", *folder.glob("store/*")):
+        for path in place.glob(f".*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
 
 
 def refuse_damage(folder: Path) -> None:
