@@ -159,7 +159,7 @@ def ensure_tokenizer(folder: Path, data: DataConfig, listed: Listed, log: Log) -
     ]
     learned_from = [data.vocab_size, data.tokenizer_train_bytes, data.needles.wording, recipes]
     fingerprint = fingerprint_of(tokenizers.load(data.tokenizer).fingerprint if data.tokenizer else learned_from)
-    stamp = "" if data.tokenizer else fingerprint_of([sources.stamp(shard) for of_one in shards.values() for shard in of_one])
+    stamp = "" if data.tokenizer else fingerprint_of([sources.stamps(of_one) for of_one in shards.values()])
     target, note = folder / TOKENIZER, folder / f"{TOKENIZER}.manifest.json"
     noted = read_json(note) if note.exists() else {}
     begun = any(folder.glob(f"store/*/{TRAIN}-*.json"))

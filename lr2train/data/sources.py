@@ -162,17 +162,25 @@ def kind_of(source: SourceConfig) -> Kind:
 def identity(source: SourceConfig, listed: Sequence[Shard]) -> str:
     """What decides a source's documents beside its config, as far as one glance tells: names and sizes of files, commits, the Python version.
 
-    Times and places do not count: ``stamp`` has them. Of a custom class nothing is known.
+    Times and places do not count: ``stamps`` has them. Of a custom class nothing is known.
     """
     files = dict.fromkeys(file for shard in listed for file in shard.files)
     values = [[file.place] if file.place.startswith(HUB) else [file.name, size_of(file)] for file in files]
     return fingerprint([sys.version if source.kind == "stdlib" else "", values]) if files else ""
 
 
-def stamp(shard: Shard) -> str:
-    """By which a shard's local files are known again without reading them: places, sizes and times."""
-    local = [file.place for file in shard.files if not file.place.startswith(HUB)]
-    return fingerprint([[os.path.realpath(place), (about := os.stat(place)).st_size, about.st_mtime_ns] for place in local])
+def stamps(listed: Iterable[Shard]) -> list[str]:
+    """By which the local files of each shard are known again without reading them: places, sizes and times."""
+    real: dict[str, str] = {}  # of folders, which hold many files
+
+    def stamp(place: str) -> list[Any]:
+        folder, name = os.path.split(place)
+        if folder not in real:
+            real[folder] = os.path.realpath(folder)
+        about = os.stat(place)
+        return [real[folder], name, about.st_size, about.st_mtime_ns]
+
+    return [fingerprint([stamp(file.place) for file in shard.files if not file.place.startswith(HUB)]) for shard in listed]
 
 
 def shape(shard: Shard) -> list[Any]:

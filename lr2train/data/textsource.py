@@ -67,8 +67,8 @@ class TextSource:
         self._recipe = self._make_recipe(setup, tokenizer)
         of_all, limits = fingerprint_of(self._recipe), Limits.of(source)
         self._tasks = [
-            Task(source, shard, number, fingerprint_of([of_all, sources.shape(shard)]), limits, sources.stamp(shard))
-            for number, shard in enumerate(listed.shards)
+            Task(source, shard, number, fingerprint_of([of_all, sources.shape(shard)]), limits, stamp)
+            for number, (shard, stamp) in enumerate(zip(listed.shards, sources.stamps(listed.shards), strict=True))
         ]
         self._refuse_another_recipe()
         self._found = {task.number: made for task in self._tasks if (made := finished(folder, task)) is not None}

@@ -35,7 +35,7 @@ class Task(NamedTuple):
     """One shard to do, under what is left of its source's limits.
 
     Attributes:
-        stamp: of its files when they were listed (``sources.stamp``).
+        stamp: of its files when they were listed (``sources.stamps``).
         made_before: its manifest, where the only question is whether its documents are still those that were tokenised.
     """
 
