@@ -579,9 +579,9 @@ _INSPECTED = "data.path data.long_attention data.group_segments data.skip_steps 
 READS = {
     "prepare": f"{_RUN} {_PREPARED}".split(),
     "inspect": f"runs_folder run seed {_INSPECTED}".split(),
-    "search": f"{_RUN} {_JOB} model rope.target_window_tokens data.path data.needles search".split(),
+    "search": f"{_RUN} {_JOB} model rope.target_window_tokens data.path data.verify data.needles search".split(),
     "train": f"{_RUN} {_JOB} {_MODEL} {_STEP} {_TRAINED}".split(),
-    "evaluate": f"{_RUN} run {_JOB} {_MODEL} data.path data.needles eval".split(),
+    "evaluate": f"{_RUN} run {_JOB} {_MODEL} data.path data.verify data.needles eval".split(),
     "export": ["runs_folder", "run", "device", "model", "export"],
     "generate": f"{_RUN} run device {_MODEL} generate".split(),
     "plan": f"name runs_folder model rope.target_window_tokens {_STEP} {_PLANNED}".split(),
@@ -635,7 +635,17 @@ def typed_key(key: str) -> str:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain JSON values (enums by name), for provenance and comparison."""
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]
+    return {one.name: _plain(getattr(config, one.name)) for one in fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return to_dict(value) if hasattr(value, "__dataclass_fields__") else value
 
 
 def _with_homes(node: Any) -> None:

@@ -7,7 +7,7 @@
 
 A step is counted as metrics.jsonl counts it. ``run=`` takes the corpus, the seed, the batch and the groups of a training run. In the bar a
 letter is a source, capital and small in turn from document to document, and a dot is padding. In the table ``<`` marks a document that
-begins before its piece, ``>`` one that goes on after it. Writes nothing.
+begins before its piece, ``>`` one that goes on after it. Files of the corpus are compared with their checksums first, once (``data.verify``).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def inspect(config: Config) -> list[SegmentView]:
     """
     config = _of_run(config)
     corpus = Corpus.open(config.data.path)
+    corpus.verify(full=config.data.verify)
     asked, letters = config.inspect, letters_of([source["name"] for source in corpus.manifest["sources"]])
     if asked.step is not None:
         return _show_step(config, corpus, letters)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,20 @@ def prepare(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: sources, tokenizer or windows that cannot be prepared, another job is at the same folder, or several ranks were started.
+        OSError: the system refuses to read or to write a file; ``filename`` says which.
     """
     _refuse_ranks()
+    config = replace(config, data=building.settled(config.data))
     original_window_tokens = original_window(config.model)
     refuse_target(config.rope.target_window_tokens, original_window_tokens)
     building.check(config.data, original_window_tokens)
     job = run.open_run(config, "prepare", GROUPS, follows=True)
     started = time.monotonic()
     listed = building.list_sources(config.data)
-    with job.lock() or contextlib.nullcontext():
+    lock = job.lock()
+    with lock or contextlib.nullcontext():
+        if lock is not None:
+            integrity.sweep(job.folder)
         for change in job.changes():
             job.log(f"changed since the last time: {change}")
         result = _prepare(config, original_window_tokens, listed, job)
@@ -51,13 +57,15 @@ def prepare(config: Config) -> dict[str, Any]:
 def _prepare(config: Config, original_window_tokens: int, listed: building.Listed, job: run.Run) -> dict[str, Any]:
     """Stages 1 and 2 in a folder that is ours; the config is noted last, because a budget that cannot be filled must not replace one that could."""
     integrity.refuse_damage(job.folder)
-    building.say_passed_over(config.data, job.log)
+    unread = building.unread(listed)
+    for line in building.say_unread(unread):
+        job.log(line)
     tokenizer = building.ensure_tokenizer(job.folder, config.data, listed, job.log)
     stores = building.ensure_stores(job.folder, config.data, listed, tokenizer, original_window_tokens, config.seed, job.log)
     manifest = segmenting.ensure_plan(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
     integrity.write_checksums(job.folder)
     job.claim({})
-    return {**manifest, "folder": str(job.folder)}
+    return {**manifest, "not_read": unread, "folder": str(job.folder)}
 
 
 def _refuse_ranks() -> None:
@@ -88,8 +96,10 @@ def table(result: dict[str, Any]) -> str:
     """The counts for a person: the mix that was planned, what was held out and what was broken."""
     mix = (Path(result["folder"]) / segmenting.PLAN_TEXT).read_text().rstrip()
     held = sum(source["holdout_documents"] for source in result["sources"])
-    broken = sum(source["broken"] for source in result["sources"])
-    return "\n".join([mix, f"held out: {held:,} documents; broken records: {broken:,}", f"corpus: {result['folder']}"])
+    broken, lost = (sum(source.get(key, 0) for source in result["sources"]) for key in ("broken", "lost_bytes"))
+    records = f"broken records: {broken:,}{f' with {lost:,} bytes' if broken else ''}"
+    not_read = building.say_unread(result["not_read"])
+    return "\n".join([mix, f"held out: {held:,} documents; {records}", *not_read, f"corpus: {result['folder']}"])
 
 
 def prepare_and_draw(config: Config) -> None:

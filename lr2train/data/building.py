@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, cycle, islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from lr2train.config import DataConfig, SourceConfig, UserError, to_dict
 from lr2train.data import composing, dedup, encoding, integrity, segmenting, sources, store
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.corpus import FORMAT, SOURCE, TOKENIZER, reopen, source_folder, source_store, store_prefix
-from lr2train.data.formats import Document, Shard, Tally
-from lr2train.data.needles import N_KEYS, NeedleMaker, between, check_needles, sentences
+from lr2train.data.finding import Listing, reasons_in_words
+from lr2train.data.learning import Lesson, learn
+from lr2train.data.needles import N_KEYS, NeedleMaker, between, check_needles
+from lr2train.data.sealing import Sealer
 from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.data.text import Text
 from lr2train.data.textsource import REJECTS, TextSource, counts, example, held_and_trained, without
@@ -28,13 +31,13 @@ from lr2train.data.tokenizer import Tokenizer
 from lr2train.data.tokenizing import Setup, Task, is_held_out
 from lr2train.data.workers import Workers
 from lr2train.io import fingerprint as fingerprint_of
-from lr2train.io import read_json, write_json
+from lr2train.io import read_json, write_json, write_text
 from lr2train.run import stream
 
-__all__ = ["check", "ensure_stores", "ensure_tokenizer", "is_held_out", "list_sources", "say_passed_over"]
+__all__ = ["check", "ensure_stores", "ensure_tokenizer", "is_held_out", "list_sources", "say_unread", "settled", "unread"]
 Log = Callable[[str], None]
-Listed = dict[str, list[Shard]]
-"""The shards of each source of text."""
+Listed = dict[str, Listing]
+"""What each source of text has."""
 NEEDLES = "needles"
 
 
@@ -99,21 +102,48 @@ def _needle_options(source: SourceConfig, data: DataConfig) -> dict[str, Any]:
     )
 
 
+def settled(data: DataConfig) -> DataConfig:
+    """The config with paths that say the same in every folder."""
+    files = [os.path.abspath(file) for file in data.decontaminate.files]
+    return replace(
+        data,
+        sources=[sources.settled(source) for source in data.sources],
+        tokenizer=None if data.tokenizer is None else os.path.abspath(data.tokenizer),
+        decontaminate=replace(data.decontaminate, files=files),
+    )
+
+
 def list_sources(data: DataConfig) -> Listed:
-    """The shards of every source of text, in order.
+    """What every source of text has, its shards in order.
 
     Raises:
-        UserError: a path that is not there, an unknown option, or nothing to read.
+        UserError: a path that is not there, an unknown option, nothing to read, or too much that cannot be opened.
     """
-    return {source.name: sources.shards(source, data.shard_bytes) for source in data.sources if source.kind != NEEDLES}
+    return {source.name: sources.listing(source, data.shard_bytes) for source in data.sources if source.kind != NEEDLES}
 
 
-def say_passed_over(data: DataConfig, log: Log) -> None:
-    """Say which files of the sources' folders are of no kind that we read."""
-    for source in data.sources:
-        if over := sources.passed_over(source):
-            kinds = ", ".join(f"{count} {end}" for end, count in over.items())
-            log(f"{source.name}: passing over {sum(over.values())} files of other kinds ({kinds})")
+def unread(listed: Listed) -> dict[str, dict[str, Any]]:
+    """What could not be opened of each source, and what is passed over, as JSON values; sources of which all is read are left out."""
+    found = {name: one.found for name, one in listed.items()}
+    return {
+        name: {"unread": one.about_unread(), "passed_over": one.about_others()}
+        for name, one in found.items()
+        if one.unread or one.others or one.again
+    }
+
+
+def say_unread(about: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    """A line for each thing that a source has and that is not read, of what :func:`unread` returned."""
+    for name, one in about.items():
+        lost, over = one["unread"], one["passed_over"]
+        if lost["reasons"]:
+            what = reasons_in_words(lost["reasons"], lost["examples"])
+            yield f"{name}: about {lost['files']} files with {lost['bytes']} bytes of text cannot be read: {what}"
+        if over["files"]:
+            kinds = ", ".join(f"{kind['files']} {end}" for end, kind in over["kinds"].items())
+            yield f"{name}: passing over {over['files']} files of other kinds with {over['bytes']} bytes ({kinds})"
+        if over["links"]:
+            yield f"{name}: passing over {over['links']} links to what is read under another name, or to a folder that they lie in"
 
 
 def ensure_tokenizer(folder: Path, data: DataConfig, listed: Listed, log: Log) -> Tokenizer:
@@ -123,18 +153,21 @@ def ensure_tokenizer(folder: Path, data: DataConfig, listed: Listed, log: Log) -
         UserError: documents were tokenised with another one.
     """
     texts = [source for source in data.sources if source.kind != NEEDLES]
+    shards = {name: one.shards for name, one in listed.items()}
     recipes = [
-        [without(source, "weight", "max_broken_share"), sources.identity(source, listed.get(source.name, []))] for source in data.sources
+        [without(source, "weight", "max_broken_share"), sources.identity(source, shards.get(source.name, []))] for source in data.sources
     ]
     learned_from = [data.vocab_size, data.tokenizer_train_bytes, data.needles.wording, recipes]
     fingerprint = fingerprint_of(tokenizers.load(data.tokenizer).fingerprint if data.tokenizer else learned_from)
+    stamp = "" if data.tokenizer else fingerprint_of([sources.stamps(of_one) for of_one in shards.values()])
     target, note = folder / TOKENIZER, folder / f"{TOKENIZER}.manifest.json"
     noted = read_json(note) if note.exists() else {}
-    if noted.get("fingerprint") == fingerprint and (target / "tokenizer.json").exists():
-        found = tokenizers.load(str(target))
+    begun = any(folder.glob(f"store/*/{TRAIN}-*.json"))
+    if noted.get("fingerprint") == fingerprint and (target / "tokenizer.json").exists() and (begun or noted.get("stamp") == stamp):
+        found = tokenizers.load(str(target))  # where documents are there, their sources find out whether the text is the same
         if found.fingerprint == noted["tokenizer"]:
             return found
-    elif noted and noted["fingerprint"] != fingerprint and any(folder.glob(f"store/*/{TRAIN}-*.json")):
+    elif noted and noted["fingerprint"] != fingerprint and begun:
         what = f"data.tokenizer={data.tokenizer}" if data.tokenizer else "what the tokenizer is trained on"
         raise UserError(
             f"{folder} holds documents of another tokenizer, because {what} has changed since; choose another name=, put it back, or remove "
@@ -142,29 +175,18 @@ def ensure_tokenizer(folder: Path, data: DataConfig, listed: Listed, log: Log) -
         )
     reopen(folder)
     note.unlink(missing_ok=True)
+    started = time.monotonic()
     if data.tokenizer:
-        made = tokenizers.load(data.tokenizer)
+        tokenizers.load(data.tokenizer).save(target)
     else:
-        started = time.monotonic()
         share = data.tokenizer_train_bytes // len(texts)
-        text = (document.text for source in texts for document in _beginning(source, share))
-        asks = data.needles.wording if len(texts) < len(data.sources) else None
-        made = tokenizers.train(chain(text, sentences(asks) if asks else ()), data.vocab_size)
-        log(f"trained a tokenizer of {made.vocab_size} entries in {time.monotonic() - started:.1f} s")
-    made.save(target)
+        wording = data.needles.wording if len(texts) < len(data.sources) else None
+        learn(Lesson([(source, shards[source.name]) for source in texts], share, wording, data.vocab_size), target)
     made = tokenizers.load(str(target))
-    write_json(note, {"fingerprint": fingerprint, "tokenizer": made.fingerprint})
+    if not data.tokenizer:
+        log(f"trained a tokenizer of {made.vocab_size} entries in {time.monotonic() - started:.1f} s")
+    write_json(note, {"fingerprint": fingerprint, "stamp": stamp, "tokenizer": made.fingerprint})
     return made
-
-
-def _beginning(source: SourceConfig, size: int) -> Iterator[Document]:
-    """Documents of a source until they add up to ``size`` characters."""
-    read = 0
-    for document in sources.read(source, Tally()):
-        yield document
-        read += len(document.text)
-        if read >= size:
-            return
 
 
 def ensure_stores(
@@ -178,10 +200,16 @@ def ensure_stores(
     backend = encoding.choose(tokenizer, data.tokenizer_backend, log)
     strict = data.tokenizer_backend == encoding.GIGATOKEN
     setup = Setup(folder, folder / TOKENIZER, backend, strict, data.holdout, original_window_tokens, data.decontaminate)
-    count = min(data.workers or os.cpu_count() or 1, max(map(len, listed.values())))
-    with Workers[Task](setup, count, lambda task: f"shard {task.shard.name} of data.sources.{task.source.name}") as workers:
-        texts = [source for source in data.sources if source.kind != NEEDLES]
-        made = {source.name: TextSource(folder, source, setup, tokenizer, listed[source.name], log).ensure(workers) for source in texts}
+    count = min(data.workers or os.cpu_count() or 1, max(len(one.shards) for one in listed.values()))
+    workers = Workers[Task](setup, count, lambda task: f"shard {task.shard.name} of data.sources.{task.source.name}")
+    with workers, Sealer() as sealer:
+        texts = [
+            TextSource(folder, source, setup, tokenizer, listed[source.name], sealer, log)
+            for source in data.sources
+            if source.kind != NEEDLES
+        ]
+        integrity.verify_stores(folder, [prefix for text in texts for prefix in text.prefixes])
+        made = {text.name: text.ensure(workers) for text in texts}
     _tell_rejects(folder, list(made))
     for name, found in dedup.mark(folder, list(made), data.deduplicate).items():
         made[name]["duplicates"] = found
@@ -203,7 +231,7 @@ def _tell_rejects(folder: Path, names: Sequence[str]) -> None:
     files = [file for name in names if (file := source_folder(folder, name) / REJECTS).exists()]
     target = folder / REJECTS
     if files:
-        target.write_text("".join(file.read_text() for file in files))
+        write_text(target, "".join(file.read_text() for file in files))
     else:
         target.unlink(missing_ok=True)
 

@@ -27,7 +27,7 @@ from lr2train.data import integrity, planfile
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.batch import WINDOWS
 from lr2train.data.packing import Pieces
-from lr2train.data.store import HOLDOUT, TRAIN, SourceStore, sealed
+from lr2train.data.store import HOLDOUT, TRAIN, SourceStore, sealed, unreadable
 from lr2train.data.text import Text
 from lr2train.io import read_json
 
@@ -61,6 +61,13 @@ def reopen(folder: Path) -> None:
     """Before anything of a finished corpus changes: until ``prepare`` is through again it is none, and its old checksums hold no more."""
     for name in (integrity.CHECKSUMS, MANIFEST):
         (folder / name).unlink(missing_ok=True)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise unreadable(error, path) from None
 
 
 class Documents(Sequence[np.ndarray]):
@@ -98,7 +105,7 @@ class Corpus:
         Raises:
             UserError: no finished corpus there, or one of another format.
         """
-        if path is None or not (Path(path) / MANIFEST).is_file():
+        if path is None or not _is_file(Path(path) / MANIFEST):
             raise UserError(f"data.path={path} holds no finished corpus ({MANIFEST}); run prepare and set data.path to its run folder")
         manifest = read_json(Path(path) / MANIFEST)
         if manifest.get("format") != FORMAT:

@@ -7,7 +7,6 @@ duplicate takes up room on the disk; near-duplicates are not found.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from lr2train.data.corpus import reopen, source_folder, source_store
-from lr2train.data.store import HASH_BYTES, HOLDOUT, PARTIAL, TRAIN, SourceStore, load_array
+from lr2train.data.store import HASH_BYTES, HOLDOUT, TRAIN, SourceStore, load_array
+from lr2train.io import replacing
 
 _EXAMPLES = 5
 NONE, SOURCE, CORPUS = "none", "source", "corpus"
@@ -87,9 +87,5 @@ def _write(folder: Path, path: Path, usable: np.ndarray) -> None:
     if path.exists() and np.array_equal(load_array(path), usable):
         return
     reopen(folder)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         np.save(file, usable)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

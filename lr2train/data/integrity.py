@@ -17,7 +17,7 @@ from typing import NamedTuple
 from lr2train.config import UserError
 from lr2train.data import store
 from lr2train.data.store import HOLDOUT, TRAIN
-from lr2train.io import read_json, sha256_of, write_json
+from lr2train.io import TEMPORARY, is_temporary, read_json, sha256_of, write_json
 
 CHECKSUMS, VERIFIED = "checksums.json", "verified.json"
 _AROUND = ("corpus.json", "segments*", "plan*", "tokenizer/*", "store/*/source.json", "store/*/*.usable.npy")
@@ -31,9 +31,17 @@ class _File(NamedTuple):
 
 def write_checksums(folder: Path) -> None:
     """Note the checksums of everything around the stores: the last thing that ``prepare`` does."""
-    files = sorted({path for pattern in _AROUND for path in folder.glob(pattern) if path.is_file()})
+    around = {path for pattern in _AROUND for path in folder.glob(pattern)}
+    files = sorted(path for path in around if path.is_file() and not is_temporary(path))
     noted = {str(path.relative_to(folder)): [path.stat().st_size, sha256_of(path)] for path in files}
     store.seal(folder / CHECKSUMS, {"files": noted})
+
+
+def sweep(folder: Path) -> None:
+    """Remove the files that were being written when their writers ended, by a kill or on a full disk; for the one who holds the folder's lock."""
+    for place in (folder, folder / "tokenizer", *folder.glob("store/*")):
+        for path in place.glob(f".*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
 
 
 def refuse_damage(folder: Path) -> None:
@@ -81,7 +89,10 @@ def _files_of(prefix: Path) -> list[_File]:
 
 
 def _check_size(file: _File) -> None:
-    found = file.path.stat().st_size if file.path.exists() else None
+    try:
+        found = file.path.stat().st_size if file.path.exists() else None
+    except OSError as error:
+        raise store.unreadable(error, file.path) from None
     if found != file.size:
         raise _damaged(file.path, "is missing" if found is None else f"has {found} bytes where {file.size} were written")
 
@@ -90,12 +101,19 @@ def _compare(folder: Path, files: list[_File]) -> int:
     known = _remembered(folder)
     new = [file for file in files if known.get(_name(folder, file)) != _stamp(file)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for file, sha256 in zip(new, pool.map(sha256_of, (file.path for file in new)), strict=True):
+        for file, sha256 in zip(new, pool.map(_checksum, (file.path for file in new)), strict=True):
             if sha256 != file.sha256:
                 raise _damaged(file.path, "does not have the checksum that it was written with")
     if new:
         _remember(folder, {**known, **{_name(folder, file): _stamp(file) for file in new}})
     return sum(file.size for file in new)
+
+
+def _checksum(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise store.unreadable(error, path) from None
 
 
 def _name(folder: Path, file: _File) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lr2train.config import UserError
 from lr2train.data.packing import COLUMNS, Pieces
+from lr2train.data.store import unreadable
 from lr2train.io import replacing, sha256_of
 
 FORMAT = 1
@@ -39,6 +40,8 @@ def read(path: Path, segment_tokens: int) -> Pieces:
     """
     try:
         table = np.load(path, mmap_mode="r")
+    except PermissionError as error:
+        raise unreadable(error, path) from None
     except (OSError, EOFError, ValueError) as error:
         raise _unusable(path, str(error)) from None
     if table.ndim != 2 or len(table) != len(COLUMNS) or table.dtype != np.int32:

@@ -22,7 +22,7 @@ from lr2train.data.corpus import FORMAT, MANIFEST, reopen, source_store
 from lr2train.data.mixing import budgets
 from lr2train.data.store import seal, sealed
 from lr2train.io import fingerprint as fingerprint_of
-from lr2train.io import write_json
+from lr2train.io import write_json, write_text
 
 __all__ = ["budgets", "ensure_plan"]
 Log = Callable[[str], None]
@@ -83,7 +83,7 @@ def _write(folder: Path, head: dict[str, Any], plan: Plan, report: dict[str, Any
     """The plan, what is said of it, and the manifest last."""
     files = {window: planfile.write(planfile.plan_file(folder, window), pieces) for window, pieces in plan.pieces.items()}
     write_json(folder / PLAN_JSON, report)
-    (folder / PLAN_TEXT).write_text(mixreport.table(report) + "\n")
+    write_text(folder / PLAN_TEXT, mixreport.table(report) + "\n")
     mix = {key: report[key] for key in ("cells", "by_source", "by_bucket", "by_window")}
     seal(folder / MANIFEST, {**head, "windows": report["windows"], "lost_tokens": report["lost_tokens"], "mix": mix, "plan": files})
 

@@ -12,19 +12,31 @@ import os
 import re
 import sys
 import sysconfig
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lr2train.config import SourceConfig, UserError
+from lr2train.data import losses
 from lr2train.data.batch import WINDOWS
-from lr2train.data.formats import HUB, SUFFIXES, Document, File, Shard, Tally, checked, read_files, read_text, shards_of, size_of
+from lr2train.data.finding import Found, Listing, find, reasons_in_words
+from lr2train.data.formats import SUFFIXES, read_files, read_text, shards_of
+from lr2train.data.records import (
+    HUB,
+    Document,
+    File,
+    Shard,
+    Tally,
+    checked,
+    of_record,
+    printable,
+    size_of,
+)  # fmt: skip
 from lr2train.io import fingerprint, read_json
 
-CUSTOM = "custom"
+CUSTOM, FOLDER, HUB_KIND = "custom", "folder", "hub"
 PART = "#"  # in an id, before a part of a document: parts are held out as their whole is
 SHARD_BYTES = 64 << 20
 _DATASETS = "datasets/"
@@ -34,7 +46,7 @@ _DEFINITION = re.compile(r"^(?:[ ]{4})?(?:@[^\n]*\n\s*)*(?:async def|def|class) 
 class Kind(NamedTuple):
     """A kind of source: how its input is listed, and how a shard of it is read."""
 
-    shards: Callable[[SourceConfig, int], list[Shard]]
+    listing: Callable[[SourceConfig, int], Listing]
     read: Callable[[SourceConfig, Shard, Tally], Iterator[Document]]
 
 
@@ -63,47 +75,41 @@ class Limits:
             yield document
 
 
-def read(source: SourceConfig, tally: Tally) -> Iterator[Document]:
+def read(source: SourceConfig, tally: Tally, listed: Iterable[Shard] | None = None) -> Iterator[Document]:
     """Documents of a source in its fixed order, up to its ``max_documents`` and ``max_bytes``; the tally counts along.
+
+    Args:
+        listed: its shards; None lists them.
 
     Raises:
         UserError: unknown kind or option, a path that is not there, or nothing to read.
     """
-    documents = (document for shard in shards(source, SHARD_BYTES) for document in read_shard(source, shard, tally))
+    listed = listing(source, SHARD_BYTES).shards if listed is None else listed
+    documents = (document for shard in listed for document in read_shard(source, shard, tally))
     yield from Limits.of(source).admit(documents, tally)
     if not tally.documents:
-        raise nothing(source, tally.reasons)
+        raise losses.nothing(source, tally.reasons, tally.columns)
 
 
-def shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
+def listing(source: SourceConfig, shard_bytes: int) -> Listing:
     """The parts of a source's input in order, of about ``shard_bytes`` or less where their format can be cut.
 
     Raises:
-        UserError: unknown kind or option, or a path that is not there.
+        UserError: unknown kind or option, a path that is not there, or more than its ``max_broken_share`` cannot be opened.
     """
-    return kind_of(source).shards(source, shard_bytes)
+    made = kind_of(source).listing(source, shard_bytes)
+    losses.refuse_unread(source, made.found)
+    return made
+
+
+def shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
+    """The shards of a ``listing`` alone."""
+    return listing(source, shard_bytes).shards
 
 
 def read_shard(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
     """Documents of a shard in their fixed order, whatever the source's limits; broken records go to the tally."""
     return kind_of(source).read(source, shard, tally)
-
-
-def nothing(source: SourceConfig, reasons: Mapping[str, int]) -> UserError:
-    """What to say of a source without documents.
-
-    Args:
-        reasons: why its records are broken, with their counts.
-    """
-    key = f"data.sources.{source.name}"
-    what = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    broken = f": all its records are broken ({what})" if reasons else ""
-    remedy = (
-        f"set {key}.text_column (now {source.text_column}) to the column that holds the text"
-        if {"missing column", "no text"} & set(reasons)
-        else "point path at text, or raise its limits"
-    )
-    return UserError(f"{key} ({source.kind}, path={source.path}) has no document{broken}; {remedy}")
 
 
 def check(source: SourceConfig) -> None:
@@ -154,16 +160,44 @@ def kind_of(source: SourceConfig) -> Kind:
 
 
 def identity(source: SourceConfig, listed: Sequence[Shard]) -> str:
-    """What decides a source's documents beside its config: files with sizes and times, or the Python version; of a custom class nothing is known."""
-    if source.kind == "stdlib":
-        return sys.version
+    """What decides a source's documents beside its config, as far as one glance tells: names and sizes of files, commits, the Python version.
+
+    Times and places do not count: ``stamps`` has them. Of a custom class nothing is known.
+    """
     files = dict.fromkeys(file for shard in listed for file in shard.files)
-    return fingerprint([[*file, *_stamp(file)] for file in files]) if files else ""
+    values = [[file.place] if file.place.startswith(HUB) else [file.name, size_of(file)] for file in files]
+    return fingerprint([sys.version if source.kind == "stdlib" else "", values]) if files else ""
 
 
-def _stamp(file: File) -> tuple[int, ...]:
-    """Size and time of a local file; a file of the hub has its commit in its place."""
-    return () if file.place.startswith(HUB) else (size_of(file), Path(file.place).stat().st_mtime_ns)
+def stamps(listed: Iterable[Shard]) -> list[str]:
+    """By which the local files of each shard are known again without reading them: places, sizes and times."""
+    real: dict[str, str] = {}  # of folders, which hold many files
+
+    def stamp(place: str) -> list[Any]:
+        folder, name = os.path.split(place)
+        if folder not in real:
+            real[folder] = os.path.realpath(folder)
+        about = os.stat(place)
+        return [real[folder], name, about.st_size, about.st_mtime_ns]
+
+    return [fingerprint([stamp(file.place) for file in shard.files if not file.place.startswith(HUB)]) for shard in listed]
+
+
+def shape(shard: Shard) -> list[Any]:
+    """Which part of a source's input a shard is, wherever that lies."""
+    files = [file.place if file.place.startswith(HUB) else file.name for file in shard.files]
+    return [files, shard.start, shard.stop]
+
+
+def settled(source: SourceConfig) -> SourceConfig:
+    """A source whose path says the same in every folder."""
+    local = source.path is not None and is_local(source)
+    return replace(source, path=os.path.abspath(source.path or "")) if local else source
+
+
+def is_local(source: SourceConfig) -> bool:
+    """Whether its path leads to files of this machine."""
+    return source.kind == FOLDER or (source.kind == HUB_KIND and source.path is not None and os.path.lexists(source.path))
 
 
 def take_options(source: SourceConfig, **defaults: Any) -> dict[str, Any]:
@@ -182,9 +216,12 @@ def take_options(source: SourceConfig, **defaults: Any) -> dict[str, Any]:
     return {**defaults, **source.options}
 
 
-def _stdlib_shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
-    options = _stdlib_options(source)
-    return shards_of([File(name, str(path)) for path, name in _modules(Path(sysconfig.get_path("stdlib")), options["tests"])], shard_bytes)
+def _stdlib_listing(source: SourceConfig, shard_bytes: int) -> Listing:
+    """The .py files of the library, those of a folder before those of its folders; installed packages are not the library's."""
+    skipped = {"site-packages", "dist-packages", "__pycache__"} | (set() if _stdlib_options(source)["tests"] else {"test", "tests"})
+    found = find(Path(sysconfig.get_path("stdlib")), lambda place: place.endswith(".py"), skipped)
+    files = sorted(found.files, key=lambda file: [(1, folder) for folder in file.name.split("/")[:-1]] + [(0, file.name)])
+    return Listing(shards_of(files, shard_bytes), replace(found, others={}))
 
 
 def _stdlib_options(source: SourceConfig) -> dict[str, Any]:
@@ -208,17 +245,6 @@ def _read_stdlib(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[D
         yield from modules if whole else (part for module in modules for part in _definitions(module))
 
 
-def _modules(root: Path, tests: bool) -> Iterator[tuple[Path, str]]:
-    """The .py files under a folder with their relative names, sorted; installed packages are not the library's."""
-    skipped = {"site-packages", "dist-packages", "__pycache__"} | (set() if tests else {"test", "tests"})
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(set(folders) - skipped)
-        for name in sorted(files):
-            if name.endswith(".py"):
-                path = Path(folder, name)
-                yield path, path.relative_to(root).as_posix()
-
-
 def _definitions(module: Document) -> Iterator[Document]:
     """A module cut where a function, method or class begins, its decorators included."""
     starts = [match.start() for match in _DEFINITION.finditer(module.text)]
@@ -228,50 +254,37 @@ def _definitions(module: Document) -> Iterator[Document]:
         yield Document(f"{module.id}{PART}{number}", text, text.encode())
 
 
-def _folder_shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
+def _folder_listing(source: SourceConfig, shard_bytes: int) -> Listing:
+    """Every .txt (one document), .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow (one a record) under a folder, sorted; or one such file.
+
+    Raises:
+        UserError: there is nothing that we read.
+    """
     take_options(source)
-    return shards_of(_files(source), shard_bytes)
+    key, kinds = f"data.sources.{source.name}.path={source.path}", ", ".join(SUFFIXES)
+    path = Path(source.path or "")
+    try:
+        if source.path is None:
+            raise FileNotFoundError
+        path.stat()
+    except PermissionError:
+        raise UserError(f"{key} lies in a folder that may not be opened by this user; make it readable") from None
+    except OSError:
+        raise UserError(f"{key} does not exist; set it to a folder or a file ({kinds})") from None
+    found = find(path, _is_read)
+    if not any(_is_read(file.place) for file in found.files[:1]):
+        unread = found.about_unread()
+        closed = f" ({reasons_in_words(unread['reasons'], unread['examples'])})" if found.unread else ""
+        raise UserError(f"{key} holds no file that we read{closed}; it needs {kinds}")
+    return Listing(shards_of(found.files, shard_bytes), found)
 
 
 def _read_folder(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
-    """Every .txt (one document), .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow (one a record) under a folder, sorted; or one such file."""
     return read_files(shard, source.text_column, source.max_document_bytes, tally)
 
 
-def _files(source: SourceConfig) -> list[File]:
-    path = Path(source.path or "")
-    if source.path is None or not path.exists():
-        raise UserError(
-            f"data.sources.{source.name}.path={source.path} does not exist; set it to a folder or a file ({', '.join(SUFFIXES)})"
-        )
-    files = [file for file in _found(path) if _is_read(file)]
-    if not files:
-        raise UserError(f"data.sources.{source.name}.path={source.path} holds no file that we read; it needs {', '.join(SUFFIXES)}")
-    return [File(file.name if path.is_file() else file.relative_to(path).as_posix(), str(file)) for file in files]
-
-
-def passed_over(source: SourceConfig) -> dict[str, int]:
-    """Files of a folder that are not read, counted by the end of their names; none of a source of another kind."""
-    if source.kind != "folder" or source.path is None:
-        return {}
-    ends = Counter(file.suffix or file.name for file in _found(Path(source.path)) if not _is_read(file))
-    return dict(ends.most_common())
-
-
-def _found(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(_below(path))
-
-
-def _is_read(file: Path) -> bool:
-    return file.name.endswith(SUFFIXES) and _of_the_data_set(file)
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """Files below a folder, those behind links too; a link to a folder that it lies in is passed over."""
-    for here, folders, files in os.walk(folder, followlinks=True):
-        real = Path(here).resolve()
-        folders[:] = [name for name in folders if not real.is_relative_to(Path(here, name).resolve())]
-        yield from (file for name in files if (file := Path(here, name)).is_file())
+def _is_read(place: str) -> bool:
+    return place.endswith(SUFFIXES) and _of_the_data_set(Path(place))
 
 
 def _of_the_data_set(file: Path) -> bool:
@@ -286,8 +299,10 @@ def _hub_options(source: SourceConfig) -> dict[str, Any]:
     return take_options(source, allow_download=False, config=None, split="train", revision=None, streaming=False)
 
 
-def _hub_shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
+def _hub_listing(source: SourceConfig, shard_bytes: int) -> Listing:
     """The files of a data set's splits; a set whose files we do not read ourselves is one shard for `datasets`.
+
+    `datasets` leaves out in silence what it may not open of a local copy, so we look through that ourselves.
 
     Raises:
         UserError: it would be downloaded without leave, or cannot be read.
@@ -303,9 +318,10 @@ def _hub_shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
     if any(Path(source.path).glob("*.txt")):  # `datasets` would make a document of every line
         raise UserError(f"data.sources.{source.name}.path={source.path} holds text files; set kind=folder, which reads one document a file")
     files = _hub_files(source, options)
+    found = replace(find(Path(source.path), _is_read), others={}, again=[]) if Path(source.path).is_dir() else Found()
     if files and all(file.name.endswith(SUFFIXES) for file in files):
-        return shards_of(files, shard_bytes)
-    return [Shard("+".join(_splits(options)), tuple(files))]
+        return Listing(shards_of(files, shard_bytes), found)
+    return Listing([Shard("+".join(_splits(options)), tuple(files))], found)
 
 
 def _splits(options: dict[str, Any]) -> list[str]:
@@ -362,11 +378,7 @@ def _read_hub(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Docu
         return
     for split in _splits(options):
         for number, record in enumerate(_hub_rows(source, split, options)):
-            id = f"{split}:{number}"
-            if source.text_column in record:
-                yield from checked(id, record[source.text_column], source.max_document_bytes, tally)
-            else:
-                tally.reject("missing column", id, record)
+            yield from of_record(f"{split}:{number}", record, source.text_column, source.max_document_bytes, tally)
 
 
 def _downloaded(source: SourceConfig, file: File) -> File:
@@ -388,8 +400,8 @@ def _hub_rows(source: SourceConfig, split: str, options: dict[str, Any]) -> Iter
         yield from load_dataset(source.path or "", name=options["config"], split=split, revision=options["revision"], streaming=True)  # type: ignore[misc]
 
 
-def _one_shard(source: SourceConfig, shard_bytes: int) -> list[Shard]:
-    return [Shard(source.name, ())]
+def _one_shard(source: SourceConfig, shard_bytes: int) -> Listing:
+    return Listing([Shard(source.name, ())], Found())
 
 
 def _read_custom(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
@@ -404,7 +416,7 @@ def _read_custom(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[D
         ) from error
     for number, pair in enumerate(pairs):
         id, text = pair if isinstance(pair, tuple) and len(pair) == 2 else (f"{source.target}:{number}", None)
-        yield from checked(str(id), text, source.max_document_bytes, tally)
+        yield from checked(printable(str(id)), text, source.max_document_bytes, tally)
 
 
 def _target(source: SourceConfig) -> Callable[..., Iterable[Any]]:
@@ -419,8 +431,8 @@ def _target(source: SourceConfig) -> Callable[..., Iterable[Any]]:
 
 
 KINDS: dict[str, Kind] = {
-    "stdlib": Kind(_stdlib_shards, _read_stdlib),
-    "folder": Kind(_folder_shards, _read_folder),
-    "hub": Kind(_hub_shards, _read_hub),
+    "stdlib": Kind(_stdlib_listing, _read_stdlib),
+    FOLDER: Kind(_folder_listing, _read_folder),
+    HUB_KIND: Kind(_hub_listing, _read_hub),
     CUSTOM: Kind(_one_shard, _read_custom),
 }

@@ -15,6 +15,7 @@ where it came from, as a JSON string.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -23,7 +24,7 @@ import resource
 import struct
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -32,7 +33,7 @@ import numpy as np
 
 from lr2train.config import UserError
 from lr2train.io import fingerprint as fingerprint_of
-from lr2train.io import read_json, sha256_of, write_json
+from lr2train.io import read_json, sha256_of, sync_file, sync_folder, temporary_of, write_json
 
 T = TypeVar("T")
 
@@ -40,7 +41,6 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 TRAIN, HOLDOUT = "train", "holdout"
 HASH_BYTES = 16
-PARTIAL = ".partial"  # ends the name of a file that is being written
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
@@ -66,10 +66,20 @@ class StoreWriter:
         prefix: path without suffix.
         vocab_size: decides the dtype; every id must lie below it.
         about: JSON values for the manifest, ``fingerprint`` among them.
+        sealed: False leaves it to the caller to flush ``files`` to the disk and then write ``manifest``; until then the store is none.
+
+    Attributes:
+        manifest: JSON values, once the store is written.
+        files: that the manifest speaks for.
+
+    Raises:
+        OSError: a file cannot be written; ``filename`` says which.
     """
 
-    def __init__(self, prefix: Path, vocab_size: int, about: dict[str, Any]) -> None:
-        self._prefix, self._about, self._vocab_size = prefix, about, vocab_size
+    def __init__(self, prefix: Path, vocab_size: int, about: dict[str, Any], sealed: bool = True) -> None:
+        self._prefix, self._about, self._vocab_size, self._sealed = prefix, about, vocab_size, sealed
+        self.manifest: dict[str, Any] = {}
+        self.files: list[Path] = []
         self._dtype = token_dtype(vocab_size)
         self._lengths, self._tokens, self._targets = array("i"), 0, array("q")
         self._hashes, self._origins = bytearray(), list[str]()
@@ -125,12 +135,23 @@ class StoreWriter:
             ".origins.txt": lambda file: file.write("".join(f"{json.dumps(origin)}\n" for origin in self._origins).encode()),
         }
         written = [self._file]
-        for suffix, write in sidecars.items():
-            written.append(_Checked(self._prefix, suffix))
-            write(written[-1])
-        files = {one.suffix: one.finish() for one in written}
+        try:
+            for suffix, write in sidecars.items():
+                written.append(_Checked(self._prefix, suffix))
+                write(written[-1])
+            files = {one.suffix: one.finish() for one in written}
+        except BaseException:
+            for one in written:
+                one.abandon()
+            raise
         counts = {"documents": len(lengths), "tokens": self._tokens, "targets": len(self._targets), "dtype": self._dtype.name}
-        seal(suffixed(self._prefix, ".json"), {**self._about, **counts, "files": files})
+        self.manifest = {**self._about, **counts, "files": files}
+        self.files = [suffixed(self._prefix, suffix) for suffix in files]
+        if self._sealed:
+            for file in self.files:
+                sync_file(file)
+            sync_folder(self._prefix.parent)
+            seal(suffixed(self._prefix, ".json"), self.manifest)
 
     def _write_index(self, file: _Checked, lengths: np.ndarray) -> None:
         n = len(lengths)
@@ -146,27 +167,39 @@ class _Checked:
     def __init__(self, prefix: Path, suffix: str) -> None:
         self.suffix = suffix
         self._path = suffixed(prefix, suffix)
-        # Of this process alone: one that a killed job has left behind may still write its own.
-        self._temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}{PARTIAL}")
-        self._file: IO[bytes] = self._temporary.open("wb", buffering=_WRITE_BYTES)
+        self._temporary = temporary_of(self._path)
+        with naming(self._path):
+            self._file: IO[bytes] = self._temporary.open("wb", buffering=_WRITE_BYTES)
         self._digest, self._bytes = hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
         self._digest.update(data)
         self._bytes += len(data)
-        return self._file.write(data)
+        with naming(self._path):
+            return self._file.write(data)
 
     def finish(self) -> dict[str, Any]:
-        """Make it appear; returns its size and checksum."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, self._path)
+        """Make it appear; returns its size and checksum. The disk need not hold it yet."""
+        with naming(self._path):
+            self._file.close()
+            os.replace(self._temporary, self._path)
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def abandon(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what is left in its buffer finds no room either
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """The system's errors about writing into an open file do not say which; here they do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def _with_files(open_it: Callable[[], T]) -> T:
@@ -209,6 +242,8 @@ class Store(Sequence[np.ndarray]):
             self.flat = self._flat()
         except FileNotFoundError as error:
             raise self._broken(f"{error.filename} is missing") from None
+        except OSError as error:
+            raise unreadable(error, index) from None
 
     def _header(self, raw: np.ndarray) -> tuple[np.dtype, int]:
         magic, version, code, n, n_index = _HEADER.unpack(raw[: _HEADER.size].tobytes())
@@ -422,8 +457,13 @@ def check_sizes(prefix: Path, manifest: dict[str, Any]) -> None:
 
 def seal(path: Path, values: dict[str, Any]) -> None:
     """Write JSON values with their own checksum, whole or not at all."""
+    write_json(path, with_seal(values))
+
+
+def with_seal(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON values and their own checksum."""
     plain = json.loads(json.dumps(values))
-    write_json(path, {**plain, "seal": fingerprint_of(plain)})
+    return {**plain, "seal": fingerprint_of(plain)}
 
 
 def sealed(path: Path) -> dict[str, Any]:
@@ -447,8 +487,15 @@ def load_array(path: Path, mapped: bool = False) -> np.ndarray:
     """
     try:
         return _with_files(lambda: np.load(path, mmap_mode="r" if mapped else None))
+    except PermissionError as error:
+        raise unreadable(error, path) from None
     except (OSError, ValueError, EOFError) as error:
         raise broken(path.with_name(path.name.partition(".")[0]), f"{path.name} cannot be read ({error})") from None
+
+
+def unreadable(error: OSError, path: Path) -> UserError:
+    """What to say of a file that is there and that the system does not give."""
+    return UserError(f"{error.filename or path} cannot be read ({error.strerror}); make it and the folders that it lies in readable")
 
 
 def broken(prefix: Path, why: str) -> UserError:

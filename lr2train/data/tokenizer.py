@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from lr2train.config import UserError
-from lr2train.io import write_json
+from lr2train.io import replacing, write_json
 
 BOS, EOS = "<s>", "</s>"
+_LONGEST_WORD = 512  # bytes; longer are runs without a border between words, of which the parts tell as much
+_PIECE = 1 << 16  # characters of a text that training takes at a time
+_BORDER = re.compile(r"(?<=[!-~])(?=[ \n])")
 _CONFIG = "tokenizer_config.json"
 DIGIT_PAIRS = tuple(f"{number:02d}" for number in range(100))
 SMALLEST_VOCABULARY = 2 + 256 + len(DIGIT_PAIRS)  # specials, bytes, pairs
@@ -109,7 +113,8 @@ class Tokenizer:
         if self._folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(file for pattern in FILES for file in self._folder.glob(pattern)):
-                shutil.copyfile(file, folder / file.name)
+                with replacing(folder / file.name) as copy:
+                    copy.write(file.read_bytes())
             return
         named = {"bos_token": self._name(self.bos), "eos_token": self._name(self.eos), "pad_token": self._name(self.eos)}
         write_json(folder / _CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named})
@@ -121,6 +126,8 @@ class Tokenizer:
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE in which every string 00 … 99 is one token.
+
+    Words of more than ``_LONGEST_WORD`` characters are learned from in parts: the time of training grows with the square of a word's length.
 
     Args:
         texts: what to learn merges from.
@@ -135,13 +142,14 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"{SMALLEST_VOCABULARY} or more"
         )
     core = tokenizers.Tokenizer(models.BPE())
-    core.pre_tokenizer = _groups_of_digits(1)  # so that training merges no digits, and has the rest of the vocabulary for itself
+    # One digit a word: then training merges none, and has the rest of the vocabulary for itself.
+    core.pre_tokenizer = pre_tokenizers.Sequence([_groups_of_digits(1), pre_tokenizers.FixedLength(_LONGEST_WORD)])
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(DIGIT_PAIRS), special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
-    core.train_from_iterator(texts, trainer)
+    core.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     core = _with_digit_pairs(core)
     # Other people's runtimes put BOS before a prompt because the tokenizer says so; our own code asks for none and adds its borders itself.
     bos, eos = core.token_to_id(BOS), core.token_to_id(EOS)
@@ -149,6 +157,18 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     assert eos is not None
     core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos)])
     return Tokenizer(core, bos, eos)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text cut where no word, as the pre-tokenizer has them, stands: before the white space that follows a visible character."""
+    start = 0
+    while len(text) - start > _PIECE:
+        border = _BORDER.search(text, start + _PIECE)
+        if border is None:
+            break
+        yield text[start : border.start()]
+        start = border.start()
+    yield text[start:]
 
 
 def _with_digit_pairs(core: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -176,6 +196,8 @@ def load(path: str) -> Tokenizer:
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(f"data.tokenizer={path} has no tokenizer.json; set data.tokenizer to a folder or a file with a fast tokenizer")
+    if not os.access(file, os.R_OK):
+        raise UserError(f"data.tokenizer={file} may not be opened by this user; make it readable")
     try:
         core = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception

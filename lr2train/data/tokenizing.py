@@ -21,23 +21,31 @@ from lr2train.data import buckets, encoding, sources, store
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.corpus import store_prefix
 from lr2train.data.decontaminate import Contamination
-from lr2train.data.formats import Document, Shard, Tally
+from lr2train.data.records import Document, Shard, Tally
 from lr2train.data.sources import Limits
 from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.data.workers import Report
 
 _GROUP_BYTES = 1 << 21  # of text encoded at one time
 _EXAMPLES = 3  # of contaminated documents that a shard keeps
+_REPORT_EVERY = 1000  # documents
 
 
 class Task(NamedTuple):
-    """One shard to do, under what is left of its source's limits."""
+    """One shard to do, under what is left of its source's limits.
+
+    Attributes:
+        stamp: of its files when they were listed (``sources.stamps``).
+        made_before: its manifest, where the only question is whether its documents are still those that were tokenised.
+    """
 
     source: SourceConfig
     shard: Shard
     number: int
     fingerprint: str
     limits: Limits
+    stamp: str = ""
+    made_before: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,12 @@ class ShardMaker:
         self._contamination = Contamination(setup.decontaminate) if setup.decontaminate.files else None
 
     def __call__(self, task: Task, report: Report) -> dict[str, Any]:
-        """The shard's manifest, once its stores are there."""
+        """The shard's manifest with the held-out store's under ``holdout``, once their files are there; the manifests are to be written.
+
+        Of a shard that was made before, ``{"same": …}``.
+        """
+        if task.made_before is not None:
+            return {"same": contents(task, task.made_before, report) == task.made_before["contents"]}
         try:
             return self._make(task, report, "")
         except encoding.Disagreement as reason:
@@ -90,17 +103,16 @@ class ShardMaker:
         self._encoder.begin_shard()
         work = _Reading(task, report)
         about = {"source": task.source.name, "shard": task.shard.name, "fingerprint": task.fingerprint, "limits": asdict(task.limits)}
+        about["stamp"] = task.stamp
         vocab_size = self._tokenizer.vocab_size
         prefixes = [store_prefix(self._setup.folder, task.source.name, split, task.number) for split in (TRAIN, HOLDOUT)]
-        train, held = (store.StoreWriter(prefix, vocab_size, about) for prefix in prefixes)
-        with train, held:  # the training documents' store is finished last, so it stands for both
+        train, held = (store.StoreWriter(prefix, vocab_size, about, sealed=False) for prefix in prefixes)
+        with train, held:
             for document, tokens in self._tokenised(work):
                 writer = held if is_held_out(document.id, self._setup.holdout) else train
                 writer.add(tokens, hash=store.text_hash(document.data), origin=document.id)
             about.update(work.about(), fallback=fallback)
-        made = finished(self._setup.folder, task)
-        assert made is not None
-        return made
+        return {**train.manifest, "holdout": held.manifest}
 
     def _tokenised(self, work: _Reading) -> Iterator[tuple[Document, np.ndarray]]:
         """Documents of the source's windows until its tokens are reached, BOS and EOS included."""
@@ -133,9 +145,18 @@ class _Reading:
         self.task, self.report = task, report
         self.tally, self.tokens = Tally(), 0
         self._contaminated, self._examples = 0, list[dict[str, str]]()
+        self._digest = hashlib.blake2b(digest_size=16)
 
     def documents(self) -> Iterator[Document]:
-        return self.task.limits.admit(sources.read_shard(self.task.source, self.task.shard, self.tally), self.tally)
+        for document in self.task.limits.admit(sources.read_shard(self.task.source, self.task.shard, self.tally), self.tally):
+            self._digest.update(f"{len(document.data)} {document.id}\n".encode())
+            self._digest.update(document.data)
+            yield document
+
+    @property
+    def contents(self) -> str:
+        """Stands for the names and the texts of the documents so far, all that a shard's tokens come from."""
+        return self._digest.hexdigest()
 
     def contaminated(self, document: Document, found: str) -> None:
         self._contaminated += 1
@@ -145,8 +166,18 @@ class _Reading:
     def about(self) -> dict[str, Any]:
         counted = {"read_documents": self.tally.documents, "text_bytes": self.tally.text_bytes, "read_tokens": self.tokens}
         broken = {"reasons": dict(self.tally.reasons), "rejects": self.tally.rejects, "limited": self.tally.limited}
-        broken["broken_off_bytes"] = self.tally.broken_off_bytes
-        return {**counted, **broken, "contaminated": self._contaminated, "contaminated_examples": self._examples}
+        broken |= {key: getattr(self.tally, key) for key in ("input_bytes", "lost_bytes", "lost_files", "columns")}
+        return {**counted, **broken, "contents": self.contents, "contaminated": self._contaminated, "contaminated_examples": self._examples}
+
+
+def contents(task: Task, made: dict[str, Any], report: Report) -> str:
+    """The ``contents`` of a shard's documents, read anew as far as they were read before and not tokenised."""
+    limits = Limits(documents=made["read_documents"]) if made["limited"] else Limits()
+    reading = _Reading(task._replace(limits=limits), report)
+    for number, _ in enumerate(reading.documents()):
+        if number % _REPORT_EVERY == 0:
+            report(reading.tally.text_bytes)
+    return reading.contents
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:

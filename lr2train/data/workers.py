@@ -35,10 +35,11 @@ class Workers(Generic[Task]):
         make: called once in each process, gives what does a task; it must be importable or a picklable object.
         count: processes; 1 works in this process.
         name: of a task, for messages.
+        alone: whether a task has the machine to itself, and may use all its cores.
     """
 
-    def __init__(self, make: Callable[[], Work], count: int, name: Callable[[Task], str] = str) -> None:
-        self._make, self._count, self._name = make, count, name
+    def __init__(self, make: Callable[[], Work], count: int, name: Callable[[Task], str] = str, alone: bool = False) -> None:
+        self._make, self._count, self._name, self._alone = make, count, name, alone
         self._idle: list[_Worker] = []
         self._busy: dict[_Worker, Task] = {}
         self._work: Work | None = None  # of this process
@@ -71,7 +72,7 @@ class Workers(Generic[Task]):
     def _run_apart(self, draw: Callable[[], Task | None], report: Callable[[Task, float], None]) -> Iterator[tuple[Task, Any]]:
         while True:
             while len(self._busy) < self._count and (task := draw()) is not None:
-                worker = self._idle.pop() if self._idle else _Worker(self._make)
+                worker = self._idle.pop() if self._idle else _Worker(self._make, self._alone)
                 self._busy[worker] = task
                 worker.give(task)
             if not self._busy:
@@ -104,9 +105,9 @@ _DONE, _PROGRESS, _ERROR = "done", "progress", "error"
 class _Worker:
     """One process and our end of its pipe."""
 
-    def __init__(self, make: Callable[[], Work]) -> None:
+    def __init__(self, make: Callable[[], Work], alone: bool) -> None:
         self.pipe, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_serve, args=(make, theirs), daemon=True)
+        self._process = _CONTEXT.Process(target=_serve, args=(make, theirs, alone), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -133,11 +134,12 @@ def _readable(workers: list[_Worker]) -> list[_Worker]:
     return [worker for worker in workers if worker.pipe in ready]
 
 
-def _serve(make: Callable[[], Work], pipe: connection.Connection) -> None:
+def _serve(make: Callable[[], Work], pipe: connection.Connection, alone: bool) -> None:
     """The life of a worker: interrupts are for the parent, who ends us; without a parent there is nothing to work for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is what we are
+    if not alone:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is what we are
     with contextlib.suppress(EOFError, BrokenPipeError):
         try:
             work = make()

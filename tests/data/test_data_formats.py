@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
+import tracemalloc
 
 import pyarrow as pa
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from lr2train.config import SourceConfig, UserError
+from lr2train.data import formats, tables
 from lr2train.data.formats import File, Tally, read_files, shards_of
 from lr2train.data.sources import read, shards
 
@@ -194,5 +197,142 @@ def test_a_file_that_is_gone_ends_the_job_instead_of_counting_as_one_record(tmp_
 
 def test_a_source_that_is_broken_throughout_says_why(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "text"}\n' * 3)
-    with pytest.raises(UserError, match=r"records are broken \(3 missing column\); set data\.sources\.web\.text_column \(now text\) to"):
+    with pytest.raises(
+        UserError, match=r"records are broken \(3 missing column; a\.jsonl@0 has content\); set .*\.text_column \(now text\) to content"
+    ):
         all_of(tmp_path)
+
+
+ROWS = [
+    {"meta": {"text": "one"}, "id": "a"},
+    {"meta": None, "id": "b"},
+    {"meta": {"text": None}, "id": "c"},
+    {"meta": {"text": "four"}, "id": "d"},
+]
+DEEP = [{"a": {"b": {"c": "deep"}}, "d": 1}]
+LITERAL = [{"meta.text": "with a dot in its name", "meta": {"text": "inside"}}]
+
+
+def as_jsonl(rows: list[dict], folder) -> None:
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def as_parquet(rows: list[dict], folder) -> None:
+    parquet.write_table(pa.Table.from_pylist(rows), folder / "a.parquet")
+
+
+def as_arrow(rows: list[dict], folder) -> None:
+    table = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(folder / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+in_every_format = pytest.mark.parametrize("write", [as_jsonl, as_parquet, as_arrow])
+
+
+@in_every_format
+def test_dots_lead_into_records(tmp_path, write):
+    write(ROWS, tmp_path)
+    found, tally = all_of(tmp_path, text_column="meta.text")
+    assert list(found.values()) == ["one", "four"]
+    assert tally.broken == 2
+    for rows, column, text in ((DEEP, "a.b.c", "deep"), (LITERAL, "meta.text", "with a dot in its name")):
+        write(rows, tmp_path)
+        assert list(all_of(tmp_path, text_column=column)[0].values()) == [text]
+
+
+@in_every_format
+@pytest.mark.parametrize(
+    ("rows", "asked", "has", "meant"),
+    [
+        (ROWS, "text", "meta.text, id", "meta.text"),
+        (ROWS, "meta", "meta.text, id", "meta.text"),
+        (ROWS, "meta.txt", "meta.text, id", "meta.text"),
+        (DEEP, "a.b", "a.b.c", "a.b.c"),
+        ([{"content": "long enough to be it", "lang": "en"}], "text", "content, lang", "content"),
+        ([{"texts": "x", "body": "longer"}], "text", "texts, body", "texts"),
+    ],
+)
+def test_a_missing_column_is_answered_with_those_that_are_there(tmp_path, write, rows, asked, has, meant):
+    write(rows, tmp_path)
+    with pytest.raises(UserError, match=rf"missing column.*; a\.\w+(@0)? has {has}\); set .*\.text_column \(now {asked}\) to {meant}$"):
+        all_of(tmp_path, text_column=asked)
+    assert all_of(tmp_path, text_column=meant)[0], "the remedy leads on"
+
+
+@pytest.mark.parametrize("write", [as_parquet, as_arrow])
+def test_a_table_without_the_column_counts_with_all_its_rows_and_bytes(tmp_path, write):
+    write([{"body": "x" * 100, "n": 1}] * 50, tmp_path)
+    (tmp_path / "b.txt").write_text("text")
+    _, tally = all_of(tmp_path)
+    assert dict(tally.reasons) == {"missing column": 50}
+    assert len(tally.rejects) == 1
+    if write is as_arrow:  # parquet keeps equal strings once
+        assert tally.lost_bytes >= 50 * 100
+
+
+def test_every_broken_record_counts_with_its_bytes(tmp_path):
+    lines = [b'{"text": "good"}', b"{", b'{"body": "other"}', b'{"text": "\xff"}', b'{"text": 5}', b'{"text": null}', b'{"text": " "}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (tmp_path / "b.txt").write_bytes(b"\xff" * 30)
+    _, tally = all_of(tmp_path)
+    broken = sum(len(line) + 1 for line in lines[1:5])
+    assert tally.lost_bytes == broken + 30, "null and white space are no text that is lost"
+    assert tally.input_bytes == broken + 30 + len(lines[0]) + 1
+
+
+def test_a_line_that_cannot_be_held_counts_with_its_bytes_and_takes_no_memory(tmp_path):
+    class Long(io.RawIOBase):
+        """A line of 300 MB that is nowhere."""
+
+        left = 300 << 20
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer) -> int:
+            size = min(len(buffer), self.left)
+            self.left -= size
+            buffer[:size] = b"x" * size
+            return size
+
+    tracemalloc.start()
+    size, line = formats._line(io.BufferedReader(Long()), 8 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (size, line) == (300 << 20, None)
+    assert peak < 32 << 20
+
+
+def test_wide_rows_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("lr2train.data.tables._ROWS_BYTES", 10_000)
+    rows = [f"{number:04d}" * 1000 for number in range(20)]
+    parquet.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", use_dictionary=False)
+    at_a_time = []
+    values = tables._values
+    monkeypatch.setattr("lr2train.data.tables._values", lambda batch, column: at_a_time.append(batch.num_rows) or values(batch, column))
+    assert [text for _, text in documents(tmp_path / "a.parquet", LIMIT)] == rows
+    assert max(at_a_time) <= 3
+
+
+def compressed(lines: int) -> bytes:
+    rng = random.Random(0)
+    return gzip.compress(b"".join(json.dumps({"text": "0 " * 40 + str(rng.random())}).encode() + b"\n" for _ in range(lines)))
+
+
+def test_a_cut_file_counts_as_if_half_of_its_text_were_gone(tmp_path):
+    whole = compressed(4000)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    found, tally = all_of(tmp_path)
+    assert tally.lost_files == ["a.jsonl.gz"]
+    assert tally.lost_bytes == pytest.approx(tally.input_bytes / 2, rel=0.05)
+    assert tally.lost_bytes > 3 * len(whole) // 2, "of text, not of the compressed file"
+    assert len(found) > 1500
+
+
+def test_a_file_with_a_bad_place_counts_with_its_rest(tmp_path):
+    member = compressed(12_000)
+    (tmp_path / "a.jsonl.gz").write_bytes(member + b"no gzip" * (4 * len(member) // 7))
+    found, tally = all_of(tmp_path)
+    assert len(found) == 12_000
+    assert tally.lost_bytes == pytest.approx(4 * len(gzip.decompress(member)), rel=0.1)

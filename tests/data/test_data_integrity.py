@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 
 from lr2train.config import Config, SourceConfig, UserError
 from lr2train.data.corpus import Corpus
+from lr2train.data.integrity import write_checksums
+from lr2train.data.store import StoreWriter, sealed
+from lr2train.inspect import inspect
 from lr2train.prepare import prepare
 
 STORE = "store/web/train-00000"
@@ -131,3 +135,75 @@ def test_the_sentence_says_what_to_remove(whole, tmp_path, name):
     assert before == {
         str(file.relative_to(corpus)): file.read_bytes() for file in corpus.rglob("*") if file.name.endswith((".bin", ".idx", ".npy"))
     }
+
+
+def test_what_a_full_disk_left_is_no_part_of_the_corpus_and_is_removed(whole, tmp_path):
+    for part in ("texts", "corpus"):
+        shutil.copytree(whole / part, tmp_path / part, copy_function=shutil.copy2)
+    corpus = tmp_path / "corpus"
+    left = [corpus / "tokenizer" / ".tokenizer.json.123.tmp", corpus / "store" / "web" / ".train-00001.bin.123.tmp"]
+    left += [corpus / ".plan.txt.123.tmp", corpus / "store" / "web" / ".train.usable.npy.123.tmp"]
+    for path in left:
+        path.write_text("{")
+    Corpus.open(corpus).verify()
+    write_checksums(corpus)
+    assert not [name for name in sealed(corpus / "checksums.json")["files"] if name.endswith(".tmp")]
+    made = config(whole)
+    made.runs_folder = str(tmp_path)
+    prepare(made)
+    assert not any(path.exists() for path in left)
+    Corpus.open(corpus).verify()
+
+
+def denied(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    "where", ["numpy.fromfile", "numpy.load", "lr2train.data.integrity.sha256_of", "pathlib.Path.is_file", "pathlib.Path.stat"]
+)
+def test_a_file_that_may_not_be_opened_is_no_damage(whole, tmp_path, monkeypatch, where):
+    """The remedy is not to remove it."""
+    corpus = Corpus.open(copied(whole, tmp_path))
+    (corpus.folder / "verified.json").unlink(missing_ok=True)
+
+    def look() -> None:
+        opened = Corpus.open(corpus.folder)
+        opened.verify()
+        opened.pieces("long")
+        opened.stores()[0].lengths.sum()
+        opened.stores()[0].shards[0].flat[:1].sum()
+
+    look()
+    (corpus.folder / "verified.json").unlink(missing_ok=True)
+    monkeypatch.setattr(where, denied)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); make it") as refused:
+        look()
+    monkeypatch.undo()
+    assert "remove" not in str(refused.value)
+    assert str(corpus.folder) in str(refused.value)
+
+
+def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left_of_it(tmp_path, monkeypatch):
+    def write() -> None:
+        with StoreWriter(tmp_path / "train-00000", 400, {"fingerprint": "f"}) as writer:
+            writer.add([1, 2, 3])
+            monkeypatch.setattr("os.replace", full)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device") as refused:
+        write()
+    monkeypatch.undo()
+    assert (refused.value.errno, refused.value.filename) == (errno.ENOSPC, str(tmp_path / "train-00000.bin"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_finds_damage(whole, tmp_path):
+    corpus = copied(whole, tmp_path)
+    flipped(corpus / f"{STORE}.bin")
+    looking = Config(name="any")
+    looking.data.path = str(corpus)
+    with pytest.raises(UserError, match=r"damaged: .*train-00000\.bin"):
+        inspect(looking)

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from lr2train.config import SourceConfig, UserError
 from lr2train.data.formats import Tally
-from lr2train.data.sources import check, identity, passed_over, read, shards
+from lr2train.data.sources import check, identity, listing, read, shards
 
 
 def source(path, **values) -> SourceConfig:
@@ -68,9 +68,12 @@ def test_files_of_other_kinds_are_counted(tmp_path):
     for name in ("a.txt", "b.csv", "deep/c.csv", "LICENSE"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
-    assert passed_over(source(tmp_path)) == {".csv": 2, "LICENSE": 1}
-    assert passed_over(source(tmp_path / "a.txt")) == {}
-    assert passed_over(SourceConfig(name="modules", kind="stdlib")) == {}
+    found = listing(source(tmp_path), 1).found
+    assert found.about_others() == {
+        "files": 3, "bytes": 12, "kinds": {".csv": {"files": 2, "bytes": 8}, "LICENSE": {"files": 1, "bytes": 4}}, "links": 0,
+    }  # fmt: skip
+    assert not listing(source(tmp_path / "a.txt"), 1).found.others
+    assert not listing(SourceConfig(name="modules", kind="stdlib"), 1 << 26).found.others
 
 
 def test_limits_are_never_exceeded(tmp_path):

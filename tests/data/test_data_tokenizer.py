@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, trainers
 
-from lr2train.config import UserError
+from lr2train.config import SourceConfig, UserError
 from lr2train.data import tokenizer as ours
+from lr2train.data.learning import Lesson, learn
+from lr2train.data.sources import shards
 
 TEXTS = ["the quick brown fox jumps over the lazy dog, 12 times\n" * 20, "def naïve(x):\n    return x + 1  # ✓\n" * 20]
 
@@ -76,3 +85,77 @@ def test_unusable_tokenizers_are_refused(tmp_path):
         ours.load(str(tmp_path))
     with pytest.raises(UserError, match="vocab_size=300"):
         ours.train(TEXTS, 300)
+
+
+def trained_plainly(texts: list[str], vocab_size: int) -> dict:
+    """Without bounds on pieces and words, as the library's own documentation trains a byte-level BPE."""
+    core = tokenizers.Tokenizer(models.BPE())
+    digits = pre_tokenizers.Split(tokenizers.Regex(r"\d{1,1}"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 100,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return json.loads(core.to_str())["model"]
+
+
+words = st.sampled_from([*"abc.,-'é日1 \n\t\r\u00a0\u2003\x1c", "the", "don't", "12", "  ", "\n\n", "…", "🙂"])
+
+
+@given(st.lists(st.lists(words, max_size=40).map("".join), min_size=1, max_size=6), st.integers(1, 20))
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_pieces_learn_what_whole_texts_do(texts, piece):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours, "_PIECE", piece)
+        assert all("".join(ours._pieces(text)) == text for text in texts)
+        model = json.loads(ours.train(texts, 380).to_json())["model"]
+    plain = trained_plainly(texts, 380)
+    assert model["merges"][: len(plain["merges"])] == plain["merges"]
+    assert list(model["vocab"].items())[: len(plain["vocab"])] == list(plain["vocab"].items())
+
+
+def test_real_text_is_cut_into_pieces_that_end_before_white_space(monkeypatch):
+    monkeypatch.setattr(ours, "_PIECE", 1000)
+    text = Path(json.__file__).read_text() + Path(pytest.__file__).read_text()
+    pieces = list(ours._pieces(text))
+    assert len(pieces) > 5
+    assert all(piece[0] in " \n" and before[-1] not in " \n" for before, piece in pairwise(pieces))
+
+
+def test_words_without_an_end_are_learned_from_in_parts():
+    """A genome, say: the time of training grows with the square of a word's length."""
+    trained = ours.train(["acgt" * 50_000, " " * 100_000, "." * 100_000, "\n" * 100_000], 1000)
+    longest = max(len(token) for token in json.loads(trained.to_json())["model"]["vocab"])
+    assert 100 < longest <= ours._LONGEST_WORD
+    assert trained.decode(trained.encode("acgt" * 1000)) == "acgt" * 1000
+
+
+def test_training_in_a_process_of_its_own_gives_the_same(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    source = SourceConfig(name="web", path=str(tmp_path / "a.txt"))
+    lesson = Lesson([(source, shards(source, 1 << 20))], 10_000, "code", 400)
+    learn(lesson, tmp_path / "here")
+    monkeypatch.setattr("lr2train.data.learning._LITTLE", 0)
+    learn(lesson, tmp_path / "apart")
+    assert (tmp_path / "here" / "tokenizer.json").read_bytes() == (tmp_path / "apart" / "tokenizer.json").read_bytes()
+    (tmp_path / "a.txt").write_text(" ")
+    with pytest.raises(UserError, match=r"data\.sources\.web .* has no document"):
+        learn(lesson, tmp_path / "apart")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("multiprocessing.connection.wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learn(lesson, tmp_path / "apart")
+    assert not multiprocessing.active_children(), "Ctrl-C ends it at once"
+
+
+def test_a_copied_folder_takes_no_half_written_file_along(trained, tmp_path):
+    trained.save(tmp_path / "theirs")
+    (tmp_path / "theirs" / ".tokenizer.json.1234.tmp").write_text("{")
+    ours.load(str(tmp_path / "theirs")).save(tmp_path / "ours")
+    assert sorted(file.name for file in (tmp_path / "ours").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]

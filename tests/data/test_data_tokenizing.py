@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -13,12 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from lr2train.config import Config, DecontaminateConfig, SourceConfig, UserError
-from lr2train.data import tokenizer
+from lr2train.data import tokenizer, tokenizing
 from lr2train.data.corpus import Corpus, source_store
 from lr2train.data.formats import Shard
 from lr2train.data.sources import Limits
@@ -210,7 +214,7 @@ def test_killed_before_any_file_appears_it_goes_on_there(whole, texts, tmp_path,
     prepare(config(texts, tmp_path))
     assert contents(tmp_path) == contents(whole)
     assert before == {name: (store / name).stat().st_mtime_ns for name in before}, "a finished shard was made again"
-    assert not list(store.glob("*.partial"))
+    assert not list(store.glob(".*.tmp"))
 
 
 def test_what_changed_is_refused_by_name(texts, tmp_path):
@@ -228,9 +232,10 @@ def test_what_changed_is_refused_by_name(texts, tmp_path):
         prepare(config(theirs, tmp_path, shard_bytes=5000))
     with pytest.raises(UserError, match=r"change of data\.sources\.web\.text_column"):
         prepare(config(theirs, tmp_path, {"text_column": "id"}))
-    os.utime(theirs / "3.jsonl", ns=(0, 0))
+    (theirs / "3.jsonl").write_bytes((theirs / "3.jsonl").read_bytes() + b"\n")
     with pytest.raises(UserError, match="change of the source's files"):
         prepare(config(theirs, tmp_path))
+    (theirs / "3.jsonl").write_bytes((texts / "3.jsonl").read_bytes())
     tokenizer.train(["another text"], 380).save(tmp_path / "other")
     with pytest.raises(UserError, match=r"documents of another tokenizer, because data\.tokenizer=.*other has changed"):
         prepare(config(theirs, tmp_path, tokenizer=str(tmp_path / "other")))
@@ -240,33 +245,217 @@ def test_what_changed_is_refused_by_name(texts, tmp_path):
 def test_too_many_broken_records_stop_the_job_and_leave_examples(texts, tmp_path):
     theirs = tmp_path / "texts"
     theirs.mkdir()
-    (theirs / "a.jsonl").write_text('{"text": "good enough to be read, and long"}\n' * 90 + "{\n" * 8 + '{"body": 1}\n' * 2)
+    (theirs / "a.jsonl").write_text('{"text": "good enough to be read, and long"}\n' * 90 + "{\n" * 8 + '{"author": "A"}\n' * 2)
     (theirs / "tokenizer").symlink_to(texts / "tokenizer")
     with pytest.raises(
-        UserError, match=r"10 of 100 records are broken \(8 invalid JSON, 2 missing column\), more than its max_broken_share of 0\.05"
+        UserError,
+        match=r"10 of 100 records are lost \(8 invalid JSON, 2 missing column; a.* has author\), more than its max_broken_share of 0\.05",
     ):
         prepare(config(theirs, tmp_path))
     examples = [json.loads(line) for line in (tmp_path / "corpus" / "store" / "web" / "rejects.jsonl").read_text().splitlines()]
-    assert {(one["reason"], one["beginning"]) for one in examples} == {("invalid JSON", "{\n"), ("missing column", '{"body": 1}\n')}
+    assert {(one["reason"], one["beginning"]) for one in examples} == {("invalid JSON", "{\n"), ("missing column", '{"author": "A"}\n')}
     made = prepare(config(theirs, tmp_path, {"max_broken_share": 0.1}))
     assert made["sources"][0]["broken_by_reason"] == {"invalid JSON": 8, "missing column": 2}
     assert len((tmp_path / "corpus" / "rejects.jsonl").read_text().splitlines()) == len(examples)
 
 
-def test_a_file_that_breaks_off_counts_with_its_bytes(texts, tmp_path):
+def lines_of(n: int, size: int = 40) -> str:
+    return "".join(json.dumps({"text": f"line {number} ".ljust(size, "x")}) + "\n" for number in range(n))
+
+
+def mostly_good(tmp_path: Path, texts: Path) -> Path:
+    """Forty files of a hundred good lines."""
     theirs = tmp_path / "texts"
     theirs.mkdir()
     (theirs / "tokenizer").symlink_to(texts / "tokenizer")
-    lines = "".join(json.dumps({"text": f"line {number} of a file that is large enough"}) + "\n" for number in range(400)).encode()
-    (theirs / "a.jsonl").write_bytes(lines)
-    whole = gzip.compress(lines, 0)
-    (theirs / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(
-        UserError, match=rf"files of {len(whole) // 2} of \d+ bytes break off \(b\.jsonl\.gz\), more than its max_broken_share of 0\.05"
-    ):
+    for number in range(40):
+        (theirs / f"{number:02d}.jsonl").write_text(lines_of(100))
+    return theirs
+
+
+def cut_gzip(folder: Path) -> None:
+    whole = gzip.compress(lines_of(2000).encode())
+    (folder / "b.jsonl.gz").write_bytes(whole[: len(whole) * 2 // 3])
+
+
+def another_schema(folder: Path) -> None:
+    parquet.write_table(pa.table({"body": [f"row {number} " + "x" * 40 for number in range(2000)]}), folder / "b.parquet")
+
+
+def one_long_line(folder: Path) -> None:
+    (folder / "b.jsonl").write_text(lines_of(1, 400_000))
+
+
+def many_other_records(folder: Path) -> None:
+    (folder / "b.jsonl").write_text('{"body": ""}\n' * 400)
+
+
+def half_of_the_files(folder: Path) -> None:
+    for number in range(40):
+        (folder / f"b{number}.jsonl.gz").write_bytes(b"\x1f")
+
+
+@pytest.mark.parametrize(
+    ("damage", "what", "why"),
+    [
+        (cut_gzip, "bytes of text", "1 unreadable file in b.jsonl.gz"),
+        (another_schema, "records", "2000 missing column; b.parquet has body"),
+        (one_long_line, "bytes of text", "1 too large"),
+        (many_other_records, "records", "400 missing column"),
+        (half_of_the_files, "files", "40 unreadable file in b0.jsonl.gz"),
+    ],
+)
+def test_what_is_lost_stops_the_job_by_records_files_or_bytes(texts, tmp_path, damage, what, why):
+    """A file that is small, or one record, may be much of the text."""
+    theirs = mostly_good(tmp_path, texts)
+    damage(theirs)
+    with pytest.raises(UserError, match=rf"\d+ of \d+ {what} are lost \({why}.*more than its max_broken_share of 0\.05") as refused:
+        prepare(config(theirs, tmp_path, {"max_document_bytes": 100_000}))
+    named = re.search(r"set data\.sources\.web\.max_broken_share=([\d.]+) to go on", str(refused.value))
+    share = float(named[1]) if named else 0.9  # before a source's end nobody knows how much it will be
+    made = prepare(config(theirs, tmp_path, {"max_document_bytes": 100_000, "max_broken_share": share}))
+    assert made["sources"][0]["documents"] > 2000
+    assert made["sources"][0]["broken"]
+
+
+def test_a_little_that_is_lost_is_said_and_goes_on(texts, tmp_path, capsys):
+    theirs = mostly_good(tmp_path, texts)
+    (theirs / "gone.jsonl").symlink_to("/gone/gone.jsonl")
+    (theirs / "notes.md").write_text("notes")
+    with (theirs / "00.jsonl").open("a") as file:
+        file.write("{\n" * 20)
+    prepare(config(theirs, tmp_path))
+    said = capsys.readouterr()
+    saved = json.loads((tmp_path / "corpus" / "prepare.json").read_text())
+    web = saved["not_read"]["web"]
+    assert (web["unread"]["files"], web["unread"]["reasons"]) == (1, {"link to nothing": 1})
+    assert (web["passed_over"]["kinds"][".md"], saved["sources"][0]["lost_bytes"]) == ({"files": 1, "bytes": 5}, 40)
+    for text in (said.out, said.err, (tmp_path / "corpus" / "log.txt").read_text()):
+        assert "web: about 1 files with" in text
+        assert "1 link to nothing, such as gone.jsonl" in text
+        assert re.search(r"passing over 3 files of other kinds with \d+ bytes \(2 \.json, 1 \.md\)", text)
+    assert "broken records: 20 with 40 bytes" in said.out
+    assert "20 broken records skipped (40 bytes: 20 invalid JSON)" in said.err
+
+
+def test_what_cannot_be_opened_and_what_is_broken_add_up(texts, tmp_path):
+    """Each alone is within the share."""
+    theirs = mostly_good(tmp_path, texts)
+    for number in range(2):
+        (theirs / f"gone{number}.jsonl").symlink_to("/gone/gone.jsonl")
+    (theirs / "b.jsonl.gz").write_bytes(b"\x1f")
+    with pytest.raises(UserError, match=r"about 3 of 43 files are lost \(1 unreadable file, 2 link to nothing in b\.jsonl\.gz\)"):
         prepare(config(theirs, tmp_path))
-    made = prepare(config(theirs, tmp_path, {"max_broken_share": 0.5}))
-    assert made["sources"][0]["broken_by_reason"] == {"unreadable file": 1}
+
+
+def test_contents_decide_whether_text_is_the_same(texts, tmp_path, monkeypatch):
+    theirs, stamps = tmp_path / "texts", (texts / "3.jsonl").stat()
+    shutil.copytree(texts, theirs)
+    first = prepare(config(theirs, tmp_path))
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "corpus" / "store" / "web").glob("*-0*")}
+    os.utime(theirs / "3.jsonl", ns=(0, 0))
+    read = []
+    contents = tokenizing.contents
+    monkeypatch.setattr(tokenizing, "contents", lambda task, *more: read.append(task.shard.name) or contents(task, *more))
+    monkeypatch.setattr(tokenizer.Tokenizer, "encode_batch", None)
+    touched = prepare(config(theirs, tmp_path))
+    assert len(set(read)) == len(read) > 1
+    assert all(name.startswith("3.jsonl") for name in read)
+    assert touched["fingerprint"] == first["fingerprint"]
+    read.clear()
+    prepare(config(theirs, tmp_path))
+    assert not read, "they were compared once"
+    moved = tmp_path / "moved"
+    theirs.rename(moved)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("moved")
+    for path in ("moved", "./link/../moved", str(moved)):
+        assert prepare(config(Path(path), tmp_path))["fingerprint"] == first["fingerprint"]
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+    assert run_config(tmp_path)["data"]["sources"][0]["path"] == str(moved)
+    data = (moved / "3.jsonl").read_bytes()
+    (moved / "3.jsonl").write_bytes(data.replace(b"a", b"b", 1))
+    assert (moved / "3.jsonl").stat().st_size == stamps.st_size
+    with pytest.raises(
+        UserError, match=r"sources\.web: the text of 3\.jsonl\S* has changed since its shard in .* was made; choose another name="
+    ):
+        prepare(config(moved, tmp_path))
+    (moved / "3.jsonl").write_bytes(data)
+    assert prepare(config(moved, tmp_path))["fingerprint"] == first["fingerprint"]
+
+
+def test_limits_are_compared_as_far_as_was_read(texts, tmp_path):
+    theirs = tmp_path / "texts"
+    shutil.copytree(texts, theirs)
+    prepare(config(theirs, tmp_path, {"max_tokens": 20_000}))
+    for file in theirs.glob("*.jsonl"):
+        os.utime(file, ns=(0, 0))
+    (theirs / "8.jsonl").write_bytes((theirs / "8.jsonl").read_bytes().replace(b"a", b"b"))
+    prepare(config(theirs, tmp_path, {"max_tokens": 20_000}))
+
+
+def test_copies_of_a_text_make_the_same_corpus(whole, texts, tmp_path):
+    """On another machine, say, where they have other times and another place."""
+    shutil.copytree(texts, tmp_path / "copy", copy_function=shutil.copyfile)
+    prepare(config(tmp_path / "copy", tmp_path))
+    assert Corpus.open(tmp_path / "corpus").fingerprint == Corpus.open(whole / "corpus").fingerprint
+
+
+def test_a_tokenizer_that_was_trained_is_kept_where_its_text_is_only_touched(texts, tmp_path):
+    theirs = tmp_path / "texts"
+    shutil.copytree(texts, theirs)
+    first = prepare(config(theirs, tmp_path, tokenizer=None, vocab_size=400))
+    for file in theirs.glob("*.jsonl"):
+        os.utime(file, ns=(0, 0))
+    assert prepare(config(theirs, tmp_path, tokenizer=None, vocab_size=400))["fingerprint"] == first["fingerprint"]
+
+
+def test_manifests_get_their_names_after_the_disk_holds_what_they_speak_for(texts, tmp_path, monkeypatch):
+    """In the order in which a power cut may end it at any place."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted(handle: int) -> None:
+        events.append(("flushed", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def renamed(source, target) -> None:
+        events.append(("named", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", renamed)
+    prepare(config(texts, tmp_path))
+    monkeypatch.undo()
+    store = tmp_path / "corpus" / "store" / "web"
+    manifests = sorted(store.glob("*-0*.json"))
+    assert len(manifests) > 20
+    for manifest in manifests:
+        named = events.index(("named", str(manifest)))
+        for suffix in json.loads(manifest.read_text())["files"]:
+            data = manifest.with_suffix(suffix)
+            assert events.index(("named", str(data))) < events.index(("flushed", str(data))) < named
+        assert ("flushed", str(store)) in events[:named]
+    last = events.index(("named", str(store / "source.json")))
+    assert all(events.index(("named", str(manifest))) < last for manifest in manifests)
+    assert len(events) < 4 * len(manifests) * len(FILES)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_limit_on_file_sizes_names_the_file_and_leaves_nothing_broken(whole, texts, tmp_path, workers):
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY)); sys.path.insert(0, '');"
+    script = f"{limited} from lr2train.prepare import prepare, main; main('prepare', prepare)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    arguments = [
+        one if not one.startswith("data.workers") else f"data.workers={workers}"
+        for one in command(texts, tmp_path, "data.shard_bytes=60000")
+    ]
+    ended = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
+    assert ended.returncode
+    assert re.search(r"(File too large.*store/web/\w+-\d+\.|store/web/\w+-\d+\..*File too large)", ended.stderr), ended.stderr
+    prepare(config(texts, tmp_path, shard_bytes=60_000))
+    assert Corpus.open(tmp_path / "corpus").verify() > 0
+    assert not list((tmp_path / "corpus").rglob(".*.tmp"))
 
 
 MEGATRON_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}

@@ -115,12 +115,12 @@ def _finished(folder: Path) -> dict[str, tuple[int, int]]:
 
 def _begun(folder: Path) -> int:
     """Shards that were in hand."""
-    return len({name.split(".")[0].split("-")[1] for name in _partial(folder)})
+    return len({name.split(".")[1].split("-")[1] for name in _partial(folder)})
 
 
 def _partial(folder: Path) -> set[str]:
     """Files that are being written, or were when their writer died."""
-    return {file.name for file in folder.glob("store/text/*.partial")}
+    return {file.name for file in folder.glob("store/text/.*-*.bin.*.tmp")}
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
