@@ -218,18 +218,23 @@ def checksum(path: Path) -> str:
 
 def seal(path: Path, values: dict[str, Any]) -> None:
     """Write JSON values with their own checksum, whole or not at all."""
+    write_json(path, with_seal(values))
+
+
+def with_seal(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON values and their own checksum."""
     plain = json.loads(json.dumps(values))
-    write_json(path, {**plain, "seal": fingerprint(plain)})
+    return {**plain, "seal": fingerprint(plain)}
 
 
-def sealed(path: Path) -> dict[str, Any]:
+def sealed(path: Path, remedy: str = "restore it") -> dict[str, Any]:
     """Values that ``seal`` wrote.
 
     Raises:
-        UserError: the file is missing, or its values were changed.
+        UserError: the file is missing, or its values were changed; the text ends with the remedy.
     """
     values = read_json(path)
     seal_of = values.pop("seal", None) if isinstance(values, dict) else None
     if seal_of != fingerprint(values):
-        raise UserError(f"{path} does not have its own checksum, so it was damaged; restore it")
+        raise UserError(f"{path} does not have its own checksum, so it was damaged; {remedy}")
     return values

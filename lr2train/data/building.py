@@ -31,7 +31,7 @@ from lr2train.data.tokenizer import Tokenizer
 from lr2train.data.tokenizing import Setup, Task, is_held_out
 from lr2train.data.workers import Workers
 from lr2train.io import fingerprint as fingerprint_of
-from lr2train.io import read_json, write_json, write_text
+from lr2train.io import read_json, seal, write_json, write_text
 from lr2train.run import stream
 
 __all__ = ["check", "ensure_stores", "ensure_tokenizer", "is_held_out", "list_sources", "say_unread", "settled", "unread"]
@@ -268,7 +268,7 @@ def _ensure_needles(
             train.add(made.tokens, learned, origin=f"{source.name}:{number}")
     summary = _summary_of_needles(folder, source, fingerprint)
     assert summary is not None
-    store.seal(source_folder(folder, source.name) / SOURCE, summary)
+    seal(source_folder(folder, source.name) / SOURCE, summary)
     log(f"{source.name}: {counts(summary)} in {time.monotonic() - started:.1f} s")
     return summary
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from lr2train.config import UserError
 from lr2train.data import store
 from lr2train.data.store import HOLDOUT, TRAIN
-from lr2train.io import TEMPORARY, is_temporary, read_json, sha256_of, write_json
+from lr2train.io import TEMPORARY, is_temporary, read_json, seal, sha256_of, write_json
 
 CHECKSUMS, VERIFIED = "checksums.json", "verified.json"
 _AROUND = ("corpus.json", "segments*", "plan*", "tokenizer/*", "store/*/source.json", "store/*/*.usable.npy")
@@ -34,7 +34,7 @@ def write_checksums(folder: Path) -> None:
     around = {path for pattern in _AROUND for path in folder.glob(pattern)}
     files = sorted(path for path in around if path.is_file() and not is_temporary(path))
     noted = {str(path.relative_to(folder)): [path.stat().st_size, sha256_of(path)] for path in files}
-    store.seal(folder / CHECKSUMS, {"files": noted})
+    seal(folder / CHECKSUMS, {"files": noted})
 
 
 def sweep(folder: Path) -> None:

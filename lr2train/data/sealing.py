@@ -67,7 +67,7 @@ class Sealer:
         written = [(io.temporary_of(manifest), manifest) for manifest in self._waiting]
         for (temporary, _), (values, _) in zip(written, self._waiting.values(), strict=True):
             with store.naming(temporary):
-                temporary.write_text(json.dumps(store.with_seal(values), indent=1) + "\n")
+                temporary.write_text(json.dumps(io.with_seal(values), indent=1) + "\n")
         _sync([temporary for temporary, _ in written])
         for temporary, manifest in written:
             os.replace(temporary, manifest)

@@ -20,9 +20,9 @@ from lr2train.data.batch import SHORT, WINDOWS
 from lr2train.data.composing import Plan, make_plan
 from lr2train.data.corpus import FORMAT, MANIFEST, reopen, source_store
 from lr2train.data.mixing import budgets
-from lr2train.data.store import seal, sealed
+from lr2train.data.store import sealed
 from lr2train.io import fingerprint as fingerprint_of
-from lr2train.io import write_json, write_text
+from lr2train.io import seal, write_json, write_text
 
 __all__ = ["budgets", "ensure_plan"]
 Log = Callable[[str], None]

@@ -31,9 +31,9 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from lr2train import io
 from lr2train.config import UserError
-from lr2train.io import fingerprint as fingerprint_of
-from lr2train.io import read_json, sha256_of, sync_file, sync_folder, temporary_of, write_json
+from lr2train.io import seal, sha256_of, sync_file, sync_folder, temporary_of
 
 T = TypeVar("T")
 
@@ -455,28 +455,13 @@ def check_sizes(prefix: Path, manifest: dict[str, Any]) -> None:
             raise broken(prefix, f"its {suffix} has {found} bytes where the manifest promises {about['bytes']}")
 
 
-def seal(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON values with their own checksum, whole or not at all."""
-    write_json(path, with_seal(values))
-
-
-def with_seal(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON values and their own checksum."""
-    plain = json.loads(json.dumps(values))
-    return {**plain, "seal": fingerprint_of(plain)}
-
-
 def sealed(path: Path) -> dict[str, Any]:
-    """Values that ``seal`` wrote.
+    """Values that ``io.seal`` wrote.
 
     Raises:
         UserError: they were changed since.
     """
-    values = read_json(path)
-    seal_of = values.pop("seal", None) if isinstance(values, dict) else None
-    if seal_of != fingerprint_of(values):
-        raise UserError(f"{path} does not have its own checksum, so it was damaged; remove {path.with_suffix('')}.* and run prepare again")
-    return values
+    return io.sealed(path, f"remove {path.with_suffix('')}.* and run prepare again")
 
 
 def load_array(path: Path, mapped: bool = False) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from lr2train.data import corpus, packing, planfile, store, tokenizer
 from lr2train.data.batch import LONG, SHORT
-from lr2train.io import write_json
+from lr2train.io import seal, write_json
 
 ORIGINAL_WINDOW_TOKENS = 8192
 _SHARDS = 2  # of each source
@@ -55,4 +55,4 @@ def _write_source(folder: Path, name: str, lengths: np.ndarray, rng: np.random.G
                 for length in part.tolist() if split == corpus.TRAIN else ():
                     at = int(rng.integers(len(noise) - length)) if length < len(noise) else 0
                     writer.add(noise[at : at + length])
-    store.seal(corpus.source_folder(folder, name) / corpus.SOURCE, {"shards": _SHARDS})
+    seal(corpus.source_folder(folder, name) / corpus.SOURCE, {"shards": _SHARDS})
