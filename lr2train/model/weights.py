@@ -392,7 +392,8 @@ class _Reading:
             return self._error
         first, *more = self._odd.values()
         others = f" ({len(more)} more tensors hold such numbers)" if more else ""
-        remedy = "set model.dtype=bfloat16" if first.endswith("narrow") else "set model.path to an intact copy of the model"
+        narrow = "set the dtype to bfloat16 (model.dtype, or export.dtype in export)"
+        remedy = narrow if first.endswith("narrow") else "set model.path to an intact copy of the model"
         return f"{first}{others}; {remedy}"
 
 

@@ -82,9 +82,11 @@ class Factors:
     def to_json(self) -> dict[str, Any]:
         """A plain dict; floats survive json.dumps and json.loads exactly. What was added later stands in it where it is not its default."""
         data: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        if data["spectrum"]["attention_factor"] == 1.0:
+        if self.spectrum.attention_factor == 1.0:
             del data["spectrum"]["attention_factor"]
-        return data if self.original_tokens else {k: v for k, v in data.items() if k != "original_tokens"}
+        if not self.original_tokens:
+            del data["original_tokens"]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Factors:

@@ -296,7 +296,7 @@ def test_a_finite_weight_that_the_dtype_cannot_hold_is_said_to_be_so(llama):
     changed(llama, lambda tensors: tensors[LAST].__setitem__((0, 0), 1e6))
     assert_same(load.load_whole(llama, "bfloat16"), theirs(llama, "bfloat16"))
     said = refusal(llama, dtype="float16")
-    assert f"1 of the 768 numbers of {LAST} is not finite in float16, which is too narrow; set model.dtype=bfloat16" in said
+    assert f"1 of the 768 numbers of {LAST} is not finite in float16, which is too narrow; set the dtype to bfloat16" in said
 
 
 def test_large_numbers_whose_sum_is_infinite_are_finite():
