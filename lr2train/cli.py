@@ -28,7 +28,7 @@ from lr2train.config import Config, UserError, load
 from lr2train.overrides import Override
 from lr2train.parallel.control import PeerGone
 
-EXIT_RANK_LOST, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_RANK_LOST, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 130, 141
 _PATIENCE_S = 5.0  # launchers look at their ranks every second or so
 _REFUSED = {
     "config_path": "--config-path would hide the configs of lr2train; name the folder with --config-dir, which is searched first",
@@ -62,6 +62,9 @@ def door(verb: str) -> Iterator[None]:
     _show_log()
     try:
         yield
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so again at its end
+        sys.exit(EXIT_NO_READER)
     except (UserError, OSError) as error:
         if (told := io.for_user(error)) is None:
             raise

@@ -39,6 +39,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     Raises:
         UserError: bad input.
     """
+    run.refuse_ranks("evaluate")
     config, subjects = inputs(config)
     job = run.Run(Path(config.runs_folder) / str(config.run or config.name), "evaluate")
     corpus, factors = Corpus.open(config.data.path), subjects[-1].factors

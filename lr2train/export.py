@@ -56,6 +56,7 @@ def export(config: Config) -> dict[str, Any]:
         UserError: the run is not finished, the dtype is unknown, the folder holds something else or cannot be written, or the model
             computes logits that are not finite; nothing is replaced then.
     """
+    run.refuse_ranks("export")
     job = run.Run(of_run.folder_of(config), "export")
     if config.export.dtype not in (None, *load.DTYPES):
         raise UserError(f"export.dtype={config.export.dtype} is not one of {', '.join(load.DTYPES)}; set one of them, or leave it empty")
@@ -64,6 +65,11 @@ def export(config: Config) -> dict[str, Any]:
     folder = Path(config.export.folder or job.folder / "export")
     _refuse_to_overwrite(folder)
     _refuse_unwritable(folder)
+    with job.lock(needed=False) or contextlib.nullcontext():
+        return _export(config, job, factors, folder)
+
+
+def _export(config: Config, job: run.Run, factors: Factors, folder: Path) -> dict[str, Any]:
     config = of_run.completed(config)
     dtype = config.export.dtype or io.read_json(job.folder / "model" / "config.json")["dtype"]
     device = str(processes.pick_device(config.device))

@@ -33,6 +33,7 @@ def generate(config: Config) -> dict[str, Any]:
     Raises:
         UserError: no model, no prompt, a text longer than the target window, or logits that are not finite.
     """
+    run.refuse_ranks("generate")
     _refuse_bad_knobs(config.generate)
     folder = _folder(config)
     config = of_run.completed(config) if config.run else config

@@ -131,6 +131,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
+_IDENTITY = (".config.json", ".inputs.json", "steps.json")  # without them a run would go on as another one
 _WRITERS = {
     "corpus.json": "lr2train.prepare",
     "factors.json": "lr2train.search, or train,",
@@ -155,7 +156,10 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it a readable file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); remove it and run the verb that writes it again") from None
+        remedy = (
+            "restore it, or choose another name=" if path.name.endswith(_IDENTITY) else "remove it and run the verb that writes it again"
+        )
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
 
 
 _SPACE = "free some, or set runs_folder to another disk, and run the same command again to go on"

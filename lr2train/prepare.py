@@ -33,7 +33,7 @@ def prepare(config: Config) -> dict[str, Any]:
         UserError: sources, tokenizer or windows that cannot be prepared, another job is at the same folder, or several ranks were started.
         OSError: the system refuses to read or to write a file; ``filename`` says which.
     """
-    _refuse_ranks()
+    run.refuse_ranks("prepare")
     config = replace(config, data=building.settled(config.data))
     original_window_tokens = original_window(config.model)
     refuse_target(config.rope.target_window_tokens, original_window_tokens)
@@ -66,14 +66,6 @@ def _prepare(config: Config, original_window_tokens: int, listed: building.Liste
     integrity.write_checksums(job.folder)
     job.claim({})
     return {**manifest, "not_read": unread, "folder": str(job.folder)}
-
-
-def _refuse_ranks() -> None:
-    if run.world() > 1:
-        raise UserError(
-            f"prepare was started on {run.world()} ranks (WORLD_SIZE), which would all write the same corpus; start it once, without a launcher: "
-            "it uses data.workers processes by itself"
-        )
 
 
 def original_window(model: ModelConfig) -> int:

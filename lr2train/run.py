@@ -7,6 +7,7 @@ config is refused with the keys that differ, so a resumed run is the run that wa
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -58,12 +59,25 @@ _PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "nu
 
 def rank() -> int:
     """This process's global rank, from the launcher's environment; 0 outside a launcher."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if world() > 1 else 0  # a shell may still have the RANK of an old job
 
 
 def world() -> int:
     """The number of processes of the job; 1 outside a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def refuse_ranks(verb: str) -> None:
+    """Refuse several ranks for a verb that works in one process: each would do the whole work and write the same files.
+
+    Raises:
+        UserError: a launcher, or what is left of one in the environment, says that there are several.
+    """
+    if world() > 1:
+        raise UserError(
+            f"{verb} was started on {world()} ranks (WORLD_SIZE), which would all write the same files; start it once, without a launcher and "
+            "without WORLD_SIZE in the environment"
+        )
 
 
 @dataclass(frozen=True)
@@ -75,19 +89,27 @@ class Run:
     values: dict[str, Any] = field(default_factory=dict)  # the config that the folder belongs to once it is claimed
     follows: bool = False  # another config takes the folder over
 
-    def lock(self) -> IO[str] | None:
+    def lock(self, needed: bool = True) -> IO[str] | None:
         """Keep other jobs, of whatever verb, out of the folder as long as the returned file stays open; on rank 0 alone.
 
         The kernel lets go of the lock when the process ends, however it ends. The config is compared once more under the lock: two jobs may
         have been started on one new name at the same time.
+
+        Args:
+            needed: False: a folder that may only be read is left without a lock.
 
         Raises:
             UserError: another job is writing here, or the folder belongs to another verb or config.
         """
         if rank() != 0:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = (self.folder / ".lock").open("a+")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("a+")
+        except OSError as error:
+            if needed or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            return None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -322,7 +344,8 @@ def stream(seed: int, *names: str | int) -> np.random.Generator:
 def say(verb: str, message: str) -> None:
     """One line for a person, from rank 0 alone. Goes to stderr: stdout is for results."""
     if rank() == 0:
-        print(f"[{verb}] {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # whoever read the terminal is gone; the work goes on
+            print(f"[{verb}] {message}", file=sys.stderr, flush=True)
 
 
 Tick = Callable[[float, float, str], None]
@@ -396,7 +419,8 @@ def _lines(description: str, done: float, every_s: float = 15.0) -> Iterator[Tic
     def tell(now_done: float, total: float, note: str) -> None:
         spent, more = time.monotonic() - start, f", {note}" if note else ""
         left = spent / (now_done - done) * (total - now_done)
-        print(f"{description}: {_counted(now_done, total)}, {spent:.0f} s, {left:.0f} s left{more}", file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(f"{description}: {_counted(now_done, total)}, {spent:.0f} s, {left:.0f} s left{more}", file=sys.stderr, flush=True)
 
     yield tick
     if state and state[0] > done:  # how it ended

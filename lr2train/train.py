@@ -107,13 +107,22 @@ def _base(config: Config) -> dict[str, list[Path]]:
 
 
 def _finished(job: run.Run, config: Config) -> dict[str, Any] | None:
-    """The result of a run that is finished; None where there is something to do, such as more steps than were asked for before."""
+    """The result of a run that is finished; None where there is something to do: more steps than before, or a model that is gone."""
     file = job.folder / "train.json"
-    result = control.together(lambda: io.read_json(file) if run.rank() == 0 and file.exists() else None)[0]
+    result = control.from_rank_0(_result_in(file) if run.rank() == 0 and (job.folder / "model" / "config.json").exists() else None)
     if result is None or config.optim.steps > result["steps"]:
         return None
     job.log(f"already finished: {file}")
     return result
+
+
+def _result_in(file: Path) -> dict[str, Any] | None:
+    """What a finished run has written; None where a power cut left nothing of it, and the end is reached once more from the last checkpoint."""
+    try:
+        found = io.read_json(file)
+    except UserError:
+        return None
+    return found if isinstance(found, dict) and "steps" in found else None
 
 
 def inputs(config: Config) -> tuple[Any, Factors, Corpus]:

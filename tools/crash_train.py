@@ -52,9 +52,10 @@ def losses(name: str) -> dict[int, float]:
 def written_by() -> int | None:
     """How many ranks wrote the latest checkpoint."""
     folder = ROOT / "runs" / NAME / "checkpoints"
-    if not (folder / "latest.json").exists():
+    latest = folder.with_name("checkpoints.latest.json")
+    if not latest.exists():
         return None
-    tag = json.loads((folder / "latest.json").read_text())["tag"]
+    tag = json.loads(latest.read_text())["tag"]
     return json.loads((folder / tag / "manifest.json").read_text())["world"]
 
 

@@ -2,10 +2,10 @@
 
     checkpoints/step_00000300/*.pt            DeepSpeed's shard files, one or two a rank
     checkpoints/step_00000300/manifest.json   the step, the ranks, the run, and size, checksum and rank of every shard file
-    checkpoints/latest.json                   {tag}: the checkpoint that a resumed run reads
+    checkpoints.latest.json                   {tag}: the checkpoint that a resumed run reads; beside the folder, so that a folder that is lost is missed
 
 Choice: DeepSpeed writes, and reads where the number of ranks is the same. With another number every rank reads its new share of the weights and of
-AdamW's moments out of the old shards (``partitions``), bit for bit. Shards and folders are synced to the disk before ``latest.json`` names them. A
+AdamW's moments out of the old shards (``partitions``), bit for bit. Shards and folders are synced to the disk before the latest one is named. A
 start compares every shard with its checksum, the ranks sharing the files, and refuses the checkpoint of another run. Shards are read as data alone
 (``weights_only``), so nothing in a file is executed. There is no random state to keep: nothing is dropped out, and a step's data follows from its
 number. Cost: reading on other ranks knows DeepSpeed's file layout; an optimizer on NVMe keeps its state elsewhere and wants the same number of
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ from lr2train.config import UserError
 from lr2train.parallel import control
 from lr2train.training import partitions
 
-LATEST, MANIFEST = "latest.json", "manifest.json"
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step_\d{8}")  # other names are the user's own copies
 # What a cut or foreign file makes torch.load, and us afterwards, raise.
 _UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError)
 _WRITER = ("PytorchStreamWriter", "inline_container")  # torch's: what it cannot write, as on a full disk, is a RuntimeError that names it
@@ -52,6 +54,16 @@ class Checkpoints:
     run: str = ""
     keep: int = 1
 
+    @property
+    def latest(self) -> Path:
+        """The file that names the newest one."""
+        return self.folder.with_name(f"{self.folder.name}.latest.json")
+
+    @property
+    def steps(self) -> list[Path]:
+        """The folders of all checkpoints, the oldest first, whole or not."""
+        return sorted(path for path in self.folder.glob("step_*") if _STEP.fullmatch(path.name) and path.is_dir())
+
 
 def save(engine: Any, of: Checkpoints, step: int) -> None:
     """Write a checkpoint and only then name it the latest; older ones beyond ``of.keep`` go. A collective.
@@ -65,9 +77,8 @@ def save(engine: Any, of: Checkpoints, step: int) -> None:
         UserError: there is no room for the checkpoint; the one before stays the latest.
     """
     target = of.folder / _tag(step)
-    if control.rank() == 0 and target.exists():
-        shutil.rmtree(target)  # a killed run began it, perhaps on more ranks, whose files would be left between ours
-    dist.barrier()
+    # A killed run began it, perhaps on more ranks, whose files would be left between ours.
+    control.together(lambda: _remove(target) if control.rank() == 0 else None)
     with _recorded(engine.checkpoint_engine) as written, _writing(target):
         engine.save_checkpoint(str(of.folder), tag=target.name, client_state={"step": step}, save_latest=False)
     files: dict[str, Any] = {}
@@ -78,7 +89,7 @@ def save(engine: Any, of: Checkpoints, step: int) -> None:
         with _writing(target):
             io.seal(target / MANIFEST, {**about, "files": files})
             io.sync_folder(of.folder)
-            _name_latest(of.folder, target.name)
+            _name_latest(of, target.name)
         _forget(of, target.name)
     dist.barrier()
 
@@ -90,20 +101,28 @@ def _tag(step: int) -> str:
 _KEEP = -1
 
 
-def _name_latest(folder: Path, tag: str, went_back_to: int | None = _KEEP) -> None:
+def _name_latest(of: Checkpoints, tag: str, went_back_to: int | None = _KEEP) -> None:
     """Name the checkpoint that a resumed run reads, and the step that a user has gone back to, so that a repeated command does not go back again."""
     if went_back_to == _KEEP:
-        went_back_to = (_latest(folder) or {}).get("went_back_to")
-    io.write_json(folder / LATEST, {"tag": tag} | ({} if went_back_to is None else {"went_back_to": went_back_to}))
+        went_back_to = (_latest(of) or {}).get("went_back_to")
+    io.write_json(of.latest, {"tag": tag} | ({} if went_back_to is None else {"went_back_to": went_back_to}))
 
 
-def _latest(folder: Path) -> dict[str, Any] | None:
-    """What latest.json says; None where it is missing or damaged."""
+def _latest(of: Checkpoints) -> dict[str, Any] | None:
+    """Which checkpoint is named the latest; None where the file is missing or damaged."""
     try:
-        found = io.read_json(folder / LATEST)
+        found = io.read_json(of.latest)
     except UserError:
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("tag"), str) else None
+    named = isinstance(found, dict) and isinstance(found.get("tag"), str) and _STEP.fullmatch(found["tag"])
+    return found if named else None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -146,8 +165,7 @@ def _writing(checkpoint: Path) -> Iterator[None]:
 
 def _forget(of: Checkpoints, newest: str) -> None:
     """Remove checkpoints before the newest. A later one was begun by a killed run, or a user has gone back: it takes nobody's place."""
-    until_now = sorted(path for path in of.folder.glob("step_*") if path.name <= newest)
-    for old in until_now[: -of.keep]:
+    for old in [path for path in of.steps if path.name <= newest][: -of.keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -189,17 +207,21 @@ class _Unusable(UserError):
 
 def _choose(of: Checkpoints, resume_from: int | None) -> tuple[str, dict[str, Any]] | None:
     """The checkpoint to read, by its tag, and its manifest; None where the folder has none."""
-    latest = _latest(of.folder) or {}
+    latest = _latest(of) or {}
     going_back = resume_from is not None and latest.get("went_back_to") != resume_from
     tag = _tag(resume_from) if going_back and resume_from is not None else latest.get("tag")
     if tag is None:
-        if any(of.folder.glob("step_*")):
-            raise UserError(f"{of.folder / LATEST} is missing or damaged, and {of.folder} holds checkpoints; {_offer(of)}")
+        if of.steps:
+            raise UserError(f"{of.latest} is missing or damaged, and {of.folder} holds checkpoints; {_offer(of)}")
+        if of.latest.exists():
+            raise UserError(
+                f"{of.latest} is damaged, and {of.folder} holds no checkpoint; bring the folder back, or choose another name= to start over"
+            )
         return None
     with _offering(of, of.folder / tag):
         manifest = _manifest(of, of.folder / tag)
     if going_back or (resume_from is None and "went_back_to" in latest):
-        _name_latest(of.folder, tag, resume_from)
+        _name_latest(of, tag, resume_from)
     return tag, manifest
 
 
@@ -214,7 +236,7 @@ def _offering(of: Checkpoints, checkpoint: Path) -> Iterator[None]:
 
 def _offer(of: Checkpoints, but: Path | None = None) -> str:
     """The newest whole checkpoint of this run and how to go on from there, judged by the sizes of its files."""
-    for checkpoint in sorted(of.folder.glob("step_*"), reverse=True):
+    for checkpoint in reversed(of.steps):
         if checkpoint != but:
             with contextlib.suppress(_Unusable):
                 manifest = _manifest(of, checkpoint)

@@ -35,15 +35,21 @@ class Interrupt:
 
 @contextmanager
 def listen_for_interrupt() -> Iterator[Interrupt]:
-    """Turn SIGINT and SIGTERM into a flag for the time of the loop; a second one acts as usual."""
+    """Turn SIGINT, SIGTERM and SIGHUP into a flag for the time of the loop.
+
+    A second Ctrl-C acts as usual. A second SIGTERM does not: schedulers repeat it, and it would strike in the middle of the checkpoint. SIGHUP
+    stays ignored where ``nohup`` has it ignored.
+    """
     interrupt, old = Interrupt(), {}
 
     def note(number: int, _: Any) -> None:
         interrupt.asked = True
-        signal.signal(number, old[number])
+        if number == signal.SIGINT:
+            signal.signal(number, old[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, note)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            old[number] = signal.signal(number, note)
     try:
         yield interrupt
     finally:

@@ -113,8 +113,12 @@ class Steps:
         """Refuse to call steps skipped that were trained, or the other way round.
 
         Raises:
-            UserError: the skipped steps among the first ``done`` are not those that the run was made with.
+            UserError: the skipped steps among the first ``done`` are not those that the run was made with, or nobody knows which those are.
         """
+        if self.before is None and done:
+            raise UserError(
+                f"{FILE} of the run is missing, which says how its {done} steps drew their data; restore it, or choose another name= to start over"
+            )
         if self.before is not None and self.before.until(done) != self.skips.until(done):
             raise UserError(
                 f"data.skip_steps skips {self.skips.until(done)} of the {done} steps that are done, and the run was made skipping "

@@ -224,10 +224,10 @@ def other_starts(rank: int, world: int, folder: Path) -> list[str | int]:
         engine.save(ours, step)
     load(Checkpoints(folder, "another run"))
     if rank == 0:
-        (folder / "latest.json").write_text('{"tag": "step_00000002"}')  # the step is the checkpoint's own
+        ours.latest.write_text('{"tag": "step_00000002"}')  # the step is the checkpoint's own
     load()
     if rank == 0:
-        (folder / "latest.json").write_text("")
+        ours.latest.write_text("")
     load()
     load(resume_from=7)
     load(resume_from=2)
@@ -239,19 +239,24 @@ def other_starts(rank: int, world: int, folder: Path) -> list[str | int]:
     if rank == 0:
         (folder / "step_00000002").rename(folder / "step_00000009")
     load(resume_from=9)
+    if rank == 0:
+        folder.rename(folder.with_name("elsewhere"))
+    dist.barrier()
+    load()
     return heard
 
 
 def test_a_start_reads_the_runs_own_newest_checkpoint_or_the_one_to_go_back_to(tmp_path):
     first, second = run_ranks(other_starts, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
     assert first == second
-    foreign, two, lost, unknown, *steps, renamed = first
+    foreign, two, lost, unknown, *steps, renamed, vanished = first
     assert "another run wrote it" in foreign and "no whole checkpoint of this run is left" in foreign
     assert two == 2
     assert "latest.json is missing or damaged" in lost and "set engine.resume_from=3 " in lost
     assert "step_00000007 cannot be used (the folder is missing); set engine.resume_from=3 " in unknown
     assert steps == [2, 2, 4, 4, 2]
     assert "it holds step 2" in renamed and "set engine.resume_from=4 " in renamed
+    assert "the folder is missing" in vanished, "a run does not start over where its checkpoints are lost"
 
 
 def runs_code(rank: int, world: int, folder: Path) -> str:
@@ -301,7 +306,10 @@ def after_kills(rank: int, world: int, folder: Path) -> list[list[str]]:
         engine.save(Checkpoints(folder), step)
         left.append([f"{path.name}: {len(list(path.glob('*optim_states.pt')))}" for path in sorted(folder.glob("step_*"))])
         dist.barrier()  # both have looked
-    return [*left, [json.loads((folder / "latest.json").read_text())["tag"], str(engine_of(world, 1, "stage 3").load(Checkpoints(folder)))]]
+    return [
+        *left,
+        [json.loads(Checkpoints(folder).latest.read_text())["tag"], str(engine_of(world, 1, "stage 3").load(Checkpoints(folder)))],
+    ]
 
 
 def test_remains_of_killed_runs_neither_stay_nor_cost_a_checkpoint(tmp_path):

@@ -94,7 +94,7 @@ def test_training_passes_over_skipped_steps_and_refuses_another_past(folder):
     lines = [json.loads(line) for line in (folder / "skipping" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 5, 7, 8, 9, 10, 11]
     assert [line["tokens_seen"] for line in lines] == [nth * 2 * tiny.L for nth in range(1, 8)]
-    assert json.loads((folder / "skipping" / "checkpoints" / "latest.json").read_text()) == {"tag": "step_00000011"}
+    assert json.loads((folder / "skipping" / "checkpoints.latest.json").read_text()) == {"tag": "step_00000011"}
     (folder / "skipping" / "train.json").unlink()
     status, err = train(folder, "name=skipping", "data.skip_steps=[2-4]")
     assert (status, "data.skip_steps skips 2-4 of the 11 steps that are done" in err) == (2, True), err
