@@ -107,13 +107,15 @@ class _Worker:
 
     def __init__(self, make: Callable[[], Work], alone: bool) -> None:
         self.pipe, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_serve, args=(make, theirs, alone), daemon=True)
+        self._process = _CONTEXT.Process(target=_serve, args=(theirs, alone), daemon=True)
         self._process.start()
         theirs.close()
+        self.give(make)  # through our own pipe, which breaks when the process dies; multiprocessing's would wait for ever
 
-    def give(self, task: Any) -> None:
+    def give(self, value: Any) -> None:
+        """A task; first of all what makes the work."""
         with contextlib.suppress(BrokenPipeError):  # it died: its answer will say so
-            self.pipe.send(task)
+            self.pipe.send(value)
 
     def how_it_died(self) -> str:
         self._process.join(5)
@@ -134,7 +136,7 @@ def _readable(workers: list[_Worker]) -> list[_Worker]:
     return [worker for worker in workers if worker.pipe in ready]
 
 
-def _serve(make: Callable[[], Work], pipe: connection.Connection, alone: bool) -> None:
+def _serve(pipe: connection.Connection, alone: bool) -> None:
     """The life of a worker: interrupts are for the parent, who ends us; without a parent there is nothing to work for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -142,7 +144,7 @@ def _serve(make: Callable[[], Work], pipe: connection.Connection, alone: bool) -
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is what we are
     with contextlib.suppress(EOFError, BrokenPipeError):
         try:
-            work = make()
+            work = pipe.recv()()
             while True:
                 pipe.send((_DONE, work(pipe.recv(), lambda done: pipe.send((_PROGRESS, done)))))
         except EOFError:

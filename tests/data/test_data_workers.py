@@ -109,3 +109,22 @@ def test_an_interruption_ends_the_workers():
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not multiprocessing.active_children()
+
+
+class Deadly:
+    """What makes the work and ends the process that reads it, before all of it is read: more than a pipe holds."""
+
+    def __init__(self) -> None:
+        self.more = bytes(1 << 20)
+
+    def __call__(self):
+        return work
+
+    def __reduce__(self):
+        return os._exit, (3,), {"more": self.more}
+
+
+def test_a_process_that_dies_while_it_is_told_its_work_is_named():
+    left = ["one"]
+    with Workers(Deadly(), 2, lambda task: f"task {task}") as workers, pytest.raises(UserError, match="ended with exit code 3 at task one"):
+        list(workers.run(lambda: left.pop() if left else None, lambda *_: None))
