@@ -172,7 +172,7 @@ class SourceConfig:
     path: str | None = a_path()
     # kind: custom. package.module.Class, built with `options`, whose instances iterate over (id, text).
     target: str | None = None
-    # Of .jsonl, .parquet and .arrow records.
+    # Of .jsonl, .parquet and .arrow records; dots lead into records (meta.text).
     text_column: str = "text"
     # null: no limit.
     max_documents: int | None = number(None, least=1)
@@ -182,7 +182,7 @@ class SourceConfig:
     max_tokens: int | None = number(None, least=1)
     # A longer document is broken: real ones are books, not dumps.
     max_document_bytes: int = number(64 << 20, least=1)
-    # Of a source's records. Beyond this share the job stops, because text is being lost.
+    # Of a source's records, of its files and of its bytes. Beyond this share the job stops, because text is being lost.
     max_broken_share: float = number(0.05, least=0, most=1)
     # Documents of another window are skipped once tokenised.
     windows: list[str] = field(default_factory=lambda: ["short", "long"])
