@@ -58,8 +58,9 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
 
 @contextlib.contextmanager
 def door(verb: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a sentence and an exit code; a defect keeps its traceback."""
+    """Whatever goes wrong inside becomes a sentence and an exit code; a defect keeps its traceback. SIGTERM is Ctrl-C to every verb."""
     _show_log()
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
@@ -75,6 +76,10 @@ def door(verb: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _die(verb: str, error: UserError) -> None:

@@ -1,4 +1,8 @@
-"""Attention tests are many small products: threads would only wait for each other."""
+"""Tests are many small products: threads would only wait for each other."""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is imported
 
 import pytest
 import torch

@@ -97,7 +97,7 @@ def test_search_writes_factors_that_a_model_can_use(world, tmp_path):
     found = json.loads((tmp_path / "s" / "factors.json").read_text())["search"]
     assert found["settings"]["population"] == 6
     assert [one["generation"] for one in found["history"]] == [0, 1, 2, 3]
-    assert found["fingerprints"]["model"]
+    assert found["inputs"]["model"]
     pictures = {file.name for file in (tmp_path / "s" / "pictures").iterdir()}
     assert {"factors.png", "fitness.png", "rcd.png", "temperature.png"} <= pictures
 
@@ -152,7 +152,7 @@ def test_a_journal_of_another_model_under_the_same_path_is_refused(world, tmp_pa
     search(search_config(world, tmp_path, *settings))
     (tmp_path / "s" / "search.json").unlink()  # as if killed before its end
     tiny.make_model(base, seed=7)
-    with pytest.raises(UserError, match=r"was made from another model, written anew"):
+    with pytest.raises(UserError, match=r"was made from another model than is there now"):
         search(search_config(world, tmp_path, *settings))
 
 
@@ -220,7 +220,7 @@ def test_a_folder_in_use_is_refused_on_every_rank(world, tmp_path):
     assert (
         said
         == [
-            f"rank 0: run folder {tmp_path}/s is in use by process {os.getpid()} on {platform.node()}; wait until it has ended, or choose another name="
+            f"rank 0: run folder {tmp_path}/s is in use by search, process {os.getpid()} on {platform.node()}; wait until it has ended, or choose another name="
         ]
         * 2
     )

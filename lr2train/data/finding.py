@@ -170,7 +170,9 @@ class _Search:
                 continue
             for entry in entries:
                 its, real_place = f"{name}/{entry.name}" if name else entry.name, os.path.join(real, entry.name)
-                if entry.is_symlink():
+                if entry.name.startswith("."):  # trash, checkpoints of notebooks, .git: copies of texts, which nobody means
+                    self._count("hidden", 0 if entry.is_dir(follow_symlinks=False) else entry.stat(follow_symlinks=False).st_size)
+                elif entry.is_symlink():
                     self._links.append((its, entry.path))
                 elif entry.is_dir(follow_symlinks=False):
                     if entry.name not in self._skipped:
@@ -226,6 +228,9 @@ class _Search:
 
     def _other(self, name: str, size: int) -> None:
         base = os.path.basename(name)
-        kind = self._found.others.setdefault(printable(os.path.splitext(base)[1] or base), [0, 0])
+        self._count(printable(os.path.splitext(base)[1] or base), size)
+
+    def _count(self, kind_of: str, size: int) -> None:
+        kind = self._found.others.setdefault(kind_of, [0, 0])
         kind[0] += 1
         kind[1] += size

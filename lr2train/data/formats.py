@@ -81,11 +81,11 @@ def _range_name(files: Sequence[File]) -> str:
 def _cut(file: File, shard_bytes: int) -> Iterator[Shard]:
     """A large file as several shards where its format can be entered in the middle."""
     size = size_of(file)
-    if file.name.endswith(".parquet") and size:
+    if file.kind.endswith(".parquet") and size:
         borders = parquet_borders(file, shard_bytes)
-    elif file.name.endswith(".arrow") and size:
+    elif file.kind.endswith(".arrow") and size:
         borders = arrow_borders(file, size, shard_bytes)
-    elif file.name.endswith(".jsonl") and not file.place.startswith(HUB):
+    elif file.kind.endswith(".jsonl") and not file.place.startswith(HUB):
         borders = [*range(0, size, shard_bytes), size]
     else:
         borders = [0, -1]
@@ -101,9 +101,9 @@ def read_files(shard: Shard, column: str, max_bytes: int, tally: Tally) -> Itera
         column: that holds the text; dots lead into records (``meta.text``), unless a column has that very name.
     """
     for file in shard.files:
-        if file.name.endswith(".txt"):
+        if file.kind.endswith(".txt"):
             yield from read_text(file, max_bytes, tally)
-        elif file.name.endswith((".parquet", ".arrow")):
+        elif file.kind.endswith((".parquet", ".arrow")):
             yield from read_table(file, shard, column, max_bytes, tally)
         else:
             yield from _read_lines(file, shard, column, max_bytes, tally)
@@ -111,7 +111,7 @@ def read_files(shard: Shard, column: str, max_bytes: int, tally: Tally) -> Itera
 
 def _read_lines(file: File, shard: Shard, column: str, max_bytes: int, tally: Tally) -> Iterator[Document]:
     """JSON values, one a line. A compressed file that breaks off counts once and ends there."""
-    compressed = file.name.endswith(COMPRESSED)
+    compressed = file.kind.endswith(COMPRESSED)
     read = consumed = 0  # bytes of lines, bytes of the file
     try:
         with ExitStack() as stack:
@@ -144,6 +144,7 @@ def _lost_of(file: File, shard: Shard, read: int, consumed: int) -> int:
 
 
 def _decompressed(name: str, raw: IO[bytes], stack: ExitStack) -> IO[bytes]:
+    name = name.lower()
     if name.endswith(".gz"):
         return stack.enter_context(cast(IO[bytes], gzip.GzipFile(fileobj=raw)))
     if name.endswith(".zst"):

@@ -41,6 +41,11 @@ class File(NamedTuple):
     name: str
     place: str
 
+    @property
+    def kind(self) -> str:
+        """The name whose end tells the format; some systems write it in capitals."""
+        return self.name.lower()
+
 
 class Shard(NamedTuple):
     """A part of a source's input.
@@ -129,6 +134,8 @@ def checked(id: str, text: object, max_bytes: int, tally: Tally, size_bytes: int
         tally.reject("no text", id, text, 0 if text is None else size)
     elif not text.strip():
         tally.reject("empty", id, text)
+    elif "\0" in text:  # of a power cut, or text in UTF-16 that was taken for UTF-8
+        tally.reject("NUL characters", id, text, size)
     else:
         try:
             data = text.encode()
@@ -243,4 +250,4 @@ def size_if_known(file: File) -> int:
 
 def text_bytes(name: str, size_bytes: int) -> int:
     """About how much text a file holds that was never read."""
-    return size_bytes * (_EXPANDS if name.endswith((*COMPRESSED, ".parquet")) else 1)
+    return size_bytes * (_EXPANDS if name.lower().endswith((*COMPRESSED, ".parquet")) else 1)

@@ -284,7 +284,7 @@ def _read_folder(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[D
 
 
 def _is_read(place: str) -> bool:
-    return place.endswith(SUFFIXES) and _of_the_data_set(Path(place))
+    return place.lower().endswith(SUFFIXES) and _of_the_data_set(Path(place))
 
 
 def _of_the_data_set(file: Path) -> bool:
@@ -319,7 +319,7 @@ def _hub_listing(source: SourceConfig, shard_bytes: int) -> Listing:
         raise UserError(f"data.sources.{source.name}.path={source.path} holds text files; set kind=folder, which reads one document a file")
     files = _hub_files(source, options)
     found = replace(find(Path(source.path), _is_read), others={}, again=[]) if Path(source.path).is_dir() else Found()
-    if files and all(file.name.endswith(SUFFIXES) for file in files):
+    if files and all(file.kind.endswith(SUFFIXES) for file in files):
         return Listing(shards_of(files, shard_bytes), found)
     return Listing([Shard("+".join(_splits(options)), tuple(files))], found)
 
@@ -371,7 +371,7 @@ def _read_hub(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Docu
     files as they come instead of keeping them in the hub's cache).
     """
     options = _hub_options(source)
-    if shard.files and all(file.name.endswith(SUFFIXES) for file in shard.files):
+    if shard.files and all(file.kind.endswith(SUFFIXES) for file in shard.files):
         here = shard if options["streaming"] else shard._replace(files=tuple(_downloaded(source, file) for file in shard.files))
         with _named(source):
             yield from read_files(here, source.text_column, source.max_document_bytes, tally)

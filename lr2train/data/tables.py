@@ -33,7 +33,7 @@ def read_table(file: File, shard: Shard, column: str, max_bytes: int, tally: Tal
     """Rows of a .parquet or .arrow file. One that cannot be read counts once, one that lacks the column with all its rows."""
     from pyarrow import ArrowException
 
-    rows = _parquet_rows if file.name.endswith(".parquet") else _arrow_rows
+    rows = _parquet_rows if file.kind.endswith(".parquet") else _arrow_rows
     try:
         with ExitStack() as stack:
             for number, text in rows(file.place, shard.start, shard.stop, column, stack):

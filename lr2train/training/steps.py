@@ -117,7 +117,8 @@ class Steps:
         """
         if self.before is None and done:
             raise UserError(
-                f"{FILE} of the run is missing, which says how its {done} steps drew their data; restore it, or choose another name= to start over"
+                f"{FILE} of the run is missing, which says how its {done} steps drew their data (data.group_segments, data.skip_steps); restore it, "
+                "or choose another name= to start over"
             )
         if self.before is not None and self.before.until(done) != self.skips.until(done):
             raise UserError(

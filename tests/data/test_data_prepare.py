@@ -266,10 +266,10 @@ def test_another_plan_in_the_same_folder_takes_the_tokens_that_are_there(planned
 @pytest.mark.parametrize("bad", [{"long_tokens": 10**9}, {"segment_tokens": 1024, "align_sp": 16}, {"holdout": 0.5}, {"vocab_size": 420}])
 def test_a_change_that_cannot_be_made_costs_nothing(planned, tmp_path, bad):
     first, folder = copied(planned, tmp_path)
-    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name not in ("log.txt", ".prepare.lock")}
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name not in ("log.txt", ".lock")}
     with pytest.raises(UserError):
         prepare(texts_only(tmp_path, **bad))
-    after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name not in ("log.txt", ".prepare.lock")}
+    after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name not in ("log.txt", ".lock")}
     assert {file for file in before if before[file] != after.get(file)} <= {folder / "verified.json"}
     assert Corpus.open(folder).fingerprint == first["fingerprint"]
     Corpus.open(folder).verify()
@@ -300,9 +300,9 @@ def test_two_jobs_do_not_prepare_one_folder(tmp_path):
     config = texts_only(tmp_path)
     lock = open_run(config, "prepare", ("data",)).lock()
     assert lock is not None
-    with lock, pytest.raises(UserError, match=r"in use by process \d+"):
+    with lock, pytest.raises(UserError, match=r"in use by prepare, process \d+"):
         prepare(config)
-    assert [file.name for file in (tmp_path / "corpus").iterdir()] == [".prepare.lock"]
+    assert [file.name for file in (tmp_path / "corpus").iterdir()] == [".lock"]
     prepare(config)
 
 

@@ -281,3 +281,23 @@ def test_identity_changes_with_the_files(tmp_path):
     before = of(tmp_path)
     (tmp_path / "b.txt").write_text("y")
     assert of(tmp_path) != before == of(tmp_path / "a.txt")
+
+
+def test_ends_of_names_in_capitals_are_read_and_hidden_files_are_passed_over(tmp_path):
+    from lr2train.data.finding import find
+    from lr2train.data.sources import _is_read
+
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("A.TXT", "b.txt", ".b.txt", ".ipynb_checkpoints/b-checkpoint.txt"):
+        (tmp_path / name).write_text("text of a file")
+    found = find(tmp_path, _is_read)
+    assert [file.name for file in found.files] == ["A.TXT", "b.txt"]
+    assert found.others == {"hidden": [2, len("text of a file")]}
+
+
+def test_a_text_with_nul_characters_is_a_broken_record(tmp_path):
+    (tmp_path / "zeros.txt").write_bytes(bytes(100))
+    (tmp_path / "sound.txt").write_text("text of a file")
+    tally = Tally()
+    assert [one.id for one in read(SourceConfig(name="t", path=str(tmp_path)), tally)] == ["sound.txt"]
+    assert dict(tally.reasons) == {"NUL characters": 1}

@@ -63,6 +63,7 @@ def test_wandb_works_offline(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert metrics.sinks(Config(name="one"), tmp_path, 0) == []
     assert list(tmp_path.iterdir()) == []
 
