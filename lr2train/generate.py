@@ -44,6 +44,7 @@ def generate(config: Config) -> dict[str, Any]:
     _refuse_too_long(len(tokens), config, factors)
     device = processes.pick_device(config.device)
     model = load.load_whole(folder, config.model.dtype, str(device), _overrides(config))
+    _refuse_unknown(tokens, model.get_input_embeddings().num_embeddings, folder)
     table = rotary.install(model, factors)
     original, knobs = factors.spectrum.window_tokens, config.generate
     how = {"window": knobs.window, "temperature": knobs.temperature, "top_p": knobs.top_p, "seed": config.seed}
@@ -152,6 +153,15 @@ def factors_of(folder: Path, config: Config) -> Factors:
             return Factors.load(written)
     hf_config = load.config_of(load.ModelConfig(path=str(folder), overrides=_overrides(config)))
     return rope_hf.factors_of(load.plain_config(hf_config)) or build(config.rope, load.spectrum_of(hf_config, config.model))
+
+
+def _refuse_unknown(tokens: list[int], n_ids: int, folder: Path) -> None:
+    """Tokens were added to the tokenizer and not to the model."""
+    if max(tokens, default=0) >= n_ids:
+        raise UserError(
+            f"the tokenizer in {folder} gives the prompt the token id {max(tokens)}, and the model knows {n_ids} ids; put the model's own "
+            "tokenizer into its folder"
+        )
 
 
 def _refuse_too_long(prompt_tokens: int, config: Config, factors: Factors) -> None:

@@ -693,6 +693,16 @@ def test_bad_input_of_generate_is_one_sentence_and_exit_code_2(served, world, mo
     assert sum(line.startswith("generate: ") for line in out.err.splitlines()) == 1
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_refused(world, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(world / "base", folder)
+    tokenizer = AutoTokenizer.from_pretrained(world / "corpus" / "tokenizer")
+    tokenizer.add_tokens(["novel"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=rf"token id {tiny.VOCAB}, and the model knows {tiny.VOCAB} ids"):
+        generate(generate_config(world, f"model.path={folder}", "rope=pi", "generate.prompt=a novel"))
+
+
 # ---- one loader ----
 
 
