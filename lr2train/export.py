@@ -54,7 +54,7 @@ def export(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: the run is not finished, the dtype is unknown, the folder holds something else or cannot be written, or the model
-            computes logits that are not finite; nothing is replaced then.
+            computes logits that are not finite; nothing is replaced then, unless plain transformers alone finds such logits.
     """
     run.refuse_ranks("export")
     job = run.Run(of_run.folder_of(config), "export")

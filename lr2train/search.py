@@ -50,7 +50,7 @@ def search(config: Config) -> dict[str, Any]:
     lock = control.on_rank_0(job.lock)
     known = {"corpus": corpus.fingerprint, "documents": digest(scored_on)}
     found = identities(job, known, {"model": load.files_of(load.folder_of(config.model))})
-    if (job.folder / "search.json").exists():
+    if control.from_rank_0((job.folder / "search.json").exists() if run.rank() == 0 else False):
         return _finished(job)
     control.together(lambda: corpus.verify(full=config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0))  # once a machine
     if device.type == "cpu" and not config.threads:

@@ -75,8 +75,7 @@ def train(config: Config) -> dict[str, Any]:
     checkpoints = Checkpoints(
         job.folder / "checkpoints", control.from_rank_0(job.fingerprint if run.rank() == 0 else ""), config.engine.keep_checkpoints
     )
-    done = engine.load(checkpoints, config.engine.resume_from)
-    steps.refuse_other_past(done)
+    done = engine.load(checkpoints, config.engine.resume_from, lambda done: _refuse_start(job, steps, done, total_steps))
     job.write_json(FILE, steps.to_json())
     _announce(job, config, engine, factors, total_steps, done)
     job.write_json("factors.json", factors.to_json())
@@ -110,10 +109,24 @@ def _finished(job: run.Run, config: Config) -> dict[str, Any] | None:
     """The result of a run that is finished; None where there is something to do: more steps than before, or a model that is gone."""
     file = job.folder / "train.json"
     result = control.from_rank_0(_result_in(file) if run.rank() == 0 and (job.folder / "model" / "config.json").exists() else None)
-    if result is None or config.optim.steps > result["steps"]:
+    if result is None or config.optim.steps > result["steps"] or config.engine.resume_from is not None:
         return None
     job.log(f"already finished: {file}")
     return result
+
+
+def _refuse_start(job: run.Run, steps: Steps, done: int, total_steps: int) -> None:
+    """Refuse to go on from ``done`` steps where what is asked for does not follow from them.
+
+    Raises:
+        UserError: on every rank.
+    """
+    steps.refuse_other_past(done)
+    if done > total_steps:
+        raise UserError(f"optim.steps={total_steps} is below the {done} steps that the run has done; set optim.steps to {done} or more")
+    finished = control.from_rank_0((job.folder / "train.json").exists() if run.rank() == 0 else False)
+    if finished and not done:
+        raise UserError(f"{job.folder} holds a finished run without its checkpoints, so no run can go on from it; choose another name=")
 
 
 def _result_in(file: Path) -> dict[str, Any] | None:
@@ -128,6 +141,8 @@ def _result_in(file: Path) -> dict[str, Any] | None:
 def inputs(config: Config) -> tuple[Any, Factors, Corpus]:
     """The model's config, the factors and the corpus, each checked against the others before any process group or weight exists."""
     refuse_keys(config.engine.deepspeed)
+    if config.engine.zero_stage == 0 and config.model.dtype != "float32":
+        raise UserError(f"engine.zero_stage=0 trains in float32 alone, and model.dtype={config.model.dtype}; set engine.zero_stage to 1")
     hf_config = load.config_of(config.model)
     if config.data.path is None:
         raise UserError("data.path is empty; set data.path to a folder that `python -m lr2train.prepare` wrote, such as runs/corpus")

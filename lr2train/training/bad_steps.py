@@ -26,7 +26,7 @@ class BadSteps:
     """
 
     def __init__(self, most: int, total: int = 0) -> None:
-        self.in_a_row, self.total, self._most = 0, total, most
+        self.in_a_row, self.total, self._most, self._first = 0, total, most, 0
 
     def look(self, step: int, stats: StepStats, loader: Loader) -> None:
         """Count a step (the first is 0) and say what was in it. A collective where the step is bad.
@@ -37,6 +37,7 @@ class BadSteps:
         if stats.finite:
             self.in_a_row = 0
             return
+        self._first = self._first if self.in_a_row else step + 1
         self.in_a_row += 1
         self.total += 1
         say("train", f"step {step + 1}: {_found(step, stats, loader)}; no update was made ({self.in_a_row} of {self._most} in a row)")
@@ -49,8 +50,7 @@ class BadSteps:
         Raises:
             UserError: always.
         """
-        first, last = step + 2 - self.in_a_row, step + 1
-        steps = f"{first}-{last}" if first < last else f"{last}"
+        steps = f"{self._first}-{step + 1}" if self._first <= step else f"{step + 1}"
         raise UserError(
             f"the loss or the gradient norm of steps {steps} is not finite (engine.max_bad_steps={self._most}), no update was made in them, and the "
             f"checkpoint before them stays; set data.skip_steps=[{steps}] to pass over their data, or a lower optim.lr under another name="

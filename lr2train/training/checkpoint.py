@@ -19,14 +19,13 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from lr2train import io, run
 from lr2train.config import UserError
@@ -84,14 +83,17 @@ def save(engine: Any, of: Checkpoints, step: int) -> None:
     files: dict[str, Any] = {}
     for mine in control.together(lambda: {path.name: _sealed(path) for path in written}):
         files |= mine
-    if control.rank() == 0:
-        about = {"step": step, "world": control.world(), "zero_stage": engine.zero_optimization_stage(), "run": of.run}
-        with _writing(target):
-            io.seal(target / MANIFEST, {**about, "files": files})
-            io.sync_folder(of.folder)
-            _name_latest(of, target.name)
-        _forget(of, target.name)
-    dist.barrier()
+    about = {"step": step, "world": control.world(), "zero_stage": engine.zero_optimization_stage(), "run": of.run}
+    control.together(lambda: _publish(of, target, {**about, "files": files}) if control.rank() == 0 else None)
+
+
+def _publish(of: Checkpoints, target: Path, manifest: dict[str, Any]) -> None:
+    """Make a checkpoint whose shards the disk holds the latest one."""
+    with _writing(target):
+        io.seal(target / MANIFEST, manifest)
+        io.sync_folder(of.folder)
+        _name_latest(of, target.name)
+    _forget(of, target.name)
 
 
 def _tag(step: int) -> str:
@@ -164,18 +166,22 @@ def _writing(checkpoint: Path) -> Iterator[None]:
 
 
 def _forget(of: Checkpoints, newest: str) -> None:
-    """Remove checkpoints before the newest. A later one was begun by a killed run, or a user has gone back: it takes nobody's place."""
-    for old in [path for path in of.steps if path.name <= newest][: -of.keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    """Remove what is older than the newest whole ones. A later one was begun by a killed run, or a user has gone back: it takes nobody's place."""
+    until_now = [path for path in of.steps if path.name <= newest]
+    kept = [path for path in until_now if (path / MANIFEST).exists()][-of.keep :]
+    for old in until_now:
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def load(engine: Any, of: Checkpoints, resume_from: int | None = None) -> int:
+def load(engine: Any, of: Checkpoints, resume_from: int | None = None, accept: Callable[[int], None] = lambda _: None) -> int:
     """Read a checkpoint into a fresh engine; returns the number of steps done, 0 where there is none. A collective.
 
     Args:
         engine: DeepSpeed's, on the same or another number of ranks than wrote the checkpoint.
         of: the run's checkpoints.
         resume_from: ``engine.resume_from``: the step to go back to, once; None reads the latest.
+        accept: called on every rank with the steps done before anything is read or noted; may refuse them.
 
     Raises:
         UserError: checkpoints are there and none is named the latest; the checkpoint is damaged, another run's, not there on every machine, or
@@ -183,9 +189,10 @@ def load(engine: Any, of: Checkpoints, resume_from: int | None = None) -> int:
     """
     # Rank 0 looks: what another machine's cache shows may differ.
     chosen, *_ = control.together(lambda: _choose(of, resume_from) if control.rank() == 0 else None)
+    accept(0 if chosen is None else int(chosen[1]["step"]))
     if chosen is None:
         return 0
-    tag, manifest = chosen
+    tag, manifest, went_back_to = chosen
     checkpoint, world, stage = of.folder / tag, int(manifest["world"]), engine.zero_optimization_stage()
     started = time.monotonic()
     with _offering(of, checkpoint):
@@ -197,6 +204,7 @@ def load(engine: Any, of: Checkpoints, resume_from: int | None = None) -> int:
         assert path is not None, "DeepSpeed does not find what was looked at before"
     else:
         _load_on_other_ranks(engine, checkpoint, stage, world)
+    control.together(lambda: _name_latest(of, tag, went_back_to) if control.rank() == 0 and went_back_to != _KEEP else None)
     run.say("checkpoint", f"{checkpoint}: checked in {checked - started:.1f} s, read in {time.monotonic() - checked:.1f} s")
     return int(manifest["step"])
 
@@ -205,8 +213,8 @@ class _Unusable(UserError):
     """Why a checkpoint cannot be used, without what to do instead."""
 
 
-def _choose(of: Checkpoints, resume_from: int | None) -> tuple[str, dict[str, Any]] | None:
-    """The checkpoint to read, by its tag, and its manifest; None where the folder has none."""
+def _choose(of: Checkpoints, resume_from: int | None) -> tuple[str, dict[str, Any], int | None] | None:
+    """The checkpoint to read, by its tag, its manifest, and what to note as the step that was gone back to; None where the folder has none."""
     latest = _latest(of) or {}
     going_back = resume_from is not None and latest.get("went_back_to") != resume_from
     tag = _tag(resume_from) if going_back and resume_from is not None else latest.get("tag")
@@ -220,9 +228,7 @@ def _choose(of: Checkpoints, resume_from: int | None) -> tuple[str, dict[str, An
         return None
     with _offering(of, of.folder / tag):
         manifest = _manifest(of, of.folder / tag)
-    if going_back or (resume_from is None and "went_back_to" in latest):
-        _name_latest(of, tag, resume_from)
-    return tag, manifest
+    return tag, manifest, resume_from if going_back or (resume_from is None and "went_back_to" in latest) else _KEEP
 
 
 @contextlib.contextmanager
@@ -235,9 +241,13 @@ def _offering(of: Checkpoints, checkpoint: Path) -> Iterator[None]:
 
 
 def _offer(of: Checkpoints, but: Path | None = None) -> str:
-    """The newest whole checkpoint of this run and how to go on from there, judged by the sizes of its files."""
+    """The newest whole checkpoint of this run and how to go on from there, judged by the sizes of its files.
+
+    A later one than the latest is of a history that a user has left by going back.
+    """
+    newest = (_latest(of) or {}).get("tag", "step_99999999")
     for checkpoint in reversed(of.steps):
-        if checkpoint != but:
+        if checkpoint != but and checkpoint.name <= newest:
             with contextlib.suppress(_Unusable):
                 manifest = _manifest(of, checkpoint)
                 _refuse_other_sizes(checkpoint, manifest["files"])

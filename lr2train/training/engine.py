@@ -176,8 +176,8 @@ class Engine:
     def _gather(self, modifier_rank: int | None) -> load.Gather:
         return _gathered(modifier_rank) if self.config.engine.zero_stage == 3 else load.whole
 
-    def step(self, batches: Sequence[Batch], lr: float, interrupted: bool = False) -> StepStats:
-        """One optimizer step over this data-parallel rank's micro-batches.
+    def step(self, batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool] = lambda: False) -> StepStats:
+        """One optimizer step over this data-parallel rank's micro-batches. ``interrupted`` is asked as late in the step as all ranks can share it.
 
         Raises:
             UserError: the step has no target token, or no strategy serves a batch; on every rank.
@@ -190,7 +190,7 @@ class Engine:
         with told_to_all():
             return self._step(batches, interrupted)
 
-    def _step(self, batches: Sequence[Batch], interrupted: bool) -> StepStats:
+    def _step(self, batches: Sequence[Batch], interrupted: Callable[[], bool]) -> StepStats:
         """Forward, backward and update.
 
         The loss that goes into backward is ``sum_CE_local * world * accumulation / n_target_tokens``: DeepSpeed divides gradients by the world and losses by
@@ -202,7 +202,6 @@ class Engine:
         if n_targets == 0:
             raise UserError("a step has no target token at all; check data.path: its segments hold only padding")
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss of short, of long, ranks that were asked to stop
-        sums[2] = float(interrupted)
         losses = []
         for number, (batch, shard) in enumerate(zip(batches, shards, strict=True), 1):
             total = self._engine(*shard, spans=batch.spans, window=batch.window)
@@ -210,6 +209,7 @@ class Engine:
             sums[int(batch.window == "long")] += losses[-1]
             scale = torch.full_like(losses[-1], self.mesh.world * self.accumulation / n_targets, dtype=total.dtype)
             if number == len(batches):
+                sums[2] = float(interrupted())
                 dist.all_reduce(sums)
                 scale.masked_fill_(~torch.isfinite(sums[:2].sum()), torch.nan)
             self._engine.backward(total * scale)
@@ -294,14 +294,16 @@ class Engine:
         with _quiet():
             checkpoint.save(self._engine, checkpoints, step)
 
-    def load(self, checkpoints: Checkpoints, resume_from: int | None = None) -> int:
+    def load(self, checkpoints: Checkpoints, resume_from: int | None = None, accept: Callable[[int], None] = lambda _: None) -> int:
         """Load the latest checkpoint, or the one to go back to; returns the number of steps done, 0 where there is none.
+
+        ``accept`` is called with that number before anything is read, and may refuse it.
 
         Raises:
             UserError: the checkpoint is damaged, another run's, not there on every machine, or cannot be read by this number of ranks; on every rank.
         """
         with _quiet():
-            return checkpoint.load(self._engine, checkpoints, resume_from)
+            return checkpoint.load(self._engine, checkpoints, resume_from, accept)
 
     def write_model(self, folder: Path, config: dict[str, Any], extras: Callable[[Path], None] | None = None) -> None:
         """Write the weights as a Hugging Face folder with ``config`` as its config.json and ``extras``; no rank holds them all at once."""

@@ -84,7 +84,7 @@ def fit(
             micro_batches = next(batches)
             waited = time.perf_counter() - start
             lr = learning_rate(step, total_steps, config.optim)
-            stats = engine.step(micro_batches, lr, interrupt.asked)
+            stats = engine.step(micro_batches, lr, lambda: interrupt.asked)
             tokens_seen += stats.n_tokens
             seconds = time.perf_counter() - start
             flops = step_flops(stats, parameters, engine.hf_config)
@@ -95,8 +95,8 @@ def fit(
             last = step == steps[-1]
             if last and bad.in_a_row:
                 bad.give_up(step)
-            due = not bad.in_a_row and _due(saved, step + 1, config.engine.checkpoint_every_steps)
-            if last or stats.interrupted or due:
+            due = _due(saved, step + 1, config.engine.checkpoint_every_steps)
+            if (last or stats.interrupted or due) and not bad.in_a_row:
                 engine.save(checkpoints, step + 1)
                 saved = step + 1
             if stats.interrupted and not last:

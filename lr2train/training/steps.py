@@ -99,6 +99,11 @@ class Steps:
         """
         found: dict[str, Any] = read_json(folder / FILE) if (folder / FILE).exists() else {}
         before = Skips(tuple((first, last) for first, last in found["skipped"])) if found else None
+        if found and data.group_segments not in (0, found["group_segments"]):
+            raise UserError(
+                f"data.group_segments={data.group_segments}, and the run was begun with {found['group_segments']}, which decides what its steps hold; "
+                f"set data.group_segments to {found['group_segments']}"
+            )
         return cls(
             found.get("group_segments") or data.group_segments or default_group(dp_size, segments_per_step),
             Skips.parse(data.skip_steps),
