@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lr2train import io
+from lr2train.config import UserError
 from lr2train.parallel import control
 from lr2train.run import Run
 
@@ -44,6 +45,9 @@ def _first() -> bool:
 
 def _stamps(paths: Sequence[Path]) -> dict[str, list[int]]:
     """Bytes and time of change of each file."""
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]} is missing, and the index of its folder names it; fetch the folder again")
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
