@@ -220,6 +220,75 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+class Hashed(IOBase):
+    """A file for ``torch.load`` whose bytes are hashed while they are read, so that a check costs no second reading.
+
+    A reader that goes through the file in order pays for the hash alone: each piece is hashed while it lies in the processor's cache. Bytes that
+    the reader passes over are read by ``checksum``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = path.open("rb", buffering=0)
+        self._digest = xxhash.xxh3_128()
+        self._hashed_bytes = 0  # of the file's beginning
+
+    def read(self, size: int = -1) -> bytes:
+        """The next ``size`` bytes; fewer at the end of the file; all that is left where ``size`` is negative."""
+        if size < 0:
+            size = os.fstat(self._file.fileno()).st_size - self._file.tell()
+        data = bytearray(max(size, 0))
+        return bytes(memoryview(data)[: self.readinto(data)])
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a writable buffer; returns the number of bytes, smaller than the buffer's at the end of the file."""
+        view = memoryview(buffer).cast("B")
+        begin = done = 0
+        position = self._file.tell()
+        if 0 < position - self._hashed_bytes <= _CHUNK_BYTES:  # a header or padding that the reader did not want
+            self._hash_until(position)
+        while done < len(view) and (size := self._file.readinto(view[done : done + _CHUNK_BYTES])):
+            begin, done = done, done + size
+            if position + begin == self._hashed_bytes:
+                self._digest.update(view[begin:done])
+                self._hashed_bytes += size
+        return done
+
+    def _hash_until(self, stop: int | None) -> None:
+        """Hash what lies before ``stop`` (None: the end of the file) and was not hashed yet; the position becomes ``stop``."""
+        self._file.seek(self._hashed_bytes)
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        while size := self._file.readinto(buffer[: None if stop is None else min(_CHUNK_BYTES, stop - self._hashed_bytes)]):
+            self._digest.update(buffer[:size])
+            self._hashed_bytes += size
+
+    def checksum(self) -> str:
+        """``checksum`` of the whole file."""
+        self._hash_until(None)
+        return self._digest.hexdigest()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the file, as of a file of Python's own."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """The place in the file."""
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
 def seal(path: Path, values: dict[str, Any]) -> None:
     """Write JSON values with their own checksum, whole or not at all."""
     write_json(path, with_seal(values))

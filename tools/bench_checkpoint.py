@@ -53,12 +53,17 @@ def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold
     engine._engine.optimizer.optimizer.param_groups[0]["params"] = []
     of = checkpoint.Checkpoints(folder)
     engine.save(of, 1)
-    files, check = io.sealed(folder / "step_00000001" / checkpoint.MANIFEST)["files"], checkpoint._refuse_damaged
+    files, check = io.sealed(folder / "step_00000001" / checkpoint.MANIFEST)["files"], checkpoint._read_checked
+
+    def read(folder: Path, files: dict, _: str) -> dict:
+        """The same reading without a hash."""
+        return {name: checkpoint._opened(folder / name, mmap=False) for name, about in files.items() if about["rank"] == rank}
+
     found = []
     for _ in range(rounds):
         times = []
-        for checking in (lambda *_: None, check):
-            checkpoint._refuse_damaged = checking
+        for reading in (read, check):
+            checkpoint._read_checked = reading
             if cold and rank == 0:
                 Path("/proc/sys/vm/drop_caches").write_text("1")
             dist.barrier()

@@ -6,7 +6,8 @@
 
 Choice: DeepSpeed writes, and reads where the number of ranks is the same. With another number every rank reads its new share of the weights and of
 AdamW's moments out of the old shards (``partitions``), bit for bit. Shards and folders are synced to the disk before the latest one is named. A
-start compares every shard with its checksum, the ranks sharing the files, and refuses the checkpoint of another run. Shards are read as data alone
+start compares every shard with its checksum and refuses the checkpoint of another run: each rank hashes its own files while it reads them, or, on
+another number of ranks, a share of all files beforehand. Shards are read as data alone
 (``weights_only``), so nothing in a file is executed. There is no random state to keep: nothing is dropped out, and a step's data follows from its
 number. Cost: reading on other ranks knows DeepSpeed's file layout; an optimizer on NVMe keeps its state elsewhere and wants the same number of
 ranks.
@@ -195,17 +196,20 @@ def load(engine: Any, of: Checkpoints, resume_from: int | None = None, accept: C
     tag, manifest, went_back_to = chosen
     checkpoint, world, stage = of.folder / tag, int(manifest["world"]), engine.zero_optimization_stage()
     started = time.monotonic()
-    with _offering(of, checkpoint):
-        control.together(lambda: _refuse_damaged(checkpoint, manifest["files"]))
-    checked = time.monotonic()
     if world == control.world() or not _optimizer_files(checkpoint):
-        engine.checkpoint_engine.load = _read_by_deepspeed
+        with _offering(of, checkpoint):
+            mine: dict[str, dict[str, Any]] = {}
+            control.together(lambda: mine.update(_read_checked(checkpoint, manifest["files"], _weights_file(stage, 0))))
+        engine.checkpoint_engine.load = lambda path, map_location=None: mine[Path(path).name]
         path, _ = engine.load_checkpoint(str(of.folder), tag=tag)
         assert path is not None, "DeepSpeed does not find what was looked at before"
+        mine.clear()  # the engine keeps the function
     else:
+        with _offering(of, checkpoint):
+            control.together(lambda: _refuse_damaged(checkpoint, manifest["files"]))
         _load_on_other_ranks(engine, checkpoint, stage, world)
     control.together(lambda: _name_latest(of, tag, went_back_to) if control.rank() == 0 and went_back_to != _KEEP else None)
-    run.say("checkpoint", f"{checkpoint}: checked in {checked - started:.1f} s, read in {time.monotonic() - checked:.1f} s")
+    run.say("checkpoint", f"{checkpoint}: checked and read in {time.monotonic() - started:.1f} s")
     return int(manifest["step"])
 
 
@@ -275,6 +279,8 @@ def _manifest(of: Checkpoints, checkpoint: Path) -> dict[str, Any]:
 
 
 def _refuse_other_sizes(checkpoint: Path, files: dict[str, Any]) -> None:
+    if not checkpoint.is_dir():
+        raise _Unusable("it is not there on every machine: put runs_folder on a file system that all machines share")
     for name, about in files.items():
         found = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else None
         if found != about["bytes"]:
@@ -283,29 +289,49 @@ def _refuse_other_sizes(checkpoint: Path, files: dict[str, Any]) -> None:
 
 def _refuse_damaged(checkpoint: Path, files: dict[str, Any]) -> None:
     """Compare the sizes of all shard files, and the checksums of this rank's share of them, with the manifest."""
-    if not checkpoint.is_dir():
-        raise _Unusable("it is not there on every machine: put runs_folder on a file system that all machines share")
     _refuse_other_sizes(checkpoint, files)
-    for name, about in list(files.items())[control.rank() :: control.world()]:
-        try:
-            damaged = io.checksum(checkpoint / name) != about["xxh3"]
-        except OSError as error:
-            raise _Unusable(f"{name}: {_brief(error)}") from error
-        if damaged:
-            raise _Unusable(f"{name} does not have the checksum that it was written with")
+    by_size = sorted(files, key=lambda name: files[name]["bytes"])  # every rank gets large ones and small ones
+    for name in by_size[control.rank() :: control.world()]:
+        with _naming(name):
+            _refuse_other_checksum(name, io.checksum(checkpoint / name), files)
 
 
-def _opened(path: str | Path, map_location: Any = "cpu", mmap: bool = True) -> dict[str, Any]:
+def _read_checked(checkpoint: Path, files: dict[str, Any], weights: str) -> dict[str, dict[str, Any]]:
+    """The shard files that this rank has written, and the one that holds the weights of all ranks, by name; each is checked while it is read.
+
+    Not mapped: DeepSpeed keeps tensors of a file as the optimizer's state.
+    """
+    _refuse_other_sizes(checkpoint, files)
+    found = {}
+    for name, about in files.items():
+        if about["rank"] == control.rank() or name == weights:
+            with _naming(name), io.Hashed(checkpoint / name) as file:
+                try:
+                    found[name] = _opened(file, mmap=False)
+                finally:  # damage is the better reason where the reading failed too
+                    _refuse_other_checksum(name, file.checksum(), files)
+    return found
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise _Unusable(f"{name}: {_brief(error)}") from error
+
+
+def _refuse_other_checksum(name: str, checksum: str, files: dict[str, Any]) -> None:
+    if checksum != files[name]["xxh3"]:
+        raise _Unusable(f"{name} does not have the checksum that it was written with")
+
+
+def _opened(file: Path | io.Hashed, mmap: bool = True) -> dict[str, Any]:
     """What a shard file holds: tensors, plain values and DeepSpeed's own few classes. Anything else in it is refused, and nothing is executed."""
     from lr2train.training.engine import classes_in_checkpoints
 
     with torch.serialization.safe_globals(classes_in_checkpoints()):
-        return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
-
-
-def _read_by_deepspeed(path: str, map_location: Any = None) -> dict[str, Any]:
-    """In the place of DeepSpeed's own reading. Not mapped: DeepSpeed keeps tensors of the file as the optimizer's state."""
-    return _opened(path, map_location or "cpu", mmap=False)
+        return torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)  # type: ignore[arg-type]
 
 
 def _weights_file(stage: int, rank: int) -> str:
@@ -320,6 +346,8 @@ def _optimizer_files(checkpoint: Path) -> list[Path]:
 
 
 def _brief(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors and plain values, so reading it could run code"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pickle
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -269,7 +268,7 @@ def runs_code(rank: int, world: int, folder: Path) -> str:
     manifest = io.sealed(checkpoint / "manifest.json")
     manifest["files"][file.name] |= {"bytes": file.stat().st_size, "xxh3": io.checksum(file)}
     io.seal(checkpoint / "manifest.json", manifest)
-    with pytest.raises(pickle.UnpicklingError) as raised:
+    with pytest.raises(UserError) as raised:
         engine.load(of)
     return str(raised.value)
 
@@ -286,7 +285,7 @@ class Runs:
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     [said] = run_ranks(runs_code, 1, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
-    assert "weights_only" in said.lower()
+    assert "optim_states.pt: it holds more than tensors and plain values" in said
     assert not (tmp_path / "checkpoints" / "ran").exists()
 
 
