@@ -616,18 +616,6 @@ def load(composed: DictConfig, verb: str) -> Config:
     return config
 
 
-def compose(verb: str, arguments: list[str]) -> Config:
-    """Compose ``conf/<verb>.yaml`` with what was typed after the verb, without a command line.
-
-    Raises:
-        UserError: an unknown key, group or option, or a value of the wrong type; the text names it.
-    """
-    from lr2train import composing  # Hydra's world: whoever only wants the schema does not load it
-
-    with composing.told():
-        return load(composing.composed(verb, arguments, composing.config_folders()), verb)
-
-
 def typed_key(key: str) -> str:
     """A key as the command line takes it: ``data.sources.0.path`` for ``data.sources[0].path``."""
     return re.sub(r"\[(\d+)\]", r".\1", key)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lr2train import io, run
-from lr2train.cli import main
+from lr2train.cli.door import main
 from lr2train.config import Config, RopeConfig, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import NeedleDocument, needle_set, text_set

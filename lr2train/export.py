@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lr2train import io, run
-from lr2train.cli import main
+from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.evaluation import of_run
 from lr2train.model import load, rotary

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lr2train import io, run
-from lr2train.cli import main
+from lr2train.cli.door import main
 from lr2train.config import Config, GenerateConfig, UserError
 from lr2train.evaluation import of_run
 from lr2train.model import decode, load, rotary

@@ -19,13 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from lr2train import io
-from lr2train.cli import main
+from lr2train.cli.door import main
 from lr2train.config import Config, LongAttention, UserError
 from lr2train.data.batch import WINDOWS
 from lr2train.data.corpus import Corpus
-from lr2train.data.loader import SegmentLoader, make_loader
-from lr2train.data.order import default_group
-from lr2train.data.viewing import EMPTY, SegmentView, Viewer, bar, letters_of
+from lr2train.data.feed.loader import SegmentLoader, make_loader
+from lr2train.data.feed.order import default_group
+from lr2train.data.feed.viewing import EMPTY, SegmentView, Viewer, bar, letters_of
 from lr2train.training.steps import Skips, Steps
 
 _BAR_CELLS, _STEP_CELLS, _NARROWEST = 96, 48, 140

@@ -13,7 +13,7 @@ from typing import Any
 from lr2train import io, run
 from lr2train.attention import choice
 from lr2train.attention import hf as attention
-from lr2train.cli import main
+from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.planning import cost, memory
 from lr2train.planning.memory import GIB, Item, Setting
@@ -21,7 +21,7 @@ from lr2train.planning.shape import Shape, hf_config_of, shape_of
 from lr2train.planning.tables import show
 from lr2train.planning.work import Part, Work, work_of
 from lr2train.rope.factors import refuse_target
-from lr2train.training.engine import accumulation_of
+from lr2train.training.deepspeed.engine import accumulation_of
 
 
 def plan(config: Config) -> dict[str, Any]:

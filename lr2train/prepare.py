@@ -4,7 +4,7 @@
 
 Writes ``runs/<name>/``: tokenizer/, store/, segments.*.npy, corpus.json (see lr2train.data.corpus), plan.json, plan.txt, pictures/ and
 prepare.json. Killed at any time, the same command goes on at the shard where it was. With other limits, weights or budgets it plans anew from
-the tokens that are there; what would make other tokens of a source is refused (lr2train.data.textsource).
+the tokens that are there; what would make other tokens of a source is refused (lr2train.data.ingest.textsource).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lr2train import io, run
-from lr2train.cli import main
+from lr2train.cli.door import main
 from lr2train.config import Config, ModelConfig, UserError
-from lr2train.data import building, integrity, segmenting
+from lr2train.data import building, integrity
+from lr2train.data.plan import segmenting
 from lr2train.reporting.mix import ensure_mix_pictures
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import refuse_target

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lr2train import io, run
-from lr2train.cli import door
+from lr2train.cli.door import door
 from lr2train.reporting import making, results
 from lr2train.reporting.inputs import Inputs, gather
 from lr2train.reporting.page import Missing, page, text, wanting
@@ -63,7 +63,7 @@ def render(inputs: Inputs) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line. Exit codes as in ``lr2train.cli``."""
+    """The command line. Exit codes as in ``lr2train.cli.door``."""
     parser = argparse.ArgumentParser(prog="python -m lr2train.report", description="One HTML page about a run, complete in itself.")
     parser.add_argument(
         "folders",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lr2train import io, run
-from lr2train.cli import main
+from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.evolution.cma import evolve_cmaes
@@ -106,7 +106,7 @@ def inputs(config: Config) -> tuple[Space, list[Document], Corpus]:
 
 def _model(config: Config, device: torch.device) -> Any:
     if config.search.shard:
-        from lr2train.training.engine import load_sharded  # DeepSpeed is not for whoever has no need of it
+        from lr2train.training.deepspeed.engine import load_sharded  # DeepSpeed is not for whoever has no need of it
 
         return load_sharded(config.model, device)
     return load.load_whole(load.folder_of(config.model), config.model.dtype, str(device), config.model.overrides)

@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from lr2train import io, run
 from lr2train.attention import hf as attention
-from lr2train.cli import main
+from lr2train.cli.door import main
 from lr2train.config import Config, ModelConfig, UserError
 from lr2train.data.corpus import Corpus
-from lr2train.data.loader import make_loader
+from lr2train.data.feed.loader import make_loader
 from lr2train.model import load
 from lr2train.parallel import control, processes
 from lr2train.parallel.failure import told_to_all
@@ -30,9 +30,9 @@ from lr2train.parallel.mesh import make_mesh
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import build
-from lr2train.training.checkpoint import Checkpoints
-from lr2train.training.deepspeed_keys import refuse_keys
-from lr2train.training.engine import Engine, start_deepspeed
+from lr2train.training.deepspeed.checkpoint import Checkpoints
+from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+from lr2train.training.deepspeed.keys import refuse_keys
 from lr2train.training.loop import fit
 from lr2train.training.metrics import bad_steps_in, read_jsonl, sinks
 from lr2train.training.steps import FILE, Steps

@@ -11,10 +11,11 @@ from remedies import remedy_of
 
 from lr2train import config as schema
 from lr2train import io, run
-from lr2train.config import CONF_FOLDER, READS, Config, UserError, compose, load, reads
+from lr2train.cli.composition import compose
+from lr2train.cli.overrides import core_of, place_of
+from lr2train.config import CONF_FOLDER, READS, Config, UserError, load, reads
 from lr2train.data.needles import N_KEYS
 from lr2train.data.tokenizer import SMALLEST_VOCABULARY
-from lr2train.overrides import core_of, place_of
 
 EXPERIMENTS = sorted(path.stem for path in (CONF_FOLDER / "experiment").glob("*.yaml"))
 GROUPS = [(path.parent.name, path.stem) for path in sorted(CONF_FOLDER.glob("*/*.yaml")) if path.parent.name not in ("experiment", "local")]

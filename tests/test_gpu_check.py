@@ -1,12 +1,10 @@
 """The GPU check on the CPU: the same code over small shapes, its counts against brute force, and that it notices what is wrong."""
 
-import importlib
 import inspect
 import json
 import math
 import re
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -21,14 +19,14 @@ from lr2train.parallel.comm import counting
 from lr2train.parallel.layout import Layout
 from tests.attention.reference import attend_explicitly, mask_of, random_qkv, relative_error
 from tests.attention.test_ring_flash_attn import hand_it_our_kernel
-
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
-sys.path[:0] = [] if str(TOOLS) in sys.path else [str(TOOLS)]
-
-gpu_check = importlib.import_module("gpu_check")
-gpu_kernels, gpu_layer, gpu_one_rank, gpu_parity, gpu_peaks, gpu_slice, gpu_timing = (
-    importlib.import_module(f"benches.gpu_{name}") for name in ("kernels", "layer", "one_rank", "parity", "peaks", "slice", "timing")
-)
+from tools.gpu import check as gpu_check
+from tools.gpu import kernels as gpu_kernels
+from tools.gpu import layer as gpu_layer
+from tools.gpu import one_rank as gpu_one_rank
+from tools.gpu import parity as gpu_parity
+from tools.gpu import peaks as gpu_peaks
+from tools.gpu import slice as gpu_slice
+from tools.gpu import timing as gpu_timing
 
 CPU = torch.device("cpu")
 MODEL = gpu_slice.Model("tiny", hidden=32, layers=2, heads=8, kv_heads=2, head_size=8, intermediate=48, vocabulary=64)

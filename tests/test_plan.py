@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lr2train.config import SearchConfig, UserError, compose
+from lr2train.cli.composition import compose
+from lr2train.config import SearchConfig, UserError
 from lr2train.io import write_json
 from lr2train.model import load
 from lr2train.plan import plan

@@ -20,10 +20,11 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lr2train import cli, io, run
 from lr2train import config as config_module
 from lr2train import evaluate as evaluate_module
 from lr2train import export as export_module
+from lr2train import io, run
+from lr2train.cli import door as cli
 from lr2train.config import UserError
 from lr2train.evaluate import evaluate
 from lr2train.evaluation.subject import open_model

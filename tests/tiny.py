@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lr2train.config import Config, compose, to_dict
+from lr2train.cli.composition import compose
+from lr2train.config import Config, to_dict
 from lr2train.io import write_json
 from lr2train.model import load
 from lr2train.prepare import prepare

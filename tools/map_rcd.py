@@ -1,6 +1,6 @@
 """Map needle perplexity over the critical index rcd and the scale of the tail, before any training: the paper's hypothesis, measured.
 
-    python tools/map_rcd.py --model runs/base/model --corpus runs/corpus --target 4096 --window 512 --attention-factor 1.0 1.15 1.3
+    python -m tools.map_rcd --model runs/base/model --corpus runs/corpus --target 4096 --window 512 --attention-factor 1.0 1.15 1.3
 
 A cell is LongRoPE2-shaped factors with a constant tail of ``scale * L / L0`` from rcd on; the measure is the perplexity of the answers of
 needle documents, as in a search (same documents for the same number and seed). YaRN, NTK and PI stand beside, at the same attention factor.
@@ -23,22 +23,20 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from lr2train import io, run  # noqa: E402
-from lr2train.cli import EXIT_BAD_INPUT  # noqa: E402
-from lr2train.config import Config, UserError, compose, to_dict  # noqa: E402
-from lr2train.data.corpus import Corpus  # noqa: E402
-from lr2train.data.needles import NeedleDocument, needle_set  # noqa: E402
-from lr2train.model import load, rotary  # noqa: E402
-from lr2train.model.score import score  # noqa: E402
-from lr2train.rope.factors import Factors  # noqa: E402
-from lr2train.rope.methods import METHODS  # noqa: E402
-from lr2train.rope.spectrum import Spectrum  # noqa: E402
+from lr2train import io, run
+from lr2train.cli.composition import compose
+from lr2train.cli.door import EXIT_BAD_INPUT
+from lr2train.config import Config, UserError, to_dict
+from lr2train.data.corpus import Corpus
+from lr2train.data.needles import NeedleDocument, needle_set
+from lr2train.model import load, rotary
+from lr2train.model.score import score
+from lr2train.rope.factors import Factors
+from lr2train.rope.methods import METHODS
+from lr2train.rope.spectrum import Spectrum
 
 BESIDE = ("yarn", "ntk", "pi")
 RESAMPLES = 10_000
@@ -426,7 +424,7 @@ def make_map(given: argparse.Namespace) -> Json:
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python tools/map_rcd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.map_rcd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of the pretrained model, such as runs/base/model")
     parser.add_argument("--corpus", type=Path, required=True, help="folder that prepare wrote; its held-out text hides the needles")

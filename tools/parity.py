@@ -1,6 +1,6 @@
 """Print how far the engine's loss and gradients are from one plain transformers process in fp64, case by case.
 
-    python tools/parity.py
+    python -m tools.parity
 
 The cases and the reference are those of tests/training/test_engine.py: real ranks with gloo, ZeRO-3 that gathers and releases every parameter. Figures
 last, one a line as ``name: value``; exits with 1 where a bound is missed.
@@ -10,12 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training")]
+import numpy as np
 
-import numpy as np  # noqa: E402
-import test_engine as cases  # noqa: E402
-from ranks import run_ranks  # noqa: E402
+from tests.ranks import run_ranks
+from tests.training.deepspeed import test_engine as cases
 
 BOUND = 1e-5
 

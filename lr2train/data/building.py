@@ -17,19 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from lr2train.config import DataConfig, SourceConfig, UserError, to_dict
-from lr2train.data import composing, dedup, encoding, integrity, segmenting, sources, store
+from lr2train.data import integrity, store
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.corpus import FORMAT, SOURCE, TOKENIZER, reopen, source_folder, source_store, store_prefix
-from lr2train.data.finding import Listing, reasons_in_words
-from lr2train.data.learning import Lesson, learn
+from lr2train.data.ingest import dedup, encoding, sources
+from lr2train.data.ingest.finding import Listing, reasons_in_words
+from lr2train.data.ingest.learning import Lesson, learn
+from lr2train.data.ingest.sealing import Sealer
+from lr2train.data.ingest.textsource import REJECTS, TextSource, counts, example, held_and_trained, without
+from lr2train.data.ingest.tokenizing import Setup, Task, is_held_out
+from lr2train.data.ingest.workers import Workers
 from lr2train.data.needles import N_KEYS, NeedleMaker, between, check_needles
-from lr2train.data.sealing import Sealer
+from lr2train.data.plan import composing, segmenting
 from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.data.text import Text
-from lr2train.data.textsource import REJECTS, TextSource, counts, example, held_and_trained, without
 from lr2train.data.tokenizer import Tokenizer
-from lr2train.data.tokenizing import Setup, Task, is_held_out
-from lr2train.data.workers import Workers
 from lr2train.io import fingerprint as fingerprint_of
 from lr2train.io import read_json, seal, write_json, write_text
 from lr2train.run import stream

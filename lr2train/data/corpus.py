@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from lr2train.config import UserError
-from lr2train.data import integrity, planfile
+from lr2train.data import integrity
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.batch import WINDOWS
-from lr2train.data.packing import Pieces
+from lr2train.data.plan import segment_table
+from lr2train.data.plan.packing import Pieces
 from lr2train.data.store import HOLDOUT, TRAIN, SourceStore, sealed, unreadable
 from lr2train.data.text import Text
 from lr2train.io import read_json
@@ -213,4 +214,4 @@ class Corpus:
             UserError: the plan is missing or cut short.
         """
         assert window in WINDOWS
-        return planfile.read(planfile.plan_file(self.folder, window), self.segment_tokens)
+        return segment_table.read(segment_table.plan_file(self.folder, window), self.segment_tokens)

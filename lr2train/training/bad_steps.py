@@ -10,7 +10,7 @@ from lr2train.config import UserError
 from lr2train.data.batch import Loader
 from lr2train.parallel import control
 from lr2train.run import say
-from lr2train.training.engine import StepStats
+from lr2train.training.deepspeed.engine import StepStats
 
 
 class BadSteps:

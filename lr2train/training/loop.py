@@ -18,10 +18,10 @@ import torch
 from lr2train import io, run
 from lr2train.config import Config
 from lr2train.data.batch import Loader
-from lr2train.data.prefetch import prefetched
+from lr2train.data.feed.prefetch import prefetched
 from lr2train.training.bad_steps import BadSteps
-from lr2train.training.checkpoint import Checkpoints
-from lr2train.training.engine import Engine, StepStats
+from lr2train.training.deepspeed.checkpoint import Checkpoints
+from lr2train.training.deepspeed.engine import Engine, StepStats
 from lr2train.training.metrics import Sink
 from lr2train.training.schedule import learning_rate
 from lr2train.training.steps import Skips

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lr2train.config import DataConfig, UserError
-from lr2train.data.order import default_group
+from lr2train.data.feed.order import default_group
 from lr2train.io import read_json
 
 FILE = "train.steps.json"

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from lr2train.config import BucketConfig, DataConfig, SourceConfig
-from lr2train.data import mixreport
-from lr2train.data.composing import make_plan
+from lr2train.data.plan import mixreport
+from lr2train.data.plan.composing import make_plan
 from lr2train.reporting import mix
 
 

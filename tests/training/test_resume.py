@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ranks import RankError, run_ranks
 
-from lr2train.config import compose
+from lr2train.cli.composition import compose
 from lr2train.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +101,7 @@ def test_killed_and_interrupted_training_ends_like_an_undisturbed_one(overrides,
 def train_until(rank: int, world: int, overrides: list[str], last: int) -> int:
     """The verb on a rank among others, asked to stop after its first ``last`` steps; its exit code."""
     from lr2train.train import train
-    from lr2train.training.engine import Engine
+    from lr2train.training.deepspeed.engine import Engine
 
     steps, step = [], Engine.step
 

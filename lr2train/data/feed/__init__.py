@@ -1,0 +1,1 @@
+"""A step to batches: the order of segments, the loader, reading ahead, and the curriculum of a base model."""

@@ -1,0 +1,320 @@
+"""The command line: one door for every flag, exit codes, sweeps, remedies that lead on, configs from a wheel."""
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from remedies import remedy_of
+
+from lr2train import plan, prepare, search, train
+from lr2train.cli import door as cli
+from lr2train.cli.composition import compose
+from lr2train.config import CONF_FOLDER, UserError
+from lr2train.data.feed.loader import make_loader
+from lr2train.data.plan import packing
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = [[], ["--run"], ["--config-dir", str(CONF_FOLDER)], ["--config-name=train"]]
+
+
+def start(monkeypatch, job, *arguments: str, verb: str = "train") -> int:
+    """Run a verb's door in this process; its exit code."""
+    monkeypatch.setattr("sys.argv", [verb, *arguments])
+    try:
+        cli.main(verb, job)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def raising(error: BaseException):
+    def job(_):
+        raise error
+
+    return job
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
+@pytest.mark.parametrize(
+    ("error", "code", "tells"),
+    [
+        (UserError("a.b=1 is above 0; set a.b to 0"), 2, "train: a.b=1 is above 0; set a.b to 0\n"),
+        (OSError(errno.ENOSPC, "x", "runs/x/a.bin"), 2, "train: runs/x/a.bin: No space left on device; free some"),
+        (OSError(errno.EDQUOT, "x", "runs/x/a.bin"), 2, "train: runs/x/a.bin: Disk quota exceeded; free some"),
+        (OSError(errno.EACCES, "x", "runs/x"), 2, "train: runs/x: Permission denied; let this user read and write there"),
+        (OSError(errno.EFBIG, "x", "runs/x/a.bin"), 2, "train: runs/x/a.bin: File too large; raise the limit"),
+        (OSError(errno.EROFS, "x", "runs/x"), 2, "train: runs/x: Read-only file system; set runs_folder"),
+        (OSError(errno.ENAMETOOLONG, "x", "runs/xx"), 2, "train: runs/xx: File name too long; give a shorter name="),
+        (KeyboardInterrupt(), 130, "train: interrupted; run the same command again"),
+    ],
+    ids=lambda one: type(one).__name__ + str(getattr(one, "errno", "")) if isinstance(one, BaseException) else "",
+)
+def test_exit_codes_and_sentences_are_the_same_with_every_flag(monkeypatch, capsys, flags, error, code, tells):
+    assert start(monkeypatch, raising(error), "name=x", *flags) == code
+    out = capsys.readouterr()
+    assert out.err.startswith(tells)
+    assert (out.out, out.err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
+def test_a_defect_keeps_its_traceback_with_every_flag(monkeypatch, flags):
+    for error in (RuntimeError("ours"), OSError(errno.ENOENT, "x", "gone"), KeyError("ours")):
+        with pytest.raises(type(error)):
+            start(monkeypatch, raising(error), "name=x", *flags)
+
+
+@pytest.mark.parametrize("flags", [*FLAGS, ["--cfg", "job"]], ids=" ".join)
+def test_a_typo_is_one_sentence_with_what_was_probably_meant(monkeypatch, capfd, flags):
+    assert start(monkeypatch, raising(AssertionError("must not run")), "name=x", "optim.lrr=1", *flags) == 2
+    out = capfd.readouterr()
+    assert re.search(r"train: Could not override 'optim.lrr'.*; did you mean lr\?\n", out.err)
+    assert out.out == ""
+
+
+def test_flags_may_stand_anywhere_among_the_keys(monkeypatch):
+    seen = []
+    assert start(monkeypatch, seen.append, "name=1e5", "--config-dir", str(CONF_FOLDER), "optim.lr=0.5", "--local_rank=0") == 0
+    assert (seen[0].name, seen[0].optim.lr) == ("1e5", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flag", "tells"), [("--config-path=/x", "--config-dir"), ("--experimental-rerun=x", "overrides of the former run")]
+)
+def test_flags_that_are_not_served_are_refused_by_name(monkeypatch, capsys, flag, tells):
+    assert start(monkeypatch, raising(AssertionError("must not run")), "name=x", flag) == 2
+    assert tells in capsys.readouterr().err
+
+
+def test_cfg_shows_text_as_it_was_typed_and_runs_nothing(monkeypatch, capsys):
+    job = raising(AssertionError("must not run"))
+    typed = ["name=x", "data.sources=[{name: t}]", "data.sources.t.path=/a=b#(c", "model.overrides.rope_theta=5"]
+    assert start(monkeypatch, job, *typed, "--cfg", "job") == 0
+    shown = capsys.readouterr().out
+    assert "path: /a=b#(c" in shown
+    assert "rope_theta: 5" in shown
+
+
+def test_help_says_what_the_verb_does():
+    said = subprocess.run([sys.executable, "-m", "lr2train.prepare", "--help"], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("prepare: documents -> token stores -> planned segments.")
+    assert "experiment: llama3_8b_128k" in said
+
+
+def test_a_key_that_the_verb_does_not_read_is_remarked_in_one_line(monkeypatch, capsys):
+    typed = ["name=x", "parallel.sp=0", "data.segment_tokens=64", "optim.lr=2", "experiment=tiny_4k", "hydra.run.dir=x", "search=paper"]
+    assert start(monkeypatch, lambda _: None, *typed, verb="prepare") == 0
+    assert capsys.readouterr().err == "[prepare] given, but not read by prepare: parallel.sp, optim.lr, hydra.run.dir, search\n"
+
+
+def test_a_rank_that_fails_alone_is_heard(monkeypatch, capsys):
+    """The launcher has not ended it: its machine's first rank had nothing to say."""
+    monkeypatch.setattr(cli, "_PATIENCE_S", 0.0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "5")
+    assert start(monkeypatch, raising(AssertionError("must not run")), "name=x", "optim.lr=-1") == 2
+    assert capsys.readouterr().err == "train (rank 5): optim.lr=-1.0 is not above 0; set optim.lr to 2e-05\n"
+
+
+def test_a_full_disk_is_named_though_the_write_does_not_say_which_file(monkeypatch, capsys):
+    class Writer:
+        def __init__(self):
+            self.file = open("/dev/full", "w")  # noqa: SIM115
+
+        def write(self):
+            self.file.write("x" * 10)
+            self.file.flush()
+
+    writer = Writer()
+    assert start(monkeypatch, lambda _: writer.write(), "name=x") == 2
+    assert capsys.readouterr().err.startswith("train: /dev/full: No space left on device; free some")
+    with pytest.raises(OSError, match="No space"):
+        writer.file.close()
+
+
+@pytest.mark.parametrize(
+    ("typed", "tells"),
+    [
+        (f"name={'y' * 300}", "File name too long; give a shorter name="),
+        ("name=x/../../etc", "no name of a folder"),
+        ("runs_folder=file", "name a folder where a folder is wanted"),
+    ],
+    ids=["long", "dots", "file"],
+)
+def test_a_run_folder_that_no_disk_takes_is_refused(monkeypatch, capsys, tmp_path, typed, tells):
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert start(monkeypatch, plan.plan, "experiment=tiny_4k", typed, verb="plan") == 2
+    said = capsys.readouterr().err
+    assert tells in said
+    assert sum(line.startswith("plan: ") for line in said.splitlines()) == 1
+
+
+# Sweeps.
+
+
+def run(verb: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A verb as a person starts it, in ``folder``, from this checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", f"lr2train.{verb}", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with a corpus and a base model of the tiny world."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny.make_corpus(folder)
+    tiny.make_model(folder / "base")
+    for file in (folder / "corpus" / "tokenizer").iterdir():
+        shutil.copy(file, folder / "base")
+    return folder
+
+
+def test_a_sweep_of_prepare_runs_every_job_and_tells_of_the_one_that_failed(world):
+    sizes = [f"model.original_window_tokens={tiny.L0}", f"data.segment_tokens={tiny.L}", f"data.tokenizer={world}/base", "data.holdout=0.4"]
+    sources = f"data.sources=[{{name: texts, path: {world}/texts}}]"
+    done = run("prepare", "-m", "name=sweep_1,sweep/2,sweep_3", f"runs_folder={world}", sources, *sizes, folder=world)
+    assert done.returncode == 2
+    assert (world / "sweep_1" / "corpus.json").exists()
+    assert (world / "sweep_3" / "corpus.json").exists()
+    assert "job 1 of 3: done: name=sweep_1" in done.stderr
+    assert "job 2 of 3: failed with exit code 2: name=sweep/2" in done.stderr
+    assert "job 3 of 3: done: name=sweep_3" in done.stderr
+    assert "1 of 3 jobs failed" in done.stderr
+
+
+def test_a_sweep_of_train_runs_every_job(world):
+    settings = ["optim.steps=1", "optim.segments_per_step=1", f"data.segment_tokens={tiny.L}", "rope=pi", f"model.path={world}/base"]
+    done = run("train", *tiny.arguments(world, *settings), "name=lr_${optim.lr}", "optim.lr=1e-4,2e-4", "--multirun", folder=world)
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.parent.name for file in world.glob("lr_*/train.json")) == ["lr_0.0001", "lr_0.0002"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "tells"),
+    [
+        (["name=a,b"], {"WORLD_SIZE": "2"}, "2 ranks"),
+        (["name=a,b", "hydra/launcher=joblib"], {}, "hydra/launcher"),
+    ],
+)
+def test_a_sweep_says_why_it_does_not_run(monkeypatch, capsys, arguments, environment, tells):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert start(monkeypatch, raising(AssertionError("must not run")), "-m", *arguments) == 2
+    assert tells in capsys.readouterr().err
+
+
+# Remedies.
+
+
+def checks_of_prepare(config):
+    prepare.building.check(config.data, prepare.original_window(config.model))
+    packing.check_shards(config.data.segment_tokens, packing.shards_of(config.data.align_sp), 1)
+
+
+def checks_of_train(config):
+    _, factors, _ = train.inputs(config)
+    windows = factors.spectrum.window_tokens, factors.target_window_tokens
+    make_loader(config.data, config.seed, 0, 1, config.optim.segments_per_step, *windows)
+
+
+def checks_of_plan(config):
+    plan.plan(config)
+
+
+CHECKS = {"prepare": checks_of_prepare, "train": checks_of_train, "search": search.inputs, "plan": checks_of_plan}
+
+
+@pytest.mark.parametrize(
+    ("verb", "wrong"),
+    [
+        ("prepare", ["data.align_sp=3"]),
+        ("prepare", ["data.segment_tokens=250", "data.align_sp=8"]),
+        ("prepare", ["data.vocab_size=0", "data.max_repeats=-1", "data.workers=-1"]),
+        ("prepare", ["data.sources.texts.max_broken_share=7", "data.sources.texts.max_bytes=0"]),
+        ("train", ["parallel.sp=3"]),
+        ("train", ["parallel.sp=3", "parallel.ring=2"]),
+        ("train", ["parallel.sp=2", "parallel.strategy=ulysses_ring", "parallel.ring=7"]),
+        ("train", ["parallel.sp=4", "parallel.strategy=ulysses"]),
+        ("train", ["data.segment_tokens=32"]),
+        ("train", ["data.segment_tokens=255", "parallel.sp=2"]),
+        ("train", ["data.segment_tokens=512"]),
+        ("train", ["rope.target_window_tokens=4096"]),
+        ("train", ["rope.target_window_tokens=128"]),
+        ("train", ["model.original_window_tokens=128"]),
+        ("train", ["data.group_segments=3", "optim.segments_per_step=4"]),
+        ("train", ["optim.lr=-1", "optim.betas=[0.9]", "optim.clip=nan"]),
+        ("search", ["search.top_k=16", "search.population=16"]),
+        ("search", ["search.population=1"]),
+        ("search", ["search.questions=100000"]),
+        ("search", ["search.depth=2", "search.mutation_step=0", "search.tail_low=inf"]),
+        ("plan", ["parallel.sp=3"]),
+        ("plan", ["hardware.gpus=7", "parallel.sp=2"]),
+        ("plan", ["optim.segments_per_step=3", "hardware.gpus=4"]),
+        ("plan", ["parallel.sp=64", "hardware.gpus=64", "parallel.strategy=ulysses", "optim.segments_per_step=64"]),
+        ("plan", ["search.top_k=99", "hardware.mfu=3"]),
+    ],
+    ids=lambda one: one if isinstance(one, str) else " ".join(one),
+)  # fmt: skip
+def test_every_remedy_leads_on_until_the_verb_starts(world, verb, wrong):
+    settings = [
+        "rope=pi", f"data.segment_tokens={tiny.L}", "optim.segments_per_step=4", f"model.path={world}/base", f"data.tokenizer={world}/base",
+        f"data.sources=[{{name: texts, path: {world}/texts}}]", "data.align_sp=1", "name=remedies",
+        "search=small", "search.distractors=0", "search.questions=1", "search.documents=1",
+    ]  # fmt: skip
+    arguments = tiny.arguments(world, *settings, *wrong)
+    with pytest.raises(UserError):
+        CHECKS[verb](compose(verb, arguments))
+    followed: list[str] = []
+    while (remedy := refused(verb, [*arguments, *followed])) is not None:
+        assert remedy not in followed, "in a circle"
+        followed.append(remedy)
+    assert 0 < len(followed) < 7
+
+
+def refused(verb: str, arguments: list[str]) -> str | None:
+    """The remedy that a verb's checks name, None where they pass."""
+    try:
+        CHECKS[verb](compose(verb, arguments))
+    except UserError as error:
+        return remedy_of(error)
+    return None
+
+
+# A wheel.
+
+
+def test_a_wheel_brings_its_configs_along(tmp_path):
+    pytest.importorskip("setuptools")
+    sources = tmp_path / "sources"
+    shutil.copytree(ROOT / "lr2train", sources / "lr2train", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "conf", sources / "conf", ignore=shutil.ignore_patterns("local"))
+    (sources / "conf" / "local").mkdir()
+    (sources / "conf" / "local" / "default.yaml").write_text("name: of_this_machine")
+    for name in ("pyproject.toml", "setup.py", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    offline = ["--no-deps", "--no-index"]
+    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", str(tmp_path), str(sources)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", *offline, "--target", str(tmp_path / "installed"), str(wheel)], check=True, capture_output=True)
+    installed = {file.relative_to(tmp_path / "installed" / "lr2train") for file in (tmp_path / "installed" / "lr2train").rglob("*.yaml")}
+    assert installed == {file.relative_to(ROOT) for file in CONF_FOLDER.rglob("*.yaml") if file.parent.name != "local"}
+    (tmp_path / "empty").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-m", "lr2train.plan", "experiment=llama3_8b_128k"],
+        cwd=tmp_path / "empty",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8.03B" in done.stdout
+    assert (tmp_path / "empty" / "runs" / "plan" / "plan.json").exists()

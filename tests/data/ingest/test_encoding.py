@@ -1,0 +1,128 @@
+"""The fast tokenizer is trusted only where its ids are those of Hugging Face's."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from lr2train.config import DecontaminateConfig, SourceConfig, UserError
+from lr2train.data import tokenizer
+from lr2train.data.ingest import encoding
+from lr2train.data.ingest.sources import Limits, shards
+from lr2train.data.ingest.tokenizing import Setup, Task
+
+TEXTS = ["the quick brown fox jumps over the lazy dog\n" * 20, "def naïve(x):\n    return x + 1  # ✓ <s>\n" * 20, "plain words " * 30]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer that both know: without our groups of digits, which are Hugging Face's alone."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = tmp_path_factory.mktemp("tokenizer")
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    )
+    core.save(str(made / "tokenizer.json"))
+    return made
+
+
+def test_gigatoken_gives_the_same_ids(folder):
+    known = tokenizer.load(str(folder))
+    fast = encoding.Encoder(known, "gigatoken")
+    for ours, theirs in zip(known.encode_batch(TEXTS), fast.encode(TEXTS), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def broken_ids(monkeypatch, after: int):
+    """gigatoken with a wrong id in every text after the first ``after``."""
+    import gigatoken
+
+    real, calls = gigatoken.Tokenizer.from_json, [0]
+
+    class Wrong:
+        def __init__(self, core):
+            self.core = core
+
+        def encode(self, text):
+            calls[0] += 1
+            ids = self.core.encode(text)
+            return ids if calls[0] <= after else np.append(ids, 7)
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda data: Wrong(real(data)))
+
+
+def test_a_tokenizer_that_differs_is_refused_or_replaced(folder, monkeypatch):
+    broken_ids(monkeypatch, 0)
+    known, said = tokenizer.load(str(folder)), []
+    assert encoding.choose(known, "auto", said.append) == "hf"
+    assert len(said) == 1
+    assert "gigatoken gives other ids than tokenizers for ''" in said[0]
+    with pytest.raises(UserError, match=r"data\.tokenizer_backend=gigatoken cannot be used: gigatoken gives other ids"):
+        encoding.choose(known, "gigatoken", said.append)
+
+
+def test_a_panic_is_a_disagreement(folder, monkeypatch):
+    class Panic(BaseException):
+        """As Rust's come up."""
+
+    class Panicking:
+        def encode(self, text):
+            raise Panic("index out of bounds")
+
+    monkeypatch.setattr("gigatoken.Tokenizer.from_json", lambda data: Panicking())
+    said: list[str] = []
+    assert encoding.choose(tokenizer.load(str(folder)), "auto", said.append) == "hf"
+    assert "gigatoken failed (index out of bounds)" in said[0]
+
+
+def test_a_missing_package_is_said(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    said: list[str] = []
+    assert encoding.choose(tokenizer.load(str(folder)), "auto", said.append) == "hf"
+    assert "gigatoken is not installed" in said[0]
+    assert encoding.choose(tokenizer.load(str(folder)), "hf", said.append) == "hf"
+    assert len(said) == 1
+
+
+def test_a_long_document_is_compared_beyond_its_beginning(folder, monkeypatch):
+    """A fast encoder may cut what is long, so ids that differ late have to be found too."""
+    known = tokenizer.load(str(folder))
+    encoder = encoding.Encoder(known, "gigatoken")
+    text = "a few words " * 9000
+    assert [len(ids) for ids in encoder.encode([text])] == [len(known.encode(text))]
+    encoder.begin_shard()
+    monkeypatch.setattr(encoder, "_fast", lambda texts: [known.encode(one[:50_000]) for one in texts])
+    with pytest.raises(encoding.Disagreement):
+        encoder.encode([text])
+
+
+def test_documents_that_differ_have_their_shard_done_again(folder, tmp_path, monkeypatch):
+    """The probes pass, a document of the shard does not."""
+    lines = "".join(json.dumps({"text": f"{text}{i}"}) + "\n" for i in range(40) for text in TEXTS)
+    (tmp_path / "a.jsonl").write_text(lines)
+    source = SourceConfig(name="web", path=str(tmp_path / "a.jsonl"))
+    (shard,) = shards(source, 1 << 30)
+    made = {}
+    for backend, strict in (("hf", False), ("gigatoken", False), ("gigatoken", True)):
+        if backend == "gigatoken":
+            broken_ids(monkeypatch, 40)  # beyond the probes, within the shard
+        runs = tmp_path / f"{backend}-{strict}"
+        work = Setup(runs, folder, backend, strict, 0.0, 128, DecontaminateConfig())()
+        task = Task(source, shard, 0, "f", Limits())
+        if strict:
+            with pytest.raises(UserError, match="gigatoken gives other ids"):
+                work(task, lambda done: None)
+        else:
+            made[backend] = work(task, lambda done: None)
+        monkeypatch.undo()
+    assert made["hf"]["files"] == made["gigatoken"]["files"]
+    assert "gigatoken gives other ids" in made["gigatoken"]["fallback"]
+    assert made["hf"]["fallback"] == ""

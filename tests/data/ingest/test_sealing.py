@@ -1,0 +1,55 @@
+"""Manifests that wait for each other: the newest of each, in order, and none of what is made again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lr2train.data.ingest.sealing import Sealer
+from lr2train.data.store import sealed
+
+
+@pytest.fixture
+def sealer(monkeypatch) -> Sealer:
+    monkeypatch.setattr("lr2train.data.ingest.sealing._EVERY_S", 1e9)
+    return Sealer()
+
+
+def test_what_waits_is_written_together_the_newest_of_each_in_order(tmp_path, sealer, monkeypatch):
+    named: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: named.append(Path(target).name) or replace(source, target))
+    for name, value in (("a", 1), ("b", 2), ("c", 3), ("a", 4)):
+        sealer.add(tmp_path / f"{name}.json", {"value": value})
+    sealer.forget(tmp_path / "b.json")
+    assert not list(tmp_path.iterdir())
+    sealer.flush()
+    assert named == ["c.json", "a.json"]
+    assert sealed(tmp_path / "a.json") == {"value": 4}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "c.json"]
+    sealer.flush()
+    assert named == ["c.json", "a.json"]
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
+def test_finished_work_is_kept_however_the_job_ends(tmp_path, sealer, error):
+    def job() -> None:
+        with sealer:
+            sealer.add(tmp_path / "a.json", {})
+            if error is not None:
+                raise error
+
+    if error is None:
+        job()
+    else:
+        with pytest.raises(error):
+            job()
+    assert (tmp_path / "a.json").exists()
+
+
+def test_after_a_while_what_waits_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("lr2train.data.ingest.sealing._EVERY_S", 0)
+    Sealer().add(tmp_path / "a.json", {})
+    assert (tmp_path / "a.json").exists()

@@ -1,0 +1,512 @@
+"""Stage 1: the same stores whatever the number of workers, the limits' route and the kills; what changed is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from lr2train.config import Config, DecontaminateConfig, SourceConfig, UserError
+from lr2train.data import tokenizer
+from lr2train.data.corpus import Corpus, source_store
+from lr2train.data.ingest import tokenizing
+from lr2train.data.ingest.formats import Shard
+from lr2train.data.ingest.sources import Limits
+from lr2train.data.ingest.tokenizing import Ledger, Task
+from lr2train.prepare import prepare
+
+ROOT = Path(__file__).resolve().parents[3]
+FILES = (".bin", ".idx", ".lengths.npy", ".targets.npy", ".hashes.npy", ".origins.txt")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Nine .jsonl files of forty documents of random words, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abdeiklmnorstu"), rng.integers(2, 8))) for _ in range(200)]
+    for number in range(9):
+        lines = [json.dumps({"text": " ".join(rng.choice(words, rng.integers(5, 200))), "id": i}) for i in range(40)]
+        (folder / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
+    tokenizer.train([" ".join(words)], 400).save(folder / "tokenizer")
+    return folder
+
+
+def config(texts: Path, runs: Path, source: dict | None = None, **data) -> Config:
+    made = Config(name="corpus", runs_folder=str(runs))
+    made.model.original_window_tokens = 128
+    made.data.segment_tokens, made.data.tokenizer, made.data.holdout = 512, str(texts / "tokenizer"), 0.2
+    made.data.workers, made.data.shard_bytes = 1, 9000
+    made.data.sources = [SourceConfig(name="web", path=str(texts), **(source or {}))]
+    for key, value in data.items():
+        setattr(made.data, key, value)
+    return made
+
+
+def contents(runs: Path, source: str = "web") -> dict[str, bytes]:
+    """The bytes of all files of the source's stores but their manifests."""
+    folder = runs / "corpus" / "store" / source
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name.endswith(FILES)}
+
+
+@pytest.fixture(scope="module")
+def whole(texts, tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("whole")
+    prepare(config(texts, runs))
+    return runs
+
+
+def test_shards_are_stores_of_their_own_and_one_sequence_together(whole, texts):
+    corpus = Corpus.open(whole / "corpus")
+    (train,), (held,) = corpus.stores("train"), corpus.stores("holdout")
+    assert len(train.shards) == len(held.shards) > 9
+    read = [json.loads(line)["text"] for file in sorted(texts.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    by_text = {corpus.tokenizer.decode(one[1:-1]): one for one in [*train, *held]}
+    assert len(train) + len(held) == len(by_text) == len(read) == 360
+    assert set(by_text) == set(read)
+    order = [read.index(corpus.tokenizer.decode(one[1:-1])) for one in train]
+    assert order == sorted(order)
+    assert (train.lengths == [len(one) for one in train]).all()
+    assert train.origins == [train.origin(i) for i in range(len(train))]
+    assert all(np.array_equal(train.read(i, 1, 5), train[i][1:5]) for i in range(0, len(train), 7))
+    assert len({bytes(row) for row in train.hashes}) == len(train)
+    with pytest.raises(IndexError):
+        train.locate(len(train))
+
+
+def test_origins_name_the_line(whole, texts):
+    (train,) = Corpus.open(whole / "corpus").stores()
+    for document in range(0, len(train), 11):
+        name, _, place = train.origin(document).partition("@")
+        with (texts / name).open("rb") as file:
+            file.seek(int(place))
+            text = json.loads(file.readline())["text"]
+        assert Corpus.open(whole / "corpus").tokenizer.decode(train[document][1:-1]) == text
+
+
+def test_the_stores_do_not_depend_on_the_number_of_workers(whole, texts, tmp_path):
+    prepare(config(texts, tmp_path, workers=3))
+    assert contents(tmp_path) == contents(whole)
+    assert Corpus.open(tmp_path / "corpus").fingerprint == Corpus.open(whole / "corpus").fingerprint
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_documents": 100}, {"max_bytes": 60_000}, {"max_tokens": 20_000}, {"max_documents": 90, "max_tokens": 100_000}]
+)
+def test_limits_do_not_depend_on_workers_or_shards(texts, tmp_path, limits):
+    found = []
+    for workers, shard_bytes in ((1, 9000), (1, 1 << 30), (2, 5000)):
+        runs = tmp_path / f"{workers}-{shard_bytes}"
+        prepare(config(texts, runs, limits, workers=workers, shard_bytes=shard_bytes))
+        (store,) = Corpus.open(runs / "corpus").stores()
+        found.append((store.origins, [one.tolist() for one in store]))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_raised_limit_goes_on_from_the_shards_that_are_there(whole, texts, tmp_path):
+    made = config(texts, tmp_path, {"max_tokens": 20_000})
+    prepare(made)
+    store = tmp_path / "corpus" / "store" / "web"
+    before = {file.name: file.stat().st_ino for file in store.glob("train-*.bin")}
+    prepare(config(texts, tmp_path))
+    assert contents(tmp_path) == contents(whole)
+    kept = [name for name, inode in before.items() if (store / name).stat().st_ino == inode]
+    assert len(kept) >= len(before) - 1
+    assert run_config(tmp_path)["data"]["sources"][0]["max_tokens"] is None, "what is noted is what was run last"
+    finished = {file.name: file.stat().st_ino for file in store.glob("train-*.bin")}
+    prepare(made)
+    assert Corpus.open(tmp_path / "corpus").documents().lengths.sum() < 20_000 + 5000
+    lost = [name for name, inode in finished.items() if (store / name).stat().st_ino != inode]
+    assert len(lost) == 1, "a lower limit makes one shard anew and takes none away"
+    prepare(config(texts, tmp_path))
+    assert contents(tmp_path) == contents(whole)
+
+
+def run_config(runs: Path) -> dict:
+    return json.loads((runs / "corpus" / "prepare.config.json").read_text())
+
+
+shards_of_documents = st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=6), min_size=1, max_size=6)
+some = st.one_of(st.none(), st.integers(1, 60))
+
+
+def shard_result(documents: list[tuple[int, int]], limits: Limits) -> dict:
+    """What reading one shard gives, document by document: (bytes, tokens) each."""
+    n, size, tokens, limited = 0, 0, 0, False
+    for of_text, of_tokens in documents:
+        if n == limits.documents or (limits.text_bytes is not None and size + of_text > limits.text_bytes):
+            limited = True
+            break
+        n, size, tokens = n + 1, size + of_text, tokens + of_tokens
+        if limits.tokens is not None and tokens >= limits.tokens:
+            limited = True
+            break
+    given = {"documents": limits.documents, "text_bytes": limits.text_bytes, "tokens": limits.tokens}
+    return {"read_documents": n, "text_bytes": size, "read_tokens": tokens, "limited": limited, "limits": given}
+
+
+@given(shards_of_documents, some, some, some, st.integers(1, 4), st.randoms(use_true_random=False))
+@settings(max_examples=300, derandomize=True, deadline=None)
+def test_the_ledger_ends_where_reading_in_order_would(documents, n, size, tokens, workers, random):
+    limits = Limits(n, size, tokens)
+    tasks = [Task(SourceConfig(name="a"), Shard(str(i), ()), i, "f", limits) for i in range(len(documents))]
+    ledger, busy = Ledger(tasks, {}), []
+    while True:
+        while len(busy) < workers and (task := ledger.draw()) is not None:
+            busy.append(task)
+        if not busy:
+            break
+        task = busy.pop(random.randrange(len(busy)))
+        ledger.put(task, shard_result(documents[task.number], task.limits))
+    assert ledger.closed
+    expected = shard_result([one for shard in documents for one in shard], limits)
+    for key in ("read_documents", "text_bytes", "read_tokens"):
+        assert sum(made[key] for made in ledger.settled) == expected[key]
+
+
+KILLED = """
+import os, signal, sys
+replace, left = os.replace, int(sys.argv[1])
+
+def killed(source, target):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = killed
+from lr2train.cli.door import main
+from lr2train.prepare import prepare
+sys.argv[1:2] = []
+main("prepare", prepare)
+"""
+
+
+def command(texts: Path, runs: Path, *more: str) -> list[str]:
+    return [
+        f"data.sources=[{{name: web, path: {texts}}}]", f"data.tokenizer={texts / 'tokenizer'}", "data.segment_tokens=512", "data.holdout=0.2",
+        "model.original_window_tokens=128", "data.workers=1", "data.shard_bytes=9000", f"runs_folder={runs}", "name=corpus", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", [3, 19, 60, 111])
+def test_killed_before_any_file_appears_it_goes_on_there(whole, texts, tmp_path, at):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    dead = subprocess.run([sys.executable, "-c", KILLED, str(at), *command(texts, tmp_path)], env=environment, capture_output=True)
+    assert dead.returncode == -signal.SIGKILL
+    store = tmp_path / "corpus" / "store" / "web"
+    before = {file.name: file.stat().st_mtime_ns for file in store.glob("train-*.json")}
+    prepare(config(texts, tmp_path))
+    assert contents(tmp_path) == contents(whole)
+    assert before == {name: (store / name).stat().st_mtime_ns for name in before}, "a finished shard was made again"
+    assert not list(store.glob(".*.tmp"))
+
+
+def test_what_changed_is_refused_by_name(texts, tmp_path):
+    theirs = tmp_path / "texts"
+    theirs.mkdir()
+    for file in texts.glob("?.jsonl"):
+        (theirs / file.name).write_bytes(file.read_bytes())
+    (theirs / "tokenizer").symlink_to(texts / "tokenizer")
+    prepare(config(theirs, tmp_path))
+    with pytest.raises(
+        UserError, match=r"data\.sources\.web: \d+ shards in .* are from before a change of data\.holdout; choose another name="
+    ):
+        prepare(config(theirs, tmp_path, holdout=0.5))
+    with pytest.raises(UserError, match=r"change of data\.shard_bytes"):
+        prepare(config(theirs, tmp_path, shard_bytes=5000))
+    with pytest.raises(UserError, match=r"change of data\.sources\.web\.text_column"):
+        prepare(config(theirs, tmp_path, {"text_column": "id"}))
+    (theirs / "3.jsonl").write_bytes((theirs / "3.jsonl").read_bytes() + b"\n")
+    with pytest.raises(UserError, match="change of the source's files"):
+        prepare(config(theirs, tmp_path))
+    (theirs / "3.jsonl").write_bytes((texts / "3.jsonl").read_bytes())
+    tokenizer.train(["another text"], 380).save(tmp_path / "other")
+    with pytest.raises(UserError, match=r"documents of another tokenizer, because data\.tokenizer=.*other has changed"):
+        prepare(config(theirs, tmp_path, tokenizer=str(tmp_path / "other")))
+    assert Corpus.open(tmp_path / "corpus").tokenizer.vocab_size == 400, "the refused one did not replace it"
+
+
+def test_too_many_broken_records_stop_the_job_and_leave_examples(texts, tmp_path):
+    theirs = tmp_path / "texts"
+    theirs.mkdir()
+    (theirs / "a.jsonl").write_text('{"text": "good enough to be read, and long"}\n' * 90 + "{\n" * 8 + '{"author": "A"}\n' * 2)
+    (theirs / "tokenizer").symlink_to(texts / "tokenizer")
+    with pytest.raises(
+        UserError,
+        match=r"10 of 100 records are lost \(8 invalid JSON, 2 missing column; a.* has author\), more than its max_broken_share of 0\.05",
+    ):
+        prepare(config(theirs, tmp_path))
+    examples = [json.loads(line) for line in (tmp_path / "corpus" / "store" / "web" / "rejects.jsonl").read_text().splitlines()]
+    assert {(one["reason"], one["beginning"]) for one in examples} == {("invalid JSON", "{\n"), ("missing column", '{"author": "A"}\n')}
+    made = prepare(config(theirs, tmp_path, {"max_broken_share": 0.1}))
+    assert made["sources"][0]["broken_by_reason"] == {"invalid JSON": 8, "missing column": 2}
+    assert len((tmp_path / "corpus" / "rejects.jsonl").read_text().splitlines()) == len(examples)
+
+
+def lines_of(n: int, size: int = 40) -> str:
+    return "".join(json.dumps({"text": f"line {number} ".ljust(size, "x")}) + "\n" for number in range(n))
+
+
+def mostly_good(tmp_path: Path, texts: Path) -> Path:
+    """Forty files of a hundred good lines."""
+    theirs = tmp_path / "texts"
+    theirs.mkdir()
+    (theirs / "tokenizer").symlink_to(texts / "tokenizer")
+    for number in range(40):
+        (theirs / f"{number:02d}.jsonl").write_text(lines_of(100))
+    return theirs
+
+
+def cut_gzip(folder: Path) -> None:
+    whole = gzip.compress(lines_of(2000).encode())
+    (folder / "b.jsonl.gz").write_bytes(whole[: len(whole) * 2 // 3])
+
+
+def another_schema(folder: Path) -> None:
+    parquet.write_table(pa.table({"body": [f"row {number} " + "x" * 40 for number in range(2000)]}), folder / "b.parquet")
+
+
+def one_long_line(folder: Path) -> None:
+    (folder / "b.jsonl").write_text(lines_of(1, 400_000))
+
+
+def many_other_records(folder: Path) -> None:
+    (folder / "b.jsonl").write_text('{"body": ""}\n' * 400)
+
+
+def half_of_the_files(folder: Path) -> None:
+    for number in range(40):
+        (folder / f"b{number}.jsonl.gz").write_bytes(b"\x1f")
+
+
+@pytest.mark.parametrize(
+    ("damage", "what", "why"),
+    [
+        (cut_gzip, "bytes of text", "1 unreadable file in b.jsonl.gz"),
+        (another_schema, "records", "2000 missing column; b.parquet has body"),
+        (one_long_line, "bytes of text", "1 too large"),
+        (many_other_records, "records", "400 missing column"),
+        (half_of_the_files, "files", "40 unreadable file in b0.jsonl.gz"),
+    ],
+)
+def test_what_is_lost_stops_the_job_by_records_files_or_bytes(texts, tmp_path, damage, what, why):
+    """A file that is small, or one record, may be much of the text."""
+    theirs = mostly_good(tmp_path, texts)
+    damage(theirs)
+    with pytest.raises(UserError, match=rf"\d+ of \d+ {what} are lost \({why}.*more than its max_broken_share of 0\.05") as refused:
+        prepare(config(theirs, tmp_path, {"max_document_bytes": 100_000}))
+    named = re.search(r"set data\.sources\.web\.max_broken_share=([\d.]+) to go on", str(refused.value))
+    share = float(named[1]) if named else 0.9  # before a source's end nobody knows how much it will be
+    made = prepare(config(theirs, tmp_path, {"max_document_bytes": 100_000, "max_broken_share": share}))
+    assert made["sources"][0]["documents"] > 2000
+    assert made["sources"][0]["broken"]
+
+
+def test_a_little_that_is_lost_is_said_and_goes_on(texts, tmp_path, capsys):
+    theirs = mostly_good(tmp_path, texts)
+    (theirs / "gone.jsonl").symlink_to("/gone/gone.jsonl")
+    (theirs / "notes.md").write_text("notes")
+    with (theirs / "00.jsonl").open("a") as file:
+        file.write("{\n" * 20)
+    prepare(config(theirs, tmp_path))
+    said = capsys.readouterr()
+    saved = json.loads((tmp_path / "corpus" / "prepare.json").read_text())
+    web = saved["not_read"]["web"]
+    assert (web["unread"]["files"], web["unread"]["reasons"]) == (1, {"link to nothing": 1})
+    assert (web["passed_over"]["kinds"][".md"], saved["sources"][0]["lost_bytes"]) == ({"files": 1, "bytes": 5}, 40)
+    for text in (said.out, said.err, (tmp_path / "corpus" / "log.txt").read_text()):
+        assert "web: about 1 files with" in text
+        assert "1 link to nothing, such as gone.jsonl" in text
+        assert re.search(r"passing over 3 files of other kinds with \d+ bytes \(2 \.json, 1 \.md\)", text)
+    assert "broken records: 20 with 40 bytes" in said.out
+    assert "20 broken records skipped (40 bytes: 20 invalid JSON)" in said.err
+
+
+def test_what_cannot_be_opened_and_what_is_broken_add_up(texts, tmp_path):
+    """Each alone is within the share."""
+    theirs = mostly_good(tmp_path, texts)
+    for number in range(2):
+        (theirs / f"gone{number}.jsonl").symlink_to("/gone/gone.jsonl")
+    (theirs / "b.jsonl.gz").write_bytes(b"\x1f")
+    with pytest.raises(UserError, match=r"about 3 of 43 files are lost \(1 unreadable file, 2 link to nothing in b\.jsonl\.gz\)"):
+        prepare(config(theirs, tmp_path))
+
+
+def test_contents_decide_whether_text_is_the_same(texts, tmp_path, monkeypatch):
+    theirs, stamps = tmp_path / "texts", (texts / "3.jsonl").stat()
+    shutil.copytree(texts, theirs)
+    first = prepare(config(theirs, tmp_path))
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "corpus" / "store" / "web").glob("*-0*")}
+    os.utime(theirs / "3.jsonl", ns=(0, 0))
+    read = []
+    contents = tokenizing.contents
+    monkeypatch.setattr(tokenizing, "contents", lambda task, *more: read.append(task.shard.name) or contents(task, *more))
+    monkeypatch.setattr(tokenizer.Tokenizer, "encode_batch", None)
+    touched = prepare(config(theirs, tmp_path))
+    assert len(set(read)) == len(read) > 1
+    assert all(name.startswith("3.jsonl") for name in read)
+    assert touched["fingerprint"] == first["fingerprint"]
+    read.clear()
+    prepare(config(theirs, tmp_path))
+    assert not read, "they were compared once"
+    moved = tmp_path / "moved"
+    theirs.rename(moved)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("moved")
+    for path in ("moved", "./link/../moved", str(moved)):
+        assert prepare(config(Path(path), tmp_path))["fingerprint"] == first["fingerprint"]
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+    assert run_config(tmp_path)["data"]["sources"][0]["path"] == str(moved)
+    data = (moved / "3.jsonl").read_bytes()
+    (moved / "3.jsonl").write_bytes(data.replace(b"a", b"b", 1))
+    assert (moved / "3.jsonl").stat().st_size == stamps.st_size
+    with pytest.raises(
+        UserError, match=r"sources\.web: the text of 3\.jsonl\S* has changed since its shard in .* was made; choose another name="
+    ):
+        prepare(config(moved, tmp_path))
+    (moved / "3.jsonl").write_bytes(data)
+    assert prepare(config(moved, tmp_path))["fingerprint"] == first["fingerprint"]
+
+
+def test_limits_are_compared_as_far_as_was_read(texts, tmp_path):
+    theirs = tmp_path / "texts"
+    shutil.copytree(texts, theirs)
+    prepare(config(theirs, tmp_path, {"max_tokens": 20_000}))
+    for file in theirs.glob("*.jsonl"):
+        os.utime(file, ns=(0, 0))
+    (theirs / "8.jsonl").write_bytes((theirs / "8.jsonl").read_bytes().replace(b"a", b"b"))
+    prepare(config(theirs, tmp_path, {"max_tokens": 20_000}))
+
+
+def test_copies_of_a_text_make_the_same_corpus(whole, texts, tmp_path):
+    """On another machine, say, where they have other times and another place."""
+    shutil.copytree(texts, tmp_path / "copy", copy_function=shutil.copyfile)
+    prepare(config(tmp_path / "copy", tmp_path))
+    assert Corpus.open(tmp_path / "corpus").fingerprint == Corpus.open(whole / "corpus").fingerprint
+
+
+def test_a_tokenizer_that_was_trained_is_kept_where_its_text_is_only_touched(texts, tmp_path):
+    theirs = tmp_path / "texts"
+    shutil.copytree(texts, theirs)
+    first = prepare(config(theirs, tmp_path, tokenizer=None, vocab_size=400))
+    for file in theirs.glob("*.jsonl"):
+        os.utime(file, ns=(0, 0))
+    assert prepare(config(theirs, tmp_path, tokenizer=None, vocab_size=400))["fingerprint"] == first["fingerprint"]
+
+
+def test_manifests_get_their_names_after_the_disk_holds_what_they_speak_for(texts, tmp_path, monkeypatch):
+    """In the order in which a power cut may end it at any place."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted(handle: int) -> None:
+        events.append(("flushed", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def renamed(source, target) -> None:
+        events.append(("named", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", renamed)
+    prepare(config(texts, tmp_path))
+    monkeypatch.undo()
+    store = tmp_path / "corpus" / "store" / "web"
+    manifests = sorted(store.glob("*-0*.json"))
+    assert len(manifests) > 20
+    for manifest in manifests:
+        named = events.index(("named", str(manifest)))
+        for suffix in json.loads(manifest.read_text())["files"]:
+            data = manifest.with_suffix(suffix)
+            assert events.index(("named", str(data))) < events.index(("flushed", str(data))) < named
+        assert ("flushed", str(store)) in events[:named]
+    last = events.index(("named", str(store / "source.json")))
+    assert all(events.index(("named", str(manifest))) < last for manifest in manifests)
+    assert len(events) < 4 * len(manifests) * len(FILES)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_limit_on_file_sizes_names_the_file_and_leaves_nothing_broken(whole, texts, tmp_path, workers):
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY)); sys.path.insert(0, '');"
+    script = f"{limited} from lr2train.prepare import prepare, main; main('prepare', prepare)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    arguments = [
+        one if not one.startswith("data.workers") else f"data.workers={workers}"
+        for one in command(texts, tmp_path, "data.shard_bytes=60000")
+    ]
+    ended = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
+    assert ended.returncode
+    assert re.search(r"(File too large.*store/web/\w+-\d+\.|store/web/\w+-\d+\..*File too large)", ended.stderr), ended.stderr
+    prepare(config(texts, tmp_path, shard_bytes=60_000))
+    assert Corpus.open(tmp_path / "corpus").verify() > 0
+    assert not list((tmp_path / "corpus").rglob(".*.tmp"))
+
+
+MEGATRON_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+
+
+class MegatronIndexedDataset:
+    """Reads a store as Megatron-LM does (megatron/core/datasets/indexed_dataset.py, _IndexReader), written anew from its published layout."""
+
+    def __init__(self, prefix: Path) -> None:
+        with Path(f"{prefix}.idx").open("rb") as stream:
+            assert stream.read(9) == b"MMIDIDX\x00\x00"
+            assert struct.unpack("<Q", stream.read(8)) == (1,)
+            self.dtype = MEGATRON_DTYPES[struct.unpack("<B", stream.read(1))[0]]
+            (n,) = struct.unpack("<Q", stream.read(8))
+            (m,) = struct.unpack("<Q", stream.read(8))
+            offset = stream.tell()
+        buffer = Path(f"{prefix}.idx").read_bytes()
+        self.lengths = np.frombuffer(buffer, np.int32, n, offset)
+        self.pointers = np.frombuffer(buffer, np.int64, n, offset + self.lengths.nbytes)
+        self.documents = np.frombuffer(buffer, np.int64, m, offset + self.lengths.nbytes + self.pointers.nbytes)
+        assert self.lengths.shape[0] == n == self.documents[-1]
+        self.data = Path(f"{prefix}.bin").read_bytes()
+
+    def __getitem__(self, sequence: int) -> np.ndarray:
+        return np.frombuffer(self.data, self.dtype, self.lengths[sequence], self.pointers[sequence])
+
+
+def test_megatrons_reader_reads_every_shard(whole):
+    store = source_store(whole / "corpus", "web")
+    for shard in store.shards:
+        theirs = MegatronIndexedDataset(shard.prefix)
+        assert theirs.dtype == np.uint16
+        assert len(theirs.lengths) == len(shard)
+        assert all(np.array_equal(theirs[i], shard[i]) for i in range(len(shard)))
+        assert [stop - start for start, stop in pairwise(theirs.documents)] == [1] * len(shard)
+
+
+def test_documents_that_share_text_with_an_evaluation_set_are_left_out(texts, tmp_path):
+    theirs = tmp_path / "texts"
+    theirs.mkdir()
+    question = "How many apples does Anna have, if she buys seven and gives two of them away?"
+    filler = " ".join(f"word{i}" for i in range(40))
+    rows = [filler, f"{filler}. {question.upper()} {filler}", f"{filler} apples and nothing of it", f"so: {question}"]
+    (theirs / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (theirs / "tokenizer").symlink_to(texts / "tokenizer")
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": question, "choices": ["five", "seven"]}) + "\n")
+    decontaminate = DecontaminateConfig(files=[str(tmp_path / "eval.jsonl")])
+    made = prepare(config(theirs, tmp_path, decontaminate=decontaminate, holdout=0.0, segment_tokens=128))["sources"][0]
+    assert (made["documents"], made["contaminated"]) == (2, 2)
+    assert made["contaminated_examples"][0] == {
+        "origin": f"a.jsonl@{len(json.dumps({'text': rows[0]})) + 1}",
+        "words": "how many apples does anna have if she buys seven and gives two",
+    }

@@ -1,0 +1,130 @@
+"""Workers: results come back, errors too, and a death is named."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lr2train.config import UserError
+from lr2train.data.ingest.workers import Workers
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Odd(Exception):
+    """Cannot be pickled: it takes more than it keeps."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(one + two)
+
+
+def make():
+    return work
+
+
+def work(task, report):
+    report(0.5)
+    if task == "user":
+        raise UserError("a sentence")
+    if task == "defect":
+        raise KeyError("a defect")
+    if task == "odd":
+        raise Odd(1, 2)
+    if task == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == "gone":
+        os._exit(3)
+    return task, os.getpid()
+
+
+def run(tasks, count):
+    left, told = list(tasks), []
+    with Workers(make, count, lambda task: f"task {task}") as workers:
+        done = list(workers.run(lambda: left.pop(0) if left else None, lambda task, share: told.append((task, share))))
+    return done, told
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_all_tasks_come_back_with_their_progress(count):
+    done, told = run(range(6), count)
+    assert sorted(task for task, _ in done) == list(range(6))
+    assert all(task == result for task, (result, _) in done)
+    assert sorted(told) == [(task, 0.5) for task in range(6)]
+    assert {pid == os.getpid() for _, (_, pid) in done} == {count == 1}
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "words"),
+    [
+        ("user", UserError, "a sentence"),
+        ("defect", KeyError, "a defect"),
+        ("odd", RuntimeError, "test_workers.Odd: 3"),
+        ("killed", UserError, r"killed by SIGKILL, as the kernel does where memory runs out, at task killed; set data\.workers"),
+        ("gone", UserError, "ended with exit code 3 at task gone"),
+    ],
+)
+def test_what_goes_wrong_in_a_worker_is_said(task, error, words):
+    with pytest.raises(error, match=words) as caught:
+        run([1, task, 2], 2)
+    if error is KeyError:
+        assert "in work" in "".join(caught.value.__notes__)
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    """The parent is killed while its workers wait for work; their pipe to the test closes once they are gone too."""
+    (tmp_path / "parent.py").write_text(
+        textwrap.dedent(f"""
+        import os, signal, sys
+        sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
+        from lr2train.data.ingest.workers import Workers
+        import test_workers
+
+        if __name__ == "__main__":
+            left = [1, 2]
+            with Workers(test_workers.make, 2) as workers:
+                print(len(list(workers.run(lambda: left.pop() if left else None, lambda *_: None))), flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+        """)
+    )
+    done = subprocess.run([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.stdout == "2\n", "stdout was closed by all who held it: no worker lives on"
+    assert done.returncode == -signal.SIGKILL
+
+
+def interrupted() -> None:
+    left = list(range(6))
+    with Workers(make, 2) as workers:
+        for _ in workers.run(lambda: left.pop() if left else None, lambda *_: None):
+            raise KeyboardInterrupt
+
+
+def test_an_interruption_ends_the_workers():
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not multiprocessing.active_children()
+
+
+class Deadly:
+    """What makes the work and ends the process that reads it, before all of it is read: more than a pipe holds."""
+
+    def __init__(self) -> None:
+        self.more = bytes(1 << 20)
+
+    def __call__(self):
+        return work
+
+    def __reduce__(self):
+        return os._exit, (3,), {"more": self.more}
+
+
+def test_a_process_that_dies_while_it_is_told_its_work_is_named():
+    left = ["one"]
+    with Workers(Deadly(), 2, lambda task: f"task {task}") as workers, pytest.raises(UserError, match="ended with exit code 3 at task one"):
+        list(workers.run(lambda: left.pop() if left else None, lambda *_: None))

@@ -1,0 +1,301 @@
+"""Losses against plain transformers, a journal that survives any cut, and a search that is the same on any number of ranks."""
+
+import json
+import math
+import resource
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from ranks import run_ranks
+
+from lr2train.config import ModelConfig, NeedleConfig, SearchConfig, UserError
+from lr2train.data.corpus import Corpus
+from lr2train.data.needles import needle_set
+from lr2train.evolution import fitness as fitness_module
+from lr2train.evolution.documents import Document
+from lr2train.evolution.documents import documents as documents_of
+from lr2train.evolution.fitness import WORST, Fitness
+from lr2train.evolution.genome import Space
+from lr2train.evolution.race import Judge, everything
+from lr2train.model import load, rotary
+from lr2train.model.score import Score
+from lr2train.rope import METHODS
+from lr2train.rope import hf as rope_hf
+from lr2train.search import ALGORITHMS
+from lr2train.training.deepspeed.engine import load_sharded
+
+N_DOCUMENTS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny.make_corpus(folder)
+    tiny.make_model(folder / "base")
+    return folder
+
+
+def space() -> Space:
+    return Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2))
+
+
+def documents(folder) -> list[Document]:
+    """Two of three needles are asked for."""
+    needles = NeedleConfig(wording="code", digits=4)
+    made = needle_set(Corpus.open(folder / "corpus"), needles, N_DOCUMENTS, tiny.L, [0.0], np.random.default_rng(0), 2, 1)
+    return [Document(one.tokens, one.answer_spans) for one in made]
+
+
+def fitness_over(folder, journal, sharded: bool = False) -> Fitness:
+    model = load_sharded(ModelConfig(path=str(folder / "base")), torch.device("cpu")) if sharded else load.load_whole(folder / "base")
+    table = rotary.install(model, METHODS["none"](tiny.SPECTRUM, tiny.L))
+    return Fitness(model, table, space(), documents(folder), journal, lockstep=sharded)
+
+
+def losses_of(fitness: Fitness) -> list[float]:
+    """Mean loss of every candidate over every document: what a search without racing asks for."""
+    every = candidates()
+    fitness.settle(lambda losses: everything(losses, every, range(N_DOCUMENTS)))
+    return [fitness.loss(candidate, range(N_DOCUMENTS)) for candidate in every]
+
+
+def candidates():
+    return space().initial(np.random.default_rng(0))
+
+
+def pairs(journal) -> list[tuple[str, int]]:
+    return [(entry["candidate"], entry["document"]) for entry in map(json.loads, journal.read_text().splitlines())]
+
+
+@torch.no_grad()
+def plain_loss(folder, candidate) -> float:
+    """Mean nll of the answers' tokens from whole logits of plain transformers with the candidate in its config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = rope_hf.write(json.loads((folder / "base" / "config.json").read_text()), space().factors(candidate))
+    hf_config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", config=hf_config, dtype=torch.float64).eval()
+    total, count = 0.0, 0
+    for document in documents(folder):
+        logits = model(torch.from_numpy(document.tokens)[None]).logits[0].log_softmax(-1)
+        assert len(document.spans) == 2
+        for start, stop in document.spans:
+            total -= sum(logits[t - 1, document.tokens[t]].item() for t in range(start, stop))
+            count += stop - start
+    return total / count
+
+
+def test_the_loss_is_that_of_whole_logits_in_plain_transformers(folder, tmp_path):
+    found = losses_of(fitness_over(folder, tmp_path / "journal.jsonl"))
+    expected = [plain_loss(folder, candidate) for candidate in candidates()]
+    assert found == pytest.approx(expected, abs=1e-4)  # fp32 against fp64, through two layers of large weights
+    assert len({round(value, 3) for value in found}) == 4, "candidates differ"
+
+
+def counting(monkeypatch) -> list:
+    """What is really computed, by the model's own forward."""
+    calls, score = [], fitness_module.score
+    monkeypatch.setattr(fitness_module, "score", lambda *args: (calls.append(args[3].tobytes()), score(*args))[1])
+    return calls
+
+
+def test_what_stands_in_the_journal_is_not_computed_again(folder, tmp_path, monkeypatch):
+    calls, journal = counting(monkeypatch), tmp_path / "journal.jsonl"
+    first = fitness_over(folder, journal)
+    expected = losses_of(first)
+    assert len(calls) == len(pairs(journal)) == first.document_forwards == first.computed == 4 * N_DOCUMENTS
+    again = fitness_over(folder, journal)
+    assert again.recovered == 4 * N_DOCUMENTS
+    assert losses_of(again) == expected
+    assert len(calls) == 4 * N_DOCUMENTS
+    assert again.document_forwards == first.document_forwards, "generations.jsonl reads the same after a kill"
+
+
+def test_a_journal_cut_anywhere_goes_on_to_the_same_result(folder, tmp_path, monkeypatch):
+    """As a kill leaves it: cut in a line, between two lines, before a line's end."""
+    journal = tmp_path / "journal.jsonl"
+    fitness = fitness_over(folder, journal)
+    expected, whole = losses_of(fitness), journal.read_bytes()
+    wanted, calls = pairs(journal), counting(monkeypatch)
+    nll = {(entry["candidate"], entry["document"]): entry["nll"] for entry in map(json.loads, whole.decode().splitlines())}
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in sorted({0, 1, *range(7, len(whole), 97), *ends, *(end - 1 for end in ends), *(end - 2 for end in ends)}):
+        journal.write_bytes(whole[:cut])
+        complete = whole[:cut].count(b"\n")
+        calls.clear()
+        # the model is the same: what a new process would have
+        fitness = Fitness(fitness._model, fitness._rotary, space(), fitness.documents, journal)
+        assert fitness.recovered == complete
+        assert losses_of(fitness) == expected
+        assert len(calls) == len(wanted) - complete, "nothing in the journal is computed again"
+        assert sorted(pairs(journal)) == sorted(wanted), "each pair stands there once"
+        entries = [json.loads(line) for line in journal.read_text().splitlines()]
+        assert all(entry["nll"] == nll[entry["candidate"], entry["document"]] for entry in entries)
+
+
+def test_a_damaged_line_costs_itself_and_no_more(folder, tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    expected = losses_of(fitness_over(folder, journal))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:5], b"\0\0\xff\0\n", *lines[6:8], b"[3]\n", *lines[8:]]))
+    resumed = fitness_over(folder, journal)
+    assert (resumed.recovered, resumed.damaged) == (len(lines) - 1, 2)
+    assert losses_of(resumed) == expected
+    assert sorted(journal.read_bytes().splitlines(keepends=True)[:-1]) == sorted(lines[:5] + lines[6:]), "what was good stands as it did"
+    assert fitness_over(folder, journal).recovered == len(lines)
+
+
+def test_a_candidate_that_breaks_the_model_is_the_worst(folder, tmp_path, monkeypatch):
+    scores = iter([(math.nan, 1.0), (math.inf, 1.0), (1e4, 1.0)])
+    monkeypatch.setattr(fitness_module, "score", lambda *_: Score(next(scores), 1, False))
+    fitness = fitness_over(folder, tmp_path / "journal.jsonl")
+    every = candidates()[:3]
+    fitness.settle(lambda losses: everything(losses, every, [0]))
+    (start, stop), _ = fitness.documents[0].spans
+    broken = WORST * (stop - start) + 1.0
+    tokens = fitness.documents[0].n_scored_tokens
+    assert [fitness.loss(one, [0]) * tokens for one in every] == pytest.approx([broken, broken, 10001.0]), "a finite loss is what it is"
+
+
+def test_plain_text_is_scored_as_it_is(folder, tmp_path):
+    """A piece of text loses more than any answer does: nothing of it may be capped."""
+    config = tiny.config(
+        "search", folder, "name=x", f"model.path={folder}/base", "search.objective=text", "search.documents=1", "search.final_documents=0"
+    )
+    (document,) = documents_of(config, Corpus.open(folder / "corpus"))
+    assert document.n_scored_tokens == tiny.L - 1
+    model = load.load_whole(folder / "base")
+    table = rotary.install(model, METHODS["none"](tiny.SPECTRUM, tiny.L))
+    fitness, one = Fitness(model, table, space(), [document], tmp_path / "journal.jsonl"), candidates()[0]
+    fitness.settle(lambda losses: losses(one, 0))
+    table.use(space().factors(one))
+    table.window = "long"
+    logits = model(torch.from_numpy(document.tokens)[None]).logits[0, :-1].double().log_softmax(-1)
+    expected = -logits[torch.arange(tiny.L - 1), torch.from_numpy(document.tokens)[1:]].mean().item()
+    assert fitness.loss(one, [0]) == pytest.approx(expected, rel=1e-5)
+    (entry,) = map(json.loads, (tmp_path / "journal.jsonl").read_text().splitlines())
+    assert len(entry["answers"]) == 16
+    assert max(entry["answers"]) > 50.0
+
+
+def test_the_final_is_decided_on_further_documents_alone(folder, tmp_path, monkeypatch):
+    """Best where it was chosen, worse on what it has not seen: it must not win."""
+    first, second = candidates()[:2]
+    losses = {first.key: [0.1, 0.1, 3.0], second.key: [2.0, 2.0, 1.0]}
+    fitness = fitness_over(folder, tmp_path / "journal.jsonl")
+    monkeypatch.setattr(
+        fitness,
+        "_evaluate",
+        lambda candidate, document, keep: {
+            "candidate": candidate.key,
+            "document": document,
+            "answers": [losses[candidate.key][document]] * 2,
+        },
+    )
+    judge = Judge(Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2, documents=2, final_documents=1)), fitness)
+    assert [one.candidate for one in sorted(judge([first, second], []), key=lambda one: one.loss)] == [first, second]
+    final = judge.final([first, second])
+    assert [(one.candidate, one.documents) for one in final] == [(second, 1), (first, 1)]
+
+
+def test_a_decision_is_run_until_it_misses_nothing_and_counts_what_it_asked_for(folder, tmp_path):
+    """A decision that looks further only where the first loss is low."""
+    fitness, every, runs = fitness_over(folder, tmp_path / "journal.jsonl"), candidates(), []
+
+    def decide(losses):
+        runs.append([float(losses(one, 0).sum()) for one in every])
+        best = min(zip(runs[-1], every, strict=True), key=lambda pair: pair[0])[1]
+        return float(losses(best, 2).sum()), best.key
+
+    loss, key = fitness.settle(decide)
+    assert fitness.document_forwards == fitness.computed == 5
+    assert [(pair[0], pair[1]) for pair in pairs(tmp_path / "journal.jsonl")] == [*((one.key, 0) for one in every), (key, 2)]
+    assert fitness.settle(decide) == (loss, key)
+    assert fitness.computed == 5
+
+
+def racing_search(folder, journal, sharded: bool = False, algorithm: str = "evolution") -> tuple:
+    """A whole search; what it found and what it cost."""
+    knobs = SearchConfig(population=6, top_k=2, generations=3, documents=2, final_documents=1, racing_answers=2)
+    fitness, space = fitness_over(folder, journal, sharded), Space(tiny.SPECTRUM, tiny.L, knobs)
+    evolution, judge_by = ALGORITHMS[algorithm]
+    judge = judge_by(space, fitness)
+    generations = list(evolution(space, judge, 0))
+    final = judge.final([one.candidate for one in generations[-1].population[:2]])
+    return generations, final, fitness.document_forwards, fitness.computed
+
+
+def on_ranks(rank: int, world: int, folder, journal, algorithm: str):
+    return racing_search(folder, journal, algorithm=algorithm)
+
+
+@pytest.mark.parametrize("algorithm", ["evolution", "surrogate"])
+def test_any_number_of_ranks_finds_the_same(folder, tmp_path, algorithm):
+    found = {world: run_ranks(on_ranks, world, folder, tmp_path / f"{world}.jsonl", algorithm, tmp_path=tmp_path) for world in (1, 2, 4)}
+    generations, final, wanted, computed = found[1][0]
+    assert wanted == computed, "alone nothing is computed in vain"
+    assert algorithm == "surrogate" or wanted < 2 * generations[-1].evaluated + 2, "somebody was dropped"
+    for world in (2, 4):
+        assert [one[:3] for one in found[world]] == [(generations, final, wanted)] * world
+        entries = [json.loads(line) for line in (tmp_path / f"{world}.jsonl").read_text().splitlines()]
+        assert {entry["rank"] for entry in entries} == set(range(world)), "every rank works"
+        assert wanted <= len(entries) == found[world][0][3]
+        assert len({(entry["candidate"], entry["document"]) for entry in entries}) == len(entries), "nothing is computed twice"
+        alone = {(e["candidate"], e["document"]): e["answers"] for e in map(json.loads, (tmp_path / "1.jsonl").read_text().splitlines())}
+        assert all(alone.get((e["candidate"], e["document"]), e["answers"]) == e["answers"] for e in entries)
+    resumed = run_ranks(on_ranks, 2, folder, tmp_path / "1.jsonl", algorithm, tmp_path=tmp_path)
+    assert resumed == [(generations, final, wanted, computed)] * 2, "a journal of one rank, read by two"
+
+
+def on_shares(rank: int, world: int, folder, journal):
+    return racing_search(folder, journal, sharded=True)
+
+
+def test_ranks_that_share_a_model_find_the_same(folder, tmp_path):
+    """Rounds with fewer pairs than ranks are among them: who has none joins the forward pass all the same."""
+    generations, final, wanted, _ = racing_search(folder, tmp_path / "whole.jsonl")
+    found = run_ranks(on_shares, 2, folder, tmp_path / "shares.jsonl", tmp_path=tmp_path, timeout_s=240)
+    entries = [json.loads(line) for line in (tmp_path / "shares.jsonl").read_text().splitlines()]
+    assert len({(entry["candidate"], entry["document"]) for entry in entries}) == len(entries) == found[0][3]
+    for shared_generations, shared_final, shared_wanted, _ in found:
+        assert [one.best.candidate for one in shared_generations] == [one.best.candidate for one in generations]
+        assert [one.loss for one in shared_final] == pytest.approx([one.loss for one in final], rel=1e-5)
+        assert shared_wanted == wanted
+
+
+def without_room(rank: int, world: int, folder, journal):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a short write, as on a full disk
+    with pytest.raises(UserError) as raised:
+        racing_search(folder, journal)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    return str(raised.value)
+
+
+def test_a_full_disk_is_one_sentence_on_every_rank_and_costs_what_was_being_written(folder, tmp_path):
+    said = run_ranks(without_room, 2, folder, journal := tmp_path / "journal.jsonl", tmp_path=tmp_path)
+    assert (
+        said
+        == [f"rank 0: {journal} cannot be written (File too large); free some room on that disk, and run the same command again to go on"]
+        * 2
+    )
+    assert journal.stat().st_size == 2000
+    undisturbed, resumed = racing_search(folder, tmp_path / "undisturbed.jsonl"), racing_search(folder, journal)
+    assert resumed[:3] == undisturbed[:3]
+
+
+def failing(rank: int, world: int, folder, journal):
+    if rank == 1:
+        fitness_module.score = lambda *_: 1 / 0  # this process only
+    try:
+        racing_search(folder, journal)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_what_one_rank_raises_all_ranks_raise(folder, tmp_path):
+    reasons = run_ranks(failing, 2, folder, tmp_path / "journal.jsonl", tmp_path=tmp_path)
+    assert reasons == ["rank 1: ZeroDivisionError: division by zero"] * 2

@@ -1,0 +1,128 @@
+"""The Gaussian process against its formula written out, and the search on a synthetic fitness whose optimum is known."""
+
+import math
+
+import numpy as np
+import pytest
+from tests.evolution.test_evolution_loop import Bowl, space
+
+from lr2train.evolution.loop import evolve
+from lr2train.evolution.race import Judge
+from lr2train.evolution.surrogate import _DOCUMENT, _OWN, Evidence, Process, evolve_surrogate
+from lr2train.run import stream
+
+
+class Landscape:
+    """Losses of candidates on documents of unlike hardness, in the place of a model's: the bowl's value, disturbed by document and candidate."""
+
+    def __init__(self, n_documents: int, noise: float = 0.3):
+        self.documents, self._noise = range(n_documents), noise
+        self._hardness = np.exp(stream(0, "hardness").normal(0, 0.7, n_documents))
+        self.asked: set[tuple[str, int]] = set()
+
+    def settle(self, decide):
+        return decide(self.look_up)
+
+    def look_up(self, candidate, document):
+        self.asked.add((candidate.key, document))
+        disturbed = math.exp(stream(document, candidate.key).normal(0, self._noise))
+        return np.array([(Bowl.value(candidate) - 0.97) * self._hardness[document] * disturbed])
+
+    def loss(self, candidate, documents):
+        return float(np.mean([self.look_up(candidate, document)[0] for document in documents]))
+
+
+def test_the_process_is_the_conditional_of_a_normal_distribution():
+    """Means and deviations from the whole joint covariance, entry by entry, solved in one piece."""
+    rng = np.random.default_rng(0)
+    features, candidate, document = rng.normal(0, 0.1, (6, 4)), np.array([0, 1, 2, 2, 3, 4, 4, 5]), np.array([0, 1, 0, 1, 2, 2, 0, 1])
+    values = rng.normal(-3, 1, 8)
+    process = Process(features, candidate, document, values, {str(row): row for row in range(6)})
+    asked, names = np.vstack([features[2], rng.normal(0, 0.1, 4)]), ["2", "new"]
+    means, deviations = process.predict(asked, names)
+
+    shape, variance = process._shape, float(values.var())
+    scale = np.array([shape.length] * 3 + [shape.attention_length])
+
+    def covariance(a, b, same_candidate, same_document, same_evaluation):
+        smooth = (1 - shape.noise_share) * math.exp(-0.5 * (((a - b) / scale) ** 2).sum())
+        return variance * (smooth + _OWN * same_candidate + 1 + _DOCUMENT * same_document + shape.noise_share * same_evaluation)
+
+    n = len(values)
+    joint = np.array([
+        [covariance(features[candidate[i]], features[candidate[j]], candidate[i] == candidate[j], document[i] == document[j], i == j) for j in range(n)]
+        for i in range(n)
+    ])  # fmt: skip
+    for row, name in enumerate(names):
+        cross = np.array([covariance(asked[row], features[candidate[i]], name == str(candidate[i]), False, False) for i in range(n)])
+        alone = covariance(asked[row], asked[row], True, False, False)
+        assert means[row] == pytest.approx(values.mean() + cross @ np.linalg.solve(joint, values - values.mean()), rel=1e-9)
+        assert deviations[row] == pytest.approx(math.sqrt(alone - cross @ np.linalg.solve(joint, cross)), rel=1e-6)
+
+
+def test_documents_of_unlike_hardness_do_not_decide():
+    """One candidate met an easy document, the other a hard one on which everybody loses more."""
+    one = space(documents=8)
+    landscape = Landscape(8, noise=0.0)
+    easy, hard = int(landscape._hardness.argmin()), int(landscape._hardness.argmax())
+    evidence, drawn = Evidence(one, landscape), one.initial(stream(0, "members"))
+    better, worse = sorted(drawn, key=Bowl.value)[:: len(drawn) - 1]
+    evidence.look([(other, document) for other in drawn if other not in (better, worse) for document in (easy, hard)])
+    evidence.look([(better, hard), (worse, easy)])
+    assert landscape.loss(better, [hard]) > landscape.loss(worse, [easy])
+    assert [scored.candidate for scored in sorted(evidence.estimates([worse, better]), key=lambda scored: scored.loss)] == [better, worse]
+
+
+def searched(seed: int, landscape: Landscape, evolution=evolve_surrogate, judge_by=Evidence, **knobs):
+    one = space(documents=10, final_documents=4, generations=8, seed=seed, **knobs)
+    judge = judge_by(one, landscape)
+    generations = list(evolution(one, judge, seed))
+    return generations, judge.final([scored.candidate for scored in generations[-1].population[: one.knobs.top_k]])
+
+
+def test_it_finds_what_everything_on_every_document_finds_at_a_quarter_of_the_cost():
+    """Over 4 seeds; the candidate's true value, which no search sees, is what counts."""
+    plain, pooled = [Landscape(14) for _ in range(4)], [Landscape(14) for _ in range(4)]
+    found = [searched(seed, pooled[seed])[1][0].candidate for seed in range(4)]
+    wanted = [searched(seed, plain[seed], evolve, Judge, racing=False)[1][0].candidate for seed in range(4)]
+    assert sum(len(one.asked) for one in pooled) <= 0.25 * sum(len(one.asked) for one in plain)
+    assert np.mean([Bowl.value(one) for one in found]) <= np.mean([Bowl.value(one) for one in wanted])
+
+
+def test_it_depends_on_the_seed_alone_and_keeps_to_its_budget():
+    landscape = Landscape(14)
+    generations, final = searched(1, landscape)
+    assert searched(1, Landscape(14)) == (generations, final)
+    assert searched(2, Landscape(14))[0][0] != generations[0]
+    children = 24 + 8 * 18
+    assert [one.evaluated for one in generations] == [24 + 18 * index for index in range(9)]
+    assert len(landscape.asked) == pytest.approx(2.25 * children + 2 * 4, abs=9), "a rounding a generation"
+    assert all(len(one.population) == 24 for one in generations[1:])
+
+
+def test_every_child_is_looked_at_and_lies_in_the_space():
+    one, (generations, _) = space(), searched(0, Landscape(14))
+    for scored in (scored for generation in generations for scored in generation.population):
+        assert 1 <= scored.documents <= 10
+        assert list(scored.candidate.tail) == sorted(scored.candidate.tail)
+        assert one.bounds[0] <= scored.candidate.tail[0] <= scored.candidate.tail[-1] <= one.bounds[1]
+
+
+def test_a_space_that_is_used_up_ends_quietly():
+    """Eleven attention factors and nothing else to search; then one candidate in all."""
+    knobs = {"critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_high": 1.05, "mutation_probability": 1.0}
+    generations, _ = searched(0, landscape := Landscape(14), **knobs)
+    assert generations[-1].evaluated == len({key for key, _ in landscape.asked}) == 11
+    alone, final = searched(0, Landscape(14), search_attention_factor=False, **knobs)
+    assert [one.evaluated for one in alone] == [1] * 9
+    assert len(final) == 1
+
+
+def test_a_perfect_candidate_and_a_broken_one_can_be_told_apart():
+    """A loss of 0 and one of a million nats do not break the arithmetic."""
+    one = space(documents=2)
+    evidence, (first, second, *_) = Evidence(one, Landscape(2)), one.initial(stream(0, "members"))
+    evidence._fitness.look_up = lambda candidate, document: np.array([0.0 if candidate == first else 1e6])
+    evidence.look([(first, 0), (second, 0), (first, 1)])
+    good, bad = evidence.estimates([first, second])
+    assert 0 <= good.loss < bad.loss < math.inf

@@ -1,0 +1,428 @@
+"""Checkpoints go on with any number of ranks, bit for bit; what is damaged, in the making or of a kind that cannot be divided anew is refused."""
+
+import contextlib
+import json
+import os
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import RankError, run_ranks
+from tests.training.test_engine import RELEASE_ALL, config_for, factors, segment
+
+from lr2train import io
+from lr2train.config import UserError
+from lr2train.parallel.failure import told_to_all
+from lr2train.training.deepspeed import partitions
+from lr2train.training.deepspeed.checkpoint import Checkpoints
+
+LONG, SHORT = [1, 3, 5, 7], [2, 4, 6, 10]  # the segments of a step: four of one window, so that one, two and four ranks share their work
+STEPS = [LONG, SHORT, LONG, SHORT, LONG]
+SAVED = 3
+SMALL_GROUPS = {"zero_optimization": {"sub_group_size": 1000, "stage3_param_persistence_threshold": 0}}
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+# Overrides of the engine and the model, and how far a later loss may be off. fp32: sums in another order. bfloat16: eight bits of mantissa.
+VARIANTS = {
+    "stage 3": ({"deepspeed": RELEASE_ALL}, {}, 1e-6),
+    "stage 3, kept parameters": ({"deepspeed": {}}, {}, 1e-6),  # below DeepSpeed's threshold: whole on every rank
+    "stage 3, small groups": ({"deepspeed": SMALL_GROUPS}, {}, 1e-6),  # groups are cut by a rank's share: two and four ranks have others
+    "stage 3, offload": ({"deepspeed": OFFLOAD}, {}, 1e-6),
+    "stage 3, bfloat16": ({"deepspeed": RELEASE_ALL}, {"dtype": "bfloat16"}, 1e-2),
+    "stage 2": ({"zero_stage": 2, "deepspeed": {}}, {}, 1e-6),
+    "stage 1": ({"zero_stage": 1, "deepspeed": {}}, {}, 1e-6),
+    "stage 1, bfloat16": ({"zero_stage": 1, "deepspeed": {}}, {"dtype": "bfloat16"}, 1e-2),
+    "stage 0": ({"zero_stage": 0, "deepspeed": {}}, {}, 1e-6),
+}
+Trained = tuple[dict[int, float], dict[str, np.ndarray]]
+
+
+def engine_of(world: int, sp: int, variant: str):
+    from lr2train.model import load
+    from lr2train.parallel.mesh import make_mesh
+    from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+
+    start_deepspeed(torch.device("cpu"))
+    engine, model, _ = VARIANTS[variant]
+    config = config_for(sp, len(LONG) * sp // world, world)
+    config = replace(
+        config,
+        engine=replace(config.engine, **engine),
+        model=replace(config.model, **model),
+        optim=replace(config.optim, clip=0.5, weight_decay=0.1),
+    )
+    return Engine(config, make_mesh(sp), factors(), load.config_of(config.model), torch.device("cpu"))
+
+
+def trained(rank: int, world: int, cases: list[tuple[int, str]], folder: Path) -> list[Trained]:
+    """Losses by step, and the whole optimizer's state after ``SAVED`` steps, of engines (sp, variant) that begin at their checkpoint, if there is one."""
+    return [train(world, sp, folder / variant, variant) for sp, variant in cases]
+
+
+def train(world: int, sp: int, folder: Path, variant: str) -> Trained:
+    import torch.distributed as dist
+
+    engine = engine_of(world, sp, variant)
+    done, losses = engine.load(Checkpoints(folder)), {}
+    state = whole_state(engine) if done else {}
+    for step in range(done, len(STEPS)):
+        mine = STEPS[step][engine.mesh.dp_rank :: engine.mesh.dp_size]
+        losses[step] = engine.step([segment(i) for i in mine], lr=1e-2).loss
+        if step + 1 == SAVED:
+            engine.save(Checkpoints(folder), SAVED)
+            state = whole_state(engine)
+    dist.barrier()
+    engine._engine.destroy()
+    return losses, state
+
+
+def whole_state(engine) -> dict[str, np.ndarray]:
+    """Master weights and moments of every parameter, gathered by DeepSpeed's own hands, and the options and step counts of torch's optimizer."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    optimizer, found = engine._engine.optimizer, {}
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2: where a parameter's moments lie is looked up once
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.model.named_parameters() if engine.config.engine.zero_stage else ():
+        found[name] = safe_get_full_fp32_param(parameter).numpy()
+        found |= {f"{name}/{key}": safe_get_full_optimizer_state(parameter, key).numpy() for key in ("exp_avg", "exp_avg_sq")}
+    inner = getattr(optimizer, "optimizer", optimizer)
+    found |= {
+        f"{key}{number}": np.array(group[key]) for number, group in enumerate(inner.param_groups) for key in ("weight_decay", "betas")
+    }
+    return found | {"steps": np.unique([float(state["step"]) for state in inner.state.values()])}
+
+
+# On two ranks all begin. Who goes on where; every kind of division is met on more ranks and on fewer.
+LATER = {
+    1: [(1, "stage 3, small groups"), (1, "stage 3, offload"), (1, "stage 3, bfloat16"), (1, "stage 1"), (1, "stage 0")],
+    4: [
+        (1, "stage 3"),
+        (2, "stage 3"),
+        (2, "stage 3, small groups"),
+        (1, "stage 3, kept parameters"),
+        (1, "stage 2"),
+        (1, "stage 1, bfloat16"),
+    ],
+}
+
+
+def test_any_number_of_ranks_goes_on_bit_for_bit_where_two_were(tmp_path):
+    undisturbed = dict(
+        zip(VARIANTS, run_ranks(trained, 2, [(1, v) for v in VARIANTS], tmp_path, tmp_path=tmp_path, timeout_s=240)[0], strict=True)
+    )
+    for world, cases in LATER.items():
+        for (sp, variant), (losses, state) in zip(
+            cases, run_ranks(trained, world, cases, tmp_path, tmp_path=tmp_path, timeout_s=240)[0], strict=True
+        ):
+            case = f"{variant}, {world} ranks, sp {sp}"
+            expected, written = undisturbed[variant]
+            assert state.keys() == written.keys(), case
+            assert state["steps"] == SAVED, case
+            for name, value in written.items():
+                np.testing.assert_array_equal(state[name], value, err_msg=f"{case}: {name}")
+            assert losses == pytest.approx({step: expected[step] for step in range(SAVED, len(STEPS))}, rel=VARIANTS[variant][2]), case
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def zeros(file: Path) -> None:
+    """As a file system leaves a block that never reached the disk."""
+    middle = file.stat().st_size // 2
+    with file.open("r+b") as opened:
+        opened.seek(middle)
+        opened.write(bytes(512))
+
+
+def flipped_bit(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 3] ^= 0x40
+    file.write_bytes(raw)
+
+
+def swapped(file: Path) -> None:
+    """The shards of two ranks have changed places."""
+    other = file.with_name(file.name.replace("pp_rank_0", "pp_rank_x").replace("pp_rank_1", "pp_rank_0").replace("pp_rank_x", "pp_rank_1"))
+    one, two = file.read_bytes(), other.read_bytes()
+    file.write_bytes(two)
+    other.write_bytes(one)
+
+
+HARMS = {
+    cut_short: "bytes",
+    Path.unlink: "is missing",
+    zeros: "checksum",
+    flipped_bit: "checksum",
+    swapped: "",
+}  # swapped: of other sizes or not
+SHARDS = ("zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+
+
+def damaged_ones(rank: int, world: int, alone: Path, folder: Path) -> list[str]:
+    """What a rank says of each broken checkpoint, and the loss after reading a sound one with the same engine."""
+    import torch.distributed as dist
+
+    engine = engine_of(world, 1, "stage 3")
+    engine.save(Checkpoints(folder, keep=2), 1)
+    engine.save(Checkpoints(folder, keep=2), 2)
+    said = []
+    for harm in HARMS:
+        for name in SHARDS:
+            folder_2 = folder / "step_00000002"
+            sound = {path: path.read_bytes() for path in folder_2.iterdir()}
+            dist.barrier()
+            if rank == 0:
+                harm(folder_2 / name)
+            dist.barrier()
+            with pytest.raises(UserError) as raised:
+                engine.load(Checkpoints(folder))
+            said.append(str(raised.value))
+            dist.barrier()
+            if rank == 0:
+                for path, data in sound.items():
+                    path.write_bytes(data)
+            dist.barrier()
+    assert engine.load(Checkpoints(alone)) == SAVED
+    mine = STEPS[SAVED][engine.mesh.dp_rank :: engine.mesh.dp_size]
+    return [*said, f"{engine.step([segment(i) for i in mine], lr=1e-2).loss:.5f}"]
+
+
+def test_damage_of_any_kind_is_one_sentence_on_every_rank_and_changes_nothing(tmp_path):
+    [(losses, _)] = run_ranks(trained, 1, [(1, "stage 3")], tmp_path, tmp_path=tmp_path, timeout_s=120)[0]
+    first, second = run_ranks(damaged_ones, 2, tmp_path / "stage 3", tmp_path / "two", tmp_path=tmp_path, timeout_s=120)
+    assert first == second
+    *said, loss = first
+    for text, reason in zip(said, [reason for reason in HARMS.values() for _ in SHARDS], strict=True):
+        assert "step_00000002 cannot be used" in text and reason in text and "pp_rank_" in text, text
+        assert text.endswith("set engine.resume_from=1 to go on from step_00000001, the newest whole one"), text
+    assert float(loss) == pytest.approx(losses[SAVED], abs=2e-5)  # printed with five digits
+
+
+def other_starts(rank: int, world: int, folder: Path) -> list[str | int]:
+    """What reading says, and which step it reads, as the folder is tampered with and the user goes back."""
+    import torch.distributed as dist
+
+    engine, ours = engine_of(world, 1, "stage 3"), Checkpoints(folder, "this run", keep=3)
+    heard: list[str | int] = []
+
+    def load(of: Checkpoints = ours, resume_from: int | None = None) -> None:
+        try:
+            heard.append(engine.load(of, resume_from))
+        except UserError as error:
+            heard.append(str(error))
+        dist.barrier()
+
+    for step in (1, 2, 3):
+        engine.save(ours, step)
+    load(Checkpoints(folder, "another run"))
+    if rank == 0:
+        ours.latest.write_text('{"tag": "step_00000002"}')  # the step is the checkpoint's own
+    load()
+    if rank == 0:
+        ours.latest.write_text("")
+    load()
+    load(resume_from=7)
+    load(resume_from=2)
+    load(resume_from=2)  # the same command again, before another checkpoint was written
+    engine.save(ours, 4)
+    load(resume_from=2)  # and after: it does not go back once more
+    load()
+    load(resume_from=2)  # once the key was left out, it does
+    if rank == 0:
+        (folder / "step_00000002").rename(folder / "step_00000009")
+    load(resume_from=9)
+    if rank == 0:
+        folder.rename(folder.with_name("elsewhere"))
+    dist.barrier()
+    load()
+    return heard
+
+
+def test_a_start_reads_the_runs_own_newest_checkpoint_or_the_one_to_go_back_to(tmp_path):
+    first, second = run_ranks(other_starts, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
+    assert first == second
+    foreign, two, lost, unknown, *steps, renamed, vanished = first
+    assert "another run wrote it" in foreign and "no whole checkpoint of this run is left" in foreign
+    assert two == 2
+    assert "latest.json is missing or damaged" in lost and "set engine.resume_from=3 " in lost
+    assert "step_00000007 cannot be used (the folder is missing); set engine.resume_from=3 " in unknown
+    assert steps == [2, 2, 4, 4, 2]
+    assert "it holds step 2" in renamed and "no whole checkpoint" in renamed, "step 4 is of the history that was left"
+    assert "the folder is missing" in vanished, "a run does not start over where its checkpoints are lost"
+
+
+def runs_code(rank: int, world: int, folder: Path) -> str:
+    """What a rank says of a checkpoint whose shard would run code, with a manifest that fits."""
+    engine, of = engine_of(world, 1, "stage 3"), Checkpoints(folder)
+    engine.save(of, 1)
+    checkpoint = folder / "step_00000001"
+    [file] = checkpoint.glob("*optim_states.pt")
+    torch.save({"optimizer_state_dict": Runs(folder / "ran")}, file)
+    manifest = io.sealed(checkpoint / "manifest.json")
+    manifest["files"][file.name] |= {"bytes": file.stat().st_size, "xxh3": io.checksum(file)}
+    io.seal(checkpoint / "manifest.json", manifest)
+    with pytest.raises(UserError) as raised:
+        engine.load(of)
+    return str(raised.value)
+
+
+class Runs:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self):
+        return Path.touch, (self._file,)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    [said] = run_ranks(runs_code, 1, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
+    assert "optim_states.pt: it holds more than tensors and plain values" in said
+    assert not (tmp_path / "checkpoints" / "ran").exists()
+
+
+def after_kills(rank: int, world: int, folder: Path) -> list[list[str]]:
+    """The checkpoints that are left by saves among the remains of killed runs."""
+    import torch.distributed as dist
+
+    engine = engine_of(world, 1, "stage 3")
+    begun = [folder / "step_00000009" / f"zero_pp_rank_{number}_mp_rank_00_optim_states.pt" for number in range(4)]
+    left = []
+    for step in (6, 7, 9, 12):
+        if rank == 0 and step == 7:  # four ranks went on from 6 and were killed while they wrote 9
+            begun[0].parent.mkdir()
+            for file in begun:
+                file.write_bytes(b"the beginning of")
+        dist.barrier()
+        engine.save(Checkpoints(folder), step)
+        left.append([f"{path.name}: {len(list(path.glob('*optim_states.pt')))}" for path in sorted(folder.glob("step_*"))])
+        dist.barrier()  # both have looked
+    return [
+        *left,
+        [json.loads(Checkpoints(folder).latest.read_text())["tag"], str(engine_of(world, 1, "stage 3").load(Checkpoints(folder)))],
+    ]
+
+
+def test_remains_of_killed_runs_neither_stay_nor_cost_a_checkpoint(tmp_path):
+    for left in run_ranks(after_kills, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120):
+        assert left == [
+            ["step_00000006: 2"],
+            ["step_00000007: 2", "step_00000009: 4"],
+            ["step_00000009: 2"],
+            ["step_00000012: 2"],
+            ["step_00000012", "12"],
+        ]
+
+
+@contextlib.contextmanager
+def no_room():
+    """Files of this process end at 1000 bytes: the writer sees what it sees on a full disk, a short write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def without_room(rank: int, world: int, folder: Path) -> None:
+    """Rank 1 alone finds no room for its second checkpoint; every rank writes down what it heard."""
+    engine = engine_of(world, 1, "stage 3")
+    engine.save(Checkpoints(folder), 1)
+    with pytest.raises(UserError) as raised, told_to_all(), no_room() if rank == 1 else contextlib.nullcontext():
+        engine.save(Checkpoints(folder), 2)
+    (folder / f"{rank}.said").write_text(str(raised.value))
+    os._exit(1)  # as a verb ends: its peers wait until then
+
+
+def test_a_full_disk_is_one_sentence_on_every_rank_and_costs_no_checkpoint(tmp_path):
+    with pytest.raises(RankError):
+        run_ranks(without_room, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
+    said = [(tmp_path / "checkpoints" / f"{rank}.said").read_text() for rank in range(2)]
+    assert said[0] == f"rank 1: {said[1]}"
+    assert said[1].startswith(f"the checkpoint {tmp_path}/checkpoints/step_00000002 cannot be written (RuntimeError: ")
+    assert said[1].endswith("; free some room on that disk, and run the same command again to go on from the checkpoint before it")
+    assert run_ranks(step_read, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120) == [1, 1]
+
+
+def step_read(rank: int, world: int, folder: Path) -> int:
+    return engine_of(world, 1, "stage 3").load(Checkpoints(folder))
+
+
+# ---- the layouts alone ----
+
+GROUPS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size=1, max_size=3)
+FORMS = {"by parameter": partitions.FORMS[3], "by group": partitions.FORMS[1]}
+
+
+def plain_parts(groups: list[dict[str, torch.Tensor]], world: int, form: partitions.Form) -> list[list[torch.Tensor]]:
+    """By rank and group, in whole vectors: the reference."""
+
+    def cut(whole: torch.Tensor, multiple: int) -> torch.Tensor:
+        return torch.nn.functional.pad(whole, (0, -len(whole) % (multiple * world))).view(world, -1)
+
+    if form is FORMS["by parameter"]:
+        parts = [torch.cat([cut(values, 1) for values in group.values()], dim=1) for group in groups]
+    else:
+        parts = [cut(torch.cat(list(group.values())), partitions.ALIGNMENT) for group in groups]
+    return [[part[rank].clone() for part in parts] for rank in range(world)]
+
+
+def plain_state(groups: list[dict[str, torch.Tensor]], rank: int, world: int, form: partitions.Form) -> dict:
+    """A rank's state as ZeRO has it; moments are told from weights by an offset, which padding has not."""
+    moved = [{name: values + 0.5 for name, values in group.items()} for group in groups]
+    moments = [{"step": torch.tensor(7.0), "exp_avg": part} for part in plain_parts(moved, world, form)[rank]]
+    options = [{"weight_decay": 0.1, "params": list(range(len(groups)))}]
+    return {
+        form.weights: plain_parts(groups, world, form)[rank],
+        form.optimizer: {"state": dict(enumerate(moments)), "param_groups": options},
+    }
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(groups=GROUPS, old=st.integers(1, 7), new=st.integers(1, 7), cut_anew=st.booleans())
+def test_a_state_divided_anew_is_what_the_new_ranks_would_have_written(form, groups, old, new, cut_anew):
+    numbers = iter(range(10**6))
+    before = [
+        {f"{g}.{n}": torch.tensor([float(next(numbers)) for _ in range(numel)]) for n, numel in enumerate(group)}
+        for g, group in enumerate(groups)
+    ]
+    after = [{name: values} for group in before for name, values in group.items()] if cut_anew else before
+    shards = [plain_state(before, rank, old, form) for rank in range(old)]
+    sizes, sizes_after = ([{name: len(values) for name, values in group.items()} for group in part] for part in (before, after))
+    for rank in range(new):
+        expected = plain_state(after, rank, new, form)
+        empty = {**expected, form.weights: [torch.zeros_like(part) for part in expected[form.weights]]}
+        found = partitions.repartitioned(shards.__getitem__, old, sizes, form, empty, sizes_after, rank, new)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [partitions.by_parameter, partitions.by_group])
+@given(groups=GROUPS, world=st.integers(1, 9))
+@settings(derandomize=True, deadline=None)
+def test_every_element_has_one_place(layout, groups, world):
+    sizes = [{f"{g}.{n}": numel for n, numel in enumerate(group)} for g, group in enumerate(groups)]
+    found = layout(sizes, world)
+    for group in sizes:
+        for name, numel in group.items():
+            runs = found.places[name]
+            assert [i for run in runs for i in range(run.start, run.start + run.numel)] == list(range(numel))
+    taken = [(p.rank, p.group, i) for places in found.places.values() for p in places for i in range(p.flat_start, p.flat_start + p.numel)]
+    assert len(set(taken)) == len(taken)
+    assert all(rank < world and 0 <= i < found.part_numels[group] for rank, group, i in taken)
+
+
+def test_another_way_of_dividing_is_refused():
+    form, groups = FORMS["by group"], [{"w": torch.arange(5.0)}]
+    for change in ({form.weights: [torch.zeros(7)]}, {"param_alignment_paddings": [[3]]}):
+        with pytest.raises(UserError, match="go on with the number of ranks that wrote the checkpoint"):
+            partitions.repartitioned({}.__getitem__, 1, [{"w": 5}], form, {**plain_state(groups, 0, 1, form), **change}, [{"w": 5}], 0, 1)

@@ -1,0 +1,13 @@
+"""What sequence-parallel attention sends, balances, rounds and costs:  python -m tools.bench.attention bytes|balance|error|overhead [--quick]
+
+Figures last, one a line as ``name: value``; exits with 1 where a bound is missed. Each command is a module of this folder.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tools.bench.figures import main
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, "attention", ("bytes", "balance", "error", "overhead")))

@@ -1,0 +1,99 @@
+"""What checking a checkpoint costs beside reading it:  python -m tools.bench.checkpoint [--rounds 5] [--hidden 768]
+
+Two CPU ranks write a ZeRO-3 checkpoint of a Llama of random weights and AdamW moments. Each round times a load without the comparison with the
+manifest and one with it: first with the files in memory, then with the file cache dropped before each load (where the process may do so). Figures
+last, one a line as ``name: value``; exits with 1 where a bound is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RANKS, BOUND = 2, 1.1  # a load with the check takes at most a tenth longer
+
+
+def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold: bool) -> list[tuple[float, float]]:
+    """Seconds of a load without the check and of one with it, by round."""
+    import torch
+    import torch.distributed as dist
+
+    from lr2train import io
+    from lr2train.config import Config, EngineConfig, ModelConfig, OptimConfig
+    from lr2train.model import load
+    from lr2train.parallel.mesh import make_mesh
+    from lr2train.rope.methods import METHODS
+    from lr2train.rope.spectrum import Spectrum
+    from lr2train.training.deepspeed import checkpoint
+    from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+
+    start_deepspeed(torch.device("cpu"))
+    architecture = {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": 8,
+        "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "head_dim": 64, "max_position_embeddings": 512,
+    }  # fmt: skip
+    config = Config(name="bench", model=ModelConfig(architecture=architecture), optim=OptimConfig(), engine=EngineConfig())
+    factors = METHODS["none"](Spectrum(64, 10000.0, 512), 512)
+    engine = Engine(config, make_mesh(1), factors, load.config_of(config.model), torch.device("cpu"))
+    for parameter in engine._engine.optimizer.fp32_partitioned_groups_flat:  # AdamW's moments exist once a gradient was there
+        parameter.grad = torch.zeros_like(parameter)
+    engine._engine.optimizer.optimizer.param_groups[0]["params"] = list(engine._engine.optimizer.fp32_partitioned_groups_flat)
+    engine._engine.optimizer.optimizer.step()
+    engine._engine.optimizer.optimizer.param_groups[0]["params"] = []
+    of = checkpoint.Checkpoints(folder)
+    engine.save(of, 1)
+    files, check = io.sealed(folder / "step_00000001" / checkpoint.MANIFEST)["files"], checkpoint._read_checked
+
+    def read(folder: Path, files: dict, _: str) -> dict:
+        """The same reading without a hash."""
+        return {name: checkpoint._opened(folder / name, mmap=False) for name, about in files.items() if about["rank"] == rank}
+
+    found = []
+    for _ in range(rounds):
+        times = []
+        for reading in (read, check):
+            checkpoint._read_checked = reading
+            if cold and rank == 0:
+                Path("/proc/sys/vm/drop_caches").write_text("1")
+            dist.barrier()
+            begin = time.monotonic()
+            engine.load(of)
+            dist.barrier()
+            times.append(time.monotonic() - begin)
+        found.append((times[0], times[1]))
+    if rank == 0:
+        print(f"{sum(about['bytes'] for about in files.values()) / 2**20:.0f} MiB in {len(files)} files", file=sys.stderr)
+    return found
+
+
+def main() -> int:
+    """Run warm, and cold where the file cache can be dropped; returns the exit status."""
+    from tests.ranks import run_ranks
+    from tools.bench.figures import Figure, conclude
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hidden", type=int, default=768)
+    given = parser.parse_args()
+    figures = []
+    for name, cold in (("warm", False), ("cold", True)):
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(PermissionError):
+            rounds = run_ranks(measured, RANKS, Path(folder) / "c", given.rounds, given.hidden, cold, tmp_path=Path(folder), timeout_s=600)[
+                0
+            ]
+            without, checked = (statistics.median(times) for times in zip(*rounds, strict=True))
+            figures += [
+                Figure(f"{name}_load_s", without),
+                Figure(f"{name}_checked_load_s", checked),
+                Figure(f"{name}_checked_over_unchecked", statistics.median(b / a for a, b in rounds), at_most=BOUND),
+            ]
+    return conclude(figures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Benchmarks by command: figures printed last, one a line as ``name: value``, and the exit status that says whether all bounds hold."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Figure(NamedTuple):
+    """One measured number; ``at_most`` and ``at_least`` are the bounds that it is held to, if any."""
+
+    name: str
+    value: float
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value keeps its bounds (nan keeps none)."""
+        below = self.at_most is None or self.value <= self.at_most
+        above = self.at_least is None or self.value >= self.at_least
+        return below and above
+
+
+def conclude(figures: Iterable[Figure]) -> int:
+    """Print the figures, say which bounds are missed, and return the exit status: 1 where one is, else 0."""
+    figures = list(figures)
+    for figure in figures:
+        if not figure.holds:
+            bound = f"at most {figure.at_most:g}" if figure.at_most is not None else f"at least {figure.at_least:g}"
+            print(f"MISSED: {figure.name} is {figure.value:.6g}, wanted {bound}")
+    for figure in figures:
+        print(f"{figure.name}: {figure.value:.6g}", flush=True)
+    return 0 if all(figure.holds for figure in figures) else 1
+
+
+def main(doc: str | None, subject: str, commands: Sequence[str]) -> int:
+    """The command line of a benchmark whose commands are modules ``tools.bench.<subject>_<command>`` with ``measure(quick) -> figures``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("--quick", action="store_true", help="a smaller input, for a look; the bounds are meant for the whole one")
+    arguments = parser.parse_args()
+    return conclude(importlib.import_module(f"tools.bench.{subject}_{arguments.command}").measure(arguments.quick))

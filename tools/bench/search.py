@@ -1,0 +1,300 @@
+"""Racing, its parts and CMA-ES beside the paper's plain loop: document-forwards, and perplexity on needles that no search has seen.
+
+    python -m tools.bench.search [--quick]
+
+Every search is a run of `python -m lr2train.search` on the demo's tiny model, one process each, as many at a time as --processes. Whatever has been
+finished is not run again. Plain and racing searches of a seed have the same population, iterations and operators and start from the
+same candidates. Winners are then scored on documents that nobody has seen, the same for all: over source files of an installed package
+that is in no corpus, each another file, in the paper's form (one question, needle at the start) with distractors, and the same with the
+needle at five depths. A quick run has too few seeds to tell alike searches apart: it takes them for alike within a standard error.
+Figures last, one a line as ``name: value``; exits with 1 where a bound is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lr2train import config, run
+from lr2train.data.corpus import Corpus
+from lr2train.data.needles import NeedleDocument, NeedleMaker
+from lr2train.model import load, rotary
+from lr2train.model.score import score
+from lr2train.rope import METHODS, Factors
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+BOUND = "surrogate"  # the search that is held to the bounds: what `search=` is by default
+COST_BOUND = 0.25  # of the plain loop's document-forwards
+LICENSE_CHARACTERS = 2000  # what stands at the top of every file
+NEEDLES = 21  # in every document, asked for or not: a lone needle is found by every good candidate
+ONE = ["search.questions=1", f"search.distractors={NEEDLES - 1}"]
+FOUR = ["search.questions=4", f"search.distractors={NEEDLES - 4}"]
+PLAIN = ["search.racing=false", "search.documents=10", "search.final_documents=0", *ONE]
+RACING = ["search.racing=true", "search.documents=3", "search.final_documents=24", *FOUR]
+VARIANTS = {
+    "plain": PLAIN,
+    "racing_only": [*PLAIN, "search.racing=true"],
+    "racing": RACING,
+    "cmaes": [*RACING, "search.algorithm=cmaes"],
+    "surrogate": [*ONE, "search.algorithm=surrogate", "search.documents=20", "search.final_documents=24"],
+}
+WHAT = {
+    "plain": "the paper's loop: everyone on 10 documents of one question",
+    "racing_only": "the same documents, hopeless candidates dropped",
+    "racing": "3 documents of 4 questions, racing, the last top_k on 24 further documents",
+    "cmaes": "CMA-ES in the place of evolution, on racing's documents",
+    "surrogate": "20 documents of one question and 24 further ones; a Gaussian process over all evaluations says who is evaluated on which",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run."""
+
+    seeds: int
+    population: int
+    generations: int
+    top_k: int
+    variants: tuple[str, ...]
+    held_out: int  # documents with the needle at the start, and as many at five depths
+    margin: float  # standard errors by which a search may be worse and still pass for as good
+
+
+FULL = Size(5, 32, 8, 8, ("plain", "racing_only", "racing", "cmaes", "surrogate"), 120, 0.0)
+QUICK = Size(4, 16, 4, 4, ("plain", "surrogate"), 40, 1.0)  # too few seeds to tell more
+
+
+def main() -> int:
+    """Run all searches, score their winners, print the table and the figures."""
+    arguments = _arguments()
+    size, folder = (QUICK if arguments.quick else FULL), Path(arguments.out) / ("quick" if arguments.quick else "full")
+    _make_model(arguments)
+    jobs = [(variant, seed) for seed in range(size.seeds) for variant in size.variants]
+    _search_all(arguments, size, folder, jobs)
+    held_out = _score_all(arguments, size, folder, jobs)
+    return _report(size, folder, held_out)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small search, plain and surrogate alone; less than ten minutes")
+    parser.add_argument("--model", default="runs/base/model", help="made by the demo's first two steps where it is missing")
+    parser.add_argument("--corpus", default="runs/corpus", help="made likewise")
+    parser.add_argument("--out", default="runs/bench_search", help="where the searches lie; finished ones are not run again")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="searches at a time, one thread each")
+    return parser.parse_args()
+
+
+def _make_model(arguments: argparse.Namespace) -> None:
+    """The demo's corpus and base model, where they are missing."""
+    if not (Path(arguments.corpus) / "corpus.json").exists():
+        _call("lr2train.prepare", "experiment=tiny_4k", *_where(Path(arguments.corpus)))
+    if not (Path(arguments.model) / "config.json").exists():
+        run.say("bench_search", f"no model at {arguments.model}: training the demo's base, about five minutes")
+        where = _where(Path(arguments.model).parent)
+        subprocess.run(
+            ["bash", str(ROOT / "launch" / "run.sh"), "2", "train", "experiment=tiny_base", f"data.path={arguments.corpus}", *where],
+            check=True,
+        )
+
+
+def _where(folder: Path) -> list[str]:
+    return [f"runs_folder={folder.parent}", f"name={folder.name}"]
+
+
+def _call(module: str, *overrides: str) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", module, *overrides], env=environ, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{module} {' '.join(overrides)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+# ---- searches ----
+
+
+def _overrides(arguments: argparse.Namespace, size: Size, variant: str, seed: int) -> list[str]:
+    return [
+        "experiment=tiny_4k", f"model.path={arguments.model}", f"data.path={arguments.corpus}", "device=cpu", "threads=1", f"seed={seed}",
+        f"search.population={size.population}", f"search.generations={size.generations}", f"search.top_k={size.top_k}", *VARIANTS[variant],
+    ]  # fmt: skip
+
+
+def _search_all(arguments: argparse.Namespace, size: Size, folder: Path, jobs: Sequence[tuple[str, int]]) -> None:
+    def one(job: tuple[str, int]) -> None:
+        variant, seed = job
+        home = folder / f"{variant}_{seed}"
+        _call("lr2train.search", *_overrides(arguments, size, variant, seed), *_where(home))
+
+    _in_order("searches", [job for job in jobs if job[0] != "racing_only"], one, arguments.processes)
+    again = [job for job in jobs if job[0] == "racing_only"]
+    for variant, seed in again:
+        _lend_journal(folder / f"plain_{seed}", folder / f"{variant}_{seed}")
+    _in_order("searches over the plain loop's journal", again, one, arguments.processes)
+
+
+def _lend_journal(plain: Path, home: Path) -> None:
+    """The same documents: what the plain loop has evaluated need not be evaluated anew, and counts nevertheless."""
+    if not home.exists():
+        home.mkdir(parents=True)
+        (home / "journal.jsonl").write_text((plain / "journal.jsonl").read_text())
+
+
+def _in_order(what: str, jobs: Sequence[Any], one: Callable[[Any], None], processes: int) -> None:
+    start = time.monotonic()
+    with ThreadPoolExecutor(processes) as pool:
+        for number, done in enumerate(as_completed([pool.submit(one, job) for job in jobs]), 1):
+            if done.exception():
+                pool.shutdown(cancel_futures=True)
+            done.result()
+            spent = time.monotonic() - start
+            run.say("bench_search", f"{what}: {number}/{len(jobs)}, {spent:.0f} s, {spent / number * (len(jobs) - number):.0f} s left")
+
+
+# ---- held-out documents ----
+
+Task = tuple[str, str, list[NeedleDocument], Factors, str]  # model, name, documents, factors, kind
+
+
+def _score_all(
+    arguments: argparse.Namespace, size: Size, folder: Path, jobs: Sequence[tuple[str, int]]
+) -> dict[tuple[str, str], list[float]]:
+    """(subject, kind) -> losses per token of every held-out document."""
+    settings = config.compose("search", [*_overrides(arguments, size, "plain", 0), "name=held_out"])
+    corpus, length = Corpus.open(arguments.corpus), settings.rope.target_window_tokens
+    kinds = {"start": [0.0], "depths": [0.0, 0.25, 0.5, 0.75, 1.0]}
+    texts = _unseen_texts(corpus, 2 * size.held_out, length)
+    documents = {
+        kind: _held_out(corpus, settings.data.needles, texts[number :: len(kinds)], length, depths, kind)
+        for number, (kind, depths) in enumerate(kinds.items())
+    }
+    subjects = {f"{variant}_{seed}": Factors.load(folder / f"{variant}_{seed}" / "factors.json") for variant, seed in jobs}
+    spectrum = next(iter(subjects.values())).spectrum
+    subjects |= {name: METHODS[name](spectrum, length) for name in ("ntk", "yarn")}
+    tasks: list[Task] = [(arguments.model, name, documents[kind], factors, kind) for name, factors in subjects.items() for kind in kinds]
+    found: dict[tuple[str, str], list[float]] = {}
+    start = time.monotonic()
+    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+        for number, (key, losses) in enumerate(pool.map(_losses, tasks), 1):
+            found[key] = losses
+            left = (time.monotonic() - start) / number * (len(tasks) - number)
+            run.say("bench_search", f"held-out: {number}/{len(tasks)}, {left:.0f} s left")
+    return found
+
+
+def _unseen_texts(corpus: Corpus, n_texts: int, length: int) -> list[np.ndarray]:
+    """Token ids of the start of so many long source files of transformers: Python as the model knows it, but none of the standard library's."""
+    import transformers
+
+    files = sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"))
+    texts = []
+    for number in run.stream(20_000, "unseen").permutation(len(files)):
+        body = files[number].read_text()[LICENSE_CHARACTERS : LICENSE_CHARACTERS + 40 * length]
+        ids = corpus.tokenizer.encode(body)
+        if len(ids) >= length:
+            texts.append(np.asarray(ids))
+        if len(texts) == n_texts:
+            return texts
+    raise SystemExit(f"only {len(texts)} of {n_texts} source files of transformers are long enough")
+
+
+def _held_out(
+    corpus: Corpus, needles: config.NeedleConfig, texts: Sequence[np.ndarray], length: int, depths: Sequence[float], kind: str
+) -> list[NeedleDocument]:
+    rng, tokenizer = run.stream(20_000, "held_out", kind), corpus.tokenizer
+    maker = NeedleMaker(tokenizer.encode, needles.wording, needles.digits, tokenizer.bos, None)
+    return [maker.make(rng, text, length, depths[number % len(depths)], NEEDLES) for number, text in enumerate(texts)]
+
+
+def _losses(task: Task) -> tuple[tuple[str, str], list[float]]:
+    path, name, documents, factors, kind = task
+    torch.set_num_threads(1)
+    model = load.load_whole(path)
+    table = rotary.install(model, factors)
+    table.use(factors)
+    return (name, kind), [score(model, table, "long", one.tokens, one.answer_spans).nll / one.n_answer_tokens for one in documents]
+
+
+# ---- what came out ----
+
+
+def _report(size: Size, folder: Path, held_out: dict[tuple[str, str], list[float]]) -> int:
+    results = {
+        (variant, seed): json.loads((folder / f"{variant}_{seed}" / "search.json").read_text())
+        for variant in size.variants
+        for seed in range(size.seeds)
+    }
+    print(f"P = {size.population}, {size.generations} iterations, top_k = {size.top_k}, {size.seeds} seeds, {NEEDLES} needles a document\n")
+    for variant in size.variants:
+        print(f"{variant}: {WHAT[variant]}")
+    print("\nvariant      seed  forwards   rcd  att.factor  its own perplexity   held-out: needle at start   at five depths")
+    for (variant, seed), one in results.items():
+        start, depths = (_perplexity(held_out[f"{variant}_{seed}", kind]) for kind in ("start", "depths"))
+        print(
+            f"{variant:12} {seed:4} {one['document_forwards']:9} {one['critical_index']:5} {one['attention_factor']:11.3f} "
+            f"{one['perplexity']:19.4f} {start:27.4f} {depths:16.4f}"
+        )
+    for name in ("ntk", "yarn"):
+        start, depths = (_perplexity(held_out[name, kind]) for kind in ("start", "depths"))
+        print(f"{name:12} {'':36} {'':19} {start:14.4f} {depths:16.4f}")
+    return _figures(size, folder, results, held_out)
+
+
+def _figures(size: Size, folder: Path, results: dict[tuple[str, int], dict[str, Any]], held_out: dict[tuple[str, str], list[float]]) -> int:
+    print()
+    seeds, forwards, perplexity = range(size.seeds), {}, {}
+    for variant in size.variants:
+        forwards[variant] = [results[variant, seed]["document_forwards"] for seed in seeds]
+        print(f"document_forwards_{variant}: {sum(forwards[variant])}")
+        for kind in ("start", "depths"):
+            losses = [loss for seed in seeds for loss in held_out[f"{variant}_{seed}", kind]]
+            perplexity[variant, kind] = _perplexity(losses)
+            print(f"held_out_perplexity_{kind}_{variant}: {perplexity[variant, kind]:.4f}")
+    for variant in size.variants[1:]:
+        shares = [mine / plain for mine, plain in zip(forwards[variant], forwards["plain"], strict=True)]
+        wins = sum(np.mean(held_out[f"{variant}_{seed}", "start"]) <= np.mean(held_out[f"plain_{seed}", "start"]) for seed in seeds)
+        print(f"cost_{variant}_over_plain: {sum(forwards[variant]) / sum(forwards['plain']):.4f}")
+        print(f"largest_cost_{variant}_over_plain_of_a_seed: {max(shares):.4f}")
+        print(f"seeds_on_which_{variant}_is_at_least_as_good_as_plain: {wins} of {size.seeds}")
+        mine, plain = (np.array([held_out[f"{one}_{seed}", "start"] for seed in seeds]) for one in (variant, "plain"))
+        print(f"nats_a_token_{variant}_minus_plain: {(mine - plain).mean():.4f}")
+        print(f"standard_error_of_{variant}_minus_plain: {_standard_error(mine - plain):.4f}")
+    journals = [folder / f"plain_{seed}" / "journal.jsonl" for seed in seeds]
+    seconds = [json.loads(line)["seconds"] for journal in journals for line in journal.read_text().splitlines()]
+    print(f"seconds_per_document_forward: {np.median(seconds):.4f}")
+    cheap = max(mine / plain for mine, plain in zip(forwards[BOUND], forwards["plain"], strict=True)) <= COST_BOUND
+    worse = np.array([np.subtract(held_out[f"{BOUND}_{seed}", "start"], held_out[f"plain_{seed}", "start"]) for seed in seeds])
+    good = worse.mean() <= size.margin * _standard_error(worse)
+    print(f"bound_cost_of_{BOUND}_at_most_{COST_BOUND}: {'met' if cheap else 'MISSED'}")
+    margin = f"_within_{size.margin:g}_standard_error" if size.margin else ""
+    print(f"bound_{BOUND}_at_least_as_good_as_plain_on_held_out_needles{margin}: {'met' if good else 'MISSED'}")
+    return 0 if cheap and good else 1
+
+
+def _standard_error(differences: np.ndarray) -> float:
+    """Of the mean of differences [seeds, documents], were other seeds and other documents drawn: by a bootstrap over both."""
+    rng, (n_seeds, n_documents) = run.stream(0, "bootstrap"), differences.shape
+    drawn = (differences[np.ix_(rng.integers(n_seeds, size=n_seeds), rng.integers(n_documents, size=n_documents))] for _ in range(1000))
+    return float(np.std([one.mean() for one in drawn]))
+
+
+def _perplexity(losses: Sequence[float]) -> float:
+    return math.exp(min(float(np.mean(losses)), 700.0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

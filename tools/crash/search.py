@@ -1,0 +1,114 @@
+"""Kill -9 a search again and again, on one, two and four ranks in turn, and see that it ends like an undisturbed one.
+
+    python -m tools.crash.search [--kills 6] [--seed 0] [search=surrogate ...]        needs runs/corpus and runs/base (bash launch/demo.sh makes them)
+
+Every second kill strikes one rank alone: the job has to end by itself with the reason, within a minute, its journal intact. The others strike all
+processes at once. Then the same search is started again on another number of ranks. Figures last, one a line as ``name: value``; exits with 1 where
+a bound is missed.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lr2train.rope.factors import Factors
+from tools.crash.striking import seconds_to_its_end
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+END_BOUND_S = 60.0  # within which the death of a rank has to end the job
+NAME = "crash_search"
+OVERRIDES = [
+    "experiment=tiny_4k", "rope.target_window_tokens=1024", "search.population=16", "search.top_k=4", "search.generations=5", "search.documents=3",
+    "search.questions=8", "search.distractors=4", "search.final_documents=4", "device=cpu", "threads=1",
+]  # fmt: skip
+
+
+def start(name: str, world: int, overrides: list[str]) -> subprocess.Popen:
+    """The search on so many ranks, in a process group of its own; what it says goes to a file."""
+    verb = [sys.executable, "-m", "lr2train.search"] if world == 1 else ["bash", "launch/run.sh", str(world), "search"]
+    environ = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    with (ROOT / "runs" / f"{name}.log").open("a") as log:
+        return subprocess.Popen(
+            [*verb, *OVERRIDES, *overrides, f"name={name}"], cwd=ROOT, env=environ, start_new_session=True, stdout=log, stderr=log
+        )
+
+
+def evaluations() -> list[dict]:
+    """The journal's whole lines; a cut last one is no damage."""
+    file = ROOT / "runs" / NAME / "journal.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def wait_for(process: subprocess.Popen, lines: int) -> bool:
+    """Until the journal has so many lines; False where the search ended before."""
+    while process.poll() is None:
+        if len(evaluations()) >= lines:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def one_round(number: int, world: int, rng: random.Random, overrides: list[str]) -> float | None:
+    """Start, kill, and see how the job ends; the seconds to its end where one rank was killed, None where the search came through."""
+    process, alone = start(NAME, world, overrides), number % 2 == 1 and world > 1
+    struck = wait_for(process, len(evaluations()) + rng.randint(1, 12))
+    if not struck:
+        assert process.returncode == 0, f"the search on {world} ranks ended with {process.returncode}: see runs/{NAME}.log"
+        return None
+    seconds = seconds_to_its_end(process, NAME, rng.randrange(world) if alone else None, 4 * END_BOUND_S)
+    print(
+        f"kill {number}: {'one rank' if alone else 'everything'} of {world}, {len(evaluations())} evaluations, ended after {seconds:.1f} s",
+        file=sys.stderr,
+    )
+    return seconds if alone else 0.0
+
+
+def main() -> int:
+    """Run, kill, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", help="of the search's config")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    for name in (NAME, f"{NAME}_reference"):
+        shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
+        (ROOT / "runs" / f"{name}.log").unlink(missing_ok=True)
+    assert start(f"{NAME}_reference", 1, arguments.overrides).wait() == 0, "the undisturbed search failed"
+    ends = []
+    for number in range(arguments.kills):
+        end = one_round(number, (4, 2, 1, 4)[number % 4], rng, arguments.overrides)
+        if end is None:
+            break
+        ends.append(end)
+    assert start(NAME, 2, arguments.overrides).wait() == 0, "the resumed search failed"
+    return report(ends)
+
+
+def report(ends: list[float]) -> int:
+    """Compare with the undisturbed search and print the figures."""
+    folders = [ROOT / "runs" / name for name in (NAME, f"{NAME}_reference")]
+    same_winner = Factors.load(folders[0] / "factors.json") == Factors.load(folders[1] / "factors.json")
+    keys = ("best", "best_perplexity", "perplexities", "documents", "document_forwards")
+    histories = [
+        [[json.loads(line)[key] for key in keys] for line in (one / "generations.jsonl").read_text().splitlines()] for one in folders
+    ]
+    entries = evaluations()
+    twice = len(entries) - len({(entry["candidate"], entry["document"]) for entry in entries})
+    print(
+        f"kills: {len(ends)}\nevaluations: {len(entries)}\nevaluated_twice: {twice}\nslowest_end_after_the_death_of_a_rank_s: {max(ends, default=0.0):.1f}"
+    )
+    print(f"same_generations: {histories[0] == histories[1]}\nsame_winner: {same_winner}")
+    return int(not (same_winner and histories[0] == histories[1] and twice == 0 and max(ends, default=0.0) < END_BOUND_S))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""Every kernel at hand against attention written out in float64: out, lse and gradients, of whole rows, of blocks and of simulated ranks.
+
+How wrong a kernel may be is asked of plain attention: the same expression written out in the kernel's own dtype, every score, every weight
+and every gradient rounded to it. An error is the largest difference to float64; its *ratio* is to plain attention's largest difference plus
+a fraction of a rounding of the largest value. FlashAttention's own tests use the same measure and the same limits (Dao, flash-attention,
+tests/test_flash_attn.py): 2 for out, 3 for gradients. What strategies do on simulated ranks is also measured by the same kernel on one
+rank: where that errs more than plain attention, up to twice as much is forgiven. lse has no plain counterpart in bf16; its limit is
+absolute, in nats.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lr2train.attention.kernel import Queries, attend, backward_block, forward_block, merge
+from lr2train.attention.simulation import Segment, alone, simulate
+from lr2train.attention.tiles import Spans, Tile
+from tools.gpu.kernels import using
+
+LIMITS = {"out": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0}
+LSE_LIMIT_NATS = 1e-3  # the kernels sum in fp32; scores of up to 2^4 in fp32 are exact to 2^-19
+_FLOOR = 1 / 8  # of a unit in the last place of the largest value; four in fp32, where plain attention may by luck have no error at all
+
+HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
+HEAD_SIZES = (32, 64, 80, 96, 128, 192, 256)
+
+
+class Case(NamedTuple):
+    """One input: heads (of queries, of keys), head size, dtype, spans of a row of ``n_tokens``, a sliding window or None."""
+
+    heads: tuple[int, int]
+    head_size: int
+    dtype: torch.dtype
+    spans: Spans
+    n_tokens: int
+    window_tokens: int | None = None
+
+    @property
+    def title(self) -> str:
+        """For the table."""
+        window = f", window {self.window_tokens}" if self.window_tokens else ""
+        return f"{self.heads[0]}/{self.heads[1]} heads of {self.head_size}, {len(self.spans)} spans{window}"
+
+
+@dataclass
+class Row:
+    """The worst of many cases: of one kernel, one level (rows, blocks, a strategy on so many ranks) and one dtype."""
+
+    kernel: str
+    level: str
+    dtype: str
+    cases: int = 0
+    ratios: dict[str, float] = field(default_factory=dict)  # of out, dq, dk, dv
+    lse_nats: float = 0.0
+    worst: str = ""
+    error: str | None = None
+
+    @property
+    def passes(self) -> bool:
+        """Whether all its cases kept their limits (nan keeps none)."""
+        kept = all(self.ratios.get(name, float("nan")) <= limit for name, limit in LIMITS.items())
+        return self.error is None and kept and self.lse_nats <= LSE_LIMIT_NATS
+
+    def add(self, case: Case, ratios: dict[str, float], lse_nats: float) -> None:
+        """Take in one more case."""
+        self.cases += 1
+        for name, ratio in ratios.items():
+            if not ratio <= max(self.ratios.values(), default=-1.0):  # nan is worse than anything
+                self.worst = f"{name}: {case.title}"
+            self.ratios[name] = _worse(self.ratios.get(name, 0.0), ratio)
+        self.lse_nats = _worse(self.lse_nats, lse_nats)
+
+
+Compute = Callable[[Segment], "Answer"]
+
+
+class Level(NamedTuple):
+    """Where in the house a kernel is called from: how it computes, on how many (simulated) ranks, and whether every token is in a span."""
+
+    name: str
+    compute: Compute
+    ranks: int = 1
+    no_gaps: bool = True
+
+
+class Answer(NamedTuple):
+    """out [T, Hq, D], lse [T, Hq] (None where it is not handed out) and the gradients of q, k and v."""
+
+    out: Tensor
+    lse: Tensor | None
+    grads: Sequence[Tensor]
+
+
+def check(kernels: Sequence[str], device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -> Iterator[Row]:
+    """A row for each kernel, level and dtype."""
+    for name, dtype, level in itertools.product(kernels, dtypes, _levels(quick)):
+        row = Row(name, level.name, str(dtype).removeprefix("torch."))
+        with using(name):
+            for case in _cases(dtype, quick, level):
+                try:
+                    row.add(case, *_compare(case, level, device))
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # a kernel that cannot run is a finding, and the other kernels are checked still
+                    row.error = f"{case.title}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    break
+        yield row
+
+
+def _levels(quick: bool) -> Iterable[Level]:
+    yield Level("rows", _rows, no_gaps=False)
+    yield Level("blocks", _blocks)
+    for ranks in (4,) if quick else (2, 4, 8):
+        for strategy in ("ulysses", "ring", "gather"):
+            yield Level(f"{strategy} on {ranks}", _ranks(strategy, ranks, 1), ranks)
+    yield Level("ulysses_ring on 2x2", _ranks("ulysses_ring", 4, 2), 4)
+
+
+def _cases(dtype: torch.dtype, quick: bool, level: Level) -> Iterator[Case]:
+    n_tokens = 64 if quick else 512
+    whole, packed = ((0, n_tokens),), _packed(n_tokens, level.no_gaps)
+    head_sizes = ((40, 256) if quick else HEAD_SIZES) if level.ranks == 1 else (64,) if quick else (96, 128)
+    for (n_heads, n_kv_heads), head_size in itertools.product(HEADS.values(), head_sizes):
+        heads = math.lcm(n_heads, level.ranks), n_kv_heads  # as many as ulysses can share
+        for spans, window_tokens in ((whole, None), (packed, None), (whole, n_tokens // 3), (packed, n_tokens // 7)):
+            yield Case(heads, head_size, dtype, spans, n_tokens, window_tokens)
+
+
+def _packed(n_tokens: int, no_gaps: bool) -> Spans:
+    """Lengths 1, 2, odd and long, two alike, across every border of shards; with a gap in the row unless that is forbidden."""
+    share = n_tokens // 8
+    lengths = [1, 2, share - 1, share, share, 2 * share + 3]
+    borders = [0, *itertools.accumulate(lengths), n_tokens]
+    spans = tuple(itertools.pairwise(borders))
+    return spans if no_gaps else (*spans[:2], *spans[3:])
+
+
+def _compare(case: Case, level: Level, device: torch.device) -> tuple[dict[str, float], float]:
+    """Ratios of errors by tensor, and the largest error of lse in nats."""
+    segment = draw(case, device)
+    exact, plain, ours = _written_out(segment, torch.float64), _written_out(segment, case.dtype), level.compute(segment)
+    one_rank = alone(segment) if level.ranks > 1 else _tensors(plain)
+    named = zip(LIMITS, _tensors(ours), _tensors(exact), _tensors(plain), one_rank, strict=True)
+    ratios = {name: error_ratio(*tensors) for name, *tensors in named}
+    return ratios, 0.0 if ours.lse is None else _lse_error(ours.lse, exact.lse)
+
+
+def _tensors(answer: Answer) -> tuple[Tensor, ...]:
+    return answer.out, *answer.grads
+
+
+def draw(case: Case, device: torch.device) -> Segment:
+    """A segment of numbers that follow from the case alone."""
+    generator = torch.Generator().manual_seed(case.head_size + case.heads[0])
+    (n_heads, n_kv_heads), size = case.heads, case.head_size
+    drawn = (torch.randn(case.n_tokens, heads, size, generator=generator) for heads in (n_heads, n_kv_heads, n_kv_heads, n_heads))
+    q, k, v, grad_out = (x.to(device, case.dtype) for x in drawn)
+    return Segment(q, k, v, grad_out, case.spans, size**-0.5, case.window_tokens)
+
+
+def error_ratio(x: Tensor, exact: Tensor, plain: Tensor, one_rank: Tensor) -> float:
+    """The largest error of ``x`` over what is forgiven: plain attention's and a floor, or that of one rank up to twice as much. nan where
+    ``x`` has one.
+    """
+    floor = max(_FLOOR * torch.finfo(plain.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+    wrong, forgiven, alone = ((other.double() - exact).abs().max().item() for other in (x, plain, one_rank))
+    forgiven += max(floor * exact.abs().max().item(), torch.finfo(torch.float32).tiny)
+    return wrong / max(forgiven, min(alone, 2 * forgiven))
+
+
+def _lse_error(lse: Tensor, exact: Tensor | None) -> float:
+    assert exact is not None
+    inside = exact.isfinite()
+    if not torch.equal(lse.isfinite(), inside):
+        return float("nan")
+    return (lse.double() - exact)[inside].abs().max().item()
+
+
+def _worse(a: float, b: float) -> float:
+    return b if not b <= a else a
+
+
+# ---- attention written out ----
+
+
+def mask_of(spans: Spans, n_tokens: int, window_tokens: int | None) -> Tensor:
+    """bool [T, T]: may query i look at key j."""
+    document = torch.full((n_tokens,), -1)
+    for number, (start, stop) in enumerate(spans):
+        document[start:stop] = number
+    i, j = torch.arange(n_tokens)[:, None], torch.arange(n_tokens)[None]
+    mask = (document[:, None] == document[None]) & (document[:, None] >= 0) & (j <= i)
+    return mask if window_tokens is None else mask & (i - j < window_tokens)
+
+
+def _written_out(segment: Segment, dtype: torch.dtype) -> Answer:
+    """softmax(scale q k^T) v with an explicit mask, every step in ``dtype``; a token outside every span has out 0, lse -inf, gradient 0."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (segment.q, segment.k, segment.v)]
+    q, readers = leaves[0], leaves[0].shape[1] // leaves[1].shape[1]
+    k, v = (x.repeat_interleave(readers, 1) for x in leaves[1:])
+    mask = mask_of(segment.spans, len(q), segment.window_tokens).to(q.device)
+    blind = ~mask.any(-1)
+    scores = torch.einsum("ihd,jhd->hij", q, k).mul(segment.scale).masked_fill(~(mask | blind[:, None]), float("-inf"))
+    out = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).masked_fill(blind[:, None, None], 0.0)
+    out.backward(segment.grad_out.to(dtype))
+    lse = scores.detach().logsumexp(-1).T.masked_fill(blind[:, None], float("-inf"))
+    return Answer(out.detach(), lse, [leaf.grad for leaf in leaves if leaf.grad is not None])
+
+
+# ---- ours, at each level ----
+
+
+def _rows(segment: Segment) -> Answer:
+    """The door that models go through."""
+    q, k, v = (x.detach().requires_grad_() for x in (segment.q, segment.k, segment.v))
+    out, lse = attend(q, k, v, segment.spans, segment.scale, window_tokens=segment.window_tokens)
+    out.backward(segment.grad_out)
+    return Answer(out.detach(), lse, [leaf.grad for leaf in (q, k, v) if leaf.grad is not None])
+
+
+def _blocks(segment: Segment) -> Answer:
+    """As a ring computes: each document's keys are cut in two, so that queries and keys of a block differ in number; partial results are
+    merged, and each block's backward is given the merged out and lse.
+    """
+    parts = [tuple(tile for tile in tiles if tile.n_queries and tile.n_keys) for tiles in _cut_keys(segment.spans)]
+    q, k, v, scale, window_tokens = segment.q, segment.k, segment.v, segment.scale, segment.window_tokens
+    out, lse = forward_block(q, k, v, parts[0], scale, window_tokens)
+    for part in parts[1:]:
+        out, lse = merge(out, lse, *forward_block(q, k, v, part, scale, window_tokens))
+    queries = Queries(q, out.to(q.dtype), lse, segment.grad_out)
+    shares = [backward_block(queries, k, v, part, scale, window_tokens) for part in parts]
+    grads = [torch.stack([share.to(lse.dtype) for share in of_one]).sum(0).to(q.dtype) for of_one in zip(*shares, strict=True)]
+    return Answer(queries.out, lse, grads)
+
+
+def _cut_keys(spans: Spans) -> tuple[list[Tile], list[Tile], list[Tile]]:
+    """Each span's triangle as three tiles: its second part over its first (full), its first over itself, its second over itself."""
+    full, first, second = [], [], []
+    for start, stop in spans:
+        cut = start + (stop - start + 2) // 3
+        full.append(Tile(cut, stop, start, cut, stop - cut))
+        first.append(Tile(start, cut, start, cut, 0))
+        second.append(Tile(cut, stop, cut, stop, 0))
+    return full, first, second
+
+
+def _ranks(strategy: str, ranks: int, rings: int) -> Compute:
+    def compute(segment: Segment) -> Answer:
+        out, *grads = simulate(strategy, segment, ranks, rings)
+        return Answer(out, None, grads)
+
+    return compute
