@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from tests.evolution.test_evolution_loop import Bowl, space
+from tests.evolution.test_loop import Bowl, space
 
 from lr2train.evolution.loop import evolve
 from lr2train.evolution.race import Judge

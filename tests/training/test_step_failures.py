@@ -8,7 +8,7 @@ import torch
 from ranks import RankError, run_ranks
 
 from lr2train.training.agreement import Said, disagreement
-from tests.training.test_engine import T, config_for, factors, segment
+from tests.training.deepspeed.test_engine import T, config_for, factors, segment
 
 SHORT, LONG = Said("short", 64, 7, "local"), Said("long", 64, 9, "ring")
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankError, run_ranks
-from tests.training.test_engine import RELEASE_ALL, config_for, factors, segment
+from tests.training.deepspeed.test_engine import RELEASE_ALL, config_for, factors, segment
 
 from lr2train import io
 from lr2train.config import UserError

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from ranks import run_ranks
-from tests.training.test_checkpoint import SHORT, engine_of, segment, whole_state
+from tests.training.deepspeed.test_checkpoint import SHORT, engine_of, segment, whole_state
 
 from lr2train.config import UserError
 from lr2train.training.bad_steps import BadSteps
