@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from tests.evolution.test_loop import Bowl, space
 
 from lr2train.evolution.loop import evolve
 from lr2train.evolution.race import Judge
 from lr2train.evolution.surrogate import _DOCUMENT, _OWN, Evidence, Process, evolve_surrogate
 from lr2train.run import stream
+from tests.evolution.test_loop import Bowl, space
 
 
 class Landscape:

@@ -13,13 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankError, run_ranks
-from tests.training.deepspeed.test_engine import RELEASE_ALL, config_for, factors, segment
 
 from lr2train import io
 from lr2train.config import UserError
 from lr2train.parallel.failure import told_to_all
 from lr2train.training.deepspeed import partitions
 from lr2train.training.deepspeed.checkpoint import Checkpoints
+from tests.training.deepspeed.test_engine import RELEASE_ALL, config_for, factors, segment
 
 LONG, SHORT = [1, 3, 5, 7], [2, 4, 6, 10]  # the segments of a step: four of one window, so that one, two and four ranks share their work
 STEPS = [LONG, SHORT, LONG, SHORT, LONG]

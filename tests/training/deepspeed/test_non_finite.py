@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 from ranks import run_ranks
-from tests.training.deepspeed.test_checkpoint import SHORT, engine_of, segment, whole_state
 
 from lr2train.config import UserError
 from lr2train.training.bad_steps import BadSteps
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.engine import StepStats
+from tests.training.deepspeed.test_checkpoint import SHORT, engine_of, segment, whole_state
 
 VARIANTS = ("stage 3", "stage 3, offload", "stage 3, bfloat16", "stage 2", "stage 1", "stage 1, bfloat16", "stage 0")
 
