@@ -8,11 +8,10 @@ from typing import Any, get_args, get_origin
 import pytest
 from omegaconf import OmegaConf
 
-from lr2train import config
 from lr2train.cli import composition
 from lr2train.cli.composition import compose
 from lr2train.cli.overrides import Override, core_of, place_of, quoted
-from lr2train.config import Config, UserError
+from lr2train.config import CONF_FOLDER, Config, UserError, loading
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRIES = ["data.sources=[{name: x}]", "data.buckets=[{name: x}]", "data.stages=[{steps: 1, length_tokens: 8}]"]  # each list with one
@@ -23,7 +22,7 @@ def declared() -> dict[str, tuple[Any, Any]]:
     """Key -> (type, field) of everything that the schema declares, below the first entry of each list."""
     blank = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.from_dotlist(["name=x", *ENTRIES])))
     found = {}
-    for key, one, _ in config._leaves(blank):
+    for key, one, _ in loading._leaves(blank):
         key = re.sub(r"^data\.(buckets|stages)\.\w+", lambda at: f"data.{at[1]}.0", key)
         found[key] = place_of(key).hint, one
     return found
@@ -278,7 +277,7 @@ def _nothing():
 
 
 def test_our_own_files_hold_no_text_that_yaml_changes():
-    for file in config.CONF_FOLDER.glob("*/*.yaml"):
+    for file in CONF_FOLDER.glob("*/*.yaml"):
         if file.parent.name == "local":
             continue
         package = "" if "@package _global_" in file.read_text() else file.parent.name

@@ -70,7 +70,9 @@ def make_loader(
             f"rope.target_window_tokens={target_window_tokens}, and training teaches the window of its segments; set rope.target_window_tokens "
             f"to {data.segment_tokens}, or prepare segments of {target_window_tokens} tokens"
         )
-    return SegmentLoader(corpus, data.long_attention, seed, ranks, data.group_segments or default_group(dp_size, segments_per_step))
+    return SegmentLoader(
+        corpus, LongAttention(data.long_attention), seed, ranks, data.group_segments or default_group(dp_size, segments_per_step)
+    )
 
 
 def _check_plan(corpus: Corpus, data: DataConfig, original_window_tokens: int | None) -> None:

@@ -89,7 +89,7 @@ def _resolved(one: BucketConfig, data: DataConfig, original_window_tokens: int) 
     above = one.above_tokens if one.above_tokens is not None else 0 if short else original_window_tokens
     to = one.to_tokens if one.to_tokens is not None else original_window_tokens if short else ENDLESS
     limit = original_window_tokens if short else data.segment_tokens
-    return Bucket(one.name, one.window, above, to, one.weight, dict(one.sources), limit, one.over_limit or data.over_long)
+    return Bucket(one.name, one.window, above, to, one.weight, dict(one.sources), limit, OverLong(one.over_limit or data.over_long))
 
 
 def _check_names_and_weights(buckets: Sequence[Bucket], data: DataConfig) -> None:

@@ -1,0 +1,101 @@
+"""The configuration: every key (``schema``), how a field is declared (``fields``), who reads a key (``verbs``), and ``load``, which checks.
+
+Choice: structured Hydra schemas give the types, YAML under ``conf/`` gives the values, and ``load`` turns a composed config into dataclasses
+once, at the top of a verb. Nothing here imports another part of lr2train, and every part may import from here.
+"""
+
+from pathlib import Path
+
+from lr2train.config.fields import Limits, UserError
+from lr2train.config.loading import load, to_dict, typed_key
+from lr2train.config.schema import (
+    NEEDLE_NAMES,
+    Algorithm,
+    BucketConfig,
+    Config,
+    DataConfig,
+    DataKind,
+    DecontaminateConfig,
+    Deduplicate,
+    Device,
+    Dtype,
+    EngineConfig,
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    GenerateWindow,
+    HardwareConfig,
+    InspectConfig,
+    LoggerConfig,
+    LongAttention,
+    ModelConfig,
+    NeedleConfig,
+    Objective,
+    OptimConfig,
+    OverLong,
+    ParallelConfig,
+    RopeConfig,
+    Schedule,
+    SearchConfig,
+    SourceConfig,
+    Space,
+    StageConfig,
+    Strategy,
+    TokenizerBackend,
+    WandbMode,
+    WeightsOf,
+    Window,
+)
+from lr2train.config.verbs import READS, VERBS, reads
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+CONF_FOLDER = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+"""The YAML files: inside the package in a wheel, beside it in a checkout."""
+
+__all__ = [
+    "CONF_FOLDER",
+    "NEEDLE_NAMES",
+    "READS",
+    "VERBS",
+    "Algorithm",
+    "BucketConfig",
+    "Config",
+    "DataConfig",
+    "DataKind",
+    "DecontaminateConfig",
+    "Deduplicate",
+    "Device",
+    "Dtype",
+    "EngineConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "GenerateWindow",
+    "HardwareConfig",
+    "InspectConfig",
+    "Limits",
+    "LoggerConfig",
+    "LongAttention",
+    "ModelConfig",
+    "NeedleConfig",
+    "Objective",
+    "OptimConfig",
+    "OverLong",
+    "ParallelConfig",
+    "RopeConfig",
+    "Schedule",
+    "SearchConfig",
+    "SourceConfig",
+    "Space",
+    "StageConfig",
+    "Strategy",
+    "TokenizerBackend",
+    "UserError",
+    "WandbMode",
+    "WeightsOf",
+    "Window",
+    "load",
+    "reads",
+    "to_dict",
+    "typed_key",
+]

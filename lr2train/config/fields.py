@@ -1,0 +1,92 @@
+"""How a field of the schema is declared: its default with its limits, its choices, or that it is a path."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class UserError(ValueError):
+    """Input that a user can correct.
+
+    The text is one sentence: what, the value, the limit, the config key, the remedy. Verbs print it and exit with code 2.
+    """
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which numbers a field takes; of a list or a dict, which numbers may stand in it."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    infinite: bool = False  # inf is a value with a meaning
+    count: int | None = None  # how many numbers a list has
+
+    def why_not(self, value: float) -> str | None:
+        """What is wrong with a number, or None."""
+        low, high = self.least if self.above is None else self.above, self.most if self.below is None else self.below
+        if math.isnan(value) or (math.isinf(value) and not self.infinite):
+            kind = "number" if self.infinite else "finite number"
+            return (
+                f"is not a {kind} "
+                + (f"above {low}" if self.above is not None else f"of {low} or more")
+                + (f" and at most {high}" if high else "")
+            )
+        too_low = low is not None and (value < low or value == self.above)
+        too_high = high is not None and (value > high or value == self.below)
+        if not (too_low or too_high):
+            return None
+        if low is not None and high is not None:
+            left_out = self.above if too_low else self.below
+            return f"is not between {low} and {high}" + ("" if left_out is None else f", {left_out} left out")
+        return f"is not above {self.above}" if self.above is not None else f"is below {low}" if too_low else f"is above {high}"
+
+    def nearest(self, value: float, default: Any) -> Any:
+        """A number that is allowed, in the place of one that is not: the bound where only one stands, else the default, else a bound."""
+        if self.least is not None and self.most is None and self.below is None and value < self.least:
+            return self.least
+        if isinstance(default, int | float) and self.why_not(default) is None:
+            return default
+        if self.most is not None and value > self.most:
+            return self.most
+        return self.least if self.least is not None else 1 if self.above == 0 else self.most
+
+
+def number(default: Any, **limits: Any) -> Any:
+    """A field of numbers within ``Limits``."""
+    return _field(default, limits=Limits(**limits))
+
+
+def any_number(default: Any, why: str) -> Any:
+    """A field of numbers without limits, and the reason."""
+    return _field(default, unlimited=why)
+
+
+def one_of(default: Enum | None, choices: type[Enum] | None = None) -> Any:
+    """A field that takes a member of an Enum by its name; ``load`` turns the name into the member.
+
+    Hydra sees text and not the Enum: it would refuse a wrong choice under every verb, also where an environment variable set it
+    (``WANDB_MODE``) and the verb does not read the key.
+
+    Args:
+        default: a member, or None where null is a choice too.
+        choices: the Enum, where the default does not tell it.
+    """
+    choices = choices or type(default)  # type: ignore[assignment]
+    return _field(default, choices=choices)
+
+
+def a_path(default: Any = None) -> Any:
+    """A field of paths. ``~`` at the beginning stands for the home folder."""
+    return _field(default, path=True)
+
+
+def _field(default: Any, **metadata: Any) -> Any:
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)

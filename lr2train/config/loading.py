@@ -1,0 +1,181 @@
+"""From a composed Hydra config to a ``Config`` whose values a verb can take.
+
+Choice: one validation point, at the top of a verb. Limits and choices come from the fields; a check that needs several keys stands here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import Field, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lr2train.config.fields import UserError
+from lr2train.config.schema import Config
+from lr2train.config.verbs import reads
+
+
+def load(composed: DictConfig, verb: str) -> Config:
+    """Turn a composed Hydra config into a ``Config`` whose values a verb can take.
+
+    Raises:
+        UserError: a mandatory key is missing, or the value of a key that the verb reads is out of its limits.
+    """
+    if missing := sorted(OmegaConf.missing_keys(composed)):
+        key = typed_key(missing[0])
+        raise UserError(f"{key} has no value and no default; set it on the command line: {key}=…")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    _with_homes(config)
+    for key, one, value in _leaves(config):
+        if reads(verb, key):
+            _check(key, one, value)
+    _with_members(config)
+    for verbs, check in _TOGETHER:
+        if verb in verbs:
+            check(config)
+    return config
+
+
+def typed_key(key: str) -> str:
+    """A key as the command line takes it: ``data.sources.0.path`` for ``data.sources[0].path``."""
+    return re.sub(r"\[(\d+)\]", r".\1", key)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values (enums by name), for provenance and comparison."""
+    return {one.name: _plain(getattr(config, one.name)) for one in fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return to_dict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _with_homes(node: Any) -> None:
+    """Put the home folder in the place of ``~`` where a path begins with it."""
+    for one in fields(node):
+        value = getattr(node, one.name)
+        if is_dataclass(value):
+            _with_homes(value)
+        elif isinstance(value, list) and one.metadata.get("path"):
+            setattr(node, one.name, [os.path.expanduser(item) for item in value])
+        elif isinstance(value, list):
+            for item in filter(is_dataclass, value):
+                _with_homes(item)
+        elif value is not None and one.metadata.get("path"):
+            setattr(node, one.name, os.path.expanduser(value))
+
+
+def _with_members(node: Any) -> None:
+    """Put the Enum's member in the place of its name. A wrong name, of a key that the verb does not read, stays."""
+    for one in fields(node):
+        value, choices = getattr(node, one.name), one.metadata.get("choices")
+        if choices and value in choices.__members__:
+            setattr(node, one.name, choices[value])
+        for item in value if isinstance(value, list) else [value]:
+            if is_dataclass(item):
+                _with_members(item)
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """(key, field, value) of everything below a dataclass; in a list of named things the name stands in the key."""
+    for one in fields(node):
+        key, value = f"{prefix}{one.name}", getattr(node, one.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{key}.")
+        elif isinstance(value, list) and value and is_dataclass(value[0]):
+            for number, item in enumerate(value):
+                yield from _leaves(item, f"{key}.{getattr(item, 'name', number)}.")
+        else:
+            yield key, one, value
+
+
+def _check(key: str, one: Field[Any], value: Any) -> None:
+    """Refuse a value that its field does not take. null, where the type allows it, is for the reader of the key."""
+    choices, limits = one.metadata.get("choices"), one.metadata.get("limits")
+    if choices and value not in choices.__members__ and not (value is None and one.default is None):
+        names = list(choices.__members__)
+        close = difflib.get_close_matches(str(value), names, n=1) or names
+        shown = ", ".join((["null"] if one.default is None else []) + names)
+        raise UserError(f"{key}={value} is not one of {shown}; set {key} to {close[0]}")
+    if limits is None or value is None:
+        return
+    default = one.default_factory() if callable(one.default_factory) else one.default
+    if limits.count is not None and len(value) != limits.count:
+        raise UserError(f"{key}={_typed(value)} holds {len(value)} of {limits.count} numbers; set {key} to {_typed(default)}")
+    for name, item, usual in _numbers(key, value, default):
+        if (why := limits.why_not(item)) is not None:
+            raise UserError(f"{name}={item} {why}; set {name} to {limits.nearest(item, usual)}")
+
+
+def _numbers(key: str, value: Any, default: Any) -> Iterator[tuple[str, float, Any]]:
+    """(key, number, default) of a number, or of each number in a list or a dict."""
+    if isinstance(value, list):
+        usual = default if len(default) == len(value) else [None] * len(value)
+        yield from ((f"{key}.{index}", item, usual[index]) for index, item in enumerate(value))
+    elif isinstance(value, dict):
+        yield from ((f"{key}.{name}", item, None) for name, item in value.items())
+    else:
+        yield key, value, default
+
+
+def _typed(numbers: Any) -> str:
+    """A list as the command line takes it without quotes."""
+    return f"[{','.join(map(str, numbers))}]"
+
+
+_NAME = re.compile(r"\w[\w.+=-]*")  # one folder, inside runs_folder, that no shell or pattern trips over
+
+
+def _check_name(config: Config) -> None:
+    if not _NAME.fullmatch(config.name):
+        raise UserError(
+            f"name={config.name!r} is no name of a folder in runs_folder={config.runs_folder}; begin with a letter or a digit and go on with "
+            "those, '.', '_', '+', '=' or '-'"
+        )
+
+
+def _check_parents(config: Config) -> None:
+    population, top_k = config.search.population, config.search.top_k
+    if top_k >= population:
+        raise UserError(
+            f"search.top_k={top_k} leaves no room for children in search.population={population}; set search.top_k to {max(1, population // 4)}"
+        )
+
+
+def _check_group(config: Config) -> None:
+    group, total = config.data.group_segments, config.optim.segments_per_step
+    if group and total % group:
+        raise UserError(
+            f"data.group_segments={group} does not divide optim.segments_per_step={total}; set data.group_segments to 0, which chooses a divisor"
+        )
+
+
+def _check_shards(config: Config) -> None:
+    """The remedy divides what ``sp`` divides: the ranks of the launch stay a multiple, and the corpus stays as it was planned."""
+    length, sp, ring = config.data.segment_tokens, config.parallel.sp, config.parallel.ring
+    if length % sp:
+        raise UserError(f"data.segment_tokens={length} is not divisible by parallel.sp={sp}; set parallel.sp to {math.gcd(length, sp)}")
+    if ring and sp % ring:
+        raise UserError(f"parallel.ring={ring} does not divide parallel.sp={sp}; set parallel.ring to 0, which chooses a divisor")
+
+
+_TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
+    (("prepare", "search", "train", "evaluate", "generate", "plan"), _check_name),
+    (("search", "plan"), _check_parents),
+    (("train", "inspect", "plan"), _check_group),
+    (("train", "plan"), _check_shards),
+)
+"""What depends on several keys, and the verbs that read all of them."""

@@ -1,0 +1,624 @@
+"""Every key of lr2train, with its type, default, limits and, above it, what it is, its unit and the reason of the default.
+
+Units stand in the names: ``_tokens``, ``_steps``, ``_s``, ``_gib``. ``lr2train VERB --help`` prints the comments of this file. A key has to stand
+here before YAML or the command line can set it; in return a typo, a wrong type or a value out of its limits fails before a verb starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+from lr2train.config.fields import a_path, any_number, number, one_of
+
+NEEDLE_NAMES = 1600  # needles of one document have different names (lr2train.data.needles)
+
+
+class Dtype(StrEnum):
+    """The type that weights are held and multiplied in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Device(StrEnum):
+    """Where tensors live. auto: CUDA where there is a GPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Window(StrEnum):
+    """The context window of a segment or a text, which decides its RoPE table."""
+
+    short = "short"
+    long = "long"
+
+
+class GenerateWindow(StrEnum):
+    """auto: short until the text exceeds the original window, long from there on."""
+
+    auto = "auto"
+    short = "short"
+    long = "long"
+
+
+class DataKind(StrEnum):
+    """segments: planned segments of a corpus. curriculum: ``data.stages``, for a base model from scratch."""
+
+    segments = "segments"
+    curriculum = "curriculum"
+
+
+class LongAttention(StrEnum):
+    """A token of a long segment attends to the whole segment (paper, Figure 5b) or to its own document (the authors' released example)."""
+
+    segment = "segment"
+    document = "document"
+
+
+class OverLong(Enum):  # no StrEnum, because `split` is a method of str
+    """A document over its bucket's limit (long: the segment; short: the original window) is split, truncated or dropped."""
+
+    split = "split"
+    truncate = "truncate"
+    drop = "drop"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class WeightsOf(StrEnum):
+    """A source's weight is a share of the tokens of each bucket, or of all tokens of the corpus; then every bucket is met too."""
+
+    bucket = "bucket"
+    corpus = "corpus"
+
+
+class TokenizerBackend(StrEnum):
+    """gigatoken gives the ids of hf many times faster, checked on the very documents. auto: gigatoken where it serves."""
+
+    hf = "hf"
+    gigatoken = "gigatoken"
+    auto = "auto"
+
+
+class Deduplicate(StrEnum):
+    """Exact duplicates are left out within each source, over the corpus, or not at all. The first document stays."""
+
+    none = "none"
+    source = "source"
+    corpus = "corpus"
+
+
+class Strategy(StrEnum):
+    """Sequence-parallel attention. auto: for every segment the strategy that sends least."""
+
+    auto = "auto"
+    local = "local"
+    ulysses = "ulysses"
+    ring = "ring"
+    gather = "gather"
+    ulysses_ring = "ulysses_ring"
+    ring_flash_attn = "ring_flash_attn"
+
+
+class Schedule(StrEnum):
+    """The learning rate after the warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Algorithm(StrEnum):
+    """evolution: the paper's. surrogate: its mutations, chosen by a Gaussian process over all evaluations. cmaes: CMA-ES over three numbers."""
+
+    evolution = "evolution"
+    surrogate = "surrogate"
+    cmaes = "cmaes"
+
+
+class Space(StrEnum):
+    """longrope2: critical index and tail. longrope: every factor is free (LongRoPE v1; the paper's ablation)."""
+
+    longrope2 = "longrope2"
+    longrope = "longrope"
+
+
+class Objective(StrEnum):
+    """needle: perplexity of the answers. text: perplexity of all tokens (the paper's ablation)."""
+
+    needle = "needle"
+    text = "text"
+
+
+class WandbMode(StrEnum):
+    """How wandb runs."""
+
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class ModelConfig:
+    """The causal LM: a Hugging Face folder or hub id to start from, or an architecture to train from scratch."""
+
+    # Folder with config.json and safetensors, or a hub id. null: model.architecture is trained from scratch.
+    path: str | None = a_path()
+    # Commit of a hub model, so that a run can be repeated. null: the newest.
+    revision: str | None = None
+    # Whether a hub id may be downloaded. false, so that nothing is downloaded by surprise.
+    allow_download: bool = False
+    # Values of a transformers config, `model_type` first. Used where model.path is null.
+    architecture: dict[str, Any] = field(default_factory=dict)
+    # Values of a transformers config, laid over those of model.path, such as sliding_window: null.
+    overrides: dict[str, Any] = field(default_factory=dict)
+    # The original window L0, tokens. null: read from the model's own config.
+    original_window_tokens: int | None = number(None, least=1)
+    # The type that weights are held and multiplied in. Optimizer states are float32 always.
+    dtype: str = one_of(Dtype.float32)
+
+
+@dataclass
+class RopeConfig:
+    """The long window's RoPE scaling: a method with its parameters, or a factors.json that a search wrote."""
+
+    # The target window L, tokens.
+    target_window_tokens: int = number(131072, least=1)
+    # A factors.json, or a model folder whose config carries a `longrope` dict. Wins over rope.method.
+    factors: str | None = a_path()
+    # RoPE scaling method: a name of lr2train.rope.METHODS.
+    method: str = "longrope2"
+    # The real critical dimension rcd as a zero-based frequency index, for longrope2, yarn_rcd and ntk_rcd.
+    critical_index: int | None = number(None, least=1)
+    # Rescale factors from the critical index on, for longrope2. A list of one number is a constant tail.
+    tail: list[float] = number([], above=0)
+    # Attention factor (YaRN's mscale): multiplies cos and sin in the long window; 1 in the short window. null: the method's own.
+    attention_factor: float | None = number(None, above=0)
+    # Further keyword arguments of the method.
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SourceConfig:
+    """One origin of documents."""
+
+    # Name of the source, free to choose. Keys of this source are typed as data.sources.NAME.KEY.
+    name: str = MISSING
+    # The reader: stdlib, folder, hub, needles, or custom for a class of your own that `target` names.
+    kind: str = "folder"
+    # Folder or file (kind: folder), or hub id (kind: hub).
+    path: str | None = a_path()
+    # kind: custom. package.module.Class, built with `options`; its instances iterate over (id, text).
+    target: str | None = None
+    # Column of .jsonl, .parquet and .arrow records that holds the text; dots lead into records (meta.text).
+    text_column: str = "text"
+    # Most documents that are read. null: no limit.
+    max_documents: int | None = number(None, least=1)
+    # Most bytes of text that are read, in order. null: no limit.
+    max_bytes: int | None = number(None, least=1)
+    # Most tokens in documents of `windows`, BOS and EOS included; reading stops there. null: no limit.
+    max_tokens: int | None = number(None, least=1)
+    # Most bytes of a document; a longer document counts as broken. Long real documents are books, not dumps.
+    max_document_bytes: int = number(64 << 20, least=1)
+    # Share of a source's records, files or bytes that may be broken. The job stops beyond it, because text is being lost.
+    max_broken_share: float = number(0.05, least=0, most=1)
+    # Windows that the source serves. Documents of another window are skipped after tokenising.
+    windows: list[str] = field(default_factory=lambda: ["short", "long"])
+    # Share of the tokens of each bucket, or of the corpus (data.weights_of), relative to the other sources.
+    weight: float = number(1.0, least=0)
+    # Further settings of the kind (needles: lengths, wording …).
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StageConfig:
+    """One stage of the curriculum that trains a tiny base model from scratch. The four shares are relative to each other."""
+
+    # Optimizer steps of the stage.
+    steps: int = number(MISSING, least=1)
+    # Tokens of every document. A segment holds data.segment_tokens / length_tokens documents.
+    length_tokens: int = number(MISSING, least=8)
+    # Share of segments that repeat random tokens, with loss on the repeats only.
+    repeats: float = number(0.0, least=0)
+    # Share of segments of needle documents with 1 … data.needles.max_pairs pairs, with loss on the answers only.
+    needles: float = number(0.0, least=0)
+    # Share of segments full of pairs, each asked for, with loss on the answers only. Telling many needles apart is learned slowly.
+    dense: float = number(0.0, least=0)
+    # Share of segments of plain text.
+    text: float = number(0.0, least=0)
+
+
+@dataclass
+class BucketConfig:
+    """A range of document lengths (BOS and EOS included), the window that it trains, and its part of that window's tokens."""
+
+    # Name of the bucket, free to choose. Keys of this bucket are typed as data.buckets.NAME.KEY.
+    name: str = MISSING
+    # Window that the bucket's documents train: short or long.
+    window: str = "long"
+    # Documents longer than this many tokens. null: 0 for short, the original window for long.
+    above_tokens: int | None = number(None, least=0)
+    # Documents of at most this many tokens. null: the original window for short, any length for long.
+    to_tokens: int | None = number(None, least=1)
+    # Share of the window's tokens, relative to the window's other buckets.
+    weight: float = number(1.0, least=0)
+    # Weight of each source in this bucket, relative to all such weights of the window. `weight` and the sources' own weights then do nothing.
+    sources: dict[str, float] = number({}, least=0)
+    # What becomes of a document over the limit. null: data.over_long.
+    over_limit: str | None = one_of(None, OverLong)
+
+
+@dataclass
+class NeedleConfig:
+    """How needle documents read."""
+
+    # Wording of the needle and its question: a name of lr2train.data.needles.WORDINGS.
+    wording: str = "paper"
+    # Digits of the hidden number.
+    digits: int = number(7, least=1, most=18)
+    # Most needles hidden in one training document; the number is drawn from 1 to this.
+    max_pairs: int = number(1, least=1, most=NEEDLE_NAMES)
+    # Share of training documents whose first asked needle stands at the very start, the farthest from its question.
+    at_start: float = number(0.4, least=0, most=1)
+    # Most needles asked for at the end of a training document. More questions are more answers to learn from.
+    max_questions: int = number(1, least=1, most=NEEDLE_NAMES)
+
+
+@dataclass
+class DecontaminateConfig:
+    """Evaluation sets whose text must not be trained on."""
+
+    # .txt or .jsonl files; every string of a record counts. Without files nothing is compared.
+    files: list[str] = a_path([])
+    # Words in a row that a document and an evaluation set may not share (Brown et al., 2020, appendix C).
+    ngram: int = number(13, least=1)
+
+
+@dataclass
+class DataConfig:
+    """Documents, tokens, segments."""
+
+    # The corpus that `prepare` wrote (runs/<name>).
+    path: str | None = a_path()
+    # Where training's batches come from.
+    kind: str = one_of(DataKind.segments)
+    # Origins of documents.
+    sources: list[SourceConfig] = field(default_factory=list)
+    # Folder or tokenizer.json. null: a byte-level BPE is trained on the sources.
+    tokenizer: str | None = a_path()
+    # Tokens of the trained tokenizer. The least is its specials, bytes and pairs of digits.
+    vocab_size: int = number(1024, least=358)
+    # Bytes of text that the tokenizer learns from, an equal part from each source. Merges settle long before.
+    tokenizer_train_bytes: int = number(100_000_000, least=1)
+    # Library that tokenises.
+    tokenizer_backend: str = one_of(TokenizerBackend.hf)
+    # Processes that tokenise. 0: one for each core.
+    workers: int = number(0, least=0)
+    # Bytes of an input split, which a process takes at a time and a kill may cost. A compressed file is one split.
+    shard_bytes: int = number(64 << 20, least=1)
+    # Whether exact duplicates are left out.
+    deduplicate: str = one_of(Deduplicate.none)
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    # Whether the corpus' files are compared with their checksums before training (once, as long as they do not change).
+    verify: bool = True
+    # Tokens of a segment: the target window.
+    segment_tokens: int = number(131072, least=2)
+    # Tokens in short segments. 0: every document once.
+    short_tokens: int = number(0, least=0)
+    # Tokens in long segments. 0: every document once.
+    long_tokens: int = number(0, least=0)
+    # Budgets by document length. A window without a bucket has one of all its documents.
+    buckets: list[BucketConfig] = field(default_factory=list)
+    # What the weights of sources are shares of. corpus: the mix nearest to the documents' own lengths.
+    weights_of: str = one_of(WeightsOf.bucket)
+    # Times that a document may be used. Four passes over a text are about as good as new text (Muennighoff et al., 2023).
+    max_repeats: float = number(4.0, above=0)
+    # Share kept of a source's documents below data.keep_below_tokens, by source: data.keep_below.NAME=0.1
+    keep_below: dict[str, float] = number({}, least=0, most=1)
+    # Tokens of a document below which data.keep_below applies. Fu et al. (2024) keep a tenth of documents below 4096.
+    keep_below_tokens: int = number(4096, least=0)
+    # Document mask of long segments. Short segments always mask documents.
+    long_attention: str = one_of(LongAttention.segment)
+    # What becomes of a document over its bucket's limit.
+    over_long: str = one_of(OverLong.split)
+    # Share of documents kept out of training, for the search and the evaluation.
+    holdout: float = number(0.02, least=0, most=1)
+    # Sequence shards of a segment (a number or a list) whose borders no short document crosses. Attention then sends nothing.
+    align_sp: Any = 1
+    # Segments of one window that follow each other in a step, shared by the data-parallel ranks. Any number of ranks that divides this
+    # sees the same data at the same step. 0: a multiple of the first start's ranks, up to a quarter of a step.
+    group_segments: int = number(0, least=0)
+    # Steps that are passed over, as metrics.jsonl counts them: ["1200-1230", "1500"]. Their data is never trained on; the counter and the
+    # learning rate go on.
+    skip_steps: list[str] = field(default_factory=list)
+    # Steps whose batches are made ahead.
+    prefetch_steps: int = number(2, least=0)
+    # Threads that make batches. More help where the corpus lies on a slow disk.
+    loader_threads: int = number(1, least=1)
+    needles: NeedleConfig = field(default_factory=NeedleConfig)
+    # Stages of the curriculum (data.kind=curriculum).
+    stages: list[StageConfig] = field(default_factory=list)
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks divide the work: world = data parallel x sequence parallel."""
+
+    # Ranks that share one segment (sequence parallel, also called context parallel).
+    sp: int = number(1, least=1)
+    # Sequence-parallel attention.
+    strategy: str = one_of(Strategy.auto)
+    # Ranks of a ring within parallel.sp, for ulysses_ring. 0: as many as heads or one node cannot serve by ulysses.
+    ring: int = number(0, least=0)
+    # Seconds that a collective waits for a rank before the job ends.
+    timeout_s: float = number(600.0, above=0)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    # Peak learning rate.
+    lr: float = number(2e-5, above=0)
+    # Decay rates of AdamW's two moments.
+    betas: list[float] = number([0.9, 0.95], least=0, below=1, count=2)
+    # Added to the denominator of AdamW's update.
+    eps: float = number(1e-8, above=0)
+    # Weight decay of matrices. Norms and biases never decay.
+    weight_decay: float = number(0.0, least=0)
+    # Largest global gradient norm; larger gradients are scaled down. 0: gradients are not clipped.
+    clip: float = number(1.0, least=0)
+    # The learning rate after the warm-up.
+    schedule: str = one_of(Schedule.cosine)
+    # Optimizer steps in which the learning rate grows from 0.
+    warmup_steps: int = number(40, least=0)
+    # Learning rate at the end of the schedule, as a share of optim.lr.
+    min_lr_ratio: float = number(0.0, least=0, most=1)
+    # Optimizer steps of the run. 0: one epoch of the planned segments.
+    steps: int = number(0, least=0)
+    # The global batch in segments: data-parallel ranks x gradient accumulation.
+    segments_per_step: int = number(64, least=1)
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed, memory and checkpoints."""
+
+    # ZeRO stage: 3 divides weights, gradients and optimizer states; 0 divides nothing and needs model.dtype=float32.
+    zero_stage: int = number(3, least=0, most=3)
+    # Whether activations of a layer are computed again in the backward pass, to save memory.
+    activation_checkpointing: bool = True
+    # Positions whose logits exist at one time.
+    loss_chunk_tokens: int = number(4096, least=1)
+    # Optimizer steps between two checkpoints.
+    checkpoint_every_steps: int = number(100, least=1)
+    # Checkpoints that are kept; older ones are removed.
+    keep_checkpoints: int = number(2, least=1)
+    # Steps in a row with a non-finite loss or gradient norm that end the run. One may be a bad document; three are the weights or settings.
+    max_bad_steps: int = number(3, least=1)
+    # Step of a checkpoint to go back to, once, such as 300; the same command repeated goes on from the newest. null: the newest checkpoint.
+    resume_from: int | None = number(None, least=1)
+    # Merged over the DeepSpeed config that is written, for settings that no key here names.
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SearchConfig:
+    """Needle-driven evolutionary search for RoPE factors (paper, Algorithms 1 and 2), with racing."""
+
+    # How candidates are chosen and compared.
+    algorithm: str = one_of(Algorithm.evolution)
+    # Which factors are free.
+    space: str = one_of(Space.longrope2)
+    # The loss that candidates compete on.
+    objective: str = one_of(Objective.needle)
+    # Candidates of the first generation (P of the paper).
+    population: int = number(64, least=2)
+    # Generations after the first.
+    generations: int = number(40, least=0)
+    # Parents kept in each generation. The paper leaves it open: a quarter of the population keeps diversity at this budget.
+    top_k: int = number(16, least=1)
+    # Probability that an entry of the tail mutates (p of the paper).
+    mutation_probability: float = number(0.3, least=0, most=1)
+    # Grid of the factors, as in the LongRoPE family.
+    mutation_step: float = number(0.01, least=1e-6)
+    # Standard deviation of a mutated entry's move, as a share of its range: most moves are local, some cross the range.
+    mutation_spread: float = number(0.25, least=1e-6)
+    # Probability that a child's critical index moves by one or two. The paper does not say that it moves.
+    move_critical_index: float = number(0.2, least=0, most=1)
+    # Probability that a child takes each of its traits from one of two parents. LongRoPE v1 has it.
+    crossover: float = number(0.0, least=0, most=1)
+    # Needle documents that a candidate is scored on.
+    documents: int = number(10, least=1)
+    # Needles asked for in each document, in one forward pass. The paper asks for one.
+    questions: int = number(1, least=1, most=NEEDLE_NAMES)
+    # Needles beside those that are not asked for. The paper has none; needed where every good candidate finds a lone needle.
+    distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
+    # Depth of the first needle that is asked for: 0 is the start of the document, 1 its end. The others lie anywhere.
+    depth: float = number(0.0, least=0, most=1)
+    # Further documents, on which the last top_k compete to be the winner: the best of many on few documents is partly luck.
+    final_documents: int = number(0, least=0)
+    # Whether a candidate is dropped as soon as it cannot plausibly enter the top_k. false: every candidate is scored on every document.
+    racing: bool = True
+    # Standard errors by which answers must be worse than the k-th best's to be dropped. inf drops only a certain loser.
+    racing_z: float = number(1.0, least=0, infinite=True)
+    # Answers that have to be compared before a candidate is dropped on a likelihood.
+    racing_answers: int = number(4, least=2)
+    # surrogate: mutations drawn for each child that is evaluated.
+    proposals: int = number(8, least=1)
+    # surrogate: document-forwards of a generation for each of its children. The first look at each child is one.
+    looks: float = number(2.25, least=1)
+    # Lower bound of the tail, in multiples of s = L / L0.
+    tail_low: float = number(1.0, above=0)
+    # Upper bound of the tail, in multiples of s = L / L0.
+    tail_high: float = number(2.0, above=0)
+    # Fixes the critical index. null: searched between d10 and tcd.
+    critical_index: int | None = number(None, least=1)
+    # Choices of how many first tokens keep the original RoPE (longrope space).
+    original_tokens: list[int] = number([0], least=0)
+    # Whether the attention factor of the long window is searched. The paper has none.
+    search_attention_factor: bool = True
+    # Attention factor of every candidate where it is not searched.
+    attention_factor: float = number(1.0, above=0)
+    # Lower bound of the searched attention factor.
+    attention_factor_low: float = number(1.0, above=0)
+    # Upper bound of the searched attention factor.
+    attention_factor_high: float = number(1.4, above=0)
+    # Tokens of a forward chunk with a key-value cache, where activations of a whole window do not fit. 0: whole.
+    chunk_tokens: int = number(0, least=0)
+    # Whether the model is divided over all ranks (ZeRO-3), for a model that does not fit one device.
+    shard: bool = False
+    # Seed of the search's random draws.
+    seed: int = any_number(0, why="a stream is drawn from any whole number")
+
+    def final_looks(self, before: int) -> int:
+        """surrogate: document-forwards of the final: two finalists' further documents, and at most a tenth of those ``before`` it."""
+        return min(2 * self.final_documents, round(before / 10))
+
+    @property
+    def most_forwards(self) -> int:
+        """Document-forwards that a search takes where racing drops no candidate."""
+        children = self.population + self.generations * (self.population - self.top_k)
+        if self.algorithm == Algorithm.surrogate:
+            looks = round(self.looks * children)
+            return looks + self.final_looks(looks)
+        return children * self.documents + self.top_k * self.final_documents
+
+
+@dataclass
+class EvalConfig:
+    """Needle retrieval and perplexity by length."""
+
+    # Document lengths, tokens.
+    lengths_tokens: list[int] = number([4096, 8192, 16384, 32768, 65536, 131072], least=2)
+    # Depths of the needle: 0 is the start of the document, 1 its end.
+    depths: list[float] = number([0.0, 0.25, 0.5, 0.75, 1.0], least=0, most=1)
+    # Needle documents for each length and depth. The paper runs 10.
+    samples: int = number(10, least=1)
+    # Needles beside the one that is asked for (RULER's multi-key). The paper has none.
+    distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
+    # Plain documents for each length, for perplexity.
+    text_documents: int = number(4, least=1)
+    # RoPE scaling methods that are shown beside, on the untrained model.
+    methods: list[str] = field(default_factory=lambda: ["none", "pi", "ntk", "yarn"])
+    # Seed of the documents.
+    seed: int = any_number(0, why="a stream is drawn from any whole number")
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go. runs/<name>/metrics.jsonl is always written."""
+
+    # Whether TensorBoard files are written.
+    tensorboard: bool = True
+    # Whether wandb is used.
+    wandb: bool = False
+    # Project on wandb. WANDB_PROJECT of the environment counts where this key is not given.
+    project: str = "lr2train"
+    # Team or user on wandb. null: the default of the account.
+    entity: str | None = None
+    # How wandb runs. WANDB_MODE of the environment counts where this key is not given.
+    mode: str = one_of(WandbMode.online)
+
+
+@dataclass
+class ExportConfig:
+    """A folder for other runtimes."""
+
+    # The folder. null: runs/<run>/export.
+    folder: str | None = a_path()
+    # The type of the exported weights. null: the trained weights' type.
+    dtype: str | None = one_of(None, Dtype)
+
+
+@dataclass
+class GenerateConfig:
+    """Text from a model, across the window switch."""
+
+    # The prompt. null: generate.prompt_file, else standard input.
+    prompt: str | None = None
+    # A text file that holds the prompt, for long prompts.
+    prompt_file: str | None = a_path()
+    # Most tokens that are generated.
+    max_new_tokens: int = number(64, least=1)
+    # Softmax temperature of sampling. 0: greedy.
+    temperature: float = number(0.0, least=0)
+    # Probability mass that is sampled from.
+    top_p: float = number(1.0, above=0, most=1)
+    # Which RoPE table serves. auto: the cache is computed anew where the text exceeds the original window.
+    window: str = one_of(GenerateWindow.auto)
+
+
+@dataclass
+class InspectConfig:
+    """Which segments to look at, and how closely."""
+
+    # Window of the segments. null: both.
+    window: str | None = one_of(None, Window)
+    # Number of a segment in the segment table of its window. null: 0, or the segments of inspect.step.
+    segment: int | None = number(None, least=0)
+    # All segments of a step, as metrics.jsonl counts steps (the first is 1).
+    step: int | None = number(None, least=1)
+    # Data-parallel ranks among which the step's segments are divided.
+    dp_size: int = number(1, least=1)
+    # Most documents that are listed of a segment.
+    documents: int = number(12, least=1)
+    # Characters that are shown of a document's beginning and of its end.
+    text_chars: int = number(48, least=0)
+
+
+@dataclass
+class HardwareConfig:
+    """The cluster that `plan` assumes."""
+
+    # GPUs of the cluster.
+    gpus: int = number(64, least=1)
+    # GPUs of a node.
+    gpus_per_node: int = number(8, least=1)
+    # Memory of a GPU, GiB.
+    gpu_memory_gib: float = number(80.0, above=0)
+    # Dense bf16 peak of a GPU, TFLOP/s (A100).
+    gpu_bf16_tflops: float = number(312.0, above=0)
+    # Share of the peak that training reaches.
+    mfu: float = number(0.4, above=0, most=1)
+    # Price of a GPU for an hour, USD.
+    gpu_hour_price: float = number(2.0, least=0)
+
+
+@dataclass
+class Config:
+    """A whole experiment. Each verb reads the keys that it needs (``lr2train.config.READS``)."""
+
+    # The run folder is runs_folder/name.
+    name: str = MISSING
+    # Folder of all runs. Several nodes need a shared file system here.
+    runs_folder: str = a_path("runs")
+    # A finished run that evaluate, export, generate and inspect read: its name or its folder.
+    run: str | None = a_path()
+    # Seed of weights from scratch, of the order of segments and of all other random draws.
+    seed: int = any_number(0, why="a stream is drawn from any whole number")
+    # Where tensors live. auto: CUDA where there is a GPU.
+    device: str = one_of(Device.auto)
+    # CPU threads of a rank. 0: OMP_NUM_THREADS without a launcher, else the machine's cores divided by the local ranks.
+    threads: int = number(0, least=0)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
