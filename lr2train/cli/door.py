@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lr2train import io, run
-from lr2train.cli import composition
+from lr2train.cli import composition, help
 from lr2train.cli.overrides import Override
 from lr2train.config import Config, UserError, load
 from lr2train.parallel.control import PeerGone
@@ -42,8 +42,11 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
     with door(verb):
         flags = _flags([one for one in sys.argv[1:] if not one.startswith("--local_rank")])
         if flags.help:
-            print(f"{inspect.getdoc(sys.modules[job.__module__])}\n\nEvery key stands with what it does in lr2train/config.py.\n")
-        if flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
+            with composition.told():
+                folders = composition.config_folders(flags.config_dir)
+                composed = composition.composed(flags.config_name or verb, flags.overrides, folders)
+                print(help.of_verb(verb, inspect.getdoc(sys.modules[job.__module__]) or "", composed, folders))
+        elif flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
             with composition.told():
                 _show(verb, flags)
         elif flags.multirun:
@@ -128,7 +131,7 @@ def _show(verb: str, flags: Namespace) -> None:
     if flags.cfg:
         composition.composed(name, flags.overrides, folders)  # refuses what a run would be refused for
     overrides = composition.hydra_overrides(name, flags.overrides, folders)
-    told = [f"--{name.replace('_', '-')}" for name in ("help", "hydra_help", "resolve", "shell_completion") if getattr(flags, name)]
+    told = [f"--{name.replace('_', '-')}" for name in ("hydra_help", "resolve", "shell_completion") if getattr(flags, name)]
     told += [f"--{name}={value}" for name in ("cfg", "info", "package") if (value := getattr(flags, name))]
     sys.argv = [sys.argv[0], *told, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra ends the process itself, with its own words and its own exit code

@@ -46,6 +46,11 @@ class Limits:
             return f"is not between {low} and {high}" + ("" if left_out is None else f", {left_out} left out")
         return f"is not above {self.above}" if self.above is not None else f"is below {low}" if too_low else f"is above {high}"
 
+    def in_words(self) -> str:
+        """The limits for a help text, such as ``above 0 and at most 1``; empty where there is none."""
+        bounds = (("of at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+
     def nearest(self, value: float, default: Any) -> Any:
         """A number that is allowed, in the place of one that is not: the bound where only one stands, else the default, else a bound."""
         if self.least is not None and self.most is None and self.below is None and value < self.least:

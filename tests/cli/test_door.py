@@ -1,11 +1,13 @@
 """The command line: one door for every flag, exit codes, sweeps, remedies that lead on, configs from a wheel."""
 
 import errno
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from remedies import remedy_of
 
 from lr2train import plan, prepare, search, train
 from lr2train.cli import door as cli
+from lr2train.cli import help
 from lr2train.cli.composition import compose
-from lr2train.config import CONF_FOLDER, UserError
+from lr2train.config import CONF_FOLDER, READS, VERBS, Config, UserError, reads
 from lr2train.data.feed.loader import make_loader
 from lr2train.data.plan import packing
 
@@ -100,10 +103,57 @@ def test_cfg_shows_text_as_it_was_typed_and_runs_nothing(monkeypatch, capsys):
     assert "rope_theta: 5" in shown
 
 
-def test_help_says_what_the_verb_does():
-    said = subprocess.run([sys.executable, "-m", "lr2train.prepare", "--help"], capture_output=True, text=True, check=True).stdout
-    assert said.startswith("prepare: documents -> token stores -> planned segments.")
-    assert "experiment: llama3_8b_128k" in said
+def job_of(verb: str):
+    """A job that must not run, of a verb's module."""
+    job = raising(AssertionError("must not run"))
+    job.__module__ = importlib.import_module(f"lr2train.{verb}").__name__
+    return job
+
+
+@pytest.mark.parametrize("verb", READS)
+def test_help_shows_the_keys_that_the_verb_reads_and_no_others(monkeypatch, capsys, verb):
+    assert start(monkeypatch, job_of(verb), "--help", verb=verb) == 0
+    said = capsys.readouterr().out
+    shown = set(re.findall(r"^  ([a-z][\w.]*(?:\.NAME\.\w+)?)[ =(]", said, re.MULTILINE)) - {"presets"}
+    assert said.startswith(f"{verb}: ")
+    assert {key for key in shown if not reads(verb, key)} == set()
+    assert {key for key in READS[verb] if "." in key and not any(one.startswith(key) for one in shown)} == set()
+
+
+def test_help_shows_value_type_limits_comment_and_presets(monkeypatch, capsys):
+    assert start(monkeypatch, job_of("train"), "experiment=tiny_4k", "optim.lr=0.125", "--help") == 0
+    said = capsys.readouterr().out
+    assert "  optim.lr = 0.125  (number above 0)\n      Peak learning rate.\n" in said
+    assert "  model.dtype = float32  (float32 | bfloat16 | float16)\n" in said
+    assert "  name=…  has to be given" in said
+    assert "experiment=llama3_8b_128k, experiment=" in said
+    assert "  data.segment_tokens = 4096  (" in said, "the values are those of the experiment"
+
+
+def test_every_key_has_a_comment():
+    assert [key.name for key in help._keys(Config) if not help._comments()[key.owner.__name__, key.field.name]] == []
+
+
+def lr2train(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "lr2train", *arguments], capture_output=True, text=True, cwd=folder)
+
+
+def test_without_a_verb_all_verbs_are_listed_a_line_each():
+    done = lr2train()
+    assert done.returncode == 0
+    assert [verb for verb in VERBS if not re.search(rf"^  {verb} +\S", done.stdout, re.MULTILINE)] == []
+
+
+def test_a_wrong_verb_is_refused_with_the_one_that_was_probably_meant():
+    done = lr2train("trian", "name=x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "lr2train: 'trian' is no verb; did you mean train?\n"
+
+
+def test_a_verb_runs_as_its_module_does():
+    done = lr2train("train", "name=x", "optim.lr=-1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "train: optim.lr=-1.0 is not above 0; set optim.lr to 2e-05\n"
 
 
 def test_a_key_that_the_verb_does_not_read_is_remarked_in_one_line(monkeypatch, capsys):
@@ -290,9 +340,8 @@ def refused(verb: str, arguments: list[str]) -> str | None:
 # A wheel.
 
 
-def test_a_wheel_brings_its_configs_along(tmp_path):
-    pytest.importorskip("setuptools")
-    sources = tmp_path / "sources"
+def test_a_wheel_in_a_fresh_environment_serves_from_an_empty_folder(tmp_path):
+    sources, environment, empty = tmp_path / "sources", tmp_path / "environment", tmp_path / "an empty folder = ü"
     shutil.copytree(ROOT / "lr2train", sources / "lr2train", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "conf", sources / "conf", ignore=shutil.ignore_patterns("local"))
     (sources / "conf" / "local").mkdir()
@@ -303,18 +352,18 @@ def test_a_wheel_brings_its_configs_along(tmp_path):
     offline = ["--no-deps", "--no-index"]
     subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", str(tmp_path), str(sources)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([*pip, "install", *offline, "--target", str(tmp_path / "installed"), str(wheel)], check=True, capture_output=True)
-    installed = {file.relative_to(tmp_path / "installed" / "lr2train") for file in (tmp_path / "installed" / "lr2train").rglob("*.yaml")}
-    assert installed == {file.relative_to(ROOT) for file in CONF_FOLDER.rglob("*.yaml") if file.parent.name != "local"}
-    (tmp_path / "empty").mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run(
-        [sys.executable, "-m", "lr2train.plan", "experiment=llama3_8b_128k"],
-        cwd=tmp_path / "empty",
-        env=environment,
-        capture_output=True,
-        text=True,
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "beside.pth").write_text(sysconfig.get_path("purelib"))  # the packages of requirements.txt, without installing them again
+    subprocess.run(
+        [*pip, "--python", str(environment / "bin" / "python"), "install", *offline, str(wheel)], check=True, capture_output=True
     )
+    installed = {file.relative_to(site / "lr2train") for file in (site / "lr2train").rglob("*.yaml")}
+    assert installed == {file.relative_to(ROOT) for file in CONF_FOLDER.rglob("*.yaml") if file.parent.name != "local"}
+    empty.mkdir()
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(environment / "bin" / "lr2train"), "plan", "experiment=llama3_8b_128k"]
+    done = subprocess.run(command, cwd=empty, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "8.03B" in done.stdout
-    assert (tmp_path / "empty" / "runs" / "plan" / "plan.json").exists()
+    assert (empty / "runs" / "plan" / "plan.json").exists()

@@ -1,0 +1,30 @@
+"""``lr2train VERB key=value …``, also as ``python -m lr2train`` and ``deepspeed --no_local_rank --module lr2train``."""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+import sys
+
+from lr2train.cli import door, help
+from lr2train.config import VERBS
+
+
+def main() -> None:
+    """Run a verb. Without one, or for ``--help``, list all verbs."""
+    verb = next((one for one in sys.argv[1:] if not one.startswith("--local_rank")), "--help")
+    if verb in ("--help", "-h", "help"):
+        print(help.overview())
+    elif verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        meant = f"did you mean {close[0]}?" if close else f"verbs are {', '.join(VERBS)}"
+        print(f"lr2train: {verb!r} is no verb; {meant}", file=sys.stderr)
+        sys.exit(door.EXIT_BAD_INPUT)
+    else:
+        sys.argv.remove(verb)
+        with door.door(verb):  # Ctrl-C while torch is imported is a sentence too
+            runpy.run_module(f"lr2train.{verb}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
