@@ -1,7 +1,7 @@
-"""The door to Hydra: from what was typed to a composed config, and its errors as one sentence.
+"""Composition by Hydra: from the typed overrides to a composed config; Hydra's errors become one sentence.
 
-Choice: Hydra composes and does nothing else: no logging, no working folder, no exit codes of its own. A user's ``conf/`` in the working folder and
-the folder of ``--config-dir`` are searched before ours, so that a file of the same name takes our file's place.
+Choice: Hydra composes and does nothing else: no logging, no working folder, no exit codes. The folder of ``--config-dir`` and ``conf/`` of the
+working folder are searched before our own ``conf/``, so a user's file replaces our file of the same name.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lr2train.config import CONF_FOLDER, Config, UserError, load, reads
 
 
 def config_folders(given: str | None = None) -> list[Path]:
-    """Where configs are looked for, first come first served: the folder that was given, ``conf/`` of the working folder, ours.
+    """The folders that are searched for configs, in order: the given folder, ``conf/`` of the working folder, our own.
 
     Raises:
-        UserError: the given folder is not there.
+        UserError: the given folder does not exist.
     """
     if given is not None and not Path(given).expanduser().is_dir():
         raise UserError(f"--config-dir={given} is no folder; name a folder of YAML files such as {CONF_FOLDER}")
@@ -37,12 +37,12 @@ def config_folders(given: str | None = None) -> list[Path]:
     return list(dict.fromkeys(folder.resolve() for folder in (*folders, CONF_FOLDER)))
 
 
-_FOLDERS: ContextVar[Sequence[Path]] = ContextVar("folders", default=())  # searched before our own, as long as ``searching`` lasts
+_FOLDERS: ContextVar[Sequence[Path]] = ContextVar("folders", default=())  # searched before our own, inside ``searching``
 
 
 @contextlib.contextmanager
 def searching(folders: Sequence[Path]) -> Iterator[None]:
-    """Have Hydra search folders in their order. The last one is ours, which holds the primary configs."""
+    """Let Hydra search folders in their order. The last folder is our own and holds the primary configs."""
     _register()
     before = _FOLDERS.set(folders[:-1])
     try:
@@ -53,7 +53,7 @@ def searching(folders: Sequence[Path]) -> Iterator[None]:
 
 @cache
 def _register() -> None:
-    """Make the schema and the search path known to Hydra; ``conf/base.yaml`` starts from the schema."""
+    """Register the schema, from which ``conf/base.yaml`` starts, and the search path with Hydra."""
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -68,10 +68,10 @@ def _register() -> None:
 
 
 def composed(name: str, arguments: Sequence[str], folders: Sequence[Path]) -> DictConfig:
-    """Compose ``<name>.yaml`` of the first folder that has it, under what was typed.
+    """Compose ``<name>.yaml`` of the first folder that has the file, with the typed overrides on top.
 
     Raises:
-        UserError: what was typed cannot be read, or a YAML file has changed a text into a number.
+        UserError: an override cannot be parsed, or YAML has read a text as a number.
     """
     overrides = hydra_overrides(name, arguments, folders)
     made = _compose(name, overrides, folders)
@@ -95,12 +95,15 @@ def _compose(name: str, overrides: list[str], folders: Sequence[Path]) -> DictCo
     with searching(folders), hydra.initialize_config_dir(str(folders[-1]), version_base="1.3"):
         try:
             return hydra.compose(name, overrides=overrides)
-        except (TypeError, ValueError) as error:  # OmegaConf has no error of its own for a name where a list wants a number
+        except (TypeError, ValueError) as error:  # OmegaConf has no own error for a name where a list wants a number
             raise UserError(f"{' '.join(overrides)} cannot be composed ({one_sentence(error)})") from error
 
 
 def hydra_overrides(name: str, arguments: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """What was typed, in Hydra's grammar. Entries of lists that are addressed by name come last, because the lists have to be known."""
+    """The typed overrides in Hydra's grammar.
+
+    An entry of a list that is addressed by its name comes last, because the composed list tells the entry's number.
+    """
     typed = [Override.parse(argument) for argument in arguments]
     first = [one.for_hydra(_no_names) for one in typed if one.place.entry is None]
     named = [one for one in typed if one.place.entry is not None]
@@ -120,7 +123,7 @@ def _number_of(made: DictConfig | None, key: str, entry: str) -> int:
 
 
 def unread(verb: str, arguments: Sequence[str]) -> list[str]:
-    """The keys that were typed and that a verb does not read, or that Hydra would read and we do not."""
+    """The typed keys that the verb does not read, and keys of Hydra's own that have no effect here."""
     keys = [(one.key, one.is_group) for one in map(Override.parse, arguments)]
     return [
         key for key, group in keys if key.startswith("hydra.") or (place_of(key).known and not reads(verb, key) and not _of_all(key, group))
@@ -132,10 +135,10 @@ def _of_all(key: str, group: bool) -> bool:
 
 
 def _refuse_changed_text(name: str, overrides: list[str], folders: Sequence[Path]) -> None:
-    """YAML reads 1e5 as a number, and a key that is declared as text would get 100000.0.
+    """Refuse a YAML value that is a number where the schema wants text: YAML reads 1e5 as 100000.0.
 
     Raises:
-        UserError: a file that was composed has such a value.
+        UserError: a composed file holds such a value.
     """
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -145,7 +148,7 @@ def _refuse_changed_text(name: str, overrides: list[str], folders: Sequence[Path
         composed_of = GlobalHydra.instance().config_loader().compute_defaults_list(name, overrides, RunMode.RUN).defaults
     for one in composed_of:
         file = next((found for folder in folders if (found := folder / f"{one.config_path}.yaml").is_file()), None)
-        if file is None:  # the schema, or Hydra's own
+        if file is None:  # the schema, or a file of Hydra's own
             continue
         place = place_of(one.package).hint if one.package else Config
         for key, value in _changed(OmegaConf.to_container(OmegaConf.load(file), resolve=False), place, one.package or ""):
@@ -153,7 +156,7 @@ def _refuse_changed_text(name: str, overrides: list[str], folders: Sequence[Path
 
 
 def _changed(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """(key, value) of every text below a YAML value that YAML has read as something else."""
+    """(key, value) of each number below a YAML value where the schema declares text."""
     if core_of(hint) is str and isinstance(value, int | float):
         yield key, value
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -163,10 +166,10 @@ def _changed(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Errors of Hydra and OmegaConf as a sentence of ours.
+    """Turn errors of Hydra and OmegaConf into one sentence.
 
     Raises:
-        UserError: in the place of such an error.
+        UserError: Hydra or OmegaConf raised an error inside.
     """
     from hydra.errors import HydraException
 
@@ -177,7 +180,7 @@ def told() -> Iterator[None]:
 
 
 def one_sentence(error: Exception) -> str:
-    """Hydra and OmegaConf explain over several lines and causes; keep what tells, add the key that was probably meant."""
+    """The essence of an error that Hydra or OmegaConf explains over several lines and causes, and the key that was probably meant."""
     texts: list[str] = []
     cause: BaseException | None = error
     while cause is not None:

@@ -1,11 +1,15 @@
-"""The command line: ``python -m lr2train.<verb> key=value …`` with any of Hydra's flags, one-sentence errors, exit codes.
+"""How a verb starts and ends: ``lr2train VERB key=value …`` with any of Hydra's flags, one-sentence errors, exit codes.
 
-Choice: every start goes through one door, with a flag or without. Hydra composes configs and prints them (``--cfg``, ``--info``, ``--help``); it runs
-no job. ``--multirun`` runs every job in a process of its own, one after the other: process groups, DeepSpeed's state and CUDA's memory belong to
-a process, and a job that dies leaves the next ones alone. Cost: a job of a sweep starts Python anew.
+Choice: every start passes here, with a flag or without. Hydra composes configs and prints them (``--cfg``, ``--info``); Hydra runs no job.
+``--multirun`` runs each job in a process of its own, one after the other, because process groups, DeepSpeed's state and CUDA memory belong
+to a process. A job that dies does not touch the next jobs. Cost: each job of a sweep starts Python again.
 
-Exit codes: 0 done; 2 the input was wrong (one sentence on stderr); 130 interrupted; 1 another rank was lost (one sentence), or a defect, with its
-traceback. Nothing but the verbs imports this file.
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 2 | wrong input: one sentence on stderr |
+| 130 | interrupted |
+| 1 | another rank was lost (one sentence), or a defect (its traceback) |
 """
 
 from __future__ import annotations
@@ -30,15 +34,23 @@ from lr2train.config import Config, UserError, load
 from lr2train.parallel.control import PeerGone
 
 EXIT_RANK_LOST, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 130, 141
-_PATIENCE_S = 5.0  # launchers look at their ranks every second or so
+_PATIENCE_S = 5.0  # launchers poll their ranks about once a second
 _REFUSED = {
     "config_path": "--config-path would hide the configs of lr2train; name the folder with --config-dir, which is searched first",
-    "experimental_rerun": "--experimental-rerun is not served; give the overrides of the former run again",
+    "experimental_rerun": "--experimental-rerun is not supported; type the overrides of the former run again",
 }
 
 
 def main(verb: str, job: Callable[[Config], Any]) -> None:
-    """Run a verb from the command line, and leave with an exit code where it does not end well."""
+    """Run a verb from the command line.
+
+    Args:
+        verb: the name of ``conf/<verb>.yaml``.
+        job: called with the loaded config.
+
+    Raises:
+        SystemExit: the verb did not end with success; the code is one of the table above.
+    """
     with door(verb):
         flags = _flags([one for one in sys.argv[1:] if not one.startswith("--local_rank")])
         if flags.help:
@@ -62,13 +74,13 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
 
 @contextlib.contextmanager
 def door(verb: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a sentence and an exit code; a defect keeps its traceback. SIGTERM is Ctrl-C to every verb."""
+    """Turn errors into one sentence and an exit code. A defect keeps its traceback. SIGTERM acts as Ctrl-C."""
     _show_log()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so again at its end
+    except BrokenPipeError:  # the reader of stdout has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the same error again at its end
         sys.exit(EXIT_NO_READER)
     except (UserError, OSError) as error:
         if (told := io.for_user(error)) is None:
@@ -87,9 +99,10 @@ def _interrupt(*_: Any) -> None:
 
 
 def _die(verb: str, error: UserError) -> None:
-    """Say it once a machine (ranks share their input, so they share the error) and leave with the code for bad input.
+    """Print the error once on each machine and exit with the code for wrong input.
 
-    A rank that is not its machine's first waits: had that one failed too, the launcher ends this one meanwhile. If not, nobody else would say it.
+    Ranks share their input, so they usually share the error. The machine's first rank prints at once. Another rank waits first: a launcher
+    ends this rank meanwhile if the first rank failed too. If the first rank did not fail, this rank prints.
     """
     where = ""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
@@ -100,7 +113,7 @@ def _die(verb: str, error: UserError) -> None:
 
 
 def _show_log() -> None:
-    """What our modules log (which kernel, which attention strategy, and why) goes to stderr, from rank 0 alone."""
+    """Send our modules' log (which kernel, which attention strategy, and why) to stderr, from rank 0 alone."""
     if run.rank() == 0:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
@@ -109,10 +122,10 @@ def _show_log() -> None:
 
 
 def _flags(arguments: Sequence[str]) -> Namespace:
-    """Hydra's flags, wherever they stand among the overrides.
+    """Parse Hydra's flags; flags may stand anywhere among the overrides.
 
     Raises:
-        UserError: a flag that is not served.
+        UserError: a flag is not supported.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -124,17 +137,17 @@ def _flags(arguments: Sequence[str]) -> Namespace:
 
 
 def _show(verb: str, flags: Namespace) -> None:
-    """Print what Hydra tells of the config, its flags and its search path. No job runs."""
+    """Let Hydra print the config, its flags or its search path. No job runs."""
     import hydra
 
     name, folders = flags.config_name or verb, composition.config_folders(flags.config_dir)
     if flags.cfg:
-        composition.composed(name, flags.overrides, folders)  # refuses what a run would be refused for
+        composition.composed(name, flags.overrides, folders)  # the same refusals as for a run
     overrides = composition.hydra_overrides(name, flags.overrides, folders)
     told = [f"--{name.replace('_', '-')}" for name in ("hydra_help", "resolve", "shell_completion") if getattr(flags, name)]
     told += [f"--{name}={value}" for name in ("cfg", "info", "package") if (value := getattr(flags, name))]
     sys.argv = [sys.argv[0], *told, *overrides]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra ends the process itself, with its own words and its own exit code
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra ends the process with its own words and exit code
     with composition.searching(folders):
         hydra.main(config_path=str(folders[-1]), config_name=name, version_base="1.3")(_no_job)()
 
@@ -144,21 +157,21 @@ def _no_job(_: Any) -> None:
 
 
 def _run_all(verb: str, flags: Namespace) -> None:
-    """Run the verb once for every combination of the values that were given, each in a process of its own, and report each.
+    """Run the verb once for each combination of values, each job in a process of its own, and report each job.
 
     Raises:
-        UserError: several ranks were started, or another sweeper of Hydra's is asked for.
-        SystemExit: a job failed, with the exit code of the first that did, after all have run.
-        KeyboardInterrupt: a job was interrupted; those after it do not run.
+        UserError: several ranks were started, or the command line names another sweeper of Hydra.
+        SystemExit: a job failed. All jobs have run; the code is the first failed job's.
+        KeyboardInterrupt: a job was interrupted. Later jobs do not run.
     """
     if run.world() > 1:
         raise UserError(
-            f"--multirun was started on {run.world()} ranks (WORLD_SIZE), which share one rendezvous and cannot meet there twice; start the "
-            "launcher once a job, as launch/sweep.sh does"
+            f"--multirun was started on {run.world()} ranks (WORLD_SIZE), and ranks can meet at their rendezvous only once; start the "
+            "launcher once for each job, as launch/sweep.sh does"
         )
     typed = [Override.parse(one) for one in flags.overrides]
     if foreign := [one.key for one in typed if one.key.startswith(("hydra/sweeper", "hydra/launcher", "hydra.sweeper", "hydra.launcher"))]:
-        raise UserError(f"{foreign[0]} is not served: --multirun runs every combination here, one after the other; leave {foreign[0]} out")
+        raise UserError(f"{foreign[0]} is not supported: --multirun runs every combination one after the other; leave {foreign[0]} out")
     jobs = [list(job) for job in itertools.product(*(one.alternatives() for one in typed))]
     kept = [f"--{name}={value}" for name in ("config-dir", "config-name") if (value := getattr(flags, name.replace("-", "_")))]
     codes = []
@@ -175,7 +188,10 @@ def _run_all(verb: str, flags: Namespace) -> None:
 
 
 def _wait_for(job: subprocess.Popen[bytes]) -> int:
-    """The exit code of a job, that of a signal as the shell gives it. The terminal's Ctrl-C reaches the job by itself; SIGTERM is handed on."""
+    """Wait for a job; returns its exit code, 128 + n where signal n killed the job, as the shell counts.
+
+    The terminal sends Ctrl-C to the job by itself. SIGTERM is passed on.
+    """
     before = signal.signal(signal.SIGTERM, lambda *_: job.send_signal(signal.SIGTERM))
     try:
         while True:

@@ -1,9 +1,8 @@
-"""What a person types after a verb (``key=value``), as Hydra takes it.
+"""Overrides (``key=value``) as people type them, translated into Hydra's grammar.
 
-Choice: Hydra's grammar guesses a value's type from its text before it knows the key: ``name=1e5`` is a number to it, and a path with ``=`` or
-``#`` a syntax error. Here the schema speaks first. The text of a key that is declared ``str`` is quoted, so that it stays text; a key inside an
-open dictionary gets Hydra's ``++``; an entry of a list is addressed by number or by its name. Everything else goes to Hydra as it was typed.
-Cost: the key has to be found in the schema before Hydra finds it.
+Choice: the schema decides the type. Hydra's grammar guesses the type from the text: ``name=1e5`` becomes a number, and a path with ``=`` or
+``#`` a syntax error. So the value of a key that is declared ``str`` is quoted. A key inside an open dictionary gets Hydra's ``++``. An entry of
+a list is addressed by its number or its name. Every other override goes to Hydra unchanged. Cost: each key is looked up in the schema first.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ _CLOSERS = {"[": "]", "{": "}"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a key leads in the schema."""
+    """The place of a key in the schema."""
 
-    hint: Any  # the declared type; Any where nothing is declared
-    known: bool = True  # the schema has the key, or an open dictionary takes it
+    hint: Any  # the declared type; Any inside an open dictionary
+    known: bool = True  # the schema declares the key, or an open dictionary accepts the key
     inside_open: bool = False  # inside a dictionary whose keys are free
     entry: tuple[str, str] | None = None  # (key of a list of named things, name of the entry), where an entry is addressed by its name
 
@@ -43,32 +42,32 @@ class Override:
 
     @staticmethod
     def parse(text: str) -> Override:
-        """Split what was typed.
+        """Split an argument of the command line.
 
         Raises:
-            UserError: it is no ``key=value``.
+            UserError: the argument is no ``key=value``.
         """
         prefix = re.match(r"\+{0,2}~?", text)
         assert prefix is not None
         key, equals, value = text[prefix.end() :].partition("=")
         if not (key[:1].isalpha() or key[:1] in ("_", "$")) or not (equals or prefix[0] == "~"):
-            raise UserError(f"{text!r} is no key=value; write such as optim.lr=1e-5, in quotes where the shell would split it")
+            raise UserError(f"{text!r} is no key=value; write it like optim.lr=1e-5, in quotes where the shell would split it")
         return Override(prefix[0], typed_key(key.strip()), value if equals else None)
 
     @property
     def place(self) -> Place:
-        """Where the key leads."""
+        """The key's place in the schema."""
         return place_of(self.key)
 
     @property
     def is_group(self) -> bool:
-        """Whether this chooses an option of a config group (``model=tiny_llama``, ``experiment=…``), or sets Hydra itself."""
+        """Whether this chooses a preset of a config group (``model=tiny_llama``, ``experiment=…``), or sets a key of Hydra's own."""
         if "/" in self.key or "@" in self.key or self.key.partition(".")[0] in ("hydra", "experiment", "debug", "local"):
             return True
         return is_dataclass(self.place.hint) and "." not in self.key and not (self.value or "").startswith(("{", "${"))
 
     def alternatives(self) -> list[str]:
-        """The overrides that a sweep makes of this one: a comma at the top level separates values, as does a function such as ``range``."""
+        """The overrides of a sweep: a comma at the top level separates values; a function such as ``range`` lists values."""
         if self.value is None or _is_quoted(self.value):
             return [self.typed(self.value)]
         if _FUNCTION.fullmatch(self.value):
@@ -76,7 +75,7 @@ class Override:
         return [self.typed(value) for value in _parts(self.value)]
 
     def typed(self, value: str | None) -> str:
-        """This override with another value, as text."""
+        """This override as text, with another value."""
         return f"{self.prefix}{self.key}" + ("" if value is None else f"={value}")
 
     def for_hydra(self, number_of: Callable[[str, str], int]) -> str:
@@ -86,7 +85,7 @@ class Override:
             number_of: (key of a list, name of an entry) -> the entry's number.
 
         Raises:
-            UserError: the key has signs that cannot be typed, or a bracket of the value is never closed.
+            UserError: the key has characters that Hydra's grammar does not take, or a bracket of the value is never closed.
         """
         if self.value is None or self.key.startswith("hydra."):
             return self.typed(self.value)
@@ -97,7 +96,7 @@ class Override:
             at, name = place.entry
             key = f"{at}.{number_of(at, name)}{key.removeprefix(f'{at}.{name}')}"
         value = _Value(self.value, self.key).rewritten(place.hint)
-        if place.inside_open and not _TYPABLE.fullmatch(key):  # a name that begins with a digit
+        if place.inside_open and not _TYPABLE.fullmatch(key):  # a name that begins with a digit, for example
             key, _, name = key.rpartition(".")
             value = f"{{{_typable(name, _NAME)}: {value}}}"
         _typable(key, _TYPABLE)
@@ -115,7 +114,7 @@ def _hints(schema: type) -> dict[str, Any]:
 
 
 def place_of(key: str) -> Place:
-    """Where a dotted key leads in the schema."""
+    """The place of a dotted key in the schema."""
     hint, opened, entry, before = Config, False, None, ""
     for part in key.split("."):
         core = core_of(hint)
@@ -153,13 +152,13 @@ def core_of(hint: Any) -> Any:
 
 
 class _Value:
-    """A value's text on its way through the schema."""
+    """A typed value, translated along the declared types."""
 
     def __init__(self, text: str, key: str):
         self._text, self._key = text, key
 
     def rewritten(self, hint: Any) -> str:
-        """The text in Hydra's grammar: text is quoted, structure and all else stay."""
+        """The value in Hydra's grammar: text is quoted; brackets, braces and numbers stay."""
         return self._rewritten(self._text, hint)
 
     def _rewritten(self, text: str, hint: Any) -> str:
@@ -184,10 +183,10 @@ class _Value:
         return f"{_typable(key.strip(), _NAME)}: {self._rewritten(value.strip(), below(core, key.strip()))}"
 
     def _inside(self, text: str) -> list[str]:
-        """The parts between a bracket and its partner.
+        """The parts between an opening bracket and its closing bracket.
 
         Raises:
-            UserError: the bracket is never closed, or something stands behind it.
+            UserError: the bracket is never closed, or text follows the closing bracket.
         """
         closer = _CLOSERS[text[0]]
         if not text.endswith(closer) or len(list(_parts(text))) != 1:
@@ -197,12 +196,12 @@ class _Value:
 
 def _typable(key: str, grammar: re.Pattern[str]) -> str:
     if not grammar.fullmatch(key):
-        raise UserError(f"{key} is no key that can be typed; write it into a YAML file and name its folder with --config-dir")
+        raise UserError(f"{key} cannot be typed as a key; write it into a YAML file and name its folder with --config-dir")
     return key
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Split at commas that stand neither in quotes nor in brackets. Quotes count where a value begins, so an apostrophe is a letter."""
+    """Split at commas outside quotes and brackets. A quote counts only where a value begins, so an apostrophe is a letter."""
     start, depth, quote, begins = 0, 0, "", True
     for at, sign in enumerate(text):
         if quote:
@@ -227,7 +226,7 @@ def _escaped(text: str, at: int) -> bool:
 
 
 def _is_quoted(text: str) -> bool:
-    """Whether a person has put quotes around the whole of a text."""
+    """Whether quotes stand around the whole text."""
     return bool(re.fullmatch(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", text, re.DOTALL))
 
 
@@ -236,13 +235,13 @@ def _of_text(text: str, none: bool) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text in Hydra's quotes: backslashes count only before a quote."""
+    """A text in Hydra's quotes. Hydra reads a backslash as an escape only before a quote."""
     escaped = re.sub(r"(\\*)'", lambda found: 2 * found[1] + "\\'", text)
     return "'" + escaped + "\\" * (len(escaped) - len(escaped.rstrip("\\"))) + "'"
 
 
 def _is_hydras(text: str) -> bool:
-    """Whether Hydra's grammar takes a text as a value."""
+    """Whether a text is a value in Hydra's grammar."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
