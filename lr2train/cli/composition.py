@@ -122,6 +122,12 @@ def _number_of(made: DictConfig | None, key: str, entry: str) -> int:
     return names.index(entry)
 
 
+def repeated(arguments: Sequence[str]) -> list[str]:
+    """The keys that stand more than once on the command line."""
+    keys = [Override.parse(argument).key for argument in arguments]
+    return [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+
+
 def unread(verb: str, arguments: Sequence[str]) -> list[str]:
     """The typed keys that the verb does not read, and keys of Hydra's own that have no effect here."""
     keys = [(one.key, one.is_group) for one in map(Override.parse, arguments)]

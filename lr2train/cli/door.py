@@ -67,6 +67,8 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
             with composition.told():
                 folders = composition.config_folders(flags.config_dir)
                 config = load(composition.composed(flags.config_name or verb, flags.overrides, folders), verb)
+            if twice := composition.repeated(flags.overrides):
+                run.say(verb, f"given more than once, and the last value counts: {', '.join(twice)}")
             if idle := composition.unread(verb, flags.overrides):
                 run.say(verb, f"given, but not read by {verb}: {', '.join(idle)}")
             job(config)

@@ -162,6 +162,13 @@ def test_a_key_that_the_verb_does_not_read_is_remarked_in_one_line(monkeypatch, 
     assert capsys.readouterr().err == "[prepare] given, but not read by prepare: parallel.sp, optim.lr, hydra.run.dir, search\n"
 
 
+def test_a_key_that_is_given_twice_is_remarked_in_one_line(monkeypatch, capsys):
+    seen = []
+    assert start(monkeypatch, seen.append, "name=x", "optim.lr=1e-3", "seed=1", "optim.lr=1e-5") == 0
+    assert seen[0].optim.lr == 1e-5
+    assert capsys.readouterr().err == "[train] given more than once, and the last value counts: optim.lr\n"
+
+
 def test_a_rank_that_fails_alone_is_heard(monkeypatch, capsys):
     """The launcher has not ended it: its machine's first rank had nothing to say."""
     monkeypatch.setattr(cli, "_PATIENCE_S", 0.0)
