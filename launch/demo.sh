@@ -9,14 +9,14 @@ cd "$checkout"
 start=$SECONDS
 step() { echo "== $1 (${SECONDS}s)" >&2; shift; "$@"; }
 
-step "1/7 corpus: documents -> tokens -> tagged segments"  python -m lr2train.prepare experiment=tiny_4k name=corpus "$@"
+step "1/7 corpus: documents -> tokens -> tagged segments"  lr2train prepare experiment=tiny_4k name=corpus "$@"
 step "2/7 base model from scratch, window 512"             bash launch/run.sh 2 train experiment=tiny_base name=base "$@"
 step "3/7 search for RoPE factors, 512 -> 4096"            bash launch/run.sh 2 search experiment=tiny_4k name=factors "$@"
 step "4/7 mixed context window training at 4096, ZeRO-3, 2 ranks share a segment" \
                                                            bash launch/run.sh 2 train experiment=tiny_4k name=tiny_4k "$@"
-step "5/7 evaluation: needles and perplexity by length"    python -m lr2train.evaluate experiment=tiny_4k run=tiny_4k "$@" >/dev/null
-step "6/7 export, and generation across the window switch" python -m lr2train.export experiment=tiny_4k run=tiny_4k "$@"
-python -m lr2train.generate experiment=tiny_4k run=tiny_4k generate.prompt_file=runs/tiny_4k/evaluation/prompt.txt generate.max_new_tokens=24 "$@"
-step "7/7 report"                                          python -m lr2train.report runs/tiny_4k
+step "5/7 evaluation: needles and perplexity by length"    lr2train evaluate experiment=tiny_4k run=tiny_4k "$@" >/dev/null
+step "6/7 export, and generation across the window switch" lr2train export experiment=tiny_4k run=tiny_4k "$@"
+lr2train generate experiment=tiny_4k run=tiny_4k generate.prompt_file=runs/tiny_4k/evaluation/prompt.txt generate.max_new_tokens=24 "$@"
+step "7/7 report"                                          lr2train report runs/tiny_4k
 cat runs/tiny_4k/evaluation/table.txt
 echo "report: runs/tiny_4k/report.html   ($((SECONDS - start)) s)"

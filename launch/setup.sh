@@ -11,7 +11,8 @@ source "$venv/bin/activate"
 if ! cmp -s "$checkout/requirements.txt" "$venv/requirements.stamp"; then
   echo "[setup] installing requirements.txt into .venv (some minutes, once)" >&2
   python -m pip install --quiet --disable-pip-version-check -r "$checkout/requirements.txt"
+  python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable "$checkout"  # the command `lr2train`
   cp "$checkout/requirements.txt" "$venv/requirements.stamp"
 fi
 command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
-export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
+export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1

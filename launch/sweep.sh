@@ -6,5 +6,5 @@ methods=$1
 shift
 for method in $methods; do
   bash "$checkout/launch/run.sh" 2 train "$@" "rope=$method" rope.factors=null "name=sweep_$method"
-  python -m lr2train.evaluate "$@" "run=sweep_$method"
+  lr2train evaluate "$@" "run=sweep_$method"
 done
