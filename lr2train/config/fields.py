@@ -67,11 +67,6 @@ def number(default: Any, **limits: Any) -> Any:
     return _field(default, limits=Limits(**limits))
 
 
-def any_number(default: Any, why: str) -> Any:
-    """A field of numbers without limits, and the reason."""
-    return _field(default, unlimited=why)
-
-
 def one_of(default: Enum | None, choices: type[Enum] | None = None) -> Any:
     """A field that takes a member of an Enum by its name; ``load`` turns the name into the member.
 

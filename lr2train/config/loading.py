@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from lr2train.config.fields import UserError
 from lr2train.config.schema import Config
@@ -27,6 +28,7 @@ def load(composed: DictConfig, verb: str) -> Config:
     Raises:
         UserError: a mandatory key is missing, or the value of a key that the verb reads is out of its limits.
     """
+    _refuse_interpolation(composed)
     if missing := sorted(OmegaConf.missing_keys(composed)):
         key = typed_key(missing[0])
         raise UserError(f"{key} has no value and no default; set it on the command line: {key}=…")
@@ -41,6 +43,24 @@ def load(composed: DictConfig, verb: str) -> Config:
         if verb in verbs:
             check(config)
     return config
+
+
+def _refuse_interpolation(node: Any, prefix: str = "") -> None:
+    """Refuse a value whose ``${…}`` leads nowhere.
+
+    Raises:
+        UserError: the text names the key and the value as they stand.
+    """
+    for name in node if isinstance(node, DictConfig) else range(len(node)):
+        key = f"{prefix}{name}"
+        try:
+            value = None if OmegaConf.is_missing(node, name) else node[name]
+        except InterpolationResolutionError as error:
+            raw = OmegaConf.to_container(node, resolve=False)[name]  # type: ignore[index, call-overload]
+            cause = " ".join(str(error).split("\n")[0].split())
+            raise UserError(f"{key}={raw} cannot be resolved ({cause}); write \\${{ where a text has ${{ and names no key") from error
+        if OmegaConf.is_config(value):
+            _refuse_interpolation(value, f"{key}.")
 
 
 def typed_key(key: str) -> str:

@@ -12,8 +12,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from lr2train.config.fields import a_path, any_number, number, one_of
+from lr2train.config.fields import a_path, number, one_of
 
+_MOST = 1_000_000  # of things that a verb counts out one by one: more is a slip of the keyboard
+_MOST_THREADS = 4096
+_MOST_TIMEOUT_S = 2_000_000.0  # 23 days: gloo counts milliseconds in 32 bits
 NEEDLE_NAMES = 1600  # needles of one document have different names (lr2train.data.needles)
 
 
@@ -301,7 +304,7 @@ class DataConfig:
     # Library that tokenises.
     tokenizer_backend: str = one_of(TokenizerBackend.hf)
     # Processes that tokenise. 0: one for each core.
-    workers: int = number(0, least=0)
+    workers: int = number(0, least=0, most=_MOST_THREADS)
     # Bytes of an input split, which a process takes at a time and a kill may cost. A compressed file is one split.
     shard_bytes: int = number(64 << 20, least=1)
     # Whether exact duplicates are left out.
@@ -340,9 +343,9 @@ class DataConfig:
     # learning rate go on.
     skip_steps: list[str] = field(default_factory=list)
     # Steps whose batches are made ahead.
-    prefetch_steps: int = number(2, least=0)
+    prefetch_steps: int = number(2, least=0, most=_MOST)
     # Threads that make batches. More help where the corpus lies on a slow disk.
-    loader_threads: int = number(1, least=1)
+    loader_threads: int = number(1, least=1, most=_MOST_THREADS)
     needles: NeedleConfig = field(default_factory=NeedleConfig)
     # Stages of the curriculum (data.kind=curriculum).
     stages: list[StageConfig] = field(default_factory=list)
@@ -359,7 +362,7 @@ class ParallelConfig:
     # Ranks of a ring within parallel.sp, for ulysses_ring. 0: as many as heads or one node cannot serve by ulysses.
     ring: int = number(0, least=0)
     # Seconds that a collective waits for a rank before the job ends.
-    timeout_s: float = number(600.0, above=0)
+    timeout_s: float = number(600.0, above=0, most=_MOST_TIMEOUT_S)
 
 
 @dataclass
@@ -385,7 +388,7 @@ class OptimConfig:
     # Optimizer steps of the run. 0: one epoch of the planned segments.
     steps: int = number(0, least=0)
     # The global batch in segments: data-parallel ranks x gradient accumulation.
-    segments_per_step: int = number(64, least=1)
+    segments_per_step: int = number(64, least=1, most=_MOST)
 
 
 @dataclass
@@ -421,9 +424,9 @@ class SearchConfig:
     # The loss that candidates compete on.
     objective: str = one_of(Objective.needle)
     # Candidates of the first generation (P of the paper).
-    population: int = number(64, least=2)
+    population: int = number(64, least=2, most=_MOST)
     # Generations after the first.
-    generations: int = number(40, least=0)
+    generations: int = number(40, least=0, most=_MOST)
     # Parents kept in each generation. The paper leaves it open: a quarter of the population keeps diversity at this budget.
     top_k: int = number(16, least=1)
     # Probability that an entry of the tail mutates (p of the paper).
@@ -437,7 +440,7 @@ class SearchConfig:
     # Probability that a child takes each of its traits from one of two parents. LongRoPE v1 has it.
     crossover: float = number(0.0, least=0, most=1)
     # Needle documents that a candidate is scored on.
-    documents: int = number(10, least=1)
+    documents: int = number(10, least=1, most=_MOST)
     # Needles asked for in each document, in one forward pass. The paper asks for one.
     questions: int = number(1, least=1, most=NEEDLE_NAMES)
     # Needles beside those that are not asked for. The paper has none; needed where every good candidate finds a lone needle.
@@ -445,7 +448,7 @@ class SearchConfig:
     # Depth of the first needle that is asked for: 0 is the start of the document, 1 its end. The others lie anywhere.
     depth: float = number(0.0, least=0, most=1)
     # Further documents, on which the last top_k compete to be the winner: the best of many on few documents is partly luck.
-    final_documents: int = number(0, least=0)
+    final_documents: int = number(0, least=0, most=_MOST)
     # Whether a candidate is dropped as soon as it cannot plausibly enter the top_k. false: every candidate is scored on every document.
     racing: bool = True
     # Standard errors by which answers must be worse than the k-th best's to be dropped. inf drops only a certain loser.
@@ -453,7 +456,7 @@ class SearchConfig:
     # Answers that have to be compared before a candidate is dropped on a likelihood.
     racing_answers: int = number(4, least=2)
     # surrogate: mutations drawn for each child that is evaluated.
-    proposals: int = number(8, least=1)
+    proposals: int = number(8, least=1, most=_MOST)
     # surrogate: document-forwards of a generation for each of its children. The first look at each child is one.
     looks: float = number(2.25, least=1)
     # Lower bound of the tail, in multiples of s = L / L0.
@@ -477,7 +480,7 @@ class SearchConfig:
     # Whether the model is divided over all ranks (ZeRO-3), for a model that does not fit one device.
     shard: bool = False
     # Seed of the search's random draws.
-    seed: int = any_number(0, why="a stream is drawn from any whole number")
+    seed: int = number(0, least=-(2**63), most=2**63 - 1)
 
     def final_looks(self, before: int) -> int:
         """surrogate: document-forwards of the final: two finalists' further documents, and at most a tenth of those ``before`` it."""
@@ -502,15 +505,15 @@ class EvalConfig:
     # Depths of the needle: 0 is the start of the document, 1 its end.
     depths: list[float] = number([0.0, 0.25, 0.5, 0.75, 1.0], least=0, most=1)
     # Needle documents for each length and depth. The paper runs 10.
-    samples: int = number(10, least=1)
+    samples: int = number(10, least=1, most=_MOST)
     # Needles beside the one that is asked for (RULER's multi-key). The paper has none.
     distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
     # Plain documents for each length, for perplexity.
-    text_documents: int = number(4, least=1)
+    text_documents: int = number(4, least=1, most=_MOST)
     # RoPE scaling methods that are shown beside, on the untrained model.
     methods: list[str] = field(default_factory=lambda: ["none", "pi", "ntk", "yarn"])
     # Seed of the documents.
-    seed: int = any_number(0, why="a stream is drawn from any whole number")
+    seed: int = number(0, least=-(2**63), most=2**63 - 1)
 
 
 @dataclass
@@ -568,7 +571,7 @@ class InspectConfig:
     # All segments of a step, as metrics.jsonl counts steps (the first is 1).
     step: int | None = number(None, least=1)
     # Data-parallel ranks among which the step's segments are divided.
-    dp_size: int = number(1, least=1)
+    dp_size: int = number(1, least=1, most=_MOST)
     # Most documents that are listed of a segment.
     documents: int = number(12, least=1)
     # Characters that are shown of a document's beginning and of its end.
@@ -604,11 +607,11 @@ class Config:
     # A finished run that evaluate, export, generate and inspect read: its name or its folder.
     run: str | None = a_path()
     # Seed of weights from scratch, of the order of segments and of all other random draws.
-    seed: int = any_number(0, why="a stream is drawn from any whole number")
+    seed: int = number(0, least=-(2**63), most=2**63 - 1)
     # Where tensors live. auto: CUDA where there is a GPU.
     device: str = one_of(Device.auto)
     # CPU threads of a rank. 0: OMP_NUM_THREADS without a launcher, else the machine's cores divided by the local ranks.
-    threads: int = number(0, least=0)
+    threads: int = number(0, least=0, most=_MOST_THREADS)
     model: ModelConfig = field(default_factory=ModelConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     data: DataConfig = field(default_factory=DataConfig)
