@@ -21,7 +21,7 @@ from lr2train.planning.shape import Shape, hf_config_of, shape_of
 from lr2train.planning.tables import show
 from lr2train.planning.work import Part, Work, work_of
 from lr2train.rope.factors import refuse_target
-from lr2train.training.deepspeed.engine import accumulation_of
+from lr2train.training.deepspeed.start import accumulation_of
 
 
 def plan(config: Config) -> dict[str, Any]:

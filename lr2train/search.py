@@ -106,7 +106,7 @@ def inputs(config: Config) -> tuple[Space, list[Document], Corpus]:
 
 def _model(config: Config, device: torch.device) -> Any:
     if config.search.shard:
-        from lr2train.training.deepspeed.engine import load_sharded  # DeepSpeed is not for whoever has no need of it
+        from lr2train.training.deepspeed.scoring import load_sharded  # DeepSpeed is not for whoever has no need of it
 
         return load_sharded(config.model, device)
     return load.load_whole(load.folder_of(config.model), config.model.dtype, str(device), config.model.overrides)

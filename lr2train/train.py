@@ -31,8 +31,9 @@ from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import build
 from lr2train.training.deepspeed.checkpoint import Checkpoints
-from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+from lr2train.training.deepspeed.engine import Engine
 from lr2train.training.deepspeed.keys import refuse_keys
+from lr2train.training.deepspeed.start import start_deepspeed
 from lr2train.training.loop import fit
 from lr2train.training.metrics import bad_steps_in, read_jsonl, sinks
 from lr2train.training.steps import FILE, Steps

@@ -16,7 +16,8 @@ SHORT, LONG = Said("short", 64, 7, "local"), Said("long", 64, 9, "ring")
 def engine_of(world: int):
     from lr2train.model import load
     from lr2train.parallel.mesh import make_mesh
-    from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+    from lr2train.training.deepspeed.engine import Engine
+    from lr2train.training.deepspeed.start import start_deepspeed
 
     start_deepspeed(torch.device("cpu"))
     return Engine(config_for(world, 1, world), make_mesh(world), factors(), load.config_of(config_for(1, 1, 1).model), torch.device("cpu"))

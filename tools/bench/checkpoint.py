@@ -30,7 +30,8 @@ def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold
     from lr2train.rope.methods import METHODS
     from lr2train.rope.spectrum import Spectrum
     from lr2train.training.deepspeed import checkpoint
-    from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+    from lr2train.training.deepspeed.engine import Engine
+    from lr2train.training.deepspeed.start import start_deepspeed
 
     start_deepspeed(torch.device("cpu"))
     architecture = {

@@ -328,10 +328,17 @@ def _refuse_other_checksum(name: str, checksum: str, files: dict[str, Any]) -> N
 
 def _opened(file: Path | io.Hashed, mmap: bool = True) -> dict[str, Any]:
     """What a shard file holds: tensors, plain values and DeepSpeed's own few classes. Anything else in it is refused, and nothing is executed."""
-    from lr2train.training.deepspeed.engine import classes_in_checkpoints
-
-    with torch.serialization.safe_globals(classes_in_checkpoints()):
+    with torch.serialization.safe_globals(_classes_in_checkpoints()):
         return torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)  # type: ignore[arg-type]
+
+
+def _classes_in_checkpoints() -> list[Any]:
+    """DeepSpeed's own classes that its checkpoints hold beside tensors and plain values."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _weights_file(stage: int, rank: int) -> str:

@@ -1,4 +1,4 @@
-"""DeepSpeed behind a narrow door: ``step``, ``save``, ``load``, ``write_model`` for training; ``load_sharded`` for forward passes alone.
+"""DeepSpeed behind a narrow door for training: ``step``, ``save``, ``load``, ``write_model``.
 
 Choice: to DeepSpeed every rank is a data-parallel rank. Sequence parallelism is a transform of the data (tokens, labels and positions are sharded together)
 and of attention; each rank returns the *sum* of its own target tokens' losses, scaled so that DeepSpeed's averaging over ranks and accumulation steps
@@ -6,19 +6,14 @@ yields the gradient of ``sum of all losses / number of all target tokens`` of th
 exchange of a few words on the host a step, by which a rank that was handed other work than its peers is found before it is waited for.
 
 A loss that is not finite makes the step's gradients NaN on every rank. So one mechanism covers losses and gradients: no update is made where the
-global gradient norm is not finite. DeepSpeed's ZeRO optimizers decide so on all ranks together; without ZeRO ``_FiniteAdamW`` does.
-
-This is the only file that imports deepspeed.
+global gradient norm is not finite. DeepSpeed's ZeRO optimizers decide so on all ranks together; without ZeRO ``FiniteAdamW`` does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lr2train.attention import hf as attention
-from lr2train.config import Config, ModelConfig, UserError
+from lr2train.config import Config, UserError
 from lr2train.data.batch import Batch
 from lr2train.model import load
 from lr2train.model.window_lm import WindowLM
@@ -39,6 +34,8 @@ from lr2train.rope.factors import Factors
 from lr2train.training.agreement import agree, said_of
 from lr2train.training.deepspeed import checkpoint
 from lr2train.training.deepspeed.checkpoint import Checkpoints
+from lr2train.training.deepspeed.finite import FiniteAdamW, refuse_non_finite
+from lr2train.training.deepspeed.start import accumulation_of, deepspeed_config, gathered, quiet, zero_init
 from lr2train.training.segment import segment_of
 
 MODULE_PREFIX = "lm."  # the Hugging Face model's names inside WindowLM
@@ -59,77 +56,6 @@ class StepStats:
     interrupted: bool  # some rank was asked to stop
     finite: bool = True  # loss and gradient norm are finite; False: no update was made
     suspects: tuple[int, ...] = ()  # this rank's micro-batches whose own loss is not finite
-
-
-def start_deepspeed(device: torch.device) -> None:
-    """Let DeepSpeed adopt the process group that ``parallel.processes.start`` made."""
-    for name, value in (
-        ("RANK", dist.get_rank()),
-        ("WORLD_SIZE", dist.get_world_size()),
-        ("LOCAL_RANK", dist.get_rank()),
-        ("LOCAL_SIZE", dist.get_world_size()),
-    ):
-        os.environ.setdefault(name, str(value))  # DeepSpeed reads them; whoever made the process group by hand is on one machine
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")  # DeepSpeed calls what torch has renamed
-    with _quiet():
-        import deepspeed
-
-        if device.type == "cpu":
-            _without_cpu_op()
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-
-
-def _without_cpu_op() -> None:
-    """Keep DeepSpeed from compiling and starting its shared-memory all-reduce for CPUs.
-
-    Only DeepSpeed's inference calls it. It costs a minute of compiling, which a kill leaves locked for ever, and 69 MB of shared memory a rank,
-    which no process frees. DeepSpeed asks this table whether the op can be built; filling the table also spares the probes behind it.
-    """
-    from deepspeed import ops
-
-    ops.__dict__.setdefault("__compatible_ops__", {})
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints build and start-up chatter to stdout, which belongs to results; errors stay on stderr."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
-
-
-def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
-    """The DeepSpeed config of an experiment; ``engine.deepspeed`` is merged over it."""
-    engine = config.engine
-    written: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip,
-        "zero_optimization": {"stage": engine.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the CPU too when optimizer states are offloaded
-        "steps_per_print": 10**12,
-    }
-    written |= _dtype_sections(config.model.dtype)
-    if config.model.dtype == "bfloat16":
-        written["data_types"] = {"grad_accum_dtype": "fp32"}
-        written["communication_data_type"] = "fp32"  # 64 ranks x 8 micro-steps of bfloat16 sums would round away small gradients
-    if engine.zero_stage == 3:
-        written["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
-    return _merged(written, engine.deepspeed)
-
-
-def _dtype_sections(dtype: str) -> dict[str, Any]:
-    return {section: {"enabled": True} for section, name in (("bf16", "bfloat16"), ("fp16", "float16")) if dtype == name}
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in over.items():
-        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out
 
 
 class Engine:
@@ -157,24 +83,24 @@ class Engine:
         import deepspeed
 
         optim = self.config.optim
-        optimizer = (torch.optim.AdamW if self.config.engine.zero_stage else _FiniteAdamW)(
+        optimizer = (torch.optim.AdamW if self.config.engine.zero_stage else FiniteAdamW)(
             _parameter_groups(self.model, optim.weight_decay),
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
             fused=self.device.type == "cuda",
         )
-        with _quiet():
+        with quiet():
             engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=ds_config, dist_init_required=False)
         return engine
 
     def _init_context(self, ds_config: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
         if self.config.engine.zero_stage != 3:
             return self.device if self.device.type == "cuda" else contextlib.nullcontext()
-        return _zero_init(ds_config, self.accumulation * self.mesh.world)
+        return zero_init(ds_config, self.accumulation * self.mesh.world)
 
     def _gather(self, modifier_rank: int | None) -> load.Gather:
-        return _gathered(modifier_rank) if self.config.engine.zero_stage == 3 else load.whole
+        return gathered(modifier_rank) if self.config.engine.zero_stage == 3 else load.whole
 
     def step(self, batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool] = lambda: False) -> StepStats:
         """One optimizer step over this data-parallel rank's micro-batches. ``interrupted`` is asked as late in the step as all ranks can share it.
@@ -275,7 +201,7 @@ class Engine:
         Raises:
             UserError: a rank's part holds one; the text names a tensor.
         """
-        control.together(lambda: _refuse_non_finite(self._held()))
+        control.together(lambda: refuse_non_finite(self._held()))
 
     def _held(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's part of the weights, and of the optimizer's states."""
@@ -291,7 +217,7 @@ class Engine:
             UserError: a weight or state is not finite, or there is no room; the checkpoints before stay.
         """
         self.refuse_non_finite()
-        with _quiet():
+        with quiet():
             checkpoint.save(self._engine, checkpoints, step)
 
     def load(self, checkpoints: Checkpoints, resume_from: int | None = None, accept: Callable[[int], None] = lambda _: None) -> int:
@@ -302,7 +228,7 @@ class Engine:
         Raises:
             UserError: the checkpoint is damaged, another run's, not there on every machine, or cannot be read by this number of ranks; on every rank.
         """
-        with _quiet():
+        with quiet():
             return checkpoint.load(self._engine, checkpoints, resume_from, accept)
 
     def write_model(self, folder: Path, config: dict[str, Any], extras: Callable[[Path], None] | None = None) -> None:
@@ -315,116 +241,6 @@ class Engine:
 
         whole = ((name, safe_get_full_grad(parameter)) for name, parameter in self.model.named_parameters())
         return {name.removeprefix(MODULE_PREFIX): gradient for name, gradient in whole if gradient is not None}
-
-
-class _FiniteAdamW(torch.optim.AdamW):
-    """AdamW that makes no update where a gradient is not finite. For ZeRO stage 0, where every rank holds the same whole gradients.
-
-    Attributes:
-        finite: whether the last call made its update.
-    """
-
-    finite = True
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One update, or none."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.finite = bool(torch.stack([torch.isfinite(one).all() for one in gradients]).all())
-        return super().step(closure) if self.finite else None
-
-
-def _refuse_non_finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
-    if bad:
-        raise UserError(
-            f"{bad[0]} holds numbers that are not finite ({len(bad)} tensors do), so no checkpoint is written and the one before stays; "
-            "set optim.lr to a lower value under another name="
-        )
-
-
-def load_sharded(model_config: ModelConfig, device: torch.device, deepspeed_config: Mapping[str, Any] | None = None) -> Any:
-    """A model for scoring whose weights are divided over all ranks (ZeRO-3); for one that does not fit a device.
-
-    Returns a Hugging Face causal LM in eval mode, without gradients. Its base model and its output embeddings are called as those of
-    ``load.load_whole``; a decoder layer's weights are gathered when it is called and let go after it. Every rank has to make the same
-    calls in the same order, each with a document and factors of its own: the tables of a rotary module are no parameters. No rank ever
-    holds more than its share, some layers and ``load.GROUP_BYTES``. A collective; starts DeepSpeed.
-
-    Args:
-        model_config: ``path`` names a folder of safetensors.
-        device: of this rank.
-        deepspeed_config: merged over ours; ``engine.deepspeed``.
-
-    Raises:
-        UserError: the folder is missing, or does not hold this model's weights.
-    """
-    start_deepspeed(device)
-    hf_config = load.config_of(model_config)
-    written = {
-        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 10**12, **_dtype_sections(model_config.dtype)
-    }  # fmt: skip
-    ds_config = _merged(written, dict(deepspeed_config or {}))
-    weights, ranks = load.safetensors_of(load.folder_of(model_config)), dist.get_world_size()
-    model = load.assembled(hf_config, model_config.dtype, weights, lambda: _zero_init(ds_config, ranks), _gathered(modifier_rank=0))
-    _gather_in_forward(model.eval().requires_grad_(False), ds_config)
-    return model
-
-
-def _gather_in_forward(model: Any, ds_config: dict[str, Any]) -> None:
-    """Have DeepSpeed gather weights around forward calls: those of a decoder layer together, once, however often its parts are called.
-
-    DeepSpeed counts its passes by calls of the whole model; ours call the base model and the head, so a pass begins with the base model.
-    """
-    import deepspeed
-    from deepspeed.utils import set_z3_leaf_modules
-
-    set_z3_leaf_modules(model, sorted({type(layer) for layer in model.base_model.layers}, key=repr))
-    with _quiet():
-        engine: Any = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
-
-    def begin_pass(*_: Any) -> None:
-        engine.optimizer.get_param_coordinator().reset_step()  # this function also keeps the engine, whose end would take the hooks away
-
-    model.base_model.register_forward_pre_hook(begin_pass, prepend=True)
-
-
-def classes_in_checkpoints() -> list[Any]:
-    """DeepSpeed's own classes that its checkpoints hold beside tensors and plain values."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-
-
-def _zero_init(ds_config: dict[str, Any], batch_size: int) -> contextlib.AbstractContextManager[Any]:
-    """Parameters that are made inside are divided over the ranks at once."""
-    import deepspeed
-
-    # No dtype argument: on a CPU without fp16, 0.19.8 takes bfloat16 whatever it says; the config's bf16 and fp16 sections are heard.
-    return deepspeed.zero.Init(config_dict_or_path=ds_config | {"train_batch_size": batch_size})
-
-
-def _gathered(modifier_rank: int | None) -> load.Gather:
-    import deepspeed
-
-    return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
-
-
-def accumulation_of(config: Config, dp_size: int) -> int:
-    """Micro-steps of an optimizer step.
-
-    Raises:
-        UserError: the global batch does not divide over the data-parallel ranks.
-    """
-    total = config.optim.segments_per_step
-    if total % dp_size:
-        raise UserError(
-            f"optim.segments_per_step={total} is not divisible by the {dp_size} data-parallel ranks (world / parallel.sp); "
-            f"set optim.segments_per_step to {-(-total // dp_size) * dp_size} or change parallel.sp"
-        )
-    return total // dp_size
 
 
 def _weights(config: Config, hf_config: Any) -> dict[str, Any]:

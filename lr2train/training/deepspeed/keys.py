@@ -7,14 +7,12 @@ where ``engine.deepspeed`` is set.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import logging
-import os
 from collections.abc import Iterator, KeysView, Mapping
 from typing import Any
 
 from lr2train.config import UserError
+from lr2train.training.deepspeed.start import quiet
 
 _BATCH, _TYPE = "optim.segments_per_step", "model.dtype"
 OURS = {
@@ -65,7 +63,7 @@ def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _ask_deepspeed(given: Mapping[str, Any]) -> None:
     from pydantic import ValidationError
 
-    with _quiet():
+    with quiet():
         from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
         asked = _Asked({"train_micro_batch_size_per_gpu": 1, **given})
@@ -129,11 +127,3 @@ def _keys_of_sections() -> set[str]:
 def _near(key: str, known: set[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]}?" if close else "; remove it from engine.deepspeed"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints what it reads to stdout, which belongs to results."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield

@@ -44,7 +44,8 @@ Trained = tuple[dict[int, float], dict[str, np.ndarray]]
 def engine_of(world: int, sp: int, variant: str):
     from lr2train.model import load
     from lr2train.parallel.mesh import make_mesh
-    from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+    from lr2train.training.deepspeed.engine import Engine
+    from lr2train.training.deepspeed.start import start_deepspeed
 
     start_deepspeed(torch.device("cpu"))
     engine, model, _ = VARIANTS[variant]

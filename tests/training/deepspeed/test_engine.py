@@ -65,7 +65,8 @@ def one_step(rank: int, world: int, sp: int, accumulation: int, segments: list[i
 
     from lr2train.model import load
     from lr2train.parallel.mesh import make_mesh
-    from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+    from lr2train.training.deepspeed.engine import Engine
+    from lr2train.training.deepspeed.start import start_deepspeed
 
     start_deepspeed(torch.device("cpu"))
     config, mesh = config_for(sp, accumulation, world), make_mesh(sp)
@@ -158,7 +159,8 @@ def every_strategy(rank: int, world: int):
 
     from lr2train.model import load
     from lr2train.parallel.mesh import make_mesh
-    from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+    from lr2train.training.deepspeed.engine import Engine
+    from lr2train.training.deepspeed.start import start_deepspeed
 
     start_deepspeed(torch.device("cpu"))
     config, mesh = config_for(world, 2, world), make_mesh(world, ring=min(2, world))

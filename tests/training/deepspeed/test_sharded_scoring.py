@@ -69,7 +69,7 @@ def numbers_here(model) -> int:
 
 
 def on_a_rank(rank: int, world: int, folder):
-    from lr2train.training.deepspeed.engine import load_sharded
+    from lr2train.training.deepspeed.scoring import load_sharded
 
     return [on_one_kind(rank, folder / kind, dtype, load_sharded) for kind, (_, dtype, _) in KINDS.items()]
 
