@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lr2train import io, run
+from lr2train import io, ranks, run
 from lr2train.attention import hf as attention
 from lr2train.cli.door import main
 from lr2train.config import Config, ModelConfig, UserError
@@ -74,7 +74,7 @@ def train(config: Config) -> dict[str, Any]:
     total_steps = config.optim.steps or loader.steps_per_epoch
     job.claim(found)
     checkpoints = Checkpoints(
-        job.folder / "checkpoints", control.from_rank_0(job.fingerprint if run.rank() == 0 else ""), config.engine.keep_checkpoints
+        job.folder / "checkpoints", control.from_rank_0(job.fingerprint if ranks.rank() == 0 else ""), config.engine.keep_checkpoints
     )
     done = engine.load(checkpoints, config.engine.resume_from, lambda done: _refuse_start(job, steps, done, total_steps))
     job.write_json(FILE, steps.to_json())
@@ -109,7 +109,7 @@ def _base(config: Config) -> dict[str, list[Path]]:
 def _finished(job: run.Run, config: Config) -> dict[str, Any] | None:
     """The result of a run that is finished; None where there is something to do: more steps than before, or a model that is gone."""
     file = job.folder / "train.json"
-    result = control.from_rank_0(_result_in(file) if run.rank() == 0 and (job.folder / "model" / "config.json").exists() else None)
+    result = control.from_rank_0(_result_in(file) if ranks.rank() == 0 and (job.folder / "model" / "config.json").exists() else None)
     if result is None or config.optim.steps > result["steps"] or config.engine.resume_from is not None:
         return None
     job.log(f"already finished: {file}")
@@ -125,7 +125,7 @@ def _refuse_start(job: run.Run, steps: Steps, done: int, total_steps: int) -> No
     steps.refuse_other_past(done)
     if done > total_steps:
         raise UserError(f"optim.steps={total_steps} is below the {done} steps that the run has done; set optim.steps to {done} or more")
-    finished = control.from_rank_0((job.folder / "train.json").exists() if run.rank() == 0 else False)
+    finished = control.from_rank_0((job.folder / "train.json").exists() if ranks.rank() == 0 else False)
     if finished and not done:
         raise UserError(f"{job.folder} holds a finished run without its checkpoints, so no run can go on from it; choose another name=")
 
@@ -179,7 +179,7 @@ def _write_model(job: run.Run, engine: Engine, factors: Factors, hf_config: Any,
 
 
 def _result(job: run.Run, config: Config, total_steps: int, seconds: float, world: int) -> dict[str, Any]:
-    lines = read_jsonl(job.folder / "metrics.jsonl") if run.rank() == 0 else []
+    lines = read_jsonl(job.folder / "metrics.jsonl") if ranks.rank() == 0 else []
     last = lines[-1] if lines else {"loss": None, "tokens_seen": 0, "peak_gib": 0.0}
     return {
         "steps": total_steps,

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from lr2train.config import UserError
 from lr2train.io import for_user
+from lr2train.ranks import rank, world
 
 T = TypeVar("T")
 
@@ -35,14 +36,9 @@ class PeerGone(RuntimeError):
     """Another rank has died, or has not answered within the time-out. Nothing can be shared any more."""
 
 
-def rank() -> int:
-    """This process among those of the process group; 0 where there is none."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """The number of processes of the process group; 1 where there is none."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def alone() -> bool:
+    """Whether this process has no other to talk to: there is no process group yet, or a group of one."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def from_all(mine: T) -> list[T]:
@@ -51,12 +47,12 @@ def from_all(mine: T) -> list[T]:
     Raises:
         PeerGone: a rank is gone; on every rank that is left.
     """
-    return [mine] if world() == 1 else _star().exchange(mine)
+    return [mine] if alone() else _star().exchange(mine)
 
 
 def from_rank_0(value: T) -> T:
     """Rank 0's object on every rank; what the others hand in is not looked at. Raises PeerGone as ``from_all``."""
-    return from_all(value if rank() == 0 else None)[0]  # type: ignore[return-value]
+    return value if alone() else from_all(value if rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
 def together(fn: Callable[[], T]) -> list[T]:
@@ -85,7 +81,7 @@ def together(fn: Callable[[], T]) -> list[T]:
 def on_rank_0(fn: Callable[[], T]) -> T | None:
     """Call ``fn`` on rank 0 alone; returns its result there, which need not be sendable (an open lock), and None on the others. Raises as ``together``."""
     held: list[T] = []
-    together(lambda: held.append(fn()) if rank() == 0 else None)
+    together(lambda: held.append(fn()) if alone() or rank() == 0 else None)
     return held[0] if held else None
 
 

@@ -20,7 +20,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lr2train.config import UserError
 from lr2train.io import for_user
-from lr2train.parallel.control import PeerGone, rank, world
+from lr2train.parallel.control import PeerGone, alone
+from lr2train.ranks import rank
 
 _KEY = "lr2train/failure"
 _STORE_S = 10.0  # a store that works answers in milliseconds
@@ -41,7 +42,7 @@ def told_to_all() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if world() == 1:
+        if alone():
             raise
         elsewhere = _first_reason(error)
         if elsewhere is None:

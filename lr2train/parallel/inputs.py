@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lr2train import io
+from lr2train import io, ranks
 from lr2train.config import UserError
 from lr2train.parallel import control
 from lr2train.run import Run
@@ -40,7 +40,7 @@ def identities(job: Run, known: Mapping[str, str], files: Mapping[str, Sequence[
 
 
 def _first() -> bool:
-    return control.rank() == 0
+    return ranks.rank() == 0
 
 
 def _stamps(paths: Sequence[Path]) -> dict[str, list[int]]:
@@ -53,6 +53,6 @@ def _stamps(paths: Sequence[Path]) -> dict[str, list[int]]:
 
 def _checksums(paths: Sequence[Path]) -> dict[str, str]:
     """Of every file by its name; each rank reads its share."""
-    mine = list(paths)[control.rank() :: control.world()]
+    mine = list(paths)[ranks.rank() :: ranks.world()]
     told = control.together(lambda: {path.name: io.checksum(path) for path in mine})
     return {name: checksum for one in told for name, checksum in one.items()}

@@ -17,7 +17,7 @@ from pathlib import PurePath
 
 import psutil
 
-from lr2train.run import say
+from lr2train.progress import say
 
 _PROGRAMS = {"deepspeed", "torchrun"}
 _MODULES = {"deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch"}

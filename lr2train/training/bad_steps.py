@@ -9,7 +9,7 @@ from __future__ import annotations
 from lr2train.config import UserError
 from lr2train.data.batch import Loader
 from lr2train.parallel import control
-from lr2train.run import say
+from lr2train.progress import say
 from lr2train.training.deepspeed.engine import StepStats
 
 

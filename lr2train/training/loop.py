@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lr2train import io, run
+from lr2train import io, progress
 from lr2train.config import Config
 from lr2train.data.batch import Loader
 from lr2train.data.feed.prefetch import prefetched
@@ -79,7 +79,7 @@ def fit(
     steps, saved = skips.remaining(done, total_steps), done
     ahead = prefetched(loader.batches, steps, config.data.prefetch_steps, config.data.loader_threads)
     with listen_for_interrupt() as interrupt, closing(ahead) as batches:
-        for step in run.progress(steps, total_steps, "train", total_steps - len(steps)):
+        for step in progress.track(steps, total_steps, "train", total_steps - len(steps)):
             start = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - start

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from lr2train import io, run
+from lr2train import io, progress, ranks
 from lr2train.config import Config, UserError, to_dict
 
 
@@ -47,7 +47,7 @@ class Jsonl:
         """Drop what a killed run wrote after its last checkpoint, and lines that are damaged."""
         lines, damaged = read_lines(path)
         if damaged:
-            run.say(
+            progress.say(
                 "train", f"{damaged} damaged lines were taken out of {path}: the figures of these steps are lost, training is not affected"
             )
         kept = [line for line in lines if line.get("step", math.inf) <= done_steps]
@@ -122,7 +122,7 @@ class Wandb:
 
 def sinks(config: Config, folder: Path, done_steps: int) -> list[Sink]:
     """The sinks that ``logger`` asks for; none on ranks other than 0."""
-    if run.rank() != 0:
+    if ranks.rank() != 0:
         return []
     chosen: list[Sink] = [Jsonl(folder / "metrics.jsonl", done_steps)]
     if config.logger.tensorboard:

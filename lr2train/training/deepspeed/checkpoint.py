@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from lr2train import io, run
+from lr2train import io, progress, ranks
 from lr2train.config import UserError
 from lr2train.parallel import control
 from lr2train.training.deepspeed import partitions
@@ -78,14 +78,14 @@ def save(engine: Any, of: Checkpoints, step: int) -> None:
     """
     target = of.folder / _tag(step)
     # A killed run began it, perhaps on more ranks, whose files would be left between ours.
-    control.together(lambda: _remove(target) if control.rank() == 0 else None)
+    control.together(lambda: _remove(target) if ranks.rank() == 0 else None)
     with _recorded(engine.checkpoint_engine) as written, _writing(target):
         engine.save_checkpoint(str(of.folder), tag=target.name, client_state={"step": step}, save_latest=False)
     files: dict[str, Any] = {}
     for mine in control.together(lambda: {path.name: _sealed(path) for path in written}):
         files |= mine
-    about = {"step": step, "world": control.world(), "zero_stage": engine.zero_optimization_stage(), "run": of.run}
-    control.together(lambda: _publish(of, target, {**about, "files": files}) if control.rank() == 0 else None)
+    about = {"step": step, "world": ranks.world(), "zero_stage": engine.zero_optimization_stage(), "run": of.run}
+    control.together(lambda: _publish(of, target, {**about, "files": files}) if ranks.rank() == 0 else None)
 
 
 def _publish(of: Checkpoints, target: Path, manifest: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ def _sealed(path: Path) -> dict[str, Any]:
     with _writing(path.parent):
         io.sync_file(path)
         io.sync_folder(path.parent)
-        return {"bytes": path.stat().st_size, "xxh3": io.checksum(path), "rank": control.rank()}
+        return {"bytes": path.stat().st_size, "xxh3": io.checksum(path), "rank": ranks.rank()}
 
 
 @contextlib.contextmanager
@@ -189,14 +189,14 @@ def load(engine: Any, of: Checkpoints, resume_from: int | None = None, accept: C
             cannot be read by this number of ranks; on every rank.
     """
     # Rank 0 looks: what another machine's cache shows may differ.
-    chosen, *_ = control.together(lambda: _choose(of, resume_from) if control.rank() == 0 else None)
+    chosen, *_ = control.together(lambda: _choose(of, resume_from) if ranks.rank() == 0 else None)
     accept(0 if chosen is None else int(chosen[1]["step"]))
     if chosen is None:
         return 0
     tag, manifest, went_back_to = chosen
     checkpoint, world, stage = of.folder / tag, int(manifest["world"]), engine.zero_optimization_stage()
     started = time.monotonic()
-    if world == control.world() or not _optimizer_files(checkpoint):
+    if world == ranks.world() or not _optimizer_files(checkpoint):
         with _offering(of, checkpoint):
             mine: dict[str, dict[str, Any]] = {}
             control.together(lambda: mine.update(_read_checked(checkpoint, manifest["files"], _weights_file(stage, 0))))
@@ -208,8 +208,8 @@ def load(engine: Any, of: Checkpoints, resume_from: int | None = None, accept: C
         with _offering(of, checkpoint):
             control.together(lambda: _refuse_damaged(checkpoint, manifest["files"]))
         _load_on_other_ranks(engine, checkpoint, stage, world)
-    control.together(lambda: _name_latest(of, tag, went_back_to) if control.rank() == 0 and went_back_to != _KEEP else None)
-    run.say("checkpoint", f"{checkpoint}: checked and read in {time.monotonic() - started:.1f} s")
+    control.together(lambda: _name_latest(of, tag, went_back_to) if ranks.rank() == 0 and went_back_to != _KEEP else None)
+    progress.say("checkpoint", f"{checkpoint}: checked and read in {time.monotonic() - started:.1f} s")
     return int(manifest["step"])
 
 
@@ -291,7 +291,7 @@ def _refuse_damaged(checkpoint: Path, files: dict[str, Any]) -> None:
     """Compare the sizes of all shard files, and the checksums of this rank's share of them, with the manifest."""
     _refuse_other_sizes(checkpoint, files)
     by_size = sorted(files, key=lambda name: files[name]["bytes"])  # every rank gets large ones and small ones
-    for name in by_size[control.rank() :: control.world()]:
+    for name in by_size[ranks.rank() :: ranks.world()]:
         with _naming(name):
             _refuse_other_checksum(name, io.checksum(checkpoint / name), files)
 
@@ -304,7 +304,7 @@ def _read_checked(checkpoint: Path, files: dict[str, Any], weights: str) -> dict
     _refuse_other_sizes(checkpoint, files)
     found = {}
     for name, about in files.items():
-        if about["rank"] == control.rank() or name == weights:
+        if about["rank"] == ranks.rank() or name == weights:
             with _naming(name), io.Hashed(checkpoint / name) as file:
                 try:
                     found[name] = _opened(file, mmap=False)
@@ -364,7 +364,7 @@ def _load_on_other_ranks(engine: Any, checkpoint: Path, stage: int, world: int) 
     control.together(lambda: share.append(_share(engine, checkpoint, stage, world)))
     common, state = share.pop()
     _hand_over(engine, common, state, stage)
-    run.say("checkpoint", f"{checkpoint} of {world} ranks was divided anew over {control.world()} ranks")
+    progress.say("checkpoint", f"{checkpoint} of {world} ranks was divided anew over {ranks.world()} ranks")
 
 
 def _share(engine: Any, checkpoint: Path, stage: int, world: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -372,7 +372,7 @@ def _share(engine: Any, checkpoint: Path, stage: int, world: int) -> tuple[dict[
     if stage not in partitions.FORMS or engine.zero_nvme_offload_optimizer():
         how = "with its optimizer on NVMe" if stage in partitions.FORMS else f"by ZeRO stage {stage} with a divided optimizer"
         raise UserError(
-            f"the checkpoint {checkpoint} was written by {world} ranks {how}, which this job's {control.world()} ranks cannot read; start it "
+            f"the checkpoint {checkpoint} was written by {world} ranks {how}, which this job's {ranks.world()} ranks cannot read; start it "
             f"with {world} ranks, or give a new name= to start over"
         )
     try:
@@ -380,7 +380,7 @@ def _share(engine: Any, checkpoint: Path, stage: int, world: int) -> tuple[dict[
         written, sizes = (_sizes(shapes) for shapes in (common["param_shapes"], engine._get_zero_param_shapes()))
         form, live, files = partitions.FORMS[stage], engine.optimizer.state_dict(), _optimizer_files(checkpoint)
         shards = cache(lambda rank: _opened(files[rank])["optimizer_state_dict"])
-        return common, partitions.repartitioned(shards, world, written, form, live, sizes, control.rank(), control.world())
+        return common, partitions.repartitioned(shards, world, written, form, live, sizes, ranks.rank(), ranks.world())
     except _UNREADABLE as error:
         raise UserError(f"the checkpoint {checkpoint} cannot be read ({_brief(error)}); restore the folder") from error
 
@@ -396,7 +396,7 @@ def _hand_over(engine: Any, common: dict[str, Any], state: dict[str, Any], stage
         prepare()
     if stage != 3:  # every rank holds all weights in the model's dtype; in stage 3 they follow from the fp32 ones
         engine.module.load_state_dict(common["module"])
-    engine.optimizer.load_state_dict({control.rank(): state}, load_from_fp32_weights=True)
+    engine.optimizer.load_state_dict({ranks.rank(): state}, load_from_fp32_weights=True)
     for name in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, name, common[name])
     if finish:
