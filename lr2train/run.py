@@ -31,6 +31,10 @@ from lr2train.ranks import rank, world
 _PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy", "flash-attn", "ring-flash-attn")
 
 
+class Interrupted(KeyboardInterrupt):
+    """The job was asked to stop. Its work is saved and its log says so; the command line ends with the exit code of an interrupt."""
+
+
 @dataclass(frozen=True)
 class Run:
     """An opened run folder."""

@@ -23,7 +23,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lr2train import io, progress, ranks
+from lr2train import io, progress, ranks, run
 from lr2train.cli import composition
 from lr2train.cli.overrides import Override
 from lr2train.config import Config, UserError, load
@@ -74,6 +74,8 @@ def door(verb: str) -> Iterator[None]:
     except PeerGone as gone:
         print(f"{verb} (rank {ranks.rank()}): {gone}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         sys.exit(EXIT_RANK_LOST)
+    except run.Interrupted:  # the verb has said so
+        sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

@@ -100,6 +100,7 @@ def test_killed_and_interrupted_training_ends_like_an_undisturbed_one(overrides,
 
 def train_until(rank: int, world: int, overrides: list[str], last: int) -> int:
     """The verb on a rank among others, asked to stop after its first ``last`` steps; its exit code."""
+    from lr2train.cli.door import door
     from lr2train.train import train
     from lr2train.training.deepspeed.engine import Engine
 
@@ -113,7 +114,7 @@ def train_until(rank: int, world: int, overrides: list[str], last: int) -> int:
         return stats
 
     Engine.step = asking  # in this process alone
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, door("train"):
         train(compose("train", overrides))
     return end.value.code
 

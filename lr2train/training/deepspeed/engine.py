@@ -1,12 +1,13 @@
-"""DeepSpeed behind a narrow door for training: ``step``, ``save``, ``load``, ``write_model``.
+"""The training engine: ``step``, ``save``, ``load`` and ``write_model`` over DeepSpeed.
 
-Choice: to DeepSpeed every rank is a data-parallel rank. Sequence parallelism is a transform of the data (tokens, labels and positions are sharded together)
-and of attention; each rank returns the *sum* of its own target tokens' losses, scaled so that DeepSpeed's averaging over ranks and accumulation steps
-yields the gradient of ``sum of all losses / number of all target tokens`` of the step, exactly. Cost: two all-reduces of a few numbers and one
-exchange of a few words on the host a step, by which a rank that was handed other work than its peers is found before it is waited for.
+Choice: to DeepSpeed every rank is a data-parallel rank. Sequence parallelism (context parallelism) is a transform of the data and of attention:
+tokens, labels and positions are sharded together. Each rank returns the *sum* of the losses of its own target tokens. The sum is scaled so that
+DeepSpeed's averaging over ranks and accumulation steps yields the gradient of ``sum of losses / number of target tokens`` of the global batch.
+Cost: two all-reduces of a few numbers, and one exchange of a few words on the host, in each step. The exchange finds a rank with other work than
+its peers before any rank waits for it (``training.agreement``).
 
-A loss that is not finite makes the step's gradients NaN on every rank. So one mechanism covers losses and gradients: no update is made where the
-global gradient norm is not finite. DeepSpeed's ZeRO optimizers decide so on all ranks together; without ZeRO ``FiniteAdamW`` does.
+A loss that is not finite makes the gradients of the step NaN on every rank. So one rule covers losses and gradients: no update is made where the
+global gradient norm is not finite. DeepSpeed's ZeRO optimizers decide this on all ranks together; without ZeRO, ``FiniteAdamW`` decides.
 """
 
 from __future__ import annotations
@@ -43,29 +44,29 @@ MODULE_PREFIX = "lm."  # the Hugging Face model's names inside WindowLM
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step did, the same on every rank."""
+    """The figures of one optimizer step; all but ``suspects`` are the same on every rank."""
 
-    loss: float  # nats per target token over the whole step
-    loss_short: float | None  # over the step's short segments, None where there were none
+    loss: float  # nats per target token, over the global batch
+    loss_short: float | None  # over short segments alone; None without short segments
     loss_long: float | None
-    n_target_tokens: int
+    n_target_tokens: int  # labels that are predicted
     n_tokens: int  # of all segments, padding included
-    window_mix: float  # share of long segments
-    n_pairs: float  # query-key pairs that attention has to look at, causal
-    grad_norm: float | None  # None where DeepSpeed computes none, and where the norm is not finite
+    window_mix: float  # share of long segments, 0 … 1
+    n_pairs: float  # causal query-key pairs within document spans
+    grad_norm: float | None  # before clipping; None where DeepSpeed computes none, or where the norm is not finite
     interrupted: bool  # some rank was asked to stop
     finite: bool = True  # loss and gradient norm are finite; False: no update was made
-    suspects: tuple[int, ...] = ()  # this rank's micro-batches whose own loss is not finite
+    suspects: tuple[int, ...] = ()  # micro-batches of this rank with a loss that is not finite
 
 
 class Engine:
     """A model being trained on all ranks of the job."""
 
     def __init__(self, config: Config, mesh: Mesh, factors: Factors, hf_config: Any, device: torch.device):
-        """Build, fill and shard the model.
+        """Build the model, read its weights, and divide them over the ranks. A collective.
 
         Raises:
-            UserError: the batch does not divide over the data-parallel ranks, or the model cannot run under this mesh.
+            UserError: the global batch does not divide over the data-parallel ranks, or the model cannot run on this mesh.
         """
         self.config, self.mesh, self.device = config, mesh, device
         self.accumulation = accumulation_of(config, mesh.dp_size)
@@ -95,6 +96,7 @@ class Engine:
         return engine
 
     def _init_context(self, ds_config: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        """Where parameters are created: divided over the ranks at once under ZeRO-3, else whole on the device."""
         if self.config.engine.zero_stage != 3:
             return self.device if self.device.type == "cuda" else contextlib.nullcontext()
         return zero_init(ds_config, self.accumulation * self.mesh.world)
@@ -103,11 +105,16 @@ class Engine:
         return gathered(modifier_rank) if self.config.engine.zero_stage == 3 else load.whole
 
     def step(self, batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool] = lambda: False) -> StepStats:
-        """One optimizer step over this data-parallel rank's micro-batches. ``interrupted`` is asked as late in the step as all ranks can share it.
+        """Make one optimizer step over the micro-batches of this data-parallel rank. A collective.
+
+        Args:
+            batches: as many as the gradient accumulation has steps.
+            lr: of this step.
+            interrupted: whether this rank was asked to stop; called before the last backward pass, as late as all ranks can share the answer.
 
         Raises:
-            UserError: the step has no target token, or no strategy serves a batch; on every rank.
-            RuntimeError: ranks were handed unlike work, or one of them failed; with the reason, on every rank.
+            UserError: the step has no target token, or no attention strategy serves a batch; on every rank.
+            RuntimeError: ranks were given different work, or a rank failed; the text has the reason, on every rank.
         """
         agree(lambda: [said_of(batch, self._strategy(batch)) for batch in batches], self.mesh.sp_size)
         assert len(batches) == self.accumulation, f"{len(batches)} micro-batches for an accumulation of {self.accumulation}"
@@ -119,15 +126,15 @@ class Engine:
     def _step(self, batches: Sequence[Batch], interrupted: Callable[[], bool]) -> StepStats:
         """Forward, backward and update.
 
-        The loss that goes into backward is ``sum_CE_local * world * accumulation / n_target_tokens``: DeepSpeed divides gradients by the world and losses by
-        the accumulation, so what arrives is the gradient of the mean over all target tokens of the step.
+        Backward starts from ``sum_CE_local * world * accumulation / n_target_tokens``. DeepSpeed divides gradients by the world and losses by the
+        accumulation, so the result is the gradient of the mean over all target tokens of the global batch.
         """
         shards = [self._shard(batch) for batch in batches]
         counts = self._counts(batches, shards)
         n_targets = int(counts[:2].sum())
         if n_targets == 0:
             raise UserError("a step has no target token at all; check data.path: its segments hold only padding")
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss of short, of long, ranks that were asked to stop
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # [loss of short, loss of long, ranks asked to stop]
         losses = []
         for number, (batch, shard) in enumerate(zip(batches, shards, strict=True), 1):
             total = self._engine(*shard, spans=batch.spans, window=batch.window)
@@ -137,6 +144,7 @@ class Engine:
             if number == len(batches):
                 sums[2] = float(interrupted())
                 dist.all_reduce(sums)
+                # NaN gradients on every rank, also where only another rank's loss is not finite.
                 scale.masked_fill_(~torch.isfinite(sums[:2].sum()), torch.nan)
             self._engine.backward(total * scale)
             self._engine.step()
@@ -147,12 +155,15 @@ class Engine:
 
     def _shard(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layout = self.attention.layout(batch.spans, len(batch.tokens))
-        # Cloned, as a view would keep the whole.
+        # Cloned: a view would keep the whole segment in memory.
         tokens, labels, positions = (layout.shard(whole, 0).clone() for whole in segment_of(batch, self.device))
         return tokens, labels, positions
 
     def _counts(self, batches: Sequence[Batch], shards: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-        """[targets in short, targets in long, tokens, long segments, segments, query-key pairs of all ranks' segments] of the whole step."""
+        """[targets in short, targets in long, tokens, long segments, segments, query-key pairs], summed over all ranks of the step.
+
+        Every rank of a sequence-parallel group counts its segments whole, so the last three are ``sp`` times too large.
+        """
         counts = torch.zeros(6, dtype=torch.int64, device=self.device)
         for batch, (tokens, labels, _) in zip(batches, shards, strict=True):
             long = int(batch.window == "long")
@@ -176,7 +187,7 @@ class Engine:
             n_target_tokens=n_short + n_long,
             n_tokens=n_tokens,
             window_mix=n_long_segments / n_segments,
-            n_pairs=n_pairs / self.mesh.sp_size,  # every rank of a sequence-parallel group has counted the whole segment
+            n_pairs=n_pairs / self.mesh.sp_size,
             grad_norm=norm if norm is not None and math.isfinite(norm) else None,
             interrupted=asked > 0,
             finite=finite,
@@ -185,58 +196,59 @@ class Engine:
 
     @property
     def _loss_scaled(self) -> bool:
-        """float16: DeepSpeed looks for the loss scale by overflows, so a gradient that overflows is no fault."""
+        """float16: DeepSpeed finds the loss scale by overflows, so a gradient that overflows is no fault."""
         return self.config.model.dtype == "float16"
 
     def _grad_norm(self) -> float | None:
-        """Of the step that was just made, the same on every rank; not finite where no update was made."""
+        """The global norm of the last step, the same on every rank; not finite where no update was made."""
         norm = self._engine.get_global_grad_norm()
         if not self.config.engine.zero_stage and not self._engine.optimizer.finite:
             return math.nan
         return None if norm is None else float(norm)
 
     def refuse_non_finite(self) -> None:
-        """Refuse weights and optimizer states that hold a number that is not finite, on every rank.
+        """Refuse a model or an optimizer that holds a number that is not finite. A collective.
 
         Raises:
-            UserError: a rank's part holds one; the text names a tensor.
+            UserError: a weight or a state of some rank is not finite; the text names the tensor, on every rank.
         """
         control.together(lambda: refuse_non_finite(self._held()))
 
     def _held(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This rank's part of the weights, and of the optimizer's states."""
+        """This rank's part of the weights and of the optimizer's states, by name."""
         for name, parameter in self.model.named_parameters():
             yield f"the weight {name.removeprefix(MODULE_PREFIX)}", getattr(parameter, "ds_tensor", parameter).detach()
         for states in getattr(self._engine.optimizer, "optimizer", self._engine.optimizer).state.values():
             yield from ((f"the optimizer's {key}", value) for key, value in states.items() if isinstance(value, torch.Tensor))
 
     def save(self, checkpoints: Checkpoints, step: int) -> None:
-        """Write a checkpoint of step ``step`` (steps done so far) and only then name it the latest; older ones beyond ``checkpoints.keep`` go.
+        """Write a checkpoint after ``step`` steps, as ``checkpoint.save`` does. A collective.
 
         Raises:
-            UserError: a weight or state is not finite, or there is no room; the checkpoints before stay.
+            UserError: a weight or a state is not finite, or the disk is full; earlier checkpoints stay.
         """
         self.refuse_non_finite()
         with quiet():
             checkpoint.save(self._engine, checkpoints, step)
 
     def load(self, checkpoints: Checkpoints, resume_from: int | None = None, accept: Callable[[int], None] = lambda _: None) -> int:
-        """Load the latest checkpoint, or the one to go back to; returns the number of steps done, 0 where there is none.
-
-        ``accept`` is called with that number before anything is read, and may refuse it.
+        """Read the latest checkpoint, or the one to go back to, as ``checkpoint.load`` does; returns the number of steps done. A collective.
 
         Raises:
-            UserError: the checkpoint is damaged, another run's, not there on every machine, or cannot be read by this number of ranks; on every rank.
+            UserError: the checkpoint cannot be used, or ``accept`` refuses it; on every rank.
         """
         with quiet():
             return checkpoint.load(self._engine, checkpoints, resume_from, accept)
 
     def write_model(self, folder: Path, config: dict[str, Any], extras: Callable[[Path], None] | None = None) -> None:
-        """Write the weights as a Hugging Face folder with ``config`` as its config.json and ``extras``; no rank holds them all at once."""
+        """Write a Hugging Face folder: the weights, ``config`` as config.json, and the files of ``extras``. A collective.
+
+        No rank holds all weights at once.
+        """
         load.write_folder(self.model.lm, config, folder, self._gather(modifier_rank=None), extras=extras)
 
     def named_gradients(self) -> dict[str, torch.Tensor]:
-        """Whole fp32 gradients by the model's own names, after backward and before the next step's; for tests and inspection."""
+        """Whole fp32 gradients by the model's own names; valid between two backward passes. For tests and inspection. A collective."""
         from deepspeed.utils import safe_get_full_grad
 
         whole = ((name, safe_get_full_grad(parameter)) for name, parameter in self.model.named_parameters())
@@ -250,7 +262,7 @@ def _weights(config: Config, hf_config: Any) -> dict[str, Any]:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases (one dimension) do not."""
+    """Two parameter groups: matrices decay; norms and biases, which have one dimension, do not."""
     matrices = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) > 1]
     vectors = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

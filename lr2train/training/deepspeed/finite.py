@@ -1,4 +1,4 @@
-"""Updates and checkpoints hold finite numbers alone."""
+"""Guards against numbers that are not finite: no update from such a gradient, no checkpoint of such a weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from lr2train.config import UserError
 
 
 class FiniteAdamW(torch.optim.AdamW):
-    """AdamW that makes no update where a gradient is not finite. For ZeRO stage 0, where every rank holds the same whole gradients.
+    """AdamW that makes no update where a gradient is not finite.
+
+    For ZeRO stage 0: every rank holds the same whole gradients, so all ranks decide alike. ZeRO's own optimizers do the same by themselves.
 
     Attributes:
         finite: whether the last call made its update.
@@ -21,13 +23,18 @@ class FiniteAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update, or none."""
+        """Make the update, or none."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.finite = bool(torch.stack([torch.isfinite(one).all() for one in gradients]).all())
         return super().step(closure) if self.finite else None
 
 
 def refuse_non_finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Refuse named tensors where one holds a number that is not finite.
+
+    Raises:
+        UserError: a tensor is not finite; the text names the first one.
+    """
     bad = [name for name, tensor in tensors if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
     if bad:
         raise UserError(

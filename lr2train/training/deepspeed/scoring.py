@@ -1,4 +1,8 @@
-"""A model for forward passes alone whose weights are divided over all ranks."""
+"""A model for scoring whose weights are divided over all ranks (ZeRO-3): for a model that does not fit on one device.
+
+Choice: DeepSpeed's parameter hooks gather a decoder layer when it is called and release it afterwards. There is no optimizer and no gradient.
+Cost: every rank has to call the same layers in the same order, so ranks wait for the longest document.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +18,21 @@ from lr2train.training.deepspeed.start import dtype_sections, gathered, merged, 
 
 
 def load_sharded(model_config: ModelConfig, device: torch.device, deepspeed_config: Mapping[str, Any] | None = None) -> Any:
-    """A model for scoring whose weights are divided over all ranks (ZeRO-3); for one that does not fit a device.
+    """Load a model for scoring with its weights divided over all ranks. Starts DeepSpeed. A collective.
 
-    Returns a Hugging Face causal LM in eval mode, without gradients. Its base model and its output embeddings are called as those of
-    ``load.load_whole``; a decoder layer's weights are gathered when it is called and let go after it. Every rank has to make the same
-    calls in the same order, each with a document and factors of its own: the tables of a rotary module are no parameters. No rank ever
-    holds more than its share, some layers and ``load.GROUP_BYTES``. A collective; starts DeepSpeed.
+    Every rank has to make the same calls in the same order. Documents and RoPE factors may differ by rank: the tables of a rotary module are no
+    parameters. No rank holds more than its share, a few layers and ``load.GROUP_BYTES``.
 
     Args:
         model_config: ``path`` names a folder of safetensors.
         device: of this rank.
-        deepspeed_config: merged over ours; ``engine.deepspeed``.
+        deepspeed_config: ``engine.deepspeed``, merged over our own settings.
+
+    Returns:
+        A Hugging Face causal LM in eval mode, without gradients. The base model and the output embeddings are called as with ``load.load_whole``.
 
     Raises:
-        UserError: the folder is missing, or does not hold this model's weights.
+        UserError: the folder is missing, or does not hold the weights of this model.
     """
     start_deepspeed(device)
     hf_config = load.config_of(model_config)
@@ -42,9 +47,9 @@ def load_sharded(model_config: ModelConfig, device: torch.device, deepspeed_conf
 
 
 def _gather_in_forward(model: Any, ds_config: dict[str, Any]) -> None:
-    """Have DeepSpeed gather weights around forward calls: those of a decoder layer together, once, however often its parts are called.
+    """Have DeepSpeed gather weights around forward calls. A decoder layer is one unit: gathered once, whatever parts are called inside.
 
-    DeepSpeed counts its passes by calls of the whole model; ours call the base model and the head, so a pass begins with the base model.
+    DeepSpeed counts passes by calls of the whole model. Scoring calls the base model and the head, so a pass begins with the base model.
     """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
@@ -54,6 +59,6 @@ def _gather_in_forward(model: Any, ds_config: dict[str, Any]) -> None:
         engine: Any = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
 
     def begin_pass(*_: Any) -> None:
-        engine.optimizer.get_param_coordinator().reset_step()  # this function also keeps the engine, whose end would take the hooks away
+        engine.optimizer.get_param_coordinator().reset_step()  # the closure also keeps the engine alive, and with it the hooks
 
     model.base_model.register_forward_pre_hook(begin_pass, prepend=True)

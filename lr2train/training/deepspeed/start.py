@@ -1,7 +1,7 @@
-"""Start DeepSpeed on the job's process group, write its config, and build a model under ZeRO-3.
+"""Start DeepSpeed, translate an experiment into its config, and build parameters under ZeRO-3.
 
-Choice: DeepSpeed adopts the process group that ``parallel.processes`` made, and its config follows from ours. DeepSpeed is imported when a function
-here is called, not with this module: the import takes seconds.
+Choice: DeepSpeed adopts the process group that ``parallel.processes`` made. Its config follows from ours; ``engine.deepspeed`` is merged over the
+result. DeepSpeed is imported by the functions, not by this module: the import takes seconds.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from lr2train.model import load
 
 
 def start_deepspeed(device: torch.device) -> None:
-    """Let DeepSpeed adopt the process group that ``parallel.processes.start`` made."""
+    """Let DeepSpeed adopt the process group, without building its CPU op and without output on stdout."""
     for name, value in (
         ("RANK", dist.get_rank()),
         ("WORLD_SIZE", dist.get_world_size()),
         ("LOCAL_RANK", dist.get_rank()),
         ("LOCAL_SIZE", dist.get_world_size()),
     ):
-        os.environ.setdefault(name, str(value))  # DeepSpeed reads them; whoever made the process group by hand is on one machine
+        os.environ.setdefault(name, str(value))  # DeepSpeed reads them; a process group without a launcher is on one machine
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")  # DeepSpeed calls what torch has renamed
+    # DeepSpeed calls functions that torch has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
     with quiet():
         import deepspeed
 
@@ -43,8 +44,8 @@ def start_deepspeed(device: torch.device) -> None:
 def _without_cpu_op() -> None:
     """Keep DeepSpeed from compiling and starting its shared-memory all-reduce for CPUs.
 
-    Only DeepSpeed's inference calls it. It costs a minute of compiling, which a kill leaves locked for ever, and 69 MB of shared memory a rank,
-    which no process frees. DeepSpeed asks this table whether the op can be built; filling the table also spares the probes behind it.
+    Only DeepSpeed's inference calls the op. Compiling takes a minute, and a kill meanwhile leaves a lock on which every later run hangs. Running
+    takes 69 MB of shared memory per rank, which no process frees. DeepSpeed looks the op up in this table; an entry in the table also saves the probes.
     """
     from deepspeed import ops
 
@@ -53,7 +54,7 @@ def _without_cpu_op() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """DeepSpeed prints build and start-up chatter to stdout, which belongs to results; errors stay on stderr."""
+    """Drop what DeepSpeed prints: stdout is for results. Errors still reach stderr."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
@@ -69,22 +70,24 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         "zero_optimization": {"stage": engine.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the CPU too when optimizer states are offloaded
-        "steps_per_print": 10**12,
+        "steps_per_print": 10**12,  # never
     }
     written |= dtype_sections(config.model.dtype)
     if config.model.dtype == "bfloat16":
         written["data_types"] = {"grad_accum_dtype": "fp32"}
-        written["communication_data_type"] = "fp32"  # 64 ranks x 8 micro-steps of bfloat16 sums would round away small gradients
+        written["communication_data_type"] = "fp32"  # sums of 64 ranks x 8 micro-batches in bfloat16 would lose small gradients
     if engine.zero_stage == 3:
         written["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
     return merged(written, engine.deepspeed)
 
 
 def dtype_sections(dtype: str) -> dict[str, Any]:
+    """The section of DeepSpeed's config that a dtype needs; float32 needs none."""
     return {section: {"enabled": True} for section, name in (("bf16", "bfloat16"), ("fp16", "float16")) if dtype == name}
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``over``; nested dictionaries are merged key by key."""
     out = dict(base)
     for key, value in over.items():
         out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
@@ -92,7 +95,7 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def accumulation_of(config: Config, dp_size: int) -> int:
-    """Micro-steps of an optimizer step.
+    """Gradient accumulation: the micro-batches of one data-parallel rank in an optimizer step.
 
     Raises:
         UserError: the global batch does not divide over the data-parallel ranks.
@@ -107,14 +110,20 @@ def accumulation_of(config: Config, dp_size: int) -> int:
 
 
 def zero_init(ds_config: dict[str, Any], batch_size: int) -> contextlib.AbstractContextManager[Any]:
-    """Parameters that are made inside are divided over the ranks at once."""
+    """A context in which every new parameter is divided over the ranks at once.
+
+    Args:
+        ds_config: DeepSpeed's; without a batch size.
+        batch_size: micro-batches of all ranks in an optimizer step; every rank counts as data-parallel.
+    """
     import deepspeed
 
-    # No dtype argument: on a CPU without fp16, 0.19.8 takes bfloat16 whatever it says; the config's bf16 and fp16 sections are heard.
+    # No dtype argument: on a CPU without fp16, DeepSpeed 0.19.8 ignores it and takes bfloat16. It does obey the sections bf16 and fp16 of the config.
     return deepspeed.zero.Init(config_dict_or_path=ds_config | {"train_batch_size": batch_size})
 
 
 def gathered(modifier_rank: int | None) -> load.Gather:
+    """How to see divided parameters whole; on exit the changes of ``modifier_rank`` are kept (None: nothing is changed)."""
     import deepspeed
 
     return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)

@@ -358,13 +358,13 @@ def step_read(rank: int, world: int, folder: Path) -> int:
     return engine_of(world, 1, "stage 3").load(Checkpoints(folder))
 
 
-# ---- the layouts alone ----
+# ---- parameter shards alone, without ranks ----
 
 GROUPS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size=1, max_size=3)
-FORMS = {"by parameter": partitions.FORMS[3], "by group": partitions.FORMS[1]}
+FORMS = {"by parameter": partitions.STAGES[3], "by group": partitions.STAGES[1]}
 
 
-def plain_parts(groups: list[dict[str, torch.Tensor]], world: int, form: partitions.Form) -> list[list[torch.Tensor]]:
+def plain_parts(groups: list[dict[str, torch.Tensor]], world: int, form: partitions.StageFormat) -> list[list[torch.Tensor]]:
     """By rank and group, in whole vectors: the reference."""
 
     def cut(whole: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -377,7 +377,7 @@ def plain_parts(groups: list[dict[str, torch.Tensor]], world: int, form: partiti
     return [[part[rank].clone() for part in parts] for rank in range(world)]
 
 
-def plain_state(groups: list[dict[str, torch.Tensor]], rank: int, world: int, form: partitions.Form) -> dict:
+def plain_state(groups: list[dict[str, torch.Tensor]], rank: int, world: int, form: partitions.StageFormat) -> dict:
     """A rank's state as ZeRO has it; moments are told from weights by an offset, which padding has not."""
     moved = [{name: values + 0.5 for name, values in group.items()} for group in groups]
     moments = [{"step": torch.tensor(7.0), "exp_avg": part} for part in plain_parts(moved, world, form)[rank]]
@@ -407,19 +407,24 @@ def test_a_state_divided_anew_is_what_the_new_ranks_would_have_written(form, gro
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("layout", [partitions.by_parameter, partitions.by_group])
+@pytest.mark.parametrize("divide", [partitions.by_parameter, partitions.by_group])
 @given(groups=GROUPS, world=st.integers(1, 9))
 @settings(derandomize=True, deadline=None)
-def test_every_element_has_one_place(layout, groups, world):
+def test_every_element_has_one_place(divide, groups, world):
     sizes = [{f"{g}.{n}": numel for n, numel in enumerate(group)} for g, group in enumerate(groups)]
-    found = layout(sizes, world)
+    found = divide(sizes, world)
     for group in sizes:
         for name, numel in group.items():
-            runs = found.places[name]
-            assert [i for run in runs for i in range(run.start, run.start + run.numel)] == list(range(numel))
-    taken = [(p.rank, p.group, i) for places in found.places.values() for p in places for i in range(p.flat_start, p.flat_start + p.numel)]
+            slices = found.slices[name]
+            assert [i for one in slices for i in range(one.start, one.start + one.numel)] == list(range(numel))
+    taken = [
+        (one.rank, one.group, i)
+        for slices in found.slices.values()
+        for one in slices
+        for i in range(one.flat_start, one.flat_start + one.numel)
+    ]
     assert len(set(taken)) == len(taken)
-    assert all(rank < world and 0 <= i < found.part_numels[group] for rank, group, i in taken)
+    assert all(rank < world and 0 <= i < found.shard_numels[group] for rank, group, i in taken)
 
 
 def test_another_way_of_dividing_is_refused():
