@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from lr2train.config import DataConfig, UserError
 from lr2train.io import write_json
 from lr2train.training.loop import _due
 from lr2train.training.steps import FILE, Skips, Steps
+from tests.training import starts
 
 RANGES = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 9)).map(lambda one: f"{one[0]}-{one[0] + one[1]}"), max_size=5)
 
@@ -74,30 +72,27 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-def train(folder: Path, *overrides: str) -> tuple[int, str]:
-    """Exit code and stderr of a training from scratch."""
+def train(folder: Path, *overrides: str) -> starts.Ended:
+    """A training from scratch."""
     sizes = [
         f"model.original_window_tokens={tiny.L0}", f"data.segment_tokens={tiny.L}", "model=tiny_llama", "model.path=null",
         f"model.architecture.max_position_embeddings={tiny.L0}", "model.architecture.hidden_size=32", "model.architecture.head_dim=16",
         "model.architecture.num_hidden_layers=1", f"model.architecture.vocab_size={tiny.VOCAB}", "model.architecture.intermediate_size=48",
         "rope.critical_index=2", "rope.tail=[4.0]", "optim.steps=12", "optim.segments_per_step=2", "optim.warmup_steps=2", "logger=jsonl",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "lr2train.train", *tiny.arguments(folder), *sizes, *overrides]
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150)
-    return process.returncode, process.stderr
+    return starts.train([*tiny.arguments(folder), *sizes, *overrides], folder)
 
 
 def test_training_passes_over_skipped_steps_and_refuses_another_past(folder):
-    status, err = train(folder, "name=skipping", "data.skip_steps=[2-4, 6, 12]")
-    assert status == 0, err
+    code, err = train(folder, "name=skipping", "data.skip_steps=[2-4, 6, 12]")
+    assert code == 0, err
     lines = [json.loads(line) for line in (folder / "skipping" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 5, 7, 8, 9, 10, 11]
     assert [line["tokens_seen"] for line in lines] == [nth * 2 * tiny.L for nth in range(1, 8)]
     assert json.loads((folder / "skipping" / "checkpoints.latest.json").read_text()) == {"tag": "step_00000011"}
     (folder / "skipping" / "train.json").unlink()
-    status, err = train(folder, "name=skipping", "data.skip_steps=[2-4]")
-    assert (status, "data.skip_steps skips 2-4 of the 11 steps that are done" in err) == (2, True), err
+    code, err = train(folder, "name=skipping", "data.skip_steps=[2-4]")
+    assert (code, "data.skip_steps skips 2-4 of the 11 steps that are done" in err) == (2, True), err
 
 
 def test_training_on_a_damaged_corpus_is_refused_before_it_starts(folder, tmp_path):
@@ -107,8 +102,8 @@ def test_training_on_a_damaged_corpus_is_refused_before_it_starts(folder, tmp_pa
     flipped = bytearray(tokens.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     tokens.write_bytes(flipped)
-    status, err = train(folder, "name=damaged", f"data.path={corpus}")
-    assert status == 2, err
+    code, err = train(folder, "name=damaged", f"data.path={corpus}")
+    assert code == 2, err
     assert str(tokens) in err
     assert "prepare again" in err
     assert not (folder / "damaged" / "checkpoints").exists()
