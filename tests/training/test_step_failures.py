@@ -7,10 +7,10 @@ import pytest
 import torch
 from ranks import RankError, run_ranks
 
-from lr2train.training.agreement import Said, disagreement
+from lr2train.training.agreement import MicroBatch, disagreement
 from tests.training.deepspeed.test_engine import T, config_for, factors, segment
 
-SHORT, LONG = Said("short", 64, 7, "local"), Said("long", 64, 9, "ring")
+SHORT, LONG = MicroBatch("short", 64, 7, "local"), MicroBatch("long", 64, 9, "ring")
 
 
 def engine_of(world: int):
@@ -39,9 +39,9 @@ def handed_unlike_work(rank: int, world: int) -> list[str]:
 def test_ranks_that_are_handed_unlike_work_all_say_the_same_and_live_on(tmp_path):
     first, second = run_ranks(handed_unlike_work, 2, tmp_path=tmp_path, timeout_s=120)
     assert first == second
-    assert first[0].startswith("ranks disagree on the window of micro-step 0: long on rank 0, short on rank 1; every rank must be started")
-    assert first[1].startswith("ranks that share a segment disagree on its spans in micro-step 0: ")
-    assert first[2].startswith("ranks that share a segment disagree on its n_tokens in micro-step 0: 64 on rank 0, 128 on rank 1")
+    assert first[0].startswith("ranks disagree on the window of micro-batch 0: long on rank 0, short on rank 1; every rank must be started")
+    assert first[1].startswith("ranks that share a segment disagree on its spans in micro-batch 0: ")
+    assert first[2].startswith("ranks that share a segment disagree on its n_tokens in micro-batch 0: 64 on rank 0, 128 on rank 1")
 
 
 def failing_inside(rank: int, world: int) -> None:
@@ -75,11 +75,11 @@ def test_ranks_that_agree():
     ("told", "sp", "text"),
     [
         ([[SHORT], [SHORT, LONG]], 1, "ranks disagree on the micro-batches of a step: 1 on rank 0, 2 on rank 1"),
-        ([[SHORT, SHORT], [SHORT, LONG]], 1, "ranks disagree on the window of micro-step 1: short on rank 0, long on rank 1"),
+        ([[SHORT, SHORT], [SHORT, LONG]], 1, "ranks disagree on the window of micro-batch 1: short on rank 0, long on rank 1"),
         (
             [[LONG], [LONG], [LONG], [LONG._replace(strategy="ring_flash_attn")]],
             2,
-            "ranks that share a segment disagree on its strategy in micro-step 0: ring on rank 2, ring_flash_attn on rank 3",
+            "ranks that share a segment disagree on its strategy in micro-batch 0: ring on rank 2, ring_flash_attn on rank 3",
         ),
     ],
 )

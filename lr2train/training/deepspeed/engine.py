@@ -32,7 +32,7 @@ from lr2train.parallel import control
 from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.mesh import Mesh
 from lr2train.rope.factors import Factors
-from lr2train.training.agreement import agree, said_of
+from lr2train.training.agreement import agree, described
 from lr2train.training.deepspeed import checkpoint
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.finite import FiniteAdamW, refuse_non_finite
@@ -116,7 +116,7 @@ class Engine:
             UserError: the step has no target token, or no attention strategy serves a batch; on every rank.
             RuntimeError: ranks were given different work, or a rank failed; the text has the reason, on every rank.
         """
-        agree(lambda: [said_of(batch, self._strategy(batch)) for batch in batches], self.mesh.sp_size)
+        agree(lambda: [described(batch, self._strategy(batch)) for batch in batches], self.mesh.sp_size)
         assert len(batches) == self.accumulation, f"{len(batches)} micro-batches for an accumulation of {self.accumulation}"
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
