@@ -1,6 +1,6 @@
-"""What a person sees while a verb works: single lines, and a bar with the time left. All goes to stderr, from rank 0 alone.
+"""Messages and progress for a person: single lines, and a bar with the time left. All go to stderr, from rank 0 alone.
 
-Choice: on a terminal a bar, elsewhere a line every 15 seconds, so that a log file stays readable. stdout is for results.
+Choice: a bar on a terminal; elsewhere a line every 15 seconds, so that a log file stays readable. stdout is for results.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ T = TypeVar("T")
 
 
 def say(verb: str, message: str) -> None:
-    """One line for a person, from rank 0 alone. Goes to stderr: stdout is for results."""
+    """Print ``[verb] message`` to stderr, on rank 0 alone."""
     if rank() == 0:
-        with contextlib.suppress(BrokenPipeError):  # whoever read the terminal is gone; the work goes on
+        with contextlib.suppress(BrokenPipeError):  # nobody reads stderr any more; the work goes on
             print(f"[{verb}] {message}", file=sys.stderr, flush=True)
 
 
 Tick = Callable[[float, float, str], None]
-"""(done, total, note): how far the work is; the total may change as it goes."""
+"""(done, total, note) -> None: reports how much is done. The total may change between calls."""
 
 
 def track(items: Iterable[T], total: int, description: str, done: int = 0) -> Iterator[T]:
-    """Iterate with a progress bar and the time left, on rank 0; off a terminal, a line now and then instead.
+    """Iterate over ``items`` and show progress and the time left.
 
     Args:
-        items: what remains to do.
-        total: how many there are in all.
-        description: what is being done.
-        done: how many were done before (a resumed run).
+        items: the remaining ones.
+        total: number of items, with those done before.
+        description: of the work, for the beginning of the line.
+        done: number of items done before (a resumed run).
     """
     with meter(description, done) as tick:
         for number, item in enumerate(items, done + 1):
@@ -44,11 +44,11 @@ def track(items: Iterable[T], total: int, description: str, done: int = 0) -> It
 
 @contextlib.contextmanager
 def meter(description: str, done: float = 0) -> Iterator[Tick]:
-    """A progress bar for work that does not iterate: call what it yields now and then.
+    """Show progress of work that is no loop over items; yields the function to report with.
 
     Args:
-        description: what is being done.
-        done: how much was done before, which the time left must not be judged by.
+        description: of the work, for the beginning of the line.
+        done: amount done before; not counted for the time left.
     """
     if rank() != 0:
         yield lambda *_: None
@@ -98,10 +98,10 @@ def _lines(description: str, done: float, every_s: float = 15.0) -> Iterator[Tic
             print(f"{description}: {_counted(now_done, total)}, {spent:.0f} s, {left:.0f} s left{more}", file=sys.stderr, flush=True)
 
     yield tick
-    if state and state[0] > done:  # how it ended
+    if state and state[0] > done:  # the last report
         tell(*state)
 
 
 def _counted(done: float, total: float) -> str:
-    """Whole things as they are, shares in percent."""
+    """``3/12`` for integers, a percentage for fractions."""
     return f"{done}/{total}" if isinstance(done, int) else f"{done / total:.0%}"

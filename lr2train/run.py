@@ -1,7 +1,7 @@
-"""A run folder: where a verb writes, what it ran with, how it draws random numbers, logs and shows progress.
+"""Run folders, provenance and named random streams.
 
-Choice: one folder a run, ``<runs_folder>/<name>``, opened by every verb the same way. The resolved config lies in it; opening it again with another
-config is refused with the keys that differ, so a resumed run is the run that was started.
+Choice: one folder for each run, ``<runs_folder>/<name>``, opened by every verb in the same way. The folder holds the resolved config. Opening the folder
+with another config is refused, and the refusal lists the keys that differ (``changes``). So a resumed run is the run that was started.
 """
 
 from __future__ import annotations
@@ -37,24 +37,31 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run folder."""
+    """An opened run folder.
+
+    Attributes:
+        folder: perhaps not there yet: opening writes nothing.
+        verb: whose run this is.
+        values: the part of the config that decides the result; empty for a verb that adds to the run of another verb.
+        follows: a later config may take the folder over.
+    """
 
     folder: Path
     verb: str
-    values: dict[str, Any] = field(default_factory=dict)  # the config that the folder belongs to once it is claimed
-    follows: bool = False  # another config takes the folder over
+    values: dict[str, Any] = field(default_factory=dict)
+    follows: bool = False
 
     def lock(self, needed: bool = True) -> IO[str] | None:
-        """Keep other jobs, of whatever verb, out of the folder as long as the returned file stays open; on rank 0 alone.
+        """Keep the jobs of all verbs out of the folder while the returned file is open; on rank 0 alone.
 
-        The kernel lets go of the lock when the process ends, however it ends. The config is compared once more under the lock: two jobs may
-        have been started on one new name at the same time.
+        The kernel releases the lock when the process ends, also after a kill. The config is compared once more under the lock, because two jobs
+        may have started at the same time with one new name.
 
         Args:
-            needed: False: a folder that may only be read is left without a lock.
+            needed: whether a folder without write permission is an error; if not, the folder stays without a lock.
 
         Raises:
-            UserError: another job is writing here, or the folder belongs to another verb or config.
+            UserError: another job holds the lock, or the folder belongs to another verb or config.
         """
         if rank() != 0:
             return None
@@ -81,12 +88,12 @@ class Run:
         return lock
 
     def refuse_other_config(self) -> None:
-        """Refuse to overwrite what another verb or config has made.
+        """Refuse to overwrite the results of another verb or config.
 
         Raises:
-            UserError: the folder holds a run of another verb, or of this one with another config; the keys that differ are listed.
+            UserError: the folder belongs to another verb, or to another config of this verb; the text lists the keys that differ.
         """
-        if not self.values:  # a verb that adds to a run
+        if not self.values:  # the verb adds to a run
             return
         _refuse_other_verb(self.folder, self.verb)
         saved = self.folder / f"{self.verb}.config.json"
@@ -94,11 +101,11 @@ class Run:
             _refuse_other_config(saved, self.values)
 
     def claim(self, inputs: dict[str, Any]) -> None:
-        """Note that the folder belongs to this config and these inputs, from rank 0 alone. Called once the input has proved good.
+        """Write down that the folder belongs to this config and these inputs, on rank 0 alone. Call when all checks have passed.
 
         Args:
-            inputs: name -> fingerprint of what is read, or {"content": fingerprint, "files": …} (lr2train.parallel.inputs): the same path may
-                hold something else by the next start.
+            inputs: name -> fingerprint of the contents, or {"content": fingerprint, "files": …} (lr2train.parallel.inputs). A path is not enough:
+                the file behind the path may change.
         """
         if rank() != 0:
             return
@@ -110,40 +117,40 @@ class Run:
             file.write(json.dumps(provenance()) + "\n")
 
     def changes(self) -> list[str]:
-        """The keys that differ from the saved config, ``key: old -> new``, in a folder that follows its newest config."""
+        """The keys that differ from the saved config, as ``key: old -> new``; empty unless the folder follows its newest config."""
         saved = self.folder / f"{self.verb}.config.json"
         if not self.follows or not saved.exists():
             return []
         return list(differences(read_json(saved), self.values))
 
     def noted_inputs(self) -> dict[str, Any]:
-        """What ``claim`` noted of the inputs at the first start; empty before it."""
+        """The inputs that ``claim`` wrote down; empty before the first start."""
         saved = self.folder / f"{self.verb}.inputs.json"
         return read_json(saved) if saved.exists() else {}
 
     def refuse_other_inputs(self, inputs: dict[str, Any]) -> None:
-        """Refuse to go on from work that was done on inputs with other contents.
+        """Refuse to go on with other inputs than at the first start.
 
         Raises:
-            UserError: an input is not the one that the run was started with.
+            UserError: the contents of an input have changed; the text names the input.
         """
         noted = self.noted_inputs()
         changed = [name for name in inputs if name in noted and content_of(noted[name]) != content_of(inputs[name])]
         if changed:
             raise UserError(
-                f"run folder {self.folder} was made from another {' and '.join(changed)} than is there now; put back what was there, or choose "
+                f"run folder {self.folder} was made from another {' and '.join(changed)} than is there now; put the former one back, or choose "
                 "another name="
             )
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides what the claimed run computes: its first config and its inputs."""
+        """Fingerprint of everything that decides the result of the claimed run: its first config and its inputs."""
         values, inputs = (read_json(self.folder / f"{self.verb}.{what}.json") for what in ("config", "inputs"))
         decisive = {key: value for key, value in leaves(values) if key != "name" and not f"{key}:".startswith(MAY_CHANGE)}
         return fingerprint([decisive, {name: content_of(one) for name, one in inputs.items()}])
 
     def log(self, message: str) -> None:
-        """One line to the terminal and to ``log.txt``, from rank 0 alone."""
+        """Write one line to stderr and to ``log.txt``, on rank 0 alone."""
         if rank() == 0:
             say(self.verb, message)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +158,7 @@ class Run:
                 file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {self.verb}: {message}\n")
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write ``value`` as JSON under the run folder, atomically, from rank 0 alone."""
+        """Write ``value`` as JSON into the run folder, atomically, on rank 0 alone; returns the path."""
         path = self.folder / name
         if rank() == 0:
             write_json(path, value)
@@ -159,7 +166,7 @@ class Run:
 
 
 def content_of(noted: Any) -> str:
-    """The fingerprint of an input's contents, in either form that ``claim`` takes."""
+    """The fingerprint of an input's contents, from either form that ``claim`` takes."""
     return noted["content"] if isinstance(noted, dict) else noted
 
 
@@ -167,13 +174,13 @@ def open_run(config: Config, verb: str, groups: tuple[str, ...], follows: bool =
     """Open ``<runs_folder>/<name>`` for a verb; nothing is written before ``Run.lock``.
 
     Args:
-        config: the experiment; ``claim`` saves it as ``<verb>.config.json``, with absolute paths.
+        config: the experiment; ``claim`` saves the groups as ``<verb>.config.json``, with absolute paths.
         verb: the verb's name.
-        groups: the top-level config keys that decide what the verb computes; a change of another key, or of ``MAY_CHANGE``, does not matter.
-        follows: the folder takes over the newest config, because the verb itself refuses what would spoil finished work.
+        groups: the top-level config keys that decide the verb's result. All other keys, and those of ``changes.MAY_CHANGE``, may change.
+        follows: the folder follows its newest config; the verb itself refuses a change that would spoil finished work.
 
     Raises:
-        UserError: the folder holds a run of another verb, or of the same one with another config; the keys that differ are listed.
+        UserError: the folder belongs to another verb, or to another config of this verb; the text lists the keys that differ.
     """
     values = {key: value for key, value in to_dict(_absolute(config)).items() if key in groups}
     job = Run(Path(config.runs_folder) / config.name, verb, json.loads(json.dumps(finite(values))), follows)
@@ -182,7 +189,7 @@ def open_run(config: Config, verb: str, groups: tuple[str, ...], follows: bool =
 
 
 def _absolute(config: Config) -> Config:
-    """The config with absolute paths: a run is read from other folders than the one that it was started in. A hub id stays as it is."""
+    """The config with absolute paths, because later verbs may run in another working directory. A hub id stays unchanged."""
 
     def absolute(path: str | None) -> str | None:
         return os.path.abspath(path) if path is not None and Path(path).exists() else path
@@ -194,7 +201,7 @@ def _absolute(config: Config) -> Config:
 
 
 def _refuse_other_verb(folder: Path, verb: str) -> None:
-    """A folder of another verb's results has files of the same names, such as factors.json."""
+    """Two verbs write files of the same name, such as factors.json, so they do not share a folder."""
     for other in ("prepare", "search", "train"):
         if other != verb and (folder / f"{other}.config.json").exists():
             raise UserError(f"run folder {folder} belongs to a run of {other}, whose results {verb} would overwrite; choose another name=")
@@ -210,7 +217,7 @@ def _refuse_other_config(saved: Path, values: dict[str, Any]) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Who ran what, with which code and packages."""
+    """The command, time, host, package versions, commit and number of ranks of this process."""
     versions = {name: _version(name) for name in _PACKAGES}
     return {
         "command": sys.argv,
@@ -242,6 +249,6 @@ def _git_commit() -> str | None:
 
 
 def stream(seed: int, *names: str | int) -> np.random.Generator:
-    """A random stream that depends on the seed and its name only, never on how much another stream was used."""
+    """A random stream that depends on the seed and its name alone, never on the draws from another stream."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint64))
