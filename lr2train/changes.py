@@ -1,6 +1,7 @@
 """Which config keys may change between two starts of a run, and which keys differ between two configs.
 
-Choice: this file lists the keys that may change. A new key is refused until the list names the key. Cost: the list has to be kept by hand.
+Choice: this file lists the keys that may change. A new key is refused until the list names the key. Cost: the list has
+to be kept by hand.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def may_change(line: str) -> bool:
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield ``key: old -> new`` for every leaf that differs between two plain configs.
 
-    A field that the old config lacks was added by a later release and is passed over. In a dictionary with free keys a missing key counts.
+    A field that the old config lacks was added by a later release and is passed over. In a dictionary with free keys a
+    missing key counts.
     """
     for key in sorted(old.keys() | new.keys()):
         if key not in old and not _OPEN.match(prefix):

@@ -1,8 +1,9 @@
 """Atomic files, JSON, checksums, and the user's sentence for an error of the file system.
 
-Choice: a file is written under a temporary name, synced to the disk and renamed; then its folder is synced. So a reader sees the old file or the new
-one, a kill leaves nothing half-written, and a power cut leaves no name of an empty file. Temporary names begin with a dot and end in ``.tmp``;
-``is_temporary`` recognises them, so that nothing copies or counts them. Cost: two syncs for each file, about a millisecond each on a local disk.
+Choice: a file is written under a temporary name, synced to the disk and renamed; then its folder is synced. So a reader
+sees the old file or the new one, a kill leaves nothing half-written, and a power cut leaves no name of an empty file.
+Temporary names begin with a dot and end in ``.tmp``; ``is_temporary`` recognises them, so that nothing copies or counts
+them. Cost: two syncs for each file, about a millisecond each on a local disk.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ TEMPORARY = ".tmp"  # the end of a temporary name
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a binary file that replaces ``path`` when the block ends. After an error the file is removed and ``path`` is unchanged.
+    """Yield a binary file that replaces ``path`` when the block ends. After an error the file is removed and ``path``
+    is unchanged.
 
     Raises:
         OSError: the file cannot be written; the error's ``filename`` is ``path``.
@@ -222,8 +224,8 @@ def checksum(path: Path) -> str:
 class Hashed(IOBase):
     """A file for ``torch.load`` whose bytes are hashed while they are read, so that a check needs no second reading.
 
-    A piece is hashed while the processor's cache still holds the piece, if the reader goes through the file in order. ``checksum`` reads the bytes
-    that the reader skipped.
+    A piece is hashed while the processor's cache still holds the piece, if the reader goes through the file in order.
+    ``checksum`` reads the bytes that the reader skipped.
     """
 
     def __init__(self, path: Path) -> None:

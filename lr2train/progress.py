@@ -1,6 +1,7 @@
 """Messages and progress for a person: single lines, and a bar with the time left. All go to stderr, from rank 0 alone.
 
-Choice: a bar on a terminal; elsewhere a line every 15 seconds, so that a log file stays readable. stdout is for results.
+Choice: a bar on a terminal; elsewhere a line every 15 seconds, so that a log file stays readable. stdout is for
+results.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which process of a job this is, and how many there are: the one definition.
 
-Choice: the launcher's environment decides, because lines are printed and files are written before a process group exists. A process group that was
-made by hand counts where the environment names one process. torch is not imported here: corpora are prepared without it.
+Choice: the launcher's environment decides, because lines are printed and files are written before a process group
+exists. A process group that was made by hand counts where the environment names one process. torch is not imported
+here: corpora are prepared without it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def _group() -> Any:
 
 
 def refuse_ranks(verb: str) -> None:
-    """Refuse several ranks for a verb that works in one process: each rank would do the whole work and write the same files.
+    """Refuse several ranks for a verb that works in one process: each rank would do the whole work and write the same
+    files.
 
     Raises:
         UserError: a launcher, or its leftover in the environment, says that there are several ranks.

@@ -1,7 +1,8 @@
 """Run folders, provenance and named random streams.
 
-Choice: one folder for each run, ``<runs_folder>/<name>``, opened by every verb in the same way. The folder holds the resolved config. Opening the folder
-with another config is refused, and the refusal lists the keys that differ (``changes``). So a resumed run is the run that was started.
+Choice: one folder for each run, ``<runs_folder>/<name>``, opened by every verb in the same way. The folder holds the
+resolved config. Opening the folder with another config is refused, and the refusal lists the keys that differ
+(``changes``). So a resumed run is the run that was started.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Run:
     def lock(self, needed: bool = True) -> IO[str] | None:
         """Keep the jobs of all verbs out of the folder while the returned file is open; on rank 0 alone.
 
-        The kernel releases the lock when the process ends, also after a kill. The config is compared once more under the lock, because two jobs
-        may have started at the same time with one new name.
+        The kernel releases the lock when the process ends, also after a kill. The config is compared once more under
+        the lock, because two jobs may have started at the same time with one new name.
 
         Args:
             needed: whether a folder without write permission is an error; if not, the folder stays without a lock.
@@ -91,7 +92,8 @@ class Run:
         """Refuse to overwrite the results of another verb or config.
 
         Raises:
-            UserError: the folder belongs to another verb, or to another config of this verb; the text lists the keys that differ.
+            UserError: the folder belongs to another verb, or to another config of this verb; the text lists the keys
+                that differ.
         """
         if not self.values:  # the verb adds to a run
             return
@@ -101,11 +103,12 @@ class Run:
             _refuse_other_config(saved, self.values)
 
     def claim(self, inputs: dict[str, Any]) -> None:
-        """Write down that the folder belongs to this config and these inputs, on rank 0 alone. Call when all checks have passed.
+        """Write down that the folder belongs to this config and these inputs, on rank 0 alone. Call when all checks
+        have passed.
 
         Args:
-            inputs: name -> fingerprint of the contents, or {"content": fingerprint, "files": …} (lr2train.parallel.inputs). A path is not enough:
-                the file behind the path may change.
+            inputs: name -> fingerprint of the contents, or {"content": fingerprint, "files": …}
+                (lr2train.parallel.inputs). A path is not enough: the file behind the path may change.
         """
         if rank() != 0:
             return
@@ -176,11 +179,13 @@ def open_run(config: Config, verb: str, groups: tuple[str, ...], follows: bool =
     Args:
         config: the experiment; ``claim`` saves the groups as ``<verb>.config.json``, with absolute paths.
         verb: the verb's name.
-        groups: the top-level config keys that decide the verb's result. All other keys, and those of ``changes.MAY_CHANGE``, may change.
+        groups: the top-level config keys that decide the verb's result. All other keys, and those of
+            ``changes.MAY_CHANGE``, may change.
         follows: the folder follows its newest config; the verb itself refuses a change that would spoil finished work.
 
     Raises:
-        UserError: the folder belongs to another verb, or to another config of this verb; the text lists the keys that differ.
+        UserError: the folder belongs to another verb, or to another config of this verb; the text lists the keys that
+            differ.
     """
     values = {key: value for key, value in to_dict(_absolute(config)).items() if key in groups}
     job = Run(Path(config.runs_folder) / config.name, verb, json.loads(json.dumps(finite(values))), follows)

@@ -2,8 +2,8 @@
 
     deepspeed --no_local_rank --module lr2train.train experiment=tiny_4k name=first
 
-The same command resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, factors.json, model/ (a Hugging Face folder), train.steps.json
-(lr2train.training.steps), train.json.
+The same command resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, factors.json, model/ (a Hugging Face
+folder), train.steps.json (lr2train.training.steps), train.json.
 """
 
 from __future__ import annotations
@@ -196,7 +196,8 @@ def _refuse_start(job: run.Run, training: Training, done: int) -> None:
     """Refuse to go on from ``done`` steps where the config does not follow from them.
 
     Raises:
-        UserError: other steps were skipped, more steps are done than asked for, or a finished run has lost its checkpoints; on every rank.
+        UserError: other steps were skipped, more steps are done than asked for, or a finished run has lost its
+            checkpoints; on every rank.
     """
     training.steps.refuse_other_past(done)
     if done > training.total_steps:

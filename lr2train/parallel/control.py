@@ -1,13 +1,14 @@
 """Control messages between ranks: small Python objects, and above all errors.
 
-Choice: a gloo group of its own, whatever the backend of the default group is. Rank 0 receives from every rank in turn, then sends all objects to each.
-gloo sees a closed socket at once; nccl would carry objects through the GPU and notice a dead peer by its watchdog only, after the whole time-out.
-Because all messages pass rank 0, a lost rank is known by its number, and the others hear of the loss at once. Cost: two hops and world - 1 small
-messages each way through one rank, and one more set of sockets. On several machines whose host names resolve to 127.0.0.1, GLOO_SOCKET_IFNAME
-has to name the interface.
+Choice: a gloo group of its own, whatever the backend of the default group is. Rank 0 receives from every rank in turn,
+then sends all objects to each. gloo sees a closed socket at once; nccl would carry objects through the GPU and notice a
+dead peer by its watchdog only, after the whole time-out. Because all messages pass rank 0, a lost rank is known by its
+number, and the others hear of the loss at once. Cost: two hops and world - 1 small messages each way through one rank,
+and one more set of sockets. On several machines whose host names resolve to 127.0.0.1, GLOO_SOCKET_IFNAME has to name
+the interface.
 
-The first call makes the group, so all ranks have to make the first call. A rank waits for a live, busy peer as long as the time-out of the default
-group.
+The first call makes the group, so all ranks have to make the first call. A rank waits for a live, busy peer as long as
+the time-out of the default group.
 """
 
 from __future__ import annotations
@@ -62,12 +63,15 @@ def from_rank_0(value: T) -> T:
 def together(fn: Callable[[], T]) -> list[T]:
     """Call ``fn`` on every rank; returns all results in rank order. An error on one rank is raised on every rank.
 
-    ``fn`` may contain a collective only if it fails on all ranks alike: a rank that raises before a collective leaves the others waiting.
+    ``fn`` may contain a collective only if it fails on all ranks alike: a rank that raises before a collective leaves
+    the others waiting.
 
     Raises:
-        UserError: the first rank that failed raised a UserError. The text names the rank, unless all ranks raised the same text.
+        UserError: the first rank that failed raised a UserError. The text names the rank, unless all ranks raised the
+            same text.
         PeerGone: a rank is gone.
-        RuntimeError: the first rank that failed raised another error. The text names the rank, the class and the reason.
+        RuntimeError: the first rank that failed raised another error. The text names the rank, the class and the
+            reason.
     """
     error: Exception | None = None
     try:

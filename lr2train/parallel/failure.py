@@ -1,12 +1,14 @@
 """How a rank that fails in the middle of common work tells the other ranks why.
 
-Choice: the failing rank writes its reason into the store of the process group, then leaves. The others are blocked in a collective that the failing
-rank never joins. gloo wakes them when the process ends; they read the store and raise the reason instead of "connection closed". An error before the
-first collective belongs into ``control.together``, which leaves the job intact.
+Choice: the failing rank writes its reason into the store of the process group, then leaves. The others are blocked in a
+collective that the failing rank never joins. gloo wakes them when the process ends; they read the store and raise the
+reason instead of "connection closed". An error before the first collective belongs into ``control.together``, which
+leaves the job intact.
 
-Cost: the store has to outlive the failing rank. Under the ``deepspeed`` launcher rank 0 holds the store; if rank 0 fails, the others can only say that
-a rank is gone. Under nccl a blocked rank waits on the device and is not woken: the launcher ends the process, or nccl's watchdog does after
-``parallel.timeout_s``. The reason then stands only in the log of the rank that failed.
+Cost: the store has to outlive the failing rank. Under the ``deepspeed`` launcher rank 0 holds the store; if rank 0
+fails, the others can only say that a rank is gone. Under nccl a blocked rank waits on the device and is not woken: the
+launcher ends the process, or nccl's watchdog does after ``parallel.timeout_s``. The reason then stands only in the log
+of the rank that failed.
 """
 
 from __future__ import annotations
@@ -62,9 +64,11 @@ def _first_reason(error: Exception) -> Exception | None:
 
 
 def _first_told(own: list[int | bool | str]) -> list[Any]:
-    """The reason that the first rank wrote into the store; ``own`` where this rank is the first, or the store does not answer.
+    """The reason that the first rank wrote into the store; ``own`` where this rank is the first, or the store does not
+    answer.
 
-    A thread asks, because the store's own time-out does not apply to this call: a stopped rank 0 keeps the connection open for ever.
+    A thread asks, because the store's own time-out does not apply to this call: a stopped rank 0 keeps the connection
+    open for ever.
     """
     told = [own]
 

@@ -1,8 +1,9 @@
-"""Check that a run's inputs have the contents of its first start. Paths and times do not matter; the ranks share the reading.
+"""Check that a run's inputs have the contents of its first start. Paths and times do not matter; the ranks share the
+reading.
 
-Choice: a file is read only where its size or time differs from the noted one. So a usual start reads nothing, and a copied or newly fetched model is
-read once. The first start reads all files, which also brings them into the page cache for loading. Cost: a file that was changed under the same size
-and time is not noticed.
+Choice: a file is read only where its size or time differs from the noted one. So a usual start reads nothing, and a
+copied or newly fetched model is read once. The first start reads all files, which also brings them into the page cache
+for loading. Cost: a file that was changed under the same size and time is not noticed.
 """
 
 from __future__ import annotations

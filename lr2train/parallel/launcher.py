@@ -1,8 +1,10 @@
-"""Stop a rank whose launcher has died: the process sends itself SIGTERM, so it ends the step in hand, writes a checkpoint and leaves.
+"""Stop a rank whose launcher has died: the process sends itself SIGTERM, so it ends the step in hand, writes a
+checkpoint and leaves.
 
-Choice: a thread checks once a second whether the launchers above this process still run. The ``deepspeed`` command passes no signal on to its ranks,
-and no launcher can pass SIGKILL on, so ranks would train on for ever. Only parents that are launchers by their command line are watched: under
-``nohup`` a shell may end before its job. Cost: one look into /proc each second.
+Choice: a thread checks once a second whether the launchers above this process still run. The ``deepspeed`` command
+passes no signal on to its ranks, and no launcher can pass SIGKILL on, so ranks would train on for ever. Only parents
+that are launchers by their command line are watched: under ``nohup`` a shell may end before its job. Cost: one look
+into /proc each second.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Compare the work of all ranks before a step. A rank with other work than its peers would compute a wrong result, or make the others wait for ever.
+"""Compare the work of all ranks before a step. A rank with other work than its peers would compute a wrong result, or
+make the others wait for ever.
 
-Choice: each rank describes its micro-batches in a few words and sends them over ``control.together``, which also carries the error of a rank that
-cannot describe its work. Every rank compares all descriptions, so all come to the same result. Cost: one exchange of some hundred bytes per rank and
-step, on the host.
+Choice: each rank describes its micro-batches in a few words and sends them over ``control.together``, which also
+carries the error of a rank that cannot describe its work. Every rank compares all descriptions, so all come to the same
+result. Cost: one exchange of some hundred bytes per rank and step, on the host.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def agree(describe: Callable[[], Sequence[MicroBatch]], sp: int) -> None:
 def disagreement(by_rank: Sequence[Sequence[MicroBatch]], sp: int) -> str | None:
     """The first disagreement between ranks as a sentence, or None.
 
-    All ranks have to have the same number of micro-batches, and the n-th micro-batches have to be of one window. Ranks that share a segment have
-    to describe it alike.
+    All ranks have to have the same number of micro-batches, and the n-th micro-batches have to be of one window. Ranks
+    that share a segment have to describe it alike.
     """
     counts = [len(one) for one in by_rank]
     if len(set(counts)) > 1:

@@ -1,7 +1,9 @@
-"""Steps whose loss or gradient norm is not finite: no update was made in them, they are counted and named, and too many in a row end the run.
+"""Steps whose loss or gradient norm is not finite: no update was made in them, they are counted and named, and too many
+in a row end the run.
 
-Choice: one such step may be a bad document or a rare overflow, so training goes on. Several in a row mean that the weights or the settings are at
-fault, and every further step would be wasted. No checkpoint is written while they last, so the ones before stay.
+Choice: one such step may be a bad document or a rare overflow, so training goes on. Several in a row mean that the
+weights or the settings are at fault, and every further step would be wasted. No checkpoint is written while they last,
+so the ones before stay.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The training loop: read batches, make steps, record figures, write checkpoints. A kill or an interrupt at any point loses no written step.
+"""The training loop: read batches, make steps, record figures, write checkpoints. A kill or an interrupt at any point
+loses no written step.
 
-Choice: the loader is a pure function of the step, so the number of steps done is the whole resume state. A signal (Ctrl-C, a cluster's SIGTERM)
-ends the loop after the step in hand, on all ranks together, with a checkpoint.
+Choice: the loader is a pure function of the step, so the number of steps done is the whole resume state. A signal
+(Ctrl-C, a cluster's SIGTERM) ends the loop after the step in hand, on all ranks together, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Interrupt:
 def listen_for_interrupt() -> Iterator[Interrupt]:
     """Turn SIGINT, SIGTERM and SIGHUP into a flag while the loop runs.
 
-    A second Ctrl-C acts as usual. A second SIGTERM does not: schedulers repeat the signal, which would strike in the middle of the checkpoint.
-    SIGHUP stays ignored under ``nohup``.
+    A second Ctrl-C acts as usual. A second SIGTERM does not: schedulers repeat the signal, which would strike in the
+    middle of the checkpoint. SIGHUP stays ignored under ``nohup``.
     """
     interrupt, old = Interrupt(), {}
 
@@ -81,7 +82,8 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
         Whether the end was reached; False: interrupted, and the checkpoint is written.
 
     Raises:
-        UserError: ``engine.max_bad_steps`` steps in a row, or the last step, have a loss or a gradient norm that is not finite; on every rank.
+        UserError: ``engine.max_bad_steps`` steps in a row, or the last step, have a loss or a gradient norm that is not
+            finite; on every rank.
     """
     config, engine, loader, total_steps = training.config, training.engine, training.loader, training.total_steps
     skips = training.steps.skips
@@ -129,7 +131,8 @@ def _multiplied_parameters(engine: Engine) -> int:
 
 
 def step_flops(stats: StepStats, parameters: int, hf_config: Any) -> float:
-    """Forward and backward FLOPs of a step: 6 per parameter and token, and 12 per query-key pair, head dimension, head and layer.
+    """Forward and backward FLOPs of a step: 6 per parameter and token, and 12 per query-key pair, head dimension, head
+    and layer.
 
     Pairs are causal. Recomputation (activation checkpointing) is overhead and not counted.
     """

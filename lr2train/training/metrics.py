@@ -1,7 +1,7 @@
 """Where a step's figures go: metrics.jsonl always, TensorBoard and wandb by choice. Rank 0 alone writes.
 
-Choice: metrics.jsonl is the record, one JSON object a step, cut back on resume to the checkpoint's step so that no step stands twice; the dashboards are
-copies of it. This is the only file that imports wandb.
+Choice: metrics.jsonl is the record, one JSON object a step, cut back on resume to the checkpoint's step so that no step
+stands twice; the dashboards are copies of it. This is the only file that imports wandb.
 """
 
 from __future__ import annotations

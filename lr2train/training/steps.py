@@ -1,9 +1,11 @@
-"""What a resumed run keeps about its data: the size of groups, and the steps that were passed over; ``train.steps.json`` in the run folder.
+"""What a resumed run keeps about its data: the size of groups, and the steps that were passed over;
+``train.steps.json`` in the run folder.
 
-Choice: ``data.group_segments`` is settled once, at the first start, so that a later start with another number of ranks sees the same
-segments at the same steps. ``data.skip_steps`` passes over steps that were seen to harm: nothing is loaded or learned there, while the
-counter, the learning rate and the data of all other steps stay as they were (as in Megatron and OLMo-core). It may be changed for steps that
-are still to come. Cost: a skipped step leaves no line in metrics.jsonl, and a run that skips makes fewer updates.
+Choice: ``data.group_segments`` is settled once, at the first start, so that a later start with another number of ranks
+sees the same segments at the same steps. ``data.skip_steps`` passes over steps that were seen to harm: nothing is
+loaded or learned there, while the counter, the learning rate and the data of all other steps stay as they were (as in
+Megatron and OLMo-core). It may be changed for steps that are still to come. Cost: a skipped step leaves no line in
+metrics.jsonl, and a run that skips makes fewer updates.
 """
 
 from __future__ import annotations
@@ -92,7 +94,8 @@ class Steps:
 
     @classmethod
     def settle(cls, folder: Path, data: DataConfig, dp_size: int, segments_per_step: int) -> Steps:
-        """As the run folder remembers, else as the config says, else as ``order.default_group``, for more ranks to come.
+        """As the run folder remembers, else as the config says, else as ``order.default_group``, for more ranks to
+        come.
 
         Raises:
             UserError: ``data.skip_steps`` cannot be read.
@@ -118,7 +121,8 @@ class Steps:
         """Refuse to call steps skipped that were trained, or the other way round.
 
         Raises:
-            UserError: the skipped steps among the first ``done`` are not those that the run was made with, or nobody knows which those are.
+            UserError: the skipped steps among the first ``done`` are not those that the run was made with, or nobody
+                knows which those are.
         """
         if self.before is None and done:
             raise UserError(

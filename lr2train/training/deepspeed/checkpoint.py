@@ -1,14 +1,16 @@
-"""Checkpoints of the engine: written whole, checked before use, and read by any number of ranks that divides the global batch.
+"""Checkpoints of the engine: written whole, checked before use, and read by any number of ranks that divides the global
+batch.
 
     checkpoints/step_00000300/*.pt            DeepSpeed's files: weights and parameter shards of the optimizer, one or two for each rank
     checkpoints/step_00000300/manifest.json   the step, the ranks, the run, and size, checksum and rank of every file
     checkpoints.latest.json                   {tag}: the checkpoint that a resumed run reads; beside the folder, so that a lost folder is noticed
 
-Choice: DeepSpeed writes, and reads where the number of ranks is the same. On another number of ranks, every rank reads its new shard of the weights
-and of AdamW's moments out of the old files, bit for bit (``partitions``). Files and folders are synced to the disk before the latest checkpoint is
-named. A start compares every file with its checksum, and refuses the checkpoint of another run. No random state is kept: there is no dropout, and
-the data of a step follow from its number. Cost: reading on another number of ranks depends on DeepSpeed's file format. An optimizer on NVMe keeps
-its state elsewhere, so it needs the same number of ranks.
+Choice: DeepSpeed writes, and reads where the number of ranks is the same. On another number of ranks, every rank reads
+its new shard of the weights and of AdamW's moments out of the old files, bit for bit (``partitions``). Files and
+folders are synced to the disk before the latest checkpoint is named. A start compares every file with its checksum, and
+refuses the checkpoint of another run. No random state is kept: there is no dropout, and the data of a step follow from
+its number. Cost: reading on another number of ranks depends on DeepSpeed's file format. An optimizer on NVMe keeps its
+state elsewhere, so it needs the same number of ranks.
 """
 
 from __future__ import annotations
@@ -249,7 +251,8 @@ def _offer(of: Checkpoints, but: Path | None = None) -> str:
 
 
 def load(engine: Any, of: Checkpoints, resume_from: int | None = None, accept: Callable[[int], None] = lambda _: None) -> int:
-    """Read a checkpoint into a fresh engine; returns the number of steps done, 0 where the run has no checkpoint. A collective.
+    """Read a checkpoint into a fresh engine; returns the number of steps done, 0 where the run has no checkpoint. A
+    collective.
 
     Args:
         engine: DeepSpeed's, on the number of ranks that wrote the checkpoint or on another one.
@@ -258,8 +261,8 @@ def load(engine: Any, of: Checkpoints, resume_from: int | None = None, accept: C
         accept: called on every rank with the steps done, before anything is read or noted; may raise to refuse them.
 
     Raises:
-        UserError: no checkpoint is named the latest although some exist, or the checkpoint is damaged, of another run, not visible on every
-            machine, or not readable by this number of ranks; on every rank.
+        UserError: no checkpoint is named the latest although some exist, or the checkpoint is damaged, of another run,
+            not visible on every machine, or not readable by this number of ranks; on every rank.
     """
     # Rank 0 alone looks: the file cache of another machine may show something else.
     chosen, *_ = control.together(lambda: _choose(of, resume_from) if rank() == 0 else None)

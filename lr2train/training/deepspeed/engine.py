@@ -1,13 +1,15 @@
 """The training engine: ``step``, ``save``, ``load`` and ``write_model`` over DeepSpeed.
 
-Choice: to DeepSpeed every rank is a data-parallel rank. Sequence parallelism (context parallelism) is a transform of the data and of attention:
-tokens, labels and positions are sharded together. Each rank returns the *sum* of the losses of its own target tokens. The sum is scaled so that
-DeepSpeed's averaging over ranks and accumulation steps yields the gradient of ``sum of losses / number of target tokens`` of the global batch.
-Cost: two all-reduces of a few numbers, and one exchange of a few words on the host, in each step. The exchange finds a rank with other work than
-its peers before any rank waits for it (``training.agreement``).
+Choice: to DeepSpeed every rank is a data-parallel rank. Sequence parallelism (context parallelism) is a transform of
+the data and of attention: tokens, labels and positions are sharded together. Each rank returns the *sum* of the losses
+of its own target tokens. The sum is scaled so that DeepSpeed's averaging over ranks and accumulation steps yields the
+gradient of ``sum of losses / number of target tokens`` of the global batch. Cost: two all-reduces of a few numbers, and
+one exchange of a few words on the host, in each step. The exchange finds a rank with other work than its peers before
+any rank waits for it (``training.agreement``).
 
-A loss that is not finite makes the gradients of the step NaN on every rank. So one rule covers losses and gradients: no update is made where the
-global gradient norm is not finite. DeepSpeed's ZeRO optimizers decide this on all ranks together; without ZeRO, ``FiniteAdamW`` decides.
+A loss that is not finite makes the gradients of the step NaN on every rank. So one rule covers losses and gradients: no
+update is made where the global gradient norm is not finite. DeepSpeed's ZeRO optimizers decide this on all ranks
+together; without ZeRO, ``FiniteAdamW`` decides.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class Engine:
         """Build the model, read its weights, and divide them over the ranks. A collective.
 
         Raises:
-            UserError: the global batch does not divide over the data-parallel ranks, or the model cannot run on this mesh.
+            UserError: the global batch does not divide over the data-parallel ranks, or the model cannot run on this
+                mesh.
         """
         self.config, self.mesh, self.device = config, mesh, device
         self.accumulation = accumulation_of(config, mesh.dp_size)
@@ -110,7 +113,8 @@ class Engine:
         Args:
             batches: as many as the gradient accumulation has steps.
             lr: of this step.
-            interrupted: whether this rank was asked to stop; called before the last backward pass, as late as all ranks can share the answer.
+            interrupted: whether this rank was asked to stop; called before the last backward pass, as late as all ranks
+                can share the answer.
 
         Raises:
             UserError: the step has no target token, or no attention strategy serves a batch; on every rank.
@@ -126,8 +130,9 @@ class Engine:
     def _step(self, batches: Sequence[Batch], interrupted: Callable[[], bool]) -> StepStats:
         """Forward, backward and update.
 
-        Backward starts from ``sum_CE_local * world * accumulation / n_target_tokens``. DeepSpeed divides gradients by the world and losses by the
-        accumulation, so the result is the gradient of the mean over all target tokens of the global batch.
+        Backward starts from ``sum_CE_local * world * accumulation / n_target_tokens``. DeepSpeed divides gradients by
+        the world and losses by the accumulation, so the result is the gradient of the mean over all target tokens of
+        the global batch.
         """
         shards = [self._shard(batch) for batch in batches]
         counts = self._counts(batches, shards)
@@ -160,7 +165,8 @@ class Engine:
         return tokens, labels, positions
 
     def _counts(self, batches: Sequence[Batch], shards: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-        """[targets in short, targets in long, tokens, long segments, segments, query-key pairs], summed over all ranks of the step.
+        """[targets in short, targets in long, tokens, long segments, segments, query-key pairs], summed over all ranks
+        of the step.
 
         Every rank of a sequence-parallel group counts its segments whole, so the last three are ``sp`` times too large.
         """
@@ -232,7 +238,8 @@ class Engine:
             checkpoint.save(self._engine, checkpoints, step)
 
     def load(self, checkpoints: Checkpoints, resume_from: int | None = None, accept: Callable[[int], None] = lambda _: None) -> int:
-        """Read the latest checkpoint, or the one to go back to, as ``checkpoint.load`` does; returns the number of steps done. A collective.
+        """Read the latest checkpoint, or the one to go back to, as ``checkpoint.load`` does; returns the number of
+        steps done. A collective.
 
         Raises:
             UserError: the checkpoint cannot be used, or ``accept`` refuses it; on every rank.
@@ -241,7 +248,8 @@ class Engine:
             return checkpoint.load(self._engine, checkpoints, resume_from, accept)
 
     def write_model(self, folder: Path, config: dict[str, Any], extras: Callable[[Path], None] | None = None) -> None:
-        """Write a Hugging Face folder: the weights, ``config`` as config.json, and the files of ``extras``. A collective.
+        """Write a Hugging Face folder: the weights, ``config`` as config.json, and the files of ``extras``. A
+        collective.
 
         No rank holds all weights at once.
         """

@@ -13,7 +13,8 @@ from lr2train.config import UserError
 class FiniteAdamW(torch.optim.AdamW):
     """AdamW that makes no update where a gradient is not finite.
 
-    For ZeRO stage 0: every rank holds the same whole gradients, so all ranks decide alike. ZeRO's own optimizers do the same by themselves.
+    For ZeRO stage 0: every rank holds the same whole gradients, so all ranks decide alike. ZeRO's own optimizers do the
+    same by themselves.
 
     Attributes:
         finite: whether the last call made its update.

@@ -1,8 +1,8 @@
 """Check ``engine.deepspeed``: DeepSpeed has to know each key, and no key of lr2train may decide the same thing.
 
-Choice: DeepSpeed itself says which keys it knows. Its config reader gets a dictionary that records every look-up. Its pydantic models refuse unknown
-keys inside their sections. So this file holds no list that a later DeepSpeed could outdate. Cost: DeepSpeed is imported where
-``engine.deepspeed`` is set, which takes some seconds.
+Choice: DeepSpeed itself says which keys it knows. Its config reader gets a dictionary that records every look-up. Its
+pydantic models refuse unknown keys inside their sections. So this file holds no list that a later DeepSpeed could
+outdate. Cost: DeepSpeed is imported where ``engine.deepspeed`` is set, which takes some seconds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ OURS = {
 
 
 def refuse_keys(given: Mapping[str, Any]) -> None:
-    """Refuse a key of ``engine.deepspeed`` that lr2train decides, that DeepSpeed does not know, or whose value DeepSpeed does not accept.
+    """Refuse a key of ``engine.deepspeed`` that lr2train decides, that DeepSpeed does not know, or whose value
+    DeepSpeed does not accept.
 
     Raises:
         UserError: a key is refused; the text names the key.

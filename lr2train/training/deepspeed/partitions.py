@@ -1,13 +1,15 @@
-"""How ZeRO divides weights and optimizer states into parameter shards, and how another number of ranks reads the shards.
+"""How ZeRO divides weights and optimizer states into parameter shards, and how another number of ranks reads the
+shards.
 
-Choice: every rank copies its future shard straight out of the memory-mapped files, into the state that DeepSpeed would have written for the rank.
-Nothing is converted on disk, gathered or rounded. All ranks together read a checkpoint once, and each rank needs the memory of its own shard.
-DeepSpeed's universal checkpoint is not used: it writes the state twice more, every rank reads all of the state, and every parameter group gets the
-options of the first group, so that norms would decay. Cost: the two divisions below are those of DeepSpeed 0.19.8. Other sizes are refused before
-anything is changed.
+Choice: every rank copies its future shard straight out of the memory-mapped files, into the state that DeepSpeed would
+have written for the rank. Nothing is converted on disk, gathered or rounded. All ranks together read a checkpoint once,
+and each rank needs the memory of its own shard. DeepSpeed's universal checkpoint is not used: it writes the state twice
+more, every rank reads all of the state, and every parameter group gets the options of the first group, so that norms
+would decay. Cost: the two divisions below are those of DeepSpeed 0.19.8. Other sizes are refused before anything is
+changed.
 
-A *group* is one flat vector of the optimizer. A rank's *shard* of a group is a slice of the vector, padding included. A *slice* is a stretch of
-consecutive elements of one parameter.
+A *group* is one flat vector of the optimizer. A rank's *shard* of a group is a slice of the vector, padding included. A
+*slice* is a stretch of consecutive elements of one parameter.
 """
 
 from __future__ import annotations
@@ -139,7 +141,8 @@ def repartitioned(
         ``live`` with the values of the checkpoint: fp32 tensors in host memory.
 
     Raises:
-        UserError: the groups of the checkpoint, or the present groups, are divided in a way that this module does not know.
+        UserError: the groups of the checkpoint, or the present groups, are divided in a way that this module does not
+            know.
     """
     old, new = form.divide(saved_sizes, saved_world), form.divide(sizes, world)
     _refuse_unknown(live, form, new)

@@ -1,7 +1,8 @@
 """A model for scoring whose weights are divided over all ranks (ZeRO-3): for a model that does not fit on one device.
 
-Choice: DeepSpeed's parameter hooks gather a decoder layer when it is called and release it afterwards. There is no optimizer and no gradient.
-Cost: every rank has to call the same layers in the same order, so ranks wait for the longest document.
+Choice: DeepSpeed's parameter hooks gather a decoder layer when it is called and release it afterwards. There is no
+optimizer and no gradient. Cost: every rank has to call the same layers in the same order, so ranks wait for the longest
+document.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from lr2train.training.deepspeed.start import dtype_sections, gathered, merged, 
 def load_sharded(model_config: ModelConfig, device: torch.device, deepspeed_config: Mapping[str, Any] | None = None) -> Any:
     """Load a model for scoring with its weights divided over all ranks. Starts DeepSpeed. A collective.
 
-    Every rank has to make the same calls in the same order. Documents and RoPE factors may differ by rank: the tables of a rotary module are no
-    parameters. No rank holds more than its share, a few layers and ``load.GROUP_BYTES``.
+    Every rank has to make the same calls in the same order. Documents and RoPE factors may differ by rank: the tables
+    of a rotary module are no parameters. No rank holds more than its share, a few layers and ``load.GROUP_BYTES``.
 
     Args:
         model_config: ``path`` names a folder of safetensors.
@@ -29,7 +30,8 @@ def load_sharded(model_config: ModelConfig, device: torch.device, deepspeed_conf
         deepspeed_config: ``engine.deepspeed``, merged over our own settings.
 
     Returns:
-        A Hugging Face causal LM in eval mode, without gradients. The base model and the output embeddings are called as with ``load.load_whole``.
+        A Hugging Face causal LM in eval mode, without gradients. The base model and the output embeddings are called as
+            with ``load.load_whole``.
 
     Raises:
         UserError: the folder is missing, or does not hold the weights of this model.
@@ -47,9 +49,11 @@ def load_sharded(model_config: ModelConfig, device: torch.device, deepspeed_conf
 
 
 def _gather_in_forward(model: Any, ds_config: dict[str, Any]) -> None:
-    """Have DeepSpeed gather weights around forward calls. A decoder layer is one unit: gathered once, whatever parts are called inside.
+    """Have DeepSpeed gather weights around forward calls. A decoder layer is one unit: gathered once, whatever parts
+    are called inside.
 
-    DeepSpeed counts passes by calls of the whole model. Scoring calls the base model and the head, so a pass begins with the base model.
+    DeepSpeed counts passes by calls of the whole model. Scoring calls the base model and the head, so a pass begins
+    with the base model.
     """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules

@@ -1,7 +1,7 @@
 """The files of one checkpoint: their names, their checks against the manifest, and reading them as data.
 
-Choice: a file is read with ``weights_only``, so nothing in a checkpoint is executed. A rank hashes its own files while it reads them. Cost: the names
-and the few classes below are those of DeepSpeed 0.19.8.
+Choice: a file is read with ``weights_only``, so nothing in a checkpoint is executed. A rank hashes its own files while
+it reads them. Cost: the names and the few classes below are those of DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations

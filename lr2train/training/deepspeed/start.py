@@ -1,7 +1,8 @@
 """Start DeepSpeed, translate an experiment into its config, and build parameters under ZeRO-3.
 
-Choice: DeepSpeed adopts the process group that ``parallel.processes`` made. Its config follows from ours; ``engine.deepspeed`` is merged over the
-result. DeepSpeed is imported by the functions, not by this module: the import takes seconds.
+Choice: DeepSpeed adopts the process group that ``parallel.processes`` made. Its config follows from ours;
+``engine.deepspeed`` is merged over the result. DeepSpeed is imported by the functions, not by this module: the import
+takes seconds.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def start_deepspeed(device: torch.device) -> None:
 def _without_cpu_op() -> None:
     """Keep DeepSpeed from compiling and starting its shared-memory all-reduce for CPUs.
 
-    Only DeepSpeed's inference calls the op. Compiling takes a minute, and a kill meanwhile leaves a lock on which every later run hangs. Running
-    takes 69 MB of shared memory per rank, which no process frees. DeepSpeed looks the op up in this table; an entry in the table also saves the probes.
+    Only DeepSpeed's inference calls the op. Compiling takes a minute, and a kill meanwhile leaves a lock on which every
+    later run hangs. Running takes 69 MB of shared memory per rank, which no process frees. DeepSpeed looks the op up in
+    this table; an entry in the table also saves the probes.
     """
     from deepspeed import ops
 
@@ -118,7 +120,8 @@ def zero_init(ds_config: dict[str, Any], batch_size: int) -> contextlib.Abstract
     """
     import deepspeed
 
-    # No dtype argument: on a CPU without fp16, DeepSpeed 0.19.8 ignores it and takes bfloat16. It does obey the sections bf16 and fp16 of the config.
+    # No dtype argument: on a CPU without fp16, DeepSpeed 0.19.8 ignores it and takes bfloat16. It does obey the
+    # sections bf16 and fp16 of the config.
     return deepspeed.zero.Init(config_dict_or_path=ds_config | {"train_batch_size": batch_size})
 
 
