@@ -48,7 +48,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:  # an OSError without a number does not show its filename
+        # An OSError without a number does not show its filename.
+        if isinstance(error, OSError) and error.errno is not None:
             error.filename = str(path)
         raise
     sync_folder(path.parent)
@@ -101,7 +102,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_json_where_allowed(path: Path, value: Any) -> str:
-    """Write JSON into a folder that may be read-only; returns the reason why the file was not written, or an empty string."""
+    """Write JSON into a folder that may be read-only; returns why the file was not written, or an empty string."""
     try:
         write_json(path, value)
     except OSError as error:
@@ -112,7 +113,10 @@ def write_json_where_allowed(path: Path, value: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with None instead of every float that is not finite, in dictionaries and lists too. Arrays become lists."""
+    """``value`` with None instead of every float that is not finite, in dictionaries and lists too.
+
+    Arrays become lists.
+    """
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -132,7 +136,8 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-_IDENTITY = (".config.json", ".inputs.json", "steps.json")  # ends of names; a run without them would go on as another run
+# Ends of names; a run without them would go on as another run.
+_IDENTITY = (".config.json", ".inputs.json", "steps.json")
 _WRITERS = {
     "corpus.json": "lr2train.prepare",
     "factors.json": "lr2train.search, or train,",
@@ -177,7 +182,10 @@ _REMEDIES = {
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
     errno.EIO: "have the disk looked at, and copy what is on it",
 }
-"""errno -> remedy, for the errors that a user can repair. ENOENT is missing: the reader of a file knows better what to do."""
+"""errno -> remedy, for the errors that a user can repair.
+
+ENOENT is missing: the reader of a file knows better what to do.
+"""
 
 
 def for_user(error: BaseException) -> UserError | None:
@@ -192,7 +200,7 @@ def for_user(error: BaseException) -> UserError | None:
 
 
 def _file_at_work(error: OSError) -> str | None:
-    """The file that was open where the error rose, found in the traceback's locals: a failed write does not name its file."""
+    """The file that was open where the error rose, from the traceback: a failed write does not name its file."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         for local in frame.f_locals.values():
             for one in (local, *getattr(local, "__dict__", {}).values()):

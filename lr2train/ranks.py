@@ -47,6 +47,6 @@ def refuse_ranks(verb: str) -> None:
     """
     if world() > 1:
         raise UserError(
-            f"{verb} was started on {world()} ranks (WORLD_SIZE), which would all write the same files; start it once, without a launcher and "
-            "without WORLD_SIZE in the environment"
+            f"{verb} was started on {world()} ranks (WORLD_SIZE), which would all write the same files; "
+            "start it once, without a launcher and without WORLD_SIZE in the environment"
         )

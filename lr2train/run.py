@@ -33,7 +33,10 @@ _PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "nu
 
 
 class Interrupted(KeyboardInterrupt):
-    """The job was asked to stop. Its work is saved and its log says so; the command line ends with the exit code of an interrupt."""
+    """The job was asked to stop.
+
+    Its work is saved and its log says so; the command line ends with the exit code of an interrupt.
+    """
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Run:
             file.write(json.dumps(provenance()) + "\n")
 
     def changes(self) -> list[str]:
-        """The keys that differ from the saved config, as ``key: old -> new``; empty unless the folder follows its newest config."""
+        """The changed keys, as ``key: old -> new``; empty unless the folder follows its newest config."""
         saved = self.folder / f"{self.verb}.config.json"
         if not self.follows or not saved.exists():
             return []
@@ -141,8 +144,8 @@ class Run:
         changed = [name for name in inputs if name in noted and content_of(noted[name]) != content_of(inputs[name])]
         if changed:
             raise UserError(
-                f"run folder {self.folder} was made from another {' and '.join(changed)} than is there now; put the former one back, or choose "
-                "another name="
+                f"run folder {self.folder} was made from another {' and '.join(changed)} than is there now; "
+                "put the former one back, or choose another name="
             )
 
     @property
@@ -194,7 +197,10 @@ def open_run(config: Config, verb: str, groups: tuple[str, ...], follows: bool =
 
 
 def _absolute(config: Config) -> Config:
-    """The config with absolute paths, because later verbs may run in another working directory. A hub id stays unchanged."""
+    """The config with absolute paths, because later verbs may run in another working directory.
+
+    A hub id stays unchanged.
+    """
 
     def absolute(path: str | None) -> str | None:
         return os.path.abspath(path) if path is not None and Path(path).exists() else path

@@ -98,7 +98,8 @@ def checked_inputs(config: Config) -> Inputs:
     )
     factors = build(config.rope, load.spectrum_of(hf_config, config.model))
     if _extends(factors):
-        rope_hf.write(load.plain_config(hf_config), factors)  # factors that have no form in config.json are refused now, not after training
+        # Factors that have no form in config.json are refused now, not after training.
+        rope_hf.write(load.plain_config(hf_config), factors)
     return Inputs(hf_config, factors, corpus)
 
 
@@ -124,7 +125,10 @@ def _contents(job: run.Run, config: Config, inputs: Inputs) -> dict[str, Any]:
 
 
 def _finished(job: run.Run, config: Config) -> dict[str, Any] | None:
-    """The result of a finished run; None where work is left: more steps than before, a step to go back to, or a model that is gone."""
+    """The result of a finished run; None where work is left.
+
+    Work is left if more steps are asked for, if the run goes back to a step, or if the model folder is gone.
+    """
     file = job.folder / "train.json"
     result = control.from_rank_0(_result_in(file) if ranks.rank() == 0 and (job.folder / "model" / "config.json").exists() else None)
     if result is None or config.optim.steps > result["steps"] or config.engine.resume_from is not None:
@@ -134,7 +138,10 @@ def _finished(job: run.Run, config: Config) -> dict[str, Any] | None:
 
 
 def _result_in(file: Path) -> dict[str, Any] | None:
-    """The result in ``train.json``; None where a power cut damaged the file: the run then ends once more from its last checkpoint."""
+    """The result in ``train.json``; None where a power cut damaged the file.
+
+    The run is then finished once more from its last checkpoint.
+    """
     try:
         found = io.read_json(file)
     except UserError:
@@ -211,7 +218,8 @@ def _refuse_start(job: run.Run, training: Training, done: int) -> None:
 
 def _announce(job: run.Run, training: Training, factors: Factors, done: int) -> None:
     engine, config = training.engine, training.config
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())  # ds_numel: the whole one under ZeRO-3
+    # ds_numel: the whole one under ZeRO-3.
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
     mesh = engine.mesh
     job.log(
         f"{parameters / 1e6:.2f}M parameters, window {factors.spectrum.window_tokens} -> {factors.target_window_tokens} by {factors.method}, "

@@ -30,7 +30,8 @@ from lr2train.ranks import rank, world
 
 T = TypeVar("T")
 
-_NOTICE_S = 2.0  # a rank that leaves waits so long for the others to read why; a busy rank finds the connection closed later
+# A rank that leaves waits so long for the others to read why; a busy rank finds the connection closed later.
+_NOTICE_S = 2.0
 
 
 class PeerGone(RuntimeError):
@@ -118,7 +119,10 @@ def _one_error(failures: dict[int, _Failed], of_ranks: int) -> Exception:
 
 
 class _Exchange:
-    """The gloo group and the exchange through rank 0. Once a rank is lost, every later call raises the same PeerGone."""
+    """The gloo group and the exchange through rank 0.
+
+    Once a rank is lost, every later call raises the same PeerGone.
+    """
 
     def __init__(self, timeout: timedelta):
         group = dist.new_group(backend="gloo", timeout=timeout)
@@ -142,7 +146,8 @@ class _Exchange:
         return parts
 
     def _on_other_rank(self, mine: Any) -> list[Any]:
-        sending = self._start_sending(mine, 0)  # not waited for yet: rank 0 may announce a lost rank without reading this message
+        # Not waited for yet: rank 0 may announce a lost rank without reading this message.
+        sending = self._start_sending(mine, 0)
         answer = self._receive(0)
         if isinstance(answer, PeerGone):
             raise answer
@@ -185,7 +190,8 @@ class _Exchange:
                 notice.wait(timedelta(seconds=_NOTICE_S))
 
 
-_exchanges: WeakKeyDictionary[dist.ProcessGroup, _Exchange] = WeakKeyDictionary()  # by default group; ends with the group
+# By default group; ends with the group.
+_exchanges: WeakKeyDictionary[dist.ProcessGroup, _Exchange] = WeakKeyDictionary()
 
 
 def _exchange() -> _Exchange:

@@ -1,4 +1,7 @@
-"""Join the job: device, process group, CPU threads. Works under any launcher that sets RANK and WORLD_SIZE, and without a launcher."""
+"""Join the job: device, process group, CPU threads.
+
+Works under any launcher that sets RANK and WORLD_SIZE, and without a launcher.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ def start(config: Config) -> torch.device:
     """
     device = pick_device(config.device)
     watch_launcher()
-    threads_by_user = "RANK" not in os.environ and "OMP_NUM_THREADS" in os.environ  # under a launcher, the launcher sets OMP_NUM_THREADS
+    # Under a launcher, the launcher sets OMP_NUM_THREADS.
+    threads_by_user = "RANK" not in os.environ and "OMP_NUM_THREADS" in os.environ
     if not dist.is_initialized():
         _init_process_group(device, config.parallel.timeout_s)
     if device.type == "cpu" and (config.threads or not threads_by_user):

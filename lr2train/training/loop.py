@@ -93,7 +93,8 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
     steps, saved = skips.remaining(done, total_steps), done
     ahead = prefetched(loader.batches, steps, config.data.prefetch_steps, config.data.loader_threads)
     with listen_for_interrupt() as interrupt, closing(ahead) as batches:
-        for step in progress.track(steps, total_steps, "train", total_steps - len(steps)):  # steps count from 0, files from 1
+        # Steps count from 0, files from 1.
+        for step in progress.track(steps, total_steps, "train", total_steps - len(steps)):
             start = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - start
@@ -119,7 +120,7 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
 
 
 def _due(saved: int, done: int, every: int) -> bool:
-    """Whether a multiple of ``every`` was reached since the last checkpoint; the step of the multiple may have been skipped."""
+    """Whether a multiple of ``every`` was reached since the last checkpoint; that step itself may be a skipped one."""
     return done // every > saved // every
 
 

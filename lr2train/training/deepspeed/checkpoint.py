@@ -1,9 +1,11 @@
 """Checkpoints of the engine: written whole, checked before use, and read by any number of ranks that divides the global
 batch.
 
-    checkpoints/step_00000300/*.pt            DeepSpeed's files: weights and parameter shards of the optimizer, one or two for each rank
+    checkpoints/step_00000300/*.pt            DeepSpeed's files: weights and optimizer shards, one or two for each rank
     checkpoints/step_00000300/manifest.json   the step, the ranks, the run, and size, checksum and rank of every file
-    checkpoints.latest.json                   {tag}: the checkpoint that a resumed run reads; beside the folder, so that a lost folder is noticed
+    checkpoints.latest.json                   {tag}: the checkpoint that a resumed run reads
+
+The last file lies beside the folder, so that a lost folder is noticed.
 
 Choice: DeepSpeed writes, and reads where the number of ranks is the same. On another number of ranks, every rank reads
 its new shard of the weights and of AdamW's moments out of the old files, bit for bit (``partitions``). Files and
@@ -36,7 +38,8 @@ from lr2train.training.deepspeed.shard_files import UNREADABLE, Unusable, brief
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_\d{8}")  # folders of other names are the user's own copies
-_WRITER = ("PytorchStreamWriter", "inline_container")  # torch.save raises a full disk as a RuntimeError that names one of these
+# torch.save raises a full disk as a RuntimeError that names one of these.
+_WRITER = ("PytorchStreamWriter", "inline_container")
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,8 @@ def _writing(checkpoint: Path) -> Iterator[None]:
         if not isinstance(error, OSError) and not any(name in str(error) for name in _WRITER):
             raise  # no error of the disk: a lost rank, for example
         raise UserError(
-            f"the checkpoint {checkpoint} cannot be written ({brief(error)}); free some room on that disk, and run the same command again to go "
-            "on from the checkpoint before it"
+            f"the checkpoint {checkpoint} cannot be written ({brief(error)}); free some room on that disk, "
+            "and run the same command again to go on from the checkpoint before it"
         ) from error
 
 
@@ -187,7 +190,7 @@ def _latest(of: Checkpoints) -> dict[str, Any] | None:
 
 
 def _choose(of: Checkpoints, resume_from: int | None) -> tuple[str, dict[str, Any], int | None] | None:
-    """The tag of the checkpoint to read, its manifest, and the step to note as gone back to; None where the run has no checkpoint."""
+    """The checkpoint to read: (tag, manifest, step to note as gone back to). None where the run has no checkpoint."""
     latest = _latest(of) or {}
     going_back = resume_from is not None and latest.get("went_back_to") != resume_from
     tag = _tag(resume_from) if going_back and resume_from is not None else latest.get("tag")
@@ -196,7 +199,7 @@ def _choose(of: Checkpoints, resume_from: int | None) -> tuple[str, dict[str, An
             raise UserError(f"{of.latest} is missing or damaged, and {of.folder} holds checkpoints; {_offer(of)}")
         if of.latest.exists():
             raise UserError(
-                f"{of.latest} is damaged, and {of.folder} holds no checkpoint; bring the folder back, or choose another name= to start over"
+                f"{of.latest} is damaged, and {of.folder} holds no checkpoint; restore the folder, or choose another name= to start over"
             )
         return None
     with _offering(of, of.folder / tag):
@@ -250,7 +253,12 @@ def _offer(of: Checkpoints, but: Path | None = None) -> str:
 # ---- read ----
 
 
-def load(engine: Any, of: Checkpoints, resume_from: int | None = None, accept: Callable[[int], None] = lambda _: None) -> int:
+def load(
+    engine: Any,
+    of: Checkpoints,
+    resume_from: int | None = None,
+    accept: Callable[[int], None] = lambda _: None,
+) -> int:
     """Read a checkpoint into a fresh engine; returns the number of steps done, 0 where the run has no checkpoint. A
     collective.
 
@@ -304,8 +312,8 @@ def _read_shard(engine: Any, checkpoint: Path, stage: int, saved_world: int) -> 
     if stage not in partitions.STAGES or engine.zero_nvme_offload_optimizer():
         how = "with its optimizer on NVMe" if stage in partitions.STAGES else f"by ZeRO stage {stage} with a divided optimizer"
         raise UserError(
-            f"the checkpoint {checkpoint} was written by {saved_world} ranks {how}, which this job's {world()} ranks cannot read; start it "
-            f"with {saved_world} ranks, or give a new name= to start over"
+            f"the checkpoint {checkpoint} was written by {saved_world} ranks {how}, and this job's {world()} ranks "
+            f"cannot read it; start {saved_world} ranks, or choose another name= to start over"
         )
     try:
         common = shard_files.opened(checkpoint / shard_files.weights_file(stage, 0))

@@ -139,7 +139,8 @@ class Engine:
         n_targets = int(counts[:2].sum())
         if n_targets == 0:
             raise UserError("a step has no target token at all; check data.path: its segments hold only padding")
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # [loss of short, loss of long, ranks asked to stop]
+        # [loss of short, loss of long, ranks asked to stop].
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         losses = []
         for number, (batch, shard) in enumerate(zip(batches, shards, strict=True), 1):
             total = self._engine(*shard, spans=batch.spans, window=batch.window)
@@ -256,7 +257,10 @@ class Engine:
         load.write_folder(self.model.lm, config, folder, self._gather(modifier_rank=None), extras=extras)
 
     def named_gradients(self) -> dict[str, torch.Tensor]:
-        """Whole fp32 gradients by the model's own names; valid between two backward passes. For tests and inspection. A collective."""
+        """Whole fp32 gradients by the model's own names; valid between two backward passes.
+
+        For tests and inspection. A collective.
+        """
         from deepspeed.utils import safe_get_full_grad
 
         whole = ((name, safe_get_full_grad(parameter)) for name, parameter in self.model.named_parameters())

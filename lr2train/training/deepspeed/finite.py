@@ -39,6 +39,6 @@ def refuse_non_finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     bad = [name for name, tensor in tensors if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
     if bad:
         raise UserError(
-            f"{bad[0]} holds numbers that are not finite ({len(bad)} tensors do), so no checkpoint is written and the one before stays; "
-            "set optim.lr to a lower value under another name="
+            f"{bad[0]} holds numbers that are not finite ({len(bad)} tensors do), so no checkpoint is written, "
+            "and the checkpoint before stays; set optim.lr to a lower value under another name="
         )

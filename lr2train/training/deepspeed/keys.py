@@ -45,7 +45,9 @@ def refuse_keys(given: Mapping[str, Any]) -> None:
         return
     for key, value in _paths(given):
         if key in OURS:
-            raise UserError(f"engine.deepspeed.{key}={value} is decided by {OURS[key]}; remove it from engine.deepspeed and set that")
+            raise UserError(
+                f"engine.deepspeed.{key}={value} is decided by {OURS[key]}; remove it from engine.deepspeed and set {OURS[key]}"
+            )
     for key, value in _paths(given):
         if value == "auto":
             raise UserError(f"engine.deepspeed.{key}=auto: only Hugging Face's trainer knows auto; remove it to get DeepSpeed's default")

@@ -61,7 +61,10 @@ class ParameterShards:
 
 
 def by_parameter(sizes: Sizes, world: int) -> ParameterShards:
-    """ZeRO-3: each parameter is cut into ``world`` equal parts, the last one padded. A rank's parts lie one behind the other."""
+    """ZeRO-3: each parameter is cut into ``world`` equal parts, the last one padded.
+
+    A rank's parts lie one behind the other.
+    """
     slices: dict[str, list[Slice]] = {}
     shard_numels = []
     for group, members in enumerate(sizes):
@@ -76,7 +79,10 @@ def by_parameter(sizes: Sizes, world: int) -> ParameterShards:
 
 
 def by_group(sizes: Sizes, world: int) -> ParameterShards:
-    """ZeRO-1 and 2: the parameters of a group lie one behind the other. The whole vector is padded at its end and cut into equal parts."""
+    """ZeRO-1 and 2: the parameters of a group lie one behind the other.
+
+    The whole vector is padded at its end and cut into equal parts.
+    """
     slices: dict[str, list[Slice]] = {}
     shard_numels = []
     for group, members in enumerate(sizes):
@@ -156,7 +162,8 @@ def repartitioned(
     def moments(group: int) -> dict[str, Any]:
         before = next(old.slices[name][0].group for name in sizes[group])
         found: dict[str, Any] = saved(0)[form.optimizer]["state"][before]
-        return {  # a step count is copied: two groups that were one before must not share the tensor, or AdamW would count twice
+        # A step count is copied: two groups that were one before must not share the tensor, or AdamW would count twice.
+        return {
             key: shard(group, lambda r, g, key=key: saved(r)[form.optimizer]["state"][g][key]) if _is_flat(value) else deepcopy(value)
             for key, value in found.items()
         }
@@ -188,10 +195,12 @@ def _assembled(mine: Sequence[tuple[str, Slice]], numel: int, old: ParameterShar
 def _refuse_unknown(state: Mapping[str, Any], form: StageFormat, shards: ParameterShards) -> None:
     """Refuse a state whose weights do not have the sizes of ``shards``."""
     found, expected = [weights.numel() for weights in state[form.weights]], list(shards.shard_numels)
-    cut_off = state.get("group_paddings", [0] * len(expected))  # ZeRO-1 and 2 may leave the end's padding out of the weights
+    # ZeRO-1 and 2 may leave the end's padding out of the weights.
+    cut_off = state.get("group_paddings", [0] * len(expected))
     fitting = len(found) == len(expected) and all(n - p <= f <= n for f, n, p in zip(found, expected, cut_off, strict=True))
     if not fitting or any(map(any, state.get("param_alignment_paddings", []))):
         raise UserError(
-            f"the optimizer's groups have {found} elements per rank, and only {expected} can be divided anew; go on with the number of ranks that "
-            "wrote the checkpoint, or choose a new name= without the keys of engine.deepspeed that change how ZeRO divides parameters"
+            f"the optimizer's groups have {found} elements per rank, and only {expected} can be divided anew; go on with "
+            "the number of ranks that wrote the checkpoint, or choose a new name= without the keys of engine.deepspeed "
+            "that change how ZeRO divides parameters"
         )

@@ -63,6 +63,7 @@ def _gather_in_forward(model: Any, ds_config: dict[str, Any]) -> None:
         engine: Any = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)[0]
 
     def begin_pass(*_: Any) -> None:
-        engine.optimizer.get_param_coordinator().reset_step()  # the closure also keeps the engine alive, and with it the hooks
+        # The closure also keeps the engine alive, and with it the hooks.
+        engine.optimizer.get_param_coordinator().reset_step()
 
     model.base_model.register_forward_pre_hook(begin_pass, prepend=True)

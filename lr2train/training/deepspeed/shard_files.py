@@ -32,7 +32,7 @@ def weights_file(stage: int, of_rank: int) -> str:
 
 
 def optimizer_files(checkpoint: Path) -> list[Path]:
-    """The files of the optimizer's shards, in order of rank; none under ZeRO stage 0, where every rank holds the whole state."""
+    """The files of the optimizer's shards, in order of rank; none under ZeRO stage 0, which divides nothing."""
     return sorted(
         checkpoint.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=lambda path: int(path.name.split("_rank_")[1].split("_")[0])
     )

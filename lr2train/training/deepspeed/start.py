@@ -29,7 +29,8 @@ def start_deepspeed(device: torch.device) -> None:
         ("LOCAL_RANK", dist.get_rank()),
         ("LOCAL_SIZE", dist.get_world_size()),
     ):
-        os.environ.setdefault(name, str(value))  # DeepSpeed reads them; a process group without a launcher is on one machine
+        # DeepSpeed reads them; a process group without a launcher is on one machine.
+        os.environ.setdefault(name, str(value))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls functions that torch has renamed.
@@ -77,7 +78,8 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     written |= dtype_sections(config.model.dtype)
     if config.model.dtype == "bfloat16":
         written["data_types"] = {"grad_accum_dtype": "fp32"}
-        written["communication_data_type"] = "fp32"  # sums of 64 ranks x 8 micro-batches in bfloat16 would lose small gradients
+        # Sums of 64 ranks x 8 micro-batches in bfloat16 would lose small gradients.
+        written["communication_data_type"] = "fp32"
     if engine.zero_stage == 3:
         written["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
     return merged(written, engine.deepspeed)
@@ -126,7 +128,7 @@ def zero_init(ds_config: dict[str, Any], batch_size: int) -> contextlib.Abstract
 
 
 def gathered(modifier_rank: int | None) -> load.Gather:
-    """How to see divided parameters whole; on exit the changes of ``modifier_rank`` are kept (None: nothing is changed)."""
+    """A context that gathers divided parameters; on exit the changes of ``modifier_rank`` are kept (None: no changes)."""
     import deepspeed
 
     return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
