@@ -1,4 +1,4 @@
-"""Control messages on real ranks: results in order, one rank's error on all, and a killed rank noticed at once."""
+"""Control messages on real ranks: results come in rank order, one rank's error on all, and a killed rank is noticed at once."""
 
 import contextlib
 import os
@@ -65,7 +65,7 @@ def test_without_a_process_group_there_is_one_rank():
 
 
 def surviving(rank: int, killed: int, folder, pipe) -> None:
-    """One rank is killed; the others say what they hear, and stay, so that nobody learns anything from the end of their process."""
+    """One rank is killed. The others report what they hear and stay alive, so that no process end tells anything."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=3, timeout=timedelta(seconds=600))
     control.together(lambda: rank)
     if rank == killed:

@@ -1,4 +1,4 @@
-"""A rank that fails inside a step, or is handed other work than its peers, ends the step on all ranks, with one reason."""
+"""A rank that fails inside a step, or has other work than its peers, ends the step on all ranks with one reason."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def engine_of(world: int):
 
 
 def handed_unlike_work(rank: int, world: int) -> list[str]:
-    """What a rank raises where rank 1 has something else, and the loss of a sound step after it all."""
+    """The error of each step in which rank 1 has another batch, and the loss of a good step afterwards."""
     engine, long = engine_of(world), segment(1)
     longer = replace(long, tokens=np.zeros(2 * T, dtype=np.int32))
     others = [replace(long, window="short"), replace(long, spans=((0, 30), (30, T))), longer, replace(long, spans=((0, T + 1),))]
@@ -36,7 +36,7 @@ def handed_unlike_work(rank: int, world: int) -> list[str]:
     return [*heard, f"{engine.step([long], lr=0.0).loss:.4f}"]
 
 
-def test_ranks_that_are_handed_unlike_work_all_say_the_same_and_live_on(tmp_path):
+def test_ranks_with_different_work_raise_the_same_error_and_can_go_on(tmp_path):
     first, second = run_ranks(handed_unlike_work, 2, tmp_path=tmp_path, timeout_s=120)
     assert first == second
     assert first[0].startswith("ranks disagree on the window of micro-batch 0: long on rank 0, short on rank 1; every rank must be started")
@@ -54,7 +54,7 @@ def failing_inside(rank: int, world: int) -> None:
 
 
 def test_a_rank_that_fails_inside_a_step_ends_all_with_its_reason(tmp_path):
-    """Collectives wait for half an hour here: whoever ends sooner was told."""
+    """The time-out of collectives is half an hour here: a rank that ends sooner was told the reason."""
     with pytest.raises(RankError) as raised:
         run_ranks(failing_inside, 2, tmp_path=tmp_path, timeout_s=120)
     lines = [line for line in str(raised.value).splitlines() if line.startswith(("ArithmeticError", "RuntimeError"))]

@@ -1,4 +1,4 @@
-"""Skipped steps are passed over and nothing else changes; a resumed run keeps its groups and cannot rewrite its past."""
+"""Skipped steps are left out and nothing else changes; a resumed run keeps its group size and the past of its skips."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_ranges_are_the_sets_that_they_name(texts, done, total):
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "5-3", "-4", "3-", "1.5", "2-4-6"])
-def test_an_entry_that_is_no_range_is_refused(text):
+def test_an_entry_that_is_neither_step_nor_range_is_refused(text):
     with pytest.raises(UserError, match="data.skip_steps has the entry"):
         Skips.parse([text])
 
@@ -51,7 +51,7 @@ def test_the_first_start_settles_the_groups(tmp_path):
     assert again.group_segments == again.applied(DataConfig()).group_segments == 8
 
 
-def test_the_past_cannot_be_rewritten_and_the_future_can(tmp_path):
+def test_skips_may_change_for_steps_to_come_alone(tmp_path):
     write_json(tmp_path / FILE, json.loads(json.dumps(Steps.settle(tmp_path, DataConfig(skip_steps=["3-5", "90-99"]), 1, 4).to_json())))
     for later in (["3-5"], ["3-4", "5", "11-20"], ["3-5", "95"]):
         Steps.settle(tmp_path, DataConfig(skip_steps=later), 1, 4).refuse_other_past(10)

@@ -1,4 +1,4 @@
-"""Checkpoints go on with any number of ranks, bit for bit; what is damaged, in the making or of a kind that cannot be divided anew is refused."""
+"""Checkpoints: any number of ranks goes on from them bit for bit; a damaged, unfinished or foreign checkpoint is refused in one sentence."""
 
 import contextlib
 import json
@@ -21,12 +21,13 @@ from lr2train.training.deepspeed import partitions
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from tests.training.deepspeed.test_engine import RELEASE_ALL, config_for, factors, segment
 
-LONG, SHORT = [1, 3, 5, 7], [2, 4, 6, 10]  # the segments of a step: four of one window, so that one, two and four ranks share their work
+LONG, SHORT = [1, 3, 5, 7], [2, 4, 6, 10]  # the segments of a step: four of one window, for one, two and four ranks
 STEPS = [LONG, SHORT, LONG, SHORT, LONG]
 SAVED = 3
 SMALL_GROUPS = {"zero_optimization": {"sub_group_size": 1000, "stage3_param_persistence_threshold": 0}}
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-# Overrides of the engine and the model, and how far a later loss may be off. fp32: sums in another order. bfloat16: eight bits of mantissa.
+# Overrides of the engine and the model, and the relative error of a later loss.
+# fp32: sums in another order. bfloat16: eight bits of mantissa.
 VARIANTS = {
     "stage 3": ({"deepspeed": RELEASE_ALL}, {}, 1e-6),
     "stage 3, kept parameters": ({"deepspeed": {}}, {}, 1e-6),  # below DeepSpeed's threshold: whole on every rank
@@ -60,7 +61,7 @@ def engine_of(world: int, sp: int, variant: str):
 
 
 def trained(rank: int, world: int, cases: list[tuple[int, str]], folder: Path) -> list[Trained]:
-    """Losses by step, and the whole optimizer's state after ``SAVED`` steps, of engines (sp, variant) that begin at their checkpoint, if there is one."""
+    """Losses by step, and the whole optimizer state after ``SAVED`` steps; for each (sp, variant), from its checkpoint if there is one."""
     return [train(world, sp, folder / variant, variant) for sp, variant in cases]
 
 
@@ -82,7 +83,7 @@ def train(world: int, sp: int, folder: Path, variant: str) -> Trained:
 
 
 def whole_state(engine) -> dict[str, np.ndarray]:
-    """Master weights and moments of every parameter, gathered by DeepSpeed's own hands, and the options and step counts of torch's optimizer."""
+    """Master weights and moments of every parameter, gathered by DeepSpeed, and the options and step counts of torch's optimizer."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     optimizer, found = engine._engine.optimizer, {}
@@ -99,7 +100,7 @@ def whole_state(engine) -> dict[str, np.ndarray]:
     return found | {"steps": np.unique([float(state["step"]) for state in inner.state.values()])}
 
 
-# On two ranks all begin. Who goes on where; every kind of division is met on more ranks and on fewer.
+# All begin on two ranks. Ranks that go on -> cases (sp, variant): every way of dividing meets more ranks and fewer.
 LATER = {
     1: [(1, "stage 3, small groups"), (1, "stage 3, offload"), (1, "stage 3, bfloat16"), (1, "stage 1"), (1, "stage 0")],
     4: [
@@ -195,7 +196,7 @@ def damaged_ones(rank: int, world: int, alone: Path, folder: Path) -> list[str]:
     return [*said, f"{engine.step([segment(i) for i in mine], lr=1e-2).loss:.5f}"]
 
 
-def test_damage_of_any_kind_is_one_sentence_on_every_rank_and_changes_nothing(tmp_path):
+def test_a_damaged_checkpoint_is_one_sentence_on_every_rank_and_changes_nothing(tmp_path):
     [(losses, _)] = run_ranks(trained, 1, [(1, "stage 3")], tmp_path, tmp_path=tmp_path, timeout_s=120)[0]
     first, second = run_ranks(damaged_ones, 2, tmp_path / "stage 3", tmp_path / "two", tmp_path=tmp_path, timeout_s=120)
     assert first == second
@@ -207,7 +208,7 @@ def test_damage_of_any_kind_is_one_sentence_on_every_rank_and_changes_nothing(tm
 
 
 def other_starts(rank: int, world: int, folder: Path) -> list[str | int]:
-    """What reading says, and which step it reads, as the folder is tampered with and the user goes back."""
+    """The step or the error of each load, while the folder is changed and the user goes back."""
     import torch.distributed as dist
 
     engine, ours = engine_of(world, 1, "stage 3"), Checkpoints(folder, "this run", keep=3)
@@ -291,7 +292,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 
 
 def after_kills(rank: int, world: int, folder: Path) -> list[list[str]]:
-    """The checkpoints that are left by saves among the remains of killed runs."""
+    """The checkpoints after each save, among the remains of killed runs."""
     import torch.distributed as dist
 
     engine = engine_of(world, 1, "stage 3")
@@ -312,7 +313,7 @@ def after_kills(rank: int, world: int, folder: Path) -> list[list[str]]:
     ]
 
 
-def test_remains_of_killed_runs_neither_stay_nor_cost_a_checkpoint(tmp_path):
+def test_remains_of_a_killed_run_are_overwritten_and_replace_no_checkpoint(tmp_path):
     for left in run_ranks(after_kills, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120):
         assert left == [
             ["step_00000006: 2"],
@@ -344,7 +345,7 @@ def without_room(rank: int, world: int, folder: Path) -> None:
     os._exit(1)  # as a verb ends: its peers wait until then
 
 
-def test_a_full_disk_is_one_sentence_on_every_rank_and_costs_no_checkpoint(tmp_path):
+def test_a_full_disk_is_one_sentence_on_every_rank_and_the_last_checkpoint_stays(tmp_path):
     with pytest.raises(RankError):
         run_ranks(without_room, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
     said = [(tmp_path / "checkpoints" / f"{rank}.said").read_text() for rank in range(2)]

@@ -1,4 +1,4 @@
-"""A model divided over two ranks scores as a whole one does, each rank its own documents under its own factors."""
+"""A model divided over two ranks gives the scores of a whole model, with documents and factors of its own on each rank."""
 
 import gc
 
