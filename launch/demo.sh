@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The whole method on a laptop CPU, about ten minutes: a corpus, a tiny base model with a window of 512 tokens, a search for RoPE factors, mixed context
-# window training to 4096 tokens on two ranks that share each segment, evaluation, export, generation across the window switch, one HTML page.
-# Interrupted at any point, the same command goes on where it was. Arguments are overrides for every step, such as seed=1.
+# The whole method on a laptop CPU, about ten minutes: a corpus, a tiny base model with a window of 512 tokens, a search
+# for RoPE factors, mixed context window training to 4096 tokens on two ranks that share each segment, evaluation,
+# export, generation across the window switch, one HTML page. After an interrupt, the same command goes on where it was.
+# Arguments are overrides for every step, such as seed=1.
 set -euo pipefail
 export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1  # the same on every machine, with a GPU or without, and nothing is downloaded
 source "$(dirname "$0")/setup.sh"

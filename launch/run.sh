@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# One verb on this machine's ranks under DeepSpeed's launcher:  bash launch/run.sh 2 train experiment=tiny_4k name=first
-# This process becomes the launcher, which passes SIGTERM on to the ranks and ends with their exit code. (The `deepspeed` command in front of it does
-# neither.) The ranks end their step, write a checkpoint and leave; the launcher kills them after 30 s.
+# One verb on several ranks of this machine, under DeepSpeed's launcher:
+#   bash launch/run.sh 2 train experiment=tiny_4k name=first
+# This process becomes the launcher. The launcher passes SIGTERM on to the ranks and ends with their exit code; the
+# `deepspeed` command does neither. After SIGTERM the ranks end their step, write a checkpoint and leave; after 30 s the
+# launcher kills them.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 ranks=$1 verb=$2

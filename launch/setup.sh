@@ -1,10 +1,11 @@
-# Sourced by the other scripts: a virtual environment at .venv with requirements.txt in it. Does nothing the second time. The working directory stays.
+# Sourced by the other scripts: makes a virtual environment at .venv with the packages of requirements.txt; does nothing
+# the second time. The working directory stays.
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$checkout/.venv
 if [ ! -f "$venv/ready" ]; then
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "[setup] Python 3.11 or newer is needed; set PYTHON to one" >&2; exit 2; }
-  "${PYTHON:-python3}" -m venv --clear "$venv"  # a half-made one is made anew
+  "${PYTHON:-python3}" -m venv --clear "$venv"  # an unfinished one is removed first
   touch "$venv/ready"
 fi
 source "$venv/bin/activate"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The same training under several RoPE methods, one after the other, on two local ranks:  bash launch/sweep.sh "yarn ntk pi" experiment=tiny_4k
+# The same training under several RoPE methods, one after the other, on two local ranks:
+#   bash launch/sweep.sh "yarn ntk pi" experiment=tiny_4k
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 methods=$1

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lr2train import io, run
+from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
 from lr2train.config import Config, RopeConfig, UserError
 from lr2train.data.corpus import Corpus
@@ -39,7 +39,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     Raises:
         UserError: bad input.
     """
-    run.refuse_ranks("evaluate")
+    ranks.refuse_ranks("evaluate")
     config, subjects = inputs(config)
     job = run.Run(Path(config.runs_folder) / str(config.run or config.name), "evaluate")
     corpus, factors = Corpus.open(config.data.path), subjects[-1].factors
@@ -180,7 +180,7 @@ def _row(subject: Subject, config: Config, needles: list[NeedleDocument], texts:
         yield from niah.scores(model, table, subject, needles)
         yield from perplexity.scores(model, table, subject, texts)
 
-    scored = list(run.progress(everything(), len(needles) + len(texts), subject.label))
+    scored = list(progress.track(everything(), len(needles) + len(texts), subject.label))
     _refuse_non_finite(subject, [one for _, one in scored], config.model.dtype)
     of_needles, of_texts = scored[: len(needles)], scored[len(needles) :]
     return {

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lr2train import io, run
+from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.evaluation import of_run
@@ -56,7 +56,7 @@ def export(config: Config) -> dict[str, Any]:
         UserError: the run is not finished, the dtype is unknown, the folder holds something else or cannot be written, or the model
             computes logits that are not finite; nothing is replaced then, unless plain transformers alone finds such logits.
     """
-    run.refuse_ranks("export")
+    ranks.refuse_ranks("export")
     job = run.Run(of_run.folder_of(config), "export")
     if config.export.dtype not in (None, *load.DTYPES):
         raise UserError(f"export.dtype={config.export.dtype} is not one of {', '.join(load.DTYPES)}; set one of them, or leave it empty")
@@ -78,7 +78,7 @@ def _export(config: Config, job: run.Run, factors: Factors, folder: Path) -> dic
     size = sum(file.stat().st_size for file in folder.iterdir())
     result = {"folder": str(folder), "dtype": dtype, "bytes": size, **differences, "provenance": run.provenance()}
     if reason := io.write_json_where_allowed(job.folder / "export.json", result):
-        run.say("export", f"{job.folder / 'export.json'} is not written ({reason})")
+        progress.say("export", f"{job.folder / 'export.json'} is not written ({reason})")
     _log(
         job,
         f"{folder}: largest logit difference between transformers and lr2train: long window {result['long_logit_difference']:.2e}, "

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lr2train import io, run
+from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
 from lr2train.config import Config, GenerateConfig, UserError
 from lr2train.evaluation import of_run
@@ -33,7 +33,7 @@ def generate(config: Config) -> dict[str, Any]:
     Raises:
         UserError: no model, no prompt, a text longer than the target window, or logits that are not finite.
     """
-    run.refuse_ranks("generate")
+    ranks.refuse_ranks("generate")
     _refuse_bad_knobs(config.generate)
     folder = _folder(config)
     config = of_run.completed(config) if config.run else config
@@ -61,9 +61,9 @@ def generate(config: Config) -> dict[str, Any]:
         "provenance": run.provenance(),
     }
     if reason := io.write_json_where_allowed(_run_folder(config) / "generate.json", result):
-        run.say("generate", f"{_run_folder(config) / 'generate.json'} is not written ({reason})")
+        progress.say("generate", f"{_run_folder(config) / 'generate.json'} is not written ({reason})")
     switch = " after a switch with re-prefill" if result["switched"] else ""
-    run.say("generate", f"{len(tokens)} + {len(new)} tokens, window {table.window}{switch}, {result['seconds']:.1f} s")
+    progress.say("generate", f"{len(tokens)} + {len(new)} tokens, window {table.window}{switch}, {result['seconds']:.1f} s")
     return result
 
 

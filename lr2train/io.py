@@ -1,9 +1,9 @@
-"""Files that are written whole or not at all, JSON, and checksums.
+"""Atomic files, JSON, checksums, and the user's sentence for an error of the file system.
 
-Choice: a file is written under a temporary name, flushed to the disk, renamed, and its folder is flushed too. So a reader sees the old file or
-the new one, a kill leaves nothing half-written, and a power cut cannot leave a name that leads to an empty file. Temporary names begin with a
-dot and end in ``.tmp``: ``is_temporary`` recognises them, and nothing that copies or counts files takes them along. Cost: two flushes a file,
-about a millisecond each on a local disk.
+Choice: a file is written under a temporary name, synced to the disk and renamed; then its folder is synced. So a reader
+sees the old file or the new one, a kill leaves nothing half-written, and a power cut leaves no name of an empty file.
+Temporary names begin with a dot and end in ``.tmp``; ``is_temporary`` recognises them, so that nothing copies or counts
+them. Cost: two syncs for each file, about a millisecond each on a local disk.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ import xxhash
 from lr2train.config import UserError
 
 _CHUNK_BYTES = 1 << 18  # stays in the processor's cache between reading and hashing
-TEMPORARY = ".tmp"  # ends the name of a file that is being written
+TEMPORARY = ".tmp"  # the end of a temporary name
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write into; it takes the place of ``path`` when the block ends without an error, else nothing is left of it.
+    """Yield a binary file that replaces ``path`` when the block ends. After an error the file is removed and ``path``
+    is unchanged.
 
     Raises:
-        OSError: the file cannot be written; ``filename`` is set to ``path``, so that a message can name it.
+        OSError: the file cannot be written; the error's ``filename`` is ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_of(path)
@@ -47,30 +48,31 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:  # one without a number shows nothing but its text
+        # An OSError without a number does not show its filename.
+        if isinstance(error, OSError) and error.errno is not None:
             error.filename = str(path)
         raise
     sync_folder(path.parent)
 
 
 def temporary_of(path: Path) -> Path:
-    """Where this process writes what will become ``path``: a name of this process alone, in the same folder."""
+    """The temporary name for ``path``: in the same folder, and different for every process."""
     return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file was being written when its writer ended; it belongs to nothing that is finished."""
+    """Whether a file has a temporary name: its writer is at work, or was killed."""
     return path.name.startswith(".") and path.name.endswith(TEMPORARY)
 
 
 def sync_file(path: Path) -> None:
-    """Have the disk hold what a library wrote into ``path``."""
+    """Sync a file that a library wrote to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk hold the names in a folder. A file system that cannot is left alone."""
+    """Sync the names in a folder to the disk. A file system that cannot sync folders is accepted."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -81,26 +83,26 @@ def sync_folder(folder: Path) -> None:
 
 
 def usual_mode(path: Path) -> None:
-    """Give a file the permissions that the umask says; safetensors writes files that only their owner may read."""
+    """Set the permissions that the umask allows; safetensors writes files that only their owner may read."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all."""
+    """Write UTF-8 text atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all. A number that is not finite has no JSON form and becomes null."""
+    """Write JSON atomically. A number that is not finite has no JSON form and becomes null."""
     text = json.dumps(finite(value), indent=1, default=_plain, allow_nan=False)
     write_text(path, text + "\n")
 
 
 def write_json_where_allowed(path: Path, value: Any) -> str:
-    """Write JSON into a folder that may belong to somebody else; returns why the file cannot be written, empty where it is."""
+    """Write JSON into a folder that may be read-only; returns why the file was not written, or an empty string."""
     try:
         write_json(path, value)
     except OSError as error:
@@ -111,7 +113,10 @@ def write_json_where_allowed(path: Path, value: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with None in the place of every float that is not finite, in dicts and lists too."""
+    """``value`` with None instead of every float that is not finite, in dictionaries and lists too.
+
+    Arrays become lists.
+    """
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -131,7 +136,8 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-_IDENTITY = (".config.json", ".inputs.json", "steps.json")  # without them a run would go on as another one
+# Ends of names; a run without them would go on as another run.
+_IDENTITY = (".config.json", ".inputs.json", "steps.json")
 _WRITERS = {
     "corpus.json": "lr2train.prepare",
     "factors.json": "lr2train.search, or train,",
@@ -143,7 +149,7 @@ _WRITERS = {
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that we wrote.
+    """Read a JSON file that lr2train wrote.
 
     Raises:
         UserError: the file is missing, unreadable, or not JSON.
@@ -176,11 +182,14 @@ _REMEDIES = {
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
     errno.EIO: "have the disk looked at, and copy what is on it",
 }
-"""What helps against the errors of files that a user can mend. A file that is not there is not among them: its reader knows what it is."""
+"""errno -> remedy, for the errors that a user can repair.
+
+ENOENT is missing: the reader of a file knows better what to do.
+"""
 
 
 def for_user(error: BaseException) -> UserError | None:
-    """An error as a sentence that names the file and what helps; None where no user can mend it."""
+    """An error as one sentence with the file and a remedy; None where a user cannot repair the cause."""
     if isinstance(error, UserError):
         return error
     if not isinstance(error, OSError) or error.errno not in _REMEDIES:
@@ -191,7 +200,7 @@ def for_user(error: BaseException) -> UserError | None:
 
 
 def _file_at_work(error: OSError) -> str | None:
-    """The file that was open where the error rose: a write that fails does not say which it was."""
+    """The file that was open where the error rose, from the traceback: a failed write does not name its file."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         for local in frame.f_locals.values():
             for one in (local, *getattr(local, "__dict__", {}).values()):
@@ -201,18 +210,18 @@ def _file_at_work(error: OSError) -> str | None:
 
 
 def fingerprint(value: Any) -> str:
-    """16 hex digits that stand for a JSON value; the order of its keys does not count."""
+    """A hash of a JSON value in 16 hex digits; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sha256_of(path: Path) -> str:
-    """Checksum of a file, in hex."""
+    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum(path: Path) -> str:
-    """XXH3 of a file, 128 bits in hex: finds damage and mix-ups at the speed of the memory. No protection against a forger."""
+    """XXH3 of a file, 128 bits in hex: finds damage and mix-ups at memory speed. No protection against forgery."""
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
@@ -221,31 +230,31 @@ def checksum(path: Path) -> str:
 
 
 class Hashed(IOBase):
-    """A file for ``torch.load`` whose bytes are hashed while they are read, so that a check costs no second reading.
+    """A file for ``torch.load`` whose bytes are hashed while they are read, so that a check needs no second reading.
 
-    A reader that goes through the file in order pays for the hash alone: each piece is hashed while it lies in the processor's cache. Bytes that
-    the reader passes over are read by ``checksum``.
+    A piece is hashed while the processor's cache still holds the piece, if the reader goes through the file in order.
+    ``checksum`` reads the bytes that the reader skipped.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._file = path.open("rb", buffering=0)
         self._digest = xxhash.xxh3_128()
-        self._hashed_bytes = 0  # of the file's beginning
+        self._hashed_bytes = 0  # length of the beginning of the file that the digest covers
 
     def read(self, size: int = -1) -> bytes:
-        """The next ``size`` bytes; fewer at the end of the file; all that is left where ``size`` is negative."""
+        """Read ``size`` bytes, fewer at the end of the file; a negative ``size`` reads to the end."""
         if size < 0:
             size = os.fstat(self._file.fileno()).st_size - self._file.tell()
         data = bytearray(max(size, 0))
         return bytes(memoryview(data)[: self.readinto(data)])
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a writable buffer; returns the number of bytes, smaller than the buffer's at the end of the file."""
+        """Fill a writable buffer; returns the number of bytes read, fewer at the end of the file."""
         view = memoryview(buffer).cast("B")
         begin = done = 0
         position = self._file.tell()
-        if 0 < position - self._hashed_bytes <= _CHUNK_BYTES:  # a header or padding that the reader did not want
+        if 0 < position - self._hashed_bytes <= _CHUNK_BYTES:  # the reader skipped a header or padding
             self._hash_until(position)
         while done < len(view) and (size := self._file.readinto(view[done : done + _CHUNK_BYTES])):
             begin, done = done, done + size
@@ -255,7 +264,7 @@ class Hashed(IOBase):
         return done
 
     def _hash_until(self, stop: int | None) -> None:
-        """Hash what lies before ``stop`` (None: the end of the file) and was not hashed yet; the position becomes ``stop``."""
+        """Hash the bytes before ``stop`` (None: the end) that are not hashed yet; the position becomes ``stop``."""
         self._file.seek(self._hashed_bytes)
         buffer = memoryview(bytearray(_CHUNK_BYTES))
         while size := self._file.readinto(buffer[: None if stop is None else min(_CHUNK_BYTES, stop - self._hashed_bytes)]):
@@ -263,16 +272,16 @@ class Hashed(IOBase):
             self._hashed_bytes += size
 
     def checksum(self) -> str:
-        """``checksum`` of the whole file."""
+        """The checksum of the whole file, as the function ``checksum`` gives it."""
         self._hash_until(None)
         return self._digest.hexdigest()
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place in the file, as of a file of Python's own."""
+        """Go to a position, as in a file of Python; returns the position."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """The place in the file."""
+        """The position."""
         return self._file.tell()
 
     def seekable(self) -> bool:
@@ -290,21 +299,21 @@ class Hashed(IOBase):
 
 
 def seal(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON values with their own checksum, whole or not at all."""
+    """Write JSON values together with their checksum (a seal), atomically."""
     write_json(path, with_seal(values))
 
 
 def with_seal(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON values and their own checksum."""
+    """JSON values and, under ``seal``, their checksum."""
     plain = json.loads(json.dumps(values))
     return {**plain, "seal": fingerprint(plain)}
 
 
 def sealed(path: Path, remedy: str = "restore it") -> dict[str, Any]:
-    """Values that ``seal`` wrote.
+    """Read values that ``seal`` wrote.
 
     Raises:
-        UserError: the file is missing, or its values were changed; the text ends with the remedy.
+        UserError: the file is missing, or the seal does not fit the values; the text ends with ``remedy``.
     """
     values = read_json(path)
     seal_of = values.pop("seal", None) if isinstance(values, dict) else None

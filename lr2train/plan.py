@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lr2train import io, run
+from lr2train import io, progress
 from lr2train.attention import choice
 from lr2train.attention import hf as attention
 from lr2train.cli.door import main
@@ -21,7 +21,7 @@ from lr2train.planning.shape import Shape, hf_config_of, shape_of
 from lr2train.planning.tables import show
 from lr2train.planning.work import Part, Work, work_of
 from lr2train.rope.factors import refuse_target
-from lr2train.training.deepspeed.engine import accumulation_of
+from lr2train.training.deepspeed.start import accumulation_of
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def plan(config: Config) -> dict[str, Any]:
     path = Path(config.runs_folder) / config.name / "plan.json"
     io.write_json(path, result)
     show(result)
-    run.say("plan", f"written to {path}")
+    progress.say("plan", f"written to {path}")
     return result
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lr2train import io, run
+from lr2train import io, ranks, run
 from lr2train.cli.door import main
 from lr2train.config import Config, ModelConfig, UserError
 from lr2train.data import building, integrity
@@ -34,7 +34,7 @@ def prepare(config: Config) -> dict[str, Any]:
         UserError: sources, tokenizer or windows that cannot be prepared, another job is at the same folder, or several ranks were started.
         OSError: the system refuses to read or to write a file; ``filename`` says which.
     """
-    run.refuse_ranks("prepare")
+    ranks.refuse_ranks("prepare")
     config = replace(config, data=building.settled(config.data))
     original_window_tokens = original_window(config.model)
     refuse_target(config.rope.target_window_tokens, original_window_tokens)

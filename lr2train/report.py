@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lr2train import io, run
+from lr2train import io, progress
 from lr2train.cli.door import door
 from lr2train.reporting import making, results
 from lr2train.reporting.inputs import Inputs, gather
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     with door("report"):
         path = report([folder.expanduser() for folder in given.folders], given.out and given.out.expanduser())
-        run.say("report", f"{path} ({path.stat().st_size / 1024:.0f} KiB)")
+        progress.say("report", f"{path} ({path.stat().st_size / 1024:.0f} KiB)")
 
 
 if __name__ == "__main__":

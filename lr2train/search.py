@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lr2train import io, run
+from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
@@ -50,7 +50,7 @@ def search(config: Config) -> dict[str, Any]:
     lock = control.on_rank_0(job.lock)
     known = {"corpus": corpus.fingerprint, "documents": digest(scored_on)}
     found = identities(job, known, {"model": load.files_of(load.folder_of(config.model))})
-    if control.from_rank_0((job.folder / "search.json").exists() if run.rank() == 0 else False):
+    if control.from_rank_0((job.folder / "search.json").exists() if ranks.rank() == 0 else False):
         return _finished(job)
     control.together(lambda: corpus.verify(full=config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0))  # once a machine
     if device.type == "cpu" and not config.threads:
@@ -80,7 +80,7 @@ def _read(job: run.Run) -> dict[str, Any]:
 
 def _finished(job: run.Run) -> dict[str, Any]:
     job.log(f"already finished: {job.folder / 'search.json'}")
-    if run.rank() == 0 and not all((job.folder / "pictures" / name).exists() for name in PICTURES):  # killed while they were drawn
+    if ranks.rank() == 0 and not all((job.folder / "pictures" / name).exists() for name in PICTURES):  # killed while they were drawn
         write_search_pictures(job.folder)
     return io.read_json(job.folder / "search.json")
 
@@ -106,7 +106,7 @@ def inputs(config: Config) -> tuple[Space, list[Document], Corpus]:
 
 def _model(config: Config, device: torch.device) -> Any:
     if config.search.shard:
-        from lr2train.training.deepspeed.engine import load_sharded  # DeepSpeed is not for whoever has no need of it
+        from lr2train.training.deepspeed.scoring import load_sharded  # DeepSpeed is not for whoever has no need of it
 
         return load_sharded(config.model, device)
     return load.load_whole(load.folder_of(config.model), config.model.dtype, str(device), config.model.overrides)
@@ -129,7 +129,7 @@ def _run(job: run.Run, space: Space, history: History) -> list[Scored]:
     knobs, fitness, finalists = space.knobs, history.fitness, []
     generations, judge_by = ALGORITHMS[knobs.algorithm]
     judge = judge_by(space, fitness)
-    with run.meter("search, document-forwards", fitness.recovered) as tick:
+    with progress.meter("search, document-forwards", fitness.recovered) as tick:
         fitness.tell = lambda: tick(fitness.computed, history.expected_evaluations, history.note)
         for generation in generations(space, judge, knobs.seed):
             finalists = list(generation.population[: knobs.top_k])
@@ -142,7 +142,7 @@ def _write(job: run.Run, space: Space, best: Scored, result: dict[str, Any], whe
     kept = {key: result[key] for key in ("model", "corpus", "settings", "perplexity", "scored_documents", "document_forwards")}
     job.write_json("factors.json", {**space.factors(best.candidate).to_json(), "search": {**kept, **where_from}})
     job.write_json("search.json", result)
-    if run.rank() == 0:
+    if ranks.rank() == 0:
         write_search_pictures(job.folder)
     job.log(
         f"done: {space.knobs.objective} perplexity {best.perplexity:.4f} on {best.documents} documents, {described(best.candidate)}, "

@@ -2,24 +2,25 @@
 
     deepspeed --no_local_rank --module lr2train.train experiment=tiny_4k name=first
 
-The same command resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, factors.json, model/ (a Hugging Face folder), train.steps.json
-(lr2train.training.steps), train.json.
+The same command resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, factors.json, model/ (a Hugging Face
+folder), train.steps.json (lr2train.training.steps), train.json.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
-from lr2train import io, run
+from lr2train import io, ranks, run
 from lr2train.attention import hf as attention
 from lr2train.cli.door import main
-from lr2train.config import Config, ModelConfig, UserError
+from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.feed.loader import make_loader
 from lr2train.model import load
@@ -31,10 +32,11 @@ from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import build
 from lr2train.training.deepspeed.checkpoint import Checkpoints
-from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+from lr2train.training.deepspeed.engine import Engine
 from lr2train.training.deepspeed.keys import refuse_keys
-from lr2train.training.loop import fit
-from lr2train.training.metrics import bad_steps_in, read_jsonl, sinks
+from lr2train.training.deepspeed.start import start_deepspeed
+from lr2train.training.loop import Training, fit
+from lr2train.training.metrics import read_jsonl, sinks
 from lr2train.training.steps import FILE, Steps
 
 GROUPS = ("name", "seed", "model", "rope", "data", "parallel", "optim", "engine")
@@ -42,104 +44,47 @@ GROUPS = ("name", "seed", "model", "rope", "data", "parallel", "optim", "engine"
 
 @told_to_all()
 def train(config: Config) -> dict[str, Any]:
-    """Run the verb; returns what ``train.json`` holds.
+    """Run the verb; returns the content of ``train.json``.
 
     Raises:
-        UserError: bad input, on every rank.
+        UserError: the input is wrong; on every rank.
+        Interrupted: the job was asked to stop, and its checkpoint is written; on every rank.
     """
     job = run.open_run(config, "train", GROUPS)
-    hf_config, factors, corpus = inputs(config)
+    inputs = checked_inputs(config)
     device = processes.start(config)
-    lock = control.on_rank_0(job.lock)
-    found = identities(job, {"corpus": corpus.fingerprint, "factors": io.fingerprint(factors.to_json())}, _base(config))
-    if (finished := _finished(job, config)) is not None:
-        return finished
-    control.together(lambda: corpus.verify(full=config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0))  # once a machine
-    start_deepspeed(device)
-    ring = attention.ring_ranks(hf_config, config.parallel, processes.ranks_per_node())
-    mesh = make_mesh(config.parallel.sp, config.parallel.timeout_s, ring)
-    target = factors.target_window_tokens if config.data.kind == "segments" else None
-    steps = Steps.settle(job.folder, config.data, mesh.dp_size, config.optim.segments_per_step)
-    loader = make_loader(
-        steps.applied(config.data),
-        config.seed,
-        mesh.dp_rank,
-        mesh.dp_size,
-        config.optim.segments_per_step,
-        factors.spectrum.window_tokens,
-        target,
-    )
-    engine = Engine(config, mesh, factors, hf_config, device)
-    total_steps = config.optim.steps or loader.steps_per_epoch
-    job.claim(found)
-    checkpoints = Checkpoints(
-        job.folder / "checkpoints", control.from_rank_0(job.fingerprint if run.rank() == 0 else ""), config.engine.keep_checkpoints
-    )
-    done = engine.load(checkpoints, config.engine.resume_from, lambda done: _refuse_start(job, steps, done, total_steps))
-    job.write_json(FILE, steps.to_json())
-    _announce(job, config, engine, factors, total_steps, done)
-    job.write_json("factors.json", factors.to_json())
-    start = time.monotonic()
-    outputs = sinks(config, job.folder, done)
-    ended = fit(engine, loader, config, steps.skips, done, total_steps, outputs, checkpoints, bad_steps_in(outputs))
-    for output in outputs:
-        output.close()
-    dist.barrier()  # a launcher kills the other ranks as soon as one leaves, and rank 0 may still close its dashboards
-    if not ended:
-        job.log("interrupted; the checkpoint is written, run the same command again to go on")
-        sys.exit(130)
-    _write_model(job, engine, factors, hf_config, corpus, config.model)
-    result = _result(job, config, total_steps, time.monotonic() - start, mesh.world)
-    job.write_json("train.json", result)
-    dist.barrier()
-    loss = "" if result["final_loss"] is None else f"loss {result['final_loss']:.4f} "
-    job.log(f"done: {loss}after {total_steps} steps, model in {job.folder / 'model'}")
-    processes.stop()
-    if lock is not None:
-        lock.close()
+    with control.on_rank_0(job.lock) or contextlib.nullcontext():
+        contents = _contents(job, config, inputs)
+        if (finished := _finished(job, config)) is not None:
+            return finished
+        _verify(inputs.corpus, config)
+        training = _build(job, config, inputs, contents, device)
+        done = _resume(job, training, inputs.factors)
+        started = time.monotonic()
+        _fit(job, training, done)
+        _write_model(job, training, inputs)
+        result = _write_result(job, training, time.monotonic() - started)
+        processes.stop()
     return result
 
 
-def _base(config: Config) -> dict[str, list[Path]]:
-    """The files of the base model, if there is one."""
-    return {} if config.model.path is None else {"model": load.files_of(load.folder_of(config.model))}
+# ---- check ----
 
 
-def _finished(job: run.Run, config: Config) -> dict[str, Any] | None:
-    """The result of a run that is finished; None where there is something to do: more steps than before, or a model that is gone."""
-    file = job.folder / "train.json"
-    result = control.from_rank_0(_result_in(file) if run.rank() == 0 and (job.folder / "model" / "config.json").exists() else None)
-    if result is None or config.optim.steps > result["steps"] or config.engine.resume_from is not None:
-        return None
-    job.log(f"already finished: {file}")
-    return result
+class Inputs(NamedTuple):
+    """The inputs of a training run, each checked against the others."""
+
+    hf_config: Any  # transformers'
+    factors: Factors
+    corpus: Corpus
 
 
-def _refuse_start(job: run.Run, steps: Steps, done: int, total_steps: int) -> None:
-    """Refuse to go on from ``done`` steps where what is asked for does not follow from them.
+def checked_inputs(config: Config) -> Inputs:
+    """Read the inputs and refuse a wrong one before any process group or weight exists.
 
     Raises:
-        UserError: on every rank.
+        UserError: a key is wrong, or model, factors and corpus do not fit each other.
     """
-    steps.refuse_other_past(done)
-    if done > total_steps:
-        raise UserError(f"optim.steps={total_steps} is below the {done} steps that the run has done; set optim.steps to {done} or more")
-    finished = control.from_rank_0((job.folder / "train.json").exists() if run.rank() == 0 else False)
-    if finished and not done:
-        raise UserError(f"{job.folder} holds a finished run without its checkpoints, so no run can go on from it; choose another name=")
-
-
-def _result_in(file: Path) -> dict[str, Any] | None:
-    """What a finished run has written; None where a power cut left nothing of it, and the end is reached once more from the last checkpoint."""
-    try:
-        found = io.read_json(file)
-    except UserError:
-        return None
-    return found if isinstance(found, dict) and "steps" in found else None
-
-
-def inputs(config: Config) -> tuple[Any, Factors, Corpus]:
-    """The model's config, the factors and the corpus, each checked against the others before any process group or weight exists."""
     refuse_keys(config.engine.deepspeed)
     if config.engine.zero_stage == 0 and config.model.dtype != "float32":
         raise UserError(f"engine.zero_stage=0 trains in float32 alone, and model.dtype={config.model.dtype}; set engine.zero_stage to 1")
@@ -148,50 +93,196 @@ def inputs(config: Config) -> tuple[Any, Factors, Corpus]:
         raise UserError("data.path is empty; set data.path to a folder that `python -m lr2train.prepare` wrote, such as runs/corpus")
     corpus = Corpus.open(Path(config.data.path))
     corpus.refuse_other_tokenizer(hf_config.vocab_size, load.folder_of(config.model) if config.model.path else None)
-    longest = (
-        config.data.segment_tokens if config.data.kind == "segments" else max((s.length_tokens for s in config.data.stages), default=0)
+    attention.refuse_config(
+        hf_config, config.parallel, config.data.segment_tokens, _longest_span_tokens(config), processes.ranks_per_node()
     )
-    attention.refuse_config(hf_config, config.parallel, config.data.segment_tokens, longest, processes.ranks_per_node())
     factors = build(config.rope, load.spectrum_of(hf_config, config.model))
-    if factors.target_window_tokens > factors.spectrum.window_tokens:
-        rope_hf.write(load.plain_config(hf_config), factors)  # what could not be written afterwards is refused now
-    return hf_config, factors, corpus
+    if _extends(factors):
+        # Factors that have no form in config.json are refused now, not after training.
+        rope_hf.write(load.plain_config(hf_config), factors)
+    return Inputs(hf_config, factors, corpus)
 
 
-def _announce(job: run.Run, config: Config, engine: Engine, factors: Factors, total_steps: int, done: int) -> None:
+def _longest_span_tokens(config: Config) -> int:
+    if config.data.kind == "segments":
+        return config.data.segment_tokens
+    return max((stage.length_tokens for stage in config.data.stages), default=0)
+
+
+def _extends(factors: Factors) -> bool:
+    """Whether the target window is longer than the original one."""
+    return factors.target_window_tokens > factors.spectrum.window_tokens
+
+
+def _contents(job: run.Run, config: Config, inputs: Inputs) -> dict[str, Any]:
+    """Fingerprints of the inputs' contents. A collective.
+
+    Raises:
+        UserError: an input has other contents than at the first start; on every rank.
+    """
+    base = {} if config.model.path is None else {"model": load.files_of(load.folder_of(config.model))}
+    return identities(job, {"corpus": inputs.corpus.fingerprint, "factors": io.fingerprint(inputs.factors.to_json())}, base)
+
+
+def _finished(job: run.Run, config: Config) -> dict[str, Any] | None:
+    """The result of a finished run; None where work is left.
+
+    Work is left if more steps are asked for, if the run goes back to a step, or if the model folder is gone.
+    """
+    file = job.folder / "train.json"
+    result = control.from_rank_0(_result_in(file) if ranks.rank() == 0 and (job.folder / "model" / "config.json").exists() else None)
+    if result is None or config.optim.steps > result["steps"] or config.engine.resume_from is not None:
+        return None
+    job.log(f"already finished: {file}")
+    return result
+
+
+def _result_in(file: Path) -> dict[str, Any] | None:
+    """The result in ``train.json``; None where a power cut damaged the file.
+
+    The run is then finished once more from its last checkpoint.
+    """
+    try:
+        found = io.read_json(file)
+    except UserError:
+        return None
+    return found if isinstance(found, dict) and "steps" in found else None
+
+
+def _verify(corpus: Corpus, config: Config) -> None:
+    first_of_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0  # the full reading once a machine
+    control.together(lambda: corpus.verify(full=config.data.verify and first_of_machine))
+
+
+# ---- build ----
+
+
+def _build(job: run.Run, config: Config, inputs: Inputs, contents: dict[str, Any], device: torch.device) -> Training:
+    """Build the parts of a run and claim its folder; no checkpoint is read. A collective.
+
+    Raises:
+        UserError: the parts do not fit the ranks or each other; on every rank, and the folder is not claimed.
+    """
+    hf_config, factors, _ = inputs
+    start_deepspeed(device)
+    ring = attention.ring_ranks(hf_config, config.parallel, processes.ranks_per_node())
+    mesh = make_mesh(config.parallel.sp, config.parallel.timeout_s, ring)
+    steps = Steps.settle(job.folder, config.data, mesh.dp_size, config.optim.segments_per_step)
+    loader = make_loader(
+        steps.applied(config.data),
+        config.seed,
+        mesh.dp_rank,
+        mesh.dp_size,
+        config.optim.segments_per_step,
+        original_window_tokens=factors.spectrum.window_tokens,
+        target_window_tokens=factors.target_window_tokens if config.data.kind == "segments" else None,
+    )
+    engine = Engine(config, mesh, factors, hf_config, device)
+    total_steps = config.optim.steps or loader.steps_per_epoch
+    job.claim(contents)
+    fingerprint = control.from_rank_0(job.fingerprint if ranks.rank() == 0 else "")
+    checkpoints = Checkpoints(job.folder / "checkpoints", fingerprint, config.engine.keep_checkpoints)
+    return Training(config, engine, loader, steps, total_steps, checkpoints)
+
+
+def _resume(job: run.Run, training: Training, factors: Factors) -> int:
+    """Read the checkpoint, if there is one, and write what the run goes on with; returns the steps done. A collective.
+
+    Raises:
+        UserError: the checkpoint cannot be used, or the config does not follow from the steps done; on every rank.
+    """
+    resume_from = training.config.engine.resume_from
+    done = training.engine.load(training.checkpoints, resume_from, lambda done: _refuse_start(job, training, done))
+    job.write_json(FILE, training.steps.to_json())
+    _announce(job, training, factors, done)
+    job.write_json("factors.json", factors.to_json())
+    return done
+
+
+def _refuse_start(job: run.Run, training: Training, done: int) -> None:
+    """Refuse to go on from ``done`` steps where the config does not follow from them.
+
+    Raises:
+        UserError: other steps were skipped, more steps are done than asked for, or a finished run has lost its
+            checkpoints; on every rank.
+    """
+    training.steps.refuse_other_past(done)
+    if done > training.total_steps:
+        raise UserError(
+            f"optim.steps={training.total_steps} is below the {done} steps that the run has done; set optim.steps to {done} or more"
+        )
+    finished = control.from_rank_0((job.folder / "train.json").exists() if ranks.rank() == 0 else False)
+    if finished and not done:
+        raise UserError(f"{job.folder} holds a finished run without its checkpoints, so no run can go on from it; choose another name=")
+
+
+def _announce(job: run.Run, training: Training, factors: Factors, done: int) -> None:
+    engine, config = training.engine, training.config
+    # ds_numel: the whole one under ZeRO-3.
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
     mesh = engine.mesh
     job.log(
         f"{parameters / 1e6:.2f}M parameters, window {factors.spectrum.window_tokens} -> {factors.target_window_tokens} by {factors.method}, "
         f"{mesh.world} ranks (dp {mesh.dp_size} x sp {mesh.sp_size}), ZeRO-{config.engine.zero_stage}, "
-        f"{total_steps} steps of {config.optim.segments_per_step} segments" + (f", resuming after step {done}" if done else "")
+        f"{training.total_steps} steps of {config.optim.segments_per_step} segments" + (f", resuming after step {done}" if done else "")
     )
 
 
-def _write_model(job: run.Run, engine: Engine, factors: Factors, hf_config: Any, corpus: Corpus, model: ModelConfig) -> None:
+# ---- fit ----
+
+
+def _fit(job: run.Run, training: Training, done: int) -> None:
+    """Train to the last step. A collective.
+
+    Raises:
+        Interrupted: the job was asked to stop, and its checkpoint is written; on every rank.
+        UserError: too many steps in a row are not finite; on every rank.
+    """
+    outputs = sinks(training.config, job.folder, done)
+    ended = fit(training, done, outputs)
+    for output in outputs:
+        output.close()
+    dist.barrier()  # a launcher kills the other ranks as soon as one leaves, and rank 0 may still close its dashboards
+    if not ended:
+        job.log("interrupted; the checkpoint is written, run the same command again to go on")
+        raise run.Interrupted
+
+
+# ---- write ----
+
+
+def _write_model(job: run.Run, training: Training, inputs: Inputs) -> None:
+    """Write ``model/``: weights, config.json with the factors, tokenizer. A collective."""
+    hf_config, factors, corpus = inputs
     config = load.plain_config(hf_config)
-    if factors.target_window_tokens > factors.spectrum.window_tokens:
+    if _extends(factors):
         config = rope_hf.write(config, factors)
-    companions = [*load.talk_of(model), *sorted(corpus.tokenizer_folder.iterdir())]
+    companions = [*load.talk_of(training.config.model), *sorted(corpus.tokenizer_folder.iterdir())]
     window = factors.target_window_tokens
-    engine.write_model(job.folder / "model", config, lambda folder: load.copy_companions(companions, folder, window))
+    training.engine.write_model(job.folder / "model", config, lambda folder: load.copy_companions(companions, folder, window))
 
 
-def _result(job: run.Run, config: Config, total_steps: int, seconds: float, world: int) -> dict[str, Any]:
-    lines = read_jsonl(job.folder / "metrics.jsonl") if run.rank() == 0 else []
+def _write_result(job: run.Run, training: Training, seconds: float) -> dict[str, Any]:
+    """Write ``train.json``, which marks the run as finished; returns its content. A collective."""
+    lines = read_jsonl(job.folder / "metrics.jsonl") if ranks.rank() == 0 else []
     last = lines[-1] if lines else {"loss": None, "tokens_seen": 0, "peak_gib": 0.0}
-    return {
-        "steps": total_steps,
+    result = {
+        "steps": training.total_steps,
         "final_loss": last["loss"],
         "bad_steps": last.get("bad_steps", 0),
         "tokens_seen": last["tokens_seen"],
         "seconds": seconds,
-        "world": world,
+        "world": training.engine.mesh.world,
         "peak_gib": last["peak_gib"],
         "model": os.path.abspath(job.folder / "model"),
         "base": job.values["model"]["path"],
         "corpus": job.values["data"]["path"],
     }
+    job.write_json("train.json", result)
+    dist.barrier()  # no rank leaves before the result is written
+    loss = "" if result["final_loss"] is None else f"loss {result['final_loss']:.4f} "
+    job.log(f"done: {loss}after {training.total_steps} steps, model in {job.folder / 'model'}")
+    return result
 
 
 if __name__ == "__main__":

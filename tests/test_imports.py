@@ -20,13 +20,13 @@ FLOORS = {
     "rope": 1,
     "parallel": 0,
 }
-FREE = {"config", "io", "run"}  # may be imported by all, and import only each other
+FREE = {"changes", "config", "io", "progress", "ranks", "run"}  # may be imported by all, and import only each other
 VERBS = {*READS, "report"}
-FEW_FILES = {
-    "deepspeed": {"training/deepspeed/engine.py", "training/deepspeed/keys.py"},
-    "wandb": {"training/metrics.py"},
-    "flash_attn": {"attention/kernel.py"},
-    "hydra": {"cli/composition.py", "cli/overrides.py", "cli/door.py"},
+FEW_FILES = {  # a folder ends with a slash
+    "deepspeed": ("training/deepspeed/",),
+    "wandb": ("training/metrics.py",),
+    "flash_attn": ("attention/kernel.py",),
+    "hydra": ("cli/composition.py", "cli/overrides.py", "cli/door.py"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -64,7 +64,8 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize(("library", "homes"), FEW_FILES.items())
 def test_a_library_lives_in_few_files(library, homes):
     users = {str(path.relative_to(ROOT)) for path in FILES if any(name.split(".")[0] == library for name in imported(path))}
-    assert users <= homes
+    assert users, f"nothing imports {library}"
+    assert all(user.startswith(homes) for user in users), users
 
 
 def test_only_verbs_know_the_command_line():

@@ -1,4 +1,4 @@
-"""Files: the hash of what is read, in whatever order."""
+"""Hashed files: the checksum does not depend on the order of reading."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""A run folder belongs to one verb, one config and one set of inputs; what may change between two starts is a list."""
+"""A run folder belongs to one verb, one config and one set of inputs; only listed keys may change between two starts."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import pytest
 from ranks import run_ranks
 
 from lr2train import io, run
+from lr2train.changes import differences
+from lr2train.cli.door import door
 from lr2train.config import Config, SourceConfig, UserError
 from lr2train.parallel.inputs import identities
 
@@ -69,14 +71,18 @@ def changed(folder: Path, key: str, value) -> Config:
         ("data.sources", [SourceConfig(name="other")]), ("data.path", "elsewhere"), ("model.path", "elsewhere"), ("rope.factors", "elsewhere"),
     ],
 )  # fmt: skip
-def test_what_saves_memory_or_only_logs_or_is_known_by_content_may_change(tmp_path, key, value):
+def test_a_key_without_influence_on_the_result_may_change(tmp_path, key, value):
     base = config(tmp_path, optim=replace(Config().optim, steps=10))
     job = run.open_run(base, "train", TRAIN)
     job.lock().close()
     job.claim({})
     made = changed(tmp_path, key, value)
     made.optim.steps = max(made.optim.steps, 10)
-    run.open_run(made, "train", TRAIN)
+    again = run.open_run(made, "train", TRAIN)
+    lines = list(differences(job.values, again.values))
+    assert lines, "the key belongs to the run's config"
+    assert all(line.startswith(key) for line in lines)
+    assert again.folder == job.folder
 
 
 @pytest.mark.parametrize(
@@ -87,7 +93,7 @@ def test_what_saves_memory_or_only_logs_or_is_known_by_content_may_change(tmp_pa
         ("engine.deepspeed", {"prescale_gradients": True}), ("model.overrides", {"sliding_window": None}),
     ],
 )  # fmt: skip
-def test_what_changes_the_result_may_not(tmp_path, key, value):
+def test_a_key_that_changes_the_result_is_refused_by_name(tmp_path, key, value):
     base = config(tmp_path, optim=replace(Config().optim, steps=10))
     job = run.open_run(base, "train", TRAIN)
     job.lock().close()
@@ -98,7 +104,7 @@ def test_what_changes_the_result_may_not(tmp_path, key, value):
         run.open_run(made, "train", TRAIN)
 
 
-def test_a_key_that_a_later_release_has_added_refuses_no_old_run(tmp_path):
+def test_a_key_of_a_later_release_refuses_no_old_run(tmp_path):
     job = claimed(tmp_path)
     saved = io.read_json(job.folder / "train.config.json")
     del saved["engine"]["loss_chunk_tokens"]
@@ -152,8 +158,15 @@ def test_the_fingerprint_of_a_run_does_not_depend_on_what_may_change(tmp_path):
     assert fingerprint("corpus", {**inputs, "corpus": "c"}) != first
 
 
+def test_an_interrupted_job_that_said_so_ends_with_130_and_no_second_sentence(capsys):
+    with pytest.raises(SystemExit) as end, door("train"):
+        raise run.Interrupted
+    assert end.value.code == 130
+    assert capsys.readouterr().err == ""
+
+
 def inputs_of(rank: int, world: int, folder: Path, text: str) -> list[str]:
-    """Identify a model of two files, then again after its times, then after its contents were changed."""
+    """What a rank hears of a model of two files: at the first start, after a change of times, after a change of contents."""
     import torch.distributed as dist
 
     job = opened(folder)

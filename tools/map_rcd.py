@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lr2train import io, run
+from lr2train import io, progress, run
 from lr2train.cli.composition import compose
 from lr2train.cli.door import EXIT_BAD_INPUT
 from lr2train.config import Config, UserError, to_dict
@@ -213,7 +213,7 @@ def fill(
     names = Cell.__dataclass_fields__
     with (given.out / "cells.jsonl").open("a") as file:
         lines = measured(missing, config, documents, given.processes) if missing else iter(())
-        for line in run.progress(lines, len(cells), "map_rcd", len(cells) - len(missing)):
+        for line in progress.track(lines, len(cells), "map_rcd", len(cells) - len(missing)):
             file.write(json.dumps(line) + "\n")
             file.flush()
             done[Cell(**{name: line[name] for name in names})] = line
@@ -403,7 +403,7 @@ def make_map(given: argparse.Namespace) -> Json:
     done = finished_cells(given.out, settings)
     knobs = config.search
     of = f"{len(documents)} documents with {knobs.questions} of {knobs.questions + knobs.distractors} needles asked for"
-    run.say("map_rcd", f"{len(cells)} cells of {of}, {sum(cell in done for cell in cells)} finished before")
+    progress.say("map_rcd", f"{len(cells)} cells of {of}, {sum(cell in done for cell in cells)} finished before")
     fill(cells, done, config, documents, given)
     lines = {cell: done[cell] for cell in cells}
     found = verdicts(lines, settings["answer_tokens"], spectrum.critical_index, given.seed)

@@ -27,7 +27,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lr2train import io, run
+from lr2train import io, progress, ranks, run
 from lr2train.cli import composition, help
 from lr2train.cli.overrides import Override
 from lr2train.config import Config, UserError, load
@@ -68,9 +68,9 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
                 folders = composition.config_folders(flags.config_dir)
                 config = load(composition.composed(flags.config_name or verb, flags.overrides, folders), verb)
             if twice := composition.repeated(flags.overrides):
-                run.say(verb, f"given more than once, and the last value counts: {', '.join(twice)}")
+                progress.say(verb, f"given more than once, and the last value counts: {', '.join(twice)}")
             if idle := composition.unread(verb, flags.overrides):
-                run.say(verb, f"given, but not read by {verb}: {', '.join(idle)}")
+                progress.say(verb, f"given, but not read by {verb}: {', '.join(idle)}")
             job(config)
 
 
@@ -89,8 +89,10 @@ def door(verb: str) -> Iterator[None]:
             raise
         _die(verb, told)
     except PeerGone as gone:
-        print(f"{verb} (rank {run.rank()}): {gone}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        print(f"{verb} (rank {ranks.rank()}): {gone}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         sys.exit(EXIT_RANK_LOST)
+    except run.Interrupted:  # the verb has said so
+        sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
@@ -116,7 +118,7 @@ def _die(verb: str, error: UserError) -> None:
 
 def _show_log() -> None:
     """Send our modules' log (which kernel, which attention strategy, and why) to stderr, from rank 0 alone."""
-    if run.rank() == 0:
+    if ranks.rank() == 0:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
         logging.getLogger("lr2train").handlers = [handler]
@@ -166,9 +168,9 @@ def _run_all(verb: str, flags: Namespace) -> None:
         SystemExit: a job failed. All jobs have run; the code is the first failed job's.
         KeyboardInterrupt: a job was interrupted. Later jobs do not run.
     """
-    if run.world() > 1:
+    if ranks.world() > 1:
         raise UserError(
-            f"--multirun was started on {run.world()} ranks (WORLD_SIZE), and ranks can meet at their rendezvous only once; start the "
+            f"--multirun was started on {ranks.world()} ranks (WORLD_SIZE), and ranks can meet at their rendezvous only once; start the "
             "launcher once for each job, as launch/sweep.sh does"
         )
     typed = [Override.parse(one) for one in flags.overrides]
@@ -179,13 +181,13 @@ def _run_all(verb: str, flags: Namespace) -> None:
     codes = []
     for number, overrides in enumerate(jobs, 1):
         swept = " ".join(one for one, given in zip(overrides, flags.overrides, strict=True) if one != given)
-        run.say(verb, f"job {number} of {len(jobs)}: {swept}")
+        progress.say(verb, f"job {number} of {len(jobs)}: {swept}")
         codes.append(_wait_for(subprocess.Popen([sys.executable, "-m", f"lr2train.{verb}", *kept, *overrides])))
         if codes[-1] == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
-        run.say(verb, f"job {number} of {len(jobs)}: {'done' if codes[-1] == 0 else f'failed with exit code {codes[-1]}'}: {swept}")
+        progress.say(verb, f"job {number} of {len(jobs)}: {'done' if codes[-1] == 0 else f'failed with exit code {codes[-1]}'}: {swept}")
     if any(codes):
-        run.say(verb, f"{sum(map(bool, codes))} of {len(jobs)} jobs failed")
+        progress.say(verb, f"{sum(map(bool, codes))} of {len(jobs)} jobs failed")
         sys.exit(next(filter(None, codes)))
 
 

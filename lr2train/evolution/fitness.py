@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lr2train import io
+from lr2train import io, ranks
 from lr2train.config import UserError
 from lr2train.evolution.documents import Document
 from lr2train.evolution.genome import Candidate, Space
@@ -70,7 +70,7 @@ class Fitness:
         self.tell = tell
         self._model, self._rotary, self._space = model, rotary, space
         self._journal, self._chunk_tokens, self._lockstep = journal, chunk_tokens, lockstep
-        entries, self.damaged = control.from_rank_0(_read_journal(journal) if control.rank() == 0 else ([], 0))
+        entries, self.damaged = control.from_rank_0(_read_journal(journal) if ranks.rank() == 0 else ([], 0))
         self._known: dict[tuple[str, int], np.ndarray] = {}
         self._some_finite = False
         self._remember(entries)
@@ -94,7 +94,7 @@ class Fitness:
             UserError, RuntimeError: what one rank raised while it evaluated, on every rank.
         """
         while True:
-            attempt = _Attempt(self._known, self.documents, control.world())
+            attempt = _Attempt(self._known, self.documents, ranks.world())
             try:
                 result = decide(attempt.look_up)
             except _EnoughMissing:
@@ -111,7 +111,7 @@ class Fitness:
 
     def _compute(self, pairs: list[tuple[Candidate, int]]) -> None:
         """One pair a rank, shared and journalled."""
-        mine = pairs[control.rank()] if control.rank() < len(pairs) else None
+        mine = pairs[ranks.rank()] if ranks.rank() < len(pairs) else None
 
         def evaluate() -> dict[str, Any] | None:
             return self._evaluate(*(mine or pairs[-1]), keep=mine is not None)
@@ -120,7 +120,7 @@ class Fitness:
         shared = control.from_all(evaluate()) if self._lockstep else control.together(evaluate)
         entries = [entry for entry in shared if entry is not None]
         self._remember(entries)
-        control.together(lambda: self._write(entries) if control.rank() == 0 else None)
+        control.together(lambda: self._write(entries) if ranks.rank() == 0 else None)
         if len(self._known) >= _HOPELESS:
             self.refuse_broken_model()
         self.tell()
@@ -165,7 +165,7 @@ class Fitness:
             "nll": scored.nll,
             "answers": scored.nlls,
             "seconds": round(time.perf_counter() - start, 4),
-            "rank": control.rank(),
+            "rank": ranks.rank(),
         }
 
     def _remember(self, entries: Sequence[dict[str, Any]]) -> None:

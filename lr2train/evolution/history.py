@@ -13,7 +13,7 @@ from lr2train.evolution.fitness import Fitness
 from lr2train.evolution.genome import ALL, Candidate
 from lr2train.evolution.loop import Generation
 from lr2train.evolution.race import Scored
-from lr2train.run import rank
+from lr2train.ranks import rank
 
 
 @dataclass

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lr2train import ranks
 from lr2train.evolution.fitness import Fitness
 from lr2train.evolution.genome import Candidate, Space
 from lr2train.evolution.loop import Generation, ranked
@@ -123,7 +124,7 @@ class Evidence:
 
     def _predicted(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
         """Means and standard deviations, as rank 0 has them."""
-        return control.from_rank_0(self._of_process(candidates) if control.rank() == 0 else ([], []))
+        return control.from_rank_0(self._of_process(candidates) if ranks.rank() == 0 else ([], []))
 
     def _of_process(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
         if self._process is None:

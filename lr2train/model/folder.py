@@ -20,7 +20,7 @@ from lr2train import io
 from lr2train.config import UserError
 from lr2train.model import weights
 from lr2train.model.weights import Gather, whole
-from lr2train.run import rank
+from lr2train.ranks import rank
 
 SHARD_BYTES = 4 * 2**30
 TALK = ("generation_config.json", "chat_template.jinja", "chat_template.json")  # how a model samples and talks, beside its tokenizer

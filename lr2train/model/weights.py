@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lr2train import run
+from lr2train import progress
 from lr2train.config import UserError
 from lr2train.model import config_json
 from lr2train.parallel import control
-from lr2train.run import rank
+from lr2train.ranks import rank
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]]
 GROUP_BYTES = 512 * 2**20  # parameters gathered at one time while weights stream in or out
@@ -101,7 +101,7 @@ def safetensors_of(folder: Path) -> dict[str, Stored]:
             tensors[tensor] = stored
     ignored = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in _weight_files(folder))
     if ignored:
-        run.say("model", f"{folder}: {_some(ignored)} not read, as {INDEX if _index(folder) else FILE} holds the model without")
+        progress.say("model", f"{folder}: {_some(ignored)} not read, as {INDEX if _index(folder) else FILE} holds the model without")
     lost = [tensor for tensor, name in _index(folder).items() if tensor not in tensors or tensors[tensor].file != name]
     if lost:
         raise UserError(f"{folder / INDEX} names {len(lost)} tensors that are not where it says ({_some(lost)}); fetch the folder again")

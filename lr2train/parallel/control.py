@@ -1,13 +1,14 @@
-"""What ranks tell each other between their work: small Python objects and, first of all, that something went wrong.
+"""Control messages between ranks: small Python objects, and above all errors.
 
-Choice: a gloo group of their own, whatever the world's backend is, and rank 0 in the middle: it receives from every rank in turn, then sends
-all to each. nccl would carry objects through the GPU and notice a dead peer by its watchdog only, after the whole time-out; gloo sees a
-closed socket at once. With rank 0 in the middle a lost rank has a number, and the others are told at once that it is gone. Cost: two hops
-and world - 1 small messages each way through one rank, and one more set of sockets (on several machines whose host names resolve to
-127.0.0.1, GLOO_SOCKET_IFNAME has to name the interface).
+Choice: a gloo group of its own, whatever the backend of the default group is. Rank 0 receives from every rank in turn,
+then sends all objects to each. gloo sees a closed socket at once; nccl would carry objects through the GPU and notice a
+dead peer by its watchdog only, after the whole time-out. Because all messages pass rank 0, a lost rank is known by its
+number, and the others hear of the loss at once. Cost: two hops and world - 1 small messages each way through one rank,
+and one more set of sockets. On several machines whose host names resolve to 127.0.0.1, GLOO_SOCKET_IFNAME has to name
+the interface.
 
-The group is made by the first call, which all ranks have to make. A rank waits as long as the world's own time-out for one that is alive
-and busy.
+The first call makes the group, so all ranks have to make the first call. A rank waits for a live, busy peer as long as
+the time-out of the default group.
 """
 
 from __future__ import annotations
@@ -25,49 +26,53 @@ import torch.distributed as dist
 
 from lr2train.config import UserError
 from lr2train.io import for_user
+from lr2train.ranks import rank, world
 
 T = TypeVar("T")
 
-_NOTICE_S = 2.0  # how long a rank that leaves the group waits for the others to read why; who is busy finds the connection closed
+# A rank that leaves waits so long for the others to read why; a busy rank finds the connection closed later.
+_NOTICE_S = 2.0
 
 
 class PeerGone(RuntimeError):
-    """Another rank has died, or has not answered within the time-out. Nothing can be shared any more."""
+    """Another rank has died, or has not answered within the time-out. No further message can be exchanged."""
 
 
-def rank() -> int:
-    """This process among those of the process group; 0 where there is none."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """The number of processes of the process group; 1 where there is none."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def alone() -> bool:
+    """Whether this process has no other to talk to: there is no process group yet, or a group of one."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def from_all(mine: T) -> list[T]:
     """Every rank's object, in rank order, on every rank.
 
     Raises:
-        PeerGone: a rank is gone; on every rank that is left.
+        PeerGone: a rank is gone; on every remaining rank.
     """
-    return [mine] if world() == 1 else _star().exchange(mine)
+    return [mine] if alone() else _exchange().exchange(mine)
 
 
 def from_rank_0(value: T) -> T:
-    """Rank 0's object on every rank; what the others hand in is not looked at. Raises PeerGone as ``from_all``."""
-    return from_all(value if rank() == 0 else None)[0]  # type: ignore[return-value]
+    """Rank 0's object on every rank; the objects of other ranks are ignored.
+
+    Raises:
+        PeerGone: a rank is gone; on every remaining rank.
+    """
+    return value if alone() else from_all(value if rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
 def together(fn: Callable[[], T]) -> list[T]:
-    """Call ``fn`` on every rank and return all results in rank order, or raise on every rank what went wrong on one.
+    """Call ``fn`` on every rank; returns all results in rank order. An error on one rank is raised on every rank.
 
-    ``fn`` may hold collectives only where it fails on all ranks alike: one that raises before a collective leaves the others waiting in it.
+    ``fn`` may contain a collective only if it fails on all ranks alike: a rank that raises before a collective leaves
+    the others waiting.
 
     Raises:
-        UserError: the first rank that failed raised one; the text names the rank, unless all ranks say the same.
+        UserError: the first rank that failed raised a UserError. The text names the rank, unless all ranks raised the
+            same text.
         PeerGone: a rank is gone.
-        RuntimeError: the first rank that failed raised anything else; the text names the rank, the kind and the reason.
+        RuntimeError: the first rank that failed raised another error. The text names the rank, the class and the
+            reason.
     """
     error: Exception | None = None
     try:
@@ -83,9 +88,12 @@ def together(fn: Callable[[], T]) -> list[T]:
 
 
 def on_rank_0(fn: Callable[[], T]) -> T | None:
-    """Call ``fn`` on rank 0 alone; returns its result there, which need not be sendable (an open lock), and None on the others. Raises as ``together``."""
+    """Call ``fn`` on rank 0 alone; returns the result on rank 0, and None on the others. Raises as ``together``.
+
+    The result stays on rank 0, so it may be an object that cannot be pickled, such as an open lock.
+    """
     held: list[T] = []
-    together(lambda: held.append(fn()) if rank() == 0 else None)
+    together(lambda: held.append(fn()) if alone() or rank() == 0 else None)
     return held[0] if held else None
 
 
@@ -110,12 +118,15 @@ def _one_error(failures: dict[int, _Failed], of_ranks: int) -> Exception:
     return UserError(text) if first.of_user else RuntimeError(text)
 
 
-class _Star:
-    """The group and its one exchange. Once a rank is lost, every later call says so again."""
+class _Exchange:
+    """The gloo group and the exchange through rank 0.
+
+    Once a rank is lost, every later call raises the same PeerGone.
+    """
 
     def __init__(self, timeout: timedelta):
         group = dist.new_group(backend="gloo", timeout=timeout)
-        assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+        assert isinstance(group, dist.ProcessGroup)  # every rank is a member
         self._group: dist.ProcessGroup | None = group
         self._lost = ""
 
@@ -123,19 +134,20 @@ class _Star:
         if self._group is None:
             raise PeerGone(self._lost)
         try:
-            return self._in_the_middle(mine) if rank() == 0 else self._at_an_end(mine)
+            return self._on_rank_0(mine) if rank() == 0 else self._on_other_rank(mine)
         except PeerGone as gone:
             self._leave(str(gone))
             raise
 
-    def _in_the_middle(self, mine: Any) -> list[Any]:
+    def _on_rank_0(self, mine: Any) -> list[Any]:
         parts = [mine, *(self._receive(peer) for peer in range(1, world()))]
         for peer in range(1, world()):
             self._finish(self._start_sending(parts, peer), peer)
         return parts
 
-    def _at_an_end(self, mine: Any) -> list[Any]:
-        sending = self._start_sending(mine, 0)  # rank 0 may never read it and say instead that somebody is gone
+    def _on_other_rank(self, mine: Any) -> list[Any]:
+        # Not waited for yet: rank 0 may announce a lost rank without reading this message.
+        sending = self._start_sending(mine, 0)
         answer = self._receive(0)
         if isinstance(answer, PeerGone):
             raise answer
@@ -162,7 +174,7 @@ class _Star:
         return pickle.loads(data.numpy().tobytes())
 
     def _leave(self, reason: str) -> None:
-        """Tell the others, then close the connections, so that none that reads later waits for the time-out."""
+        """Tell the others, then close the connections, so that a rank that reads later does not wait for the time-out."""
         if rank() == 0:
             self._announce(PeerGone(reason))
         dist.destroy_process_group(self._group)
@@ -178,21 +190,22 @@ class _Star:
                 notice.wait(timedelta(seconds=_NOTICE_S))
 
 
-_stars: WeakKeyDictionary[dist.ProcessGroup, _Star] = WeakKeyDictionary()  # of the present world; goes with it
+# By default group; ends with the group.
+_exchanges: WeakKeyDictionary[dist.ProcessGroup, _Exchange] = WeakKeyDictionary()
 
 
-def _star() -> _Star:
+def _exchange() -> _Exchange:
     group = dist.group.WORLD
     assert group is not None
-    if group not in _stars:
+    if group not in _exchanges:
         device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-        _stars[group] = _Star(group._get_backend(device).options._timeout)
-    return _stars[group]
+        _exchanges[group] = _Exchange(group._get_backend(device).options._timeout)
+    return _exchanges[group]
 
 
 @contextlib.contextmanager
 def _naming(peer: int) -> Iterator[None]:
-    """What gloo says of a closed connection or a silent peer, with the number of the rank."""
+    """Add the number of the peer to gloo's error for a closed connection or a time-out."""
     try:
         yield
     except RuntimeError as error:

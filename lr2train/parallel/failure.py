@@ -1,11 +1,14 @@
-"""How a rank that fails in the middle of common work tells the others why.
+"""How a rank that fails in the middle of common work tells the other ranks why.
 
-Choice: the reason goes into the process group's own store, before the failing rank leaves. The others are blocked in a collective that it
-will never join; gloo wakes them when its process ends, and they look into the store and raise that reason in the place of "connection
-closed". What fails before the first collective is better told by ``control.together``, which leaves the job intact. Cost: the store has to
-outlive the failing rank; where rank 0 keeps it itself (the ``deepspeed`` launcher) and is the one that fails, the others can only say that a
-rank is gone, and its own log says why. Under nccl a blocked rank waits on the device and is not woken: the launcher ends it, or after
-``parallel.timeout_s`` nccl's watchdog ends its process; the reason then stands in the log of the rank that failed, and in no other.
+Choice: the failing rank writes its reason into the store of the process group, then leaves. The others are blocked in a
+collective that the failing rank never joins. gloo wakes them when the process ends; they read the store and raise the
+reason instead of "connection closed". An error before the first collective belongs into ``control.together``, which
+leaves the job intact.
+
+Cost: the store has to outlive the failing rank. Under the ``deepspeed`` launcher rank 0 holds the store; if rank 0
+fails, the others can only say that a rank is gone. Under nccl a blocked rank waits on the device and is not woken: the
+launcher ends the process, or nccl's watchdog does after ``parallel.timeout_s``. The reason then stands only in the log
+of the rank that failed.
 """
 
 from __future__ import annotations
@@ -20,28 +23,29 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lr2train.config import UserError
 from lr2train.io import for_user
-from lr2train.parallel.control import PeerGone, rank, world
+from lr2train.parallel.control import PeerGone, alone
+from lr2train.ranks import rank
 
 _KEY = "lr2train/failure"
-_STORE_S = 10.0  # a store that works answers in milliseconds
-# What gloo says of a peer whose process has ended, or that does not answer.
+_STORE_S = 10.0  # time-out; a working store answers in milliseconds
+# Parts of gloo's messages for a peer that has ended, or that does not answer.
 _CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
 @contextlib.contextmanager
 def told_to_all() -> Iterator[None]:
-    """Whatever one rank raises inside becomes the reason that every rank raises. The process group is of no use afterwards.
+    """An error of one rank inside the block is raised on every rank. The process group cannot be used afterwards.
 
     Raises:
-        UserError: another rank raised one first; the text names the rank.
-        PeerGone: a rank ended without a word.
-        RuntimeError: another rank raised anything else first; the text names the rank, the kind and the reason.
-        Exception: this rank's own, unchanged, when it was the first, or all say the same.
+        UserError: another rank raised a UserError first; the text names the rank.
+        PeerGone: a rank ended without writing a reason.
+        RuntimeError: another rank raised another error first; the text names the rank, the class and the reason.
+        Exception: this rank's own error, unchanged, where this rank was the first, or where all ranks raised the same.
     """
     try:
         yield
     except Exception as error:
-        if world() == 1:
+        if alone():
             raise
         elsewhere = _first_reason(error)
         if elsewhere is None:
@@ -50,7 +54,7 @@ def told_to_all() -> Iterator[None]:
 
 
 def _first_reason(error: Exception) -> Exception | None:
-    """What ended the common work: another rank's error, or None where ``error`` is it."""
+    """The error of another rank that ended the common work; None where this rank's ``error`` did."""
     own = _of(error)
     told = _first_told(own)
     number, of_user, text = told
@@ -60,9 +64,11 @@ def _first_reason(error: Exception) -> Exception | None:
 
 
 def _first_told(own: list[int | bool | str]) -> list[Any]:
-    """The first rank's reason, which stands in the store; ``own`` where the store is gone or does not answer.
+    """The reason that the first rank wrote into the store; ``own`` where this rank is the first, or the store does not
+    answer.
 
-    The store's own time-out does not hold for this call, and a rank 0 that was stopped keeps the connection open for ever.
+    A thread asks, because the store's own time-out does not apply to this call: a stopped rank 0 keeps the connection
+    open for ever.
     """
     told = [own]
 
@@ -80,11 +86,11 @@ def _first_told(own: list[int | bool | str]) -> list[Any]:
 
 
 def _of(error: Exception) -> list[int | bool | str]:
-    """[rank, whether a user can mend it, text]."""
+    """[rank, whether it is a UserError, text]: the form of a reason in the store."""
     told = for_user(error)
     text = " ".join(str(told or error).split())
     if isinstance(error, PeerGone):
-        pass  # it says who
+        pass  # the text names the rank
     elif _closed(error):
         text = f"a rank is gone or does not answer, its own log says why (seen by rank {rank()}: {text[:200]})"
     elif told is None:

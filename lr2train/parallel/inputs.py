@@ -1,8 +1,9 @@
-"""Whether what a run reads is what it was started with. Contents decide, not paths or times; the ranks share the reading.
+"""Check that a run's inputs have the contents of its first start. Paths and times do not matter; the ranks share the
+reading.
 
-Choice: files are read only where their sizes or times differ from what was noted, so a start costs nothing and a model that was copied or fetched
-anew costs one reading. The first start reads the files once, which also brings them into memory for loading. Cost: a file that was changed under
-the same size and time passes.
+Choice: a file is read only where its size or time differs from the noted one. So a usual start reads nothing, and a
+copied or newly fetched model is read once. The first start reads all files, which also brings them into the page cache
+for loading. Cost: a file that was changed under the same size and time is not noticed.
 """
 
 from __future__ import annotations
@@ -11,40 +12,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lr2train import io
+from lr2train import io, ranks
 from lr2train.config import UserError
 from lr2train.parallel import control
 from lr2train.run import Run
 
 
 def identities(job: Run, known: Mapping[str, str], files: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
-    """What ``Run.claim`` notes of a run's inputs. A collective.
+    """The identities of a run's inputs, in the form that ``Run.claim`` takes. A collective.
 
     Args:
         job: the run.
-        known: name -> fingerprint of inputs that have one of their own (a corpus, factors).
-        files: name -> files of inputs that have none (a model folder).
+        known: name -> fingerprint, of inputs with a fingerprint of their own (a corpus, factors).
+        files: name -> files, of inputs without one (a model folder).
 
     Raises:
-        UserError: an input has other contents than those that the run was started with; on every rank.
+        UserError: a file is missing, or an input has other contents than at the first start; on every rank.
     """
     looked = control.together(lambda: (job.noted_inputs(), {name: _stamps(paths) for name, paths in files.items()}))
-    noted, stamps = looked[0]  # rank 0's: another machine may have a copy with other times
+    noted, stamps = looked[0]  # rank 0's on every rank: another machine may have a copy with other times
     found: dict[str, Any] = dict(known)
     for name, paths in files.items():
         before: dict[str, Any] = noted.get(name) or {}
         content = before["content"] if before.get("files") == stamps[name] else io.fingerprint(sorted(_checksums(paths).items()))
         found[name] = {"content": content, "files": stamps[name]}
-    control.together(lambda: job.refuse_other_inputs(found) if _first() else None)
+    control.together(lambda: job.refuse_other_inputs(found) if ranks.rank() == 0 else None)
     return found
 
 
-def _first() -> bool:
-    return control.rank() == 0
-
-
 def _stamps(paths: Sequence[Path]) -> dict[str, list[int]]:
-    """Bytes and time of change of each file."""
+    """File name -> [bytes, time of the last change in ns]."""
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"{missing[0]} is missing, and the index of its folder names it; fetch the folder again")
@@ -52,7 +49,7 @@ def _stamps(paths: Sequence[Path]) -> dict[str, list[int]]:
 
 
 def _checksums(paths: Sequence[Path]) -> dict[str, str]:
-    """Of every file by its name; each rank reads its share."""
-    mine = list(paths)[control.rank() :: control.world()]
+    """File name -> checksum; each rank reads its share of the files."""
+    mine = list(paths)[ranks.rank() :: ranks.world()]
     told = control.together(lambda: {path.name: io.checksum(path) for path in mine})
     return {name: checksum for one in told for name, checksum in one.items()}

@@ -1,8 +1,10 @@
-"""A rank whose launcher has died is asked to stop, as by SIGTERM: it ends the step in hand, writes a checkpoint and leaves.
+"""Stop a rank whose launcher has died: the process sends itself SIGTERM, so it ends the step in hand, writes a
+checkpoint and leaves.
 
-Choice: a thread looks once a second whether the launchers above this process still run. ``deepspeed`` passes no signal on from the process that users
-and container runtimes see, and no launcher can pass SIGKILL on, so ranks trained on for ever. Only processes that are launchers by their command
-line are watched: a shell may be closed under a job that was started with ``nohup``. Cost: one look into /proc a second.
+Choice: a thread checks once a second whether the launchers above this process still run. The ``deepspeed`` command
+passes no signal on to its ranks, and no launcher can pass SIGKILL on, so ranks would train on for ever. Only parents
+that are launchers by their command line are watched: under ``nohup`` a shell may end before its job. Cost: one look
+into /proc each second.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import PurePath
 
 import psutil
 
-from lr2train.run import say
+from lr2train.progress import say
 
 _PROGRAMS = {"deepspeed", "torchrun"}
 _MODULES = {"deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch"}
@@ -32,7 +34,7 @@ def watch_launcher() -> None:
 
 
 def launchers(process: psutil.Process) -> list[psutil.Process]:
-    """The launchers above a process, the nearest first; none where its parent is another program."""
+    """The launchers above a process, nearest first; empty where the parent is another program."""
     return list(takewhile(_is_launcher, process.parents()))
 
 
@@ -47,7 +49,7 @@ def _is_launcher(process: psutil.Process) -> bool:
 def _watch(watched: Sequence[psutil.Process]) -> None:
     while all(map(_runs, watched)):
         time.sleep(_EVERY_S)
-    say("launcher", "the launcher has ended without a word; this job ends its step, writes a checkpoint and leaves")
+    say("launcher", "the launcher has ended without a signal; this job ends its step, writes a checkpoint and leaves")
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -1,4 +1,7 @@
-"""Joining the job: device, process group, CPU threads. Works under any launcher that sets RANK and WORLD_SIZE, and without one."""
+"""Join the job: device, process group, CPU threads.
+
+Works under any launcher that sets RANK and WORLD_SIZE, and without a launcher.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,17 @@ def start(config: Config) -> torch.device:
     """
     device = pick_device(config.device)
     watch_launcher()
-    told = "RANK" not in os.environ and "OMP_NUM_THREADS" in os.environ  # a user's own: launchers set it for their ranks
+    # Under a launcher, the launcher sets OMP_NUM_THREADS.
+    threads_by_user = "RANK" not in os.environ and "OMP_NUM_THREADS" in os.environ
     if not dist.is_initialized():
         _init_process_group(device, config.parallel.timeout_s)
-    if device.type == "cpu" and (config.threads or not told):
+    if device.type == "cpu" and (config.threads or not threads_by_user):
         torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // ranks_per_node()))
     return device
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device for ``auto | cpu | cuda``; on CUDA this rank's own.
+    """The device for ``auto | cpu | cuda``; on CUDA the device of this rank.
 
     Raises:
         UserError: CUDA is asked for and torch sees none.
@@ -51,12 +55,15 @@ def _init_process_group(device: torch.device, timeout_s: float) -> None:
     if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
         return
-    os.environ.update(_ALONE)  # DeepSpeed reads them, launcher or not
+    os.environ.update(_ALONE)  # DeepSpeed reads them, with a launcher or without
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def ranks_per_node() -> int:
-    """Processes of the job on this machine: torchrun and DeepSpeed's launcher name it differently; without a launcher all are here."""
+    """The number of the job's processes on this machine; without a launcher, all of them.
+
+    torchrun sets LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+    """
     told = next((os.environ[name] for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE") if os.environ.get(name)), None)
     return int(told) if told else dist.get_world_size() if dist.is_initialized() else 1
 

@@ -1,7 +1,8 @@
-"""The training loop: batches in, steps done, figures out, checkpoints kept; safe to kill and to interrupt.
+"""The training loop: read batches, make steps, record figures, write checkpoints. A kill or an interrupt at any point
+loses no written step.
 
-Choice: the loader is a pure function of the step, so the whole resume state is one number. A signal (Ctrl-C, a cluster's SIGTERM) ends the loop after the
-step in hand, on all ranks together, with a checkpoint.
+Choice: the loader is a pure function of the step, so the number of steps done is the whole resume state. A signal
+(Ctrl-C, a cluster's SIGTERM) ends the loop after the step in hand, on all ranks together, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,20 +12,37 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lr2train import io, run
+from lr2train import io, progress
 from lr2train.config import Config
 from lr2train.data.batch import Loader
 from lr2train.data.feed.prefetch import prefetched
 from lr2train.training.bad_steps import BadSteps
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.engine import Engine, StepStats
-from lr2train.training.metrics import Sink
+from lr2train.training.metrics import Sink, bad_steps_in
 from lr2train.training.schedule import learning_rate
-from lr2train.training.steps import Skips
+from lr2train.training.steps import Steps
+
+
+@dataclass(frozen=True)
+class Training:
+    """The parts of a run.
+
+    Attributes:
+        total_steps: the step to train to, skipped steps included.
+    """
+
+    config: Config
+    engine: Engine
+    loader: Loader
+    steps: Steps
+    total_steps: int
+    checkpoints: Checkpoints
 
 
 class Interrupt:
@@ -35,10 +53,10 @@ class Interrupt:
 
 @contextmanager
 def listen_for_interrupt() -> Iterator[Interrupt]:
-    """Turn SIGINT, SIGTERM and SIGHUP into a flag for the time of the loop.
+    """Turn SIGINT, SIGTERM and SIGHUP into a flag while the loop runs.
 
-    A second Ctrl-C acts as usual. A second SIGTERM does not: schedulers repeat it, and it would strike in the middle of the checkpoint. SIGHUP
-    stays ignored where ``nohup`` has it ignored.
+    A second Ctrl-C acts as usual. A second SIGTERM does not: schedulers repeat the signal, which would strike in the
+    middle of the checkpoint. SIGHUP stays ignored under ``nohup``.
     """
     interrupt, old = Interrupt(), {}
 
@@ -57,29 +75,26 @@ def listen_for_interrupt() -> Iterator[Interrupt]:
             signal.signal(number, handler)
 
 
-def fit(
-    engine: Engine,
-    loader: Loader,
-    config: Config,
-    skips: Skips,
-    done: int,
-    total_steps: int,
-    sinks: Sequence[Sink],
-    checkpoints: Checkpoints,
-    bad_before: int = 0,
-) -> bool:
-    """Train from step ``done`` to ``total_steps``, but for ``skips``; returns whether the end was reached (False: interrupted, checkpoint written).
+def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
+    """Train from step ``done`` to the last one, skipped steps left out.
+
+    Returns:
+        Whether the end was reached; False: interrupted, and the checkpoint is written.
 
     Raises:
-        UserError: ``engine.max_bad_steps`` steps in a row, or the last one, have a loss or a gradient norm that is not finite.
+        UserError: ``engine.max_bad_steps`` steps in a row, or the last step, have a loss or a gradient norm that is not
+            finite; on every rank.
     """
-    bad = BadSteps(config.engine.max_bad_steps, bad_before)
+    config, engine, loader, total_steps = training.config, training.engine, training.loader, training.total_steps
+    skips = training.steps.skips
+    bad = BadSteps(config.engine.max_bad_steps, bad_steps_in(sinks))
     tokens_seen = (done - skips.until(done).count) * config.optim.segments_per_step * config.data.segment_tokens
     parameters = _multiplied_parameters(engine)
     steps, saved = skips.remaining(done, total_steps), done
     ahead = prefetched(loader.batches, steps, config.data.prefetch_steps, config.data.loader_threads)
     with listen_for_interrupt() as interrupt, closing(ahead) as batches:
-        for step in run.progress(steps, total_steps, "train", total_steps - len(steps)):
+        # Steps count from 0, files from 1.
+        for step in progress.track(steps, total_steps, "train", total_steps - len(steps)):
             start = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - start
@@ -97,7 +112,7 @@ def fit(
                 bad.give_up(step)
             due = _due(saved, step + 1, config.engine.checkpoint_every_steps)
             if (last or stats.interrupted or due) and not bad.in_a_row:
-                engine.save(checkpoints, step + 1)
+                engine.save(training.checkpoints, step + 1)
                 saved = step + 1
             if stats.interrupted and not last:
                 return False
@@ -105,21 +120,22 @@ def fit(
 
 
 def _due(saved: int, done: int, every: int) -> bool:
-    """Whether a multiple of ``every`` was reached since the last checkpoint; the multiple itself may have been skipped."""
+    """Whether a multiple of ``every`` was reached since the last checkpoint; that step itself may be a skipped one."""
     return done // every > saved // every
 
 
 def _multiplied_parameters(engine: Engine) -> int:
-    """Parameters that every token is multiplied with: all but an embedding table of its own."""
+    """The parameters that every token is multiplied with: all but an untied embedding table, which is looked up."""
     total = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
     c = engine.hf_config
     return total if getattr(c, "tie_word_embeddings", False) else total - c.vocab_size * c.hidden_size
 
 
 def step_flops(stats: StepStats, parameters: int, hf_config: Any) -> float:
-    """Forward and backward FLOPs of a step: 6 a parameter and token, and 12 a query-key pair, head dimension, head and layer (causal pairs only).
+    """Forward and backward FLOPs of a step: 6 per parameter and token, and 12 per query-key pair, head dimension, head
+    and layer.
 
-    Recomputation is overhead and not counted.
+    Pairs are causal. Recomputation (activation checkpointing) is overhead and not counted.
     """
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     return 6.0 * parameters * stats.n_tokens + 12.0 * stats.n_pairs * hf_config.num_hidden_layers * hf_config.num_attention_heads * head_dim
@@ -146,7 +162,7 @@ def _figures(
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory this process has held: the device's on CUDA, resident memory on CPU."""
+    """The most memory that this process has held: device memory on CUDA, resident memory on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # ru_maxrss is in KiB

@@ -1,7 +1,7 @@
-"""Where a step's figures go: metrics.jsonl always, TensorBoard and wandb by choice. Rank 0 alone writes.
+"""Metric sinks: metrics.jsonl always, TensorBoard and wandb by choice. Rank 0 alone writes.
 
-Choice: metrics.jsonl is the record, one JSON object a step, cut back on resume to the checkpoint's step so that no step stands twice; the dashboards are
-copies of it. This is the only file that imports wandb.
+Choice: metrics.jsonl is the record, one JSON object for each step. On resume the file is cut back to the checkpoint's
+step, so that no step stands twice. The dashboards are copies. This is the only file that imports wandb.
 """
 
 from __future__ import annotations
@@ -13,30 +13,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from lr2train import io, run
+from lr2train import io, progress, ranks
 from lr2train.config import Config, UserError, to_dict
 
 
 class Sink(Protocol):
-    """Takes one step's figures."""
+    """A destination for the figures of each step."""
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
-        """Record the figures of one step; None values are absent figures."""
+        """Record the figures of one step; None means that the figure is absent."""
 
     def close(self) -> None:
-        """Flush and let go."""
+        """Flush and close."""
 
 
 def _text(line: dict[str, Any]) -> str:
-    """A line of JSON, which has no form for a number that is not finite: null stands for it."""
+    """One line of JSON; a number that is not finite becomes null."""
     return json.dumps(io.finite(line), allow_nan=False) + "\n"
 
 
 class Jsonl:
-    """``metrics.jsonl``: a line a step.
+    """``metrics.jsonl``: one line for each step.
+
+    Args:
+        path: of the file, which may hold the lines of earlier starts.
+        done_steps: of the checkpoint; later lines are dropped.
 
     Attributes:
-        last: the figures of the last step that was done before.
+        last: the figures of the last step before this start; None at the first start.
     """
 
     def __init__(self, path: Path, done_steps: int):
@@ -44,11 +48,12 @@ class Jsonl:
         self._file = path.open("a")
 
     def _cut_back(self, path: Path, done_steps: int) -> None:
-        """Drop what a killed run wrote after its last checkpoint, and lines that are damaged."""
+        """Drop the lines after the checkpoint, which a killed run wrote, and damaged lines."""
         lines, damaged = read_lines(path)
         if damaged:
-            run.say(
-                "train", f"{damaged} damaged lines were taken out of {path}: the figures of these steps are lost, training is not affected"
+            progress.say(
+                "train",
+                f"{damaged} damaged lines were taken out of {path}: the figures of these steps are lost, training is not affected",
             )
         kept = [line for line in lines if line.get("step", math.inf) <= done_steps]
         io.write_text(path, "".join(_text(line) for line in kept))
@@ -73,7 +78,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=done_steps + 1)
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
-        """One scalar a figure."""
+        """Record each figure as a scalar."""
         for key, value in figures.items():
             if value is not None:
                 self._writer.add_scalar(key, value, step)
@@ -112,7 +117,7 @@ class Wandb:
             ) from error
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
-        """One row a step."""
+        """Record one row."""
         self._run.log({key: value for key, value in figures.items() if value is not None}, step=step)
 
     def close(self) -> None:
@@ -121,8 +126,8 @@ class Wandb:
 
 
 def sinks(config: Config, folder: Path, done_steps: int) -> list[Sink]:
-    """The sinks that ``logger`` asks for; none on ranks other than 0."""
-    if run.rank() != 0:
+    """The sinks that the config group ``logger`` asks for; an empty list on ranks other than 0."""
+    if ranks.rank() != 0:
         return []
     chosen: list[Sink] = [Jsonl(folder / "metrics.jsonl", done_steps)]
     if config.logger.tensorboard:
@@ -133,7 +138,7 @@ def sinks(config: Config, folder: Path, done_steps: int) -> list[Sink]:
 
 
 def bad_steps_in(opened: Sequence[Sink]) -> int:
-    """How many steps before were not finite, as the last line of metrics.jsonl has it; 0 on ranks other than 0."""
+    """The number of bad steps of earlier starts, from the last line of metrics.jsonl; 0 on ranks other than 0."""
     lines = (sink.last for sink in opened if isinstance(sink, Jsonl))
     return next(((line or {}).get("bad_steps", 0) for line in lines), 0)
 
@@ -144,7 +149,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a jsonl file, and how many of its lines are none; a last line that a kill cut short is not counted."""
+    """The objects of a jsonl file, and the number of damaged lines.
+
+    A last line that a kill cut short is neither returned nor counted.
+    """
     if not path.exists():
         return [], 0
     texts = path.read_text(errors="replace").splitlines(keepends=True)

@@ -1,9 +1,10 @@
-"""What a resumed run keeps about its data: the size of groups, and the steps that were passed over; ``train.steps.json`` in the run folder.
+"""What a resumed run keeps about its data: the group size and the skipped steps. File: ``train.steps.json``.
 
-Choice: ``data.group_segments`` is settled once, at the first start, so that a later start with another number of ranks sees the same
-segments at the same steps. ``data.skip_steps`` passes over steps that were seen to harm: nothing is loaded or learned there, while the
-counter, the learning rate and the data of all other steps stay as they were (as in Megatron and OLMo-core). It may be changed for steps that
-are still to come. Cost: a skipped step leaves no line in metrics.jsonl, and a run that skips makes fewer updates.
+Choice: the first start settles ``data.group_segments``, so that a later start on another number of ranks sees the same
+segments at the same steps. ``data.skip_steps`` leaves out steps that were seen to harm: nothing is loaded or learned
+there. The step counter, the learning rate and the data of all other steps stay the same (as in Megatron and OLMo-core).
+The key may change for steps to come. Cost: a skipped step has no line in metrics.jsonl, and a run with skips makes fewer
+updates.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FILE = "train.steps.json"
 
 @dataclass(frozen=True)
 class Skips:
-    """Steps that are passed over: sorted ranges, first and last step, counted from 1 as metrics.jsonl does."""
+    """Skipped steps: sorted, disjoint ranges (first, last), both included, counted from 1 as in metrics.jsonl."""
 
     ranges: tuple[tuple[int, int], ...] = ()
 
@@ -32,7 +33,7 @@ class Skips:
         """Read ``data.skip_steps``.
 
         Raises:
-            UserError: an entry is no step and no range of steps.
+            UserError: an entry is neither a step nor a range of steps.
         """
         ranges: list[tuple[int, int]] = []
         for first, last in sorted(_range(text) for text in texts):
@@ -46,22 +47,22 @@ class Skips:
         return any(first <= step <= last for first, last in self.ranges)
 
     def until(self, step: int) -> Skips:
-        """Those among the first ``step`` steps."""
+        """The skipped steps among the first ``step`` steps."""
         return Skips(tuple((first, min(last, step)) for first, last in self.ranges if first <= step))
 
     @property
     def count(self) -> int:
-        """Steps in all."""
+        """The number of skipped steps."""
         return sum(last - first + 1 for first, last in self.ranges)
 
     def remaining(self, done: int, total: int) -> list[int]:
-        """The steps to train from ``done`` to ``total``, counted from 0 as loaders do."""
+        """The steps left to train, from ``done`` to ``total``; counted from 0, as loaders count."""
         edges = [(done, done), *((first - 1, last) for first, last in self.ranges if last > done), (total, total)]
         return [step for (_, end), (begin, _) in pairwise(edges) for step in range(max(end, done), min(begin, total))]
 
     @property
     def texts(self) -> list[str]:
-        """As ``data.skip_steps`` has them."""
+        """The form that ``data.skip_steps`` takes."""
         return [f"{first}-{last}" if first < last else f"{first}" for first, last in self.ranges]
 
     def __str__(self) -> str:
@@ -76,15 +77,21 @@ def _range(text: str) -> tuple[int, int]:
         found = 0, 0
     if not 1 <= found[0] <= found[1]:
         raise UserError(
-            f"data.skip_steps has the entry {text!r}, which is no step and no range of steps; write a step as metrics.jsonl counts them, such "
-            "as 1500, or the first and the last of a range, such as 1200-1230"
+            f"data.skip_steps has the entry {text!r}, which is neither a step nor a range of steps; write a step as "
+            "metrics.jsonl counts steps, such as 1500, or the first and the last step of a range, such as 1200-1230"
         )
     return found
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The group size and the skipped steps of a run, and those that it was last started with."""
+    """The group size and the skipped steps of a run.
+
+    Attributes:
+        group_segments: the settled ``data.group_segments``.
+        skips: ``data.skip_steps`` of this start.
+        before: ``data.skip_steps`` of the start before; None at the first start.
+    """
 
     group_segments: int
     skips: Skips
@@ -92,17 +99,19 @@ class Steps:
 
     @classmethod
     def settle(cls, folder: Path, data: DataConfig, dp_size: int, segments_per_step: int) -> Steps:
-        """As the run folder remembers, else as the config says, else as ``order.default_group``, for more ranks to come.
+        """Settle the group size: from the run folder, else from the config, else ``order.default_group``.
+
+        The default leaves room for more data-parallel ranks at a later start.
 
         Raises:
-            UserError: ``data.skip_steps`` cannot be read.
+            UserError: ``data.skip_steps`` cannot be read, or ``data.group_segments`` is not that of the first start.
         """
         found: dict[str, Any] = read_json(folder / FILE) if (folder / FILE).exists() else {}
         before = Skips(tuple((first, last) for first, last in found["skipped"])) if found else None
         if found and data.group_segments not in (0, found["group_segments"]):
             raise UserError(
-                f"data.group_segments={data.group_segments}, and the run was begun with {found['group_segments']}, which decides what its steps hold; "
-                f"set data.group_segments to {found['group_segments']}"
+                f"data.group_segments={data.group_segments}, and the run was started with {found['group_segments']}, "
+                f"which decides the data of its steps; set data.group_segments to {found['group_segments']}"
             )
         return cls(
             found.get("group_segments") or data.group_segments or default_group(dp_size, segments_per_step),
@@ -115,22 +124,23 @@ class Steps:
         return replace(data, group_segments=self.group_segments)
 
     def refuse_other_past(self, done: int) -> None:
-        """Refuse to call steps skipped that were trained, or the other way round.
+        """Refuse other skipped steps than before among the first ``done`` steps, which are trained already.
 
         Raises:
-            UserError: the skipped steps among the first ``done`` are not those that the run was made with, or nobody knows which those are.
+            UserError: the skipped steps among the first ``done`` differ, or the file that names them is missing.
         """
         if self.before is None and done:
             raise UserError(
-                f"{FILE} of the run is missing, which says how its {done} steps drew their data (data.group_segments, data.skip_steps); restore it, "
-                "or choose another name= to start over"
+                f"{FILE} of the run is missing: it says which data its {done} steps read (data.group_segments, "
+                "data.skip_steps); restore the file, or choose another name= to start over"
             )
         if self.before is not None and self.before.until(done) != self.skips.until(done):
             raise UserError(
-                f"data.skip_steps skips {self.skips.until(done)} of the {done} steps that are done, and the run was made skipping "
-                f"{self.before.until(done)}; change steps after {done} only, go back to an earlier checkpoint, or choose another name="
+                f"data.skip_steps skips {self.skips.until(done)} of the {done} steps that are done, and the run was made "
+                f"skipping {self.before.until(done)}; change steps after {done} only, go back to an earlier checkpoint, "
+                "or choose another name="
             )
 
     def to_json(self) -> dict[str, Any]:
-        """What ``settle`` reads at the next start."""
+        """The content of ``train.steps.json``, which ``settle`` reads at the next start."""
         return {"group_segments": self.group_segments, "skipped": [list(one) for one in self.skips.ranges]}

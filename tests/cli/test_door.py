@@ -276,7 +276,7 @@ def checks_of_prepare(config):
 
 
 def checks_of_train(config):
-    _, factors, _ = train.inputs(config)
+    _, factors, _ = train.checked_inputs(config)
     windows = factors.spectrum.window_tokens, factors.target_window_tokens
     make_loader(config.data, config.seed, 0, 1, config.optim.segments_per_step, *windows)
 

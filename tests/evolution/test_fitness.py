@@ -24,7 +24,7 @@ from lr2train.model.score import Score
 from lr2train.rope import METHODS
 from lr2train.rope import hf as rope_hf
 from lr2train.search import ALGORITHMS
-from lr2train.training.deepspeed.engine import load_sharded
+from lr2train.training.deepspeed.scoring import load_sharded
 
 N_DOCUMENTS = 3
 

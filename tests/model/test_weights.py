@@ -308,7 +308,7 @@ def test_large_numbers_whose_sum_is_infinite_are_finite():
 
 def on_ranks(rank: int, world: int, folder) -> list[str]:
     """What a divided load says of each folder, and of a model in training."""
-    from lr2train.training.deepspeed.engine import load_sharded
+    from lr2train.training.deepspeed.scoring import load_sharded
 
     said = []
     for name in ("good", "spoilt", "fewer", "cut"):

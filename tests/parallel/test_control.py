@@ -1,4 +1,4 @@
-"""Control messages on real ranks: results in order, one rank's error on all, and a killed rank noticed at once."""
+"""Control messages on real ranks: results come in rank order, one rank's error on all, and a killed rank is noticed at once."""
 
 import contextlib
 import os
@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 from ranks import forking, run_ranks
 
+from lr2train import ranks
 from lr2train.config import UserError
 from lr2train.parallel import control
 
@@ -19,13 +20,13 @@ def fails(here: bool, error: Exception):
     def fn() -> int:
         if here:
             raise error
-        return control.rank()
+        return ranks.rank()
 
     return fn
 
 
 def check_messages(rank: int, world: int) -> None:
-    assert (control.rank(), control.world()) == (rank, world)
+    assert (ranks.rank(), ranks.world()) == (rank, world)
     big = "x" * (200_000 * rank)  # more than a socket's buffer, and of another size on every rank
     assert control.from_all((rank, big)) == [(r, "x" * (200_000 * r)) for r in range(world)]
     assert control.from_rank_0({"of": rank}) == {"of": 0}
@@ -55,7 +56,7 @@ def test_messages_and_errors_on_3_ranks(tmp_path):
 
 
 def test_without_a_process_group_there_is_one_rank():
-    assert (control.rank(), control.world()) == (0, 1)
+    assert (ranks.rank(), ranks.world()) == (0, 1)
     assert control.from_all("a") == ["a"]
     assert control.from_rank_0("a") == "a"
     assert control.together(lambda: 5) == [5]
@@ -64,7 +65,7 @@ def test_without_a_process_group_there_is_one_rank():
 
 
 def surviving(rank: int, killed: int, folder, pipe) -> None:
-    """One rank is killed; the others say what they hear, and stay, so that nobody learns anything from the end of their process."""
+    """One rank is killed. The others report what they hear and stay alive, so that no process end tells anything."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=3, timeout=timedelta(seconds=600))
     control.together(lambda: rank)
     if rank == killed:

@@ -1,4 +1,4 @@
-"""One rank's error in the middle of common work ends all of them, with its reason; each rank is a process that really ends."""
+"""One rank's error in the middle of common work ends all ranks with its reason; every rank is a real process."""
 
 import os
 import signal

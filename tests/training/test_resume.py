@@ -1,11 +1,7 @@
-"""Training that is killed goes on where its checkpoint was, on as many ranks as there are by then, and ends where an undisturbed run ends."""
+"""A resumed run ends where an undisturbed run ends: after a kill, after an interrupt, on another number of ranks."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +10,9 @@ from ranks import RankError, run_ranks
 
 from lr2train.cli.composition import compose
 from lr2train.prepare import prepare
+from lr2train.run import Interrupted
+from tests.training import starts
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 TEXT = "def add(a, b):\n    return a + b\n\nclass Point:\n    def __init__(self, x, y):\n        self.x, self.y = x, y\n" * 40
 
@@ -42,80 +39,55 @@ def overrides(tmp_path_factory) -> list[str]:
     return [*common, f"optim.steps={STEPS}", "engine.checkpoint_every_steps=3", "logger=jsonl"]
 
 
-def start(overrides: list[str], name: str, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "lr2train.train", *overrides, f"name={name}", *more]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
-
-
 def folder_of(overrides: list[str], name: str) -> Path:
     return Path(next(o for o in overrides if o.startswith("runs_folder=")).partition("=")[2]) / name
 
 
+def figures(folder: Path, key: str) -> list[float]:
+    return [json.loads(line)[key] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "a step stands twice or is missing"
-    return {line["step"]: line["loss"] for line in lines}
-
-
-def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
-    """Return as soon as metrics.jsonl holds the step."""
-    deadline = time.monotonic() + 90
-    path = folder / "metrics.jsonl"
-    while not (path.exists() and len(path.read_text().splitlines()) >= step):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "training did not get there"
+    steps = figures(folder, "step")
+    assert steps == list(range(1, len(steps) + 1)), "a step stands twice or is missing"
+    return dict(zip(steps, figures(folder, "loss"), strict=True))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(overrides) -> dict[int, float]:
-    process = start(overrides, "undisturbed")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+def undisturbed(overrides, tmp_path_factory) -> dict[int, float]:
+    ended = starts.train([*overrides, "name=undisturbed"], tmp_path_factory.mktemp("start"))
+    assert ended.code == 0, ended.err
     return losses(folder_of(overrides, "undisturbed"))
 
 
-def test_killed_and_interrupted_training_ends_like_an_undisturbed_one(overrides, undisturbed):
-    folder = folder_of(overrides, "disturbed")
-    first = start(overrides, "disturbed")
-    wait_for_step(first, folder, 5)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+def test_killed_and_interrupted_training_ends_like_an_undisturbed_one(overrides, undisturbed, tmp_path):
+    """The kill strikes between two checkpoints, the interrupt in the second step after the checkpoint."""
+    folder, command = folder_of(overrides, "disturbed"), [*overrides, "name=disturbed"]
+    killed = starts.train(command, tmp_path, strike=(6, signal.SIGKILL))
+    assert killed.code == -signal.SIGKILL, killed.err
+    assert list(losses(folder)) == [1, 2, 3, 4, 5]
     assert not (folder / "train.json").exists()
-    second = start(overrides, "disturbed")
-    wait_for_step(second, folder, 7)
-    second.send_signal(signal.SIGTERM)
-    _, err = second.communicate(timeout=60)
-    assert (second.returncode, "run the same command again" in err) == (130, True) or second.returncode == 0, err
-    third = start(overrides, "disturbed")
-    _, err = third.communicate(timeout=120)
-    assert third.returncode == 0, err
+    interrupted = starts.train(command, tmp_path, strike=(2, signal.SIGTERM))
+    assert (interrupted.code, interrupted.err.count("run the same command again")) == (130, 1), interrupted.err
+    assert list(losses(folder)) == [1, 2, 3, 4, 5]
+    ended = starts.train(command, tmp_path)
+    assert ended.code == 0, ended.err
     assert losses(folder) == undisturbed  # the same numbers, not only close ones: one process, one thread
     assert json.loads((folder / "train.json").read_text())["steps"] == STEPS
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (folder / "model" / name).exists()
-    assert (folder / "model" / "model.safetensors").read_bytes() == (
-        folder_of(overrides, "undisturbed") / "model" / "model.safetensors"
-    ).read_bytes()
+    whole = folder_of(overrides, "undisturbed") / "model" / "model.safetensors"
+    assert (folder / "model" / "model.safetensors").read_bytes() == whole.read_bytes()
 
 
-def train_until(rank: int, world: int, overrides: list[str], last: int) -> int:
-    """The verb on a rank among others, asked to stop after its first ``last`` steps; its exit code."""
+def train_until(rank: int, world: int, overrides: list[str], last: int) -> None:
+    """The verb on a rank among others, interrupted in its step number ``last``."""
     from lr2train.train import train
-    from lr2train.training.deepspeed.engine import Engine
 
-    steps, step = [], Engine.step
-
-    def asking(engine, *arguments):
-        steps.append(engine.step)
-        stats = step(engine, *arguments)
-        if rank == 0 and len(steps) == last - 1:  # the flag goes with the next step, which is the last
-            os.kill(os.getpid(), signal.SIGTERM)
-        return stats
-
-    Engine.step = asking  # in this process alone
-    with pytest.raises(SystemExit) as end:
+    if rank == 0:
+        starts.strike_in_step(last, signal.SIGTERM)
+    with pytest.raises(Interrupted):
         train(compose("train", overrides))
-    return end.value.code
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks(overrides, undisturbed, tmp_path):
@@ -124,7 +96,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(overrides, undisturbed, tmp_p
     for world, sp, steps in ((1, 1, 3), (4, 2, 3), (3, 1, 0), (2, 2, 2)):
         launch = partial(run_ranks, train_until, world, [*fixed, f"parallel.sp={sp}"], steps, tmp_path=tmp_path, timeout_s=120)
         if steps:
-            assert launch() == [130] * world
+            launch()
             continue
         with pytest.raises(RankError, match="optim.segments_per_step=2 is not divisible by the 3 data-parallel ranks") as refused:
             launch()
@@ -134,10 +106,6 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(overrides, undisturbed, tmp_p
     assert found == pytest.approx({step: undisturbed[step] for step in found}, rel=1e-5)  # fp32: sums in another order, through AdamW
     for key in ("n_target_tokens", "tokens_seen", "window_mix", "lr"):  # the same segments
         assert figures(folder, key) == figures(folder_of(overrides, "undisturbed"), key)[:8], key
-
-
-def figures(folder: Path, key: str) -> list[float]:
-    return [json.loads(line)[key] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_losses_fall(undisturbed):
@@ -155,12 +123,13 @@ def test_losses_fall(undisturbed):
         (["rope.tail=[2.0, 2.0]", "name=fresh"], ["rope.tail"]),
     ],
 )
-def test_bad_input_exits_with_2_and_writes_nothing_over(overrides, undisturbed, change, tells):
+def test_bad_input_exits_with_2_and_writes_nothing_over(overrides, undisturbed, tmp_path, change, tells):
     folder = folder_of(overrides, "undisturbed")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    process = start([o for o in overrides if not any(o.startswith(c.partition("=")[0] + "=") for c in change)], "undisturbed", *change)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2, err
-    assert all(part in err for part in tells), err
-    assert "Traceback" not in err
+    kept = [one for one in overrides if one.partition("=")[0] not in {key.partition("=")[0] for key in change}]
+    names = [] if "name=fresh" in change else ["name=undisturbed"]
+    ended = starts.train([*kept, *names, *change], tmp_path)
+    assert ended.code == 2, ended.err
+    assert all(part in ended.err for part in tells), ended.err
+    assert "Traceback" not in ended.err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before

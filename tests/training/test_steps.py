@@ -1,12 +1,9 @@
-"""Skipped steps are passed over and nothing else changes; a resumed run keeps its groups and cannot rewrite its past."""
+"""Skipped steps are left out and nothing else changes; a resumed run keeps its group size and the past of its skips."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from lr2train.config import DataConfig, UserError
 from lr2train.io import write_json
 from lr2train.training.loop import _due
 from lr2train.training.steps import FILE, Skips, Steps
+from tests.training import starts
 
 RANGES = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 9)).map(lambda one: f"{one[0]}-{one[0] + one[1]}"), max_size=5)
 
@@ -37,7 +35,7 @@ def test_ranges_are_the_sets_that_they_name(texts, done, total):
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "5-3", "-4", "3-", "1.5", "2-4-6"])
-def test_an_entry_that_is_no_range_is_refused(text):
+def test_an_entry_that_is_neither_step_nor_range_is_refused(text):
     with pytest.raises(UserError, match="data.skip_steps has the entry"):
         Skips.parse([text])
 
@@ -53,7 +51,7 @@ def test_the_first_start_settles_the_groups(tmp_path):
     assert again.group_segments == again.applied(DataConfig()).group_segments == 8
 
 
-def test_the_past_cannot_be_rewritten_and_the_future_can(tmp_path):
+def test_skips_may_change_for_steps_to_come_alone(tmp_path):
     write_json(tmp_path / FILE, json.loads(json.dumps(Steps.settle(tmp_path, DataConfig(skip_steps=["3-5", "90-99"]), 1, 4).to_json())))
     for later in (["3-5"], ["3-4", "5", "11-20"], ["3-5", "95"]):
         Steps.settle(tmp_path, DataConfig(skip_steps=later), 1, 4).refuse_other_past(10)
@@ -74,30 +72,27 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-def train(folder: Path, *overrides: str) -> tuple[int, str]:
-    """Exit code and stderr of a training from scratch."""
+def train(folder: Path, *overrides: str) -> starts.Ended:
+    """A training from scratch."""
     sizes = [
         f"model.original_window_tokens={tiny.L0}", f"data.segment_tokens={tiny.L}", "model=tiny_llama", "model.path=null",
         f"model.architecture.max_position_embeddings={tiny.L0}", "model.architecture.hidden_size=32", "model.architecture.head_dim=16",
         "model.architecture.num_hidden_layers=1", f"model.architecture.vocab_size={tiny.VOCAB}", "model.architecture.intermediate_size=48",
         "rope.critical_index=2", "rope.tail=[4.0]", "optim.steps=12", "optim.segments_per_step=2", "optim.warmup_steps=2", "logger=jsonl",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "lr2train.train", *tiny.arguments(folder), *sizes, *overrides]
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150)
-    return process.returncode, process.stderr
+    return starts.train([*tiny.arguments(folder), *sizes, *overrides], folder)
 
 
 def test_training_passes_over_skipped_steps_and_refuses_another_past(folder):
-    status, err = train(folder, "name=skipping", "data.skip_steps=[2-4, 6, 12]")
-    assert status == 0, err
+    code, err = train(folder, "name=skipping", "data.skip_steps=[2-4, 6, 12]")
+    assert code == 0, err
     lines = [json.loads(line) for line in (folder / "skipping" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 5, 7, 8, 9, 10, 11]
     assert [line["tokens_seen"] for line in lines] == [nth * 2 * tiny.L for nth in range(1, 8)]
     assert json.loads((folder / "skipping" / "checkpoints.latest.json").read_text()) == {"tag": "step_00000011"}
     (folder / "skipping" / "train.json").unlink()
-    status, err = train(folder, "name=skipping", "data.skip_steps=[2-4]")
-    assert (status, "data.skip_steps skips 2-4 of the 11 steps that are done" in err) == (2, True), err
+    code, err = train(folder, "name=skipping", "data.skip_steps=[2-4]")
+    assert (code, "data.skip_steps skips 2-4 of the 11 steps that are done" in err) == (2, True), err
 
 
 def test_training_on_a_damaged_corpus_is_refused_before_it_starts(folder, tmp_path):
@@ -107,8 +102,8 @@ def test_training_on_a_damaged_corpus_is_refused_before_it_starts(folder, tmp_pa
     flipped = bytearray(tokens.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     tokens.write_bytes(flipped)
-    status, err = train(folder, "name=damaged", f"data.path={corpus}")
-    assert status == 2, err
+    code, err = train(folder, "name=damaged", f"data.path={corpus}")
+    assert code == 2, err
     assert str(tokens) in err
     assert "prepare again" in err
     assert not (folder / "damaged" / "checkpoints").exists()

@@ -98,7 +98,7 @@ def _on_ranks(size: Size) -> dict[str, list[tuple[Seconds, Seconds, Seconds]]]:
 
 
 def _rank(rank: int, folder: Path, size: Size, queue: Any) -> None:
-    from lr2train.training.deepspeed.engine import start_deepspeed
+    from lr2train.training.deepspeed.start import start_deepspeed
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS)

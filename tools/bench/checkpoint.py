@@ -29,8 +29,9 @@ def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold
     from lr2train.parallel.mesh import make_mesh
     from lr2train.rope.methods import METHODS
     from lr2train.rope.spectrum import Spectrum
-    from lr2train.training.deepspeed import checkpoint
-    from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+    from lr2train.training.deepspeed import checkpoint, shard_files
+    from lr2train.training.deepspeed.engine import Engine
+    from lr2train.training.deepspeed.start import start_deepspeed
 
     start_deepspeed(torch.device("cpu"))
     architecture = {
@@ -47,17 +48,17 @@ def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold
     engine._engine.optimizer.optimizer.param_groups[0]["params"] = []
     of = checkpoint.Checkpoints(folder)
     engine.save(of, 1)
-    files, check = io.sealed(folder / "step_00000001" / checkpoint.MANIFEST)["files"], checkpoint._read_checked
+    files, check = io.sealed(folder / "step_00000001" / checkpoint.MANIFEST)["files"], shard_files.read_checked
 
     def read(folder: Path, files: dict, _: str) -> dict:
         """The same reading without a hash."""
-        return {name: checkpoint._opened(folder / name, mmap=False) for name, about in files.items() if about["rank"] == rank}
+        return {name: shard_files.opened(folder / name, mmap=False) for name, about in files.items() if about["rank"] == rank}
 
     found = []
     for _ in range(rounds):
         times = []
         for reading in (read, check):
-            checkpoint._read_checked = reading
+            shard_files.read_checked = reading
             if cold and rank == 0:
                 Path("/proc/sys/vm/drop_caches").write_text("1")
             dist.barrier()

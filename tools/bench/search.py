@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lr2train import config, run
+from lr2train import config, progress, run
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import NeedleDocument, NeedleMaker
 from lr2train.model import load, rotary
@@ -105,7 +105,7 @@ def _make_model(arguments: argparse.Namespace) -> None:
     if not (Path(arguments.corpus) / "corpus.json").exists():
         _call("lr2train.prepare", "experiment=tiny_4k", *_where(Path(arguments.corpus)))
     if not (Path(arguments.model) / "config.json").exists():
-        run.say("bench_search", f"no model at {arguments.model}: training the demo's base, about five minutes")
+        progress.say("bench_search", f"no model at {arguments.model}: training the demo's base, about five minutes")
         where = _where(Path(arguments.model).parent)
         subprocess.run(
             ["bash", str(ROOT / "launch" / "run.sh"), "2", "train", "experiment=tiny_base", f"data.path={arguments.corpus}", *where],
@@ -162,7 +162,7 @@ def _in_order(what: str, jobs: Sequence[Any], one: Callable[[Any], None], proces
                 pool.shutdown(cancel_futures=True)
             done.result()
             spent = time.monotonic() - start
-            run.say("bench_search", f"{what}: {number}/{len(jobs)}, {spent:.0f} s, {spent / number * (len(jobs) - number):.0f} s left")
+            progress.say("bench_search", f"{what}: {number}/{len(jobs)}, {spent:.0f} s, {spent / number * (len(jobs) - number):.0f} s left")
 
 
 # ---- held-out documents ----
@@ -192,7 +192,7 @@ def _score_all(
         for number, (key, losses) in enumerate(pool.map(_losses, tasks), 1):
             found[key] = losses
             left = (time.monotonic() - start) / number * (len(tasks) - number)
-            run.say("bench_search", f"held-out: {number}/{len(tasks)}, {left:.0f} s left")
+            progress.say("bench_search", f"held-out: {number}/{len(tasks)}, {left:.0f} s left")
     return found
 
 

@@ -34,7 +34,7 @@ import torch
 from lr2train.attention.kernel import kernel_name
 from lr2train.config import UserError
 from lr2train.io import write_json
-from lr2train.run import say
+from lr2train.progress import say
 from tools.bench.figures import Figure, conclude
 from tools.gpu import layer as gpu_layer
 from tools.gpu import parity as gpu_parity

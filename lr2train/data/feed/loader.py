@@ -23,7 +23,7 @@ from lr2train.data.feed.order import Order, Schedule, default_group, part
 from lr2train.data.feed.readahead import ReadAhead
 from lr2train.data.plan.packing import COLUMNS, Pieces
 from lr2train.data.store import SourceStore, Store
-from lr2train.run import say
+from lr2train.progress import say
 
 Ranges = Sequence[tuple[int, int]]  # half-open, in a segment
 _FILES_A_SHARD, _FILES_BESIDES = (

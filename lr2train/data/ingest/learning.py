@@ -20,7 +20,7 @@ from lr2train.data.ingest import sources
 from lr2train.data.ingest.records import Shard, Tally
 from lr2train.data.ingest.workers import Report, Work, Workers
 from lr2train.data.needles import sentences
-from lr2train.run import meter
+from lr2train.progress import meter
 
 _LITTLE = 2_000_000  # characters that are learned from in a second or two
 _REPORT_S = 0.5

@@ -31,7 +31,7 @@ from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.data.tokenizer import Tokenizer
 from lr2train.io import fingerprint as fingerprint_of
 from lr2train.io import read_json, write_json, write_text
-from lr2train.run import Tick, meter
+from lr2train.progress import Tick, meter
 
 Log = Callable[[str], None]
 RECIPE, REJECTS, SEEN = "recipe.json", "rejects.jsonl", "seen.json"

@@ -1,22 +1,23 @@
-"""Checkpoints of the engine: written whole, checked before they are read, and read by any number of ranks that divides the work.
+"""Checkpoints of the engine: written whole, checked before use, and read by any number of ranks that divides the global
+batch.
 
-    checkpoints/step_00000300/*.pt            DeepSpeed's shard files, one or two a rank
-    checkpoints/step_00000300/manifest.json   the step, the ranks, the run, and size, checksum and rank of every shard file
-    checkpoints.latest.json                   {tag}: the checkpoint that a resumed run reads; beside the folder, so that a folder that is lost is missed
+    checkpoints/step_00000300/*.pt            DeepSpeed's files: weights and optimizer shards, one or two for each rank
+    checkpoints/step_00000300/manifest.json   the step, the ranks, the run, and size, checksum and rank of every file
+    checkpoints.latest.json                   {tag}: the checkpoint that a resumed run reads
 
-Choice: DeepSpeed writes, and reads where the number of ranks is the same. With another number every rank reads its new share of the weights and of
-AdamW's moments out of the old shards (``partitions``), bit for bit. Shards and folders are synced to the disk before the latest one is named. A
-start compares every shard with its checksum and refuses the checkpoint of another run: each rank hashes its own files while it reads them, or, on
-another number of ranks, a share of all files beforehand. Shards are read as data alone
-(``weights_only``), so nothing in a file is executed. There is no random state to keep: nothing is dropped out, and a step's data follows from its
-number. Cost: reading on other ranks knows DeepSpeed's file layout; an optimizer on NVMe keeps its state elsewhere and wants the same number of
-ranks.
+The last file lies beside the folder, so that a lost folder is noticed.
+
+Choice: DeepSpeed writes, and reads where the number of ranks is the same. On another number of ranks, every rank reads
+its new shard of the weights and of AdamW's moments out of the old files, bit for bit (``partitions``). Files and
+folders are synced to the disk before the latest checkpoint is named. A start compares every file with its checksum, and
+refuses the checkpoint of another run. No random state is kept: there is no dropout, and the data of a step follow from
+its number. Cost: reading on another number of ranks depends on DeepSpeed's file format. An optimizer on NVMe keeps its
+state elsewhere, so it needs the same number of ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import pickle
 import re
 import shutil
 import time
@@ -28,16 +29,17 @@ from typing import Any
 
 import torch
 
-from lr2train import io, run
+from lr2train import io, progress
 from lr2train.config import UserError
 from lr2train.parallel import control
-from lr2train.training.deepspeed import partitions
+from lr2train.ranks import rank, world
+from lr2train.training.deepspeed import partitions, shard_files
+from lr2train.training.deepspeed.shard_files import UNREADABLE, Unusable, brief
 
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"step_\d{8}")  # other names are the user's own copies
-# What a cut or foreign file makes torch.load, and us afterwards, raise.
-_UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError)
-_WRITER = ("PytorchStreamWriter", "inline_container")  # torch's: what it cannot write, as on a full disk, is a RuntimeError that names it
+_STEP = re.compile(r"step_\d{8}")  # folders of other names are the user's own copies
+# torch.save raises a full disk as a RuntimeError that names one of these.
+_WRITER = ("PytorchStreamWriter", "inline_container")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Attributes:
-        folder: where they lie.
-        run: fingerprint of all that decides what the run computes; a checkpoint of another run is refused.
+        folder: holds a folder for each checkpoint.
+        run: fingerprint of everything that decides the run's result; the checkpoint of another run is refused.
         keep: how many to keep.
     """
 
@@ -56,17 +58,24 @@ class Checkpoints:
 
     @property
     def latest(self) -> Path:
-        """The file that names the newest one."""
+        """The file that names the newest checkpoint."""
         return self.folder.with_name(f"{self.folder.name}.latest.json")
 
     @property
     def steps(self) -> list[Path]:
-        """The folders of all checkpoints, the oldest first, whole or not."""
+        """The folders of all checkpoints, oldest first, finished or not."""
         return sorted(path for path in self.folder.glob("step_*") if _STEP.fullmatch(path.name) and path.is_dir())
 
 
+def _tag(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+# ---- write ----
+
+
 def save(engine: Any, of: Checkpoints, step: int) -> None:
-    """Write a checkpoint and only then name it the latest; older ones beyond ``of.keep`` go. A collective.
+    """Write a checkpoint, then name it the latest, then remove older ones beyond ``of.keep``. A collective.
 
     Args:
         engine: DeepSpeed's.
@@ -74,63 +83,23 @@ def save(engine: Any, of: Checkpoints, step: int) -> None:
         step: steps done so far.
 
     Raises:
-        UserError: there is no room for the checkpoint; the one before stays the latest.
+        UserError: the disk is full; the checkpoint before stays the latest.
     """
     target = of.folder / _tag(step)
-    # A killed run began it, perhaps on more ranks, whose files would be left between ours.
-    control.together(lambda: _remove(target) if control.rank() == 0 else None)
+    # A killed run, perhaps of more ranks, may have begun this checkpoint: its files would stay between ours.
+    control.together(lambda: _remove(target) if rank() == 0 else None)
     with _recorded(engine.checkpoint_engine) as written, _writing(target):
         engine.save_checkpoint(str(of.folder), tag=target.name, client_state={"step": step}, save_latest=False)
     files: dict[str, Any] = {}
-    for mine in control.together(lambda: {path.name: _sealed(path) for path in written}):
+    for mine in control.together(lambda: {path.name: _synced(path) for path in written}):
         files |= mine
-    about = {"step": step, "world": control.world(), "zero_stage": engine.zero_optimization_stage(), "run": of.run}
-    control.together(lambda: _publish(of, target, {**about, "files": files}) if control.rank() == 0 else None)
-
-
-def _publish(of: Checkpoints, target: Path, manifest: dict[str, Any]) -> None:
-    """Make a checkpoint whose shards the disk holds the latest one."""
-    with _writing(target):
-        io.seal(target / MANIFEST, manifest)
-        io.sync_folder(of.folder)
-        _name_latest(of, target.name)
-    _forget(of, target.name)
-
-
-def _tag(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-_KEEP = -1
-
-
-def _name_latest(of: Checkpoints, tag: str, went_back_to: int | None = _KEEP) -> None:
-    """Name the checkpoint that a resumed run reads, and the step that a user has gone back to, so that a repeated command does not go back again."""
-    if went_back_to == _KEEP:
-        went_back_to = (_latest(of) or {}).get("went_back_to")
-    io.write_json(of.latest, {"tag": tag} | ({} if went_back_to is None else {"went_back_to": went_back_to}))
-
-
-def _latest(of: Checkpoints) -> dict[str, Any] | None:
-    """Which checkpoint is named the latest; None where the file is missing or damaged."""
-    try:
-        found = io.read_json(of.latest)
-    except UserError:
-        return None
-    named = isinstance(found, dict) and isinstance(found.get("tag"), str) and _STEP.fullmatch(found["tag"])
-    return found if named else None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    about = {"step": step, "world": world(), "zero_stage": engine.zero_optimization_stage(), "run": of.run}
+    control.together(lambda: _publish(of, target, {**about, "files": files}) if rank() == 0 else None)
 
 
 @contextlib.contextmanager
 def _recorded(files: Any) -> Iterator[list[Path]]:
-    """The paths that DeepSpeed's checkpoint engine writes on this rank meanwhile."""
+    """The paths that DeepSpeed's checkpoint engine ``files`` writes on this rank inside the block."""
     written: list[Path] = []
     own = files.save
 
@@ -145,29 +114,42 @@ def _recorded(files: Any) -> Iterator[list[Path]]:
         files.save = own
 
 
-def _sealed(path: Path) -> dict[str, Any]:
-    """Have the disk hold a shard file; returns what the manifest says of it."""
+def _synced(path: Path) -> dict[str, Any]:
+    """Sync a file to the disk; returns its entry in the manifest."""
     with _writing(path.parent):
         io.sync_file(path)
         io.sync_folder(path.parent)
-        return {"bytes": path.stat().st_size, "xxh3": io.checksum(path), "rank": control.rank()}
+        return {"bytes": path.stat().st_size, "xxh3": io.checksum(path), "rank": rank()}
+
+
+def _publish(of: Checkpoints, target: Path, manifest: dict[str, Any]) -> None:
+    """Make a checkpoint the latest one. All its files are on the disk by now."""
+    with _writing(target):
+        io.seal(target / MANIFEST, manifest)
+        io.sync_folder(of.folder)
+        _name_latest(of, target.name)
+    _forget(of, target.name)
 
 
 @contextlib.contextmanager
 def _writing(checkpoint: Path) -> Iterator[None]:
+    """Turn an error of the disk into a sentence that names the checkpoint."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         if not isinstance(error, OSError) and not any(name in str(error) for name in _WRITER):
-            raise  # a rank is gone, say
+            raise  # no error of the disk: a lost rank, for example
         raise UserError(
-            f"the checkpoint {checkpoint} cannot be written ({_brief(error)}); free some room on that disk, and run the same command again to go "
-            "on from the checkpoint before it"
+            f"the checkpoint {checkpoint} cannot be written ({brief(error)}); free some room on that disk, "
+            "and run the same command again to go on from the checkpoint before it"
         ) from error
 
 
 def _forget(of: Checkpoints, newest: str) -> None:
-    """Remove what is older than the newest whole ones. A later one was begun by a killed run, or a user has gone back: it takes nobody's place."""
+    """Remove all but the newest ``of.keep`` finished checkpoints up to ``newest``.
+
+    A later checkpoint was left by a killed run, or by a user who went back. It is not counted and not removed.
+    """
     until_now = [path for path in of.steps if path.name <= newest]
     kept = [path for path in until_now if (path / MANIFEST).exists()][-of.keep :]
     for old in until_now:
@@ -175,50 +157,40 @@ def _forget(of: Checkpoints, newest: str) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load(engine: Any, of: Checkpoints, resume_from: int | None = None, accept: Callable[[int], None] = lambda _: None) -> int:
-    """Read a checkpoint into a fresh engine; returns the number of steps done, 0 where there is none. A collective.
-
-    Args:
-        engine: DeepSpeed's, on the same or another number of ranks than wrote the checkpoint.
-        of: the run's checkpoints.
-        resume_from: ``engine.resume_from``: the step to go back to, once; None reads the latest.
-        accept: called on every rank with the steps done before anything is read or noted; may refuse them.
-
-    Raises:
-        UserError: checkpoints are there and none is named the latest; the checkpoint is damaged, another run's, not there on every machine, or
-            cannot be read by this number of ranks; on every rank.
-    """
-    # Rank 0 looks: what another machine's cache shows may differ.
-    chosen, *_ = control.together(lambda: _choose(of, resume_from) if control.rank() == 0 else None)
-    accept(0 if chosen is None else int(chosen[1]["step"]))
-    if chosen is None:
-        return 0
-    tag, manifest, went_back_to = chosen
-    checkpoint, world, stage = of.folder / tag, int(manifest["world"]), engine.zero_optimization_stage()
-    started = time.monotonic()
-    if world == control.world() or not _optimizer_files(checkpoint):
-        with _offering(of, checkpoint):
-            mine: dict[str, dict[str, Any]] = {}
-            control.together(lambda: mine.update(_read_checked(checkpoint, manifest["files"], _weights_file(stage, 0))))
-        engine.checkpoint_engine.load = lambda path, map_location=None: mine[Path(path).name]
-        path, _ = engine.load_checkpoint(str(of.folder), tag=tag)
-        assert path is not None, "DeepSpeed does not find what was looked at before"
-        mine.clear()  # the engine keeps the function
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
     else:
-        with _offering(of, checkpoint):
-            control.together(lambda: _refuse_damaged(checkpoint, manifest["files"]))
-        _load_on_other_ranks(engine, checkpoint, stage, world)
-    control.together(lambda: _name_latest(of, tag, went_back_to) if control.rank() == 0 and went_back_to != _KEEP else None)
-    run.say("checkpoint", f"{checkpoint}: checked and read in {time.monotonic() - started:.1f} s")
-    return int(manifest["step"])
+        path.unlink(missing_ok=True)
 
 
-class _Unusable(UserError):
-    """Why a checkpoint cannot be used, without what to do instead."""
+# ---- the latest checkpoint ----
+
+_AS_BEFORE = -1  # for ``went_back_to``: keep the step that is noted
+
+
+def _name_latest(of: Checkpoints, tag: str, went_back_to: int | None = _AS_BEFORE) -> None:
+    """Name the checkpoint that a resumed run reads.
+
+    ``went_back_to`` notes the step of ``engine.resume_from``, so that the same command does not go back a second time.
+    """
+    if went_back_to == _AS_BEFORE:
+        went_back_to = (_latest(of) or {}).get("went_back_to")
+    io.write_json(of.latest, {"tag": tag} | ({} if went_back_to is None else {"went_back_to": went_back_to}))
+
+
+def _latest(of: Checkpoints) -> dict[str, Any] | None:
+    """The content of ``checkpoints.latest.json``; None where the file is missing or damaged."""
+    try:
+        found = io.read_json(of.latest)
+    except UserError:
+        return None
+    named = isinstance(found, dict) and isinstance(found.get("tag"), str) and _STEP.fullmatch(found["tag"])
+    return found if named else None
 
 
 def _choose(of: Checkpoints, resume_from: int | None) -> tuple[str, dict[str, Any], int | None] | None:
-    """The checkpoint to read, by its tag, its manifest, and what to note as the step that was gone back to; None where the folder has none."""
+    """The checkpoint to read: (tag, manifest, step to note as gone back to). None where the run has no checkpoint."""
     latest = _latest(of) or {}
     going_back = resume_from is not None and latest.get("went_back_to") != resume_from
     tag = _tag(resume_from) if going_back and resume_from is not None else latest.get("tag")
@@ -227,155 +199,130 @@ def _choose(of: Checkpoints, resume_from: int | None) -> tuple[str, dict[str, An
             raise UserError(f"{of.latest} is missing or damaged, and {of.folder} holds checkpoints; {_offer(of)}")
         if of.latest.exists():
             raise UserError(
-                f"{of.latest} is damaged, and {of.folder} holds no checkpoint; bring the folder back, or choose another name= to start over"
+                f"{of.latest} is damaged, and {of.folder} holds no checkpoint; restore the folder, or choose another name= to start over"
             )
         return None
     with _offering(of, of.folder / tag):
         manifest = _manifest(of, of.folder / tag)
-    return tag, manifest, resume_from if going_back or (resume_from is None and "went_back_to" in latest) else _KEEP
-
-
-@contextlib.contextmanager
-def _offering(of: Checkpoints, checkpoint: Path) -> Iterator[None]:
-    """Say beside why a checkpoint cannot be used which other one can."""
-    try:
-        yield
-    except UserError as error:  # of any rank, whose kind does not travel
-        raise UserError(f"the checkpoint {checkpoint} cannot be used ({error}); {_offer(of, but=checkpoint)}") from error
-
-
-def _offer(of: Checkpoints, but: Path | None = None) -> str:
-    """The newest whole checkpoint of this run and how to go on from there, judged by the sizes of its files.
-
-    A later one than the latest is of a history that a user has left by going back.
-    """
-    newest = (_latest(of) or {}).get("tag", "step_99999999")
-    for checkpoint in reversed(of.steps):
-        if checkpoint != but and checkpoint.name <= newest:
-            with contextlib.suppress(_Unusable):
-                manifest = _manifest(of, checkpoint)
-                _refuse_other_sizes(checkpoint, manifest["files"])
-                return f"set engine.resume_from={manifest['step']} to go on from {checkpoint.name}, the newest whole one"
-    return "no whole checkpoint of this run is left besides: restore the folder, or choose another name= to start over"
+    return tag, manifest, resume_from if going_back or (resume_from is None and "went_back_to" in latest) else _AS_BEFORE
 
 
 def _manifest(of: Checkpoints, checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint of this run.
 
     Raises:
-        _Unusable: the checkpoint is missing, unfinished, or another run's.
+        Unusable: the checkpoint is missing, unfinished, or written by another run.
     """
     if not checkpoint.is_dir():
-        raise _Unusable("the folder is missing")
+        raise Unusable("the folder is missing")
     try:
         manifest = io.sealed(checkpoint / MANIFEST)
     except UserError as error:
-        raise _Unusable(str(error).partition(";")[0]) from None
+        raise Unusable(str(error).partition(";")[0]) from None
     if manifest["run"] != of.run:
-        raise _Unusable("another run wrote it, with another model, corpus, factors or settings")
+        raise Unusable("another run wrote it, with another model, corpus, factors or settings")
     if _tag(manifest["step"]) != checkpoint.name:
-        raise _Unusable(f"it holds step {manifest['step']}")
+        raise Unusable(f"it holds step {manifest['step']}")
     return manifest
 
 
-def _refuse_other_sizes(checkpoint: Path, files: dict[str, Any]) -> None:
-    if not checkpoint.is_dir():
-        raise _Unusable("it is not there on every machine: put runs_folder on a file system that all machines share")
-    for name, about in files.items():
-        found = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else None
-        if found != about["bytes"]:
-            raise _Unusable(f"{name} " + ("is missing" if found is None else f"has {found} bytes, {about['bytes']} were written"))
-
-
-def _refuse_damaged(checkpoint: Path, files: dict[str, Any]) -> None:
-    """Compare the sizes of all shard files, and the checksums of this rank's share of them, with the manifest."""
-    _refuse_other_sizes(checkpoint, files)
-    by_size = sorted(files, key=lambda name: files[name]["bytes"])  # every rank gets large ones and small ones
-    for name in by_size[control.rank() :: control.world()]:
-        with _naming(name):
-            _refuse_other_checksum(name, io.checksum(checkpoint / name), files)
-
-
-def _read_checked(checkpoint: Path, files: dict[str, Any], weights: str) -> dict[str, dict[str, Any]]:
-    """The shard files that this rank has written, and the one that holds the weights of all ranks, by name; each is checked while it is read.
-
-    Not mapped: DeepSpeed keeps tensors of a file as the optimizer's state.
-    """
-    _refuse_other_sizes(checkpoint, files)
-    found = {}
-    for name, about in files.items():
-        if about["rank"] == control.rank() or name == weights:
-            with _naming(name), io.Hashed(checkpoint / name) as file:
-                try:
-                    found[name] = _opened(file, mmap=False)
-                finally:  # damage is the better reason where the reading failed too
-                    _refuse_other_checksum(name, file.checksum(), files)
-    return found
-
-
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _offering(of: Checkpoints, checkpoint: Path) -> Iterator[None]:
+    """Add to the reason why a checkpoint cannot be used which other checkpoint can."""
     try:
         yield
-    except _UNREADABLE as error:
-        raise _Unusable(f"{name}: {_brief(error)}") from error
+    except UserError as error:  # not Unusable: the error may come from another rank, and its class does not travel
+        raise UserError(f"the checkpoint {checkpoint} cannot be used ({error}); {_offer(of, but=checkpoint)}") from error
 
 
-def _refuse_other_checksum(name: str, checksum: str, files: dict[str, Any]) -> None:
-    if checksum != files[name]["xxh3"]:
-        raise _Unusable(f"{name} does not have the checksum that it was written with")
+def _offer(of: Checkpoints, but: Path | None = None) -> str:
+    """How to go on from the newest whole checkpoint of this run. File sizes alone decide what is whole.
+
+    A checkpoint later than the latest is not offered: it belongs to a history that the user left by going back.
+    """
+    newest = (_latest(of) or {}).get("tag", "step_99999999")
+    for checkpoint in reversed(of.steps):
+        if checkpoint != but and checkpoint.name <= newest:
+            with contextlib.suppress(Unusable):
+                manifest = _manifest(of, checkpoint)
+                shard_files.refuse_other_sizes(checkpoint, manifest["files"])
+                return f"set engine.resume_from={manifest['step']} to go on from {checkpoint.name}, the newest whole one"
+    return "no whole checkpoint of this run is left besides: restore the folder, or choose another name= to start over"
 
 
-def _opened(file: Path | io.Hashed, mmap: bool = True) -> dict[str, Any]:
-    """What a shard file holds: tensors, plain values and DeepSpeed's own few classes. Anything else in it is refused, and nothing is executed."""
-    from lr2train.training.deepspeed.engine import classes_in_checkpoints
-
-    with torch.serialization.safe_globals(classes_in_checkpoints()):
-        return torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)  # type: ignore[arg-type]
+# ---- read ----
 
 
-def _weights_file(stage: int, rank: int) -> str:
-    return f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+def load(
+    engine: Any,
+    of: Checkpoints,
+    resume_from: int | None = None,
+    accept: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Read a checkpoint into a fresh engine; returns the number of steps done, 0 where the run has no checkpoint. A
+    collective.
+
+    Args:
+        engine: DeepSpeed's, on the number of ranks that wrote the checkpoint or on another one.
+        of: the run's checkpoints.
+        resume_from: ``engine.resume_from``: the step to go back to, once; None reads the latest checkpoint.
+        accept: called on every rank with the steps done, before anything is read or noted; may raise to refuse them.
+
+    Raises:
+        UserError: no checkpoint is named the latest although some exist, or the checkpoint is damaged, of another run,
+            not visible on every machine, or not readable by this number of ranks; on every rank.
+    """
+    # Rank 0 alone looks: the file cache of another machine may show something else.
+    chosen, *_ = control.together(lambda: _choose(of, resume_from) if rank() == 0 else None)
+    accept(0 if chosen is None else int(chosen[1]["step"]))
+    if chosen is None:
+        return 0
+    tag, manifest, went_back_to = chosen
+    checkpoint, saved_world, stage = of.folder / tag, int(manifest["world"]), engine.zero_optimization_stage()
+    started = time.monotonic()
+    if saved_world == world() or not shard_files.optimizer_files(checkpoint):
+        with _offering(of, checkpoint):
+            mine: dict[str, dict[str, Any]] = {}
+            weights = shard_files.weights_file(stage, 0)
+            control.together(lambda: mine.update(shard_files.read_checked(checkpoint, manifest["files"], weights)))
+        engine.checkpoint_engine.load = lambda path, map_location=None: mine[Path(path).name]
+        path, _ = engine.load_checkpoint(str(of.folder), tag=tag)
+        assert path is not None, "DeepSpeed does not find the checkpoint that was just checked"
+        mine.clear()  # the engine keeps the lambda, which would keep the tensors
+    else:
+        with _offering(of, checkpoint):
+            control.together(lambda: shard_files.refuse_damaged(checkpoint, manifest["files"]))
+        _load_on_other_ranks(engine, checkpoint, stage, saved_world)
+    control.together(lambda: _name_latest(of, tag, went_back_to) if rank() == 0 and went_back_to != _AS_BEFORE else None)
+    progress.say("checkpoint", f"{checkpoint}: checked and read in {time.monotonic() - started:.1f} s")
+    return int(manifest["step"])
 
 
-def _optimizer_files(checkpoint: Path) -> list[Path]:
-    """The shards of the optimizer, in order of rank; none where every rank holds all of it."""
-    return sorted(
-        checkpoint.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=lambda path: int(path.name.split("_rank_")[1].split("_")[0])
-    )
-
-
-def _brief(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds more than tensors and plain values, so reading it could run code"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _load_on_other_ranks(engine: Any, checkpoint: Path, stage: int, world: int) -> None:
-    """Read what ``world`` ranks have written; nothing is changed before every rank has read its share."""
-    share: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    control.together(lambda: share.append(_share(engine, checkpoint, stage, world)))
-    common, state = share.pop()
+def _load_on_other_ranks(engine: Any, checkpoint: Path, stage: int, saved_world: int) -> None:
+    """Read a checkpoint of ``saved_world`` ranks. Nothing is changed before every rank has read its shard."""
+    read: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    control.together(lambda: read.append(_read_shard(engine, checkpoint, stage, saved_world)))
+    common, state = read.pop()
     _hand_over(engine, common, state, stage)
-    run.say("checkpoint", f"{checkpoint} of {world} ranks was divided anew over {control.world()} ranks")
+    progress.say("checkpoint", f"{checkpoint} of {saved_world} ranks was divided anew over {world()} ranks")
 
 
-def _share(engine: Any, checkpoint: Path, stage: int, world: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What all ranks have in common, and this rank's own state."""
-    if stage not in partitions.FORMS or engine.zero_nvme_offload_optimizer():
-        how = "with its optimizer on NVMe" if stage in partitions.FORMS else f"by ZeRO stage {stage} with a divided optimizer"
+def _read_shard(engine: Any, checkpoint: Path, stage: int, saved_world: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state that all ranks have in common, and this rank's own state of the optimizer."""
+    if stage not in partitions.STAGES or engine.zero_nvme_offload_optimizer():
+        how = "with its optimizer on NVMe" if stage in partitions.STAGES else f"by ZeRO stage {stage} with a divided optimizer"
         raise UserError(
-            f"the checkpoint {checkpoint} was written by {world} ranks {how}, which this job's {control.world()} ranks cannot read; start it "
-            f"with {world} ranks, or give a new name= to start over"
+            f"the checkpoint {checkpoint} was written by {saved_world} ranks {how}, and this job's {world()} ranks "
+            f"cannot read it; start {saved_world} ranks, or choose another name= to start over"
         )
     try:
-        common = _opened(checkpoint / _weights_file(stage, 0))
-        written, sizes = (_sizes(shapes) for shapes in (common["param_shapes"], engine._get_zero_param_shapes()))
-        form, live, files = partitions.FORMS[stage], engine.optimizer.state_dict(), _optimizer_files(checkpoint)
-        shards = cache(lambda rank: _opened(files[rank])["optimizer_state_dict"])
-        return common, partitions.repartitioned(shards, world, written, form, live, sizes, control.rank(), control.world())
-    except _UNREADABLE as error:
-        raise UserError(f"the checkpoint {checkpoint} cannot be read ({_brief(error)}); restore the folder") from error
+        common = shard_files.opened(checkpoint / shard_files.weights_file(stage, 0))
+        saved_sizes, sizes = (_sizes(shapes) for shapes in (common["param_shapes"], engine._get_zero_param_shapes()))
+        form, live, files = partitions.STAGES[stage], engine.optimizer.state_dict(), shard_files.optimizer_files(checkpoint)
+        saved = cache(lambda of_rank: shard_files.opened(files[of_rank])["optimizer_state_dict"])
+        return common, partitions.repartitioned(saved, saved_world, saved_sizes, form, live, sizes, rank(), world())
+    except UNREADABLE as error:
+        raise UserError(f"the checkpoint {checkpoint} cannot be read ({brief(error)}); restore the folder") from error
 
 
 def _sizes(shapes: list[dict[str, torch.Size]]) -> partitions.Sizes:
@@ -383,13 +330,13 @@ def _sizes(shapes: list[dict[str, torch.Size]]) -> partitions.Sizes:
 
 
 def _hand_over(engine: Any, common: dict[str, Any], state: dict[str, Any], stage: int) -> None:
-    """What DeepSpeed's own load_checkpoint does with a state that it has read."""
+    """Put a state into the engine, as DeepSpeed's own load_checkpoint does after reading."""
     prepare, finish = (getattr(engine.optimizer, f"checkpoint_event_{name}", None) for name in ("prologue", "epilogue"))
     if prepare:
         prepare()
-    if stage != 3:  # every rank holds all weights in the model's dtype; in stage 3 they follow from the fp32 ones
+    if stage != 3:  # every rank holds all weights in the model's dtype; in stage 3 they follow from the fp32 weights
         engine.module.load_state_dict(common["module"])
-    engine.optimizer.load_state_dict({control.rank(): state}, load_from_fp32_weights=True)
+    engine.optimizer.load_state_dict({rank(): state}, load_from_fp32_weights=True)
     for name in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, name, common[name])
     if finish:

@@ -1,20 +1,18 @@
-"""Which keys ``engine.deepspeed`` may hold: those that DeepSpeed looks for and that no key of ours decides.
+"""Check ``engine.deepspeed``: DeepSpeed has to know each key, and no key of lr2train may decide the same thing.
 
-Choice: DeepSpeed itself says which keys it knows. Its config reader is handed a dictionary that notes what it is asked for, and its pydantic models
-refuse unknown keys inside their sections. Nothing is listed here that a later DeepSpeed could change. Cost: DeepSpeed is imported, some seconds,
-where ``engine.deepspeed`` is set.
+Choice: DeepSpeed itself says which keys it knows. Its config reader gets a dictionary that records every look-up. Its
+pydantic models refuse unknown keys inside their sections. So this file holds no list that a later DeepSpeed could
+outdate. Cost: DeepSpeed is imported where ``engine.deepspeed`` is set, which takes some seconds.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import logging
-import os
 from collections.abc import Iterator, KeysView, Mapping
 from typing import Any
 
 from lr2train.config import UserError
+from lr2train.training.deepspeed.start import quiet
 
 _BATCH, _TYPE = "optim.segments_per_step", "model.dtype"
 OURS = {
@@ -33,29 +31,31 @@ OURS = {
     "activation_checkpointing": "engine.activation_checkpointing",
     "sequence_parallel_size": "parallel.sp",
 }
-"""Keys of DeepSpeed's config that a key of ours decides."""
+"""Key of DeepSpeed's config -> the keys of lr2train that decide the same thing."""
 
 
 def refuse_keys(given: Mapping[str, Any]) -> None:
-    """Refuse a key of ``engine.deepspeed`` that lr2train decides, that DeepSpeed does not know, or whose value DeepSpeed does not take.
+    """Refuse a key of ``engine.deepspeed`` that lr2train decides, that DeepSpeed does not know, or whose value
+    DeepSpeed does not accept.
 
     Raises:
-        UserError: there is one; the text names the key.
+        UserError: a key is refused; the text names the key.
     """
     if not given:
         return
     for key, value in _paths(given):
         if key in OURS:
-            raise UserError(f"engine.deepspeed.{key}={value} is decided by {OURS[key]}; remove it from engine.deepspeed and set that")
+            raise UserError(
+                f"engine.deepspeed.{key}={value} is decided by {OURS[key]}; remove it from engine.deepspeed and set {OURS[key]}"
+            )
     for key, value in _paths(given):
         if value == "auto":
-            raise UserError(
-                f"engine.deepspeed.{key}=auto means something to Hugging Face's trainer alone; remove it to have DeepSpeed's default"
-            )
+            raise UserError(f"engine.deepspeed.{key}=auto: only Hugging Face's trainer knows auto; remove it to get DeepSpeed's default")
     _ask_deepspeed(given)
 
 
 def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key with its value, sections too: ``zero_optimization``, ``zero_optimization.stage`` …"""
     for key, value in values.items():
         yield f"{prefix}{key}", value
         if isinstance(value, Mapping):
@@ -65,7 +65,7 @@ def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _ask_deepspeed(given: Mapping[str, Any]) -> None:
     from pydantic import ValidationError
 
-    with _quiet():
+    with quiet():
         from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
         asked = _Asked({"train_micro_batch_size_per_gpu": 1, **given})
@@ -78,11 +78,11 @@ def _ask_deepspeed(given: Mapping[str, Any]) -> None:
             raise UserError(f"engine.deepspeed={dict(given)} is refused by DeepSpeed ({reason}); correct engine.deepspeed") from error
     for key in given:
         if key not in asked.keys_asked:
-            raise UserError(f"engine.deepspeed.{key} is no key of DeepSpeed's config{_near(key, asked.keys_asked)}")
+            raise UserError(f"engine.deepspeed.{key} is not a key of DeepSpeed's config{_near(key, asked.keys_asked)}")
 
 
 class _Asked(dict[str, Any]):
-    """A dictionary that notes which keys it is asked for."""
+    """A dictionary that records which keys are looked up."""
 
     def __init__(self, values: Mapping[str, Any]):
         super().__init__(values)
@@ -97,31 +97,31 @@ class _Asked(dict[str, Any]):
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
-        """As of any dictionary."""
+        """The value of a key."""
         self.keys_asked.add(key)
         return super().get(key, default)
 
     def keys(self) -> KeysView[str]:  # type: ignore[override]
-        """A view that asks this dictionary whether it holds a key."""
+        """A view whose membership test goes through ``__contains__``."""
         return KeysView(self)
 
 
 def _of_section(error: Any, given: Mapping[str, Any]) -> str:
-    """The first thing that a pydantic model of DeepSpeed's refuses, with the section that it stands in."""
+    """The first refusal of a pydantic model of DeepSpeed, with the full path of the key."""
     first = error.errors()[0]
     inside = ".".join(str(part) for part in first["loc"])
     key = next((path for path, value in _paths(given) if path.endswith(f".{inside}") and value == first["input"]), inside)
     if first["type"] == "extra_forbidden":
-        return f"engine.deepspeed.{key} is no key of DeepSpeed's config{_near(str(first['loc'][-1]), _keys_of_sections())}"
+        return f"engine.deepspeed.{key} is not a key of DeepSpeed's config{_near(str(first['loc'][-1]), _keys_of_sections())}"
     return f"engine.deepspeed.{key}={first['input']} is refused by DeepSpeed ({first['msg']}); correct it"
 
 
 def _keys_of_sections() -> set[str]:
-    """The keys of all of DeepSpeed's sections, as they are written in a config."""
+    """The keys of all sections of DeepSpeed's config, as a user writes them."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     known = [DeepSpeedConfigModel]
-    for one in known:
+    for one in known:  # grows while it is read: subclasses of subclasses
         known += one.__subclasses__()
     return {str(field.alias or name) for one in known for name, field in one.model_fields.items()}
 
@@ -129,11 +129,3 @@ def _keys_of_sections() -> set[str]:
 def _near(key: str, known: set[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]}?" if close else "; remove it from engine.deepspeed"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints what it reads to stdout, which belongs to results."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield

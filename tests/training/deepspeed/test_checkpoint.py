@@ -1,4 +1,4 @@
-"""Checkpoints go on with any number of ranks, bit for bit; what is damaged, in the making or of a kind that cannot be divided anew is refused."""
+"""Checkpoints: any number of ranks goes on from them bit for bit; a damaged, unfinished or foreign checkpoint is refused in one sentence."""
 
 import contextlib
 import json
@@ -21,12 +21,13 @@ from lr2train.training.deepspeed import partitions
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from tests.training.deepspeed.test_engine import RELEASE_ALL, config_for, factors, segment
 
-LONG, SHORT = [1, 3, 5, 7], [2, 4, 6, 10]  # the segments of a step: four of one window, so that one, two and four ranks share their work
+LONG, SHORT = [1, 3, 5, 7], [2, 4, 6, 10]  # the segments of a step: four of one window, for one, two and four ranks
 STEPS = [LONG, SHORT, LONG, SHORT, LONG]
 SAVED = 3
 SMALL_GROUPS = {"zero_optimization": {"sub_group_size": 1000, "stage3_param_persistence_threshold": 0}}
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-# Overrides of the engine and the model, and how far a later loss may be off. fp32: sums in another order. bfloat16: eight bits of mantissa.
+# Overrides of the engine and the model, and the relative error of a later loss.
+# fp32: sums in another order. bfloat16: eight bits of mantissa.
 VARIANTS = {
     "stage 3": ({"deepspeed": RELEASE_ALL}, {}, 1e-6),
     "stage 3, kept parameters": ({"deepspeed": {}}, {}, 1e-6),  # below DeepSpeed's threshold: whole on every rank
@@ -44,7 +45,8 @@ Trained = tuple[dict[int, float], dict[str, np.ndarray]]
 def engine_of(world: int, sp: int, variant: str):
     from lr2train.model import load
     from lr2train.parallel.mesh import make_mesh
-    from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+    from lr2train.training.deepspeed.engine import Engine
+    from lr2train.training.deepspeed.start import start_deepspeed
 
     start_deepspeed(torch.device("cpu"))
     engine, model, _ = VARIANTS[variant]
@@ -59,7 +61,7 @@ def engine_of(world: int, sp: int, variant: str):
 
 
 def trained(rank: int, world: int, cases: list[tuple[int, str]], folder: Path) -> list[Trained]:
-    """Losses by step, and the whole optimizer's state after ``SAVED`` steps, of engines (sp, variant) that begin at their checkpoint, if there is one."""
+    """Losses by step, and the whole optimizer state after ``SAVED`` steps; for each (sp, variant), from its checkpoint if there is one."""
     return [train(world, sp, folder / variant, variant) for sp, variant in cases]
 
 
@@ -81,7 +83,7 @@ def train(world: int, sp: int, folder: Path, variant: str) -> Trained:
 
 
 def whole_state(engine) -> dict[str, np.ndarray]:
-    """Master weights and moments of every parameter, gathered by DeepSpeed's own hands, and the options and step counts of torch's optimizer."""
+    """Master weights and moments of every parameter, gathered by DeepSpeed, and the options and step counts of torch's optimizer."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     optimizer, found = engine._engine.optimizer, {}
@@ -98,7 +100,7 @@ def whole_state(engine) -> dict[str, np.ndarray]:
     return found | {"steps": np.unique([float(state["step"]) for state in inner.state.values()])}
 
 
-# On two ranks all begin. Who goes on where; every kind of division is met on more ranks and on fewer.
+# All begin on two ranks. Ranks that go on -> cases (sp, variant): every way of dividing meets more ranks and fewer.
 LATER = {
     1: [(1, "stage 3, small groups"), (1, "stage 3, offload"), (1, "stage 3, bfloat16"), (1, "stage 1"), (1, "stage 0")],
     4: [
@@ -194,7 +196,7 @@ def damaged_ones(rank: int, world: int, alone: Path, folder: Path) -> list[str]:
     return [*said, f"{engine.step([segment(i) for i in mine], lr=1e-2).loss:.5f}"]
 
 
-def test_damage_of_any_kind_is_one_sentence_on_every_rank_and_changes_nothing(tmp_path):
+def test_a_damaged_checkpoint_is_one_sentence_on_every_rank_and_changes_nothing(tmp_path):
     [(losses, _)] = run_ranks(trained, 1, [(1, "stage 3")], tmp_path, tmp_path=tmp_path, timeout_s=120)[0]
     first, second = run_ranks(damaged_ones, 2, tmp_path / "stage 3", tmp_path / "two", tmp_path=tmp_path, timeout_s=120)
     assert first == second
@@ -206,7 +208,7 @@ def test_damage_of_any_kind_is_one_sentence_on_every_rank_and_changes_nothing(tm
 
 
 def other_starts(rank: int, world: int, folder: Path) -> list[str | int]:
-    """What reading says, and which step it reads, as the folder is tampered with and the user goes back."""
+    """The step or the error of each load, while the folder is changed and the user goes back."""
     import torch.distributed as dist
 
     engine, ours = engine_of(world, 1, "stage 3"), Checkpoints(folder, "this run", keep=3)
@@ -290,7 +292,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 
 
 def after_kills(rank: int, world: int, folder: Path) -> list[list[str]]:
-    """The checkpoints that are left by saves among the remains of killed runs."""
+    """The checkpoints after each save, among the remains of killed runs."""
     import torch.distributed as dist
 
     engine = engine_of(world, 1, "stage 3")
@@ -311,7 +313,7 @@ def after_kills(rank: int, world: int, folder: Path) -> list[list[str]]:
     ]
 
 
-def test_remains_of_killed_runs_neither_stay_nor_cost_a_checkpoint(tmp_path):
+def test_remains_of_a_killed_run_are_overwritten_and_replace_no_checkpoint(tmp_path):
     for left in run_ranks(after_kills, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120):
         assert left == [
             ["step_00000006: 2"],
@@ -343,7 +345,7 @@ def without_room(rank: int, world: int, folder: Path) -> None:
     os._exit(1)  # as a verb ends: its peers wait until then
 
 
-def test_a_full_disk_is_one_sentence_on_every_rank_and_costs_no_checkpoint(tmp_path):
+def test_a_full_disk_is_one_sentence_on_every_rank_and_the_last_checkpoint_stays(tmp_path):
     with pytest.raises(RankError):
         run_ranks(without_room, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
     said = [(tmp_path / "checkpoints" / f"{rank}.said").read_text() for rank in range(2)]
@@ -357,13 +359,13 @@ def step_read(rank: int, world: int, folder: Path) -> int:
     return engine_of(world, 1, "stage 3").load(Checkpoints(folder))
 
 
-# ---- the layouts alone ----
+# ---- parameter shards alone, without ranks ----
 
 GROUPS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size=1, max_size=3)
-FORMS = {"by parameter": partitions.FORMS[3], "by group": partitions.FORMS[1]}
+FORMS = {"by parameter": partitions.STAGES[3], "by group": partitions.STAGES[1]}
 
 
-def plain_parts(groups: list[dict[str, torch.Tensor]], world: int, form: partitions.Form) -> list[list[torch.Tensor]]:
+def plain_parts(groups: list[dict[str, torch.Tensor]], world: int, form: partitions.StageFormat) -> list[list[torch.Tensor]]:
     """By rank and group, in whole vectors: the reference."""
 
     def cut(whole: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -376,7 +378,7 @@ def plain_parts(groups: list[dict[str, torch.Tensor]], world: int, form: partiti
     return [[part[rank].clone() for part in parts] for rank in range(world)]
 
 
-def plain_state(groups: list[dict[str, torch.Tensor]], rank: int, world: int, form: partitions.Form) -> dict:
+def plain_state(groups: list[dict[str, torch.Tensor]], rank: int, world: int, form: partitions.StageFormat) -> dict:
     """A rank's state as ZeRO has it; moments are told from weights by an offset, which padding has not."""
     moved = [{name: values + 0.5 for name, values in group.items()} for group in groups]
     moments = [{"step": torch.tensor(7.0), "exp_avg": part} for part in plain_parts(moved, world, form)[rank]]
@@ -406,19 +408,24 @@ def test_a_state_divided_anew_is_what_the_new_ranks_would_have_written(form, gro
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("layout", [partitions.by_parameter, partitions.by_group])
+@pytest.mark.parametrize("divide", [partitions.by_parameter, partitions.by_group])
 @given(groups=GROUPS, world=st.integers(1, 9))
 @settings(derandomize=True, deadline=None)
-def test_every_element_has_one_place(layout, groups, world):
+def test_every_element_has_one_place(divide, groups, world):
     sizes = [{f"{g}.{n}": numel for n, numel in enumerate(group)} for g, group in enumerate(groups)]
-    found = layout(sizes, world)
+    found = divide(sizes, world)
     for group in sizes:
         for name, numel in group.items():
-            runs = found.places[name]
-            assert [i for run in runs for i in range(run.start, run.start + run.numel)] == list(range(numel))
-    taken = [(p.rank, p.group, i) for places in found.places.values() for p in places for i in range(p.flat_start, p.flat_start + p.numel)]
+            slices = found.slices[name]
+            assert [i for one in slices for i in range(one.start, one.start + one.numel)] == list(range(numel))
+    taken = [
+        (one.rank, one.group, i)
+        for slices in found.slices.values()
+        for one in slices
+        for i in range(one.flat_start, one.flat_start + one.numel)
+    ]
     assert len(set(taken)) == len(taken)
-    assert all(rank < world and 0 <= i < found.part_numels[group] for rank, group, i in taken)
+    assert all(rank < world and 0 <= i < found.shard_numels[group] for rank, group, i in taken)
 
 
 def test_another_way_of_dividing_is_refused():

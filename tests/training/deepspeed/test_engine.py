@@ -1,4 +1,4 @@
-"""The engine against one plain process: the same losses and gradients, whatever the ranks, the sequence parallelism and the accumulation."""
+"""The engine against one plain process: equal losses and gradients for all ranks, sequence parallelism and accumulation."""
 
 import math
 from dataclasses import replace
@@ -18,10 +18,10 @@ ARCHITECTURE = {
     "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
 }  # fmt: skip
 SHORT_SPANS = ((0, 13), (13, 32), (32, 50), (50, 60))
-WITHIN = 6  # the segment whose documents lie inside the shards of two and of four ranks
+WITHIN = 6  # the segment whose documents lie inside the sequence shards of two and of four ranks
 WITHIN_SPANS = ((0, 13), (13, 16), (16, 32), (32, 48), (48, 60))
-EMPTY_SHARD = 8  # the segment whose second half is padding: with sp=2 a rank has no attention and no target at all
-# Below a threshold ZeRO-3 keeps parameters whole; zero makes it gather and release every one, as it does those of a large model.
+EMPTY_SHARD = 8  # the segment with a second half of padding: with sp=2 a rank has neither attention nor targets
+# Below a threshold ZeRO-3 keeps parameters whole. Zero: every parameter is gathered and released, as in a large model.
 RELEASE_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 CASES = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2)]  # world, sp, accumulation
 
@@ -65,7 +65,8 @@ def one_step(rank: int, world: int, sp: int, accumulation: int, segments: list[i
 
     from lr2train.model import load
     from lr2train.parallel.mesh import make_mesh
-    from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+    from lr2train.training.deepspeed.engine import Engine
+    from lr2train.training.deepspeed.start import start_deepspeed
 
     start_deepspeed(torch.device("cpu"))
     config, mesh = config_for(sp, accumulation, world), make_mesh(sp)
@@ -140,13 +141,13 @@ def plain_step(segments: list[int]):
 
 
 def cases_of(world: int) -> tuple[list[tuple[int, int, int]], list[list[int]]]:
-    """(world, sp, accumulation) and the segments of each case; the last has a shard of nothing but padding where sp is 2."""
+    """(world, sp, accumulation) and the segments of each case; in the last one, with sp=2, a sequence shard is all padding."""
     cases = [case for case in CASES if case[0] == world]
     segments = [[2 * j + (m % 2) + 1 for m in range(accumulation) for j in range(world // sp)] for _, sp, accumulation in cases]
     return [*cases, (world, world, 2)], [*segments, [EMPTY_SHARD, 3]]
 
 
-# What each strategy is run on, in turn on one engine: an odd number is a long segment, an even one short; see `segment`.
+# Strategy -> segments of its step, all on one engine. Odd numbers are long segments, even ones short; see `segment`.
 STRATEGIES = {
     "auto": [1, 2], "ulysses": [1, EMPTY_SHARD], "ring": [2, 3], "gather": [EMPTY_SHARD, 5], "ulysses_ring": [1, 2], "local": [WITHIN, WITHIN]
 }  # fmt: skip
@@ -158,7 +159,8 @@ def every_strategy(rank: int, world: int):
 
     from lr2train.model import load
     from lr2train.parallel.mesh import make_mesh
-    from lr2train.training.deepspeed.engine import Engine, start_deepspeed
+    from lr2train.training.deepspeed.engine import Engine
+    from lr2train.training.deepspeed.start import start_deepspeed
 
     start_deepspeed(torch.device("cpu"))
     config, mesh = config_for(world, 2, world), make_mesh(world, ring=min(2, world))
@@ -185,7 +187,7 @@ def test_every_strategy_gives_the_same_step(world, tmp_path):
             assert error < 1e-5, f"{strategy} {name}: {error:.1e}"
 
 
-VARIANTS = {  # what else users choose, on two ranks that share segments: overrides of config_for, and how far from fp64 it may be
+VARIANTS = {  # other settings, on two ranks that share segments: overrides of config_for, and the error against fp64
     "no checkpointing": ({"activation_checkpointing": False}, {}, 1e-5),
     "offload": ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}, {}, 1e-5),
     "stage 1": ({"zero_stage": 1, "deepspeed": {}}, {}, 1e-5),
@@ -211,7 +213,7 @@ def test_other_engine_settings_give_the_same_step(tmp_path):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_loss_and_gradients_equal_one_plain_process(world, tmp_path):
-    """All cases of a world in one launch; the segments of a micro-step are of one window on all data-parallel ranks, as the loader promises."""
+    """All cases of a world in one launch. As from the loader, all ranks have one window in the n-th micro-batch."""
     cases, segments = cases_of(world)
     results = run_ranks(steps, world, cases, segments, tmp_path=tmp_path, timeout_s=240)
     for number, (case, used) in enumerate(zip(cases, segments, strict=True)):

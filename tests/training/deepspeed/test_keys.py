@@ -1,10 +1,12 @@
-"""engine.deepspeed: keys that we decide or that DeepSpeed does not know are refused by name, what remains goes through."""
+"""engine.deepspeed: a key that lr2train decides or DeepSpeed does not know is refused by name; other keys reach DeepSpeed."""
 
 import pytest
 
+from lr2train.changes import leaves
 from lr2train.cli.overrides import place_of
-from lr2train.config import UserError
+from lr2train.config import Config, EngineConfig, UserError
 from lr2train.training.deepspeed.keys import OURS, refuse_keys
+from lr2train.training.deepspeed.start import deepspeed_config
 
 
 @pytest.mark.parametrize(
@@ -18,8 +20,11 @@ from lr2train.training.deepspeed.keys import OURS, refuse_keys
         {"flops_profiler": {"enabled": False}},
     ],
 )
-def test_what_no_key_of_ours_decides_goes_through(good):
+def test_other_keys_reach_deepspeed(good):
     refuse_keys(good)
+    written = dict(leaves(deepspeed_config(Config(name="one", engine=EngineConfig(deepspeed=good)), accumulation=1)))
+    assert written | dict(leaves(good)) == written
+    assert written["zero_optimization.stage"] == 3, "a section is merged, not replaced"
 
 
 @pytest.mark.parametrize(
@@ -46,13 +51,13 @@ def test_what_no_key_of_ours_decides_goes_through(good):
     ],
     ids=str,
 )
-def test_other_keys_are_refused_by_name(wrong, tells):
+def test_a_wrong_key_is_refused_by_name(wrong, tells):
     with pytest.raises(UserError) as error:
         refuse_keys(wrong)
     assert all(part in str(error.value) for part in tells), str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_the_keys_that_take_their_place_are_in_the_schema():
+def test_the_keys_of_lr2train_that_decide_instead_are_in_the_schema():
     named = {key.strip() for text in OURS.values() for key in text.replace(" and ", ",").split(",")}
     assert all(place_of(key).known for key in named)

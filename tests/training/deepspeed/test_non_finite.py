@@ -1,4 +1,4 @@
-"""A step whose loss or gradient norm is not finite makes no update on any rank, under every ZeRO stage; weights that are not finite are not saved."""
+"""A bad step (loss or gradient norm not finite) makes no update on any rank, under every ZeRO stage; bad weights are never saved."""
 
 import math
 
@@ -64,7 +64,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
-def test_no_rank_makes_an_update_where_one_has_a_loss_or_a_gradient_that_is_not_finite(tmp_path):
+def test_a_bad_loss_or_gradient_on_one_rank_stops_the_update_on_all(tmp_path):
     for variant, zero, one in zip(VARIANTS, *run_ranks(struck, 2, tmp_path=tmp_path, timeout_s=240), strict=True):
         for found in (zero, one):
             assert [step.finite for step in found["steps"]] == [True, False, False, True], variant
@@ -90,7 +90,7 @@ def saved_with_nan(rank: int, world: int, folder) -> list[str]:
     return [*heard, *sorted(path.name for path in folder.iterdir() if path.is_dir())]
 
 
-def test_a_checkpoint_never_holds_what_is_not_finite_and_the_last_one_stays(tmp_path):
+def test_no_checkpoint_is_written_of_bad_weights_or_moments(tmp_path):
     first, second = run_ranks(saved_with_nan, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
     assert first == second
     weight, moment, *left = first
@@ -110,7 +110,7 @@ def stats(finite: bool, suspects: tuple[int, ...] = ()) -> StepStats:
     return StepStats(1.0, 1.0, None, 1, 1, 0.0, 1.0, 1.0, False, finite, suspects)
 
 
-def test_bad_steps_are_named_with_their_segments_and_end_the_run_when_there_are_too_many_in_a_row(capsys):
+def test_bad_steps_are_named_with_their_segments_and_too_many_in_a_row_end_the_run(capsys):
     bad = BadSteps(2, total=5)
     bad.look(0, stats(False, (1,)), Segments())
     bad.look(1, stats(True), Segments())

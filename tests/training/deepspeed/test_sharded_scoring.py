@@ -1,4 +1,4 @@
-"""A model divided over two ranks scores as a whole one does, each rank its own documents under its own factors."""
+"""A model divided over two ranks gives the scores of a whole model, with documents and factors of its own on each rank."""
 
 import gc
 
@@ -69,7 +69,7 @@ def numbers_here(model) -> int:
 
 
 def on_a_rank(rank: int, world: int, folder):
-    from lr2train.training.deepspeed.engine import load_sharded
+    from lr2train.training.deepspeed.scoring import load_sharded
 
     return [on_one_kind(rank, folder / kind, dtype, load_sharded) for kind, (_, dtype, _) in KINDS.items()]
 

@@ -1,0 +1,126 @@
+"""The files of one checkpoint: their names, their checks against the manifest, and reading them as data.
+
+Choice: a file is read with ``weights_only``, so nothing in a checkpoint is executed. A rank hashes its own files while
+it reads them. Cost: the names and the few classes below are those of DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lr2train import io
+from lr2train.config import UserError
+from lr2train.ranks import rank, world
+
+# The errors of torch.load, and of our look-ups afterwards, for a damaged or foreign file.
+UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError)
+
+
+class Unusable(UserError):
+    """Why a checkpoint cannot be used, without a remedy."""
+
+
+def weights_file(stage: int, of_rank: int) -> str:
+    """The file of the weights in the model's dtype and of the counters; one for all ranks, except under ZeRO-3."""
+    return f"zero_pp_rank_{of_rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+
+
+def optimizer_files(checkpoint: Path) -> list[Path]:
+    """The files of the optimizer's shards, in order of rank; none under ZeRO stage 0, which divides nothing."""
+    return sorted(
+        checkpoint.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=lambda path: int(path.name.split("_rank_")[1].split("_")[0])
+    )
+
+
+def refuse_other_sizes(checkpoint: Path, files: dict[str, Any]) -> None:
+    """Compare the sizes of all files with the manifest.
+
+    Raises:
+        Unusable: the folder is not visible here, or a file is missing or has another size.
+    """
+    if not checkpoint.is_dir():
+        raise Unusable("it is not there on every machine: put runs_folder on a file system that all machines share")
+    for name, about in files.items():
+        found = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else None
+        if found != about["bytes"]:
+            raise Unusable(f"{name} " + ("is missing" if found is None else f"has {found} bytes, {about['bytes']} were written"))
+
+
+def refuse_damaged(checkpoint: Path, files: dict[str, Any]) -> None:
+    """Compare the sizes of all files, and the checksums of this rank's share of the files, with the manifest.
+
+    Raises:
+        Unusable: a file differs, or cannot be read.
+    """
+    refuse_other_sizes(checkpoint, files)
+    by_size = sorted(files, key=lambda name: files[name]["bytes"])  # so that every rank gets large and small files
+    for name in by_size[rank() :: world()]:
+        with _naming(name):
+            _refuse_other_checksum(name, io.checksum(checkpoint / name), files)
+
+
+def read_checked(checkpoint: Path, files: dict[str, Any], weights: str) -> dict[str, dict[str, Any]]:
+    """Read the files that this rank wrote, and the file ``weights``; check each against the manifest while it is read.
+
+    Returns:
+        File name -> content. Not memory-mapped: DeepSpeed keeps tensors of a file as the optimizer's state.
+
+    Raises:
+        Unusable: a file differs, or cannot be read.
+    """
+    refuse_other_sizes(checkpoint, files)
+    found = {}
+    for name, about in files.items():
+        if about["rank"] == rank() or name == weights:
+            with _naming(name), io.Hashed(checkpoint / name) as file:
+                try:
+                    found[name] = opened(file, mmap=False)
+                finally:  # where the reading failed too, damage is the better reason
+                    _refuse_other_checksum(name, file.checksum(), files)
+    return found
+
+
+def opened(file: Path | io.Hashed, mmap: bool = True) -> dict[str, Any]:
+    """The content of a file: tensors, plain values and a few classes of DeepSpeed.
+
+    Raises:
+        pickle.UnpicklingError: the file holds anything else. Nothing is executed.
+    """
+    with torch.serialization.safe_globals(_classes_in_checkpoints()):
+        return torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)  # type: ignore[arg-type]
+
+
+def brief(error: Exception) -> str:
+    """An error of reading or writing in a few words."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors and plain values, so reading it could run code"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _classes_in_checkpoints() -> list[Any]:
+    """The classes of DeepSpeed that a checkpoint holds beside tensors and plain values."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Add the file's name to an error of reading."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise Unusable(f"{name}: {brief(error)}") from error
+
+
+def _refuse_other_checksum(name: str, checksum: str, files: dict[str, Any]) -> None:
+    if checksum != files[name]["xxh3"]:
+        raise Unusable(f"{name} does not have the checksum that it was written with")
