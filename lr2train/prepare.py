@@ -4,7 +4,7 @@
 
 Writes ``runs/<name>/``: tokenizer/, store/, segments.*.npy, corpus.json (see lr2train.data.corpus), plan.json, plan.txt, pictures/ and
 prepare.json. Killed at any time, the same command goes on at the shard where it was. With other limits, weights or budgets it plans anew from
-the tokens that are there; what would make other tokens of a source is refused (lr2train.data.ingest.textsource).
+the tokens that are there; what would make other tokens of a source is refused (lr2train.data.ingest.text_source).
 """
 
 from __future__ import annotations

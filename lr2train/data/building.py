@@ -20,13 +20,13 @@ from lr2train.config import DataConfig, SourceConfig, UserError, to_dict
 from lr2train.data import integrity, store
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.corpus import FORMAT, SOURCE, TOKENIZER, reopen, source_folder, source_store, store_prefix
-from lr2train.data.ingest import dedup, encoding, sources
-from lr2train.data.ingest.finding import Listing, reasons_in_words
-from lr2train.data.ingest.learning import Lesson, learn
-from lr2train.data.ingest.sealing import Sealer
-from lr2train.data.ingest.textsource import REJECTS, TextSource, counts, example, held_and_trained, without
-from lr2train.data.ingest.tokenizing import Setup, Task, is_held_out
-from lr2train.data.ingest.workers import Workers
+from lr2train.data.ingest import deduplicate, sources, tokenizer_backend
+from lr2train.data.ingest.corpus_tokenizer import TokenizerTraining, learn
+from lr2train.data.ingest.find_files import Listing, reasons_in_words
+from lr2train.data.ingest.manifest_writer import ManifestWriter
+from lr2train.data.ingest.text_source import REJECTS, TextSource, counts, example, held_and_trained, without
+from lr2train.data.ingest.tokenize_split import SplitTask, TokenizeSettings, is_held_out
+from lr2train.data.ingest.workers import WorkerPool
 from lr2train.data.needles import N_KEYS, NeedleMaker, between, check_needles
 from lr2train.data.plan import composing, segmenting
 from lr2train.data.store import HOLDOUT, TRAIN
@@ -183,7 +183,7 @@ def ensure_tokenizer(folder: Path, data: DataConfig, listed: Listed, log: Log) -
     else:
         share = data.tokenizer_train_bytes // len(texts)
         wording = data.needles.wording if len(texts) < len(data.sources) else None
-        learn(Lesson([(source, shards[source.name]) for source in texts], share, wording, data.vocab_size), target)
+        learn(TokenizerTraining([(source, shards[source.name]) for source in texts], share, wording, data.vocab_size), target)
     made = tokenizers.load(str(target))
     if not data.tokenizer:
         log(f"trained a tokenizer of {made.vocab_size} entries in {time.monotonic() - started:.1f} s")
@@ -199,12 +199,12 @@ def ensure_stores(
     Raises:
         UserError: a source gives nothing, or too many broken records; its settings have changed since it was begun; a store is damaged.
     """
-    backend = encoding.choose(tokenizer, data.tokenizer_backend, log)
-    strict = data.tokenizer_backend == encoding.GIGATOKEN
-    setup = Setup(folder, folder / TOKENIZER, backend, strict, data.holdout, original_window_tokens, data.decontaminate)
+    backend = tokenizer_backend.choose(tokenizer, data.tokenizer_backend, log)
+    strict = data.tokenizer_backend == tokenizer_backend.GIGATOKEN
+    setup = TokenizeSettings(folder, folder / TOKENIZER, backend, strict, data.holdout, original_window_tokens, data.decontaminate)
     count = min(data.workers or os.cpu_count() or 1, max(len(one.shards) for one in listed.values()))
-    workers = Workers[Task](setup, count, lambda task: f"shard {task.shard.name} of data.sources.{task.source.name}")
-    with workers, Sealer() as sealer:
+    workers = WorkerPool[SplitTask](setup, count, lambda task: f"shard {task.shard.name} of data.sources.{task.source.name}")
+    with workers, ManifestWriter() as sealer:
         texts = [
             TextSource(folder, source, setup, tokenizer, listed[source.name], sealer, log)
             for source in data.sources
@@ -213,7 +213,7 @@ def ensure_stores(
         integrity.verify_stores(folder, [prefix for text in texts for prefix in text.prefixes])
         made = {text.name: text.ensure(workers) for text in texts}
     _tell_rejects(folder, list(made))
-    for name, found in dedup.mark(folder, list(made), data.deduplicate).items():
+    for name, found in deduplicate.mark(folder, list(made), data.deduplicate).items():
         made[name]["duplicates"] = found
         log(f"{name}: {found['documents']} documents with {found['tokens']} tokens are left out as duplicates{example(found['examples'])}")
     given = [(name, one["fingerprint"], one["sha256"], one.get("duplicates")) for name, one in made.items()]

@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from lr2train.config import SourceConfig, UserError
 from lr2train.data import tokenizer as ours
-from lr2train.data.ingest.learning import Lesson, learn
+from lr2train.data.ingest.corpus_tokenizer import TokenizerTraining, learn
 from lr2train.data.ingest.sources import shards
 
 TEXTS = ["the quick brown fox jumps over the lazy dog, 12 times\n" * 20, "def naïve(x):\n    return x + 1  # ✓\n" * 20]
@@ -136,9 +136,9 @@ def test_words_without_an_end_are_learned_from_in_parts():
 def test_training_in_a_process_of_its_own_gives_the_same(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(TEXTS[0])
     source = SourceConfig(name="web", path=str(tmp_path / "a.txt"))
-    lesson = Lesson([(source, shards(source, 1 << 20))], 10_000, "code", 400)
+    lesson = TokenizerTraining([(source, shards(source, 1 << 20))], 10_000, "code", 400)
     learn(lesson, tmp_path / "here")
-    monkeypatch.setattr("lr2train.data.ingest.learning._LITTLE", 0)
+    monkeypatch.setattr("lr2train.data.ingest.corpus_tokenizer._LITTLE", 0)
     learn(lesson, tmp_path / "apart")
     assert (tmp_path / "here" / "tokenizer.json").read_bytes() == (tmp_path / "apart" / "tokenizer.json").read_bytes()
     (tmp_path / "a.txt").write_text(" ")

@@ -19,10 +19,10 @@ from typing import IO, cast
 from lr2train.data.ingest.records import (
     COMPRESSED,
     HUB,
-    Document,
-    File,
-    Shard,
-    Tally,
+    InputFile,
+    InputSplit,
+    ReadCounts,
+    SourceDocument,
     checked,
     of_record,
     opened,
@@ -39,7 +39,7 @@ _REST_OF_LINE = 1 << 16  # of a record beside its text, at most about that
 _PIECE = 1 << 20  # of a line that is read at a time: a long one is given up before it fills the memory
 
 
-def read_text(file: File, max_bytes: int, tally: Tally) -> Iterator[Document]:
+def read_text(file: InputFile, max_bytes: int, tally: ReadCounts) -> Iterator[SourceDocument]:
     """A file that is one document."""
     try:
         with opened(file.place) as lines:
@@ -55,30 +55,30 @@ def read_text(file: File, max_bytes: int, tally: Tally) -> Iterator[Document]:
         tally.break_off(file, error, size_if_known(file))
 
 
-def shards_of(files: Sequence[File], shard_bytes: int) -> list[Shard]:
+def shards_of(files: Sequence[InputFile], shard_bytes: int) -> list[InputSplit]:
     """Files in order as shards of at most about ``shard_bytes``: small ones together, large ones cut."""
-    made: list[Shard] = []
-    together: list[File] = []
+    made: list[InputSplit] = []
+    together: list[InputFile] = []
     size = 0
     for file in files:
         its = size_of(file)
         alone = file.place.startswith(HUB) or its > shard_bytes
         if together and (alone or size + its > shard_bytes):
-            made.append(Shard(_range_name(together), tuple(together), size_bytes=size))
+            made.append(InputSplit(_range_name(together), tuple(together), size_bytes=size))
             together, size = [], 0
         if alone:
             made.extend(_cut(file, shard_bytes))
         else:
             together.append(file)
             size += its
-    return made + ([Shard(_range_name(together), tuple(together), size_bytes=size)] if together else [])
+    return made + ([InputSplit(_range_name(together), tuple(together), size_bytes=size)] if together else [])
 
 
-def _range_name(files: Sequence[File]) -> str:
+def _range_name(files: Sequence[InputFile]) -> str:
     return files[0].name if len(files) == 1 else f"{files[0].name} … {files[-1].name}"
 
 
-def _cut(file: File, shard_bytes: int) -> Iterator[Shard]:
+def _cut(file: InputFile, shard_bytes: int) -> Iterator[InputSplit]:
     """A large file as several shards where its format can be entered in the middle."""
     size = size_of(file)
     if file.kind.endswith(".parquet") and size:
@@ -91,10 +91,10 @@ def _cut(file: File, shard_bytes: int) -> Iterator[Shard]:
         borders = [0, -1]
     for start, stop in pairwise(borders):
         name = file.name if len(borders) == 2 else f"{file.name}[{start}:{stop}]"
-        yield Shard(name, (file,), start, stop, size // (len(borders) - 1))
+        yield InputSplit(name, (file,), start, stop, size // (len(borders) - 1))
 
 
-def read_files(shard: Shard, column: str, max_bytes: int, tally: Tally) -> Iterator[Document]:
+def read_files(shard: InputSplit, column: str, max_bytes: int, tally: ReadCounts) -> Iterator[SourceDocument]:
     """Documents of a shard of files: one a .txt file, one a record of the others.
 
     Args:
@@ -109,7 +109,7 @@ def read_files(shard: Shard, column: str, max_bytes: int, tally: Tally) -> Itera
             yield from _read_lines(file, shard, column, max_bytes, tally)
 
 
-def _read_lines(file: File, shard: Shard, column: str, max_bytes: int, tally: Tally) -> Iterator[Document]:
+def _read_lines(file: InputFile, shard: InputSplit, column: str, max_bytes: int, tally: ReadCounts) -> Iterator[SourceDocument]:
     """JSON values, one a line. A compressed file that breaks off counts once and ends there."""
     compressed = file.kind.endswith(COMPRESSED)
     read = consumed = 0  # bytes of lines, bytes of the file
@@ -129,7 +129,7 @@ def _read_lines(file: File, shard: Shard, column: str, max_bytes: int, tally: Ta
         tally.break_off(file, error, _lost_of(file, shard, read, consumed))
 
 
-def _lost_of(file: File, shard: Shard, read: int, consumed: int) -> int:
+def _lost_of(file: InputFile, shard: InputSplit, read: int, consumed: int) -> int:
     """About how much text a file has lost that broke off.
 
     A file that was cut does not say how long it was: it counts as if half of it were gone. A file with a bad place in it counts with its rest.
@@ -184,7 +184,7 @@ def _line(file: IO[bytes], longest: int) -> tuple[int, bytes | None]:
     return size, b"".join(pieces) if size <= longest else None
 
 
-def _parsed(id: str, line: bytes, column: str, max_bytes: int, tally: Tally) -> Iterator[Document]:
+def _parsed(id: str, line: bytes, column: str, max_bytes: int, tally: ReadCounts) -> Iterator[SourceDocument]:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:

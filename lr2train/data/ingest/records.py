@@ -27,7 +27,7 @@ COMPRESSED = (".gz", ".zst")
 _EXPANDS = 3  # times that text is larger than its compressed file, about, where nothing of the file is known
 
 
-class Document(NamedTuple):
+class SourceDocument(NamedTuple):
     """One text with a name that is the same in every run."""
 
     id: str
@@ -35,7 +35,7 @@ class Document(NamedTuple):
     data: bytes  # the text in UTF-8
 
 
-class File(NamedTuple):
+class InputFile(NamedTuple):
     """A file of a source: its name in ids, and where it lies."""
 
     name: str
@@ -47,7 +47,7 @@ class File(NamedTuple):
         return self.name.lower()
 
 
-class Shard(NamedTuple):
+class InputSplit(NamedTuple):
     """A part of a source's input.
 
     Attributes:
@@ -58,14 +58,14 @@ class Shard(NamedTuple):
     """
 
     name: str
-    files: tuple[File, ...]
+    files: tuple[InputFile, ...]
     start: int = 0
     stop: int = -1
     size_bytes: int = 0
 
 
 @dataclass
-class Tally:
+class ReadCounts:
     """What a reader met on its way. Bytes are those of records as they lie in the file, uncompressed."""
 
     documents: int = 0
@@ -100,7 +100,7 @@ class Tally:
         self.columns = self.columns or {"origin": origin, "has": dict(has)}
         self.reject(MISSING_COLUMN, origin, sample, size_bytes, records)
 
-    def break_off(self, file: File, error: Exception, lost_bytes: int) -> None:
+    def break_off(self, file: InputFile, error: Exception, lost_bytes: int) -> None:
         """Count a file that cannot be read (on), with about the text that it still held.
 
         Raises:
@@ -117,7 +117,7 @@ def _shown(sample: object, size: int = 200) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
-def checked(id: str, text: object, max_bytes: int, tally: Tally, size_bytes: int | None = None) -> Iterator[Document]:
+def checked(id: str, text: object, max_bytes: int, tally: ReadCounts, size_bytes: int | None = None) -> Iterator[SourceDocument]:
     """The document, or one more broken record. Bytes, as a binary column has them, are read as UTF-8.
 
     Args:
@@ -146,7 +146,7 @@ def checked(id: str, text: object, max_bytes: int, tally: Tally, size_bytes: int
             tally.reject("too large", id, data, size)
         else:
             tally.input_bytes += size
-            yield Document(id, text, data)
+            yield SourceDocument(id, text, data)
 
 
 def _size(value: object) -> int:
@@ -154,7 +154,9 @@ def _size(value: object) -> int:
     return len(value) if isinstance(value, (str, bytes)) else 0 if value is None else len(str(value))
 
 
-def of_record(id: str, record: object, column: str, max_bytes: int, tally: Tally, line: bytes | None = None) -> Iterator[Document]:
+def of_record(
+    id: str, record: object, column: str, max_bytes: int, tally: ReadCounts, line: bytes | None = None
+) -> Iterator[SourceDocument]:
     """The document of a record, or one more broken record.
 
     Args:
@@ -203,7 +205,7 @@ def nearest_column(column: str, has: Mapping[str, int]) -> str | None:
     return next(iter([*inside, *same, *like, *largest]), None)
 
 
-def _refuse_outage(file: File, error: Exception) -> None:
+def _refuse_outage(file: InputFile, error: Exception) -> None:
     """Tell a damaged file, which is skipped, from one that cannot be read now: the system's errors have a number, those of decoders have none.
 
     Raises:
@@ -235,12 +237,12 @@ def opened(place: str) -> IO[bytes]:
     return open(place, "rb")
 
 
-def size_of(file: File) -> int:
+def size_of(file: InputFile) -> int:
     """Bytes of a local file; 0 where it is not one."""
     return 0 if file.place.startswith(HUB) else Path(file.place).stat().st_size
 
 
-def size_if_known(file: File) -> int:
+def size_if_known(file: InputFile) -> int:
     """Bytes of a file that may be gone by now."""
     try:
         return size_of(file)

@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 
 from lr2train.config import SourceConfig, UserError
 from lr2train.data.batch import WINDOWS
-from lr2train.data.ingest import losses
-from lr2train.data.ingest.finding import Found, Listing, find, reasons_in_words
+from lr2train.data.ingest import broken_share
+from lr2train.data.ingest.find_files import Found, Listing, find, reasons_in_words
 from lr2train.data.ingest.formats import SUFFIXES, read_files, read_text, shards_of
 from lr2train.data.ingest.records import (
     HUB,
-    Document,
-    File,
-    Shard,
-    Tally,
+    InputFile,
+    InputSplit,
+    ReadCounts,
+    SourceDocument,
     checked,
     of_record,
     printable,
@@ -47,7 +47,7 @@ class Kind(NamedTuple):
     """A kind of source: how its input is listed, and how a shard of it is read."""
 
     listing: Callable[[SourceConfig, int], Listing]
-    read: Callable[[SourceConfig, Shard, Tally], Iterator[Document]]
+    read: Callable[[SourceConfig, InputSplit, ReadCounts], Iterator[SourceDocument]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Limits:
         """A source's own."""
         return cls(source.max_documents, source.max_bytes, source.max_tokens)
 
-    def admit(self, documents: Iterable[Document], tally: Tally) -> Iterator[Document]:
+    def admit(self, documents: Iterable[SourceDocument], tally: ReadCounts) -> Iterator[SourceDocument]:
         """The documents within the limits on documents and bytes, counted. They end before the first that would exceed one."""
         for document in documents:
             size = len(document.data)
@@ -75,7 +75,7 @@ class Limits:
             yield document
 
 
-def read(source: SourceConfig, tally: Tally, listed: Iterable[Shard] | None = None) -> Iterator[Document]:
+def read(source: SourceConfig, tally: ReadCounts, listed: Iterable[InputSplit] | None = None) -> Iterator[SourceDocument]:
     """Documents of a source in its fixed order, up to its ``max_documents`` and ``max_bytes``; the tally counts along.
 
     Args:
@@ -88,7 +88,7 @@ def read(source: SourceConfig, tally: Tally, listed: Iterable[Shard] | None = No
     documents = (document for shard in listed for document in read_shard(source, shard, tally))
     yield from Limits.of(source).admit(documents, tally)
     if not tally.documents:
-        raise losses.nothing(source, tally.reasons, tally.columns)
+        raise broken_share.nothing(source, tally.reasons, tally.columns)
 
 
 def listing(source: SourceConfig, shard_bytes: int) -> Listing:
@@ -98,16 +98,16 @@ def listing(source: SourceConfig, shard_bytes: int) -> Listing:
         UserError: unknown kind or option, a path that is not there, or more than its ``max_broken_share`` cannot be opened.
     """
     made = kind_of(source).listing(source, shard_bytes)
-    losses.refuse_unread(source, made.found)
+    broken_share.refuse_unread(source, made.found)
     return made
 
 
-def shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
+def shards(source: SourceConfig, shard_bytes: int) -> list[InputSplit]:
     """The shards of a ``listing`` alone."""
     return listing(source, shard_bytes).shards
 
 
-def read_shard(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
+def read_shard(source: SourceConfig, shard: InputSplit, tally: ReadCounts) -> Iterator[SourceDocument]:
     """Documents of a shard in their fixed order, whatever the source's limits; broken records go to the tally."""
     return kind_of(source).read(source, shard, tally)
 
@@ -159,7 +159,7 @@ def kind_of(source: SourceConfig) -> Kind:
     return KINDS[source.kind]
 
 
-def identity(source: SourceConfig, listed: Sequence[Shard]) -> str:
+def identity(source: SourceConfig, listed: Sequence[InputSplit]) -> str:
     """What decides a source's documents beside its config, as far as one glance tells: names and sizes of files, commits, the Python version.
 
     Times and places do not count: ``stamps`` has them. Of a custom class nothing is known.
@@ -169,7 +169,7 @@ def identity(source: SourceConfig, listed: Sequence[Shard]) -> str:
     return fingerprint([sys.version if source.kind == "stdlib" else "", values]) if files else ""
 
 
-def stamps(listed: Iterable[Shard]) -> list[str]:
+def stamps(listed: Iterable[InputSplit]) -> list[str]:
     """By which the local files of each shard are known again without reading them: places, sizes and times."""
     real: dict[str, str] = {}  # of folders, which hold many files
 
@@ -183,7 +183,7 @@ def stamps(listed: Iterable[Shard]) -> list[str]:
     return [fingerprint([stamp(file.place) for file in shard.files if not file.place.startswith(HUB)]) for shard in listed]
 
 
-def shape(shard: Shard) -> list[Any]:
+def shape(shard: InputSplit) -> list[Any]:
     """Which part of a source's input a shard is, wherever that lies."""
     files = [file.place if file.place.startswith(HUB) else file.name for file in shard.files]
     return [files, shard.start, shard.stop]
@@ -233,7 +233,7 @@ def _stdlib_options(source: SourceConfig) -> dict[str, Any]:
     return options
 
 
-def _read_stdlib(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
+def _read_stdlib(source: SourceConfig, shard: InputSplit, tally: ReadCounts) -> Iterator[SourceDocument]:
     """Source code of the running Python's standard library: real documents of 1k to 300k tokens on every machine, without a download.
 
     Options: ``unit``: module (a file) or definition (a function, method or class head; short documents); ``tests`` adds the library's own
@@ -245,13 +245,13 @@ def _read_stdlib(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[D
         yield from modules if whole else (part for module in modules for part in _definitions(module))
 
 
-def _definitions(module: Document) -> Iterator[Document]:
+def _definitions(module: SourceDocument) -> Iterator[SourceDocument]:
     """A module cut where a function, method or class begins, its decorators included."""
     starts = [match.start() for match in _DEFINITION.finditer(module.text)]
     stops = [*starts[1:], len(module.text)]
     for number, (start, stop) in enumerate(zip(starts, stops, strict=False)):
         text = module.text[start:stop]
-        yield Document(f"{module.id}{PART}{number}", text, text.encode())
+        yield SourceDocument(f"{module.id}{PART}{number}", text, text.encode())
 
 
 def _folder_listing(source: SourceConfig, shard_bytes: int) -> Listing:
@@ -279,7 +279,7 @@ def _folder_listing(source: SourceConfig, shard_bytes: int) -> Listing:
     return Listing(shards_of(found.files, shard_bytes), found)
 
 
-def _read_folder(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
+def _read_folder(source: SourceConfig, shard: InputSplit, tally: ReadCounts) -> Iterator[SourceDocument]:
     return read_files(shard, source.text_column, source.max_document_bytes, tally)
 
 
@@ -321,14 +321,14 @@ def _hub_listing(source: SourceConfig, shard_bytes: int) -> Listing:
     found = replace(find(Path(source.path), _is_read), others={}, again=[]) if Path(source.path).is_dir() else Found()
     if files and all(file.kind.endswith(SUFFIXES) for file in files):
         return Listing(shards_of(files, shard_bytes), found)
-    return Listing([Shard("+".join(_splits(options)), tuple(files))], found)
+    return Listing([InputSplit("+".join(_splits(options)), tuple(files))], found)
 
 
 def _splits(options: dict[str, Any]) -> list[str]:
     return [options["split"]] if isinstance(options["split"], str) else list(options["split"])
 
 
-def _hub_files(source: SourceConfig, options: dict[str, Any]) -> list[File]:
+def _hub_files(source: SourceConfig, options: dict[str, Any]) -> list[InputFile]:
     """The files of the splits, at one commit: what `datasets` finds for the data set's config."""
     from datasets import load_dataset_builder
 
@@ -338,7 +338,7 @@ def _hub_files(source: SourceConfig, options: dict[str, Any]) -> list[File]:
         if missing:
             raise ValueError(f"it has no split {missing[0]}, only {', '.join(map(str, found))}")
         places = [str(place) for split in _splits(options) for place in found[split]]
-    return [File(_hub_name(place, source.path or ""), place) for place in places]
+    return [InputFile(_hub_name(place, source.path or ""), place) for place in places]
 
 
 def _hub_name(place: str, path: str) -> str:
@@ -364,7 +364,7 @@ def _named(source: SourceConfig) -> Iterator[None]:
         ) from error
 
 
-def _read_hub(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
+def _read_hub(source: SourceConfig, shard: InputSplit, tally: ReadCounts) -> Iterator[SourceDocument]:
     """A Hugging Face dataset without a script, or a local folder that ``datasets`` understands.
 
     Options: ``allow_download`` (nothing is downloaded by surprise), ``config``, ``split`` (one or a list), ``revision``, ``streaming`` (read
@@ -381,7 +381,7 @@ def _read_hub(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Docu
             yield from of_record(f"{split}:{number}", record, source.text_column, source.max_document_bytes, tally)
 
 
-def _downloaded(source: SourceConfig, file: File) -> File:
+def _downloaded(source: SourceConfig, file: InputFile) -> InputFile:
     """A file of the hub in the local cache, at the commit that it was listed at."""
     if not file.place.startswith(HUB):
         return file
@@ -390,7 +390,7 @@ def _downloaded(source: SourceConfig, file: File) -> File:
     repo, _, rest = file.place.removeprefix(HUB + _DATASETS).partition("@")
     revision, _, name = rest.partition("/")
     with _named(source):
-        return File(file.name, hf_hub_download(repo, name, repo_type="dataset", revision=revision))
+        return InputFile(file.name, hf_hub_download(repo, name, repo_type="dataset", revision=revision))
 
 
 def _hub_rows(source: SourceConfig, split: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -401,10 +401,10 @@ def _hub_rows(source: SourceConfig, split: str, options: dict[str, Any]) -> Iter
 
 
 def _one_shard(source: SourceConfig, shard_bytes: int) -> Listing:
-    return Listing([Shard(source.name, ())], Found())
+    return Listing([InputSplit(source.name, ())], Found())
 
 
-def _read_custom(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
+def _read_custom(source: SourceConfig, shard: InputSplit, tally: ReadCounts) -> Iterator[SourceDocument]:
     """Whatever an instance of the class ``target`` yields: pairs of a stable id and a text. Options: the class' own arguments."""
     target = _target(source)
     try:

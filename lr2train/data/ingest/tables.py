@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from lr2train.data.ingest.records import HUB, Document, File, Shard, Tally, checked, opened, size_if_known, text_bytes
+from lr2train.data.ingest.records import HUB, InputFile, InputSplit, ReadCounts, SourceDocument, checked, opened, size_if_known, text_bytes
 
 _MOST_ROWS, _ROWS_BYTES = 256, 32 << 20  # of a parquet file in memory at a time
 
@@ -29,7 +29,7 @@ class _NoColumn(Exception):
         self.rows, self.has = rows, has
 
 
-def read_table(file: File, shard: Shard, column: str, max_bytes: int, tally: Tally) -> Iterator[Document]:
+def read_table(file: InputFile, shard: InputSplit, column: str, max_bytes: int, tally: ReadCounts) -> Iterator[SourceDocument]:
     """Rows of a .parquet or .arrow file. One that cannot be read counts once, one that lacks the column with all its rows."""
     from pyarrow import ArrowException
 
@@ -136,7 +136,7 @@ def _text_columns(schema: Any, before: str = "") -> Iterator[str]:
             yield before + child.name
 
 
-def parquet_borders(file: File, shard_bytes: int) -> list[int]:
+def parquet_borders(file: InputFile, shard_bytes: int) -> list[int]:
     """Row groups together until they are large enough; the whole file where it cannot be read, and is reported by its reader."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -149,7 +149,7 @@ def parquet_borders(file: File, shard_bytes: int) -> list[int]:
     return _grouped(sizes, shard_bytes)
 
 
-def arrow_borders(file: File, size: int, shard_bytes: int) -> list[int]:
+def arrow_borders(file: InputFile, size: int, shard_bytes: int) -> list[int]:
     from pyarrow import ArrowException
 
     try:

@@ -28,7 +28,7 @@ Work = Callable[[Any, Report], Any]
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
-class Workers(Generic[Task]):
+class WorkerPool(Generic[Task]):
     """``count`` processes for the same kind of work. Use as a context manager: on the way out they end.
 
     Args:
@@ -44,7 +44,7 @@ class Workers(Generic[Task]):
         self._busy: dict[_Worker, Task] = {}
         self._work: Work | None = None  # of this process
 
-    def __enter__(self) -> Workers[Task]:
+    def __enter__(self) -> WorkerPool[Task]:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from lr2train.config import SourceConfig, UserError
 from lr2train.data.ingest import formats, tables
-from lr2train.data.ingest.formats import File, Tally, read_files, shards_of
+from lr2train.data.ingest.formats import InputFile, ReadCounts, read_files, shards_of
 from lr2train.data.ingest.sources import read, shards
 
 LIMIT = 1 << 20
@@ -27,14 +27,14 @@ def zst(data: bytes) -> bytes:
     return pa.Codec("zstd").compress(data, asbytes=True)
 
 
-def documents(path, shard_bytes: int, tally: Tally | None = None, max_bytes: int = LIMIT) -> list[tuple[str, str]]:
-    made = shards_of([File(path.name, str(path))], shard_bytes)
-    tally = tally or Tally()
+def documents(path, shard_bytes: int, tally: ReadCounts | None = None, max_bytes: int = LIMIT) -> list[tuple[str, str]]:
+    made = shards_of([InputFile(path.name, str(path))], shard_bytes)
+    tally = tally or ReadCounts()
     return [(document.id, document.text) for shard in made for document in read_files(shard, "text", max_bytes, tally)]
 
 
-def all_of(folder, **values) -> tuple[dict[str, str], Tally]:
-    tally = Tally()
+def all_of(folder, **values) -> tuple[dict[str, str], ReadCounts]:
+    tally = ReadCounts()
     config = SourceConfig(name="web", path=str(folder), **values)
     return {document.id: document.text for document in read(config, tally)}, tally
 
@@ -68,7 +68,7 @@ def test_row_groups_and_record_batches_add_up(tmp_path):
             path = tmp_path / name
             found = [(id.removeprefix(f"{name}:"), text) for id, text in documents(path, shard_bytes)]
             assert found == expected
-        assert len(shards_of([File(name, str(path))], 9000)) > 2
+        assert len(shards_of([InputFile(name, str(path))], 9000)) > 2
 
 
 def test_what_datasets_saved_is_read_without_its_caches(tmp_path):
@@ -141,7 +141,7 @@ def test_every_reason_is_counted_and_sampled(tmp_path):
 
 
 def test_only_a_few_examples_of_a_reason_are_kept():
-    tally = Tally()
+    tally = ReadCounts()
     for number in range(100):
         tally.reject("empty", f"a:{number}", b"\xff" * 1000)
     assert (tally.broken, len(tally.rejects)) == (100, 5)
@@ -153,7 +153,7 @@ def test_a_line_that_cannot_be_held_is_passed_over(tmp_path, shard_bytes):
     for text in ("before", "q" * 300_000, "after"):
         buffer.write(json.dumps({"text": text}).encode() + b"\n")
     (tmp_path / "a.jsonl").write_bytes(buffer.getvalue())
-    tally = Tally()
+    tally = ReadCounts()
     assert [text for _, text in documents(tmp_path / "a.jsonl", shard_bytes, tally, max_bytes=1000)] == ["before", "after"]
     assert dict(tally.reasons) == {"too large": 1}
 
@@ -191,10 +191,10 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
 def test_a_file_that_is_gone_ends_the_job_instead_of_counting_as_one_record(tmp_path, name):
     """As one that the disk or the network does not give for the moment: passed over, its documents would be lost for good."""
     (tmp_path / name).write_bytes(b"x")
-    listed = shards_of([File(name, str(tmp_path / name))], 1 << 20)
+    listed = shards_of([InputFile(name, str(tmp_path / name))], 1 << 20)
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=f"{name} cannot be read .*No such file.*run the same command again"):
-        list(read_files(listed[0], "text", LIMIT, Tally()))
+        list(read_files(listed[0], "text", LIMIT, ReadCounts()))
 
 
 def test_a_source_that_is_broken_throughout_says_why(tmp_path):

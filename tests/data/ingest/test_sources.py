@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from lr2train.config import SourceConfig, UserError
-from lr2train.data.ingest.formats import Tally
+from lr2train.data.ingest.formats import ReadCounts
 from lr2train.data.ingest.sources import check, identity, listing, read, shards
 
 
@@ -19,8 +19,8 @@ def source(path, **values) -> SourceConfig:
     return SourceConfig(name="web", kind=values.pop("kind", "folder"), path=None if path is None else str(path), **values)
 
 
-def all_of(config: SourceConfig) -> tuple[dict[str, str], Tally]:
-    tally = Tally()
+def all_of(config: SourceConfig) -> tuple[dict[str, str], ReadCounts]:
+    tally = ReadCounts()
     return {document.id: document.text for document in read(config, tally)}, tally
 
 
@@ -284,7 +284,7 @@ def test_identity_changes_with_the_files(tmp_path):
 
 
 def test_ends_of_names_in_capitals_are_read_and_hidden_files_are_passed_over(tmp_path):
-    from lr2train.data.ingest.finding import find
+    from lr2train.data.ingest.find_files import find
     from lr2train.data.ingest.sources import _is_read
 
     (tmp_path / ".ipynb_checkpoints").mkdir()
@@ -298,6 +298,6 @@ def test_ends_of_names_in_capitals_are_read_and_hidden_files_are_passed_over(tmp
 def test_a_text_with_nul_characters_is_a_broken_record(tmp_path):
     (tmp_path / "zeros.txt").write_bytes(bytes(100))
     (tmp_path / "sound.txt").write_text("text of a file")
-    tally = Tally()
+    tally = ReadCounts()
     assert [one.id for one in read(SourceConfig(name="t", path=str(tmp_path)), tally)] == ["sound.txt"]
     assert dict(tally.reasons) == {"NUL characters": 1}

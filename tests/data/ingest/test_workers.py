@@ -1,4 +1,4 @@
-"""Workers: results come back, errors too, and a death is named."""
+"""WorkerPool: results come back, errors too, and a death is named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lr2train.config import UserError
-from lr2train.data.ingest.workers import Workers
+from lr2train.data.ingest.workers import WorkerPool
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -46,7 +46,7 @@ def work(task, report):
 
 def run(tasks, count):
     left, told = list(tasks), []
-    with Workers(make, count, lambda task: f"task {task}") as workers:
+    with WorkerPool(make, count, lambda task: f"task {task}") as workers:
         done = list(workers.run(lambda: left.pop(0) if left else None, lambda task, share: told.append((task, share))))
     return done, told
 
@@ -83,12 +83,12 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         textwrap.dedent(f"""
         import os, signal, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
-        from lr2train.data.ingest.workers import Workers
+        from lr2train.data.ingest.workers import WorkerPool
         import test_workers
 
         if __name__ == "__main__":
             left = [1, 2]
-            with Workers(test_workers.make, 2) as workers:
+            with WorkerPool(test_workers.make, 2) as workers:
                 print(len(list(workers.run(lambda: left.pop() if left else None, lambda *_: None))), flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
         """)
@@ -100,7 +100,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
 
 def interrupted() -> None:
     left = list(range(6))
-    with Workers(make, 2) as workers:
+    with WorkerPool(make, 2) as workers:
         for _ in workers.run(lambda: left.pop() if left else None, lambda *_: None):
             raise KeyboardInterrupt
 
@@ -126,5 +126,8 @@ class Deadly:
 
 def test_a_process_that_dies_while_it_is_told_its_work_is_named():
     left = ["one"]
-    with Workers(Deadly(), 2, lambda task: f"task {task}") as workers, pytest.raises(UserError, match="ended with exit code 3 at task one"):
+    with (
+        WorkerPool(Deadly(), 2, lambda task: f"task {task}") as workers,
+        pytest.raises(UserError, match="ended with exit code 3 at task one"),
+    ):
         list(workers.run(lambda: left.pop() if left else None, lambda *_: None))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lr2train.config import Config, SourceConfig
 from lr2train.data.corpus import Corpus
-from lr2train.data.ingest import dedup
+from lr2train.data.ingest import deduplicate
 from lr2train.data.ingest.decontaminate import Contamination, DecontaminateConfig
 from lr2train.prepare import prepare
 
@@ -23,7 +23,7 @@ from lr2train.prepare import prepare
 @settings(max_examples=100, derandomize=True, deadline=None)
 def test_the_first_of_each_is_found(rows):
     hashes = np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 16)
-    assert dedup.first_of_each(hashes).tolist() == [rows.index(row) for row in rows]
+    assert deduplicate.first_of_each(hashes).tolist() == [rows.index(row) for row in rows]
 
 
 def config(runs: Path, scope: str) -> Config:

@@ -10,9 +10,9 @@ import pytest
 
 from lr2train.config import DecontaminateConfig, SourceConfig, UserError
 from lr2train.data import tokenizer
-from lr2train.data.ingest import encoding
+from lr2train.data.ingest import tokenizer_backend
 from lr2train.data.ingest.sources import Limits, shards
-from lr2train.data.ingest.tokenizing import Setup, Task
+from lr2train.data.ingest.tokenize_split import SplitTask, TokenizeSettings
 
 TEXTS = ["the quick brown fox jumps over the lazy dog\n" * 20, "def naïve(x):\n    return x + 1  # ✓ <s>\n" * 20, "plain words " * 30]
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 def test_gigatoken_gives_the_same_ids(folder):
     known = tokenizer.load(str(folder))
-    fast = encoding.Encoder(known, "gigatoken")
+    fast = tokenizer_backend.Encoder(known, "gigatoken")
     for ours, theirs in zip(known.encode_batch(TEXTS), fast.encode(TEXTS), strict=True):
         assert np.array_equal(ours, theirs)
 
@@ -62,11 +62,11 @@ def broken_ids(monkeypatch, after: int):
 def test_a_tokenizer_that_differs_is_refused_or_replaced(folder, monkeypatch):
     broken_ids(monkeypatch, 0)
     known, said = tokenizer.load(str(folder)), []
-    assert encoding.choose(known, "auto", said.append) == "hf"
+    assert tokenizer_backend.choose(known, "auto", said.append) == "hf"
     assert len(said) == 1
     assert "gigatoken gives other ids than tokenizers for ''" in said[0]
     with pytest.raises(UserError, match=r"data\.tokenizer_backend=gigatoken cannot be used: gigatoken gives other ids"):
-        encoding.choose(known, "gigatoken", said.append)
+        tokenizer_backend.choose(known, "gigatoken", said.append)
 
 
 def test_a_panic_is_a_disagreement(folder, monkeypatch):
@@ -79,28 +79,28 @@ def test_a_panic_is_a_disagreement(folder, monkeypatch):
 
     monkeypatch.setattr("gigatoken.Tokenizer.from_json", lambda data: Panicking())
     said: list[str] = []
-    assert encoding.choose(tokenizer.load(str(folder)), "auto", said.append) == "hf"
+    assert tokenizer_backend.choose(tokenizer.load(str(folder)), "auto", said.append) == "hf"
     assert "gigatoken failed (index out of bounds)" in said[0]
 
 
 def test_a_missing_package_is_said(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     said: list[str] = []
-    assert encoding.choose(tokenizer.load(str(folder)), "auto", said.append) == "hf"
+    assert tokenizer_backend.choose(tokenizer.load(str(folder)), "auto", said.append) == "hf"
     assert "gigatoken is not installed" in said[0]
-    assert encoding.choose(tokenizer.load(str(folder)), "hf", said.append) == "hf"
+    assert tokenizer_backend.choose(tokenizer.load(str(folder)), "hf", said.append) == "hf"
     assert len(said) == 1
 
 
 def test_a_long_document_is_compared_beyond_its_beginning(folder, monkeypatch):
     """A fast encoder may cut what is long, so ids that differ late have to be found too."""
     known = tokenizer.load(str(folder))
-    encoder = encoding.Encoder(known, "gigatoken")
+    encoder = tokenizer_backend.Encoder(known, "gigatoken")
     text = "a few words " * 9000
     assert [len(ids) for ids in encoder.encode([text])] == [len(known.encode(text))]
     encoder.begin_shard()
     monkeypatch.setattr(encoder, "_fast", lambda texts: [known.encode(one[:50_000]) for one in texts])
-    with pytest.raises(encoding.Disagreement):
+    with pytest.raises(tokenizer_backend.Disagreement):
         encoder.encode([text])
 
 
@@ -115,8 +115,8 @@ def test_documents_that_differ_have_their_shard_done_again(folder, tmp_path, mon
         if backend == "gigatoken":
             broken_ids(monkeypatch, 40)  # beyond the probes, within the shard
         runs = tmp_path / f"{backend}-{strict}"
-        work = Setup(runs, folder, backend, strict, 0.0, 128, DecontaminateConfig())()
-        task = Task(source, shard, 0, "f", Limits())
+        work = TokenizeSettings(runs, folder, backend, strict, 0.0, 128, DecontaminateConfig())()
+        task = SplitTask(source, shard, 0, "f", Limits())
         if strict:
             with pytest.raises(UserError, match="gigatoken gives other ids"):
                 work(task, lambda done: None)

@@ -20,13 +20,13 @@ from lr2train.config import SourceConfig, UserError, to_dict
 from lr2train.data import store
 from lr2train.data.batch import WINDOWS
 from lr2train.data.corpus import FORMAT, SOURCE, reopen, source_folder, store_prefix
-from lr2train.data.ingest import decontaminate, losses, sources
-from lr2train.data.ingest.finding import Listing
-from lr2train.data.ingest.losses import Losses
-from lr2train.data.ingest.sealing import Sealer
+from lr2train.data.ingest import broken_share, decontaminate, sources
+from lr2train.data.ingest.broken_share import BrokenShare
+from lr2train.data.ingest.find_files import Listing
+from lr2train.data.ingest.manifest_writer import ManifestWriter
 from lr2train.data.ingest.sources import Limits
-from lr2train.data.ingest.tokenizing import Ledger, Setup, Task, finished
-from lr2train.data.ingest.workers import Workers
+from lr2train.data.ingest.tokenize_split import SplitScheduler, SplitTask, TokenizeSettings, finished
+from lr2train.data.ingest.workers import WorkerPool
 from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.data.tokenizer import Tokenizer
 from lr2train.io import fingerprint as fingerprint_of
@@ -61,14 +61,21 @@ class TextSource:
     """
 
     def __init__(
-        self, folder: Path, source: SourceConfig, setup: Setup, tokenizer: Tokenizer, listed: Listing, sealer: Sealer, log: Log
+        self,
+        folder: Path,
+        source: SourceConfig,
+        setup: TokenizeSettings,
+        tokenizer: Tokenizer,
+        listed: Listing,
+        sealer: ManifestWriter,
+        log: Log,
     ) -> None:
         self._folder, self._source, self._listed, self._sealer, self._log = folder, source, listed, sealer, log
         self._home = source_folder(folder, source.name)
         self._recipe = self._make_recipe(setup, tokenizer)
         of_all, limits = fingerprint_of(self._recipe), Limits.of(source)
         self._tasks = [
-            Task(source, shard, number, fingerprint_of([of_all, sources.shape(shard)]), limits, stamp)
+            SplitTask(source, shard, number, fingerprint_of([of_all, sources.shape(shard)]), limits, stamp)
             for number, (shard, stamp) in enumerate(zip(listed.shards, sources.stamps(listed.shards), strict=True))
         ]
         self._refuse_another_recipe()
@@ -84,7 +91,7 @@ class TextSource:
         """Of the stores that were finished before."""
         return [store_prefix(self._folder, self._source.name, split, number) for number in self._found for split in (TRAIN, HOLDOUT)]
 
-    def _make_recipe(self, setup: Setup, tokenizer: Tokenizer) -> dict[str, Any]:
+    def _make_recipe(self, setup: TokenizeSettings, tokenizer: Tokenizer) -> dict[str, Any]:
         """What decides the tokens of a shard."""
         config = without(self._source, *_NO_MATTER)
         border = None if set(config["windows"]) == set(WINDOWS) else setup.original_window_tokens  # only where a window is left out
@@ -99,10 +106,10 @@ class TextSource:
             "the format": FORMAT,
         }
 
-    def ensure(self, workers: Workers[Task]) -> dict[str, Any]:
+    def ensure(self, workers: WorkerPool[SplitTask]) -> dict[str, Any]:
         """What the source's stores hold, once they are all there."""
         self._refuse_other_contents(workers)
-        ledger, started = Ledger(self._tasks, self._found), time.monotonic()
+        ledger, started = SplitScheduler(self._tasks, self._found), time.monotonic()
         if ledger.closed:
             self._stop_if_broken(ledger, ended=True)
             made = self._summary(ledger)
@@ -137,7 +144,7 @@ class TextSource:
             self._home.mkdir(parents=True, exist_ok=True)
             self._sealer.add(note, self._recipe)
 
-    def _refuse_other_contents(self, workers: Workers[Task]) -> None:
+    def _refuse_other_contents(self, workers: WorkerPool[SplitTask]) -> None:
         """Read what has another time or place than when it was tokenised, and compare.
 
         Raises:
@@ -163,11 +170,11 @@ class TextSource:
                 tick(done / total, 1.0, "")
         write_json(self._home / SEEN, {**seen, **{str(task.number): self._compared(task) for task in touched}})
 
-    def _known(self, task: Task, seen: dict[str, list[str]]) -> bool:
+    def _known(self, task: SplitTask, seen: dict[str, list[str]]) -> bool:
         """Whether a shard's files are, at a glance, those that it was made of, or that were compared with them."""
         return task.stamp == self._found[task.number]["stamp"] or seen.get(str(task.number)) == self._compared(task)
 
-    def _compared(self, task: Task) -> list[str]:
+    def _compared(self, task: SplitTask) -> list[str]:
         return [task.stamp, self._found[task.number]["contents"]]
 
     def _seen(self) -> dict[str, list[str]]:
@@ -177,7 +184,7 @@ class TextSource:
         except (UserError, TypeError, ValueError):
             return {}
 
-    def _tokenise(self, ledger: Ledger, workers: Workers[Task]) -> None:
+    def _tokenise(self, ledger: SplitScheduler, workers: WorkerPool[SplitTask]) -> None:
         reopen(self._folder)
         (self._home / SOURCE).unlink(missing_ok=True)
         fallbacks = set[str]()
@@ -194,14 +201,14 @@ class TextSource:
         assert ledger.closed
         self._stop_if_broken(ledger, ended=True)  # what was done beyond the limits stays, and serves when they are raised
 
-    def _drawn(self, ledger: Ledger) -> Task | None:
+    def _drawn(self, ledger: SplitScheduler) -> SplitTask | None:
         task = ledger.draw()
         if task is not None:
             for split in (HOLDOUT, TRAIN):
                 self._sealer.forget(self._manifest(split, task.number))
         return task
 
-    def _seal(self, task: Task, made: dict[str, Any]) -> None:
+    def _seal(self, task: SplitTask, made: dict[str, Any]) -> None:
         """Have a shard's manifests written; that of the training documents' store comes last, so it stands for both."""
         train = {key: value for key, value in made.items() if key != "holdout"}
         for split, about in ((HOLDOUT, made["holdout"]), (TRAIN, train)):
@@ -211,18 +218,18 @@ class TextSource:
     def _manifest(self, split: str, number: int) -> Path:
         return store.suffixed(store_prefix(self._folder, self._source.name, split, number), ".json")
 
-    def _stop_if_broken(self, ledger: Ledger, ended: bool) -> None:
+    def _stop_if_broken(self, ledger: SplitScheduler, ended: bool) -> None:
         """Stop where too much of the source is broken; the examples are written for a look.
 
         Raises:
             UserError: it is, or there is no document.
         """
-        lost = Losses(self._source, ledger.settled, self._listed)
+        lost = BrokenShare(self._source, ledger.settled, self._listed)
         too_many = lost.beyond(ended)
         if ended or too_many:
             _write_rejects(self._home / REJECTS, self._source.name, ledger.settled)
         if ended and lost.records.lost == lost.records.whole:
-            raise losses.nothing(self._source, lost.reasons, lost.columns)
+            raise broken_share.nothing(self._source, lost.reasons, lost.columns)
         if too_many is not None:
             raise lost.refusal(too_many, ended, self._home / REJECTS)
         if ended and not any(made["documents"] + made["holdout"]["documents"] for made in ledger.settled):
@@ -231,7 +238,7 @@ class TextSource:
                 f"of {self._recipe['model.original_window_tokens']} tokens); raise its limits, or add the other window"
             )
 
-    def _summary(self, ledger: Ledger) -> dict[str, Any]:
+    def _summary(self, ledger: SplitScheduler) -> dict[str, Any]:
         """What the source's stores hold, all together."""
         made, held = ledger.settled, [one["holdout"] for one in ledger.settled]
         reasons = sum((Counter(one["reasons"]) for one in made), Counter[str]())
@@ -266,7 +273,7 @@ def held_and_trained(made: Sequence[dict[str, Any]], held: Sequence[dict[str, An
 class _Watch:
     """How far a source is, for the progress bar: the share of its input or of its limits, whichever is farther."""
 
-    def __init__(self, ledger: Ledger, tasks: Sequence[Task], tick: Tick) -> None:
+    def __init__(self, ledger: SplitScheduler, tasks: Sequence[SplitTask], tick: Tick) -> None:
         self._ledger, self._tick = ledger, tick
         self._weights = [max(task.shard.size_bytes, 1) for task in tasks]
         self._limits = tasks[0].limits
@@ -276,13 +283,13 @@ class _Watch:
             self._parts[number] = 1.0
         self._started = time.monotonic()
 
-    def report(self, task: Task, text_bytes: float) -> None:
+    def report(self, task: SplitTask, text_bytes: float) -> None:
         """A shard goes on."""
         self._bytes[task.number] = text_bytes
         self._parts[task.number] = min(text_bytes / self._weights[task.number], 0.95)  # what a compressed one holds is not known
         self._show()
 
-    def done(self, task: Task, made: dict[str, Any]) -> None:
+    def done(self, task: SplitTask, made: dict[str, Any]) -> None:
         """A shard is there."""
         self._bytes[task.number], self._parts[task.number] = made["text_bytes"], 1.0
         self._show()

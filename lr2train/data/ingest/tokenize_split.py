@@ -20,9 +20,9 @@ from lr2train.config import DecontaminateConfig, SourceConfig
 from lr2train.data import store
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.corpus import store_prefix
-from lr2train.data.ingest import encoding, sources
+from lr2train.data.ingest import sources, tokenizer_backend
 from lr2train.data.ingest.decontaminate import Contamination
-from lr2train.data.ingest.records import Document, Shard, Tally
+from lr2train.data.ingest.records import InputSplit, ReadCounts, SourceDocument
 from lr2train.data.ingest.sources import Limits
 from lr2train.data.ingest.workers import Report
 from lr2train.data.plan import buckets
@@ -33,7 +33,7 @@ _EXAMPLES = 3  # of contaminated documents that a shard keeps
 _REPORT_EVERY = 1000  # documents
 
 
-class Task(NamedTuple):
+class SplitTask(NamedTuple):
     """One shard to do, under what is left of its source's limits.
 
     Attributes:
@@ -42,7 +42,7 @@ class Task(NamedTuple):
     """
 
     source: SourceConfig
-    shard: Shard
+    shard: InputSplit
     number: int
     fingerprint: str
     limits: Limits
@@ -51,7 +51,7 @@ class Task(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Setup:
+class TokenizeSettings:
     """What every process needs; called, it gives what does a task.
 
     Attributes:
@@ -80,13 +80,13 @@ class Setup:
 class ShardMaker:
     """Makes the two stores of a shard."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: TokenizeSettings) -> None:
         self._setup = setup
         self._tokenizer = tokenizers.load(str(setup.tokenizer))
-        self._encoder = encoding.Encoder(self._tokenizer, setup.backend)
+        self._encoder = tokenizer_backend.Encoder(self._tokenizer, setup.backend)
         self._contamination = Contamination(setup.decontaminate) if setup.decontaminate.files else None
 
-    def __call__(self, task: Task, report: Report) -> dict[str, Any]:
+    def __call__(self, task: SplitTask, report: Report) -> dict[str, Any]:
         """The shard's manifest with the held-out store's under ``holdout``, once their files are there; the manifests are to be written.
 
         Of a shard that was made before, ``{"same": …}``.
@@ -95,13 +95,13 @@ class ShardMaker:
             return {"same": contents(task, task.made_before, report) == task.made_before["contents"]}
         try:
             return self._make(task, report, "")
-        except encoding.Disagreement as reason:
+        except tokenizer_backend.Disagreement as reason:
             if self._setup.strict:
-                raise encoding.refusal(reason) from None
-            self._encoder = encoding.Encoder(self._tokenizer, encoding.HF)
+                raise tokenizer_backend.refusal(reason) from None
+            self._encoder = tokenizer_backend.Encoder(self._tokenizer, tokenizer_backend.HF)
             return self._make(task, report, str(reason))
 
-    def _make(self, task: Task, report: Report, fallback: str) -> dict[str, Any]:
+    def _make(self, task: SplitTask, report: Report, fallback: str) -> dict[str, Any]:
         self._encoder.begin_shard()
         work = _Reading(task, report)
         about = {"source": task.source.name, "shard": task.shard.name, "fingerprint": task.fingerprint, "limits": asdict(task.limits)}
@@ -116,7 +116,7 @@ class ShardMaker:
             about.update(work.about(), fallback=fallback)
         return {**train.manifest, "holdout": held.manifest}
 
-    def _tokenised(self, work: _Reading) -> Iterator[tuple[Document, np.ndarray]]:
+    def _tokenised(self, work: _Reading) -> Iterator[tuple[SourceDocument, np.ndarray]]:
         """Documents of the source's windows until its tokens are reached, BOS and EOS included."""
         windows, border = work.task.source.windows, self._setup.original_window_tokens
         for group in _groups(self._clean(work)):
@@ -130,7 +130,7 @@ class ShardMaker:
                         return
             work.report(work.tally.text_bytes)
 
-    def _clean(self, work: _Reading) -> Iterator[Document]:
+    def _clean(self, work: _Reading) -> Iterator[SourceDocument]:
         """Documents that share no run of words with an evaluation set."""
         for document in work.documents():
             found = self._contamination.find(document.text) if self._contamination else None
@@ -143,13 +143,13 @@ class ShardMaker:
 class _Reading:
     """What is counted while a shard is read."""
 
-    def __init__(self, task: Task, report: Report) -> None:
+    def __init__(self, task: SplitTask, report: Report) -> None:
         self.task, self.report = task, report
-        self.tally, self.tokens = Tally(), 0
+        self.tally, self.tokens = ReadCounts(), 0
         self._contaminated, self._examples = 0, list[dict[str, str]]()
         self._digest = hashlib.blake2b(digest_size=16)
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self) -> Iterator[SourceDocument]:
         for document in self.task.limits.admit(sources.read_shard(self.task.source, self.task.shard, self.tally), self.tally):
             self._digest.update(f"{len(document.data)} {document.id}\n".encode())
             self._digest.update(document.data)
@@ -160,7 +160,7 @@ class _Reading:
         """Stands for the names and the texts of the documents so far, all that a shard's tokens come from."""
         return self._digest.hexdigest()
 
-    def contaminated(self, document: Document, found: str) -> None:
+    def contaminated(self, document: SourceDocument, found: str) -> None:
         self._contaminated += 1
         if len(self._examples) < _EXAMPLES:
             self._examples.append({"origin": document.id, "words": found})
@@ -172,7 +172,7 @@ class _Reading:
         return {**counted, **broken, "contents": self.contents, "contaminated": self._contaminated, "contaminated_examples": self._examples}
 
 
-def contents(task: Task, made: dict[str, Any], report: Report) -> str:
+def contents(task: SplitTask, made: dict[str, Any], report: Report) -> str:
     """The ``contents`` of a shard's documents, read anew as far as they were read before and not tokenised."""
     limits = Limits(documents=made["read_documents"]) if made["limited"] else Limits()
     reading = _Reading(task._replace(limits=limits), report)
@@ -182,9 +182,9 @@ def contents(task: Task, made: dict[str, Any], report: Report) -> str:
     return reading.contents
 
 
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _groups(documents: Iterable[SourceDocument]) -> Iterator[list[SourceDocument]]:
     """Some megabytes at a time."""
-    group: list[Document] = []
+    group: list[SourceDocument] = []
     size = 0
     for document in documents:
         group.append(document)
@@ -202,14 +202,14 @@ def is_held_out(document: str, share: float) -> bool:
     return int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=8).digest(), "little") < share * 2**64
 
 
-def finished(folder: Path, task: Task) -> dict[str, Any] | None:
+def finished(folder: Path, task: SplitTask) -> dict[str, Any] | None:
     """What a shard's finished stores say, the held-out one under ``holdout``; None where they are still to be made."""
     about = [store.finished(store_prefix(folder, task.source.name, split, task.number), task.fingerprint) for split in (TRAIN, HOLDOUT)]
     train, held = about
     return None if train is None or held is None else {**train, "holdout": held}
 
 
-class Ledger:
+class SplitScheduler:
     """Which shards of a source count under its limits, as if they had been read one after the other.
 
     Args:
@@ -217,7 +217,7 @@ class Ledger:
         made: what finished shards say, by number.
     """
 
-    def __init__(self, tasks: Sequence[Task], made: dict[int, dict[str, Any]]) -> None:
+    def __init__(self, tasks: Sequence[SplitTask], made: dict[int, dict[str, Any]]) -> None:
         self._tasks, self._made = tasks, dict(made)
         self._left = tasks[0].limits if tasks else Limits()
         self._given: set[int] = set(made)
@@ -225,7 +225,7 @@ class Ledger:
         self.closed = not tasks
         self._settle()
 
-    def draw(self) -> Task | None:
+    def draw(self) -> SplitTask | None:
         """A shard to do next, None where there is none (now)."""
         if self.closed:
             return None
@@ -235,7 +235,7 @@ class Ledger:
         self._given.add(number)
         return self._tasks[number]._replace(limits=self._left)
 
-    def put(self, task: Task, made: dict[str, Any]) -> None:
+    def put(self, task: SplitTask, made: dict[str, Any]) -> None:
         """A shard is done."""
         self._made[task.number] = made
         self._settle()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lr2train.config import SourceConfig, UserError
-from lr2train.data.ingest.finding import Found, Listing, reasons_in_words
+from lr2train.data.ingest.find_files import Found, Listing, reasons_in_words
 from lr2train.data.ingest.records import MISSING_COLUMN, nearest_column
 
 _EARLY_RECORDS = 1000  # after which a source with too many broken ones is stopped before its end
@@ -67,7 +67,7 @@ def nothing(source: SourceConfig, reasons: Mapping[str, int], columns: Mapping[s
 
     Args:
         reasons: why its records are broken, with their counts.
-        columns: of the first record without the text's column, see ``Tally``.
+        columns: of the first record without the text's column, see ``ReadCounts``.
     """
     key = f"data.sources.{source.name}"
     what = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) + (f"; {_has_instead(columns)}" if columns else "")
@@ -87,7 +87,7 @@ def _has_instead(columns: Mapping[str, Any]) -> str:
     return f"{columns['origin']} has {', '.join(columns['has']) or 'no column of text'}"
 
 
-class Losses:
+class BrokenShare:
     """What is not read of a source: broken records, files that broke off, and what could not be opened at all.
 
     Of what could not be opened the same part counts as was read of what could, because a source may have limits.

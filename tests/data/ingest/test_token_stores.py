@@ -24,10 +24,10 @@ from pyarrow import parquet
 from lr2train.config import Config, DecontaminateConfig, SourceConfig, UserError
 from lr2train.data import tokenizer
 from lr2train.data.corpus import Corpus, source_store
-from lr2train.data.ingest import tokenizing
-from lr2train.data.ingest.formats import Shard
+from lr2train.data.ingest import tokenize_split
+from lr2train.data.ingest.formats import InputSplit
 from lr2train.data.ingest.sources import Limits
-from lr2train.data.ingest.tokenizing import Ledger, Task
+from lr2train.data.ingest.tokenize_split import SplitScheduler, SplitTask
 from lr2train.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -164,8 +164,8 @@ def shard_result(documents: list[tuple[int, int]], limits: Limits) -> dict:
 @settings(max_examples=300, derandomize=True, deadline=None)
 def test_the_ledger_ends_where_reading_in_order_would(documents, n, size, tokens, workers, random):
     limits = Limits(n, size, tokens)
-    tasks = [Task(SourceConfig(name="a"), Shard(str(i), ()), i, "f", limits) for i in range(len(documents))]
-    ledger, busy = Ledger(tasks, {}), []
+    tasks = [SplitTask(SourceConfig(name="a"), InputSplit(str(i), ()), i, "f", limits) for i in range(len(documents))]
+    ledger, busy = SplitScheduler(tasks, {}), []
     while True:
         while len(busy) < workers and (task := ledger.draw()) is not None:
             busy.append(task)
@@ -356,8 +356,8 @@ def test_contents_decide_whether_text_is_the_same(texts, tmp_path, monkeypatch):
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "corpus" / "store" / "web").glob("*-0*")}
     os.utime(theirs / "3.jsonl", ns=(0, 0))
     read = []
-    contents = tokenizing.contents
-    monkeypatch.setattr(tokenizing, "contents", lambda task, *more: read.append(task.shard.name) or contents(task, *more))
+    contents = tokenize_split.contents
+    monkeypatch.setattr(tokenize_split, "contents", lambda task, *more: read.append(task.shard.name) or contents(task, *more))
     monkeypatch.setattr(tokenizer.Tokenizer, "encode_batch", None)
     touched = prepare(config(theirs, tmp_path))
     assert len(set(read)) == len(read) > 1

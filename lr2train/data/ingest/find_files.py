@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lr2train.data.ingest.records import FORBIDDEN, File, Shard, printable, text_bytes
+from lr2train.data.ingest.records import FORBIDDEN, InputFile, InputSplit, printable, text_bytes
 
 CLOSED_FOLDER, CLOSED_FILE, NOWHERE, NO_FILE = (
     "folder that may not be opened", "file that may not be opened", "link to nothing", "device, pipe or socket",
@@ -59,7 +59,7 @@ class Found:
         again: links to what is read under another name, or to a folder that they lie in.
     """
 
-    files: list[File] = field(default_factory=list)
+    files: list[InputFile] = field(default_factory=list)
     held: Amount = field(default_factory=Amount)
     folders: int = 0  # that hold files to read
     unread: list[Unread] = field(default_factory=list)
@@ -102,7 +102,7 @@ class Listing(NamedTuple):
         found: what was found beside it, where it lies in a folder.
     """
 
-    shards: list[Shard]
+    shards: list[InputSplit]
     found: Found
 
 
@@ -128,7 +128,7 @@ def find(root: Path, reads: Reads, skipped: Collection[str] = ()) -> Found:
         size = root.stat().st_size
         if not os.access(root, os.R_OK):
             return Found(unread=[Unread(printable(root.name), CLOSED_FILE, size)])
-        return Found(files=[File(printable(root.name), str(root))], held=Amount(1.0, text_bytes(root.name, size)), folders=1)
+        return Found(files=[InputFile(printable(root.name), str(root))], held=Amount(1.0, text_bytes(root.name, size)), folders=1)
     return _Search(root, reads, skipped).run()
 
 
@@ -147,7 +147,7 @@ class _Search:
             for name, place in links:
                 self._link(name, place)
         found = self._found
-        found.files = [File(printable(name), place) for name, place in sorted(self._files, key=lambda file: file[0].split("/"))]
+        found.files = [InputFile(printable(name), place) for name, place in sorted(self._files, key=lambda file: file[0].split("/"))]
         found.held = Amount(float(len(self._sizes)), sum(self._sizes))
         found.folders = len({name.rpartition("/")[0] for name, _ in self._files})
         found.unread.sort()

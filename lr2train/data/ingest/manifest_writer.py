@@ -23,14 +23,14 @@ _EVERY_S = 1.0
 _AT_A_TIME = 16  # flushes under way: a journal takes them together
 
 
-class Sealer:
+class ManifestWriter:
     """Writes manifests with their own checksums. Use as a context manager: on the way out, however that is, what waits is written."""
 
     def __init__(self) -> None:
         self._waiting: dict[Path, tuple[dict[str, Any], list[Path]]] = {}
         self._flushed = time.monotonic()
 
-    def __enter__(self) -> Sealer:
+    def __enter__(self) -> ManifestWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

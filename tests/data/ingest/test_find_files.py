@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lr2train.config import SourceConfig, UserError
-from lr2train.data.ingest.finding import CLOSED_FILE, CLOSED_FOLDER, NO_FILE, NOWHERE, Found
-from lr2train.data.ingest.formats import Tally
+from lr2train.data.ingest.find_files import CLOSED_FILE, CLOSED_FOLDER, NO_FILE, NOWHERE, Found
+from lr2train.data.ingest.formats import ReadCounts
 from lr2train.data.ingest.sources import listing, read
 
 
@@ -128,7 +128,7 @@ def test_a_file_that_turns_out_to_be_closed_is_counted_where_it_is_read(tmp_path
         return Path(place).open("rb")
 
     monkeypatch.setattr("lr2train.data.ingest.formats.opened", opened)
-    tally = Tally()
+    tally = ReadCounts()
     assert [one.id for one in read(SourceConfig(name="web", path=str(tmp_path)), tally)] == ["a.txt"]
     assert (tally.lost_files, tally.lost_bytes) == (["b.txt"], 40)
 
@@ -146,7 +146,7 @@ def test_file_names_of_another_encoding_are_read_under_a_printable_name(tmp_path
     Path(os.fsdecode(place)).write_text("text")
     folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"d\xff")))
     written(folder, "a.txt")
-    assert [one.id for one in read(SourceConfig(name="web", path=str(tmp_path)), Tally())] == ["caf\\xe9.txt", "d\\xff/a.txt"]
+    assert [one.id for one in read(SourceConfig(name="web", path=str(tmp_path)), ReadCounts())] == ["caf\\xe9.txt", "d\\xff/a.txt"]
 
 
 def test_other_kinds_are_passed_over_with_their_bytes(tmp_path):

@@ -17,8 +17,8 @@ from pathlib import Path
 from lr2train.config import SourceConfig
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.ingest import sources
-from lr2train.data.ingest.records import Shard, Tally
-from lr2train.data.ingest.workers import Report, Work, Workers
+from lr2train.data.ingest.records import InputSplit, ReadCounts
+from lr2train.data.ingest.workers import Report, Work, WorkerPool
 from lr2train.data.needles import sentences
 from lr2train.run import meter
 
@@ -27,7 +27,7 @@ _REPORT_S = 0.5
 
 
 @dataclass
-class Lesson:
+class TokenizerTraining:
     """What a tokenizer is to learn from; called, it gives what trains one into a folder.
 
     Attributes:
@@ -37,7 +37,7 @@ class Lesson:
         vocab_size: entries in all.
     """
 
-    texts: list[tuple[SourceConfig, list[Shard]]]
+    texts: list[tuple[SourceConfig, list[InputSplit]]]
     size: int
     wording: str | None
     vocab_size: int
@@ -61,10 +61,10 @@ class Lesson:
         with _reporting(lambda: report(self._read)):
             tokenizers.train(self._counted(chain(texts, asks)), self.vocab_size).save(folder)
 
-    def _beginning(self, source: SourceConfig, shards: list[Shard]) -> Iterator[str]:
+    def _beginning(self, source: SourceConfig, shards: list[InputSplit]) -> Iterator[str]:
         """Documents of a source until they add up to ``size`` characters."""
         read = 0
-        for document in sources.read(source, Tally(), shards):
+        for document in sources.read(source, ReadCounts(), shards):
             yield document.text
             read += len(document.text)
             if read >= self.size:
@@ -94,7 +94,7 @@ def _reporting(report: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
-def learn(lesson: Lesson, folder: Path) -> None:
+def learn(lesson: TokenizerTraining, folder: Path) -> None:
     """Train a tokenizer into a folder.
 
     Raises:
@@ -103,7 +103,7 @@ def learn(lesson: Lesson, folder: Path) -> None:
     whole = float(max(lesson.characters, 1))
     tasks = iter([folder])
     with (
-        Workers[Path](lesson, 1 if whole <= _LITTLE else 2, lambda _: "the training of the tokenizer", alone=True) as workers,
+        WorkerPool[Path](lesson, 1 if whole <= _LITTLE else 2, lambda _: "the training of the tokenizer", alone=True) as workers,
         meter("train the tokenizer") as tick,
     ):
         for _ in workers.run(lambda: next(tasks, None), lambda _, read: tick(min(read / whole, 1.0), 1.0, f"{read / 1e6:.1f} MB read")):

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from lr2train.data.ingest.sealing import Sealer
+from lr2train.data.ingest.manifest_writer import ManifestWriter
 from lr2train.data.store import sealed
 
 
 @pytest.fixture
-def sealer(monkeypatch) -> Sealer:
-    monkeypatch.setattr("lr2train.data.ingest.sealing._EVERY_S", 1e9)
-    return Sealer()
+def sealer(monkeypatch) -> ManifestWriter:
+    monkeypatch.setattr("lr2train.data.ingest.manifest_writer._EVERY_S", 1e9)
+    return ManifestWriter()
 
 
 def test_what_waits_is_written_together_the_newest_of_each_in_order(tmp_path, sealer, monkeypatch):
@@ -50,6 +50,6 @@ def test_finished_work_is_kept_however_the_job_ends(tmp_path, sealer, error):
 
 
 def test_after_a_while_what_waits_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("lr2train.data.ingest.sealing._EVERY_S", 0)
-    Sealer().add(tmp_path / "a.json", {})
+    monkeypatch.setattr("lr2train.data.ingest.manifest_writer._EVERY_S", 0)
+    ManifestWriter().add(tmp_path / "a.json", {})
     assert (tmp_path / "a.json").exists()
