@@ -1,4 +1,4 @@
-"""Manifests that wait for each other: the newest of each, in order, and none of what is made again."""
+"""Manifests are written in groups: the newest version of each, in order, and none whose files are being replaced."""
 
 from __future__ import annotations
 
@@ -12,32 +12,36 @@ from lr2train.data.store import sealed
 
 
 @pytest.fixture
-def sealer(monkeypatch) -> ManifestWriter:
-    monkeypatch.setattr("lr2train.data.ingest.manifest_writer._EVERY_S", 1e9)
+def manifests(monkeypatch) -> ManifestWriter:
+    monkeypatch.setattr("lr2train.data.ingest.manifest_writer._FLUSH_EVERY_S", 1e9)
     return ManifestWriter()
 
 
-def test_what_waits_is_written_together_the_newest_of_each_in_order(tmp_path, sealer, monkeypatch):
+def test_waiting_manifests_are_written_together_the_newest_of_each_in_order(tmp_path, manifests, monkeypatch):
     named: list[str] = []
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda source, target: named.append(Path(target).name) or replace(source, target))
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda source, target: named.append(Path(target).name) or replace(source, target),
+    )
     for name, value in (("a", 1), ("b", 2), ("c", 3), ("a", 4)):
-        sealer.add(tmp_path / f"{name}.json", {"value": value})
-    sealer.forget(tmp_path / "b.json")
+        manifests.add(tmp_path / f"{name}.json", {"value": value})
+    manifests.drop(tmp_path / "b.json")
     assert not list(tmp_path.iterdir())
-    sealer.flush()
+    manifests.flush()
     assert named == ["c.json", "a.json"]
     assert sealed(tmp_path / "a.json") == {"value": 4}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "c.json"]
-    sealer.flush()
+    manifests.flush()
     assert named == ["c.json", "a.json"]
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
-def test_finished_work_is_kept_however_the_job_ends(tmp_path, sealer, error):
+def test_waiting_manifests_are_written_however_the_job_ends(tmp_path, manifests, error):
     def job() -> None:
-        with sealer:
-            sealer.add(tmp_path / "a.json", {})
+        with manifests:
+            manifests.add(tmp_path / "a.json", {})
             if error is not None:
                 raise error
 
@@ -49,7 +53,7 @@ def test_finished_work_is_kept_however_the_job_ends(tmp_path, sealer, error):
     assert (tmp_path / "a.json").exists()
 
 
-def test_after_a_while_what_waits_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("lr2train.data.ingest.manifest_writer._EVERY_S", 0)
+def test_a_manifest_is_written_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr("lr2train.data.ingest.manifest_writer._FLUSH_EVERY_S", 0)
     ManifestWriter().add(tmp_path / "a.json", {})
     assert (tmp_path / "a.json").exists()
