@@ -62,8 +62,7 @@ def ensure_tokenizer(
     elif found and found["fingerprint"] != wanted and has_documents:
         what = f"data.tokenizer={data.tokenizer}" if data.tokenizer else "the text that the tokenizer is trained on"
         raise UserError(
-            f"{folder} holds documents of another tokenizer, because {what} has changed; put it back, or "
-            "choose another name= to tokenise again"
+            f"{folder} holds documents of another tokenizer, because {what} has changed; choose another name= to tokenise again"
         )
     reopen(folder)
     manifest.unlink(missing_ok=True)

@@ -23,10 +23,7 @@ from lr2train.config import UserError
 
 HUB_SCHEME = "hf://"  # begins the location of a file on the Hugging Face hub
 COMPRESSED = (".gz", ".zst")
-NO_PERMISSION = (
-    errno.EACCES,
-    errno.EPERM,
-)  # another try does not help, so such a file is counted instead of ending the job
+NO_PERMISSION = (errno.EACCES, errno.EPERM)  # another try does not help: such a file is counted, not an outage
 
 # Reasons of broken records. They stand in manifests and in rejects.jsonl.
 UNREADABLE_FILE = "unreadable file"

@@ -77,13 +77,8 @@ class TextSource:
         manifests: ManifestWriter,
         log: Log,
     ) -> None:
-        self._folder, self._source, self._input, self._manifests, self._log = (
-            folder,
-            source,
-            source_input,
-            manifests,
-            log,
-        )
+        self._folder, self._source, self._input = folder, source, source_input
+        self._manifests, self._log = manifests, log
         self._store_folder = source_folder(folder, source.name)
         self._recipe = self._make_recipe(settings, tokenizer)
         recipe, limits, splits = fingerprint_of(self._recipe), Limits.of(source), source_input.splits
