@@ -1,4 +1,4 @@
-"""prepare: documents -> token stores -> segment table.
+"""prepare: documents -> token stores -> planned segments.
 
     python -m lr2train.prepare experiment=tiny_4k name=corpus
 
