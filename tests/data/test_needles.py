@@ -13,8 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from lr2train.cli.composition import compose
 from lr2train.config import NeedleConfig, UserError
 from lr2train.data import tokenizer as ours
-from lr2train.data.building import is_held_out
 from lr2train.data.corpus import HOLDOUT, Corpus
+from lr2train.data.ingest.tokenize_split import is_held_out
 from lr2train.data.needles import N_KEYS, WORDINGS, NeedleDocument, NeedleMaker, check_needles, needle_set, sentences
 from lr2train.prepare import prepare
 

@@ -89,10 +89,10 @@ def _train(texts: list[str]) -> Any:
 def _texts(path: str | None) -> Iterator[str]:
     from lr2train.config import SourceConfig
     from lr2train.data.ingest import sources
-    from lr2train.data.ingest.formats import Tally
+    from lr2train.data.ingest.records import ReadCounts
 
     source = SourceConfig(name="text", kind="folder" if path else "stdlib", path=path)
-    yield from (document.text for document in sources.read(source, Tally()))
+    yield from (document.text for document in sources.read_source(source, ReadCounts()))
 
 
 def _documents(texts: list[str]) -> Iterator[str]:
@@ -141,21 +141,21 @@ def _our_side(folder: Path, backend: str) -> tuple[float, float, Iterator[Any]]:
     from lr2train.config import DecontaminateConfig, SourceConfig
     from lr2train.data.ingest import sources
     from lr2train.data.ingest.sources import Limits
-    from lr2train.data.ingest.tokenizing import Setup, Task
+    from lr2train.data.ingest.tokenize_split import SplitTask, SplitTokenizer, TokenizeSettings
     from lr2train.data.store import SourceStore
     from lr2train.data.tokenizer import load
 
     source = SourceConfig(name="text", kind="folder", path=str(folder / "documents.jsonl"))
     home = folder / f"{backend}-{os.getpid()}"
-    setup = Setup(home, folder / "tokenizer.json", backend, True, 0.0, 4096, DecontaminateConfig())
+    settings = TokenizeSettings(home, folder / "tokenizer.json", backend, True, 0.0, 4096, DecontaminateConfig())
     borders = load(str(folder / "tokenizer.json")).n_borders
     before, started = _cpu_s(), time.monotonic()
-    work = setup()
-    listed = sources.shards(source, 8 << 20)
-    for number, shard in enumerate(listed):
-        work(Task(source, shard, number, "bench", Limits()), lambda done: None)
+    tokenize = SplitTokenizer(settings)
+    splits = sources.list_input(source, 8 << 20).splits
+    for number, split in enumerate(splits):
+        tokenize(SplitTask(source, split, number, "bench", Limits()), lambda done: None)
     used, wall = _cpu_s() - before, time.monotonic() - started
-    store = SourceStore([home / "store" / "text" / f"train-{number:05d}" for number in range(len(listed))])
+    store = SourceStore([home / "store" / "text" / f"train-{number:05d}" for number in range(len(splits))])
     return used, wall, (store[document][borders - 1 : -1] for document in range(len(store)))
 
 

@@ -1,8 +1,9 @@
-"""File formats: a list of files becomes shards, a shard becomes documents.
+"""File formats: a list of files becomes input splits, an input split becomes documents.
 
-Choice: a shard is the same part of the input in every run, whatever the number of workers: a range of bytes of a .jsonl file, row groups of
-a .parquet file, record batches of an .arrow file, some small .txt files together. Ids are stable names (``file``, ``file:record``,
-``file@byte`` for a line of a .jsonl file), because the holdout is drawn by their hash. Cost: a compressed file is one shard, however large.
+Choice: an input split is the same part of the input in every run, whatever the number of workers: a byte range of a
+.jsonl file, row groups of a .parquet file, record batches of an .arrow file, or several small files. Ids are stable
+names (``file``, ``file:record``, or ``file@byte`` for a line of a .jsonl file), because the holdout is drawn by their
+hash. Cost: a compressed file is one split, however large.
 """
 
 from __future__ import annotations
@@ -14,182 +15,219 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
+from pathlib import Path
 from typing import IO, cast
 
 from lr2train.data.ingest.records import (
+    BAD_UTF8,
     COMPRESSED,
-    HUB,
-    Document,
-    File,
-    Shard,
-    Tally,
-    checked,
-    of_record,
-    opened,
-    size_if_known,
-    size_of,
-    text_bytes,
+    TOO_LARGE,
+    InputFile,
+    InputSplit,
+    ReadCounts,
+    SourceDocument,
+    document_of_record,
+    document_of_text,
+    estimated_text_bytes,
+    file_bytes,
+    file_bytes_if_known,
+    open_input,
 )
 from lr2train.data.ingest.tables import arrow_borders, parquet_borders, read_table
+from lr2train.io import read_json
 
-LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
-SUFFIXES = (".txt", *LINES, ".parquet", ".arrow")
-_ESCAPED = 3  # bytes of JSON that a byte of text takes where other alphabets are escaped; only control characters take more
-_REST_OF_LINE = 1 << 16  # of a record beside its text, at most about that
-_PIECE = 1 << 20  # of a line that is read at a time: a long one is given up before it fills the memory
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet", ".arrow")
 
-
-def read_text(file: File, max_bytes: int, tally: Tally) -> Iterator[Document]:
-    """A file that is one document."""
-    try:
-        with opened(file.place) as lines:
-            data = lines.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            tally.reject("too large", file.name, data, max(size_of(file), len(data)))
-        else:
-            text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-            yield from checked(file.name, text, max_bytes, tally, len(data))
-    except UnicodeDecodeError:
-        tally.reject("bad UTF-8", file.name, data, len(data))
-    except OSError as error:
-        tally.break_off(file, error, size_if_known(file))
+# A longer line than _MAX_ESCAPED * max_document_bytes + _MAX_REST cannot hold a text within the limit.
+_MAX_ESCAPED = 3  # bytes of JSON for a byte of text with escaped letters; only control characters take more
+_MAX_REST = 1 << 16  # bytes of a record beside its text
+_CHUNK_BYTES = 1 << 20  # of a line, read at a time: a long line is given up before it fills the memory
 
 
-def shards_of(files: Sequence[File], shard_bytes: int) -> list[Shard]:
-    """Files in order as shards of at most about ``shard_bytes``: small ones together, large ones cut."""
-    made: list[Shard] = []
-    together: list[File] = []
-    size = 0
+def is_read(path: str) -> bool:
+    """Whether a file is read, by its suffix.
+
+    An .arrow file beside a state.json is read only where state.json names it: `datasets` saves its caches beside the
+    records.
+    """
+    if not path.lower().endswith(SUFFIXES):
+        return False
+    file = Path(path)
+    state = file.parent / "state.json"
+    if not file.name.endswith(".arrow") or not state.is_file():
+        return True
+    return any(entry.get("filename") == file.name for entry in read_json(state).get("_data_files", []))
+
+
+def input_splits(files: Sequence[InputFile], split_bytes: int) -> list[InputSplit]:
+    """Files in order as splits of at most about ``split_bytes``.
+
+    Small files share a split. A large file is cut where its format allows.
+    """
+    splits: list[InputSplit] = []
+    together: list[InputFile] = []
+    together_bytes = 0
+
+    def close() -> None:
+        nonlocal together, together_bytes
+        if together:
+            name = together[0].name if len(together) == 1 else f"{together[0].name} … {together[-1].name}"
+            splits.append(InputSplit(name, tuple(together), size_bytes=together_bytes))
+        together, together_bytes = [], 0
+
     for file in files:
-        its = size_of(file)
-        alone = file.place.startswith(HUB) or its > shard_bytes
-        if together and (alone or size + its > shard_bytes):
-            made.append(Shard(_range_name(together), tuple(together), size_bytes=size))
-            together, size = [], 0
+        size = file_bytes(file)
+        alone = file.on_hub or size > split_bytes
+        if alone or together_bytes + size > split_bytes:
+            close()
         if alone:
-            made.extend(_cut(file, shard_bytes))
+            splits.extend(_cut(file, split_bytes))
         else:
             together.append(file)
-            size += its
-    return made + ([Shard(_range_name(together), tuple(together), size_bytes=size)] if together else [])
+            together_bytes += size
+    close()
+    return splits
 
 
-def _range_name(files: Sequence[File]) -> str:
-    return files[0].name if len(files) == 1 else f"{files[0].name} … {files[-1].name}"
-
-
-def _cut(file: File, shard_bytes: int) -> Iterator[Shard]:
-    """A large file as several shards where its format can be entered in the middle."""
-    size = size_of(file)
-    if file.kind.endswith(".parquet") and size:
-        borders = parquet_borders(file, shard_bytes)
-    elif file.kind.endswith(".arrow") and size:
-        borders = arrow_borders(file, size, shard_bytes)
-    elif file.kind.endswith(".jsonl") and not file.place.startswith(HUB):
-        borders = [*range(0, size, shard_bytes), size]
+def _cut(file: InputFile, split_bytes: int) -> Iterator[InputSplit]:
+    """A large file as several splits, where its format can be entered in the middle."""
+    size = file_bytes(file)
+    if file.lower_name.endswith(".parquet") and size:
+        borders = parquet_borders(file, split_bytes)
+    elif file.lower_name.endswith(".arrow") and size:
+        borders = arrow_borders(file, size, split_bytes)
+    elif file.lower_name.endswith(".jsonl") and not file.on_hub:
+        borders = [*range(0, size, split_bytes), size]
     else:
         borders = [0, -1]
     for start, stop in pairwise(borders):
         name = file.name if len(borders) == 2 else f"{file.name}[{start}:{stop}]"
-        yield Shard(name, (file,), start, stop, size // (len(borders) - 1))
+        yield InputSplit(name, (file,), start, stop, size // (len(borders) - 1))
 
 
-def read_files(shard: Shard, column: str, max_bytes: int, tally: Tally) -> Iterator[Document]:
-    """Documents of a shard of files: one a .txt file, one a record of the others.
+def read_files(split: InputSplit, column: str, max_bytes: int, counts: ReadCounts) -> Iterator[SourceDocument]:
+    """Documents of a split: one for each .txt file, one for each record of the other formats.
 
     Args:
-        column: that holds the text; dots lead into records (``meta.text``), unless a column has that very name.
+        column: that holds the text. Dots lead into nested records (``meta.text``), unless a column has that very name.
+        max_bytes: of a document.
     """
-    for file in shard.files:
-        if file.kind.endswith(".txt"):
-            yield from read_text(file, max_bytes, tally)
-        elif file.kind.endswith((".parquet", ".arrow")):
-            yield from read_table(file, shard, column, max_bytes, tally)
+    for file in split.files:
+        if file.lower_name.endswith(".txt"):
+            yield from read_text(file, max_bytes, counts)
+        elif file.lower_name.endswith((".parquet", ".arrow")):
+            yield from read_table(file, split, column, max_bytes, counts)
         else:
-            yield from _read_lines(file, shard, column, max_bytes, tally)
+            yield from _read_lines(file, split, column, max_bytes, counts)
 
 
-def _read_lines(file: File, shard: Shard, column: str, max_bytes: int, tally: Tally) -> Iterator[Document]:
-    """JSON values, one a line. A compressed file that breaks off counts once and ends there."""
-    compressed = file.kind.endswith(COMPRESSED)
-    read = consumed = 0  # bytes of lines, bytes of the file
+def read_text(file: InputFile, max_bytes: int, counts: ReadCounts) -> Iterator[SourceDocument]:
+    """A whole file as one document. Line ends become ``\\n``; a byte order mark is dropped."""
+    try:
+        with open_input(file.location) as stream:
+            data = stream.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            counts.count_broken(TOO_LARGE, file.name, data, max(file_bytes(file), len(data)))
+        else:
+            text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+            yield from document_of_text(file.name, text, max_bytes, counts, len(data))
+    except UnicodeDecodeError:
+        counts.count_broken(BAD_UTF8, file.name, data, len(data))
+    except OSError as error:
+        counts.count_unreadable(file, error, file_bytes_if_known(file))
+
+
+def _read_lines(
+    file: InputFile,
+    split: InputSplit,
+    column: str,
+    max_bytes: int,
+    counts: ReadCounts,
+) -> Iterator[SourceDocument]:
+    """JSON records, one a line. A damaged compressed file counts as one broken record and ends there."""
+    compressed = file.lower_name.endswith(COMPRESSED)
+    line_bytes = consumed_bytes = 0  # of lines, and of the file that they came from
     try:
         with ExitStack() as stack:
-            raw = stack.enter_context(opened(file.place))
-            longest = _ESCAPED * max_bytes + _REST_OF_LINE
-            lines = _lines(_decompressed(file.name, raw, stack), shard.start, shard.stop, longest)
-            for number, (place, size, line) in enumerate(lines):
-                read, consumed = place + size - shard.start, raw.tell() - shard.start
-                id = f"{file.name}:{number}" if compressed else f"{file.name}@{place}"
+            raw = stack.enter_context(open_input(file.location))
+            longest = _MAX_ESCAPED * max_bytes + _MAX_REST
+            lines = _lines(_decompressed(file.lower_name, raw, stack), split.start, split.stop, longest)
+            for number, (offset, size, line) in enumerate(lines):
+                line_bytes, consumed_bytes = offset + size - split.start, raw.tell() - split.start
+                id = f"{file.name}:{number}" if compressed else f"{file.name}@{offset}"
                 if line is None:
-                    tally.reject("too large", id, size_bytes=size)
+                    counts.count_broken(TOO_LARGE, id, size_bytes=size)
                 elif line.strip():
-                    yield from _parsed(id, line, column, max_bytes, tally)
+                    yield from _read_record(id, line, column, max_bytes, counts)
     except (OSError, EOFError, zlib.error) as error:
-        tally.break_off(file, error, _lost_of(file, shard, read, consumed))
+        counts.count_unreadable(file, error, _lost_bytes(file, split, line_bytes, consumed_bytes))
 
 
-def _lost_of(file: File, shard: Shard, read: int, consumed: int) -> int:
-    """About how much text a file has lost that broke off.
+def _lost_bytes(file: InputFile, split: InputSplit, line_bytes: int, consumed_bytes: int) -> int:
+    """Estimate of the text after the place where a file is damaged.
 
-    A file that was cut does not say how long it was: it counts as if half of it were gone. A file with a bad place in it counts with its rest.
+    A truncated file does not say how long it was: half of it counts as lost. A file that goes on after the damage
+    counts with its rest.
 
     Args:
-        read: bytes of its lines until then, uncompressed.
-        consumed: bytes of the file that they came from.
+        line_bytes: of the lines before the damage, uncompressed.
+        consumed_bytes: of the file that these lines came from.
     """
-    size = shard.size_bytes if len(shard.files) == 1 else size_if_known(file)
-    rest = max(0, size - consumed)
-    return max(read, rest * read // consumed if consumed else text_bytes(file.name, rest))
+    size = split.size_bytes if len(split.files) == 1 else file_bytes_if_known(file)
+    rest = max(0, size - consumed_bytes)
+    rest_text = rest * line_bytes // consumed_bytes if consumed_bytes else estimated_text_bytes(file.name, rest)
+    return max(line_bytes, rest_text)
 
 
-def _decompressed(name: str, raw: IO[bytes], stack: ExitStack) -> IO[bytes]:
-    name = name.lower()
-    if name.endswith(".gz"):
+def _decompressed(lower_name: str, raw: IO[bytes], stack: ExitStack) -> IO[bytes]:
+    if lower_name.endswith(".gz"):
         return stack.enter_context(cast(IO[bytes], gzip.GzipFile(fileobj=raw)))
-    if name.endswith(".zst"):
+    if lower_name.endswith(".zst"):
         import pyarrow as pa
 
-        # Arrow's reader goes on over all frames and tells a file that breaks off, as gzip's does.
+        # Arrow's reader continues over all frames and reports a truncated file, as gzip's reader does.
         frames = stack.enter_context(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"))
         return stack.enter_context(cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, frames), 1 << 17)))
     return raw
 
 
 def _lines(file: IO[bytes], start: int, stop: int, longest: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """Lines that begin in bytes [start, stop): where each begins, its size, and None in its place where it is too long to be held."""
-    place = start
-    if start:  # what begins before is the part's before us
+    """(offset, size, line) of the lines that begin in bytes [start, stop); line is None beyond ``longest`` bytes."""
+    offset = start
+    if start:  # the rest of a line that began earlier belongs to the split before
         file.seek(start - 1)
-        place += _line(file, 0)[0] - 1
-    while stop < 0 or place < stop:
-        size, line = _line(file, longest)
+        offset += _read_line(file, 0)[0] - 1
+    while stop < 0 or offset < stop:
+        size, line = _read_line(file, longest)
         if not size:
             return
-        yield place, size, line
-        place += size
+        yield offset, size, line
+        offset += size
 
 
-def _line(file: IO[bytes], longest: int) -> tuple[int, bytes | None]:
-    """The size of the next line, 0 at the end, and the line."""
-    pieces, size = list[bytes](), 0
-    while piece := file.readline(_PIECE):
-        size += len(piece)
+def _read_line(file: IO[bytes], longest: int) -> tuple[int, bytes | None]:
+    """(size, line) of the next line.
+
+    The size is 0 at the end of the file; line is None where it is longer than ``longest``.
+    """
+    chunks, size = list[bytes](), 0
+    while chunk := file.readline(_CHUNK_BYTES):
+        size += len(chunk)
         if size <= longest:
-            pieces.append(piece)
+            chunks.append(chunk)
         else:
-            pieces.clear()
-        if piece.endswith(b"\n"):
+            chunks.clear()
+        if chunk.endswith(b"\n"):
             break
-    return size, b"".join(pieces) if size <= longest else None
+    return size, b"".join(chunks) if size <= longest else None
 
 
-def _parsed(id: str, line: bytes, column: str, max_bytes: int, tally: Tally) -> Iterator[Document]:
+def _read_record(id: str, line: bytes, column: str, max_bytes: int, counts: ReadCounts) -> Iterator[SourceDocument]:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:
-        tally.reject("bad UTF-8", id, line, len(line))
+        counts.count_broken(BAD_UTF8, id, line, len(line))
     except (ValueError, RecursionError):
-        tally.reject("invalid JSON", id, line, len(line))
+        counts.count_broken("invalid JSON", id, line, len(line))
     else:
-        yield from of_record(id, record, column, max_bytes, tally, line)
+        yield from document_of_record(id, record, column, max_bytes, counts, line)

@@ -1,53 +1,50 @@
-"""Where documents come from: a kind of source lists its input as shards, and reads a shard as documents.
+"""Sources of documents: a source lists its input as splits, and reads a split as documents.
 
-Choice: the list of shards is all that decides who reads what, so many processes read one source and a later run finds the same shards. A
-source that yields nothing is an error. What files hold is lr2train.data.ingest.formats' affair. Cost: what cannot be listed (a class of one's own,
-a data set of another format) is one shard, read by one process.
+To add a kind of source, write its two functions (``source_kinds`` has examples) and enter them in ``KINDS``.
+
+Choice: the list of input splits alone decides who reads which part, so many processes read one source and a later run
+finds the same splits. A source without a document is an error. Cost: input that cannot be listed (a user's own class, a
+data set in another format) is one split, read by one process.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
-import re
 import sys
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lr2train.config import SourceConfig, UserError
 from lr2train.data.batch import WINDOWS
-from lr2train.data.ingest import losses
-from lr2train.data.ingest.finding import Found, Listing, find, reasons_in_words
-from lr2train.data.ingest.formats import SUFFIXES, read_files, read_text, shards_of
-from lr2train.data.ingest.records import (
-    HUB,
-    Document,
-    File,
-    Shard,
-    Tally,
-    checked,
-    of_record,
-    printable,
-    size_of,
-)  # fmt: skip
-from lr2train.io import fingerprint, read_json
+from lr2train.data.ingest import broken_share, hub, source_kinds
+from lr2train.data.ingest.find_files import SourceInput
+from lr2train.data.ingest.records import InputSplit, ReadCounts, SourceDocument, file_bytes
+from lr2train.io import fingerprint
 
-CUSTOM, FOLDER, HUB_KIND = "custom", "folder", "hub"
-PART = "#"  # in an id, before a part of a document: parts are held out as their whole is
-SHARD_BYTES = 64 << 20
-_DATASETS = "datasets/"
-_DEFINITION = re.compile(r"^(?:[ ]{4})?(?:@[^\n]*\n\s*)*(?:async def|def|class) ", re.MULTILINE)
+CUSTOM, FOLDER, HUB, NEEDLES, STDLIB = "custom", "folder", "hub", "needles", "stdlib"
+SPLIT_BYTES = 64 << 20
 
 
-class Kind(NamedTuple):
-    """A kind of source: how its input is listed, and how a shard of it is read."""
+class SourceKind(NamedTuple):
+    """A kind of source.
 
-    listing: Callable[[SourceConfig, int], Listing]
-    read: Callable[[SourceConfig, Shard, Tally], Iterator[Document]]
+    Attributes:
+        list_input: (config, split_bytes) -> the source's input.
+        read: (config, split, counts) -> the documents of a split.
+    """
+
+    list_input: Callable[[SourceConfig, int], SourceInput]
+    read: Callable[[SourceConfig, InputSplit, ReadCounts], Iterator[SourceDocument]]
+
+
+# `needles` is not among them: its documents are made from the text of these (needle_source).
+KINDS: dict[str, SourceKind] = {
+    STDLIB: SourceKind(source_kinds.list_stdlib, source_kinds.read_stdlib),
+    FOLDER: SourceKind(source_kinds.list_folder, source_kinds.read_folder),
+    HUB: SourceKind(hub.list_hub, hub.read_hub),
+    CUSTOM: SourceKind(source_kinds.list_custom, source_kinds.read_custom),
+}
 
 
 @dataclass(frozen=True)
@@ -60,379 +57,150 @@ class Limits:
 
     @classmethod
     def of(cls, source: SourceConfig) -> Limits:
-        """A source's own."""
+        """The limits of a source's config."""
         return cls(source.max_documents, source.max_bytes, source.max_tokens)
 
-    def admit(self, documents: Iterable[Document], tally: Tally) -> Iterator[Document]:
-        """The documents within the limits on documents and bytes, counted. They end before the first that would exceed one."""
+    def admit(self, documents: Iterable[SourceDocument], counts: ReadCounts) -> Iterator[SourceDocument]:
+        """Documents within the limits on documents and bytes, counted.
+
+        They end before the first that exceeds a limit.
+        """
         for document in documents:
-            size = len(document.data)
-            if tally.documents == self.documents or (self.text_bytes is not None and tally.text_bytes + size > self.text_bytes):
-                tally.limited = True
+            size = len(document.utf8)
+            too_long = self.text_bytes is not None and counts.text_bytes + size > self.text_bytes
+            if counts.documents == self.documents or too_long:
+                counts.limited = True
                 return
-            tally.documents += 1
-            tally.text_bytes += size
+            counts.documents += 1
+            counts.text_bytes += size
             yield document
 
 
-def read(source: SourceConfig, tally: Tally, listed: Iterable[Shard] | None = None) -> Iterator[Document]:
-    """Documents of a source in its fixed order, up to its ``max_documents`` and ``max_bytes``; the tally counts along.
+def list_input(source: SourceConfig, split_bytes: int) -> SourceInput:
+    """The input of a source, in splits of at most about ``split_bytes`` where the format can be cut.
+
+    Raises:
+        UserError: unknown kind or option, a path that does not exist, or more than ``max_broken_share`` cannot be
+            opened.
+    """
+    source_input = kind_of(source).list_input(source, split_bytes)
+    broken_share.refuse_unread(source, source_input.found)
+    return source_input
+
+
+def read_source(
+    source: SourceConfig,
+    counts: ReadCounts,
+    splits: Iterable[InputSplit] | None = None,
+) -> Iterator[SourceDocument]:
+    """Documents of a source in their fixed order, up to its ``max_documents`` and ``max_bytes``.
 
     Args:
-        listed: its shards; None lists them.
+        counts: of what was read, updated on the way.
+        splits: of its input; None lists them.
 
     Raises:
-        UserError: unknown kind or option, a path that is not there, or nothing to read.
+        UserError: unknown kind or option, a path that does not exist, or no document.
     """
-    listed = listing(source, SHARD_BYTES).shards if listed is None else listed
-    documents = (document for shard in listed for document in read_shard(source, shard, tally))
-    yield from Limits.of(source).admit(documents, tally)
-    if not tally.documents:
-        raise losses.nothing(source, tally.reasons, tally.columns)
+    splits = list_input(source, SPLIT_BYTES).splits if splits is None else splits
+    documents = (document for split in splits for document in read_split(source, split, counts))
+    yield from Limits.of(source).admit(documents, counts)
+    if not counts.documents:
+        raise broken_share.no_document(source, counts.reasons, counts.columns)
 
 
-def listing(source: SourceConfig, shard_bytes: int) -> Listing:
-    """The parts of a source's input in order, of about ``shard_bytes`` or less where their format can be cut.
+def read_split(source: SourceConfig, split: InputSplit, counts: ReadCounts) -> Iterator[SourceDocument]:
+    """All documents of a split in their fixed order, whatever the source's limits.
 
-    Raises:
-        UserError: unknown kind or option, a path that is not there, or more than its ``max_broken_share`` cannot be opened.
+    Broken records go into ``counts``.
     """
-    made = kind_of(source).listing(source, shard_bytes)
-    losses.refuse_unread(source, made.found)
-    return made
+    return kind_of(source).read(source, split, counts)
 
 
-def shards(source: SourceConfig, shard_bytes: int) -> list[Shard]:
-    """The shards of a ``listing`` alone."""
-    return listing(source, shard_bytes).shards
-
-
-def read_shard(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
-    """Documents of a shard in their fixed order, whatever the source's limits; broken records go to the tally."""
-    return kind_of(source).read(source, shard, tally)
-
-
-def check(source: SourceConfig) -> None:
-    """Refuse a source of text that cannot be read, before anything is.
+def kind_of(source: SourceConfig) -> SourceKind:
+    """The kind of a source of text.
 
     Raises:
-        UserError: unknown kind or window, a limit that lets nothing through, or a ``target`` that is not there.
+        UserError: unknown kind.
+    """
+    if source.kind not in KINDS:
+        key, kinds = f"data.sources.{source.name}", ", ".join((*sorted(KINDS), NEEDLES))
+        raise UserError(f"{key}: kind={source.kind} is not one of {kinds}; set kind to one of them")
+    return KINDS[source.kind]
+
+
+def check_source(source: SourceConfig) -> None:
+    """Refuse a source of text that cannot be read, before anything is read.
+
+    Raises:
+        UserError: unknown kind or window, a limit below 1, or a ``target`` that cannot be imported.
     """
     kind_of(source)
     check_windows(source)
+    source_key, share = f"data.sources.{source.name}", source.max_broken_share
     for key in ("max_documents", "max_bytes", "max_tokens", "max_document_bytes"):
         limit = getattr(source, key)
         if limit is not None and limit < 1:
-            raise UserError(f"data.sources.{source.name}.{key}={limit} is below 1; set it to 1 or more, or to null to read all")
-    if not 0.0 <= source.max_broken_share <= 1.0:
-        raise UserError(
-            f"data.sources.{source.name}.max_broken_share={source.max_broken_share} is not between 0 and 1; set it inside these limits"
-        )
+            raise UserError(f"{source_key}.{key}={limit} is below 1; set it to 1 or more, or to null to read all")
+    if not 0.0 <= share <= 1.0:
+        raise UserError(f"{source_key}.max_broken_share={share} is not between 0 and 1; set it inside these limits")
     if source.kind == CUSTOM:
-        _target(source)
+        source_kinds.import_target(source)
     elif source.target is not None:
-        raise UserError(f"data.sources.{source.name}.target={source.target} needs kind={CUSTOM}, not {source.kind}; set kind={CUSTOM}")
+        target = f"{source_key}.target={source.target}"
+        raise UserError(f"{target} needs kind={CUSTOM}, not {source.kind}; set {source_key}.kind={CUSTOM}")
 
 
 def check_windows(source: SourceConfig) -> None:
     """Refuse windows that do not exist.
 
     Raises:
-        UserError: none, or an unknown one.
+        UserError: no window, or an unknown window.
     """
     if not source.windows or not set(source.windows) <= set(WINDOWS):
-        raise UserError(
-            f"data.sources.{source.name}.windows={list(source.windows)} is not one or both of {', '.join(WINDOWS)}; set windows to them"
-        )
+        key, windows = f"data.sources.{source.name}.windows", ", ".join(WINDOWS)
+        raise UserError(f"{key}={list(source.windows)} is not one or both of {windows}; set windows to them")
 
 
-def kind_of(source: SourceConfig) -> Kind:
-    """What a source's kind does.
+def identity(source: SourceConfig, splits: Sequence[InputSplit]) -> str:
+    """Fingerprint of a source's files without reading them: names and sizes, commits of the hub, the Python version.
 
-    Raises:
-        UserError: there is none.
+    Times and locations do not count (``stamps`` has them). Empty for a custom class, whose input is unknown.
     """
-    if source.kind not in KINDS:
-        raise UserError(
-            f"data.sources.{source.name}: kind={source.kind} is not one of {', '.join(sorted(KINDS))}, needles; set kind to one of them"
-        )
-    return KINDS[source.kind]
+    files = dict.fromkeys(file for split in splits for file in split.files)
+    values = [[file.location] if file.on_hub else [file.name, file_bytes(file)] for file in files]
+    return fingerprint([sys.version if source.kind == STDLIB else "", values]) if files else ""
 
 
-def identity(source: SourceConfig, listed: Sequence[Shard]) -> str:
-    """What decides a source's documents beside its config, as far as one glance tells: names and sizes of files, commits, the Python version.
+def stamps(splits: Iterable[InputSplit]) -> list[str]:
+    """For each split, the fingerprint of its local files' locations, sizes and times.
 
-    Times and places do not count: ``stamps`` has them. Of a custom class nothing is known.
+    An equal stamp means: not touched since.
     """
-    files = dict.fromkeys(file for shard in listed for file in shard.files)
-    values = [[file.place] if file.place.startswith(HUB) else [file.name, size_of(file)] for file in files]
-    return fingerprint([sys.version if source.kind == "stdlib" else "", values]) if files else ""
+    real_folders: dict[str, str] = {}  # one look-up for the many files of a folder
+
+    def stamp(location: str) -> list[Any]:
+        folder, name = os.path.split(location)
+        if folder not in real_folders:
+            real_folders[folder] = os.path.realpath(folder)
+        status = os.stat(location)
+        return [real_folders[folder], name, status.st_size, status.st_mtime_ns]
+
+    return [fingerprint([stamp(file.location) for file in split.files if not file.on_hub]) for split in splits]
 
 
-def stamps(listed: Iterable[Shard]) -> list[str]:
-    """By which the local files of each shard are known again without reading them: places, sizes and times."""
-    real: dict[str, str] = {}  # of folders, which hold many files
-
-    def stamp(place: str) -> list[Any]:
-        folder, name = os.path.split(place)
-        if folder not in real:
-            real[folder] = os.path.realpath(folder)
-        about = os.stat(place)
-        return [real[folder], name, about.st_size, about.st_mtime_ns]
-
-    return [fingerprint([stamp(file.place) for file in shard.files if not file.place.startswith(HUB)]) for shard in listed]
+def extent(split: InputSplit) -> list[Any]:
+    """The part of its source that a split covers, as JSON values; the location of local files does not count."""
+    files = [file.location if file.on_hub else file.name for file in split.files]
+    return [files, split.start, split.stop]
 
 
-def shape(shard: Shard) -> list[Any]:
-    """Which part of a source's input a shard is, wherever that lies."""
-    files = [file.place if file.place.startswith(HUB) else file.name for file in shard.files]
-    return [files, shard.start, shard.stop]
-
-
-def settled(source: SourceConfig) -> SourceConfig:
-    """A source whose path says the same in every folder."""
+def with_absolute_path(source: SourceConfig) -> SourceConfig:
+    """A source whose path means the same in every working directory."""
     local = source.path is not None and is_local(source)
     return replace(source, path=os.path.abspath(source.path or "")) if local else source
 
 
 def is_local(source: SourceConfig) -> bool:
-    """Whether its path leads to files of this machine."""
-    return source.kind == FOLDER or (source.kind == HUB_KIND and source.path is not None and os.path.lexists(source.path))
-
-
-def take_options(source: SourceConfig, **defaults: Any) -> dict[str, Any]:
-    """The source's options over their defaults.
-
-    Raises:
-        UserError: an option that the kind does not know.
-    """
-    unknown = sorted(set(source.options) - set(defaults))
-    if unknown:
-        known = ", ".join(defaults) or "none"
-        raise UserError(
-            f"data.sources.{source.name}.options.{unknown[0]} is not an option of kind={source.kind} ({known}); remove it or correct its "
-            "name"
-        )
-    return {**defaults, **source.options}
-
-
-def _stdlib_listing(source: SourceConfig, shard_bytes: int) -> Listing:
-    """The .py files of the library, those of a folder before those of its folders; installed packages are not the library's."""
-    skipped = {"site-packages", "dist-packages", "__pycache__"} | (set() if _stdlib_options(source)["tests"] else {"test", "tests"})
-    found = find(Path(sysconfig.get_path("stdlib")), lambda place: place.endswith(".py"), skipped)
-    files = sorted(found.files, key=lambda file: [(1, folder) for folder in file.name.split("/")[:-1]] + [(0, file.name)])
-    return Listing(shards_of(files, shard_bytes), replace(found, others={}))
-
-
-def _stdlib_options(source: SourceConfig) -> dict[str, Any]:
-    options = take_options(source, unit="module", tests=False)
-    if options["unit"] not in ("module", "definition"):
-        raise UserError(
-            f"data.sources.{source.name}.options.unit={options['unit']} is not one of module, definition; set it to one of them"
-        )
-    return options
-
-
-def _read_stdlib(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
-    """Source code of the running Python's standard library: real documents of 1k to 300k tokens on every machine, without a download.
-
-    Options: ``unit``: module (a file) or definition (a function, method or class head; short documents); ``tests`` adds the library's own
-    tests (half of all its text, and missing on some systems).
-    """
-    whole = _stdlib_options(source)["unit"] == "module"
-    for file in shard.files:
-        modules = read_text(file, source.max_document_bytes, tally)
-        yield from modules if whole else (part for module in modules for part in _definitions(module))
-
-
-def _definitions(module: Document) -> Iterator[Document]:
-    """A module cut where a function, method or class begins, its decorators included."""
-    starts = [match.start() for match in _DEFINITION.finditer(module.text)]
-    stops = [*starts[1:], len(module.text)]
-    for number, (start, stop) in enumerate(zip(starts, stops, strict=False)):
-        text = module.text[start:stop]
-        yield Document(f"{module.id}{PART}{number}", text, text.encode())
-
-
-def _folder_listing(source: SourceConfig, shard_bytes: int) -> Listing:
-    """Every .txt (one document), .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow (one a record) under a folder, sorted; or one such file.
-
-    Raises:
-        UserError: there is nothing that we read.
-    """
-    take_options(source)
-    key, kinds = f"data.sources.{source.name}.path={source.path}", ", ".join(SUFFIXES)
-    path = Path(source.path or "")
-    try:
-        if source.path is None:
-            raise FileNotFoundError
-        path.stat()
-    except PermissionError:
-        raise UserError(f"{key} lies in a folder that may not be opened by this user; make it readable") from None
-    except OSError:
-        raise UserError(f"{key} does not exist; set it to a folder or a file ({kinds})") from None
-    found = find(path, _is_read)
-    if not any(_is_read(file.place) for file in found.files[:1]):
-        unread = found.about_unread()
-        closed = f" ({reasons_in_words(unread['reasons'], unread['examples'])})" if found.unread else ""
-        raise UserError(f"{key} holds no file that we read{closed}; it needs {kinds}")
-    return Listing(shards_of(found.files, shard_bytes), found)
-
-
-def _read_folder(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
-    return read_files(shard, source.text_column, source.max_document_bytes, tally)
-
-
-def _is_read(place: str) -> bool:
-    return place.lower().endswith(SUFFIXES) and _of_the_data_set(Path(place))
-
-
-def _of_the_data_set(file: Path) -> bool:
-    """Whether an .arrow file holds records of the set: what `datasets` saved lists its own in state.json, and caches lie beside them."""
-    state = file.parent / "state.json"
-    if not file.name.endswith(".arrow") or not state.is_file():
-        return True
-    return any(one.get("filename") == file.name for one in read_json(state).get("_data_files", []))
-
-
-def _hub_options(source: SourceConfig) -> dict[str, Any]:
-    return take_options(source, allow_download=False, config=None, split="train", revision=None, streaming=False)
-
-
-def _hub_listing(source: SourceConfig, shard_bytes: int) -> Listing:
-    """The files of a data set's splits; a set whose files we do not read ourselves is one shard for `datasets`.
-
-    `datasets` leaves out in silence what it may not open of a local copy, so we look through that ourselves.
-
-    Raises:
-        UserError: it would be downloaded without leave, or cannot be read.
-    """
-    options = _hub_options(source)
-    if source.path is None:
-        raise UserError(f"data.sources.{source.name}.path is not set; set it to the id of a dataset")
-    if not options["allow_download"] and not Path(source.path).exists():
-        raise UserError(
-            f"data.sources.{source.name}.path={source.path} would be downloaded; set "
-            f"data.sources.{source.name}.options.allow_download=true, or give a local folder"
-        )
-    if any(Path(source.path).glob("*.txt")):  # `datasets` would make a document of every line
-        raise UserError(f"data.sources.{source.name}.path={source.path} holds text files; set kind=folder, which reads one document a file")
-    files = _hub_files(source, options)
-    found = replace(find(Path(source.path), _is_read), others={}, again=[]) if Path(source.path).is_dir() else Found()
-    if files and all(file.kind.endswith(SUFFIXES) for file in files):
-        return Listing(shards_of(files, shard_bytes), found)
-    return Listing([Shard("+".join(_splits(options)), tuple(files))], found)
-
-
-def _splits(options: dict[str, Any]) -> list[str]:
-    return [options["split"]] if isinstance(options["split"], str) else list(options["split"])
-
-
-def _hub_files(source: SourceConfig, options: dict[str, Any]) -> list[File]:
-    """The files of the splits, at one commit: what `datasets` finds for the data set's config."""
-    from datasets import load_dataset_builder
-
-    with _named(source):
-        found = load_dataset_builder(source.path or "", name=options["config"], revision=options["revision"]).config.data_files or {}
-        missing = [split for split in _splits(options) if split not in found]
-        if missing:
-            raise ValueError(f"it has no split {missing[0]}, only {', '.join(map(str, found))}")
-        places = [str(place) for split in _splits(options) for place in found[split]]
-    return [File(_hub_name(place, source.path or ""), place) for place in places]
-
-
-def _hub_name(place: str, path: str) -> str:
-    """A file's name inside its repository or folder."""
-    if place.startswith(HUB):
-        return place.partition("@")[2].partition("/")[2]
-    return Path(place).relative_to(path).as_posix() if Path(place).is_relative_to(path) else Path(place).name
-
-
-@contextmanager
-def _named(source: SourceConfig) -> Iterator[None]:
-    """Whatever the libraries of the hub raise becomes a sentence with the source's name."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # unknown, gated, a script, no such split, no network: of four libraries' own kinds, without a common base
-        offline = f" (HF_HUB_OFFLINE={os.environ['HF_HUB_OFFLINE']} is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise UserError(
-            f"data.sources.{source.name}.path={source.path} cannot be read as a dataset{offline}: {why}; log in where it is gated, or set path "
-            "to a local copy"
-        ) from error
-
-
-def _read_hub(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
-    """A Hugging Face dataset without a script, or a local folder that ``datasets`` understands.
-
-    Options: ``allow_download`` (nothing is downloaded by surprise), ``config``, ``split`` (one or a list), ``revision``, ``streaming`` (read
-    files as they come instead of keeping them in the hub's cache).
-    """
-    options = _hub_options(source)
-    if shard.files and all(file.kind.endswith(SUFFIXES) for file in shard.files):
-        here = shard if options["streaming"] else shard._replace(files=tuple(_downloaded(source, file) for file in shard.files))
-        with _named(source):
-            yield from read_files(here, source.text_column, source.max_document_bytes, tally)
-        return
-    for split in _splits(options):
-        for number, record in enumerate(_hub_rows(source, split, options)):
-            yield from of_record(f"{split}:{number}", record, source.text_column, source.max_document_bytes, tally)
-
-
-def _downloaded(source: SourceConfig, file: File) -> File:
-    """A file of the hub in the local cache, at the commit that it was listed at."""
-    if not file.place.startswith(HUB):
-        return file
-    from huggingface_hub import hf_hub_download
-
-    repo, _, rest = file.place.removeprefix(HUB + _DATASETS).partition("@")
-    revision, _, name = rest.partition("/")
-    with _named(source):
-        return File(file.name, hf_hub_download(repo, name, repo_type="dataset", revision=revision))
-
-
-def _hub_rows(source: SourceConfig, split: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset
-
-    with _named(source):
-        yield from load_dataset(source.path or "", name=options["config"], split=split, revision=options["revision"], streaming=True)  # type: ignore[misc]
-
-
-def _one_shard(source: SourceConfig, shard_bytes: int) -> Listing:
-    return Listing([Shard(source.name, ())], Found())
-
-
-def _read_custom(source: SourceConfig, shard: Shard, tally: Tally) -> Iterator[Document]:
-    """Whatever an instance of the class ``target`` yields: pairs of a stable id and a text. Options: the class' own arguments."""
-    target = _target(source)
-    try:
-        pairs = iter(target(**source.options))
-    except TypeError as error:  # an argument that it does not take, or no __iter__
-        raise UserError(
-            f"data.sources.{source.name}.target={source.target} cannot be built with options {dict(source.options)} and iterated over: "
-            f"{error}; give the options that it takes"
-        ) from error
-    for number, pair in enumerate(pairs):
-        id, text = pair if isinstance(pair, tuple) and len(pair) == 2 else (f"{source.target}:{number}", None)
-        yield from checked(printable(str(id)), text, source.max_document_bytes, tally)
-
-
-def _target(source: SourceConfig) -> Callable[..., Iterable[Any]]:
-    module, _, name = (source.target or "").rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module before the dot
-        raise UserError(
-            f"data.sources.{source.name}.target={source.target} cannot be imported ({error}); set it to package.module.Class of a package "
-            "on PYTHONPATH"
-        ) from error
-
-
-KINDS: dict[str, Kind] = {
-    "stdlib": Kind(_stdlib_listing, _read_stdlib),
-    FOLDER: Kind(_folder_listing, _read_folder),
-    HUB_KIND: Kind(_hub_listing, _read_hub),
-    CUSTOM: Kind(_one_shard, _read_custom),
-}
+    """Whether the path of a source leads to files of this machine."""
+    return source.kind == FOLDER or (source.kind == HUB and source.path is not None and os.path.lexists(source.path))

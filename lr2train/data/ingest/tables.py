@@ -1,7 +1,8 @@
-"""Tables: .parquet and .arrow files, by their row groups and record batches.
+"""Tables: .parquet files by row groups, .arrow files by record batches.
 
-Choice: of a table only the column of the text is read, a few rows at a time. A table that lacks the column counts with all its rows and the
-bytes of its columns of text, because that is the text that is lost. Cost: a row group is never divided.
+Choice: only the text column of a table is read, a few rows at a time. A table without the text column counts with all
+its rows and with the bytes of its columns of strings, because that is the text that is lost. Cost: a row group is never
+divided.
 """
 
 from __future__ import annotations
@@ -11,173 +12,206 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from lr2train.data.ingest.records import HUB, Document, File, Shard, Tally, checked, opened, size_if_known, text_bytes
+from lr2train.data.ingest.records import (
+    HUB_SCHEME,
+    InputFile,
+    InputSplit,
+    ReadCounts,
+    SourceDocument,
+    document_of_text,
+    estimated_text_bytes,
+    file_bytes_if_known,
+    open_input,
+)
 
-_MOST_ROWS, _ROWS_BYTES = 256, 32 << 20  # of a parquet file in memory at a time
+_MAX_ROWS, _BATCH_BYTES = 256, 32 << 20  # of a .parquet file in memory at a time
 
 
 class _NoColumn(Exception):
-    """Rows without the column.
+    """Rows without the text column.
 
     Args:
         rows: how many.
-        has: the columns of text that they have, with their sizes in bytes.
+        text_columns: their columns of strings, with sizes in bytes.
     """
 
-    def __init__(self, rows: int, has: dict[str, int]) -> None:
+    def __init__(self, rows: int, text_columns: dict[str, int]) -> None:
         super().__init__()
-        self.rows, self.has = rows, has
+        self.rows, self.text_columns = rows, text_columns
 
 
-def read_table(file: File, shard: Shard, column: str, max_bytes: int, tally: Tally) -> Iterator[Document]:
-    """Rows of a .parquet or .arrow file. One that cannot be read counts once, one that lacks the column with all its rows."""
+def read_table(
+    file: InputFile,
+    split: InputSplit,
+    column: str,
+    max_bytes: int,
+    counts: ReadCounts,
+) -> Iterator[SourceDocument]:
+    """Documents of a .parquet or .arrow file, one for each row.
+
+    A file that cannot be read counts as one broken record. A file without the column counts with all its rows.
+    """
     from pyarrow import ArrowException
 
-    rows = _parquet_rows if file.kind.endswith(".parquet") else _arrow_rows
+    rows = _parquet_rows if file.lower_name.endswith(".parquet") else _arrow_rows
     try:
         with ExitStack() as stack:
-            for number, text in rows(file.place, shard.start, shard.stop, column, stack):
-                yield from checked(f"{file.name}:{number}", text, max_bytes, tally)
-    except _NoColumn as found:
-        about = f"no column {column}, only {', '.join(found.has) or 'columns without text'}"
-        if found.rows:
-            tally.lacks_column(column, file.name, found.has, about, sum(found.has.values()), found.rows)
+            for number, text in rows(file.location, split.start, split.stop, column, stack):
+                yield from document_of_text(f"{file.name}:{number}", text, max_bytes, counts)
+    except _NoColumn as missing:
+        about = f"no column {column}, only {', '.join(missing.text_columns) or 'columns without text'}"
+        if missing.rows:
+            size = sum(missing.text_columns.values())
+            counts.count_missing_column(file.name, missing.text_columns, about, size, missing.rows)
     except (ArrowException, OSError) as error:
-        part = shard.size_bytes if len(shard.files) == 1 else size_if_known(file)
-        tally.break_off(file, error, text_bytes(file.name, part))
+        part = split.size_bytes if len(split.files) == 1 else file_bytes_if_known(file)
+        counts.count_unreadable(file, error, estimated_text_bytes(file.name, part))
 
 
-def _parquet_rows(place: str, start: int, stop: int, column: str, stack: ExitStack) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(location: str, start: int, stop: int, column: str, stack: ExitStack) -> Iterator[tuple[int, Any]]:
+    """(row number in the file, value) of row groups [start, stop)."""
     from pyarrow.parquet import ParquetFile
 
-    file = ParquetFile(stack.enter_context(opened(place)))
-    every = _groups(file.metadata)
-    groups = every[start : stop if stop >= 0 else len(every)]
+    file = ParquetFile(stack.enter_context(open_input(location)))
+    all_groups = _row_groups(file.metadata)
+    groups = all_groups[start : stop if stop >= 0 else len(all_groups)]
     n_rows = sum(group.num_rows for group in groups)
-    sizes = _text_sizes(groups)
-    if not _has(file.schema_arrow, column):
-        raise _NoColumn(n_rows, sizes)
-    number = sum(group.num_rows for group in every[:start])
-    at_a_time = max(1, min(_MOST_ROWS, _ROWS_BYTES * n_rows // max(1, sizes.get(column, 0))))
-    for batch in file.iter_batches(at_a_time, row_groups=list(range(start, start + len(groups))), columns=[column]):
+    text_columns = _text_sizes(groups)
+    if not _has_column(file.schema_arrow, column):
+        raise _NoColumn(n_rows, text_columns)
+    number = sum(group.num_rows for group in all_groups[:start])
+    batch_rows = max(1, min(_MAX_ROWS, _BATCH_BYTES * n_rows // max(1, text_columns.get(column, 0))))
+    for batch in file.iter_batches(batch_rows, row_groups=list(range(start, start + len(groups))), columns=[column]):
         yield from enumerate(_values(batch, column), number)
         number += batch.num_rows
 
 
 def _text_sizes(groups: Sequence[Any]) -> dict[str, int]:
-    """Uncompressed bytes of the columns of strings in some row groups, by their names with dots."""
+    """Uncompressed bytes of the columns of strings in some row groups. Dots lead into nested records."""
     sizes = Counter[str]()
     for group in groups:
-        for part in (group.column(number) for number in range(group.num_columns)):
-            if part.physical_type == "BYTE_ARRAY":
-                sizes[part.path_in_schema] += part.total_uncompressed_size
+        for chunk in (group.column(number) for number in range(group.num_columns)):
+            if chunk.physical_type == "BYTE_ARRAY":
+                sizes[chunk.path_in_schema] += chunk.total_uncompressed_size
     return dict(sizes)
 
 
-def _has(schema: Any, column: str) -> bool:
-    """Whether an Arrow schema, or the type of a record, has a column that is no record itself; dots lead into records."""
+def _has_column(schema: Any, column: str) -> bool:
+    """Whether an Arrow schema, or the type of a record, has a column that is not a record itself.
+
+    Dots lead into nested records. A column whose own name holds dots comes first.
+    """
     from pyarrow import types
 
-    inside = {child.name: child.type for child in schema}
-    if column in inside:
-        return not types.is_struct(inside[column])
+    fields = {child.name: child.type for child in schema}
+    if column in fields:
+        return not types.is_struct(fields[column])
     head, _, rest = column.partition(".")
-    return bool(rest and head in inside and types.is_struct(inside[head]) and _has(inside[head], rest))
+    return bool(rest and head in fields and types.is_struct(fields[head]) and _has_column(fields[head], rest))
 
 
-def _picked(inside: Any, column: str) -> Any:
+def _column(table: Any, column: str) -> Any:
     """A column of a record batch, or of an array of records."""
-    columns = dict(zip(inside.schema.names, inside.columns, strict=True)) if hasattr(inside, "schema") else _fields(inside)
+    columns = _columns(table)
     if column in columns:
         return columns[column]
     head, _, rest = column.partition(".")
-    return _picked(columns[head], rest)
+    return _column(columns[head], rest)
 
 
-def _fields(records: Any) -> dict[str, Any]:
-    """The columns of an array of records; a missing record has nothing in any of them."""
-    return dict(zip((child.name for child in records.type), records.flatten(), strict=True))
+def _columns(table: Any) -> dict[str, Any]:
+    """The columns by name. In an array of records, a record that is null is null in every column."""
+    if hasattr(table, "schema"):
+        return dict(zip(table.schema.names, table.columns, strict=True))
+    return dict(zip((child.name for child in table.type), table.flatten(), strict=True))
 
 
 def _values(batch: Any, column: str) -> list[Any]:
-    """A column's values; as bytes where one of them is no UTF-8."""
+    """A column's values: strings, or bytes where some value is not UTF-8."""
     import pyarrow as pa
 
-    found = _picked(batch, column)
+    values = _column(batch, column)
     try:
-        return found.to_pylist()
+        return values.to_pylist()
     except UnicodeDecodeError:
-        return found.cast(pa.large_binary()).to_pylist()
+        return values.cast(pa.large_binary()).to_pylist()
 
 
-def _arrow_rows(place: str, start: int, stop: int, column: str, stack: ExitStack) -> Iterator[tuple[int, Any]]:
-    number, without = 0, 0
-    has = Counter[str]()
-    for index, batch in enumerate(_arrow_batches(place)):
+def _arrow_rows(location: str, start: int, stop: int, column: str, stack: ExitStack) -> Iterator[tuple[int, Any]]:
+    """(row number in the file, value) of record batches [start, stop)."""
+    number, n_without = 0, 0
+    text_columns = Counter[str]()
+    for index, batch in enumerate(_arrow_batches(location)):
         if start <= index and (stop < 0 or index < stop):
-            if _has(batch.schema, column):
+            if _has_column(batch.schema, column):
                 yield from enumerate(_values(batch, column), number)
             else:
-                without += batch.num_rows
-                has.update({name: _picked(batch, name).nbytes for name in _text_columns(batch.schema)})
+                n_without += batch.num_rows
+                text_columns.update({name: _column(batch, name).nbytes for name in _text_columns(batch.schema)})
         number += batch.num_rows
-    if without:
-        raise _NoColumn(without, dict(has))
+    if n_without:
+        raise _NoColumn(n_without, dict(text_columns))
 
 
-def _text_columns(schema: Any, before: str = "") -> Iterator[str]:
-    """Columns of strings of an Arrow schema, those in records by names with dots."""
+def _text_columns(schema: Any, prefix: str = "") -> Iterator[str]:
+    """Columns of strings of an Arrow schema. Names in nested records are joined by dots."""
     from pyarrow import types
 
+    text_types = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     for child in schema:
         if types.is_struct(child.type):
-            yield from _text_columns(child.type, f"{before}{child.name}.")
-        elif any(kind(child.type) for kind in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)):
-            yield before + child.name
+            yield from _text_columns(child.type, f"{prefix}{child.name}.")
+        elif any(is_type(child.type) for is_type in text_types):
+            yield prefix + child.name
 
 
-def parquet_borders(file: File, shard_bytes: int) -> list[int]:
-    """Row groups together until they are large enough; the whole file where it cannot be read, and is reported by its reader."""
+def parquet_borders(file: InputFile, split_bytes: int) -> list[int]:
+    """Row groups at which splits of about ``split_bytes`` begin, and the number of all.
+
+    ``[0, -1]``, the whole file, where the file is damaged: its reader reports the damage.
+    """
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        about = ParquetFile(file.place).metadata
-        sizes = [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in _groups(about)]
+        groups = _row_groups(ParquetFile(file.location).metadata)
+        sizes = [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups]
     except (ArrowException, OSError):
         return [0, -1]
-    return _grouped(sizes, shard_bytes)
+    return _borders(sizes, split_bytes)
 
 
-def arrow_borders(file: File, size: int, shard_bytes: int) -> list[int]:
+def arrow_borders(file: InputFile, size: int, split_bytes: int) -> list[int]:
+    """Record batches at which splits begin, like ``parquet_borders``; batches are taken as equally large."""
     from pyarrow import ArrowException
 
     try:
-        n = sum(1 for _ in _arrow_batches(file.place))
+        n = sum(1 for _ in _arrow_batches(file.location))
     except (ArrowException, OSError):
         return [0, -1]
-    return _grouped([size // max(n, 1)] * n, shard_bytes)
+    return _borders([size // max(n, 1)] * n, split_bytes)
 
 
-def _grouped(sizes: Sequence[int], most: int) -> list[int]:
+def _borders(sizes: Sequence[int], most: int) -> list[int]:
     borders, size = [0], 0
-    for number, one in enumerate(sizes):
-        if size and size + one > most:
+    for number, added in enumerate(sizes):
+        if size and size + added > most:
             borders.append(number)
             size = 0
-        size += one
+        size += added
     return [*borders, len(sizes)]
 
 
-def _groups(about: Any) -> list[Any]:
-    return [about.row_group(number) for number in range(about.num_row_groups)]
+def _row_groups(metadata: Any) -> list[Any]:
+    return [metadata.row_group(number) for number in range(metadata.num_row_groups)]
 
 
-def _arrow_batches(place: str) -> Iterator[Any]:
-    """Record batches of a stream (what `datasets` writes) or of an Arrow file, mapped."""
+def _arrow_batches(location: str) -> Iterator[Any]:
+    """Record batches of an Arrow stream (the format that `datasets` writes) or of an Arrow file, mapped into memory."""
     import pyarrow as pa
 
-    source = pa.PythonFile(opened(place), mode="r") if place.startswith(HUB) else pa.memory_map(place)
+    on_hub = location.startswith(HUB_SCHEME)
+    source = pa.PythonFile(open_input(location), mode="r") if on_hub else pa.memory_map(location)
     with source:
         if source.read(6) == b"ARROW1":
             source.seek(0)

@@ -1,4 +1,4 @@
-"""Readers: every format, broken records, and sources that hold nothing."""
+"""Sources: each kind lists and reads its input, and names the key of what it cannot read."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ import pytest
 from pyarrow import parquet
 
 from lr2train.config import SourceConfig, UserError
-from lr2train.data.ingest.formats import Tally
-from lr2train.data.ingest.sources import check, identity, listing, read, shards
+from lr2train.data.ingest.records import ReadCounts
+from lr2train.data.ingest.sources import check_source, identity, list_input, read_source
 
 
 def source(path, **values) -> SourceConfig:
-    return SourceConfig(name="web", kind=values.pop("kind", "folder"), path=None if path is None else str(path), **values)
+    return SourceConfig(
+        name="web",
+        kind=values.pop("kind", "folder"),
+        path=None if path is None else str(path),
+        **values,
+    )
 
 
-def all_of(config: SourceConfig) -> tuple[dict[str, str], Tally]:
-    tally = Tally()
-    return {document.id: document.text for document in read(config, tally)}, tally
+def all_of(config: SourceConfig) -> tuple[dict[str, str], ReadCounts]:
+    counts = ReadCounts()
+    return {document.id: document.text for document in read_source(config, counts)}, counts
 
 
-def test_every_format_in_one_folder_in_fixed_order(tmp_path):
+def test_a_folder_gives_documents_of_every_format_in_fixed_order(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "b.txt").write_text("from a file")
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "more": 1}\n')
@@ -32,7 +37,7 @@ def test_every_format_in_one_folder_in_fixed_order(tmp_path):
         file.write('{"text": "zipped"}\n')
     parquet.write_table(pa.table({"text": ["row 0", "row 1"], "other": [1, 2]}), tmp_path / "d.parquet")
     (tmp_path / "notes.md").write_text("not ours")
-    found, tally = all_of(source(tmp_path))
+    found, counts = all_of(source(tmp_path))
     assert found == {
         "a.jsonl@0": "one",
         "a.jsonl@17": "two",
@@ -41,50 +46,24 @@ def test_every_format_in_one_folder_in_fixed_order(tmp_path):
         "d.parquet:1": "row 1",
         "deep/b.txt": "from a file",
     }
-    assert (tally.documents, tally.broken) == (6, 0)
+    assert (counts.documents, counts.broken) == (6, 0)
 
 
-def test_broken_records_are_counted_and_skipped(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(
-        b'{"text": "good"}\n{"text": \n{"body": "no text"}\n{"text": 5}\n{"text": "  "}\n[1]\n{"text": "\xff"}\n{"text": "last"}\n'
-    )
-    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00bad")
-    (tmp_path / "c.parquet").write_bytes(b"PAR1 but no more")
-    parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "d.parquet")
-    whole = gzip.compress(json.dumps({"text": "x" * 5000}).encode() + b"\n")
-    (tmp_path / "e.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    found, tally = all_of(source(tmp_path))
-    assert list(found.values()) == ["good", "last"]
-    assert tally.broken == 6 + 1 + 1 + 1 + 1
-
-
-def test_one_file_and_another_column(tmp_path):
+def test_a_single_file_and_another_text_column(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "one"}\n')
     found, _ = all_of(source(tmp_path / "a.jsonl", text_column="body"))
     assert found == {"a.jsonl@0": "one"}
 
 
-def test_files_of_other_kinds_are_counted(tmp_path):
-    for name in ("a.txt", "b.csv", "deep/c.csv", "LICENSE"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("text")
-    found = listing(source(tmp_path), 1).found
-    assert found.about_others() == {
-        "files": 3, "bytes": 12, "kinds": {".csv": {"files": 2, "bytes": 8}, "LICENSE": {"files": 1, "bytes": 4}}, "links": 0,
-    }  # fmt: skip
-    assert not listing(source(tmp_path / "a.txt"), 1).found.others
-    assert not listing(SourceConfig(name="modules", kind="stdlib"), 1 << 26).found.others
-
-
-def test_limits_are_never_exceeded(tmp_path):
+def test_limits_on_documents_and_bytes_are_never_exceeded(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "number {i}"}}\n' for i in range(10)))
     assert len(all_of(source(tmp_path, max_documents=3))[0]) == 3
-    found, tally = all_of(source(tmp_path, max_bytes=20))
+    found, counts = all_of(source(tmp_path, max_bytes=20))
     assert len(found) == 2
-    assert tally.text_bytes == 16
+    assert counts.text_bytes == 16
 
 
-def test_nothing_to_read_is_an_error(tmp_path):
+def test_a_source_without_text_is_an_error(tmp_path):
     with pytest.raises(UserError, match="holds no file"):
         all_of(source(tmp_path))
     (tmp_path / "a.txt").write_text(" \n")
@@ -105,24 +84,27 @@ def test_unknown_kinds_and_options_are_named(tmp_path):
         all_of(source(None, kind="stdlib", options={"unit": "line"}))
 
 
-def test_nothing_is_downloaded_by_surprise():
+def test_a_download_needs_permission():
     with pytest.raises(UserError, match="allow_download=true"):
         all_of(SourceConfig(name="web", kind="hub", path="someone/some-data"))
 
 
-def test_a_local_dataset_folder_needs_no_download(tmp_path, monkeypatch):
+def test_a_local_data_set_needs_no_permission(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
-    found, tally = all_of(source(tmp_path, kind="hub"))
+    found, counts = all_of(source(tmp_path, kind="hub"))
     assert found == {"a.jsonl@0": "one"}
-    assert tally.broken == 1
+    assert counts.broken == 1
 
 
-def test_a_dataset_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_an_unreadable_data_set_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "set.py").write_text("a script")
     for path in (tmp_path, tmp_path / "set.py"):
-        with pytest.raises(UserError, match=r"data\.sources\.web\.path=.* cannot be read as a dataset \(HF_HUB_OFFLINE=1 is set\)"):
+        with pytest.raises(
+            UserError,
+            match=r"data\.sources\.web\.path=.* cannot be read as a dataset \(HF_HUB_OFFLINE=1 is set\)",
+        ):
             all_of(source(path, kind="hub"))
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     with pytest.raises(UserError, match="cannot be read as a dataset.*gone"):
@@ -130,25 +112,28 @@ def test_a_dataset_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 def on_the_hub(monkeypatch, **data_files: list[str]) -> None:
-    """As ``datasets`` resolves a data set: its files of each split, at one commit."""
+    """Let ``datasets`` resolve a data set to these files of each split."""
     found = SimpleNamespace(config=SimpleNamespace(data_files=data_files))
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: found)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
-def test_a_dataset_that_breaks_off_is_one_sentence(monkeypatch):
+def test_an_error_of_the_hub_while_reading_is_one_sentence(monkeypatch):
     def gated(*_, **__):
         yield {"text": "one"}
         raise PermissionError("403: the dataset is gated.\nAsk for access.")
 
     on_the_hub(monkeypatch, train=["hf://datasets/a/b@c0ffee/all.csv"])
     monkeypatch.setattr("datasets.load_dataset", gated)
-    with pytest.raises(UserError, match=r"path=a/b cannot be read as a dataset: 403: the dataset is gated\. Ask for access; log in"):
+    with pytest.raises(
+        UserError,
+        match=r"path=a/b cannot be read as a dataset: 403: the dataset is gated\. Ask for access; log in",
+    ):
         all_of(source("a/b", kind="hub", options={"allow_download": True}))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_files_of_the_hub_are_shards_at_their_commit(tmp_path, monkeypatch, streaming):
+def test_files_of_the_hub_are_splits_at_their_commit(tmp_path, monkeypatch, streaming):
     (tmp_path / "x.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     parquet.write_table(pa.table({"text": ["row"]}), tmp_path / "y.parquet")
     places = [f"hf://datasets/a/b@c0ffee/data/{name}" for name in ("x.jsonl", "y.parquet")]
@@ -168,25 +153,25 @@ def test_files_of_the_hub_are_shards_at_their_commit(tmp_path, monkeypatch, stre
     monkeypatch.setattr("huggingface_hub.HfFileSystem", FileSystem)
     options = {"allow_download": True, "split": ["train", "validation"], "streaming": streaming}
     config = source("a/b", kind="hub", options=options)
-    assert [shard.files[0].place for shard in shards(config, 1)] == places
-    found, tally = all_of(config)
+    assert [shard.files[0].location for shard in list_input(config, 1).splits] == places
+    found, counts = all_of(config)
     assert found == {"data/x.jsonl@0": "one", "data/x.jsonl@16": "two", "data/y.parquet:0": "row"}
-    assert tally.broken == 0
+    assert counts.broken == 0
     if streaming:
         assert asked == [(place, "rb") for place in places]
     else:
         assert asked == [("a/b", f"data/{name}", "dataset", "c0ffee") for name in ("x.jsonl", "y.parquet")]
 
 
-def test_a_commit_that_moved_is_another_source(monkeypatch):
+def test_another_commit_is_another_source(monkeypatch):
     config, seen = source("a/b", kind="hub", options={"allow_download": True}), set()
     for commit in ("one", "two"):
         on_the_hub(monkeypatch, train=[f"hf://datasets/a/b@{commit}/x.jsonl"])
-        seen.add(identity(config, shards(config, 1)))
+        seen.add(identity(config, list_input(config, 1).splits))
     assert len(seen) == 2
 
 
-def test_splits_of_a_local_data_set(tmp_path, monkeypatch):
+def test_named_splits_of_a_local_data_set_are_read(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": f"of {split}"}) + "\n")
@@ -196,18 +181,18 @@ def test_splits_of_a_local_data_set(tmp_path, monkeypatch):
     assert list(found.values()) == ["of train", "of validation"]
 
 
-def test_a_local_data_set_of_another_format_is_one_shard(tmp_path, monkeypatch):
+def test_a_local_data_set_of_another_format_is_one_split(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.csv").write_text("text,n\none,1\ntwo,2\n")
     config = source(tmp_path / "set", kind="hub")
-    assert len(shards(config, 1)) == 1
+    assert len(list_input(config, 1).splits) == 1
     assert all_of(config)[0] == {"train:0": "one", "train:1": "two"}
 
 
 class Counting:
-    """A reader of somebody else's: what ``target`` names."""
+    """A user's own reader, as ``target`` names it."""
 
     def __init__(self, upto: int) -> None:
         self.upto = upto
@@ -219,15 +204,19 @@ class Counting:
 
 
 def custom(**values) -> SourceConfig:
-    return SourceConfig(name="web", kind="custom", **{"target": f"{__name__}.Counting", "options": {"upto": 2}, **values})
+    return SourceConfig(
+        name="web",
+        kind="custom",
+        **{"target": f"{__name__}.Counting", "options": {"upto": 2}, **values},
+    )
 
 
-def test_a_class_of_ones_own_is_read():
-    check(custom())
-    found, tally = all_of(custom())
+def test_a_users_own_class_is_read():
+    check_source(custom())
+    found, counts = all_of(custom())
     assert found == {"number-0": "this is 0", "number-1": "this is 1"}
-    assert tally.broken == 2
-    assert identity(custom(), shards(custom(), 1)) == ""
+    assert counts.broken == 2
+    assert identity(custom(), list_input(custom(), 1).splits) == ""
 
 
 @pytest.mark.parametrize(
@@ -259,10 +248,10 @@ def test_a_class_that_cannot_be_built_is_named(words, values):
 )
 def test_bad_values_of_a_source_are_refused(words, values):
     with pytest.raises(UserError, match=words):
-        check(SourceConfig(name="web", kind="stdlib", **values))
+        check_source(SourceConfig(name="web", kind="stdlib", **values))
 
 
-def test_the_standard_library_is_always_there():
+def test_the_standard_library_is_read_without_packages_and_tests():
     modules, _ = all_of(SourceConfig(name="python", kind="stdlib", max_documents=5))
     assert len(modules) == 5
     assert not any("site-packages" in name or name.startswith("test/") for name in modules)
@@ -270,34 +259,15 @@ def test_the_standard_library_is_always_there():
 
 def test_definitions_are_parts_of_their_module():
     found, _ = all_of(SourceConfig(name="python", kind="stdlib", max_documents=40, options={"unit": "definition"}))
-    assert all("#" in name and (text.lstrip().startswith(("def ", "class ", "async def ", "@"))) for name, text in found.items())
+    assert all("#" in name for name in found)
+    assert all(text.lstrip().startswith(("def ", "class ", "async def ", "@")) for text in found.values())
 
 
 def test_identity_changes_with_the_files(tmp_path):
     def of(path) -> str:
-        return identity(source(path), shards(source(path), 1))
+        return identity(source(path), list_input(source(path), 1).splits)
 
     (tmp_path / "a.txt").write_text("x")
     before = of(tmp_path)
     (tmp_path / "b.txt").write_text("y")
     assert of(tmp_path) != before == of(tmp_path / "a.txt")
-
-
-def test_ends_of_names_in_capitals_are_read_and_hidden_files_are_passed_over(tmp_path):
-    from lr2train.data.ingest.finding import find
-    from lr2train.data.ingest.sources import _is_read
-
-    (tmp_path / ".ipynb_checkpoints").mkdir()
-    for name in ("A.TXT", "b.txt", ".b.txt", ".ipynb_checkpoints/b-checkpoint.txt"):
-        (tmp_path / name).write_text("text of a file")
-    found = find(tmp_path, _is_read)
-    assert [file.name for file in found.files] == ["A.TXT", "b.txt"]
-    assert found.others == {"hidden": [2, len("text of a file")]}
-
-
-def test_a_text_with_nul_characters_is_a_broken_record(tmp_path):
-    (tmp_path / "zeros.txt").write_bytes(bytes(100))
-    (tmp_path / "sound.txt").write_text("text of a file")
-    tally = Tally()
-    assert [one.id for one in read(SourceConfig(name="t", path=str(tmp_path)), tally)] == ["sound.txt"]
-    assert dict(tally.reasons) == {"NUL characters": 1}

@@ -1,4 +1,4 @@
-"""Workers: results come back, errors too, and a death is named."""
+"""A pool of processes: results, errors and progress come back, and a process that dies is named with its task."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from lr2train.config import UserError
-from lr2train.data.ingest.workers import Workers
+from lr2train.data.ingest.workers import WorkerPool
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 class Odd(Exception):
-    """Cannot be pickled: it takes more than it keeps."""
+    """Cannot be unpickled: its constructor takes more arguments than it keeps."""
 
     def __init__(self, one: int, two: int) -> None:
         super().__init__(one + two)
@@ -46,7 +46,7 @@ def work(task, report):
 
 def run(tasks, count):
     left, told = list(tasks), []
-    with Workers(make, count, lambda task: f"task {task}") as workers:
+    with WorkerPool(make, count, lambda task: f"task {task}") as workers:
         done = list(workers.run(lambda: left.pop(0) if left else None, lambda task, share: told.append((task, share))))
     return done, told
 
@@ -66,29 +66,33 @@ def test_all_tasks_come_back_with_their_progress(count):
         ("user", UserError, "a sentence"),
         ("defect", KeyError, "a defect"),
         ("odd", RuntimeError, "test_workers.Odd: 3"),
-        ("killed", UserError, r"killed by SIGKILL, as the kernel does where memory runs out, at task killed; set data\.workers"),
+        (
+            "killed",
+            UserError,
+            r"killed by SIGKILL, as the kernel does where memory runs out, at task killed; set data\.workers",
+        ),
         ("gone", UserError, "ended with exit code 3 at task gone"),
     ],
 )
-def test_what_goes_wrong_in_a_worker_is_said(task, error, words):
+def test_an_error_or_death_in_a_worker_is_raised_with_its_task(task, error, words):
     with pytest.raises(error, match=words) as caught:
         run([1, task, 2], 2)
     if error is KeyError:
         assert "in work" in "".join(caught.value.__notes__)
 
 
-def test_workers_end_with_a_killed_parent(tmp_path):
-    """The parent is killed while its workers wait for work; their pipe to the test closes once they are gone too."""
+def test_processes_end_with_a_killed_parent(tmp_path):
+    """The parent is killed while its workers wait for a task. The pipe to this test closes once all of them are gone."""
     (tmp_path / "parent.py").write_text(
         textwrap.dedent(f"""
         import os, signal, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
-        from lr2train.data.ingest.workers import Workers
+        from lr2train.data.ingest.workers import WorkerPool
         import test_workers
 
         if __name__ == "__main__":
             left = [1, 2]
-            with Workers(test_workers.make, 2) as workers:
+            with WorkerPool(test_workers.make, 2) as workers:
                 print(len(list(workers.run(lambda: left.pop() if left else None, lambda *_: None))), flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
         """)
@@ -100,19 +104,19 @@ def test_workers_end_with_a_killed_parent(tmp_path):
 
 def interrupted() -> None:
     left = list(range(6))
-    with Workers(make, 2) as workers:
+    with WorkerPool(make, 2) as workers:
         for _ in workers.run(lambda: left.pop() if left else None, lambda *_: None):
             raise KeyboardInterrupt
 
 
-def test_an_interruption_ends_the_workers():
+def test_an_interruption_ends_the_processes():
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not multiprocessing.active_children()
 
 
 class Deadly:
-    """What makes the work and ends the process that reads it, before all of it is read: more than a pipe holds."""
+    """Ends the process that unpickles it, before that process has read all of it: it is larger than a pipe's buffer."""
 
     def __init__(self) -> None:
         self.more = bytes(1 << 20)
@@ -124,7 +128,10 @@ class Deadly:
         return os._exit, (3,), {"more": self.more}
 
 
-def test_a_process_that_dies_while_it_is_told_its_work_is_named():
+def test_a_process_that_dies_before_its_first_task_is_named():
     left = ["one"]
-    with Workers(Deadly(), 2, lambda task: f"task {task}") as workers, pytest.raises(UserError, match="ended with exit code 3 at task one"):
+    with (
+        WorkerPool(Deadly(), 2, lambda task: f"task {task}") as workers,
+        pytest.raises(UserError, match="ended with exit code 3 at task one"),
+    ):
         list(workers.run(lambda: left.pop() if left else None, lambda *_: None))

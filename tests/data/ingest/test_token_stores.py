@@ -1,4 +1,4 @@
-"""Stage 1: the same stores whatever the number of workers, the limits' route and the kills; what changed is refused."""
+"""Stage 1: the same stores for any number of workers, limits and kills; a change that makes other tokens is refused."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from pyarrow import parquet
 from lr2train.config import Config, DecontaminateConfig, SourceConfig, UserError
 from lr2train.data import tokenizer
 from lr2train.data.corpus import Corpus, source_store
-from lr2train.data.ingest import tokenizing
-from lr2train.data.ingest.formats import Shard
+from lr2train.data.ingest import tokenize_split
+from lr2train.data.ingest.records import InputSplit
 from lr2train.data.ingest.sources import Limits
-from lr2train.data.ingest.tokenizing import Ledger, Task
+from lr2train.data.ingest.split_scheduler import SplitScheduler
+from lr2train.data.ingest.tokenize_split import SplitTask
 from lr2train.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -59,7 +60,7 @@ def config(texts: Path, runs: Path, source: dict | None = None, **data) -> Confi
 
 
 def contents(runs: Path, source: str = "web") -> dict[str, bytes]:
-    """The bytes of all files of the source's stores but their manifests."""
+    """The bytes of all files of the source's stores, without their manifests."""
     folder = runs / "corpus" / "store" / source
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name.endswith(FILES)}
 
@@ -71,11 +72,12 @@ def whole(texts, tmp_path_factory) -> Path:
     return runs
 
 
-def test_shards_are_stores_of_their_own_and_one_sequence_together(whole, texts):
+def test_the_token_shards_of_a_source_are_one_sequence_of_documents(whole, texts):
     corpus = Corpus.open(whole / "corpus")
     (train,), (held,) = corpus.stores("train"), corpus.stores("holdout")
     assert len(train.shards) == len(held.shards) > 9
-    read = [json.loads(line)["text"] for file in sorted(texts.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    lines = [line for file in sorted(texts.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    read = [json.loads(line)["text"] for line in lines]
     by_text = {corpus.tokenizer.decode(one[1:-1]): one for one in [*train, *held]}
     assert len(train) + len(held) == len(by_text) == len(read) == 360
     assert set(by_text) == set(read)
@@ -89,7 +91,7 @@ def test_shards_are_stores_of_their_own_and_one_sequence_together(whole, texts):
         train.locate(len(train))
 
 
-def test_origins_name_the_line(whole, texts):
+def test_an_origin_leads_to_its_line(whole, texts):
     (train,) = Corpus.open(whole / "corpus").stores()
     for document in range(0, len(train), 11):
         name, _, place = train.origin(document).partition("@")
@@ -106,9 +108,15 @@ def test_the_stores_do_not_depend_on_the_number_of_workers(whole, texts, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "limits", [{"max_documents": 100}, {"max_bytes": 60_000}, {"max_tokens": 20_000}, {"max_documents": 90, "max_tokens": 100_000}]
+    "limits",
+    [
+        {"max_documents": 100},
+        {"max_bytes": 60_000},
+        {"max_tokens": 20_000},
+        {"max_documents": 90, "max_tokens": 100_000},
+    ],
 )
-def test_limits_do_not_depend_on_workers_or_shards(texts, tmp_path, limits):
+def test_limits_mean_the_same_for_any_number_of_workers_and_splits(texts, tmp_path, limits):
     found = []
     for workers, shard_bytes in ((1, 9000), (1, 1 << 30), (2, 5000)):
         runs = tmp_path / f"{workers}-{shard_bytes}"
@@ -118,7 +126,7 @@ def test_limits_do_not_depend_on_workers_or_shards(texts, tmp_path, limits):
     assert found[0] == found[1] == found[2]
 
 
-def test_a_raised_limit_goes_on_from_the_shards_that_are_there(whole, texts, tmp_path):
+def test_another_limit_keeps_the_finished_token_shards(whole, texts, tmp_path):
     made = config(texts, tmp_path, {"max_tokens": 20_000})
     prepare(made)
     store = tmp_path / "corpus" / "store" / "web"
@@ -141,12 +149,16 @@ def run_config(runs: Path) -> dict:
     return json.loads((runs / "corpus" / "prepare.config.json").read_text())
 
 
-shards_of_documents = st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=6), min_size=1, max_size=6)
+shards_of_documents = st.lists(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=6),
+    min_size=1,
+    max_size=6,
+)
 some = st.one_of(st.none(), st.integers(1, 60))
 
 
 def shard_result(documents: list[tuple[int, int]], limits: Limits) -> dict:
-    """What reading one shard gives, document by document: (bytes, tokens) each."""
+    """The manifest's counts after one split is read document by document; a document is (bytes, tokens)."""
     n, size, tokens, limited = 0, 0, 0, False
     for of_text, of_tokens in documents:
         if n == limits.documents or (limits.text_bytes is not None and size + of_text > limits.text_bytes):
@@ -162,21 +174,21 @@ def shard_result(documents: list[tuple[int, int]], limits: Limits) -> dict:
 
 @given(shards_of_documents, some, some, some, st.integers(1, 4), st.randoms(use_true_random=False))
 @settings(max_examples=300, derandomize=True, deadline=None)
-def test_the_ledger_ends_where_reading_in_order_would(documents, n, size, tokens, workers, random):
+def test_the_scheduler_ends_where_one_reader_would(documents, n, size, tokens, workers, random):
     limits = Limits(n, size, tokens)
-    tasks = [Task(SourceConfig(name="a"), Shard(str(i), ()), i, "f", limits) for i in range(len(documents))]
-    ledger, busy = Ledger(tasks, {}), []
+    tasks = [SplitTask(SourceConfig(name="a"), InputSplit(str(i), ()), i, "f", limits) for i in range(len(documents))]
+    scheduler, busy = SplitScheduler(tasks, {}), []
     while True:
-        while len(busy) < workers and (task := ledger.draw()) is not None:
+        while len(busy) < workers and (task := scheduler.next_task()) is not None:
             busy.append(task)
         if not busy:
             break
         task = busy.pop(random.randrange(len(busy)))
-        ledger.put(task, shard_result(documents[task.number], task.limits))
-    assert ledger.closed
+        scheduler.add_result(task, shard_result(documents[task.number], task.limits))
+    assert scheduler.complete
     expected = shard_result([one for shard in documents for one in shard], limits)
     for key in ("read_documents", "text_bytes", "read_tokens"):
-        assert sum(made[key] for made in ledger.settled) == expected[key]
+        assert sum(made[key] for made in scheduler.counted) == expected[key]
 
 
 KILLED = """
@@ -200,15 +212,20 @@ main("prepare", prepare)
 
 def command(texts: Path, runs: Path, *more: str) -> list[str]:
     return [
-        f"data.sources=[{{name: web, path: {texts}}}]", f"data.tokenizer={texts / 'tokenizer'}", "data.segment_tokens=512", "data.holdout=0.2",
-        "model.original_window_tokens=128", "data.workers=1", "data.shard_bytes=9000", f"runs_folder={runs}", "name=corpus", *more,
+        f"data.sources=[{{name: web, path: {texts}}}]", f"data.tokenizer={texts / 'tokenizer'}", "data.holdout=0.2",
+        "data.segment_tokens=512", "model.original_window_tokens=128", "data.workers=1", "data.shard_bytes=9000",
+        f"runs_folder={runs}", "name=corpus", *more,
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("at", [3, 19, 60, 111])
-def test_killed_before_any_file_appears_it_goes_on_there(whole, texts, tmp_path, at):
+def test_a_killed_job_goes_on_with_its_finished_token_shards(whole, texts, tmp_path, at):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    dead = subprocess.run([sys.executable, "-c", KILLED, str(at), *command(texts, tmp_path)], env=environment, capture_output=True)
+    dead = subprocess.run(
+        [sys.executable, "-c", KILLED, str(at), *command(texts, tmp_path)],
+        env=environment,
+        capture_output=True,
+    )
     assert dead.returncode == -signal.SIGKILL
     store = tmp_path / "corpus" / "store" / "web"
     before = {file.name: file.stat().st_mtime_ns for file in store.glob("train-*.json")}
@@ -218,27 +235,25 @@ def test_killed_before_any_file_appears_it_goes_on_there(whole, texts, tmp_path,
     assert not list(store.glob(".*.tmp"))
 
 
-def test_what_changed_is_refused_by_name(texts, tmp_path):
+def test_a_change_that_makes_other_tokens_is_refused_with_its_key(texts, tmp_path):
     theirs = tmp_path / "texts"
     theirs.mkdir()
     for file in texts.glob("?.jsonl"):
         (theirs / file.name).write_bytes(file.read_bytes())
     (theirs / "tokenizer").symlink_to(texts / "tokenizer")
     prepare(config(theirs, tmp_path))
-    with pytest.raises(
-        UserError, match=r"data\.sources\.web: \d+ shards in .* are from before a change of data\.holdout; choose another name="
-    ):
+    with pytest.raises(UserError, match=r"data\.sources\.web: .*change of data\.holdout; choose another name="):
         prepare(config(theirs, tmp_path, holdout=0.5))
     with pytest.raises(UserError, match=r"change of data\.shard_bytes"):
         prepare(config(theirs, tmp_path, shard_bytes=5000))
     with pytest.raises(UserError, match=r"change of data\.sources\.web\.text_column"):
         prepare(config(theirs, tmp_path, {"text_column": "id"}))
     (theirs / "3.jsonl").write_bytes((theirs / "3.jsonl").read_bytes() + b"\n")
-    with pytest.raises(UserError, match="change of the source's files"):
+    with pytest.raises(UserError, match="the source's files;"):
         prepare(config(theirs, tmp_path))
     (theirs / "3.jsonl").write_bytes((texts / "3.jsonl").read_bytes())
     tokenizer.train(["another text"], 380).save(tmp_path / "other")
-    with pytest.raises(UserError, match=r"documents of another tokenizer, because data\.tokenizer=.*other has changed"):
+    with pytest.raises(UserError, match=r"data\.tokenizer=.*other\b"):
         prepare(config(theirs, tmp_path, tokenizer=str(tmp_path / "other")))
     assert Corpus.open(tmp_path / "corpus").tokenizer.vocab_size == 400, "the refused one did not replace it"
 
@@ -246,15 +261,21 @@ def test_what_changed_is_refused_by_name(texts, tmp_path):
 def test_too_many_broken_records_stop_the_job_and_leave_examples(texts, tmp_path):
     theirs = tmp_path / "texts"
     theirs.mkdir()
-    (theirs / "a.jsonl").write_text('{"text": "good enough to be read, and long"}\n' * 90 + "{\n" * 8 + '{"author": "A"}\n' * 2)
+    (theirs / "a.jsonl").write_text(
+        '{"text": "good enough to be read, and long"}\n' * 90 + "{\n" * 8 + '{"author": "A"}\n' * 2,
+    )
     (theirs / "tokenizer").symlink_to(texts / "tokenizer")
     with pytest.raises(
         UserError,
-        match=r"10 of 100 records are lost \(8 invalid JSON, 2 missing column; a.* has author\), more than its max_broken_share of 0\.05",
+        match=r"10 of 100 records .*\(8 invalid JSON, 2 missing column; a.* has author\).* max_broken_share of 0\.05",
     ):
         prepare(config(theirs, tmp_path))
-    examples = [json.loads(line) for line in (tmp_path / "corpus" / "store" / "web" / "rejects.jsonl").read_text().splitlines()]
-    assert {(one["reason"], one["beginning"]) for one in examples} == {("invalid JSON", "{\n"), ("missing column", '{"author": "A"}\n')}
+    rejects = tmp_path / "corpus" / "store" / "web" / "rejects.jsonl"
+    examples = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert {(one["reason"], one["beginning"]) for one in examples} == {
+        ("invalid JSON", "{\n"),
+        ("missing column", '{"author": "A"}\n'),
+    }
     made = prepare(config(theirs, tmp_path, {"max_broken_share": 0.1}))
     assert made["sources"][0]["broken_by_reason"] == {"invalid JSON": 8, "missing column": 2}
     assert len((tmp_path / "corpus" / "rejects.jsonl").read_text().splitlines()) == len(examples)
@@ -280,7 +301,10 @@ def cut_gzip(folder: Path) -> None:
 
 
 def another_schema(folder: Path) -> None:
-    parquet.write_table(pa.table({"body": [f"row {number} " + "x" * 40 for number in range(2000)]}), folder / "b.parquet")
+    parquet.write_table(
+        pa.table({"body": [f"row {number} " + "x" * 40 for number in range(2000)]}),
+        folder / "b.parquet",
+    )
 
 
 def one_long_line(folder: Path) -> None:
@@ -306,11 +330,14 @@ def half_of_the_files(folder: Path) -> None:
         (half_of_the_files, "files", "40 unreadable file in b0.jsonl.gz"),
     ],
 )
-def test_what_is_lost_stops_the_job_by_records_files_or_bytes(texts, tmp_path, damage, what, why):
-    """A file that is small, or one record, may be much of the text."""
+def test_too_much_loss_in_records_files_or_bytes_stops_the_job(texts, tmp_path, damage, what, why):
+    """One record, or one small compressed file, may be much of the text."""
     theirs = mostly_good(tmp_path, texts)
     damage(theirs)
-    with pytest.raises(UserError, match=rf"\d+ of \d+ {what} are lost \({why}.*more than its max_broken_share of 0\.05") as refused:
+    with pytest.raises(
+        UserError,
+        match=rf"\d+ of \d+ {what} are lost \({why}.*more than its max_broken_share of 0\.05",
+    ) as refused:
         prepare(config(theirs, tmp_path, {"max_document_bytes": 100_000}))
     named = re.search(r"set data\.sources\.web\.max_broken_share=([\d.]+) to go on", str(refused.value))
     share = float(named[1]) if named else 0.9  # before a source's end nobody knows how much it will be
@@ -319,7 +346,7 @@ def test_what_is_lost_stops_the_job_by_records_files_or_bytes(texts, tmp_path, d
     assert made["sources"][0]["broken"]
 
 
-def test_a_little_that_is_lost_is_said_and_goes_on(texts, tmp_path, capsys):
+def test_a_small_loss_is_reported_and_the_job_goes_on(texts, tmp_path, capsys):
     theirs = mostly_good(tmp_path, texts)
     (theirs / "gone.jsonl").symlink_to("/gone/gone.jsonl")
     (theirs / "notes.md").write_text("notes")
@@ -339,25 +366,32 @@ def test_a_little_that_is_lost_is_said_and_goes_on(texts, tmp_path, capsys):
     assert "20 broken records skipped (40 bytes: 20 invalid JSON)" in said.err
 
 
-def test_what_cannot_be_opened_and_what_is_broken_add_up(texts, tmp_path):
-    """Each alone is within the share."""
+def test_unread_and_damaged_files_add_up(texts, tmp_path):
+    """Each of the two kinds alone is within max_broken_share."""
     theirs = mostly_good(tmp_path, texts)
     for number in range(2):
         (theirs / f"gone{number}.jsonl").symlink_to("/gone/gone.jsonl")
     (theirs / "b.jsonl.gz").write_bytes(b"\x1f")
-    with pytest.raises(UserError, match=r"about 3 of 43 files are lost \(1 unreadable file, 2 link to nothing in b\.jsonl\.gz\)"):
+    with pytest.raises(
+        UserError,
+        match=r"about 3 of 43 files are lost \(1 unreadable file, 2 link to nothing in b\.jsonl\.gz\)",
+    ):
         prepare(config(theirs, tmp_path))
 
 
-def test_contents_decide_whether_text_is_the_same(texts, tmp_path, monkeypatch):
+def test_touched_and_moved_files_are_compared_by_contents_once(texts, tmp_path, monkeypatch):
     theirs, stamps = tmp_path / "texts", (texts / "3.jsonl").stat()
     shutil.copytree(texts, theirs)
     first = prepare(config(theirs, tmp_path))
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "corpus" / "store" / "web").glob("*-0*")}
     os.utime(theirs / "3.jsonl", ns=(0, 0))
     read = []
-    contents = tokenizing.contents
-    monkeypatch.setattr(tokenizing, "contents", lambda task, *more: read.append(task.shard.name) or contents(task, *more))
+    contents = tokenize_split.contents_digest
+    monkeypatch.setattr(
+        tokenize_split,
+        "contents_digest",
+        lambda task, *more: read.append(task.split.name) or contents(task, *more),
+    )
     monkeypatch.setattr(tokenizer.Tokenizer, "encode_batch", None)
     touched = prepare(config(theirs, tmp_path))
     assert len(set(read)) == len(read) > 1
@@ -377,15 +411,13 @@ def test_contents_decide_whether_text_is_the_same(texts, tmp_path, monkeypatch):
     data = (moved / "3.jsonl").read_bytes()
     (moved / "3.jsonl").write_bytes(data.replace(b"a", b"b", 1))
     assert (moved / "3.jsonl").stat().st_size == stamps.st_size
-    with pytest.raises(
-        UserError, match=r"sources\.web: the text of 3\.jsonl\S* has changed since its shard in .* was made; choose another name="
-    ):
+    with pytest.raises(UserError, match=r"sources\.web: .* 3\.jsonl\S* has changed .*; choose another name="):
         prepare(config(moved, tmp_path))
     (moved / "3.jsonl").write_bytes(data)
     assert prepare(config(moved, tmp_path))["fingerprint"] == first["fingerprint"]
 
 
-def test_limits_are_compared_as_far_as_was_read(texts, tmp_path):
+def test_text_beyond_a_limit_is_not_compared(texts, tmp_path):
     theirs = tmp_path / "texts"
     shutil.copytree(texts, theirs)
     prepare(config(theirs, tmp_path, {"max_tokens": 20_000}))
@@ -396,13 +428,13 @@ def test_limits_are_compared_as_far_as_was_read(texts, tmp_path):
 
 
 def test_copies_of_a_text_make_the_same_corpus(whole, texts, tmp_path):
-    """On another machine, say, where they have other times and another place."""
+    """Such as on another machine, where the files have other times and locations."""
     shutil.copytree(texts, tmp_path / "copy", copy_function=shutil.copyfile)
     prepare(config(tmp_path / "copy", tmp_path))
     assert Corpus.open(tmp_path / "corpus").fingerprint == Corpus.open(whole / "corpus").fingerprint
 
 
-def test_a_tokenizer_that_was_trained_is_kept_where_its_text_is_only_touched(texts, tmp_path):
+def test_a_trained_tokenizer_is_kept_where_its_text_was_only_touched(texts, tmp_path):
     theirs = tmp_path / "texts"
     shutil.copytree(texts, theirs)
     first = prepare(config(theirs, tmp_path, tokenizer=None, vocab_size=400))
@@ -411,8 +443,8 @@ def test_a_tokenizer_that_was_trained_is_kept_where_its_text_is_only_touched(tex
     assert prepare(config(theirs, tmp_path, tokenizer=None, vocab_size=400))["fingerprint"] == first["fingerprint"]
 
 
-def test_manifests_get_their_names_after_the_disk_holds_what_they_speak_for(texts, tmp_path, monkeypatch):
-    """In the order in which a power cut may end it at any place."""
+def test_a_manifest_appears_after_the_disk_holds_its_files(texts, tmp_path, monkeypatch):
+    """So a power cut at any point leaves no manifest without its files."""
     events: list[tuple[str, str]] = []
     fsync, replace = os.fsync, os.replace
 
@@ -443,9 +475,10 @@ def test_manifests_get_their_names_after_the_disk_holds_what_they_speak_for(text
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_limit_on_file_sizes_names_the_file_and_leaves_nothing_broken(whole, texts, tmp_path, workers):
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY)); sys.path.insert(0, '');"
-    script = f"{limited} from lr2train.prepare import prepare, main; main('prepare', prepare)"
+def test_a_limit_on_file_sizes_names_the_file_and_breaks_nothing(whole, texts, tmp_path, workers):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))"
+    verb = "from lr2train.prepare import prepare, main; main('prepare', prepare)"
+    script = f"{limit}; import sys; sys.path.insert(0, ''); {verb}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     arguments = [
         one if not one.startswith("data.workers") else f"data.workers={workers}"
@@ -453,17 +486,30 @@ def test_a_limit_on_file_sizes_names_the_file_and_leaves_nothing_broken(whole, t
     ]
     ended = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
     assert ended.returncode
-    assert re.search(r"(File too large.*store/web/\w+-\d+\.|store/web/\w+-\d+\..*File too large)", ended.stderr), ended.stderr
+    store_file = r"store/web/\w+-\d+\."
+    assert re.search(rf"(File too large.*{store_file}|{store_file}.*File too large)", ended.stderr), ended.stderr
     prepare(config(texts, tmp_path, shard_bytes=60_000))
     assert Corpus.open(tmp_path / "corpus").verify() > 0
     assert not list((tmp_path / "corpus").rglob(".*.tmp"))
 
 
-MEGATRON_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+MEGATRON_DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
 
 
 class MegatronIndexedDataset:
-    """Reads a store as Megatron-LM does (megatron/core/datasets/indexed_dataset.py, _IndexReader), written anew from its published layout."""
+    """Reads a store as Megatron-LM does (megatron/core/datasets/indexed_dataset.py, _IndexReader).
+
+    Written anew from the published layout.
+    """
 
     def __init__(self, prefix: Path) -> None:
         with Path(f"{prefix}.idx").open("rb") as stream:
@@ -484,7 +530,7 @@ class MegatronIndexedDataset:
         return np.frombuffer(self.data, self.dtype, self.lengths[sequence], self.pointers[sequence])
 
 
-def test_megatrons_reader_reads_every_shard(whole):
+def test_megatrons_reader_reads_every_token_shard(whole):
     store = source_store(whole / "corpus", "web")
     for shard in store.shards:
         theirs = MegatronIndexedDataset(shard.prefix)
