@@ -163,8 +163,8 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     core.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     core = _with_digit_pairs(core)
-    # Other runtimes put BOS before a prompt because the tokenizer's post-processor says so. Our own code encodes without
-    # special tokens and adds BOS and EOS itself.
+    # Other runtimes put BOS before a prompt because the tokenizer's post-processor says so. Our own code encodes
+    # without special tokens and adds BOS and EOS itself.
     bos, eos = core.token_to_id(BOS), core.token_to_id(EOS)
     assert bos is not None
     assert eos is not None
@@ -238,7 +238,7 @@ def load(path: str) -> Tokenizer:
 def _border_names(folder: Path) -> dict[str, str | None]:
     """BOS and EOS as a folder names them; empty where it has neither of the two files.
 
-    tokenizer_config.json wins over special_tokens_map.json. A name is a string, or a dict with the string as its content.
+    tokenizer_config.json wins over special_tokens_map.json. A name is a string, or a dict with the string as content.
     """
     config = _json(folder / "special_tokens_map.json") | _json(folder / _CONFIG)
     values = {key: config.get(key) for key in ("bos_token", "eos_token")} if config else {}

@@ -61,9 +61,8 @@ def ensure_tokenizer(
                 return tokenizer
     elif found and found["fingerprint"] != wanted and has_documents:
         what = f"data.tokenizer={data.tokenizer}" if data.tokenizer else "the text that the tokenizer is trained on"
-        raise UserError(
-            f"{folder} holds documents of another tokenizer, because {what} has changed; choose another name= to tokenise again"
-        )
+        why = f"because {what} has changed"
+        raise UserError(f"{folder} holds documents of another tokenizer, {why}; choose another name= to tokenise again")
     reopen(folder)
     manifest.unlink(missing_ok=True)
     started = time.monotonic()

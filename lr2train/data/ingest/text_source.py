@@ -182,7 +182,7 @@ class TextSource:
         touched = [task for task in finished if not self._is_unchanged(task, compared_before)]
         if not touched:
             return
-        self._log(f"{self.name}: {len(touched)} token shards have files with a new time or location; comparing their text")
+        self._log(f"{self.name}: {len(touched)} token shards have touched or moved files; comparing their text")
         waiting = iter([task._replace(made_before=self._finished[task.number]) for task in touched])
         done, total = 0, sum(max(task.split.size_bytes, 1) for task in touched)
         with meter(f"compare {self._source.name}") as tick:

@@ -82,7 +82,7 @@ def test_an_error_or_death_in_a_worker_is_raised_with_its_task(task, error, word
 
 
 def test_processes_end_with_a_killed_parent(tmp_path):
-    """The parent is killed while its workers wait for a task. The pipe to this test closes once all of them are gone."""
+    """The parent is killed while its workers wait for a task. The pipe to this test closes once all are gone."""
     (tmp_path / "parent.py").write_text(
         textwrap.dedent(f"""
         import os, signal, sys
