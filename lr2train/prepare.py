@@ -19,7 +19,7 @@ from lr2train import io, run
 from lr2train.cli.door import main
 from lr2train.config import Config, ModelConfig, UserError
 from lr2train.data import building, integrity
-from lr2train.data.plan import segmenting
+from lr2train.data.plan import stage
 from lr2train.reporting.mix import ensure_mix_pictures
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import refuse_target
@@ -63,7 +63,7 @@ def _prepare(config: Config, original_window_tokens: int, listed: building.Liste
         job.log(line)
     tokenizer = building.ensure_tokenizer(job.folder, config.data, listed, job.log)
     stores = building.ensure_stores(job.folder, config.data, listed, tokenizer, original_window_tokens, config.seed, job.log)
-    manifest = segmenting.ensure_plan(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
+    manifest = stage.ensure_segment_tables(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
     integrity.write_checksums(job.folder)
     job.claim({})
     return {**manifest, "not_read": unread, "folder": str(job.folder)}
@@ -87,7 +87,7 @@ def original_window(model: ModelConfig) -> int:
 
 def table(result: dict[str, Any]) -> str:
     """The counts for a person: the mix that was planned, what was held out and what was broken."""
-    mix = (Path(result["folder"]) / segmenting.PLAN_TEXT).read_text().rstrip()
+    mix = (Path(result["folder"]) / stage.PLAN_TEXT).read_text().rstrip()
     held = sum(source["holdout_documents"] for source in result["sources"])
     broken, lost = (sum(source.get(key, 0) for source in result["sources"]) for key in ("broken", "lost_bytes"))
     records = f"broken records: {broken:,}{f' with {lost:,} bytes' if broken else ''}"

@@ -28,7 +28,7 @@ from lr2train.data.ingest.textsource import REJECTS, TextSource, counts, example
 from lr2train.data.ingest.tokenizing import Setup, Task, is_held_out
 from lr2train.data.ingest.workers import Workers
 from lr2train.data.needles import N_KEYS, NeedleMaker, between, check_needles
-from lr2train.data.plan import composing, segmenting
+from lr2train.data.plan import compose, mix
 from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.data.text import Text
 from lr2train.data.tokenizer import Tokenizer
@@ -70,13 +70,13 @@ def check(data: DataConfig, original_window_tokens: int) -> None:
             _check_needle_source(source, data)
         else:
             sources.check(source)
-    for window, budget in segmenting.budgets(data).items():
+    for window, budget in mix.budgets(data).items():
         if budget and not any(window in source.windows for source in data.sources):
             raise UserError(
                 f"data.{window}_tokens={budget}, and no source has {window} among its windows; add {window} to data.sources.<name>.windows, "
                 f"or set data.{window}_tokens=0"
             )
-    composing.check(data, original_window_tokens)
+    compose.check(data, original_window_tokens)
 
 
 def _check_needle_source(source: SourceConfig, data: DataConfig) -> None:

@@ -27,7 +27,7 @@ from lr2train.data import integrity
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.batch import WINDOWS
 from lr2train.data.plan import segment_table
-from lr2train.data.plan.packing import Pieces
+from lr2train.data.plan.segment_table import SegmentTable
 from lr2train.data.store import HOLDOUT, TRAIN, SourceStore, sealed, unreadable
 from lr2train.data.text import Text
 from lr2train.io import read_json
@@ -207,11 +207,11 @@ class Corpus:
             raise UserError(f"the corpus {self.folder} has no {split} document; prepare it with more documents, or another data.holdout")
         return text
 
-    def pieces(self, window: str) -> Pieces:
+    def segment_table(self, window: str) -> SegmentTable:
         """The plan of one window.
 
         Raises:
             UserError: the plan is missing or cut short.
         """
         assert window in WINDOWS
-        return segment_table.read(segment_table.plan_file(self.folder, window), self.segment_tokens)
+        return segment_table.read(segment_table.file_of(self.folder, window), self.segment_tokens)

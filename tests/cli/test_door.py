@@ -215,7 +215,7 @@ def test_a_sweep_says_why_it_does_not_run(monkeypatch, capsys, arguments, enviro
 
 def checks_of_prepare(config):
     prepare.building.check(config.data, prepare.original_window(config.model))
-    packing.check_shards(config.data.segment_tokens, packing.shards_of(config.data.align_sp), 1)
+    packing.check_sequence_shards(config.data.segment_tokens, packing.sequence_shards(config.data.align_sp), 1)
 
 
 def checks_of_train(config):

@@ -170,7 +170,7 @@ def test_a_file_that_may_not_be_opened_is_no_damage(whole, tmp_path, monkeypatch
     def look() -> None:
         opened = Corpus.open(corpus.folder)
         opened.verify()
-        opened.pieces("long")
+        opened.segment_table("long")
         opened.stores()[0].lengths.sum()
         opened.stores()[0].shards[0].flat[:1].sum()
 

@@ -277,7 +277,7 @@ def test_a_change_that_cannot_be_made_costs_nothing(planned, tmp_path, bad):
 
 @pytest.mark.parametrize(
     "where",
-    ["lr2train.data.plan.segment_table.write", "lr2train.data.plan.segmenting.write_json", "lr2train.data.integrity.write_checksums"],
+    ["lr2train.data.plan.segment_table.write", "lr2train.data.plan.stage.write_json", "lr2train.data.integrity.write_checksums"],
 )
 def test_a_plan_that_was_cut_off_is_no_damage(planned, tmp_path, monkeypatch, where):
     """Killed between the files of another plan, the next start finds old and new ones side by side."""

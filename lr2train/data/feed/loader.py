@@ -21,7 +21,7 @@ from lr2train.data.corpus import Corpus
 from lr2train.data.feed.curriculum import CurriculumLoader
 from lr2train.data.feed.order import Order, Schedule, default_group, part
 from lr2train.data.feed.readahead import ReadAhead
-from lr2train.data.plan.packing import COLUMNS, Pieces
+from lr2train.data.plan.segment_table import COLUMNS, SegmentTable
 from lr2train.data.store import SourceStore, Store
 from lr2train.run import say
 
@@ -147,7 +147,7 @@ class SegmentLoader:
 
     def __init__(self, corpus: Corpus, long_attention: LongAttention, seed: int, ranks: Ranks, group_segments: int) -> None:
         ranks.check_groups(group_segments)
-        self._pieces = {window: _plain(corpus.pieces(window)) for window in WINDOWS}
+        self._pieces = {window: _plain(corpus.segment_table(window)) for window in WINDOWS}
         if not any(pieces.n_segments for pieces in self._pieces.values()):
             raise UserError(f"the corpus {corpus.folder} has no segment; prepare more documents, or a smaller data.segment_tokens")
         stores = corpus.stores()
@@ -198,7 +198,7 @@ class SegmentLoader:
 
     def _sources_of(self, window: str, segment: int) -> list[str]:
         pieces = self._pieces[window]
-        rows = pieces.rows(segment)
+        rows = pieces.spans_of(segment)
         return [self._names[source] for source in dict.fromkeys(pieces.source[rows.start : rows.stop].tolist())]
 
     def load(self, segments: Sequence[tuple[str, int]]) -> list[Batch]:
@@ -228,12 +228,12 @@ def _allow_open_files(n_shards: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _plain(pieces: Pieces) -> Pieces:
+def _plain(pieces: SegmentTable) -> SegmentTable:
     """The same table as plain arrays: slicing a numpy.memmap costs as much as copying a small document."""
-    return Pieces(*(np.asarray(getattr(pieces, column)) for column in COLUMNS), segment_tokens=pieces.segment_tokens)
+    return SegmentTable(*(np.asarray(getattr(pieces, column)) for column in COLUMNS), segment_tokens=pieces.segment_tokens)
 
 
-def attention_costs(pieces: Pieces, whole: bool) -> np.ndarray:
+def attention_costs(pieces: SegmentTable, whole: bool) -> np.ndarray:
     """What attention over each segment costs, up to a factor: the sum of its spans' squared lengths, float64 [segments]."""
     if whole:
         return np.full(pieces.n_segments, float(pieces.segment_tokens) ** 2)
@@ -287,7 +287,7 @@ class Texts:
         return Found(shard.flat, begin + start, cut, learned)
 
 
-def materialise(pieces: Pieces, segment: int, stores: Sequence[SourceStore | Store], window: str, whole: bool, padding: int) -> Batch:
+def materialise(pieces: SegmentTable, segment: int, stores: Sequence[SourceStore | Store], window: str, whole: bool, padding: int) -> Batch:
     """One planned segment as a batch.
 
     Args:
@@ -301,9 +301,9 @@ def materialise(pieces: Pieces, segment: int, stores: Sequence[SourceStore | Sto
     return _made(pieces.segment_tokens, _find(pieces, segment, [Texts(store) for store in stores]), window, whole, padding)
 
 
-def _find(pieces: Pieces, segment: int, texts: Sequence[Texts]) -> Pieced:
+def _find(pieces: SegmentTable, segment: int, texts: Sequence[Texts]) -> Pieced:
     """The span of each piece in a segment, and where its tokens lie."""
-    rows = pieces.rows(segment)
+    rows = pieces.spans_of(segment)
     columns = (pieces.source, pieces.document, pieces.start, pieces.stop, pieces.offset)
     table = zip(*(column[rows.start : rows.stop].tolist() for column in columns), strict=True)
     return [((at, at + stop - start), texts[source].find(document, start, stop)) for source, document, start, stop, at in table]

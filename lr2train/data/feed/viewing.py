@@ -86,14 +86,14 @@ class Viewer:
 
     def __init__(self, corpus: Corpus, loader: SegmentLoader) -> None:
         self.loader, self._tokenizer = loader, corpus.tokenizer
-        self._tables = {window: corpus.pieces(window) for window in WINDOWS}
+        self._tables = {window: corpus.segment_table(window) for window in WINDOWS}
         self._names, self._stores = [source["name"] for source in corpus.manifest["sources"]], corpus.stores()
 
     def look(self, window: str, number: int, text_chars: int) -> SegmentView:
         """One planned segment, which must exist, with so many characters of each piece's beginning and end."""
         (batch,) = self.loader.load([(window, number)])
         labels = batch.labels
-        pieces = tuple(self._piece(batch, labels, row, text_chars) for row in self._tables[window].rows(number))
+        pieces = tuple(self._piece(batch, labels, row, text_chars) for row in self._tables[window].spans_of(number))
         n = self.loader.n_segments(window)
         return SegmentView(window, number, n, len(batch.tokens), batch.n_target_tokens, len(batch.spans), pieces)
 

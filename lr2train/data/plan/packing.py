@@ -13,22 +13,21 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import lcm
 from typing import Any
 
 import numpy as np
 
 from lr2train.config import UserError
+from lr2train.data.plan.segment_table import COLUMNS, SegmentTable
 
-COLUMNS = ("segment", "source", "document", "start", "stop", "offset")
 _KEPT_BACK = (1.1, 1.25)  # tokens that are kept to fill gaps with, in multiples of the room that is expected: the first that does
 _WORTH_VARIETY = 0.002  # more segments, as a share
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Pieces of documents in the order in which they are planned; int32 columns of one length.
+    """SegmentTable of documents in the order in which they are planned; int32 columns of one length.
 
     Attributes:
         source: index into the corpus' sources.
@@ -78,53 +77,7 @@ def split(pieces: Selection, limit_tokens: int) -> Selection:
     return Selection(whole.source, whole.document, whole.start + begin, np.minimum(whole.length - begin, np.int32(limit_tokens)))
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """The plan of one window: tokens [start, stop) of a document stand at ``offset`` of a segment. Sorted by (segment, offset), every
-    segment occupied.
-
-    The columns are int32: cast before squaring a length.
-
-    Attributes:
-        segment, document, start, stop, offset: int32 [pieces].
-        source: int32 [pieces], index into the corpus' sources.
-        segment_tokens: T.
-    """
-
-    segment: np.ndarray
-    source: np.ndarray
-    document: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    offset: np.ndarray
-    segment_tokens: int
-
-    @property
-    def n_segments(self) -> int:
-        """Segments of this window."""
-        return int(self.segment[-1]) + 1 if len(self.segment) else 0
-
-    @property
-    def tokens(self) -> int:
-        """Planned tokens, padding not counted."""
-        return int((self.stop - self.start).sum(dtype=np.int64))
-
-    @property
-    def padding_share(self) -> float:
-        """Positions that hold no token, as a share of all."""
-        room = self.n_segments * self.segment_tokens
-        return 1.0 - self.tokens / room if room else 0.0
-
-    @cached_property
-    def _first(self) -> np.ndarray:
-        return np.searchsorted(self.segment, np.arange(self.n_segments + 1, dtype=self.segment.dtype))
-
-    def rows(self, segment: int) -> range:
-        """Rows of the table that make up one segment."""
-        return range(int(self._first[segment]), int(self._first[segment + 1]))
-
-
-def shards_of(align_sp: Any) -> int:
+def sequence_shards(align_sp: Any) -> int:
     """Equal shards of a segment whose borders are those of every sp asked for: their least common multiple.
 
     Args:
@@ -139,7 +92,7 @@ def shards_of(align_sp: Any) -> int:
     return lcm(*asked)
 
 
-def check_shards(segment_tokens: int, align_sp: int, limit_tokens: int) -> int:
+def check_sequence_shards(segment_tokens: int, align_sp: int, limit_tokens: int) -> int:
     """Tokens of a shard.
 
     Raises:
@@ -159,7 +112,7 @@ def check_shards(segment_tokens: int, align_sp: int, limit_tokens: int) -> int:
     return shard_tokens
 
 
-def pack_short(pieces: Selection, segment_tokens: int, align_sp: int = 1, rng: np.random.Generator | None = None) -> Pieces:
+def pack_short(pieces: Selection, segment_tokens: int, align_sp: int = 1, rng: np.random.Generator | None = None) -> SegmentTable:
     """Whole pieces into segments; none crosses a border of ``align_sp`` equal shards.
 
     Args:
@@ -172,7 +125,7 @@ def pack_short(pieces: Selection, segment_tokens: int, align_sp: int = 1, rng: n
     Raises:
         UserError: T is not divisible by align_sp, or a piece is longer than a shard.
     """
-    shard_tokens = check_shards(segment_tokens, align_sp, int(pieces.length.max(initial=0)))
+    shard_tokens = check_sequence_shards(segment_tokens, align_sp, int(pieces.length.max(initial=0)))
     shard = best_fit(pieces.length, shard_tokens) if rng is None else _varied(pieces.length, shard_tokens, align_sp, rng)
     if rng is not None and len(shard):
         shuffled = rng.permutation(len(pieces))
@@ -313,12 +266,14 @@ def _within(length: np.ndarray, group: np.ndarray) -> np.ndarray:
     return before - before[np.searchsorted(group, group)]
 
 
-def _table(segment: np.ndarray, origin: Selection, start: np.ndarray, stop: np.ndarray, offset: np.ndarray, segment_tokens: int) -> Pieces:
+def _table(
+    segment: np.ndarray, origin: Selection, start: np.ndarray, stop: np.ndarray, offset: np.ndarray, segment_tokens: int
+) -> SegmentTable:
     columns = (segment, origin.source, origin.document, start, stop, offset)
-    return Pieces(*(column.astype(np.int32, copy=False) for column in columns), segment_tokens=segment_tokens)
+    return SegmentTable(*(column.astype(np.int32, copy=False) for column in columns), segment_tokens=segment_tokens)
 
 
-def pack_long(pieces: Selection, segment_tokens: int) -> Pieces:
+def pack_long(pieces: Selection, segment_tokens: int) -> SegmentTable:
     """Segments filled by one document each, then one stream of all the rest, cut into full segments.
 
     A piece of at least T tokens fills segments of its own from its beginning: the longest dependencies stay whole. What is left of it joins
@@ -334,10 +289,10 @@ def pack_long(pieces: Selection, segment_tokens: int) -> Pieces:
     stream = _cut_stream(pieces.take(left), (filled * segment_tokens)[left], segment_tokens)
     shifted = (stream.segment + np.int32(alone.n_segments), *(getattr(stream, column) for column in COLUMNS[1:]))
     columns = (np.concatenate([getattr(alone, name), column]) for name, column in zip(COLUMNS, shifted, strict=True))
-    return Pieces(*columns, segment_tokens=segment_tokens)
+    return SegmentTable(*columns, segment_tokens=segment_tokens)
 
 
-def _fill_segments(pieces: Selection, filled: np.ndarray, segment_tokens: int) -> Pieces:
+def _fill_segments(pieces: Selection, filled: np.ndarray, segment_tokens: int) -> SegmentTable:
     """``filled[d]`` whole segments of piece d, from its beginning."""
     owner = np.repeat(np.arange(len(pieces)), filled)
     origin = pieces.take(owner)
@@ -345,7 +300,7 @@ def _fill_segments(pieces: Selection, filled: np.ndarray, segment_tokens: int) -
     return _table(np.arange(len(owner)), origin, start, start + segment_tokens, np.zeros(len(owner)), segment_tokens)
 
 
-def _cut_stream(pieces: Selection, first: np.ndarray, segment_tokens: int) -> Pieces:
+def _cut_stream(pieces: Selection, first: np.ndarray, segment_tokens: int) -> SegmentTable:
     """The pieces from their token ``first[d]`` on, one after the other. A row begins where a piece or a segment does, and ends where the next begins."""
     length = pieces.length - first
     end = int(length.sum(dtype=np.int64)) // segment_tokens * segment_tokens

@@ -20,7 +20,7 @@ from lr2train.data.batch import IGNORE, LONG, SHORT
 from lr2train.data.corpus import Corpus
 from lr2train.data.feed.loader import _allow_open_files, make_loader
 from lr2train.data.feed.prefetch import prefetched
-from lr2train.data.plan.segment_table import plan_file
+from lr2train.data.plan.segment_table import file_of
 from lr2train.prepare import prepare
 
 
@@ -183,7 +183,7 @@ def test_a_corpus_that_is_not_there_or_damaged_is_refused(config, tmp_path):
         Corpus.open(tmp_path)
     copy = tmp_path / "corpus"
     shutil.copytree(config.data.path, copy)
-    plan = plan_file(copy, LONG)
+    plan = file_of(copy, LONG)
     plan.write_bytes(plan.read_bytes()[:-30])
     with pytest.raises(UserError, match="prepare again"):
         make_loader(replace(config.data, path=str(copy)), 0, 0, 1, 8, 128, 512)

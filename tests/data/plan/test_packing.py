@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lr2train.config import UserError
 from lr2train.data.batch import IGNORE
 from lr2train.data.feed.loader import materialise
-from lr2train.data.plan import packing
+from lr2train.data.plan import packing, segment_table
 from lr2train.data.store import Store, StoreWriter
 
 PADDING = 1
@@ -139,18 +139,18 @@ def test_split_pieces_are_the_same_tokens_in_order(lengths, limit):
 
 def test_the_columns_of_a_plan_are_four_bytes_each():
     for pieces in (packing.pack_short(selection([5, 9, 3]), 16), packing.pack_long(selection([40, 9]), 16)):
-        assert {getattr(pieces, column).dtype for column in packing.COLUMNS} == {np.dtype(np.int32)}
+        assert {getattr(pieces, column).dtype for column in segment_table.COLUMNS} == {np.dtype(np.int32)}
 
 
 @pytest.mark.parametrize(("align_sp", "shards"), [(1, 1), (8, 8), ([2, 8], 8), ([4, 6], 12)])
 def test_borders_of_several_sizes_are_those_of_their_least_common_multiple(align_sp, shards):
-    assert packing.shards_of(align_sp) == shards
+    assert packing.sequence_shards(align_sp) == shards
 
 
 @pytest.mark.parametrize("align_sp", [0, "8", [], [2, 0], 1.5, True])
 def test_what_is_no_number_of_shards_is_refused(align_sp):
     with pytest.raises(UserError, match=r"data\.align_sp=.*set it to 8"):
-        packing.shards_of(align_sp)
+        packing.sequence_shards(align_sp)
 
 
 @given(st.lists(st.integers(1, 16), max_size=80), st.integers(16, 50), st.integers(0, 99), st.sampled_from([0.0, 1.1, 9.0]))

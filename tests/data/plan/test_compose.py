@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from lr2train.config import BucketConfig, DataConfig, OverLong, SourceConfig, UserError, WeightsOf
 from lr2train.data.batch import IGNORE, LONG, SHORT
 from lr2train.data.feed.loader import materialise
-from lr2train.data.plan import mixreport
-from lr2train.data.plan.composing import Plan, check, make_plan
+from lr2train.data.plan.compose import Mixture, check, compose_segments
+from lr2train.data.plan.report import as_text, report_of
 from lr2train.data.store import Store, StoreWriter
 
 L0, T, PADDING = 12, 48, 1
@@ -43,11 +43,11 @@ def data_of(lengths: list[list[int]], **knobs) -> DataConfig:
     )
 
 
-def planned(data: DataConfig, lengths: list[list[int]], seed: int = 0) -> Plan:
-    return make_plan(data, [np.array(one, np.int32) for one in lengths], [None] * len(lengths), L0, seed)
+def planned(data: DataConfig, lengths: list[list[int]], seed: int = 0) -> Mixture:
+    return compose_segments(data, [np.array(one, np.int32) for one in lengths], [None] * len(lengths), L0, seed)
 
 
-def tokens_drawn_slowly(plan: Plan, documents: list[list[list[int]]], window: str) -> Counter:
+def tokens_drawn_slowly(plan: Mixture, documents: list[list[list[int]]], window: str) -> Counter:
     """How often each token ought to come, from the documents that were drawn and the limits of their buckets alone."""
     counts: Counter = Counter()
     for of_source, rows_of, cells in zip(documents, plan.drawn, plan.cells, strict=True):
@@ -88,7 +88,7 @@ def test_each_planned_token_comes_once_as_an_input_and_once_as_a_target(
     stores = stores_of(tmp_path_factory.mktemp("stores"), documents)
     after = {a: b for of_source in documents for document in of_source for a, b in itertools.pairwise(document)}
     for window in (SHORT, LONG):
-        pieces = plan.pieces[window]
+        pieces = plan.tables[window]
         inputs, targets = Counter(), Counter()
         for segment in range(pieces.n_segments):
             batch = materialise(pieces, segment, stores, window, whole and window == LONG, PADDING)
@@ -115,22 +115,22 @@ def test_the_report_counts_every_document_and_every_token(lengths, over_long, se
     data = data_of(lengths, over_long=over_long, buckets=ranges, keep_below={"a": 0.5}, keep_below_tokens=10)
     plan = planned(data, lengths, seed)
     arrays, masks = [np.array(one, np.int32) for one in lengths], [None] * len(lengths)
-    report = mixreport.report(data, arrays, masks, plan)
+    report = report_of(data, arrays, masks, plan)
     everything = sum(map(sum, lengths))
     lost = report["lost_tokens"]
     in_windows = sum(one["planned_tokens"] for one in report["windows"].values())
-    assert in_windows == sum(pieces.tokens for pieces in plan.pieces.values()) == sum(row["planned_tokens"] for row in report["cells"])
+    assert in_windows == sum(pieces.tokens for pieces in plan.tables.values()) == sum(row["planned_tokens"] for row in report["cells"])
     assert in_windows + sum(lost.values()) + report["outside"]["tokens"] + report["left_out"]["tokens"] == everything
     assert report["outside"]["tokens"] == sum(length for one in lengths for length in one if length > 100)
     assert lost["dropped"] == (
         0 if over_long is not OverLong.drop else sum(n for one in lengths for n in one if 12 < n <= 20 or 48 < n <= 100)
     )
     n_pieces = sum(sum(one["documents_per_segment"]["segments"]) for one in report["windows"].values())
-    assert n_pieces == sum(pieces.n_segments for pieces in plan.pieces.values())
+    assert n_pieces == sum(pieces.n_segments for pieces in plan.tables.values())
     histograms = report["histograms"]["lengths"]["sources"]
     assert [sum(histograms[name]["tokens"]) for name in histograms] == [sum(one) for one in lengths]
     assert sum(sum(one["planned_tokens"]) for one in histograms.values()) == in_windows
-    assert all(row["source"] in mixreport.table(report) for row in report["cells"])
+    assert all(row["source"] in as_text(report) for row in report["cells"])
 
 
 def realistic(n: int, seed: int) -> np.ndarray:
@@ -142,8 +142,8 @@ def test_the_realised_mix_is_within_half_a_percent_of_both_marginals():
     lengths = [realistic(20_000, seed) for seed in range(3)]
     data = data_of([[]] * 3, align_sp=4, short_tokens=150_000, long_tokens=300_000, weights_of=WeightsOf.corpus)
     data.buckets = [BucketConfig(name="m", to_tokens=60, weight=1), BucketConfig(name="l", above_tokens=60, to_tokens=300, weight=2)]
-    plan = make_plan(data, lengths, [None] * 3, L0, 0)
-    report = mixreport.report(data, lengths, [None] * 3, plan)
+    plan = compose_segments(data, lengths, [None] * 3, L0, 0)
+    report = report_of(data, lengths, [None] * 3, plan)
     targets = [[row["target_tokens"] for row in report[f"by_{what}"]] for what in ("bucket", "source")]
     np.testing.assert_allclose(targets[0], [150_000, 100_000, 200_000], atol=3)  # each of nine cells is a whole number
     np.testing.assert_allclose(targets[1], [75_000, 150_000, 225_000], atol=3)
@@ -153,8 +153,8 @@ def test_the_realised_mix_is_within_half_a_percent_of_both_marginals():
 def test_documents_that_are_not_usable_are_never_planned():
     lengths = [realistic(2_000, 0)]
     usable = np.random.default_rng(1).random(2_000) < 0.7
-    plan = make_plan(data_of([[]]), lengths, [usable], L0, 0)
-    seen = np.unique(np.concatenate([pieces.document for pieces in plan.pieces.values()]))
+    plan = compose_segments(data_of([[]]), lengths, [usable], L0, 0)
+    seen = np.unique(np.concatenate([pieces.document for pieces in plan.tables.values()]))
     assert usable[seen].all()
     assert set(np.flatnonzero(usable)) - set(seen) <= set(np.flatnonzero(lengths[0] > L0)), "all short ones are there"
 
@@ -162,7 +162,7 @@ def test_documents_that_are_not_usable_are_never_planned():
 def test_a_share_of_the_documents_below_a_length_is_kept_and_all_others():
     lengths = [realistic(20_000, 0), realistic(2_000, 1)]
     data = data_of([[]] * 2, keep_below={"a": 0.1}, keep_below_tokens=30)
-    plan = make_plan(data, lengths, [None, None], L0, 0)
+    plan = compose_segments(data, lengths, [None, None], L0, 0)
     kept = np.concatenate([cell.document for cell in plan.cells[0]])
     below = lengths[0] < 30
     share = below[kept].sum() / below.sum()
@@ -191,15 +191,15 @@ def test_a_plan_depends_on_its_seed_and_on_nothing_else():
     data = data_of(lengths, short_tokens=2_000, long_tokens=5_000)
     first, again, other = (planned(data, lengths, seed) for seed in (0, 0, 1))
     for window in (SHORT, LONG):
-        columns = [[plan.pieces[window].document.tolist(), plan.pieces[window].offset.tolist()] for plan in (first, again, other)]
+        columns = [[plan.tables[window].document.tolist(), plan.tables[window].offset.tolist()] for plan in (first, again, other)]
         assert columns[0] == columns[1] != columns[2]
 
 
 def test_documents_of_all_lengths_and_sources_are_spread_over_the_segments():
     """No trend along the plan: the sources' shares of its first and second half agree within what chance makes of independent draws."""
     lengths = [realistic(8_000, seed) for seed in range(2)]
-    plan = make_plan(data_of([[]] * 2, align_sp=4), lengths, [None] * 2, L0, 0)
-    for pieces in plan.pieces.values():
+    plan = compose_segments(data_of([[]] * 2, align_sp=4), lengths, [None] * 2, L0, 0)
+    for pieces in plan.tables.values():
         first = pieces.segment < pieces.n_segments // 2
         share = [(pieces.source[half] == 0).mean() for half in (first, ~first)]
         assert abs(share[0] - share[1]) < 5 * np.sqrt(0.5 / len(first)), (

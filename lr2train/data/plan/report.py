@@ -14,19 +14,19 @@ import numpy as np
 from lr2train.config import DataConfig, OverLong
 from lr2train.data.batch import LONG, WINDOWS
 from lr2train.data.plan.buckets import ENDLESS, Bucket, Cell
-from lr2train.data.plan.composing import Plan
-from lr2train.data.plan.packing import Pieces
+from lr2train.data.plan.compose import Mixture
+from lr2train.data.plan.segment_table import SegmentTable
 
 _NO_BUCKET = -1
 _OCTAVES, _PER_OCTAVE = 24, 4  # of the histogram of lengths, which has four bins an octave
 _BARS = 40  # at most, of the histogram of documents a segment
 
 
-def report(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], plan: Plan) -> dict[str, Any]:
+def report_of(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], plan: Mixture) -> dict[str, Any]:
     """Plain JSON values of a plan.
 
     Args:
-        data, lengths, usable: what :func:`lr2train.data.plan.composing.make_plan` was given.
+        data, lengths, usable: what :func:`lr2train.data.plan.compose.compose_segments` was given.
         plan: what it returned.
 
     Returns:
@@ -34,7 +34,7 @@ def report(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.
         ``cells``, ``by_source``, ``by_bucket``, ``by_window`` (target_tokens, planned_tokens, error = planned / target - 1), ``outside``
         (documents in no bucket), ``left_out`` (by duplicates and ``keep_below``) and ``histograms``.
     """
-    names, buckets, pieces = [source.name for source in data.sources], plan.buckets, plan.pieces
+    names, buckets, pieces = [source.name for source in data.sources], plan.buckets, plan.tables
     planned = sum(_planned_tokens(one, lengths, plan.cells) for one in pieces.values())
     assert isinstance(planned, np.ndarray)
     rows = [
@@ -65,7 +65,7 @@ def report(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.
     }
 
 
-def _planned_tokens(pieces: Pieces, lengths: Sequence[np.ndarray], cells: Sequence[Sequence[Cell]]) -> np.ndarray:
+def _planned_tokens(pieces: SegmentTable, lengths: Sequence[np.ndarray], cells: Sequence[Sequence[Cell]]) -> np.ndarray:
     """int64 [sources, buckets]: tokens that the pieces hold."""
     n_buckets = len(cells[0]) if cells else 0
     table = np.zeros((len(cells), n_buckets), np.int64)
@@ -109,7 +109,7 @@ def _sum(what: str, name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]
     return {what: name, "target_tokens": target, "planned_tokens": planned, "error": _error(planned, target)}
 
 
-def _window(pieces: Pieces, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+def _window(pieces: SegmentTable, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     by_source = {
         name: {key: sum(row[key] for row in rows if row["source"] == name) for key in ("documents", "tokens", "planned_tokens")}
         for name in names
@@ -135,7 +135,7 @@ def _summary(counts: np.ndarray) -> dict[str, Any]:
     return {"mean": round(float(counts.mean()), 3), "least": least, "most": most, "edges": edges.tolist(), "segments": heights.tolist()}
 
 
-def _unplanned(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], plan: Plan) -> dict[str, Any]:
+def _unplanned(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], plan: Mixture) -> dict[str, Any]:
     """Documents of ranges that no bucket of their source has, and documents of the others that duplicates or ``keep_below`` leave out."""
     outside, left_out = [0, 0], [0, 0]
     for source, of_source, mask, row in zip(data.sources, lengths, usable, plan.cells, strict=True):
@@ -155,7 +155,7 @@ def _unplanned(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence
     }
 
 
-def _length_histograms(names: Sequence[str], lengths: Sequence[np.ndarray], pieces: dict[str, Pieces]) -> dict[str, Any]:
+def _length_histograms(names: Sequence[str], lengths: Sequence[np.ndarray], pieces: dict[str, SegmentTable]) -> dict[str, Any]:
     """Tokens by document length, as the sources hold them and as they are planned; bin i holds lengths above 2 ** (i / per_octave)."""
     n_bins, found = _OCTAVES * _PER_OCTAVE, {}
     for source, (name, of_source) in enumerate(zip(names, lengths, strict=True)):
@@ -169,7 +169,7 @@ def _length_histograms(names: Sequence[str], lengths: Sequence[np.ndarray], piec
     return {"per_octave": _PER_OCTAVE, "sources": found}
 
 
-def table(report: dict[str, Any]) -> str:
+def as_text(report: dict[str, Any]) -> str:
     """A report for a person: cells, then sources, buckets and windows, then segments and what is lost."""
     lines = [_line("source", "bucket", "documents", "has tokens", "target", "planned", "error", "repeats")]
     for row in report["cells"]:

@@ -17,21 +17,22 @@ import numpy as np
 from lr2train.config import DataConfig, UserError, WeightsOf, to_dict
 from lr2train.data.batch import SHORT, WINDOWS
 from lr2train.data.corpus import FORMAT, MANIFEST, reopen, source_store
-from lr2train.data.plan import mixreport, packing, segment_table
-from lr2train.data.plan.composing import Plan, make_plan
-from lr2train.data.plan.mixing import budgets
+from lr2train.data.plan import packing, segment_table
+from lr2train.data.plan.compose import Mixture, compose_segments
+from lr2train.data.plan.mix import budgets
+from lr2train.data.plan.report import as_text, report_of
 from lr2train.data.store import sealed
 from lr2train.io import fingerprint as fingerprint_of
 from lr2train.io import seal, write_json, write_text
 
-__all__ = ["budgets", "ensure_plan"]
+__all__ = ["ensure_segment_tables"]
 Log = Callable[[str], None]
 PLAN_JSON, PLAN_TEXT = "plan.json", "plan.txt"
 _WORTH_SAYING = 0.005  # of a target, by which a source or a bucket may miss it without a word
 _MUCH_PADDING = 0.02  # of short segments
 
 
-def ensure_plan(
+def ensure_segment_tables(
     folder: Path, data: DataConfig, made: Sequence[dict[str, Any]], original_window_tokens: int, seed: int, log: Log
 ) -> dict[str, Any]:
     """Plan the segments and write them with the report and, last, the manifest; returns the manifest.
@@ -56,13 +57,13 @@ def ensure_plan(
         return found
     started = time.monotonic()
     lengths = [store.lengths for store in stores]
-    plan = make_plan(data, lengths, usable, original_window_tokens, seed)
-    if not sum(pieces.n_segments for pieces in plan.pieces.values()) and data.holdout < 1:
+    plan = compose_segments(data, lengths, usable, original_window_tokens, seed)
+    if not sum(pieces.n_segments for pieces in plan.tables.values()) and data.holdout < 1:
         raise UserError(
             f"{sum(map(len, lengths))} documents do not fill one segment of data.segment_tokens={data.segment_tokens}; add text or set a "
             "smaller data.segment_tokens"
         )
-    report = mixreport.report(data, lengths, usable, plan)
+    report = report_of(data, lengths, usable, plan)
     head = {
         "format": FORMAT,
         "fingerprint": fingerprint,
@@ -79,11 +80,11 @@ def ensure_plan(
     return sealed(folder / MANIFEST)
 
 
-def _write(folder: Path, head: dict[str, Any], plan: Plan, report: dict[str, Any]) -> None:
+def _write(folder: Path, head: dict[str, Any], plan: Mixture, report: dict[str, Any]) -> None:
     """The plan, what is said of it, and the manifest last."""
-    files = {window: segment_table.write(segment_table.plan_file(folder, window), pieces) for window, pieces in plan.pieces.items()}
+    files = {window: segment_table.write(segment_table.file_of(folder, window), pieces) for window, pieces in plan.tables.items()}
     write_json(folder / PLAN_JSON, report)
-    write_text(folder / PLAN_TEXT, mixreport.table(report) + "\n")
+    write_text(folder / PLAN_TEXT, as_text(report) + "\n")
     mix = {key: report[key] for key in ("cells", "by_source", "by_bucket", "by_window")}
     seal(folder / MANIFEST, {**head, "windows": report["windows"], "lost_tokens": report["lost_tokens"], "mix": mix, "plan": files})
 
@@ -93,11 +94,11 @@ def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     if not (folder / MANIFEST).exists():
         return None
     manifest = sealed(folder / MANIFEST)
-    files = [folder / PLAN_JSON, folder / PLAN_TEXT, *(segment_table.plan_file(folder, window) for window in manifest["plan"])]
+    files = [folder / PLAN_JSON, folder / PLAN_TEXT, *(segment_table.file_of(folder, window) for window in manifest["plan"])]
     if manifest.get("fingerprint") != fingerprint or not all(file.exists() for file in files):
         return None
     for window, about in manifest["plan"].items():
-        segment_table.verify(segment_table.plan_file(folder, window), about)
+        segment_table.verify(segment_table.file_of(folder, window), about)
     return manifest
 
 
@@ -109,7 +110,7 @@ def _fingerprint(
     keys = (
         "segment_tokens", "short_tokens", "long_tokens", "buckets", "weights_of", "max_repeats", "keep_below", "keep_below_tokens", "over_long",
     )  # fmt: skip
-    knobs = [*(plain[key] for key in keys), packing.shards_of(data.align_sp), segment_table.FORMAT]
+    knobs = [*(plain[key] for key in keys), packing.sequence_shards(data.align_sp), segment_table.FORMAT]
     of_sources = [[source.weight, sorted(source.windows)] for source in data.sources]
     masks = [None if mask is None else hashlib.sha256(np.packbits(mask).tobytes()).hexdigest() for mask in usable]
     tokens = [(one["name"], one["fingerprint"], one["sha256"], one["holdout_sha256"]) for one in made]
@@ -133,7 +134,7 @@ def _remarks(data: DataConfig, made: Sequence[dict[str, Any]], report: dict[str,
                     f"plan: {what} {one[what]} has {one['planned_tokens']} of {one['target_tokens']} tokens ({one['error']:+.2%}): documents "
                     "and segments come whole, and these are few"
                 )
-    padding, shards = report["windows"][SHORT]["padding_share"], packing.shards_of(data.align_sp)
+    padding, shards = report["windows"][SHORT]["padding_share"], packing.sequence_shards(data.align_sp)
     if padding > _MUCH_PADDING:
         yield (
             f"plan: {padding:.1%} of the short segments is padding, because few documents fill what others leave of a shard of "

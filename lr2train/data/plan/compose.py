@@ -13,14 +13,14 @@ import numpy as np
 
 from lr2train.config import DataConfig, UserError
 from lr2train.data.batch import LONG, SHORT
-from lr2train.data.plan import buckets, mixing, packing
+from lr2train.data.plan import buckets, mix, packing
 from lr2train.data.plan.buckets import Bucket, Cell
-from lr2train.data.plan.packing import Pieces
+from lr2train.data.plan.segment_table import SegmentTable
 from lr2train.run import stream
 
 
 @dataclass(frozen=True)
-class Plan:
+class Mixture:
     """What is planned, and from what.
 
     Attributes:
@@ -28,14 +28,14 @@ class Plan:
         cells: [source][bucket], the documents that could be drawn.
         targets: int64 [sources, buckets], tokens.
         drawn: [source][bucket], rows of the cell in no order, with repeats.
-        pieces: by window.
+        tables: by window.
     """
 
     buckets: list[Bucket]
     cells: list[list[Cell]]
     targets: np.ndarray
     drawn: list[list[np.ndarray]]
-    pieces: dict[str, Pieces]
+    tables: dict[str, SegmentTable]
 
 
 def check(data: DataConfig, original_window_tokens: int) -> tuple[list[Bucket], int]:
@@ -44,16 +44,16 @@ def check(data: DataConfig, original_window_tokens: int) -> tuple[list[Bucket], 
     Raises:
         UserError: buckets, shards, budgets, weights or shares that make no sense.
     """
-    ranges, shards = buckets.resolve(data, original_window_tokens), packing.shards_of(data.align_sp)
-    packing.check_shards(data.segment_tokens, shards, 0)
-    mixing.check(data, ranges)
+    ranges, shards = buckets.resolve(data, original_window_tokens), packing.sequence_shards(data.align_sp)
+    packing.check_sequence_shards(data.segment_tokens, shards, 0)
+    mix.check(data, ranges)
     _check_keep_below(data)
     return ranges, shards
 
 
-def make_plan(
+def compose_segments(
     data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], original_window_tokens: int, seed: int
-) -> Plan:
+) -> Mixture:
     """Plan the segments of both windows.
 
     Args:
@@ -71,7 +71,7 @@ def make_plan(
     for source, of_source, mask in zip(data.sources, lengths, usable, strict=True):
         kept = _kept(data, source.name, of_source, mask, seed)
         cells.append([buckets.cell_of(of_source, kept, one) if one.serves(source) else buckets.EMPTY for one in ranges])
-    targets = mixing.targets(data, ranges, np.array([[cell.tokens for cell in row] for row in cells]).reshape(len(cells), len(ranges)))
+    targets = mix.targets(data, ranges, np.array([[cell.tokens for cell in row] for row in cells]).reshape(len(cells), len(ranges)))
     drawn = [
         [
             buckets.draw(cell, int(tokens), stream(seed, "plan", source.name, one.name))
@@ -84,7 +84,7 @@ def make_plan(
         SHORT: packing.pack_short(short, data.segment_tokens, shards, stream(seed, "plan", "deal")),
         LONG: packing.pack_long(_selection(LONG, ranges, cells, drawn, seed), data.segment_tokens),
     }
-    return Plan(ranges, cells, targets, drawn, pieces)
+    return Mixture(ranges, cells, targets, drawn, pieces)
 
 
 def _selection(

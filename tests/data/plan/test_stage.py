@@ -33,7 +33,7 @@ def prepared(tmp_path_factory):
     return config, prepare(config), Corpus.open(f"{config.runs_folder}/corpus")
 
 
-def pieces_of(lengths: list[int]) -> packing.Pieces:
+def pieces_of(lengths: list[int]) -> segment_table.SegmentTable:
     documents = packing.whole_documents(np.zeros(len(lengths)), np.arange(len(lengths)), np.array(lengths))
     return packing.pack_short(documents, 64, 2, np.random.default_rng(0))
 
@@ -43,7 +43,7 @@ def test_a_plan_comes_back_as_views_of_its_file(tmp_path):
     about = segment_table.write(tmp_path / "p.npy", written)
     read = segment_table.read(tmp_path / "p.npy", 64)
     assert read.n_segments == written.n_segments and read.tokens == written.tokens
-    for column in packing.COLUMNS:
+    for column in segment_table.COLUMNS:
         assert getattr(read, column).tolist() == getattr(written, column).tolist()
         assert isinstance(getattr(read, column), np.memmap)
     assert about["bytes"] == (tmp_path / "p.npy").stat().st_size == 128 + 24 * 5
@@ -81,7 +81,7 @@ def test_a_plan_that_is_cut_or_gone_or_something_else_is_refused(tmp_path):
 def test_the_manifest_says_what_the_pieces_hold(prepared):
     _, result, corpus = prepared
     for window in WINDOWS:
-        pieces, said = corpus.pieces(window), result["windows"][window]
+        pieces, said = corpus.segment_table(window), result["windows"][window]
         assert (said["segments"], said["planned_tokens"]) == (pieces.n_segments, pieces.tokens)
         each = said["documents_per_segment"]
         assert each["mean"] == pytest.approx(len(pieces.segment) / pieces.n_segments, abs=1e-3)
@@ -94,7 +94,7 @@ def test_the_manifest_says_what_the_pieces_hold(prepared):
 
 def test_documents_of_short_segments_cross_no_border_of_any_size_asked_for(prepared):
     _, _, corpus = prepared
-    pieces = corpus.pieces(SHORT)
+    pieces = corpus.segment_table(SHORT)
     for shards in (2, 4):
         size = 512 // shards
         assert (pieces.offset // size == (pieces.stop - pieces.start + pieces.offset - 1) // size).all()
@@ -128,7 +128,7 @@ def test_whatever_decides_the_plan_makes_another_one_of_the_same_tokens(prepared
 def test_a_damaged_plan_is_not_reused(tmp_path):
     config = config_of(tmp_path)
     prepare(config)
-    file = segment_table.plan_file(tmp_path / "corpus", LONG)
+    file = segment_table.file_of(tmp_path / "corpus", LONG)
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
@@ -136,7 +136,7 @@ def test_a_damaged_plan_is_not_reused(tmp_path):
         prepare(config)
     file.unlink()
     with pytest.raises(UserError, match=r"segments\.long\.npy"):
-        Corpus.open(tmp_path / "corpus").pieces(LONG)
+        Corpus.open(tmp_path / "corpus").segment_table(LONG)
 
 
 def test_what_a_limit_cuts_is_lost_in_print(tmp_path, capsys):

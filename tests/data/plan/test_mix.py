@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lr2train.cli.composition import compose
 from lr2train.config import BucketConfig, DataConfig, OverLong, SourceConfig, UserError, WeightsOf
-from lr2train.data.plan import buckets, mixing
+from lr2train.data.plan import buckets, mix
 from lr2train.data.plan.buckets import ENDLESS, Bucket, Cell
 
 TABLE_1 = [
@@ -44,7 +44,7 @@ def test_the_fit_meets_both_marginals_and_nothing_nearer_does(n_rows, n_columns,
     assume(some.sum() > 0)
     most = slack * (some / np.where(natural > 0, natural, 1)).max()
     rows, columns = some.sum(axis=1), some.sum(axis=0)
-    table = mixing.proportional_fit(natural, rows, columns, most)
+    table = mix.proportional_fit(natural, rows, columns, most)
     # 1e-3: at the border of what is possible (slack near 1) the rounds end before the last digits; elsewhere it is 1e-10.
     np.testing.assert_allclose(table.sum(axis=0), columns, atol=1e-3 * rows.sum())
     np.testing.assert_allclose(table.sum(axis=1), rows, atol=1e-3 * rows.sum())
@@ -62,14 +62,14 @@ def test_the_fit_meets_both_marginals_and_nothing_nearer_does(n_rows, n_columns,
 
 def test_without_a_bound_the_natural_odds_between_sources_and_buckets_stay():
     natural = np.array([[5.0, 2.0, 1.0], [1.0, 4.0, 2.0]])
-    table = mixing.proportional_fit(natural, np.array([6.0, 4.0]), np.array([2.0, 3.0, 5.0]), 1e9)
+    table = mix.proportional_fit(natural, np.array([6.0, 4.0]), np.array([2.0, 3.0, 5.0]), 1e9)
     odds = [one[0, :-1] * one[1, 1:] / (one[0, 1:] * one[1, :-1]) for one in (table, natural)]
     np.testing.assert_allclose(odds[0], odds[1], rtol=1e-8)
 
 
 def test_the_bound_moves_tokens_to_where_there_are_more():
     natural = np.array([[100.0, 1.0], [100.0, 100.0]])
-    table = mixing.proportional_fit(natural, np.array([50.0, 50.0]), np.array([60.0, 40.0]), 1.2)
+    table = mix.proportional_fit(natural, np.array([50.0, 50.0]), np.array([60.0, 40.0]), 1.2)
     np.testing.assert_allclose(table, [[48.8, 1.2], [11.2, 38.8]], rtol=1e-6)
 
 
@@ -86,7 +86,7 @@ def test_the_papers_table_holds_by_source_and_by_length():
     ]
     billion = 10**9
     available = np.array([[4, 3, 1], [6, 1.5, 0.5], [0, 1.5, 0.8], [1.1, 0, 0]]) * billion
-    table = mixing.targets(data, ranges, available.astype(np.int64))
+    table = mix.targets(data, ranges, available.astype(np.int64))
     np.testing.assert_allclose(table.sum(axis=0), [3 * billion, 3 * billion, 4 * billion], rtol=1e-9)
     np.testing.assert_allclose(table.sum(axis=1), [4.5 * billion, 2.5 * billion, 2 * billion, billion], rtol=1e-9)
     assert (table <= 4 * available).all()
@@ -96,7 +96,7 @@ def test_the_released_example_counts_segments_of_source_and_length():
     data = compose("prepare", ["experiment=llama3_8b_128k", "data=nnscaler_128k", "name=x"]).data
     ranges = buckets.resolve(data, 8192)
     names = [source.name for source in data.sources]
-    segments = mixing.targets(data, ranges, np.full((len(names), len(ranges)), 10**12)) / 131072
+    segments = mix.targets(data, ranges, np.full((len(names), len(ranges)), 10**12)) / 131072
     by_name = {name: row.tolist() for name, row in zip(names, segments, strict=True)}
     assert by_name == {
         "arxiv": [0, 0, 0, 3000, 4000, 8000, 3000],
@@ -111,19 +111,19 @@ def test_the_released_example_counts_segments_of_source_and_length():
 
 def test_weights_act_inside_each_bucket_among_sources_that_have_documents():
     data = data_of({"a": 1, "b": 3})
-    table = mixing.targets(data, buckets.resolve(data, 8192), np.array([[900, 900, 900], [900, 900, 0]]))
+    table = mix.targets(data, buckets.resolve(data, 8192), np.array([[900, 900, 900], [900, 900, 0]]))
     assert table.tolist() == [[75, 75, 400], [225, 225, 0]]
 
 
 def test_a_share_of_less_than_a_token_of_no_documents_is_nothing():
     ranges = [BucketConfig(name="s", window="short", sources={"a": 999.3, "b": 0.7})]
     data = data_of({"a": 1, "b": 1}, buckets=ranges, short_tokens=1000, long_tokens=0)
-    assert mixing.targets(data, buckets.resolve(data, 8192), np.array([[900, 0], [0, 0]]))[:, 0].tolist() == [999, 0]
+    assert mix.targets(data, buckets.resolve(data, 8192), np.array([[900, 0], [0, 0]]))[:, 0].tolist() == [999, 0]
 
 
 def test_without_a_budget_every_document_comes_once():
     data = data_of({"a": 1, "b": 3}, short_tokens=0)
-    table = mixing.targets(data, buckets.resolve(data, 8192), np.array([[17, 900, 900], [9, 900, 900]]))
+    table = mix.targets(data, buckets.resolve(data, 8192), np.array([[17, 900, 900], [9, 900, 900]]))
     assert table[:, 0].tolist() == [17, 9]
     assert table[:, 1:].sum() == 700
 
@@ -158,7 +158,7 @@ def test_without_a_budget_every_document_comes_once():
 def test_a_budget_that_cannot_be_filled_says_how_much_is_missing_and_where(available, knobs, words):
     data = data_of({"a": 1, "b": 3}, **knobs)
     with pytest.raises(UserError, match=words):
-        mixing.targets(data, buckets.resolve(data, 8192), np.array(available))
+        mix.targets(data, buckets.resolve(data, 8192), np.array(available))
 
 
 @given(st.integers(0, 10**6))
@@ -177,7 +177,7 @@ def test_what_is_missing_over_the_corpus_is_the_least_that_would_do(seed):
     if missing < 1:
         return
     with pytest.raises(UserError) as error:
-        mixing.targets(data, buckets.resolve(data, 8192), available)
+        mix.targets(data, buckets.resolve(data, 8192), available)
     if "cannot be filled" not in str(error.value):  # that one names a bucket without any document
         said = int(re.findall(r"(\d+) are missing", str(error.value))[0])
         assert abs(said - missing) <= 3, "more than the rounding of three sources"
