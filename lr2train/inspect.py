@@ -76,7 +76,7 @@ def _of_run(config: Config) -> Config:
 
 def _loader(config: Config, corpus: Corpus, dp_size: int) -> SegmentLoader:
     data = replace(config.data, segment_tokens=corpus.segment_tokens, kind="segments")
-    loader = make_loader(data, config.seed, 0, dp_size, config.optim.segments_per_step)
+    loader = make_loader(corpus, data, config.seed, 0, dp_size, config.optim.segments_per_step)
     assert isinstance(loader, SegmentLoader)
     return loader
 

@@ -61,6 +61,7 @@ def train(config: Config) -> dict[str, Any]:
     target = factors.target_window_tokens if config.data.kind == "segments" else None
     steps = Steps.settle(job.folder, config.data, mesh.dp_size, config.optim.segments_per_step)
     loader = make_loader(
+        corpus,
         steps.applied(config.data),
         config.seed,
         mesh.dp_rank,

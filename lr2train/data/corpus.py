@@ -98,6 +98,7 @@ class Corpus:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
+        self._stores: dict[str, list[SourceStore]] = {}
 
     @classmethod
     def open(cls, path: str | Path | None) -> Corpus:
@@ -169,7 +170,9 @@ class Corpus:
 
     def stores(self, split: str = TRAIN) -> list[SourceStore]:
         """One store a source, in the order that the plan's ``source`` column counts; empty where a source has no document."""
-        return [source_store(self.folder, source["name"], split) for source in self.manifest["sources"]]
+        if split not in self._stores:
+            self._stores[split] = [source_store(self.folder, source["name"], split) for source in self.manifest["sources"]]
+        return self._stores[split]
 
     def verify(self, full: bool = True) -> int:
         """Compare the files with their checksums; those that passed before and have not changed since are not read again.

@@ -219,9 +219,9 @@ def checks_of_prepare(config):
 
 
 def checks_of_train(config):
-    _, factors, _ = train.inputs(config)
+    _, factors, corpus = train.inputs(config)
     windows = factors.spectrum.window_tokens, factors.target_window_tokens
-    make_loader(config.data, config.seed, 0, 1, config.optim.segments_per_step, *windows)
+    make_loader(corpus, config.data, config.seed, 0, 1, config.optim.segments_per_step, *windows)
 
 
 def checks_of_plan(config):

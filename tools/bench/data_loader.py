@@ -49,7 +49,7 @@ def measure(quick: bool) -> Iterator[Figure]:
 
 
 def _loader(corpus: Corpus) -> SegmentLoader:
-    loader = make_loader(DataConfig(path=str(corpus.folder)), 0, 0, 1, _DP_SIZE)
+    loader = make_loader(Corpus.open(corpus.folder), DataConfig(), 0, 0, 1, _DP_SIZE)
     assert isinstance(loader, SegmentLoader)
     return loader
 

@@ -114,8 +114,8 @@ def _checkpoint(folder: Path) -> int:
 
 
 def _loader(corpus_folder: Path, rank: int, dp_size: int) -> SegmentLoader:
-    data = DataConfig(path=str(corpus_folder), segment_tokens=SEGMENT_TOKENS, group_segments=GROUP_SEGMENTS)
-    loader = make_loader(data, 0, rank, dp_size, SEGMENTS_PER_STEP)
+    data = DataConfig(segment_tokens=SEGMENT_TOKENS, group_segments=GROUP_SEGMENTS)
+    loader = make_loader(Corpus.open(corpus_folder), data, 0, rank, dp_size, SEGMENTS_PER_STEP)
     assert isinstance(loader, SegmentLoader)
     return loader
 

@@ -33,6 +33,7 @@ _FILES_A_SHARD, _FILES_BESIDES = (
 
 
 def make_loader(
+    corpus: Corpus,
     data: DataConfig,
     seed: int,
     dp_rank: int,
@@ -44,7 +45,8 @@ def make_loader(
     """The loader that ``data.kind`` names.
 
     Args:
-        data: ``path`` is the corpus; ``group_segments`` 0 takes ``order.default_group``.
+        corpus: opened; its stores and its tokenizer are shared with whoever else was handed it.
+        data: ``group_segments`` 0 takes ``order.default_group``.
         seed: of the order (segments) or of everything (curriculum).
         dp_rank, dp_size: this data-parallel rank and their number.
         segments_per_step: the global batch.
@@ -54,7 +56,6 @@ def make_loader(
     Raises:
         UserError: corpus and model disagree, or the batch does not divide over groups and ranks.
     """
-    corpus = Corpus.open(data.path)
     ranks = Ranks(dp_rank, dp_size, segments_per_step)
     if data.kind == "curriculum":
         longest = max((stage.length_tokens for stage in data.stages), default=0)
@@ -80,7 +81,7 @@ def _check_plan(corpus: Corpus, data: DataConfig, original_window_tokens: int | 
     ):
         if wanted is not None and planned != wanted:
             raise UserError(
-                f"{key}={wanted}, but the corpus data.path={data.path} was planned for {planned}; run prepare with the same value, or set "
+                f"{key}={wanted}, but the corpus data.path={corpus.folder} was planned for {planned}; run prepare with the same value, or set "
                 f"{key}={planned}"
             )
 

@@ -29,7 +29,7 @@ def data(tmp_path_factory):
 
 
 def loader(data, *stages: StageConfig, rank: int = 0, size: int = 1, seed: int = 0):
-    return make_loader(replace(data, stages=list(stages)), seed, rank, size, 4, 128, 512)
+    return make_loader(Corpus.open(data.path), replace(data, stages=list(stages)), seed, rank, size, 4, 128, 512)
 
 
 def rows(batch, length: int):

@@ -32,7 +32,7 @@ def shown(folder, *overrides: str) -> list[SegmentView]:
 
 def loader(folder, size: int = 1, rank: int = 0, total: int = 8):
     config = compose("train", [*tiny.arguments(folder), "name=x", f"data.segment_tokens={tiny.L}"])
-    return make_loader(config.data, 0, rank, size, total)
+    return make_loader(Corpus.open(folder / "corpus"), config.data, 0, rank, size, total)
 
 
 def test_a_segments_documents_and_targets_are_the_loaders(folder, capsys):
@@ -72,7 +72,7 @@ def test_a_runs_step_takes_seed_batch_groups_and_skips_of_the_run(folder, capsys
     (run / FILE).write_text(json.dumps({"group_segments": 2, "skipped": [[2, 4]]}))
     segments = shown(folder, "run=first", "inspect.step=3", "inspect.dp_size=1")
     config = tiny.config("train", folder, "name=x", "data.group_segments=2", "optim.segments_per_step=4", f"data.segment_tokens={tiny.L}")
-    expected = make_loader(config.data, 5, 0, 1, 4).segments(2)
+    expected = make_loader(Corpus.open(folder / "corpus"), config.data, 5, 0, 1, 4).segments(2)
     assert [(one.window, one.number) for one in segments] == expected
     assert capsys.readouterr().out.startswith("step 3 (passed over: data.skip_steps): 4 segments in groups of 2")
 

@@ -42,7 +42,7 @@ def config(tmp_path_factory) -> Config:
 def loaders(config: Config, size: int, segments_per_step: int = 8, seed: int = 0):
     """One a rank, with groups as small as they can be."""
     data = replace(config.data, group_segments=size)
-    return [make_loader(data, seed, rank, size, segments_per_step, 128, 512) for rank in range(size)]
+    return [make_loader(Corpus.open(config.data.path), data, seed, rank, size, segments_per_step, 128, 512) for rank in range(size)]
 
 
 def segments(loader, step: int) -> list[tuple[str, bytes]]:
@@ -87,7 +87,7 @@ def test_a_step_holds_the_same_segments_on_any_ranks_that_divide_a_group(config,
     data = replace(config.data, group_segments=group)
 
     def step_of(size: int, step: int) -> list[tuple[str, bytes]]:
-        ranks = [make_loader(data, 0, rank, size, 16, 128, 512) for rank in range(size)]
+        ranks = [make_loader(Corpus.open(config.data.path), data, 0, rank, size, 16, 128, 512) for rank in range(size)]
         return sorted(one for rank in ranks for one in segments(rank, step))
 
     for step in (0, 3, 17):
@@ -100,7 +100,7 @@ def test_going_on_with_other_ranks_repeats_and_skips_nothing(config):
     data = replace(config.data, group_segments=4)
 
     def walk(size: int, steps: range) -> Counter:
-        ranks = [make_loader(data, 0, rank, size, 8, 128, 512) for rank in range(size)]
+        ranks = [make_loader(Corpus.open(config.data.path), data, 0, rank, size, 8, 128, 512) for rank in range(size)]
         return Counter(one for rank in ranks for step in steps for one in rank.segments(step))
 
     assert walk(4, range(5)) + walk(1, range(5, 7)) + walk(2, range(7, 20)) == walk(1, range(20))
@@ -130,7 +130,7 @@ def test_windows_are_spread_evenly_and_epochs_differ(config):
 
 @pytest.mark.parametrize("attention", list(LongAttention))
 def test_labels_never_cross_documents(config, attention):
-    loader = make_loader(replace(config.data, long_attention=attention), 0, 0, 1, 8, 128, 512)
+    loader = make_loader(Corpus.open(config.data.path), replace(config.data, long_attention=attention), 0, 0, 1, 8, 128, 512)
     bos, eos = 0, 1
     for batch in (batch for step in range(6) for batch in loader.batches(step)):
         inside = np.concatenate([np.arange(start, stop) for start, stop in batch.spans])
@@ -153,7 +153,7 @@ def test_a_loader_that_does_not_fit_the_model_is_refused(config):
         ("exceeds rope.target_window_tokens=500", (0, 0, 1, 8, 128, 500)),
     ):
         with pytest.raises(UserError, match=words):
-            make_loader(config.data, *arguments)
+            make_loader(Corpus.open(config.data.path), config.data, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_loader_that_does_not_fit_the_model_is_refused(config):
 )
 def test_groups_that_do_not_fit_say_what_does(config, group, size, words):
     with pytest.raises(UserError, match=words):
-        make_loader(replace(config.data, group_segments=group), 0, 0, size, 8, 128, 512)
+        make_loader(Corpus.open(config.data.path), replace(config.data, group_segments=group), 0, 0, size, 8, 128, 512)
 
 
 def test_a_window_with_fewer_segments_than_a_group_is_said(config, capsys):
@@ -174,7 +174,7 @@ def test_a_window_with_fewer_segments_than_a_group_is_said(config, capsys):
     assert capsys.readouterr().err == ""
     few = loader.n_segments(LONG)
     segments_per_step = 4 * (few + 1)
-    make_loader(replace(config.data, group_segments=few + 1), 0, 0, 1, segments_per_step, 128, 512)
+    make_loader(Corpus.open(config.data.path), replace(config.data, group_segments=few + 1), 0, 0, 1, segments_per_step, 128, 512)
     assert f"only {few} long segments for groups of {few + 1}" in capsys.readouterr().err
 
 
@@ -186,7 +186,7 @@ def test_a_corpus_that_is_not_there_or_damaged_is_refused(config, tmp_path):
     plan = file_of(copy, LONG)
     plan.write_bytes(plan.read_bytes()[:-30])
     with pytest.raises(UserError, match="prepare again"):
-        make_loader(replace(config.data, path=str(copy)), 0, 0, 1, 8, 128, 512)
+        make_loader(Corpus.open(copy), config.data, 0, 0, 1, 8, 128, 512)
 
 
 def test_a_low_limit_of_open_files_is_raised_as_far_as_the_system_lets(config):
@@ -195,7 +195,7 @@ def test_a_low_limit_of_open_files_is_raised_as_far_as_the_system_lets(config):
         resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard)
     )  # two tables of the plan and two stores take six
     try:
-        assert len(make_loader(config.data, 0, 0, 1, 8, 128, 512).batches(0)) == 8
+        assert len(make_loader(Corpus.open(config.data.path), config.data, 0, 0, 1, 8, 128, 512).batches(0)) == 8
         if hard != resource.RLIM_INFINITY:
             with pytest.raises(UserError, match=f"takes {3 * 10**12 + 256} open files where this system allows a process {hard}"):
                 _allow_open_files(10**12)
