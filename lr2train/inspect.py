@@ -5,9 +5,10 @@
     python -m lr2train.inspect run=first inspect.step=17 inspect.dp_size=8             step 17 of a run, rank by rank
     python -m lr2train.inspect data.path=runs/corpus optim.segments_per_step=64 inspect.step=17
 
-Steps are counted as in metrics.jsonl. ``run=`` takes the corpus, the seed, the global batch and the groups of a training run. In the bar a
-letter is a source, capital and small in turn by document, and a dot is padding. In the table ``<`` marks a document that begins before this
-segment, and ``>`` a document that goes on after it. The files of the corpus are first compared with their checksums, once (``data.verify``).
+Steps are counted as in metrics.jsonl. ``run=`` takes the corpus, the seed, the global batch and the groups of a
+training run. In the bar a letter is a source, capital and small in turn by document, and a dot is padding. In the table
+``<`` marks a document that begins before this segment, and ``>`` a document that goes on after it. The files of the
+corpus are first compared with their checksums, once (``data.verify``).
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def _show_step(config: Config, corpus: Corpus, letters: dict[str, str]) -> list[
     step, size = config.inspect.step or 1, config.inspect.dp_size
     if config.optim.segments_per_step % size:
         raise UserError(
-            f"inspect.dp_size={size} does not divide the {config.optim.segments_per_step} segments of a step (optim.segments_per_step); set "
+            f"inspect.dp_size={size} does not divide the {config.optim.segments_per_step} segments of a step "
+            "(optim.segments_per_step); set "
             "inspect.dp_size to a divisor"
         )
     viewer = Viewer(corpus, _loader(config, corpus, size))
@@ -107,7 +109,8 @@ def _show_step(config: Config, corpus: Corpus, letters: dict[str, str]) -> list[
     skipped = " (passed over: data.skip_steps)" if step in Skips.parse(config.data.skip_steps) else ""
     group = config.data.group_segments or default_group(size, config.optim.segments_per_step)
     print(
-        f"step {step}{skipped}: {config.optim.segments_per_step} segments in groups of {group}, {size} data-parallel ranks, seed {config.seed}; "
+        f"step {step}{skipped}: {config.optim.segments_per_step} segments in groups of {group}, {size} data-parallel "
+        f"ranks, seed {config.seed}; "
         f"an epoch has {viewer.loader.steps_per_epoch} steps"
     )
     print(_legend(letters, letters))
@@ -121,7 +124,8 @@ def _show_step(config: Config, corpus: Corpus, letters: dict[str, str]) -> list[
 
 def _line(segment: SegmentView, letters: dict[str, str]) -> str:
     return (
-        f"{segment.window:<5} {segment.number:>7}  {_painted(bar(segment, _STEP_CELLS, letters))}  {len(segment.documents):>5} documents  "
+        f"{segment.window:<5} {segment.number:>7}  {_painted(bar(segment, _STEP_CELLS, letters))}  "
+        f"{len(segment.documents):>5} documents  "
         f"{segment.padding_share:>6.2%} padding  {segment.n_targets:>9,} targets"
     )
 
@@ -129,7 +133,8 @@ def _line(segment: SegmentView, letters: dict[str, str]) -> str:
 def _print_segment(segment: SegmentView, letters: dict[str, str], most: int) -> None:
     print(
         f"\n{segment.window} segment {segment.number} of {segment.n_segments:,}: {segment.segment_tokens:,} tokens, "
-        f"{len(segment.documents)} documents, attention over {'the whole segment' if segment.n_spans == 1 else 'each document'}, "
+        f"{len(segment.documents)} documents, attention over "
+        f"{'the whole segment' if segment.n_spans == 1 else 'each document'}, "
         f"{segment.padding_share:.2%} padding, {segment.n_targets:,} targets"
     )
     print(_painted(bar(segment, _BAR_CELLS, letters)))
@@ -194,7 +199,8 @@ def inspect_into_a_pipe(config: Config) -> None:
         inspect(config)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush at exit fails too
+        # else the interpreter's own flush at exit fails too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 

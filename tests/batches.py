@@ -1,4 +1,4 @@
-"""Labels and positions of a batch on the host: a second, independent implementation that tests compare the device's with.
+"""Labels and positions of a batch on the host: independent of the device's, for tests to compare with.
 
 Also a planned segment as a batch, for tests that have a segment table and stores but no corpus.
 """

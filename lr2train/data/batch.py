@@ -1,8 +1,8 @@
-"""The door between data and training: one segment's token ids, and the few facts that its labels and positions follow from.
+"""The door between data and training: the token ids of a segment, and what its labels and positions follow from.
 
-Choice: a batch holds token ids as they are stored, two bytes each for most vocabularies. A label is the next token except at ``breaks``, and
-a position counts from the beginning of its attention span. The device that trains makes both (``training.segment``). Cost: no label and no
-position exists on the host.
+Choice: a batch holds token ids as they are stored, two bytes each for most vocabularies. A label is the next token
+except at ``breaks``, and a position counts from the beginning of its attention span. The device that trains makes both
+(``training.segment``). Cost: no label and no position exists on the host.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ class Batch:
 
     Attributes:
         tokens: [T], uint16 or int32.
-        breaks: int64 [2, n]: places, and the labels there that are not the next token of the segment. The label is ``IGNORE`` at a document's
-            end, in padding, and before a token that is not learned. Where a document goes on in another segment, the label is that
-            document's next token. Each place occurs once; the segment's last place always occurs.
-        spans: attention spans: half-open, disjoint, sorted. A token attends inside its own span only (the document mask). Padding lies
-            outside every span.
+        breaks: int64 [2, n]: places, and the labels there that are not the next token of the segment. The label is
+            ``IGNORE`` at a document's end, in padding, and before a token that is not learned. Where a document goes on
+            in another segment, the label is that document's next token. Each place occurs once; the segment's last
+            place always occurs.
+        spans: attention spans: half-open, disjoint, sorted. A token attends inside its own span only (the document
+            mask). Padding lies outside every span.
         window: ``short`` or ``long``: decides which RoPE table acts.
     """
 
@@ -48,7 +49,7 @@ class Batch:
 
 
 class Loader(Protocol):
-    """Batches by step number: a pure function of (fingerprint, seed, step, dp rank, dp size). So the step is the whole resume state."""
+    """Batches as a pure function of (fingerprint, seed, step, dp rank, dp size): the step is the whole resume state."""
 
     @property
     def fingerprint(self) -> str:
@@ -61,7 +62,7 @@ class Loader(Protocol):
         ...
 
     def batches(self, step: int) -> list[Batch]:
-        """This data-parallel rank's micro-batches of one optimizer step; micro-batch j has the same window on every rank."""
+        """This rank's micro-batches of one optimizer step; micro-batch j has the same window on every rank."""
         ...
 
     def described(self, step: int) -> list[str]:

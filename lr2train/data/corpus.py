@@ -1,4 +1,6 @@
-"""A prepared corpus on disk: tokenizer, token stores, segment tables, a manifest. ``prepare`` writes it, all other verbs open it.
+"""A prepared corpus on disk: tokenizer, token stores, segment tables, manifest.
+
+``prepare`` writes a corpus, all other verbs open it.
 
     corpus.json                    manifest: fingerprint, L0, T, sources, counts
     tokenizer/                     a Hugging Face tokenizer folder
@@ -7,8 +9,9 @@
     store/<source>/source.json     number of token shards, where the documents came from, counts
     segments.<window>.npy          the segment table of a window; plan.json and plan.txt report the mix that came out
 
-Choice: documents are stored with their BOS and EOS, so the length of a document is its tokens in a segment. Cost: another convention means
-tokenising again. A job opens a corpus once and hands it on: stores and the tokenizer are opened when they are first asked for, and kept.
+Choice: documents are stored with their BOS and EOS, so the length of a document is its tokens in a segment. Cost:
+another convention means tokenising again. A job opens a corpus once and hands it on: stores and the tokenizer are
+opened when they are first asked for, and kept.
 """
 
 from __future__ import annotations
@@ -164,31 +167,34 @@ class Corpus:
 
         Args:
             n_ids: size of the model's embedding table.
-            model_folder: holds the model's tokenizer.json; without the folder or the file, vocabularies are not compared.
+            model_folder: holds the model's tokenizer.json; without the folder or the file, vocabularies are not
+                compared.
 
         Raises:
             UserError: the corpus has more ids than the model knows, or the vocabularies differ.
         """
         if self.vocab_size > n_ids:
             raise UserError(
-                f"data.path={self.folder} uses {self.vocab_size} token ids and the model knows {n_ids}; prepare the corpus with the model's own "
+                f"data.path={self.folder} uses {self.vocab_size} token ids and the model knows {n_ids}; prepare the "
+                "corpus with the model's own "
                 "tokenizer (data.tokenizer)"
             )
         file = (model_folder or self.folder / "none") / "tokenizer.json"
         if file.exists() and not self.tokenizer.same_ids(tokenizers.load(str(file))):
             raise UserError(
-                f"data.path={self.folder} was tokenised by another tokenizer than the model's in {model_folder}; prepare it again with "
+                f"data.path={self.folder} was tokenised by another tokenizer than the model's in {model_folder}; "
+                "prepare it again with "
                 f"data.tokenizer={model_folder}"
             )
 
     def stores(self, split: str = TRAIN) -> list[SourceStore]:
-        """One store for each source, in the order of ``source_names``; a source without documents has an empty one. Opened once a split."""
+        """One store for each source, in the order of ``source_names``; opened once for each split."""
         if split not in self._stores:
             self._stores[split] = [source_store(self.folder, name, split) for name in self.source_names]
         return self._stores[split]
 
     def verify(self, full: bool = True) -> int:
-        """Compare the files with their checksums. A file that passed before and has not changed since is not read again.
+        """Compare the files with their checksums; a file that passed and has not changed is not read again.
 
         Args:
             full: False compares the sizes alone.

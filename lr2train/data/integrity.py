@@ -1,9 +1,10 @@
 """Whether a corpus on the disk is the one that was written: sizes are compared at each start, checksums once.
 
-Choice: a store's manifest has the checksums of its files, ``checksums.json`` has the checksums of all other files (segment tables, tokenizer,
-manifests), and each of these lists has a checksum of its own. A file that passed is remembered in ``verified.json`` by size, time and inode,
-so the next start does not read it. Cost: the first start reads all tokens, at about a gigabyte a second and core. Damage after that start
-that keeps a file's size, time and inode is not found.
+Choice: a store's manifest has the checksums of its files, ``checksums.json`` has the checksums of all other files
+(segment tables, tokenizer, manifests), and each of these lists has a checksum of its own. A file that passed is
+remembered in ``verified.json`` by size, time and inode, so the next start does not read it. Cost: the first start reads
+all tokens, at about a gigabyte a second and core. Damage after that start that keeps a file's size, time and inode is
+not found.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ def write_checksums(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove files that were being written when their writers ended, by a kill or on a full disk. The caller holds the folder's lock."""
+    """Remove files that a kill or a full disk left half-written. The caller holds the folder's lock."""
     for place in (folder, folder / "tokenizer", *folder.glob("store/*")):
         for path in place.glob(f".*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 
 
 def refuse_damage(folder: Path) -> None:
-    """Compare the files outside the stores with their checksums, before ``prepare`` goes on from them; a missing file is made again.
+    """Compare the files outside the stores with their checksums, before ``prepare`` goes on from them.
+
+    A missing file is no damage: ``prepare`` makes it again.
 
     Raises:
         UserError: a file was changed.
@@ -121,7 +124,7 @@ def _name(folder: Path, file: _File) -> str:
 
 
 def _stamp(file: _File) -> list[int | str]:
-    """Size, time, inode and checksum: a file is known again by them. A copy that keeps its times has another inode, so it is read anew."""
+    """Size, time, inode and checksum, by which a file is known again. A copy has another inode, so it is read anew."""
     stat = file.path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino, file.sha256]
 

@@ -1,8 +1,9 @@
-"""Needle documents: key-value sentences hidden in text and asked for at the end (paper, Appendix C; RULER's niah tasks).
+"""Needle documents: key-value sentences hidden in text, asked for at the end (paper, Appendix C; RULER's niah).
 
-Choice: each part of a sentence (text up to the number, number, question) is tokenised apart, and the ids are joined. So the tokens of an
-answer are known exactly for any tokenizer, and are the same in the needle and after the question. Cost: where two parts meet, the ids may
-differ from the ids of the joined text. The space before a number belongs to the answer only where the tokenizer merges the two.
+Choice: each part of a sentence (text up to the number, number, question) is tokenised apart, and the ids are joined. So
+the tokens of an answer are known exactly for any tokenizer, and are the same in the needle and after the question.
+Cost: where two parts meet, the ids may differ from the ids of the joined text. The space before a number belongs to the
+answer only where the tokenizer merges the two.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from lr2train.data.corpus import HOLDOUT, Corpus
 Encode = Callable[[str], np.ndarray]
 
 _ADJECTIVES = (
-    "amber ancient brave bright calm clever cold copper crimson curious dusty eager early fierce gentle golden happy hidden hollow humble "
-    "icy jolly keen lively lonely lucky mellow misty noble numerous odd pale proud quiet rapid rusty silent silver tiny wild"
+    "amber ancient brave bright calm clever cold copper crimson curious dusty eager early fierce gentle golden happy "
+    "hidden hollow humble "
+    "icy jolly keen lively lonely lucky mellow misty noble numerous odd pale proud quiet rapid rusty silent silver "
+    "tiny wild"
 )
 _NOUNS = (
-    "anchor apple arrow badge basket beacon bell bridge candle canyon castle cloud comet copper desk drum eagle ember falcon feather "
-    "forest garden hammer harbor island kite lantern maple meadow mirror mountain needle orchard pebble river saddle stone tower valley "
+    "anchor apple arrow badge basket beacon bell bridge candle canyon castle cloud comet copper desk drum eagle ember "
+    "falcon feather "
+    "forest garden hammer harbor island kite lantern maple meadow mirror mountain needle orchard pebble river saddle "
+    "stone tower valley "
     "whistle"
 )
 ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
@@ -33,7 +38,10 @@ N_KEYS = len(ADJECTIVES) * len(NOUNS)
 
 @dataclass(frozen=True)
 class Wording:
-    """The sentences of a document. The number follows ``needle`` and ``question`` after one space; ``{key}`` stands for the pair's name."""
+    """The sentences of a document.
+
+    The number follows ``needle`` and ``question`` after one space; ``{key}`` stands for the pair's name.
+    """
 
     needle: str
     needle_end: str
@@ -62,7 +70,7 @@ WORDINGS: dict[str, Wording] = {
 
 
 def sentences(wording: str, times: int = 60) -> Iterator[str]:
-    """Training text for the tokenizer of a corpus with needle documents: each key's sentence and question, ``times`` over."""
+    """Training text for the tokenizer of a corpus with needles: each key's sentence and question, ``times`` over."""
     how = WORDINGS[wording]
     for _ in range(times):
         yield "".join(f"{how.needle.format(key=how.key(index))} {how.question.format(key=how.key(index))} " for index in range(N_KEYS))
@@ -74,7 +82,8 @@ class NeedleDocument:
 
     Attributes:
         tokens: int64 [length_tokens].
-        answer_spans: half-open token ranges of the answers after the questions, in order; ``tokens[start:stop]`` is exactly the number.
+        answer_spans: half-open token ranges of the answers after the questions, in order; ``tokens[start:stop]`` is
+            exactly the number.
         depth: place in the filler of the needle that is asked for first, 0 start … 1 end.
         answers: the numbers as text, one for each range.
     """
@@ -154,20 +163,22 @@ class NeedleMaker:
             rng: draws keys, numbers and places.
             filler: ids of the text to hide in; its beginning is used. ``length_tokens`` ids are always enough.
             length_tokens: of the whole document, BOS and EOS included.
-            depth: of the needle that is asked for first, 0 … 1; None draws it. The depths of all other needles are drawn.
+            depth: of the needle that is asked for first, 0 … 1; None draws it. The depths of all other needles are
+                drawn.
             n_pairs: needles.
             n_questions: pairs that are asked for at the end.
             together: all needles that are asked for stand at ``depth``, one after another, not the first alone.
 
         Raises:
-            UserError: the length has no room for the sentences, the filler is too short, there are more questions than pairs, or the depth
-                lies outside [0, 1].
+            UserError: the length has no room for the sentences, the filler is too short, there are more questions than
+                pairs, or the depth lies outside [0, 1].
         """
         if depth is not None:
             between("depth", depth, 0, 1)  # from eval.depths or search.depth
         if not 1 <= n_questions <= n_pairs <= N_KEYS:
             raise UserError(
-                f"needle document with {n_pairs} pairs and {n_questions} questions; ask at least one question, and at most one a pair (of "
+                f"needle document with {n_pairs} pairs and {n_questions} questions; ask at least one question, and at "
+                "most one a pair (of "
                 f"{N_KEYS})"
             )
         keys, numbers = self._draw(rng, n_pairs)
@@ -188,7 +199,7 @@ class NeedleMaker:
         )
 
     def most_pairs(self, length_tokens: int, max_questions: int = 1) -> int:
-        """Pairs that fit a document of this length whatever the keys and numbers, with up to ``max_questions`` of them asked for."""
+        """Pairs that fit a document of this length whatever is drawn, with up to ``max_questions`` asked for."""
         fixed, needle, question = self._costs
         room = length_tokens - fixed
         asked = min(max_questions, room // (needle + question))
@@ -196,7 +207,7 @@ class NeedleMaker:
 
     @cached_property
     def _costs(self) -> tuple[int, int, int]:
-        """Upper bounds in tokens: of the fixed text, of a needle, and of a question with its answer. A digit costs one token at most."""
+        """Most tokens of the fixed text, a needle, and a question with its answer; a digit is at most one token."""
         wording, number = self._wording, self._digits + 1
         keys = [wording.key(index) for index in range(N_KEYS)]
         needle = max(len(self._piece(wording.needle, key)) for key in keys) + number + len(self._piece(wording.needle_end))
@@ -235,19 +246,21 @@ class NeedleMaker:
         answer = ids[len(joint) :]
         if not answer:
             raise UserError(
-                f"the tokenizer turns the number {number} into no token, so nothing is left to score; set data.tokenizer to one that "
+                f"the tokenizer turns the number {number} into no token, so nothing is left to score; set "
+                "data.tokenizer to one that "
                 "knows digits"
             )
         return joint, answer
 
     def _refuse_without_digits(self) -> None:
-        """Refuse a tokenizer whose answers do not tell which number was found: a model could give them without the needle."""
+        """Refuse a tokenizer whose answers do not tell which number was found."""
         answers = {digit: self._number(digit * self._digits)[1] for digit in "0123456789"}
         unknown = set(self._apart("☃"))  # a tokenizer with byte fallback has tokens for this sign too
         blind = [digit for digit, ids in answers.items() if set(ids) <= unknown]
         if blind or len(set(map(tuple, answers.values()))) < len(answers):
             raise UserError(
-                f"the tokenizer has no token for {', '.join(blind) or 'each digit'}, so an answer would not tell which number was found; set "
+                f"the tokenizer has no token for {', '.join(blind) or 'each digit'}, so an answer would not tell which "
+                "number was found; set "
                 "data.tokenizer to one that knows digits"
             )
 
@@ -258,10 +271,11 @@ class NeedleMaker:
         return self._known[text]
 
     def _apart(self, text: str) -> list[int]:
-        """Ids of a text as inside a document: SentencePiece tokenizers put a space before the first character of a text.
+        """Ids of a text as inside a document.
 
-        So the text is encoded behind a character that it cannot merge with. That is a line break, or a letter where the text begins with a
-        space, because some tokenizers make one space of several.
+        SentencePiece tokenizers put a space before the first character of a text. So the text is encoded behind a
+        character that it cannot merge with. That is a line break, or a letter where the
+        text begins with a space, because some tokenizers make one space of several.
         """
         for before in ("x", "\n") if text[0].isspace() else ("\n",):
             whole, first = _ids(self._encode(before + text)), _ids(self._encode(before))
@@ -273,12 +287,14 @@ class NeedleMaker:
     def _check(room: int, length_tokens: int, filler_tokens: int) -> None:
         if room < 0:
             raise UserError(
-                f"a needle document of {length_tokens} tokens is {-room} too short for its sentences; use a greater length, fewer pairs, "
+                f"a needle document of {length_tokens} tokens is {-room} too short for its sentences; use a greater "
+                "length, fewer pairs, "
                 "or data.needles.wording=code"
             )
         if room > filler_tokens:
             raise UserError(
-                f"a needle document of {length_tokens} tokens needs {room} tokens of filler and has {filler_tokens}; give longer filler "
+                f"a needle document of {length_tokens} tokens needs {room} tokens of filler and has {filler_tokens}; "
+                "give longer filler "
                 "text"
             )
 

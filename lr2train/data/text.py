@@ -1,7 +1,8 @@
 """Stretches of stored text of any length: filler of needle documents, crops for a curriculum, documents for perplexity.
 
-Choice: while some document is long enough, a stretch comes from inside one document, and each place is as likely as any other. Else documents
-are joined, without their BOS and EOS. Cost: a document shorter than the stretch is never used while a longer one exists.
+Choice: while some document is long enough, a stretch comes from inside one document, and each place is as likely as any
+other. Else documents are joined, without their BOS and EOS. Cost: a document shorter than the stretch is never used
+while a longer one exists.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Text:
         return self._crops(rng, n, length) if self.longest >= length else np.stack([self._joined(rng, length) for _ in range(n)])
 
     def draw_apart(self, rng: np.random.Generator, n: int, length: int) -> np.ndarray:
-        """Like ``draw``, but a document gives a second stretch only after each document that is long enough gave one."""
+        """Like ``draw``, but no document gives a second stretch before each that is long enough gave one."""
         long = np.flatnonzero(self._lengths >= length)
         if not len(long):
             return self.draw(rng, n, length)

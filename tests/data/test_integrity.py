@@ -1,4 +1,4 @@
-"""A flipped bit or a lost byte in any file of a corpus is found before the corpus is used; files that have not changed are read once."""
+"""A flipped bit or a lost byte in any file of a corpus is found before use; an unchanged file is read once."""
 
 from __future__ import annotations
 

@@ -71,14 +71,14 @@ def single_digits():
 
 
 def llama2():
-    """SentencePiece's kind: a space is put before whatever comes first; no pre-tokenizer keeps words apart, digits are single."""
+    """SentencePiece's kind: a space before the first character, no pre-tokenizer between words, single digits."""
     put_first = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     back = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return bpe(pre_tokenizers.Split(Regex(r"\d"), "isolated"), back, put_first, alphabet=BYTES, texts=TEXT)
 
 
 def metaspace():
-    """SentencePiece BPE whose words carry their space and everything up to the next one: the full stop merges with the digits before it."""
+    """SentencePiece BPE whose words reach up to the next space: the full stop merges with the digits before it."""
     return bpe(pre_tokenizers.Metaspace(), decoders.Metaspace(), vocab_size=900, alphabet=string.printable)
 
 
@@ -172,7 +172,7 @@ def has_digit(tokenizer, id) -> bool:
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_document_is_a_book_with_a_needle_at_its_depth(name, depth):
-    """[BOS] intro, depth of the book, the needle, the rest of the book, the question: no token of the book is lost, moved or doubled."""
+    """BOS, intro, a part of the book, the needle, the rest, the question: no token of the book is lost or moved."""
     tokenizer = TOKENIZERS[name]
     book = np.arange(100_000, 102_000)  # every place has its own id
     bare = without_filler(NeedleMaker(tokenizer.encode, "paper", 7, tokenizer.bos, None))
@@ -227,8 +227,10 @@ def test_the_sample_of_appendix_c_comes_out(monkeypatch):
     maker = NeedleMaker(tokenizer.encode, "paper", 7, None, None)
     made = maker.make(np.random.default_rng(0), book, len(book) + len(without_filler(maker).tokens), 0.0)
     assert tokenizer.decode(made.tokens) == (
-        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards.\n"
-        "One of the special magic numbers for numerous-kite is: 6716097. The Old Testament of the King James Version of the Bible "
+        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about "
+        "the number afterwards.\n"
+        "One of the special magic numbers for numerous-kite is: 6716097. The Old Testament of the King James Version "
+        "of the Bible "
         "The First Book of Moses: Called Genesis\n"
         "What is the special magic number for numerous-kite mentioned in the provided text? "
         "The special magic number for numerous-kite mentioned in the provided text is 6716097"
@@ -269,7 +271,7 @@ def without_filler(maker: NeedleMaker) -> NeedleDocument:
 
 
 def test_pg19_is_prepared_from_a_folder_of_books(tmp_path):
-    """conf/data/pg19.yaml: each document is one stretch of one held-out book, a needle before it, the question behind it."""
+    """conf/data/pg19.yaml: a document is one stretch of one held-out book, between a needle and its question."""
     rng = np.random.default_rng(0)
     books = [" ".join("".join(rng.choice(list("abdeiklmnorstu"), rng.integers(2, 8))) for _ in range(2500)) for _ in range(6)]
     for number, book in enumerate(books):

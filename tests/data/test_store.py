@@ -1,4 +1,4 @@
-"""Stores: they come back as written, in Megatron's layout; a damaged one is refused; an interrupted writer leaves none."""
+"""Stores come back as written, in Megatron's layout; a damaged one is refused; an interrupted one is none."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A planned segment as arrays: its document spans are copied straight out of the mapped token shards.
 
-Choice: ids are copied as they are stored, and nothing is made for a token that the device can make. One by one the host looks only at the end
-of each document span, at padding, and at tokens that are not learned. Cost: a model cannot take a ``Batch`` as it is.
+Choice: ids are copied as they are stored, and nothing is made for a token that the device can make. One by one the host
+looks only at the end of each document span, at padding, and at tokens that are not learned. Cost: a model cannot take a
+``Batch`` as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from lr2train.data.store import SourceStore, Store
 
 
 class TokenShard(NamedTuple):
-    """One token shard of a source as plain arrays over its mapped files: slicing a numpy.memmap costs as much as copying a small document."""
+    """One token shard of a source as plain arrays over its mapped files.
+
+    Plain, because slicing a numpy.memmap costs as much as copying a small document.
+    """
 
     store: Store
     flat: np.ndarray  # all tokens, back to back
@@ -42,14 +46,19 @@ class SpanTokens(NamedTuple):
     flat: np.ndarray
     begin: int  # index into flat of the span's first token
     cut: bool  # the document goes on after the span; its next token, perhaps in another segment, is a target
-    learned: np.ndarray | None  # bool: which labels are learned (without the IGNORE of a document's end); None where all are
+    # bool: which labels are learned (without the IGNORE of a document's end); None where all are
+    learned: np.ndarray | None
 
 
-PlacedSpans = Sequence[tuple[tuple[int, int], SpanTokens]]  # [start, stop) in the segment, and the tokens that stand there
+# [start, stop) in the segment, and the tokens that stand there
+PlacedSpans = Sequence[tuple[tuple[int, int], SpanTokens]]
 
 
 class SourceTokens:
-    """The documents of a source, to be copied out of. Opens all token shards at once, so that a broken one is found before training."""
+    """The documents of a source, to be copied out of.
+
+    All token shards are opened at once, so that a broken one is found before training.
+    """
 
     def __init__(self, store: SourceStore) -> None:
         self._first = store.first
@@ -81,7 +90,8 @@ def assemble(spans: PlacedSpans, segment_tokens: int, window: str, whole: bool, 
         spans: at least one.
         segment_tokens: T.
         window: ``short`` or ``long``.
-        whole: one attention span over the whole segment, with positions 0 … T-1; else an attention span for each document span.
+        whole: one attention span over the whole segment, with positions 0 … T-1; else an attention span for each
+            document span.
         padding: token id where no document span is; there is no target, no attention, and position 0.
     """
     tokens = np.empty(segment_tokens, spans[0][1].flat.dtype)  # one tokenizer, so one dtype in all stores
@@ -100,7 +110,7 @@ def assemble(spans: PlacedSpans, segment_tokens: int, window: str, whole: bool, 
 
 
 def _breaks(spans: PlacedSpans, gaps: Sequence[tuple[int, int]]) -> np.ndarray:
-    """``Batch.breaks``: the ends of document spans, padding, and places before a token that is not learned; int64 [2, n]."""
+    """``Batch.breaks``: ends of document spans, padding, and places before a token that is not learned."""
     ends = np.array([(end - 1, _last_label(end - at, one)) for (at, end), one in spans], np.int64).T
     ignored = [np.arange(begin, end) for begin, end in gaps]
     # The last label of a span is among the ends already.
@@ -112,7 +122,7 @@ def _breaks(spans: PlacedSpans, gaps: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def _last_label(n_tokens: int, span: SpanTokens) -> int:
-    """The label of a span's last token: the document's next token where the document is cut there and that token is learned."""
+    """The label of a span's last token: the next token, where the document is cut there and that token is learned."""
     if not span.cut:
         return IGNORE
     learned = span.learned is None or span.learned[-1]

@@ -1,8 +1,8 @@
-"""Batches that teach a base model from scratch to read: repeated random tokens, needle documents, plain text, stage by stage.
+"""Batches that teach a base model from scratch, stage by stage: repeated tokens, needle documents, plain text.
 
-Choice: no segment is planned. A segment is filled with rows (documents) of one length from its own random stream, keyed by (seed, step,
-segment). So it does not depend on the number of ranks, and any step can be made at once. Text is cropped at random from training documents.
-Cost: there are no epochs, and tokens repeat.
+Choice: no segment is planned. A segment is filled with rows (documents) of one length from its own random stream, keyed
+by (seed, step, segment). So it does not depend on the number of ranks, and any step can be made at once. Text is
+cropped at random from training documents. Cost: there are no epochs, and tokens repeat.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from lr2train.run import stream
 
 DENSE_PAIRS = 12  # at most, in a row of kind "dense"
 
-Rows = tuple[np.ndarray, np.ndarray]  # tokens int64 [rows, length]; bool [rows, length], whether a token is a target of the one before it
+# tokens int64 [rows, length]; bool [rows, length], whether a token is a target of the one before it
+Rows = tuple[np.ndarray, np.ndarray]
 
 
 class CurriculumLoader:
@@ -111,18 +112,21 @@ class RowMaker:
             )
         if self._shares(stage).min() < 0 or not self._shares(stage).sum() > 0:
             raise UserError(
-                f"{where} has shares repeats={stage.repeats}, needles={stage.needles}, dense={stage.dense}, text={stage.text}; "
+                f"{where} has shares repeats={stage.repeats}, needles={stage.needles}, dense={stage.dense}, "
+                f"text={stage.text}; "
                 "set one above 0 and none below"
             )
         asks = stage.needles or stage.dense
         if asks and not self._pairs_that_fit(length, self._needles.max_questions if stage.needles else 1):
             raise UserError(
-                f"{where}.length_tokens={length} has no room for a needle; use a greater length, fewer data.needles.digits, or "
+                f"{where}.length_tokens={length} has no room for a needle; use a greater length, fewer "
+                "data.needles.digits, or "
                 "data.needles.wording=code"
             )
         if (asks or stage.text) and self._text.longest < length:
             raise UserError(
-                f"{where}.length_tokens={length} is longer than every training document ({self._text.longest} tokens); use a smaller "
+                f"{where}.length_tokens={length} is longer than every training document ({self._text.longest} tokens); "
+                "use a smaller "
                 "length or other sources"
             )
 
@@ -142,8 +146,8 @@ class RowMaker:
     def _repeats(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
         """BOS, then random tokens that repeat with a period of an eighth to a half of the row.
 
-        Periods differ from row to row: the model has to look for a token's last occurrence and not for a fixed distance. Targets are the
-        tokens that can be known: all after the first token of the second period.
+        Periods differ from row to row: the model has to look for a token's last occurrence and not for a fixed
+        distance. Targets are the tokens that can be known: all after the first token of the second period.
         """
         body = length - len(self._bos)
         period = rng.integers(max(2, length // 8), length // 2, size=(n_rows, 1), endpoint=True)
@@ -184,7 +188,7 @@ class RowMaker:
         return tokens, is_target
 
     def _after_bos(self, body: np.ndarray) -> np.ndarray:
-        """int64 [rows, length]: BOS, then the body [rows, length - 1]; the body alone where the tokenizer has no BOS."""
+        """int64 [rows, length]: BOS, then the body; the body alone where the tokenizer has no BOS."""
         first = np.broadcast_to(np.array(self._bos, dtype=np.int64), (len(body), len(self._bos)))
         return np.concatenate([first, body], axis=1)
 

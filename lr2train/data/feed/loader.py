@@ -1,10 +1,10 @@
 """The loader: batches of planned segments as a pure function of (corpus, seed, step, data-parallel rank and size).
 
-``order`` decides which segments a step holds, and ``assembly`` makes arrays of them. This file checks that corpus, model, global batch and
-ranks fit each other.
+``order`` decides which segments a step holds, and ``assembly`` makes arrays of them. This file checks that corpus,
+model, global batch and ranks fit each other.
 
-Choice: no state, so the resume state of the data is the step's number, and any rank can make any step. Cost: the segment tables of both
-windows stay mapped, and all token shards stay open.
+Choice: no state, so the resume state of the data is the step's number, and any rank can make any step. Cost: the
+segment tables of both windows stay mapped, and all token shards stay open.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def make_loader(
         seed: of the order (segments) or of everything (curriculum).
         dp_rank, dp_size: this data-parallel rank and their number.
         segments_per_step: the global batch.
-        original_window_tokens: L0 of the model that will train, compared with the corpus' L0; None skips the comparison.
+        original_window_tokens: L0 of the model that will train, compared with the corpus' L0; None skips the
+            comparison.
         target_window_tokens: L, compared with the length of a segment; None skips the comparison.
 
     Raises:
@@ -54,7 +55,8 @@ def make_loader(
         longest = max((stage.length_tokens for stage in data.stages), default=0)
         if original_window_tokens is not None and longest > original_window_tokens:
             raise UserError(
-                f"data.stages has length_tokens={longest}, beyond the original window of {original_window_tokens}; set it to at most that"
+                f"data.stages has length_tokens={longest}, above the original window of {original_window_tokens} tokens; "
+                f"set each length_tokens of data.stages to at most {original_window_tokens}"
             )
         return CurriculumLoader(corpus, data, seed, ranks.rank, ranks.size, ranks.accumulation)
     _check_windows(corpus, data, original_window_tokens, target_window_tokens)
@@ -68,13 +70,16 @@ def _check_windows(corpus: Corpus, data: DataConfig, original_window_tokens: int
     ):
         if wanted is not None and planned != wanted:
             raise UserError(
-                f"{key}={wanted}, but the corpus data.path={corpus.folder} was planned for {planned}; run prepare with the same value, or set "
+                f"{key}={wanted}, but the corpus data.path={corpus.folder} was planned for {planned}; run prepare with "
+                "the same value, or set "
                 f"{key}={planned}"
             )
     if target_window_tokens not in (None, data.segment_tokens):
         raise UserError(
-            f"data.segment_tokens={data.segment_tokens} {'exceeds' if data.segment_tokens > target_window_tokens else 'is below'} "
-            f"rope.target_window_tokens={target_window_tokens}, and training teaches the window of its segments; set rope.target_window_tokens "
+            f"data.segment_tokens={data.segment_tokens} "
+            f"{'exceeds' if data.segment_tokens > target_window_tokens else 'is below'} "
+            f"rope.target_window_tokens={target_window_tokens}, and training teaches the window of its segments; set "
+            "rope.target_window_tokens "
             f"to {data.segment_tokens}, or prepare segments of {target_window_tokens} tokens"
         )
 
@@ -99,7 +104,8 @@ class Ranks:
         assert 0 <= self.rank < self.size
         if self.segments_per_step % self.size:
             raise UserError(
-                f"optim.segments_per_step={self.segments_per_step} is not divisible by the {self.size} data-parallel ranks; "
+                f"optim.segments_per_step={self.segments_per_step} is not divisible by the {self.size} data-parallel "
+                "ranks; "
                 f"set optim.segments_per_step to {-(-self.segments_per_step // self.size) * self.size}"
             )
 
@@ -118,13 +124,16 @@ class Ranks:
         if group_segments < 1 or total % group_segments:
             fitting = [size for size in _divisors(total) if size % self.size == 0]
             raise UserError(
-                f"data.group_segments={group_segments} does not divide optim.segments_per_step={total}; set data.group_segments to one of "
+                f"data.group_segments={group_segments} does not divide optim.segments_per_step={total}; set "
+                "data.group_segments to one of "
                 f"{_listed(fitting)}"
             )
         if group_segments % self.size:
             raise UserError(
-                f"{self.size} data-parallel ranks do not divide data.group_segments={group_segments}, which decides what each step holds "
-                f"and is settled at the first start; start with {_listed(_divisors(group_segments))} of them (ranks / parallel.sp)"
+                f"{self.size} data-parallel ranks do not divide data.group_segments={group_segments}, which decides "
+                "what each step holds "
+                f"and is settled at the first start; start with {_listed(_divisors(group_segments))} of them (ranks / "
+                "parallel.sp)"
             )
 
 
@@ -140,7 +149,8 @@ class SegmentLoader:
     """Batches of planned segments.
 
     Raises:
-        UserError: the corpus has no segment, groups do not fit the ranks, or the system's limit of open files is too low.
+        UserError: the corpus has no segment, groups do not fit the ranks, or the system's limit of open files is too
+            low.
     """
 
     def __init__(self, corpus: Corpus, long_attention: LongAttention, seed: int, ranks: Ranks, group_segments: int) -> None:
@@ -167,7 +177,8 @@ class SegmentLoader:
             if 0 < self.n_segments(window) < group_segments:
                 say(
                     "data",
-                    f"only {self.n_segments(window)} {window} segments for groups of {group_segments}: every step that holds a {window} group "
+                    f"only {self.n_segments(window)} {window} segments for groups of {group_segments}: every step that "
+                    f"holds a {window} group "
                     "repeats some; prepare more of them, or set data.group_segments lower",
                 )
 
@@ -181,7 +192,7 @@ class SegmentLoader:
         return -(-sum(self._schedule.groups_before(1, window) for window in WINDOWS) // self._groups_per_step)
 
     def segments(self, step: int, rank: int | None = None) -> list[tuple[str, int]]:
-        """Window and number of a data-parallel rank's segments of a step, one a micro-batch; ``rank`` None is this rank."""
+        """Window and number of a rank's segments of a step, one for each micro-batch; ``rank`` None is this rank."""
         rank = self._ranks.rank if rank is None else rank
         groups = (self._order.group(step * self._groups_per_step + nth) for nth in range(self._groups_per_step))
         return [(window, int(segment)) for window, segments in groups for segment in part(segments, rank, self._ranks.size)]
@@ -215,7 +226,7 @@ def _plain(table: SegmentTable) -> SegmentTable:
 
 
 def attention_costs(table: SegmentTable, whole: bool) -> np.ndarray:
-    """The cost of attention over each segment, up to a factor: the sum of its attention spans' squared lengths, float64 [segments]."""
+    """float64 [segments]: the cost of attention up to a factor, the sum of the attention spans' squared lengths."""
     if whole:
         return np.full(table.n_segments, float(table.segment_tokens) ** 2)
     lengths = np.asarray(table.stop, np.float64) - table.start

@@ -1,18 +1,21 @@
 """Which segments a step holds: pure arithmetic over counts, costs and a seed. No token is touched here.
 
-Each window is an endless stream of its segments, epoch after epoch, and each epoch is a new permutation. A stream is cut into *groups* of
-``group_segments``. A step is a fixed number of groups, and each data-parallel rank takes its part of every group.
+Each window is an endless stream of its segments, epoch after epoch, and each epoch is a new permutation. A stream is
+cut into *groups* of ``group_segments``. A step is a fixed number of groups, and each data-parallel rank takes its part
+of every group.
 
-Choice: groups, not ranks, decide the content of a step and the order of windows. So any number of ranks that divides a group sees the same
-segments at the same step, all ranks run the same window in each micro-batch, and a run goes on with fewer or more ranks. Cost: the mix of
-windows is as coarse as a group, and a group at the border of two epochs takes some segments of the next one.
+Choice: groups, not ranks, decide the content of a step and the order of windows. So any number of ranks that divides a
+group sees the same segments at the same step, all ranks run the same window in each micro-batch, and a run goes on with
+fewer or more ranks. Cost: the mix of windows is as coarse as a group, and a group at the border of two epochs takes
+some segments of the next one.
 
 Invariants, with p the share of long segments in the corpus:
 
 - Each epoch of a window holds each of its segments once, and a window's epochs follow each other.
-- Among the first N groups, for every N, between p N - 1.5 and p N + 1.5 are long. At the borders of an epoch each window is less than one
-  group ahead of its share; inside an epoch, error diffusion stays within half a group.
-- The segments of a group cost about the same attention: inside blocks of a permutation, neighbours of a sorting form a group.
+- Among the first N groups, for every N, between p N - 1.5 and p N + 1.5 are long. At the borders of an epoch each
+  window is less than one group ahead of its share; inside an epoch, error diffusion stays within half a group.
+- The segments of a group cost about the same attention: inside blocks of a permutation, neighbours of a sorting form a
+  group.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ import numpy as np
 from lr2train.data.batch import LONG, SHORT
 from lr2train.run import stream
 
-BLOCK_GROUPS = 64  # groups that are sorted together: more balance costs better, fewer stay nearer to a plain permutation
+# groups that are sorted together: more balance costs better, fewer stay nearer to a plain permutation
+BLOCK_GROUPS = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Schedule:
     group_segments: int
 
     def groups_before(self, epoch: int, window: str) -> int:
-        """Groups of a window that begin before an epoch does: the segments of all earlier epochs, in groups, rounded up."""
+        """Groups of a window that begin before an epoch: the segments of all earlier epochs in groups, rounded up."""
         return -(-epoch * self.counts[window] // self.group_segments)
 
     def locate(self, group: int) -> tuple[str, int]:
@@ -78,7 +82,8 @@ class Order:
     def __init__(self, schedule: Schedule, costs: Mapping[str, np.ndarray], seed: int) -> None:
         self.schedule = schedule
         self._costs, self._seed = costs, seed
-        self._epochs: dict[str, tuple[int, np.ndarray]] = {}  # by window: the epoch of its last permutation, and the permutation
+        # by window: the epoch of its last permutation, and the permutation
+        self._epochs: dict[str, tuple[int, np.ndarray]] = {}
 
     def group(self, group: int) -> tuple[str, np.ndarray]:
         """The window of a group, and its segments by ascending cost, int64 [group_segments]."""
@@ -95,9 +100,10 @@ class Order:
         return known[1]
 
     def _permutation(self, window: str, epoch: int) -> np.ndarray:
-        """A permutation of a window's segments whose groups hold segments of similar cost, and whose groups come in random order.
+        """A permutation of a window's segments: groups of similar cost, in random order.
 
-        The first segments complete the group that the previous epoch began. Those segments, and the last, incomplete group, stay as drawn.
+        The first segments complete the group that the previous epoch began. Those segments, and the last, incomplete
+        group, stay as drawn.
         """
         rng = stream(self._seed, "order", window, epoch)
         order, size = rng.permutation(self.schedule.counts[window]), self.schedule.group_segments
@@ -113,9 +119,9 @@ class Order:
 
 
 def default_group(dp_size: int, segments_per_step: int) -> int:
-    """Default of ``data.group_segments``: the largest multiple of the ranks that divides a step and is at most a quarter of one.
+    """Default of ``data.group_segments``: the largest multiple of the ranks that divides a step into at least 4 groups.
 
-    So both windows meet in each step. Where there is no such multiple, a group is the ranks.
+    Four or more groups let both windows meet in a step. Where no multiple does, the default is the number of ranks.
     """
     room = [n for n in range(dp_size, segments_per_step // 4 + 1, dp_size) if segments_per_step % n == 0]
     return max(room, default=dp_size)
@@ -124,8 +130,8 @@ def default_group(dp_size: int, segments_per_step: int) -> int:
 def part(segments: np.ndarray, rank: int, size: int) -> np.ndarray:
     """The segments of a group that one of ``size`` data-parallel ranks takes, one a micro-batch.
 
-    The ranks of a micro-batch take neighbours in cost. From micro-batch to micro-batch the order of the ranks is reversed, so that the sums
-    of costs are alike too.
+    The ranks of a micro-batch take neighbours in cost. From micro-batch to micro-batch the order of the ranks is
+    reversed, so that the sums of costs are alike too.
     """
     micro_batches = segments.reshape(-1, size)
     places = np.where(np.arange(len(micro_batches)) % 2, size - 1 - rank, rank)

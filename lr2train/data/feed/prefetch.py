@@ -1,7 +1,8 @@
 """Steps made ahead of time by threads, in order.
 
-Choice: threads, not processes, because a step costs copies of mapped memory, which numpy makes without the interpreter's lock. Steps come out
-in the order in which they were asked for, whatever the number of threads. Cost: ``ahead`` more steps of batches in memory.
+Choice: threads, not processes, because a step costs copies of mapped memory, which numpy makes without the
+interpreter's lock. Steps come out in the order in which they were asked for, whatever the number of threads. Cost:
+``ahead`` more steps of batches in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def prefetched(make: Callable[[int], T], steps: Iterable[int], ahead: int, worke
     Args:
         make: called on a thread; an exception is raised here, at its step.
         steps: taken as they are needed.
-        ahead: at most so many steps are made, or being made, beyond the one that is handed out; 0 makes each step when it is asked for.
+        ahead: at most so many steps are made, or being made, beyond the one that is handed out; 0 makes each step when
+            it is asked for.
         workers: threads.
     """
     pending: deque[Future[T]] = deque()

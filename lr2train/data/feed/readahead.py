@@ -1,8 +1,9 @@
 """Asking the disk for mapped tokens before they are touched.
 
-Choice: touching a page that is not in memory waits for that page alone, again and again. So a whole document span is asked for at once,
-without waiting (``madvise``). Where its last page is in memory already, nothing is asked: that check costs a hundredth of the copy, and the
-request a third of it. Cost: an open file for each token shard, and a span whose beginning alone left the memory is read page by page.
+Choice: touching a page that is not in memory waits for that page alone, again and again. So a whole document span is
+asked for at once, without waiting (``madvise``). Where its last page is in memory already, nothing is asked: that check
+costs a hundredth of the copy, and the request a third of it. Cost: an open file for each token shard, and a span whose
+beginning alone left the memory is read page by page.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A planned segment as facts for a person: its documents, their origins, how far each goes, and how each reads at its ends."""
+"""A planned segment as facts for a person: its documents, their origins and extent, and how their ends read."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Viewer:
 
 
 def ends(tokenizer: Tokenizer, tokens: np.ndarray, n_chars: int) -> tuple[str, str]:
-    """The first and the last characters of some tokens, escaped; the second is empty where the first holds the whole text.
+    """The first and the last characters of some tokens, escaped; no last ones where the first are the whole text.
 
     A token is at least one character, so ``n_chars`` tokens are enough for each end.
     """
@@ -130,7 +130,9 @@ def escaped(text: str) -> str:
 
 
 def bar(segment: SegmentView, n_cells: int, letters: dict[str, str]) -> str:
-    """A segment as one line of cells. A cell shows the source of the token at its middle, in capital and small letters in turn by document.
+    """A segment as one line of cells.
+
+    A cell shows the source of the token at its middle, in capital and small letters in turn by document.
 
     Args:
         segment: to show.

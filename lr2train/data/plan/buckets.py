@@ -1,11 +1,11 @@
 """Buckets: ranges of document lengths, the window that each range trains, and the documents of a source in each.
 
-A document is short when it fits the original window L0 with its BOS and EOS (paper, section 3.3). Budgets may be set for finer ranges inside
-a window (paper, Table 1: L0 - 100k, 100k - 200k).
+A document is short when it fits the original window L0 with its BOS and EOS (paper, section 3.3). Budgets may be set
+for finer ranges inside a window (paper, Table 1: L0 - 100k, 100k - 200k).
 
-Choice: the whole length of a document, before any cut, decides its bucket. The tokens over the bucket's limit (L0 in short segments, T in
-long ones) are split off, truncated, or dropped with the document. Documents in no bucket are not planned, and are counted. Cost: of a split
-document only the first part has BOS, and only the last part has EOS.
+Choice: the whole length of a document, before any cut, decides its bucket. The tokens over the bucket's limit (L0 in
+short segments, T in long ones) are split off, truncated, or dropped with the document. Documents in no bucket are not
+planned, and are counted. Cost: of a split document only the first part has BOS, and only the last part has EOS.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def resolve(data: DataConfig, original_window_tokens: int) -> list[Bucket]:
     A window without a bucket gets one of all its documents, under the window's name.
 
     Raises:
-        UserError: a name, window, range or weight is out of its limits, or two ranges would count a document of one source twice.
+        UserError: a name, window, range or weight is out of its limits, or two ranges would count a document of one
+            source twice.
     """
     for one in data.buckets:
         if one.window not in WINDOWS:
@@ -102,7 +103,8 @@ def _check_names_and_weights(buckets: Sequence[Bucket], data: DataConfig) -> Non
             raise UserError(f"data.buckets has the name {one.name} {names.count(one.name)} times; give each bucket its own name")
         if not 0 <= one.above_tokens < one.to_tokens:
             raise UserError(
-                f"{where} holds lengths above {one.above_tokens} and up to {one.to_tokens}, which is none; set {where}.above_tokens and "
+                f"{where} holds lengths above {one.above_tokens} and up to {one.to_tokens}, which is none; set "
+                f"{where}.above_tokens and "
                 f"{where}.to_tokens (each defaults to a border of the window)"
             )
         for key, weight in (("weight", one.weight), *((f"sources.{name}", weight) for name, weight in one.sources.items())):
@@ -116,7 +118,8 @@ def _check_names_and_weights(buckets: Sequence[Bucket], data: DataConfig) -> Non
         without = [one.name for one in buckets if one.window == window and not one.sources]
         if named and without:
             raise UserError(
-                f"data.buckets.{named[0]} has weights of single sources and data.buckets.{without[0]} of the same window has none; give "
+                f"data.buckets.{named[0]} has weights of single sources and data.buckets.{without[0]} of the same "
+                "window has none; give "
                 "sources to every bucket of a window, or to none"
             )
 
@@ -127,8 +130,10 @@ def _check_ranges(buckets: Sequence[Bucket], sources: Sequence[SourceConfig]) ->
         for lower, upper in pairwise(mine):
             if upper.above_tokens < lower.to_tokens:
                 raise UserError(
-                    f"documents of {source.name} of {upper.above_tokens + 1} tokens and more lie in two buckets, data.buckets.{lower.name} and "
-                    f"data.buckets.{upper.name}; set data.buckets.{lower.name}.to_tokens to at most {upper.above_tokens}"
+                    f"documents of {source.name} of {upper.above_tokens + 1} tokens and more lie in two buckets, "
+                    f"data.buckets.{lower.name} and "
+                    f"data.buckets.{upper.name}; set data.buckets.{lower.name}.to_tokens to at most "
+                    f"{upper.above_tokens}"
                 )
 
 
@@ -138,7 +143,8 @@ class Cell:
 
     Attributes:
         document: int32 [n], index into the source's store.
-        length: int32 [n], tokens that a draw of the document gives: the whole length, or the limit where the document is truncated.
+        length: int32 [n], tokens that a draw of the document gives: the whole length, or the limit where the document
+            is truncated.
         dropped_documents, dropped_tokens: left out by ``over_limit=drop``.
     """
 
@@ -181,7 +187,7 @@ def cell_of(lengths: np.ndarray, kept: np.ndarray | None, bucket: Bucket) -> Cel
 
 
 def draw(cell: Cell, target_tokens: int, rng: np.random.Generator) -> np.ndarray:
-    """Documents of a cell whose tokens reach a target and exceed it as little as the choice of the last document allows.
+    """Documents of a cell whose tokens reach a target; the last document is chosen to exceed the target least.
 
     Whole passes come first, then a random part of one more pass. So no document comes twice before each came once.
 

@@ -1,8 +1,8 @@
-"""From document lengths to segment tables: the documents that each source gives to each bucket, their order, and their segments.
+"""From document lengths to segment tables: which documents each bucket draws, in what order, into which segments.
 
-Pure: nothing is read or written. Choice: whole documents are drawn, so a cell of the mix (a source in a bucket) exceeds its target by less
-than a document, and by next to nothing where it has many. Cost: with few documents the realised mix misses its target, and the report says by
-how much.
+Pure: nothing is read or written. Choice: whole documents are drawn, so a cell of the mix (a source in a bucket) exceeds
+its target by less than a document, and by next to nothing where it has many. Cost: with few documents the realised mix
+misses its target, and the report says by how much.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def check(data: DataConfig, original_window_tokens: int) -> tuple[list[Bucket], 
     """Refuse a mix that no documents can fill; returns its buckets and the sequence shards of a short segment.
 
     Raises:
-        UserError: buckets, sequence shards, budgets, weights or shares are out of their limits, or contradict each other.
+        UserError: buckets, sequence shards, budgets, weights or shares are out of their limits, or contradict each
+            other.
     """
     ranges, shards = buckets.resolve(data, original_window_tokens), packing.sequence_shards(data.align_sp)
     packing.check_sequence_shards(data.segment_tokens, shards, 0)
@@ -102,7 +103,7 @@ def _selection(
 
 
 def _kept(data: DataConfig, source: str, lengths: np.ndarray, usable: np.ndarray | None, seed: int) -> np.ndarray | None:
-    """bool: the documents that may be planned; None is all. Documents below ``keep_below_tokens`` are thinned to the share of ``keep_below``."""
+    """bool [documents]: which may be planned, after ``keep_below`` has thinned the short ones; None is all."""
     share = data.keep_below.get(source, 1.0)
     if share >= 1.0:
         return usable

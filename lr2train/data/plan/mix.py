@@ -1,15 +1,15 @@
 """The data mix: the tokens to plan from each source and bucket, and the refusals of a mix that cannot be filled.
 
 A config sets the mix in one of three ways:
-    weights of sources inside each bucket (``weights_of: bucket``): each bucket has its budget, each source its share of that budget;
-    weights of sources over the whole corpus (``weights_of: corpus``): both marginals hold at once, by iterative proportional fitting;
-    weights of single cells (``buckets.*.sources``): the table itself.
+    weights of sources inside each bucket (``weights_of: bucket``): each bucket has its budget, each source its share of
+    that budget; weights of sources over the whole corpus (``weights_of: corpus``): both marginals hold at once, by
+    iterative proportional fitting; weights of single cells (``buckets.*.sources``): the table itself.
 
-Choice, for the second way: the table of tokens that the sources naturally hold is scaled by rows and columns until both marginals hold. Among
-all tables with these marginals the result is nearest to the natural one in relative entropy (Csiszar, 1975). So all sources draw long
-documents more by the same factors, while the mix over sources stays (Fu et al., 2024, *per-source upsampling*). A cell repeats its documents
-at most ``max_repeats`` times; the fit knows that bound and moves the excess to other cells. Cost: where the bound acts, the table is no
-longer a product of factors.
+Choice, for the second way: the table of tokens that the sources naturally hold is scaled by rows and columns until both
+marginals hold. Among all tables with these marginals the result is nearest to the natural one in relative entropy
+(Csiszar, 1975). So all sources draw long documents more by the same factors, while the mix over sources stays (Fu et
+al., 2024, *per-source upsampling*). A cell repeats its documents at most ``max_repeats`` times; the fit knows that
+bound and moves the excess to other cells. Cost: where the bound acts, the table is no longer a product of factors.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def _check_corpus_weights(data: DataConfig, buckets: Sequence[Bucket]) -> None:
     ):
         if contradicts:
             raise UserError(
-                f"data.weights_of=corpus makes a source's weight its share of a known number of tokens, which contradicts {key}; set "
+                "data.weights_of=corpus makes a source's weight its share of a known number of tokens, which "
+                f"contradicts {key}; set "
                 "data.weights_of=bucket, or budgets for both windows and no weights of single cells"
             )
     if not sum(source.weight for source in data.sources) > 0:
@@ -76,15 +77,16 @@ def targets(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarray) 
         int64 [sources, buckets].
 
     Raises:
-        UserError: a budget cannot be filled (the text says how much is missing, where, and which key to change), or settings contradict
-            each other.
+        UserError: a budget cannot be filled (the text says how much is missing, where, and which key to change), or
+            settings contradict each other.
     """
     check(data, buckets)
     wanted = _by_bucket(data, buckets, available)
     cells = (
         _by_corpus(data, buckets, wanted, available) if data.weights_of is WeightsOf.corpus else _inside(data, buckets, wanted, available)
     )
-    return np.where(available > 0, np.rint(cells), 0).astype(np.int64)  # a share of less than one token of an empty cell is 0
+    # a share of less than one token of an empty cell is 0
+    return np.where(available > 0, np.rint(cells), 0).astype(np.int64)
 
 
 def _by_bucket(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarray) -> np.ndarray:
@@ -103,16 +105,19 @@ def _by_bucket(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarra
         for at in np.flatnonzero(inside & (wanted > 0) & (available.sum(axis=0) == 0)).tolist():
             one, whole = buckets[at], round(wanted[at])
             raise UserError(
-                f"data.{window}_tokens={budget} cannot be filled, because there is no {window} document of {one.range_text} tokens "
-                f"(bucket {one.name}): all {whole} are missing; add such documents, or set data.{window}_tokens=0 or the bucket's weight to 0"
+                f"data.{window}_tokens={budget} cannot be filled, because there is no {window} document of "
+                f"{one.range_text} tokens "
+                f"(bucket {one.name}): all {whole} are missing; add such documents, or set data.{window}_tokens=0 or "
+                "the bucket's weight to 0"
             )
     return wanted
 
 
 def _inside(data: DataConfig, buckets: Sequence[Bucket], wanted: np.ndarray, available: np.ndarray) -> np.ndarray:
-    """float [sources, buckets], each bucket on its own: listed cells, else the weights of the sources that have documents there.
+    """float [sources, buckets], each bucket on its own.
 
-    A bucket of a window without budget takes each document once.
+    Listed cells come first, else the weights of the sources that have documents there. A bucket of a window without
+    budget takes each document once.
     """
     cells = available.astype(float)
     for at, bucket in enumerate(buckets):
@@ -123,7 +128,8 @@ def _inside(data: DataConfig, buckets: Sequence[Bucket], wanted: np.ndarray, ava
         weight = listed if bucket.sources else own
         if wanted[at] and not weight.sum():
             raise UserError(
-                f"bucket {bucket.name} has a budget of {wanted[at]:.0f} tokens, and no source with such documents has a weight; set "
+                f"bucket {bucket.name} has a budget of {wanted[at]:.0f} tokens, and no source with such documents has "
+                "a weight; set "
                 f"data.sources.*.weight, or data.buckets.{bucket.name}.weight=0"
             )
         cells[:, at] = wanted[at] * weight / (weight.sum() or 1.0)
@@ -137,9 +143,11 @@ def _refuse_shortfall(data: DataConfig, bucket: Bucket, wanted: np.ndarray, avai
         if missing >= 1:
             key = f"data.buckets.{bucket.name}.sources.{source.name}" if bucket.sources else f"data.sources.{source.name}.weight"
             raise UserError(
-                f"{source.name} cannot fill its {asked:.0f} tokens of bucket {bucket.name} ({bucket.range_text} tokens): it has {there}, at most "
+                f"{source.name} cannot fill its {asked:.0f} tokens of bucket {bucket.name} ({bucket.range_text} "
+                f"tokens): it has {there}, at most "
                 f"{data.max_repeats:g} times, so {missing:.0f} are missing; raise its limits or data.max_repeats (to "
-                f"{np.ceil(10 * asked / there) / 10 if there else np.inf:g}), or lower {key} or data.{bucket.window}_tokens"
+                f"{np.ceil(10 * asked / there) / 10 if there else np.inf:g}), or lower {key} or "
+                f"data.{bucket.window}_tokens"
             )
 
 
@@ -153,9 +161,9 @@ def _by_corpus(data: DataConfig, buckets: Sequence[Bucket], wanted: np.ndarray, 
 def proportional_fit(natural: np.ndarray, rows: np.ndarray, columns: np.ndarray, max_repeats: float) -> np.ndarray:
     """The table with given marginals and bounded cells that is nearest to the natural one in relative entropy.
 
-    The table is ``natural * min(max_repeats, a[row] * d[column])``. a and d are found in turn, each exactly: iterative proportional fitting
-    (Deming and Stephan, 1940); with the bound it is coordinate ascent of the dual. Where no such table exists, the result misses the
-    marginals.
+    The table is ``natural * min(max_repeats, a[row] * d[column])``. a and d are found in turn, each exactly: iterative
+    proportional fitting (Deming and Stephan, 1940); with the bound it is coordinate ascent of the dual. Where no such
+    table exists, the result misses the marginals.
 
     Args:
         natural: [rows, columns], not negative; a 0 stays 0.
@@ -189,16 +197,18 @@ def _factor(amounts: np.ndarray, others: np.ndarray, wanted: float, most: float)
 def _refuse_unfillable(data: DataConfig, buckets: Sequence[Bucket], rows: np.ndarray, columns: np.ndarray, available: np.ndarray) -> None:
     """Refuse marginals that cannot both be met; the text names the set of buckets that lacks most.
 
-    They can be met unless some set of buckets asks for more than all sources together can give to it: the minimum cut between sources and
-    buckets.
+    They can be met unless some set of buckets asks for more than all sources together can give to it: the minimum cut
+    between sources and buckets.
     """
     if len(buckets) > _MOST_BUCKETS:
         raise UserError(
-            f"data.buckets makes {len(buckets)} buckets, and data.weights_of=corpus takes at most {_MOST_BUCKETS}; join some, or set "
+            f"data.buckets makes {len(buckets)} buckets, and data.weights_of=corpus takes at most {_MOST_BUCKETS}; "
+            "join some, or set "
             "data.weights_of=bucket"
         )
     chosen = (np.arange(1, 2 ** len(buckets))[:, None] >> np.arange(len(buckets)) & 1).astype(float)  # [sets, buckets]
-    chosen = chosen[np.argsort(chosen.sum(axis=1), kind="stable")]  # small sets first: of equal lacks, argmax names the smallest set
+    # small sets first: of equal lacks, argmax names the smallest set
+    chosen = chosen[np.argsort(chosen.sum(axis=1), kind="stable")]
     documents = data.max_repeats * chosen @ available.T  # [sets, sources]: tokens that a source has for a set
     missing = chosen @ columns - np.minimum(documents, rows).sum(axis=1)
     worst = int(np.argmax(np.round(missing)))
@@ -211,7 +221,10 @@ def _refuse_unfillable(data: DataConfig, buckets: Sequence[Bucket], rows: np.nda
         for source, there, budget in zip(data.sources, most, rows, strict=True)
     )
     raise UserError(
-        f"the buckets {asking} ask {(chosen @ columns)[worst]:.0f} tokens, and with data.max_repeats={data.max_repeats:g} the sources give at "
-        f"most {giving}: {missing[worst]:.0f} are missing; add documents of these lengths or raise data.max_repeats, lower the weights of these "
-        "buckets (data.buckets.*.weight), or raise the weights of sources that have such documents (data.sources.*.weight)"
+        f"the buckets {asking} ask {(chosen @ columns)[worst]:.0f} tokens, and with "
+        f"data.max_repeats={data.max_repeats:g} the sources give at "
+        f"most {giving}: {missing[worst]:.0f} are missing; add documents of these lengths or raise data.max_repeats, "
+        "lower the weights of these "
+        "buckets (data.buckets.*.weight), or raise the weights of sources that have such documents "
+        "(data.sources.*.weight)"
     )

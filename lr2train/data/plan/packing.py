@@ -1,12 +1,13 @@
 """Packing: documents into segments, as a segment table. No token is touched here, only lengths.
 
-Choice, short window: a bin is a sequence shard of a segment, and no document is cut. Most documents fill bins in random order, best-fit
-decreasing closes the gaps with the rest, and full bins are dealt into segments at random. Best-fit alone would make segments of documents of
-one length; it serves where documents are too long for the varied packing. It runs over *counts of equal lengths*, so its time grows with
-distinct lengths and bins, not with millions of documents. Cost: up to two thousandths more segments than the tightest packing.
+Choice, short window: a bin is a sequence shard of a segment, and no document is cut. Most documents fill bins in random
+order, best-fit decreasing closes the gaps with the rest, and full bins are dealt into segments at random. Best-fit
+alone would make segments of documents of one length; it serves where documents are too long for the varied packing. It
+runs over *counts of equal lengths*, so its time grows with distinct lengths and bins, not with millions of documents.
+Cost: up to two thousandths more segments than the tightest packing.
 
-Choice, long window: one stream of documents, cut where a segment is full. The document goes on in the next segment, so only the stream's
-last, incomplete segment is lost. Cost: a later part of a document is read without its beginning.
+Choice, long window: one stream of documents, cut where a segment is full. The document goes on in the next segment, so
+only the stream's last, incomplete segment is lost. Cost: a later part of a document is read without its beginning.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import numpy as np
 from lr2train.config import UserError
 from lr2train.data.plan.segment_table import COLUMNS, SegmentTable
 
-_KEPT_BACK = (1.1, 1.25)  # tokens kept to fill gaps, in multiples of the expected room; the second is tried where the first is too few
+# tokens kept to fill gaps, in multiples of the expected room; the second is tried where the first is too few
+_KEPT_BACK = (1.1, 1.25)
 _WORTH_VARIETY = 0.002  # share of segments that the varied packing may need more than best-fit
 
 
@@ -69,7 +71,7 @@ def concatenate(parts: Sequence[Selection]) -> Selection:
 
 
 def split(documents: Selection, limit_tokens: int) -> Selection:
-    """The same tokens in parts of at most ``limit_tokens``: each document gives full parts, and one part of the rest."""
+    """The same tokens in parts of at most ``limit_tokens``: of each document, full parts and then its rest."""
     if not len(documents) or documents.length.max() <= limit_tokens:
         return documents
     owner = np.repeat(np.arange(len(documents)), -(-documents.length // limit_tokens))  # the document of each part
@@ -108,13 +110,16 @@ def check_sequence_shards(segment_tokens: int, align_sp: int, limit_tokens: int)
     """
     if segment_tokens % align_sp:
         raise UserError(
-            f"data.segment_tokens={segment_tokens} is not divisible by the {align_sp} sequence shards of data.align_sp (for a list: its "
-            f"least common multiple); set data.align_sp to such as {max(n for n in range(1, align_sp) if segment_tokens % n == 0)}"
+            f"data.segment_tokens={segment_tokens} is not divisible by the {align_sp} sequence shards of data.align_sp "
+            "(for a list: its "
+            "least common multiple); set data.align_sp to such as "
+            f"{max(n for n in range(1, align_sp) if segment_tokens % n == 0)}"
         )
     shard_tokens = segment_tokens // align_sp
     if limit_tokens > shard_tokens:
         raise UserError(
-            f"a short document of {limit_tokens} tokens does not fit a sequence shard of data.segment_tokens / data.align_sp = {shard_tokens} tokens; "
+            f"a short document of {limit_tokens} tokens does not fit a sequence shard of data.segment_tokens / "
+            f"data.align_sp = {shard_tokens} tokens; "
             f"set data.align_sp to {max(1, segment_tokens // limit_tokens)} or less"
         )
     return shard_tokens
@@ -126,9 +131,10 @@ def pack_short(documents: Selection, segment_tokens: int, align_sp: int = 1, rng
     Args:
         documents: short ones, in the order in which they are packed.
         segment_tokens: T.
-        align_sp: equal sequence shards of a segment. Under sequence parallelism over as many ranks, or a divisor of them, attention inside
-            these documents needs no communication.
-        rng: mixes lengths inside sequence shards, orders them, and deals sequence shards into segments. None is plain best-fit decreasing.
+        align_sp: equal sequence shards of a segment. Under sequence parallelism over as many ranks, or a divisor of
+            them, attention inside these documents needs no communication.
+        rng: mixes lengths inside sequence shards, orders them, and deals sequence shards into segments. None is plain
+            best-fit decreasing.
 
     Raises:
         UserError: T is not divisible by align_sp, or a document is longer than a sequence shard.
@@ -156,17 +162,19 @@ def _varied(length: np.ndarray, capacity: int, align_sp: int, rng: np.random.Gen
 
 
 def varied_fit(length: np.ndarray, capacity: int, rng: np.random.Generator, kept_back: float) -> np.ndarray:
-    """Bin of each length: most documents fill bins in random order, and best-fit puts the others into the room that is left.
+    """Bin of each length: most documents fill bins in random order, and best-fit closes the gaps with the others.
 
-    Best-fit alone makes bins of equal lengths. In random order, a bin is closed where the next document does not fit. The documents that are
-    kept for the gaps have about as many tokens as the expected room: half of them are the shortest documents, which fill the last gaps, and
-    half are a random part of all. The expected room of a bin is the mean square of the lengths over twice their mean (renewal theory).
+    Best-fit alone makes bins of equal lengths. In random order, a bin is closed where the next document does not fit.
+    The documents that are kept for the gaps have about as many tokens as the expected room: half of them are the
+    shortest documents, which fill the last gaps, and half are a random part of all. The expected room of a bin is the
+    mean square of the lengths over twice their mean (renewal theory).
 
     Args:
         length: of each document, at most the capacity.
         capacity: of a bin.
         rng: decides the order, and which documents are kept for the gaps.
-        kept_back: tokens for the gaps, in multiples of the expected room; too few leave gaps, too many make bins of their own.
+        kept_back: tokens for the gaps, in multiples of the expected room; too few leave gaps, too many make bins of
+            their own.
 
     Returns:
         int32 [documents], bins numbered without gaps; no bin is empty.
@@ -201,7 +209,8 @@ def _next_fit(length: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
 def best_fit(length: np.ndarray, capacity: int, rooms: np.ndarray | None = None) -> np.ndarray:
     """Bin of each length by best-fit decreasing: the longest first, each into the fullest bin that has room for it.
 
-    Equal lengths are placed together: a bin with room r takes r // length of them at once. One at a time would give the same.
+    Equal lengths are placed together: a bin with room r takes r // length of them at once. One at a time would give the
+    same.
 
     Args:
         length: of each document, at most the capacity.
@@ -247,7 +256,7 @@ class _Bins:
         return np.concatenate(placed)
 
     def _tightest(self, length: int, count: int) -> tuple[int, np.ndarray]:
-        """The smallest sufficient room, and as many bins with that room as ``count`` documents need; new bins where no room suffices."""
+        """The smallest sufficient room and enough of its bins for ``count`` documents; new bins where none suffices."""
         at = bisect_left(self._rooms, length)
         if at == len(self._rooms):
             needed = -(-count // (self._capacity // length))
@@ -284,8 +293,9 @@ def _table(
 def pack_long(documents: Selection, segment_tokens: int) -> SegmentTable:
     """Segments that one document fills each, then one stream of the rest, cut into full segments.
 
-    A document of at least T tokens fills segments of its own from its beginning, so the longest dependencies stay whole. Its rest joins the
-    stream. The stream's last, incomplete segment is left out: its padding would lie inside an attention span over the whole segment.
+    A document of at least T tokens fills segments of its own from its beginning, so the longest dependencies stay
+    whole. Its rest joins the stream. The stream's last, incomplete segment is left out: its padding would lie inside an
+    attention span over the whole segment.
 
     Args:
         documents: long ones, in the order in which they are packed.

@@ -1,7 +1,7 @@
-"""The report of a mix: target beside realised tokens by source, bucket and window, padding, repeats, lost tokens, histograms.
+"""The report of a mix: target and planned tokens by source, bucket and window, padding, repeats, lost tokens.
 
-Choice: planned tokens are counted anew from the segment tables, which training reads, not taken from the code that composed them. Cost: a pass
-over all document spans. The result is ``plan.json`` and, as text, ``plan.txt``.
+Choice: planned tokens are counted anew from the segment tables, which training reads, not taken from the code that
+composed them. Cost: a pass over all document spans. The result is ``plan.json`` and, as text, ``plan.txt``.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ def report_of(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[
         mixture: its result.
 
     Returns:
-        ``windows`` (segments, planned_tokens, padding_share, documents_per_segment, sources), ``lost_tokens`` (tail, truncated, dropped),
-        ``cells``, ``by_source``, ``by_bucket``, ``by_window`` (target_tokens, planned_tokens, error = planned / target - 1), ``outside``
-        (documents in no bucket), ``left_out`` (as duplicates and by ``keep_below``) and ``histograms``.
+        ``windows`` (segments, planned_tokens, padding_share, documents_per_segment, sources), ``lost_tokens`` (tail,
+        truncated, dropped), ``cells``, ``by_source``, ``by_bucket``, ``by_window`` (target_tokens, planned_tokens,
+        error = planned / target - 1), ``outside`` (documents in no bucket), ``left_out`` (as duplicates and by
+        ``keep_below``) and ``histograms``.
     """
     names, buckets, tables = [source.name for source in data.sources], mixture.buckets, mixture.tables
     planned = sum(_planned_tokens(one, lengths, mixture.cells) for one in tables.values())
@@ -136,7 +137,7 @@ def _summary(counts: np.ndarray) -> dict[str, Any]:
 
 
 def _unplanned(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], mixture: Mixture) -> dict[str, Any]:
-    """``outside``: usable documents that no bucket of their source holds. ``left_out``: all others that were not taken."""
+    """``outside``: usable documents in no bucket of their source. ``left_out``: all others that were not taken."""
     outside, left_out = [0, 0], [0, 0]
     for source, of_source, mask, row in zip(data.sources, lengths, usable, mixture.cells, strict=True):
         inside, taken = np.zeros(len(of_source), bool), np.zeros(len(of_source), bool)
@@ -157,7 +158,7 @@ def _unplanned(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence
 
 
 def _length_histograms(names: Sequence[str], lengths: Sequence[np.ndarray], tables: dict[str, SegmentTable]) -> dict[str, Any]:
-    """Tokens by document length, stored and planned; bin i holds lengths above 2 ** (i / per_octave), up to the next bin's."""
+    """Tokens by document length, stored and planned; bin i begins above 2 ** (i / per_octave)."""
     n_bins, found = _OCTAVES * _PER_OCTAVE, {}
     for source, (name, of_source) in enumerate(zip(names, lengths, strict=True)):
         bin_of = (np.ceil(np.log2(np.maximum(of_source, 1), dtype=np.float32) * _PER_OCTAVE).astype(np.int16) - 1).clip(0, n_bins - 1)
@@ -171,7 +172,7 @@ def _length_histograms(names: Sequence[str], lengths: Sequence[np.ndarray], tabl
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """A report for a person: cells, then sources, buckets and windows, then segments, lost tokens and documents that are not planned."""
+    """A report for a person: cells, then sources, buckets and windows, then segments and lost tokens."""
     lines = [_line("source", "bucket", "documents", "has tokens", "target", "planned", "error", "repeats")]
     for row in report["cells"]:
         has = (f"{row['documents']:,}", f"{row['tokens']:,}")
@@ -187,7 +188,8 @@ def as_text(report: dict[str, Any]) -> str:
         each = one["documents_per_segment"]
         kind = "document spans" if window == LONG else "documents"
         lines.append(
-            f"{window}: {one['segments']:,} segments, {one['padding_share']:.3%} padding, {each['mean']:.1f} {kind} each "
+            f"{window}: {one['segments']:,} segments, {one['padding_share']:.3%} padding, {each['mean']:.1f} {kind} "
+            "each "
             f"({each['least']} … {each['most']})"
         )
     causes = {"tail": "after the last full long segment", "truncated": "over the limit", "dropped": "of documents over the limit"}
@@ -195,7 +197,8 @@ def as_text(report: dict[str, Any]) -> str:
     outside, left_out = report["outside"], report["left_out"]
     lines.append(f"lost tokens: {lost}")
     lines.append(
-        f"not planned: {outside['documents']:,} documents in no bucket ({outside['tokens']:,} tokens), {left_out['documents']:,} left out as "
+        f"not planned: {outside['documents']:,} documents in no bucket ({outside['tokens']:,} tokens), "
+        f"{left_out['documents']:,} left out as "
         f"duplicates or by keep_below ({left_out['tokens']:,} tokens)"
     )
     return "\n".join(lines)

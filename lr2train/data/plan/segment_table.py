@@ -1,8 +1,8 @@
 """The segment table of a window: which part of which document stands where in which segment, in memory and on disk.
 
-Choice: one .npy file, int32 [6, document spans], so that each column is one run of bytes that can be mapped. There is no compression, because
-the loader maps the file and touches a few pages a step, however large the table is. Cost: 24 bytes a document span, about a hundred megabytes
-for 10B tokens in five million spans.
+Choice: one .npy file, int32 [6, document spans], so that each column is one run of bytes that can be mapped. There is
+no compression, because the loader maps the file and touches a few pages a step, however large the table is. Cost: 24
+bytes a document span, about a hundred megabytes for 10B tokens in five million spans.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ COLUMNS = ("segment", "source", "document", "start", "stop", "offset")
 class SegmentTable:
     """A row is a document span: tokens [start, stop) of a document stand at ``offset`` of a segment.
 
-    Rows are sorted by (segment, offset), and each segment has at least one. The columns are int32 [rows]: cast before squaring a length.
+    Rows are sorted by (segment, offset), and each segment has at least one. The columns are int32 [rows]: cast before
+    squaring a length.
 
     Attributes:
         segment: number of the segment within the window.

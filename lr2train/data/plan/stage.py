@@ -1,7 +1,8 @@
 """Stage 2 of ``prepare``: segment tables on disk, their report, and last the manifest that makes the folder a corpus.
 
-Choice: stage 2 reads document lengths alone, so another mix, another L0 or another segment length never tokenises again. Its files are reused
-where their fingerprint and checksums hold. Cost: both are computed at each start, from all settings that decide the place of a token.
+Choice: stage 2 reads document lengths alone, so another mix, another L0 or another segment length never tokenises
+again. Its files are reused where their fingerprint and checksums hold. Cost: both are computed at each start, from all
+settings that decide the place of a token.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def ensure_segment_tables(
     mixture = compose_segments(data, lengths, usable, original_window_tokens, seed)
     if not sum(table.n_segments for table in mixture.tables.values()) and data.holdout < 1:
         raise UserError(
-            f"{sum(map(len, lengths))} documents do not fill one segment of data.segment_tokens={data.segment_tokens}; add text or set a "
+            f"{sum(map(len, lengths))} documents do not fill one segment of data.segment_tokens={data.segment_tokens}; "
+            "add text or set a "
             "smaller data.segment_tokens"
         )
     report = report_of(data, lengths, usable, mixture)
@@ -114,7 +116,8 @@ def _fingerprint(
     """Stands for all settings and tokens that decide which token stands where."""
     plain = to_dict(data)
     keys = (
-        "segment_tokens", "short_tokens", "long_tokens", "buckets", "weights_of", "max_repeats", "keep_below", "keep_below_tokens", "over_long",
+        "segment_tokens", "short_tokens", "long_tokens", "buckets", "weights_of", "max_repeats", "keep_below",
+        "keep_below_tokens", "over_long",
     )  # fmt: skip
     settings = [*(plain[key] for key in keys), packing.sequence_shards(data.align_sp), segment_table.FORMAT]
     of_sources = [[source.weight, sorted(source.windows)] for source in data.sources]
@@ -137,19 +140,23 @@ def _remarks(data: DataConfig, made: Sequence[dict[str, Any]], report: dict[str,
         for one in report[f"by_{what}"]:
             if one["target_tokens"] and abs(one["error"]) > _WORTH_SAYING and data.holdout < 1:
                 yield (
-                    f"mix: {what} {one[what]} has {one['planned_tokens']} of {one['target_tokens']} tokens ({one['error']:+.2%}), because "
+                    f"mix: {what} {one[what]} has {one['planned_tokens']} of {one['target_tokens']} tokens "
+                    f"({one['error']:+.2%}), because "
                     "documents and segments come whole, and there are few"
                 )
     padding, shards = report["windows"][SHORT]["padding_share"], packing.sequence_shards(data.align_sp)
     if padding > _MUCH_PADDING:
         yield (
-            f"segments: {padding:.1%} of the short ones is padding, because few documents fill the room that others leave in a sequence shard of "
-            f"{data.segment_tokens // shards} tokens; add shorter documents{f', or set data.align_sp below {shards}' if shards > 1 else ''}"
+            f"segments: {padding:.1%} of the short ones is padding, because few documents fill the room that others "
+            "leave in a sequence shard of "
+            f"{data.segment_tokens // shards} tokens; add shorter "
+            f"documents{f', or set data.align_sp below {shards}' if shards > 1 else ''}"
         )
     outside = report["outside"]
     if outside["documents"]:
         yield (
-            f"mix: {outside['documents']} documents with {outside['tokens']} tokens lie in no bucket and are not planned; widen data.buckets to "
+            f"mix: {outside['documents']} documents with {outside['tokens']} tokens lie in no bucket and are not "
+            "planned; widen data.buckets to "
             "plan them"
         )
 
@@ -167,7 +174,9 @@ def _absent(data: DataConfig, report: dict[str, Any]) -> Iterator[str]:
         for source in counting:
             if (source.name, name) not in there:
                 yield (
-                    f"mix: {source.name} has no {window} document{'' if name == window else f' of bucket {name}'}, so the other sources take its "
-                    f"share of {source.weight / total * budget:.0f} tokens; raise its limits, leave {window} out of its windows, or give every "
+                    f"mix: {source.name} has no {window} document{'' if name == window else f' of bucket {name}'}, so "
+                    "the other sources take its "
+                    f"share of {source.weight / total * budget:.0f} tokens; raise its limits, leave {window} out of "
+                    "its windows, or give every "
                     "bucket weights of single sources (data.buckets.*.sources)"
                 )

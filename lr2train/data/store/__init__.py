@@ -1,11 +1,12 @@
 """Tokens of many documents in flat files: Megatron's ``.bin/.idx`` with our sidecars beside them.
 
-A *store* is one token shard of a source and one split (``store/<source>/train-00003.*``). ``SourceStore`` reads the token shards of a source
-as one sequence of documents.
+A *store* is one token shard of a source and one split (``store/<source>/train-00003.*``). ``SourceStore`` reads the
+token shards of a source as one sequence of documents.
 
-Choice: Megatron's own format, so that other tools read it. Tokens are uint16 below Megatron's limit of 65500 entries and int32 above,
-because the format has no code for uint32. A store appears whole or not at all: each file is written under a temporary name and renamed, and
-the manifest with all checksums comes last. Cost: nothing is appended to a finished store, and a source of many token shards is many files.
+Choice: Megatron's own format, so that other tools read it. Tokens are uint16 below Megatron's limit of 65500 entries
+and int32 above, because the format has no code for uint32. A store appears whole or not at all: each file is written
+under a temporary name and renamed, and the manifest with all checksums comes last. Cost: nothing is appended to a
+finished store, and a source of many token shards is many files.
 
 | file | holds |
 |---|---|

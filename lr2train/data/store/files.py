@@ -1,4 +1,4 @@
-"""The files of a store by name, the manifest that speaks for them, and one sentence for each way in which they can be unusable."""
+"""The files of a store: their names, their manifest, and one sentence for each way in which they are unusable."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def unreadable(error: OSError, path: Path) -> UserError:
-    """The sentence for a file that exists and that the system refuses to give: no damage, so nothing is to be removed."""
+    """The sentence for a file that the system refuses to give: it is not damaged, so it is not to be removed."""
     return UserError(f"{error.filename or path} cannot be read ({error.strerror}); make it and the folders that it lies in readable")
 
 

@@ -1,7 +1,8 @@
 """Megatron's ``.idx``: the lengths of a store's documents and where each begins in the ``.bin``.
 
-Layout (little endian): magic 9 bytes, version u64 = 1, dtype code u8, n documents u64, n + 1 u64, lengths int32 [n], byte offsets int64 [n],
-document index int64 [n + 1]. The document index is 0 … n, because each document is one sequence.
+Layout (little endian): magic 9 bytes, version u64 = 1, dtype code u8, n documents u64, n + 1 u64, lengths int32 [n],
+byte offsets int64 [n], document index int64 [n + 1]. The document index is 0 … n, because each document is one
+sequence.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""This process' limit of open files, which is 1024 on many systems, against corpora of thousands of token shards: a mapped file stays open.
+"""This process' limit of open files: 1024 on many systems, while a corpus may map thousands of token shards.
 
-Choice: raise the soft limit only where it is too low, as far as the system's hard limit allows. Cost: the limit stays raised for the process.
+Choice: raise the soft limit only where it is too low, as far as the system's hard limit allows. Cost: the limit stays
+raised for the process.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def allow_open_files(n_shards: int) -> None:
 
 
 def with_files(open_it: Callable[[], T]) -> T:
-    """``open_it()``; where it reaches the soft limit, the limit is raised to the hard one and ``open_it`` is called once more.
+    """``open_it()``; where the soft limit stops it, the limit is raised to the hard one and it is called once more.
 
     Raises:
         UserError: the hard limit is reached.

@@ -35,7 +35,8 @@ class Store(Sequence[np.ndarray]):
         self.prefix = prefix
         path = suffixed(prefix, ".idx")
         try:
-            index = self._index(with_files(lambda: np.fromfile(path, np.uint8)))  # read, not mapped: a map holds a file open
+            # read, not mapped: a map holds a file open
+            index = self._index(with_files(lambda: np.fromfile(path, np.uint8)))
             self.dtype, self.lengths = index.dtype, index.lengths
             self.starts = index.offsets // self.dtype.itemsize
             self.flat = self._mapped()
@@ -80,7 +81,7 @@ class Store(Sequence[np.ndarray]):
         return load_array(suffixed(self.prefix, ".targets.npy"), mapped=True)
 
     def is_target(self, document: int, start: int, stop: int) -> np.ndarray | None:
-        """Which of tokens [start, stop) of one document are learned: bool [stop - start]; None where all of the store are."""
+        """bool [stop - start]: which of tokens [start, stop) are learned; None where all of the store are."""
         if not len(self._target_places):
             return None
         first = int(self.starts[document]) + start

@@ -28,14 +28,14 @@ def text_hash(text: bytes) -> bytes:
 
 
 class StoreWriter:
-    """Writes one store. A context manager: the store appears when the block succeeds; after an exception or a kill there is none.
+    """Writes one store, as a context manager: after an exception or a kill there is no store.
 
     Args:
         prefix: path without suffix.
         vocab_size: decides the dtype; each id must lie below it.
         about: JSON values for the manifest, ``fingerprint`` among them.
-        sealed: False leaves the end to the caller, who flushes ``files`` to the disk and then writes ``manifest``. Until then the store
-            counts as unfinished.
+        sealed: False leaves the end to the caller, who flushes ``files`` to the disk and then writes ``manifest``.
+            Until then the store counts as unfinished.
 
     Attributes:
         manifest: JSON values, once the files are written.
@@ -55,7 +55,8 @@ class StoreWriter:
 
     def __enter__(self) -> StoreWriter:
         self._prefix.parent.mkdir(parents=True, exist_ok=True)
-        suffixed(self._prefix, ".json").unlink(missing_ok=True)  # from here on an older store of this name counts as unfinished
+        # from here on an older store of this name counts as unfinished
+        suffixed(self._prefix, ".json").unlink(missing_ok=True)
         self._file = _HashedFile(self._prefix, ".bin")
         return self
 
@@ -70,7 +71,8 @@ class StoreWriter:
 
         Args:
             tokens: ids of the document, at least one.
-            targets: half-open ranges of its tokens that are learned; None is all. A store has ranges for all of its documents or for none.
+            targets: half-open ranges of its tokens that are learned; None is all. A store has ranges for all of its
+                documents or for none.
             hash: ``text_hash`` of the text; zeros where there is no text.
             origin: where the document came from, such as ``web/a.jsonl.gz:17``.
         """
@@ -120,7 +122,8 @@ class StoreWriter:
             for file in self.files:
                 sync_file(file)
             sync_folder(self._prefix.parent)
-            seal(suffixed(self._prefix, ".json"), self.manifest)  # only now: a power cut must not leave a manifest without its files
+            # only now: a power cut must not leave a manifest without its files
+            seal(suffixed(self._prefix, ".json"), self.manifest)
 
 
 class _HashedFile:

@@ -57,10 +57,12 @@ def test_repeats_are_targets_from_the_second_time_on(data, length):
     assert tokens[:, 1:].min() > 1
     periods = set()
     for row, targets in zip(tokens[:, 1:], labels, strict=True):
-        period = next(p for p in range(2, length) if (row[p:] == row[:-p]).all())  # a smaller period fits by chance only in very short rows
+        # a smaller period fits by chance only in very short rows
+        period = next(p for p in range(2, length) if (row[p:] == row[:-p]).all())
         assert length // 8 <= period <= length // 2
         periods.add(period)
-        # Position t predicts token t + 1 of the row, which is token t of the body: known after a whole period and one token.
+        # Position t predicts token t + 1 of the row, which is token t of the body: known after a whole period and one
+        # token.
         assert targets.tolist() == [IGNORE] * (period + 1) + row[period + 1 :].tolist() + [IGNORE]
     assert len(periods) > 1 or len(tokens) == 1
 

@@ -1,6 +1,7 @@
-"""The loader is a pure function: the same step gives the same batches, on any ranks and threads and after any other steps.
+"""The loader is a pure function: a step gives the same batches on any ranks and threads, after any other steps.
 
-Also: an epoch holds each segment once, labels stay in their documents, and a corpus that does not fit model or ranks is refused.
+Also: an epoch holds each segment once, labels stay in their documents, and a corpus that does not fit model or ranks is
+refused.
 """
 
 from __future__ import annotations
@@ -196,7 +197,8 @@ def test_a_missing_or_damaged_corpus_is_refused(config, tmp_path):
 
 def test_a_low_limit_of_open_files_is_raised_as_far_as_the_system_allows(config):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard))  # two segment tables and two stores take six
+    # two segment tables and two stores take six
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard))
     try:
         assert len(make_loader(Corpus.open(config.data.path), config.data, 0, 0, 1, 8, 128, 512).batches(0)) == 8
         if hard != resource.RLIM_INFINITY:

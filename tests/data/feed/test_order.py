@@ -1,6 +1,6 @@
-"""Groups alone decide the content of a step: any ranks, resumed anywhere, see each segment once an epoch, and the corpus' mix of windows.
+"""Groups alone decide the content of a step: any ranks, resumed anywhere, see each segment once an epoch.
 
-Also: the ranks of a micro-batch get segments of similar cost.
+Also: the mix of windows holds at each group, and the ranks of a micro-batch get similar costs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def test_each_epoch_of_a_window_holds_each_segment_once(counts, group, seed):
     for window, found in streams(order, groups).items():
         n = order.schedule.counts[window]
         assert len(found) == -(-epochs * n // group)
-        # An epoch's border may lie inside a group, whose segments are sorted by cost: only whole groups from the start can be counted.
+        # An epoch's border may lie inside a group, whose segments are sorted by cost: only whole groups from the start
+        # can be counted.
         for at in range(len(found) + 1):
             seen = Counter(segment for one in found[:at] for segment in one)
             whole, rest = divmod(at * group, n) if n else (0, 0)

@@ -1,4 +1,4 @@
-"""Composing segments on random corpora: each planned token is once an input and once a target, and the report counts exactly these tokens.
+"""Composing segments: each planned token is once an input and once a target, and the report counts these tokens.
 
 Also: the mix meets its targets, documents that may not be planned are not, and only the seed decides draws and orders.
 """
@@ -205,7 +205,7 @@ def test_the_seed_alone_decides_draws_and_orders():
 
 
 def test_documents_of_all_lengths_and_sources_are_spread_over_the_segments():
-    """No trend along the table: a source's shares of its first and second half differ by no more than independent draws do."""
+    """A source's shares of the table's first and second half differ by no more than independent draws do."""
     lengths = [realistic(8_000, seed) for seed in range(2)]
     mixture = compose_segments(data_of([[]] * 2, align_sp=4), lengths, [None] * 2, L0, 0)
     for table in mixture.tables.values():

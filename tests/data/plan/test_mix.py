@@ -1,4 +1,4 @@
-"""The mix: both marginals hold, no table that meets them is nearer to the natural one, and a refusal gives numbers and keys.
+"""The mix: marginals hold, no other table that meets them is nearer to the natural one, refusals give numbers.
 
 Also: the ranges of buckets, and which documents are drawn for a cell.
 """
@@ -53,7 +53,8 @@ def test_the_fit_meets_both_marginals_and_no_nearer_table_does(n_rows, n_columns
     np.testing.assert_allclose(table.sum(axis=1), rows, atol=1e-3 * rows.sum())
     assert (table <= most * natural * (1 + 1e-9)).all()
     assert ((natural > 0) | (table == 0)).all()
-    # Optimality without its formula: tokens moved around any rectangle keep the marginals, and must not give a nearer table.
+    # Optimality without its formula: tokens moved around any rectangle keep the marginals, and must not give a nearer
+    # table.
     here, step = entropy(table, natural), 1e-4 * table.sum()
     for (a, b), (c, d) in itertools.product(itertools.permutations(range(n_rows), 2), itertools.combinations(range(n_columns), 2)):
         moved = table.copy()

@@ -1,4 +1,4 @@
-"""Packing: each token of each document stands in one segment and is a target once, as a slow token-by-token packer has it.
+"""Packing: each token stands in one segment and is a target once, as a slow token-by-token packer has it.
 
 Also: no short document crosses a sequence shard, lengths are mixed within a segment, and padding is small.
 """
@@ -94,7 +94,8 @@ def test_short_segments_hold_each_token_once_inside_its_sequence_shard(tmp_path_
 def test_long_segments_hold_whole_documents_first_and_then_follow_the_stream(tmp_path_factory, lengths, segment_tokens, whole):
     documents = unique_documents(lengths)
     filled = [len(document) // segment_tokens * segment_tokens for document in documents]
-    # Documents of a segment's length or more fill segments of their own; their rests and all other documents follow as one stream.
+    # Documents of a segment's length or more fill segments of their own; their rests and all other documents follow as
+    # one stream.
     alone = [int(token) for document, stop in zip(documents, filled, strict=True) for token in document[:stop]]
     stream = alone + [int(token) for document, start in zip(documents, filled, strict=True) for token in document[start:]]
     store = store_of(tmp_path_factory.mktemp("long"), documents)
@@ -184,12 +185,13 @@ def test_best_fit_fills_the_room_that_is_left_in_partly_filled_bins(rooms, lengt
 
 @pytest.mark.parametrize("align_sp", [1, 8])
 def test_documents_of_one_length_do_not_gather_in_a_segment(align_sp):
-    """The mean length of a segment's documents varies about as it does for documents that are drawn at random; best-fit's by far more than that."""
+    """The mean length of a segment's documents varies about as in a random draw; best-fit's varies far more."""
     lengths = np.random.default_rng(0).lognormal(5, 1, 40_000).astype(np.int64).clip(2, 1024)
     tight, varied = (packing.pack_short(selection(lengths), 8192, align_sp, rng) for rng in (None, np.random.default_rng(0)))
     assert varied.n_segments <= tight.n_segments + 1
     spread = [np.median(np.abs(np.bincount(one.segment) / len(lengths) * one.n_segments - 1)) for one in (tight, varied)]
-    by_chance = 0.6745 * np.sqrt(np.square(lengths.astype(float)).mean() / lengths.mean() / 8192)  # of a renewal process, normal
+    # of a renewal process, normal
+    by_chance = 0.6745 * np.sqrt(np.square(lengths.astype(float)).mean() / lengths.mean() / 8192)
     assert spread[1] < 1.5 * by_chance, "1.5, because the documents that fill gaps are not drawn at random"
     assert spread[0] > 2 * spread[1]
     steps = np.diff(varied.stop - varied.start)[np.diff(varied.segment) == 0]
@@ -237,7 +239,7 @@ def test_only_learned_tokens_are_targets_where_a_store_names_them(tmp_path_facto
 
 
 def test_a_documents_last_token_may_stand_alone_in_a_store_that_names_learned_tokens(tmp_path):
-    """17 tokens fill a segment of 16, and the last token goes into the stream: it predicts nothing, and no label of it can be learned."""
+    """17 tokens fill a segment of 16, and the last token goes into the stream, where it predicts nothing."""
     documents = unique_documents([17, 31])
     with StoreWriter(tmp_path / "s", 60_000, {"fingerprint": "x"}) as writer:
         for document in documents:

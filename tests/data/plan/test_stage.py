@@ -1,4 +1,4 @@
-"""Segment tables on disk: mapped, reused while nothing that decides them changes, refused when damaged, reported in print."""
+"""Segment tables on disk: reused while nothing that decides them changes, refused when damaged, reported."""
 
 from __future__ import annotations
 
