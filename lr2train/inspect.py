@@ -101,8 +101,7 @@ def _show_step(config: Config, corpus: Corpus, letters: dict[str, str]) -> list[
     if config.optim.segments_per_step % size:
         raise UserError(
             f"inspect.dp_size={size} does not divide the {config.optim.segments_per_step} segments of a step "
-            "(optim.segments_per_step); set "
-            "inspect.dp_size to a divisor"
+            "(optim.segments_per_step); set inspect.dp_size to a divisor"
         )
     viewer = Viewer(corpus, _loader(config, corpus, size))
     by_rank = [viewer.loader.segments(step - 1, rank) for rank in range(size)]
@@ -110,8 +109,7 @@ def _show_step(config: Config, corpus: Corpus, letters: dict[str, str]) -> list[
     group = config.data.group_segments or default_group(size, config.optim.segments_per_step)
     print(
         f"step {step}{skipped}: {config.optim.segments_per_step} segments in groups of {group}, {size} data-parallel "
-        f"ranks, seed {config.seed}; "
-        f"an epoch has {viewer.loader.steps_per_epoch} steps"
+        f"ranks, seed {config.seed}; an epoch has {viewer.loader.steps_per_epoch} steps"
     )
     print(_legend(letters, letters))
     shown = []
@@ -125,8 +123,7 @@ def _show_step(config: Config, corpus: Corpus, letters: dict[str, str]) -> list[
 def _line(segment: SegmentView, letters: dict[str, str]) -> str:
     return (
         f"{segment.window:<5} {segment.number:>7}  {_painted(bar(segment, _STEP_CELLS, letters))}  "
-        f"{len(segment.documents):>5} documents  "
-        f"{segment.padding_share:>6.2%} padding  {segment.n_targets:>9,} targets"
+        f"{len(segment.documents):>5} documents  {segment.padding_share:>6.2%} padding  {segment.n_targets:>9,} targets"
     )
 
 

@@ -176,15 +176,13 @@ class Corpus:
         if self.vocab_size > n_ids:
             raise UserError(
                 f"data.path={self.folder} uses {self.vocab_size} token ids and the model knows {n_ids}; prepare the "
-                "corpus with the model's own "
-                "tokenizer (data.tokenizer)"
+                "corpus with the model's own tokenizer (data.tokenizer)"
             )
         file = (model_folder or self.folder / "none") / "tokenizer.json"
         if file.exists() and not self.tokenizer.same_ids(tokenizers.load(str(file))):
             raise UserError(
                 f"data.path={self.folder} was tokenised by another tokenizer than the model's in {model_folder}; "
-                "prepare it again with "
-                f"data.tokenizer={model_folder}"
+                f"prepare it again with data.tokenizer={model_folder}"
             )
 
     def stores(self, split: str = TRAIN) -> list[SourceStore]:

@@ -21,16 +21,13 @@ Encode = Callable[[str], np.ndarray]
 
 _ADJECTIVES = (
     "amber ancient brave bright calm clever cold copper crimson curious dusty eager early fierce gentle golden happy "
-    "hidden hollow humble "
-    "icy jolly keen lively lonely lucky mellow misty noble numerous odd pale proud quiet rapid rusty silent silver "
-    "tiny wild"
+    "hidden hollow humble icy jolly keen lively lonely lucky mellow misty noble numerous odd pale proud quiet rapid "
+    "rusty silent silver tiny wild"
 )
 _NOUNS = (
     "anchor apple arrow badge basket beacon bell bridge candle canyon castle cloud comet copper desk drum eagle ember "
-    "falcon feather "
-    "forest garden hammer harbor island kite lantern maple meadow mirror mountain needle orchard pebble river saddle "
-    "stone tower valley "
-    "whistle"
+    "falcon feather forest garden hammer harbor island kite lantern maple meadow mirror mountain needle orchard pebble "
+    "river saddle stone tower valley whistle"
 )
 ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
 N_KEYS = len(ADJECTIVES) * len(NOUNS)
@@ -178,13 +175,12 @@ class NeedleMaker:
         if not 1 <= n_questions <= n_pairs <= N_KEYS:
             raise UserError(
                 f"needle document with {n_pairs} pairs and {n_questions} questions; ask at least one question, and at "
-                "most one a pair (of "
-                f"{N_KEYS})"
+                f"most one a pair (of {N_KEYS})"
             )
         keys, numbers = self._draw(rng, n_pairs)
         needles = [self._needle(key, number) for key, number in zip(keys, numbers, strict=True)]
         questions = [self._question(key, number) for key, number in zip(keys[:n_questions], numbers, strict=False)]
-        head = self._bos + self._piece(self._wording.intro)
+        head = self._bos + self._part(self._wording.intro)
         tail, spans = self._ask(questions)
         room = length_tokens - len(head) - len(tail) - sum(map(len, needles))
         self._check(room, length_tokens, len(filler))
@@ -210,9 +206,9 @@ class NeedleMaker:
         """Most tokens of the fixed text, a needle, and a question with its answer; a digit is at most one token."""
         wording, number = self._wording, self._digits + 1
         keys = [wording.key(index) for index in range(N_KEYS)]
-        needle = max(len(self._piece(wording.needle, key)) for key in keys) + number + len(self._piece(wording.needle_end))
-        question = max(len(self._piece(wording.question, key)) for key in keys) + number + len(self._piece(wording.question_end))
-        return len(self._bos) + len(self._eos) + len(self._piece(wording.intro)), needle, question
+        needle = max(len(self._part(wording.needle, key)) for key in keys) + number + len(self._part(wording.needle_end))
+        question = max(len(self._part(wording.question, key)) for key in keys) + number + len(self._part(wording.question_end))
+        return len(self._bos) + len(self._eos) + len(self._part(wording.intro)), needle, question
 
     def _draw(self, rng: np.random.Generator, n_pairs: int) -> tuple[list[str], list[str]]:
         """Distinct keys, and numbers."""
@@ -222,33 +218,32 @@ class NeedleMaker:
 
     def _needle(self, key: str, number: str) -> list[int]:
         joint, answer = self._number(number)
-        return self._piece(self._wording.needle, key) + joint + answer + self._piece(self._wording.needle_end)
+        return self._part(self._wording.needle, key) + joint + answer + self._part(self._wording.needle_end)
 
     def _question(self, key: str, number: str) -> tuple[list[int], list[int]]:
         """Ids of the text before the answer, and of the answer."""
         joint, answer = self._number(number)
-        return self._piece(self._wording.question, key) + joint, answer
+        return self._part(self._wording.question, key) + joint, answer
 
     def _ask(self, questions: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of all questions with their answers, and the range of each answer in them."""
         tail: list[int] = []
         spans = []
         for before, answer in questions:
-            tail += (self._piece(self._wording.question_end) if tail else []) + before
+            tail += (self._part(self._wording.question_end) if tail else []) + before
             spans.append((len(tail), len(tail) + len(answer)))
             tail += answer
         return tail + self._eos, spans
 
     def _number(self, number: str) -> tuple[list[int], list[int]]:
         """Ids of the space before the number where the space is a token of its own, and ids of the number."""
-        space, ids = self._piece(" "), self._apart(f" {number}")
+        space, ids = self._part(" "), self._apart(f" {number}")
         joint = space if space and ids[: len(space)] == space else []
         answer = ids[len(joint) :]
         if not answer:
             raise UserError(
                 f"the tokenizer turns the number {number} into no token, so nothing is left to score; set "
-                "data.tokenizer to one that "
-                "knows digits"
+                "data.tokenizer to one that knows digits"
             )
         return joint, answer
 
@@ -260,11 +255,10 @@ class NeedleMaker:
         if blind or len(set(map(tuple, answers.values()))) < len(answers):
             raise UserError(
                 f"the tokenizer has no token for {', '.join(blind) or 'each digit'}, so an answer would not tell which "
-                "number was found; set "
-                "data.tokenizer to one that knows digits"
+                "number was found; set data.tokenizer to one that knows digits"
             )
 
-    def _piece(self, template: str, key: str = "") -> list[int]:
+    def _part(self, template: str, key: str = "") -> list[int]:
         text = template.format(key=key)
         if text not in self._known:
             self._known[text] = self._apart(text) if text else []
@@ -288,14 +282,12 @@ class NeedleMaker:
         if room < 0:
             raise UserError(
                 f"a needle document of {length_tokens} tokens is {-room} too short for its sentences; use a greater "
-                "length, fewer pairs, "
-                "or data.needles.wording=code"
+                "length, fewer pairs, or data.needles.wording=code"
             )
         if room > filler_tokens:
             raise UserError(
                 f"a needle document of {length_tokens} tokens needs {room} tokens of filler and has {filler_tokens}; "
-                "give longer filler "
-                "text"
+                "give longer filler text"
             )
 
 

@@ -113,21 +113,18 @@ class RowMaker:
         if self._shares(stage).min() < 0 or not self._shares(stage).sum() > 0:
             raise UserError(
                 f"{where} has shares repeats={stage.repeats}, needles={stage.needles}, dense={stage.dense}, "
-                f"text={stage.text}; "
-                "set one above 0 and none below"
+                f"text={stage.text}; set one above 0 and none below"
             )
         asks = stage.needles or stage.dense
         if asks and not self._pairs_that_fit(length, self._needles.max_questions if stage.needles else 1):
             raise UserError(
                 f"{where}.length_tokens={length} has no room for a needle; use a greater length, fewer "
-                "data.needles.digits, or "
-                "data.needles.wording=code"
+                "data.needles.digits, or data.needles.wording=code"
             )
         if (asks or stage.text) and self._text.longest < length:
             raise UserError(
                 f"{where}.length_tokens={length} is longer than every training document ({self._text.longest} tokens); "
-                "use a smaller "
-                "length or other sources"
+                "use a smaller length or other sources"
             )
 
     def make(self, stage: StageConfig, n_rows: int, rng: np.random.Generator) -> Rows:

@@ -55,8 +55,8 @@ def make_loader(
         longest = max((stage.length_tokens for stage in data.stages), default=0)
         if original_window_tokens is not None and longest > original_window_tokens:
             raise UserError(
-                f"data.stages has length_tokens={longest}, above the original window of {original_window_tokens} tokens; "
-                f"set each length_tokens of data.stages to at most {original_window_tokens}"
+                f"data.stages has length_tokens={longest}, above the original window of {original_window_tokens} "
+                f"tokens; set each length_tokens of data.stages to at most {original_window_tokens}"
             )
         return CurriculumLoader(corpus, data, seed, ranks.rank, ranks.size, ranks.accumulation)
     _check_windows(corpus, data, original_window_tokens, target_window_tokens)
@@ -71,16 +71,14 @@ def _check_windows(corpus: Corpus, data: DataConfig, original_window_tokens: int
         if wanted is not None and planned != wanted:
             raise UserError(
                 f"{key}={wanted}, but the corpus data.path={corpus.folder} was planned for {planned}; run prepare with "
-                "the same value, or set "
-                f"{key}={planned}"
+                f"the same value, or set {key}={planned}"
             )
     if target_window_tokens not in (None, data.segment_tokens):
         raise UserError(
             f"data.segment_tokens={data.segment_tokens} "
             f"{'exceeds' if data.segment_tokens > target_window_tokens else 'is below'} "
             f"rope.target_window_tokens={target_window_tokens}, and training teaches the window of its segments; set "
-            "rope.target_window_tokens "
-            f"to {data.segment_tokens}, or prepare segments of {target_window_tokens} tokens"
+            f"rope.target_window_tokens to {data.segment_tokens}, or prepare segments of {target_window_tokens} tokens"
         )
 
 
@@ -105,8 +103,7 @@ class Ranks:
         if self.segments_per_step % self.size:
             raise UserError(
                 f"optim.segments_per_step={self.segments_per_step} is not divisible by the {self.size} data-parallel "
-                "ranks; "
-                f"set optim.segments_per_step to {-(-self.segments_per_step // self.size) * self.size}"
+                f"ranks; set optim.segments_per_step to {-(-self.segments_per_step // self.size) * self.size}"
             )
 
     @property
@@ -125,15 +122,13 @@ class Ranks:
             fitting = [size for size in _divisors(total) if size % self.size == 0]
             raise UserError(
                 f"data.group_segments={group_segments} does not divide optim.segments_per_step={total}; set "
-                "data.group_segments to one of "
-                f"{_listed(fitting)}"
+                f"data.group_segments to one of {_listed(fitting)}"
             )
         if group_segments % self.size:
             raise UserError(
                 f"{self.size} data-parallel ranks do not divide data.group_segments={group_segments}, which decides "
-                "what each step holds "
-                f"and is settled at the first start; start with {_listed(_divisors(group_segments))} of them (ranks / "
-                "parallel.sp)"
+                "what each step holds and is settled at the first start; start with "
+                f"{_listed(_divisors(group_segments))} of them (ranks / parallel.sp)"
             )
 
 
@@ -178,8 +173,7 @@ class SegmentLoader:
                 say(
                     "data",
                     f"only {self.n_segments(window)} {window} segments for groups of {group_segments}: every step that "
-                    f"holds a {window} group "
-                    "repeats some; prepare more of them, or set data.group_segments lower",
+                    f"holds a {window} group repeats some; prepare more of them, or set data.group_segments lower",
                 )
 
     def n_segments(self, window: str) -> int:

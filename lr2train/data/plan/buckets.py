@@ -104,8 +104,7 @@ def _check_names_and_weights(buckets: Sequence[Bucket], data: DataConfig) -> Non
         if not 0 <= one.above_tokens < one.to_tokens:
             raise UserError(
                 f"{where} holds lengths above {one.above_tokens} and up to {one.to_tokens}, which is none; set "
-                f"{where}.above_tokens and "
-                f"{where}.to_tokens (each defaults to a border of the window)"
+                f"{where}.above_tokens and {where}.to_tokens (each defaults to a border of the window)"
             )
         for key, weight in (("weight", one.weight), *((f"sources.{name}", weight) for name, weight in one.sources.items())):
             if not weight >= 0:
@@ -119,8 +118,7 @@ def _check_names_and_weights(buckets: Sequence[Bucket], data: DataConfig) -> Non
         if named and without:
             raise UserError(
                 f"data.buckets.{named[0]} has weights of single sources and data.buckets.{without[0]} of the same "
-                "window has none; give "
-                "sources to every bucket of a window, or to none"
+                "window has none; give sources to every bucket of a window, or to none"
             )
 
 
@@ -131,9 +129,8 @@ def _check_ranges(buckets: Sequence[Bucket], sources: Sequence[SourceConfig]) ->
             if upper.above_tokens < lower.to_tokens:
                 raise UserError(
                     f"documents of {source.name} of {upper.above_tokens + 1} tokens and more lie in two buckets, "
-                    f"data.buckets.{lower.name} and "
-                    f"data.buckets.{upper.name}; set data.buckets.{lower.name}.to_tokens to at most "
-                    f"{upper.above_tokens}"
+                    f"data.buckets.{lower.name} and data.buckets.{upper.name}; set data.buckets.{lower.name}.to_tokens "
+                    f"to at most {upper.above_tokens}"
                 )
 
 

@@ -58,8 +58,8 @@ def _check_corpus_weights(data: DataConfig, buckets: Sequence[Bucket]) -> None:
         if contradicts:
             raise UserError(
                 "data.weights_of=corpus makes a source's weight its share of a known number of tokens, which "
-                f"contradicts {key}; set "
-                "data.weights_of=bucket, or budgets for both windows and no weights of single cells"
+                f"contradicts {key}; set data.weights_of=bucket, or budgets for both windows and no weights of single "
+                "cells"
             )
     if not sum(source.weight for source in data.sources) > 0:
         raise UserError("data.sources.*.weight add up to 0, and data.weights_of=corpus divides all tokens by them; give a source a weight")
@@ -106,9 +106,8 @@ def _by_bucket(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarra
             one, whole = buckets[at], round(wanted[at])
             raise UserError(
                 f"data.{window}_tokens={budget} cannot be filled, because there is no {window} document of "
-                f"{one.range_text} tokens "
-                f"(bucket {one.name}): all {whole} are missing; add such documents, or set data.{window}_tokens=0 or "
-                "the bucket's weight to 0"
+                f"{one.range_text} tokens (bucket {one.name}): all {whole} are missing; add such documents, or set "
+                f"data.{window}_tokens=0 or the bucket's weight to 0"
             )
     return wanted
 
@@ -129,8 +128,7 @@ def _inside(data: DataConfig, buckets: Sequence[Bucket], wanted: np.ndarray, ava
         if wanted[at] and not weight.sum():
             raise UserError(
                 f"bucket {bucket.name} has a budget of {wanted[at]:.0f} tokens, and no source with such documents has "
-                "a weight; set "
-                f"data.sources.*.weight, or data.buckets.{bucket.name}.weight=0"
+                f"a weight; set data.sources.*.weight, or data.buckets.{bucket.name}.weight=0"
             )
         cells[:, at] = wanted[at] * weight / (weight.sum() or 1.0)
         _refuse_shortfall(data, bucket, cells[:, at], available[:, at])
@@ -144,10 +142,9 @@ def _refuse_shortfall(data: DataConfig, bucket: Bucket, wanted: np.ndarray, avai
             key = f"data.buckets.{bucket.name}.sources.{source.name}" if bucket.sources else f"data.sources.{source.name}.weight"
             raise UserError(
                 f"{source.name} cannot fill its {asked:.0f} tokens of bucket {bucket.name} ({bucket.range_text} "
-                f"tokens): it has {there}, at most "
-                f"{data.max_repeats:g} times, so {missing:.0f} are missing; raise its limits or data.max_repeats (to "
-                f"{np.ceil(10 * asked / there) / 10 if there else np.inf:g}), or lower {key} or "
-                f"data.{bucket.window}_tokens"
+                f"tokens): it has {there}, at most {data.max_repeats:g} times, so {missing:.0f} are missing; raise its "
+                f"limits or data.max_repeats (to {np.ceil(10 * asked / there) / 10 if there else np.inf:g}), or lower "
+                f"{key} or data.{bucket.window}_tokens"
             )
 
 
@@ -203,8 +200,7 @@ def _refuse_unfillable(data: DataConfig, buckets: Sequence[Bucket], rows: np.nda
     if len(buckets) > _MOST_BUCKETS:
         raise UserError(
             f"data.buckets makes {len(buckets)} buckets, and data.weights_of=corpus takes at most {_MOST_BUCKETS}; "
-            "join some, or set "
-            "data.weights_of=bucket"
+            "join some, or set data.weights_of=bucket"
         )
     chosen = (np.arange(1, 2 ** len(buckets))[:, None] >> np.arange(len(buckets)) & 1).astype(float)  # [sets, buckets]
     # small sets first: of equal lacks, argmax names the smallest set
@@ -222,9 +218,7 @@ def _refuse_unfillable(data: DataConfig, buckets: Sequence[Bucket], rows: np.nda
     )
     raise UserError(
         f"the buckets {asking} ask {(chosen @ columns)[worst]:.0f} tokens, and with "
-        f"data.max_repeats={data.max_repeats:g} the sources give at "
-        f"most {giving}: {missing[worst]:.0f} are missing; add documents of these lengths or raise data.max_repeats, "
-        "lower the weights of these "
-        "buckets (data.buckets.*.weight), or raise the weights of sources that have such documents "
-        "(data.sources.*.weight)"
+        f"data.max_repeats={data.max_repeats:g} the sources give at most {giving}: {missing[worst]:.0f} are missing; "
+        "add documents of these lengths or raise data.max_repeats, lower the weights of these buckets "
+        "(data.buckets.*.weight), or raise the weights of sources that have such documents (data.sources.*.weight)"
     )

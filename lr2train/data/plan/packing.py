@@ -111,16 +111,15 @@ def check_sequence_shards(segment_tokens: int, align_sp: int, limit_tokens: int)
     if segment_tokens % align_sp:
         raise UserError(
             f"data.segment_tokens={segment_tokens} is not divisible by the {align_sp} sequence shards of data.align_sp "
-            "(for a list: its "
-            "least common multiple); set data.align_sp to such as "
+            "(for a list: its least common multiple); set data.align_sp to such as "
             f"{max(n for n in range(1, align_sp) if segment_tokens % n == 0)}"
         )
     shard_tokens = segment_tokens // align_sp
     if limit_tokens > shard_tokens:
         raise UserError(
             f"a short document of {limit_tokens} tokens does not fit a sequence shard of data.segment_tokens / "
-            f"data.align_sp = {shard_tokens} tokens; "
-            f"set data.align_sp to {max(1, segment_tokens // limit_tokens)} or less"
+            f"data.align_sp = {shard_tokens} tokens; set data.align_sp to {max(1, segment_tokens // limit_tokens)} or "
+            "less"
         )
     return shard_tokens
 

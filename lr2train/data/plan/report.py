@@ -189,8 +189,7 @@ def as_text(report: dict[str, Any]) -> str:
         kind = "document spans" if window == LONG else "documents"
         lines.append(
             f"{window}: {one['segments']:,} segments, {one['padding_share']:.3%} padding, {each['mean']:.1f} {kind} "
-            "each "
-            f"({each['least']} … {each['most']})"
+            f"each ({each['least']} … {each['most']})"
         )
     causes = {"tail": "after the last full long segment", "truncated": "over the limit", "dropped": "of documents over the limit"}
     lost = ", ".join(f"{report['lost_tokens'][cause]:,} {words}" for cause, words in causes.items())
@@ -198,8 +197,7 @@ def as_text(report: dict[str, Any]) -> str:
     lines.append(f"lost tokens: {lost}")
     lines.append(
         f"not planned: {outside['documents']:,} documents in no bucket ({outside['tokens']:,} tokens), "
-        f"{left_out['documents']:,} left out as "
-        f"duplicates or by keep_below ({left_out['tokens']:,} tokens)"
+        f"{left_out['documents']:,} left out as duplicates or by keep_below ({left_out['tokens']:,} tokens)"
     )
     return "\n".join(lines)
 

@@ -64,8 +64,7 @@ def ensure_segment_tables(
     if not sum(table.n_segments for table in mixture.tables.values()) and data.holdout < 1:
         raise UserError(
             f"{sum(map(len, lengths))} documents do not fill one segment of data.segment_tokens={data.segment_tokens}; "
-            "add text or set a "
-            "smaller data.segment_tokens"
+            "add text or set a smaller data.segment_tokens"
         )
     report = report_of(data, lengths, usable, mixture)
     head = {
@@ -141,23 +140,20 @@ def _remarks(data: DataConfig, made: Sequence[dict[str, Any]], report: dict[str,
             if one["target_tokens"] and abs(one["error"]) > _WORTH_SAYING and data.holdout < 1:
                 yield (
                     f"mix: {what} {one[what]} has {one['planned_tokens']} of {one['target_tokens']} tokens "
-                    f"({one['error']:+.2%}), because "
-                    "documents and segments come whole, and there are few"
+                    f"({one['error']:+.2%}), because documents and segments come whole, and there are few"
                 )
     padding, shards = report["windows"][SHORT]["padding_share"], packing.sequence_shards(data.align_sp)
     if padding > _MUCH_PADDING:
         yield (
             f"segments: {padding:.1%} of the short ones is padding, because few documents fill the room that others "
-            "leave in a sequence shard of "
-            f"{data.segment_tokens // shards} tokens; add shorter "
+            f"leave in a sequence shard of {data.segment_tokens // shards} tokens; add shorter "
             f"documents{f', or set data.align_sp below {shards}' if shards > 1 else ''}"
         )
     outside = report["outside"]
     if outside["documents"]:
         yield (
             f"mix: {outside['documents']} documents with {outside['tokens']} tokens lie in no bucket and are not "
-            "planned; widen data.buckets to "
-            "plan them"
+            "planned; widen data.buckets to plan them"
         )
 
 
@@ -175,8 +171,7 @@ def _absent(data: DataConfig, report: dict[str, Any]) -> Iterator[str]:
             if (source.name, name) not in there:
                 yield (
                     f"mix: {source.name} has no {window} document{'' if name == window else f' of bucket {name}'}, so "
-                    "the other sources take its "
-                    f"share of {source.weight / total * budget:.0f} tokens; raise its limits, leave {window} out of "
-                    "its windows, or give every "
-                    "bucket weights of single sources (data.buckets.*.sources)"
+                    f"the other sources take its share of {source.weight / total * budget:.0f} tokens; raise its "
+                    f"limits, leave {window} out of its windows, or give every bucket weights of single sources "
+                    "(data.buckets.*.sources)"
                 )

@@ -195,6 +195,19 @@ def test_a_missing_or_damaged_corpus_is_refused(config, tmp_path):
         make_loader(Corpus.open(copy), config.data, 0, 0, 1, 8, 128, 512)
 
 
+def test_a_loader_opens_nothing_that_its_corpus_has_open(config, monkeypatch):
+    """A start of train opens the corpus once: its manifest, its tokenizer and its sources are not read again."""
+    corpus = Corpus.open(config.data.path)
+    assert corpus.tokenizer.eos == 1 and corpus.stores()
+
+    def refuse(*_):
+        raise AssertionError("read again")
+
+    for name in ("read_json", "sealed", "tokenizers.load"):
+        monkeypatch.setattr(f"lr2train.data.corpus.{name}", refuse)
+    assert len(make_loader(corpus, config.data, 0, 0, 1, 8, 128, 512).batches(0)) == 8
+
+
 def test_a_low_limit_of_open_files_is_raised_as_far_as_the_system_allows(config):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # two segment tables and two stores take six
