@@ -1,13 +1,14 @@
-"""inspect: look at planned segments: what documents they hold, from where, and how they read.
+"""inspect: look at planned segments: their documents, where these come from, and how they read.
 
     python -m lr2train.inspect data.path=runs/corpus                                   the first segment of each window
     python -m lr2train.inspect data.path=runs/corpus inspect.window=long inspect.segment=3
-    python -m lr2train.inspect run=first inspect.step=17 inspect.dp_size=8             what step 17 of a run holds, rank by rank
+    python -m lr2train.inspect run=first inspect.step=17 inspect.dp_size=8             step 17 of a run, rank by rank
     python -m lr2train.inspect data.path=runs/corpus optim.segments_per_step=64 inspect.step=17
 
-A step is counted as metrics.jsonl counts it. ``run=`` takes the corpus, the seed, the batch and the groups of a training run. In the bar a
-letter is a source, capital and small in turn from document to document, and a dot is padding. In the table ``<`` marks a document that
-begins before its piece, ``>`` one that goes on after it. Files of the corpus are compared with their checksums first, once (``data.verify``).
+Steps are counted as in metrics.jsonl. ``run=`` takes the corpus, the seed, the global batch and the groups of a
+training run. In the bar a letter is a source, capital and small in turn by document, and a dot is padding. In the table
+``<`` marks a document that begins before this segment, and ``>`` a document that goes on after it. The files of the
+corpus are first compared with their checksums, once (``data.verify``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lr2train.data.batch import WINDOWS
 from lr2train.data.corpus import Corpus
 from lr2train.data.feed.loader import SegmentLoader, make_loader
 from lr2train.data.feed.order import default_group
-from lr2train.data.feed.viewing import EMPTY, SegmentView, Viewer, bar, letters_of
+from lr2train.data.feed.viewing import PADDING, SegmentView, Viewer, bar, letters_of
 from lr2train.training.steps import Skips, Steps
 
 _BAR_CELLS, _STEP_CELLS, _NARROWEST = 96, 48, 140
@@ -34,15 +35,15 @@ _RIGHT = (0, 1, 5)  # columns of numbers
 
 
 def inspect(config: Config) -> list[SegmentView]:
-    """Run the verb: print what was asked for; returns it.
+    """Run the verb: print the segments that were asked for; returns them.
 
     Raises:
-        UserError: there is no such corpus, segment, step or run.
+        UserError: the corpus, segment, step or run does not exist.
     """
     config = _of_run(config)
     corpus = Corpus.open(config.data.path)
     corpus.verify(full=config.data.verify)
-    asked, letters = config.inspect, letters_of([source["name"] for source in corpus.manifest["sources"]])
+    asked, letters = config.inspect, letters_of(corpus.source_names)
     if asked.step is not None:
         return _show_step(config, corpus, letters)
     viewer = Viewer(corpus, _loader(config, corpus, 1))
@@ -53,7 +54,7 @@ def inspect(config: Config) -> list[SegmentView]:
 
 
 def _of_run(config: Config) -> Config:
-    """The config with what decided the data of the run that ``run=`` names."""
+    """The config with the settings that decided the data of the run that ``run=`` names; unchanged without ``run=``."""
     if config.run is None:
         return config
     folder = Path(config.runs_folder) / config.run
@@ -68,7 +69,7 @@ def _of_run(config: Config) -> Config:
         skip_steps=saved["data"].get("skip_steps", []),
     )
     steps = Steps.settle(folder, data, config.inspect.dp_size, saved["optim"]["segments_per_step"])
-    if steps.before is not None:  # train.config.json is of the first start, and a later one may skip more
+    if steps.before is not None:  # train.config.json is of the first start; a later start may skip more steps
         data = replace(data, skip_steps=steps.before.texts)
     optim = replace(config.optim, segments_per_step=saved["optim"]["segments_per_step"])
     return replace(config, seed=saved["seed"], data=steps.applied(data), optim=optim)
@@ -76,7 +77,7 @@ def _of_run(config: Config) -> Config:
 
 def _loader(config: Config, corpus: Corpus, dp_size: int) -> SegmentLoader:
     data = replace(config.data, segment_tokens=corpus.segment_tokens, kind="segments")
-    loader = make_loader(data, config.seed, 0, dp_size, config.optim.segments_per_step)
+    loader = make_loader(corpus, data, config.seed, 0, dp_size, config.optim.segments_per_step)
     assert isinstance(loader, SegmentLoader)
     return loader
 
@@ -85,13 +86,13 @@ def _chosen(config: Config, loader: SegmentLoader) -> list[tuple[str, int]]:
     """Window and number of the segments that were asked for.
 
     Raises:
-        UserError: no window has that segment.
+        UserError: no window has a segment of that number.
     """
     number, windows = config.inspect.segment or 0, WINDOWS if config.inspect.window is None else (config.inspect.window,)
     chosen = [(window, number) for window in windows if number < loader.n_segments(window)]
     if not chosen:
         counts = " and ".join(f"{loader.n_segments(window)} {window}" for window in windows)
-        raise UserError(f"inspect.segment={number} is not there: the plan has {counts} segments, counted from 0; set a smaller number")
+        raise UserError(f"inspect.segment={number} is not there: the corpus has {counts} segments, counted from 0; set a smaller number")
     return chosen
 
 
@@ -99,37 +100,38 @@ def _show_step(config: Config, corpus: Corpus, letters: dict[str, str]) -> list[
     step, size = config.inspect.step or 1, config.inspect.dp_size
     if config.optim.segments_per_step % size:
         raise UserError(
-            f"inspect.dp_size={size} does not divide the {config.optim.segments_per_step} segments of a step (optim.segments_per_step); set "
-            "inspect.dp_size to a divisor"
+            f"inspect.dp_size={size} does not divide the {config.optim.segments_per_step} segments of a step "
+            "(optim.segments_per_step); set inspect.dp_size to a divisor"
         )
     viewer = Viewer(corpus, _loader(config, corpus, size))
     by_rank = [viewer.loader.segments(step - 1, rank) for rank in range(size)]
     skipped = " (passed over: data.skip_steps)" if step in Skips.parse(config.data.skip_steps) else ""
     group = config.data.group_segments or default_group(size, config.optim.segments_per_step)
     print(
-        f"step {step}{skipped}: {config.optim.segments_per_step} segments in groups of {group}, {size} data-parallel ranks, seed {config.seed}; "
-        f"an epoch has {viewer.loader.steps_per_epoch} steps"
+        f"step {step}{skipped}: {config.optim.segments_per_step} segments in groups of {group}, {size} data-parallel "
+        f"ranks, seed {config.seed}; an epoch has {viewer.loader.steps_per_epoch} steps"
     )
     print(_legend(letters, letters))
     shown = []
-    for micro_step, of_ranks in enumerate(zip(*by_rank, strict=True)):
+    for micro_batch, of_ranks in enumerate(zip(*by_rank, strict=True)):
         for rank, (window, number) in enumerate(of_ranks):
             shown.append(viewer.look(window, number, 0))
-            print(f"micro-step {micro_step:>3}  rank {rank:>3}  {_line(shown[-1], letters)}")
+            print(f"micro-batch {micro_batch:>3}  rank {rank:>3}  {_line(shown[-1], letters)}")
     return shown
 
 
 def _line(segment: SegmentView, letters: dict[str, str]) -> str:
     return (
-        f"{segment.window:<5} {segment.number:>7}  {_painted(bar(segment, _STEP_CELLS, letters))}  {len(segment.pieces):>5} documents  "
-        f"{segment.padding_share:>6.2%} padding  {segment.n_targets:>9,} targets"
+        f"{segment.window:<5} {segment.number:>7}  {_painted(bar(segment, _STEP_CELLS, letters))}  "
+        f"{len(segment.documents):>5} documents  {segment.padding_share:>6.2%} padding  {segment.n_targets:>9,} targets"
     )
 
 
 def _print_segment(segment: SegmentView, letters: dict[str, str], most: int) -> None:
     print(
         f"\n{segment.window} segment {segment.number} of {segment.n_segments:,}: {segment.segment_tokens:,} tokens, "
-        f"{len(segment.pieces)} documents, attention over {'the whole segment' if segment.n_spans == 1 else 'each document'}, "
+        f"{len(segment.documents)} documents, attention over "
+        f"{'the whole segment' if segment.n_spans == 1 else 'each document'}, "
         f"{segment.padding_share:.2%} padding, {segment.n_targets:,} targets"
     )
     print(_painted(bar(segment, _BAR_CELLS, letters)))
@@ -139,22 +141,22 @@ def _print_segment(segment: SegmentView, letters: dict[str, str], most: int) -> 
         _print_rich(rows)
     else:
         _print_plain(rows)
-    if len(segment.pieces) > most:
-        print(f"… {len(segment.pieces) - most} more documents (inspect.documents={len(segment.pieces)} shows all)")
+    if len(segment.documents) > most:
+        print(f"… {len(segment.documents) - most} more documents (inspect.documents={len(segment.documents)} shows all)")
 
 
 def _legend(letters: dict[str, str], names: Sequence[str] | dict[str, str]) -> str:
-    return "  ".join([*(f"{letters[name]} {name}" for name in names), f"{EMPTY} padding"])
+    return "  ".join([*(f"{letters[name]} {name}" for name in names), f"{PADDING} padding"])
 
 
 def _rows(segment: SegmentView, letters: dict[str, str], most: int) -> Iterator[tuple[str, ...]]:
-    for piece in segment.pieces[:most]:
-        part = f"[{piece.start:,}, {piece.stop:,}) of {piece.length:,}"
-        cut = f"{'<' if piece.begins_before else ' '}{part}{'>' if piece.goes_on else ' '}"
-        document = f"{piece.document}  {piece.origin}" if piece.origin else f"{piece.document}"
-        text = f"{piece.head} … {piece.tail}" if piece.tail else piece.head
-        source = f"{letters[piece.source]} {piece.source}"
-        yield f"{piece.at:,}", f"{piece.stop - piece.start:,}", source, document, cut, f"{piece.n_targets:,}", text
+    for one in segment.documents[:most]:
+        part = f"[{one.start:,}, {one.stop:,}) of {one.length:,}"
+        cut = f"{'<' if one.begins_before else ' '}{part}{'>' if one.goes_on else ' '}"
+        document = f"{one.document}  {one.origin}" if one.origin else f"{one.document}"
+        text = f"{one.head} … {one.tail}" if one.tail else one.head
+        source = f"{letters[one.source]} {one.source}"
+        yield f"{one.at:,}", f"{one.stop - one.start:,}", source, document, cut, f"{one.n_targets:,}", text
 
 
 def _print_plain(rows: Sequence[tuple[str, ...]]) -> None:
@@ -172,29 +174,30 @@ def _print_rich(rows: Sequence[tuple[str, ...]]) -> None:
     from rich.text import Text
 
     console = Console()
-    console.width = max(console.width, _NARROWEST)  # a narrower terminal wraps lines: better than columns of a few letters
+    console.width = max(console.width, _NARROWEST)  # wrapped lines read better than columns of a few letters
     table = Table(*_HEADER, box=SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(table.columns[:-1]):
         column.no_wrap, column.justify = True, "right" if number in _RIGHT else "left"
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: what stands in documents is no markup
+        table.add_row(*(Text(cell) for cell in row))  # Text: brackets in a document are no markup
     console.print(table)
 
 
 def _painted(cells: str) -> str:
-    """The bar in colours, a colour a letter, where there is a terminal."""
+    """The bar in colours, one for each letter, where the output is a terminal."""
     if not sys.stdout.isatty():
         return cells
-    return "".join(cell if cell == EMPTY else f"\x1b[{41 + (ord(cell.upper()) - ord('A')) % 6};30m{cell}\x1b[0m" for cell in cells)
+    return "".join(cell if cell == PADDING else f"\x1b[{41 + (ord(cell.upper()) - ord('A')) % 6};30m{cell}\x1b[0m" for cell in cells)
 
 
 def inspect_into_a_pipe(config: Config) -> None:
-    """The verb as a person runs it, who may read the beginning alone (``| head``)."""
+    """The verb as a person runs it; ``| head`` may close the pipe early."""
     try:
         inspect(config)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails on its way out
+        # else the interpreter's own flush at exit fails too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 

@@ -31,7 +31,7 @@ from lr2train.data.ingest.find_files import not_read_lines, not_read_report
 from lr2train.data.ingest.needle_source import check_needle_source
 from lr2train.data.ingest.token_stores import Inputs, ensure_stores, list_inputs
 from lr2train.data.needles import check_needles
-from lr2train.data.plan import composing, segmenting
+from lr2train.data.plan import compose, mix, stage
 from lr2train.reporting.mix import ensure_mix_pictures
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import refuse_target
@@ -79,7 +79,7 @@ def _prepare(config: Config, original_window_tokens: int, inputs: Inputs, job: r
         job.log(line)
     tokenizer = ensure_tokenizer(job.folder, config.data, inputs, job.log)
     stores = ensure_stores(job.folder, config.data, inputs, tokenizer, original_window_tokens, config.seed, job.log)
-    manifest = segmenting.ensure_plan(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
+    manifest = stage.ensure_segment_tables(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
     integrity.write_checksums(job.folder)
     job.claim({})  # notes the config, last: a budget that cannot be filled must not replace the one of a finished plan
     return {**manifest, "not_read": not_read, "folder": str(job.folder)}
@@ -116,11 +116,11 @@ def check_data(data: DataConfig, original_window_tokens: int) -> None:
             check_needle_source(source, data)
         else:
             sources.check_source(source)
-    for window, budget in segmenting.budgets(data).items():
+    for window, budget in mix.budgets(data).items():
         if budget and not any(window in source.windows for source in data.sources):
             key = f"data.{window}_tokens"
             raise UserError(f"{key}={budget}, and no source has {window} among its windows; set {key} to 0")
-    composing.check(data, original_window_tokens)
+    compose.check(data, original_window_tokens)
 
 
 def _check_names(data: DataConfig) -> None:
@@ -159,7 +159,7 @@ def original_window(model: ModelConfig) -> int:
 
 def table(result: dict[str, Any]) -> str:
     """What a person wants to see: the planned mix, and what was held out, broken and not read."""
-    mix = (Path(result["folder"]) / segmenting.PLAN_TEXT).read_text().rstrip()
+    mix = (Path(result["folder"]) / stage.PLAN_TEXT).read_text().rstrip()
     held = sum(source["holdout_documents"] for source in result["sources"])
     broken, lost = (sum(source.get(key, 0) for source in result["sources"]) for key in ("broken", "lost_bytes"))
     records = f"broken records: {broken:,}{f' with {lost:,} bytes' if broken else ''}"

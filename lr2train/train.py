@@ -169,6 +169,7 @@ def _build(job: run.Run, config: Config, inputs: Inputs, contents: dict[str, Any
     mesh = make_mesh(config.parallel.sp, config.parallel.timeout_s, ring)
     steps = Steps.settle(job.folder, config.data, mesh.dp_size, config.optim.segments_per_step)
     loader = make_loader(
+        inputs.corpus,
         steps.applied(config.data),
         config.seed,
         mesh.dp_rank,

@@ -1,4 +1,4 @@
-"""From documents to batches: sources -> tokens in a store -> a plan of segments -> a pure loader.
+"""From documents to batches: sources -> tokens in a store -> tables of segments -> a pure loader.
 
-numpy only; of ranks it knows two integers.
+numpy only, no torch. Of ranks, data knows two integers: the data-parallel rank and size.
 """

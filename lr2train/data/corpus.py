@@ -1,14 +1,17 @@
-"""A prepared corpus on disk: tokenizer, token stores, the plan of segments, a manifest. What ``prepare`` writes and everybody else opens.
+"""A prepared corpus on disk: tokenizer, token stores, segment tables, manifest.
 
-    corpus.json                    manifest: fingerprint, L0, T, vocabulary, sources, counts
+``prepare`` writes a corpus, all other verbs open it.
+
+    corpus.json                    manifest: fingerprint, L0, T, sources, counts
     tokenizer/                     a Hugging Face tokenizer folder
-    store/<source>/train-<i>.*     training documents, shard by shard (lr2train.data.store)
+    store/<source>/train-<i>.*     training documents, one token shard each (lr2train.data.store)
     store/<source>/holdout-<i>.*   documents that no segment holds
-    store/<source>/source.json     how many shards, where they came from, what they hold
-    segments.<window>.npy          the plan: a table of pieces for each window; plan.json and plan.txt say what it came to
+    store/<source>/source.json     number of token shards, where the documents came from, counts
+    segments.<window>.npy          the segment table of a window; plan.json and plan.txt report the mix that came out
 
-Choice: documents are stored with their BOS and EOS, so a plan of lengths is a plan of tokens. Cost: another convention means tokenising
-again.
+Choice: documents are stored with their BOS and EOS, so the length of a document is its tokens in a segment. Cost:
+another convention means tokenising again. A job opens a corpus once and hands it on: stores and the tokenizer are
+opened when they are first asked for, and kept.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from lr2train.data import integrity
 from lr2train.data import tokenizer as tokenizers
 from lr2train.data.batch import WINDOWS
 from lr2train.data.plan import segment_table
-from lr2train.data.plan.packing import Pieces
+from lr2train.data.plan.segment_table import SegmentTable
 from lr2train.data.store import HOLDOUT, TRAIN, SourceStore, sealed, unreadable
 from lr2train.data.text import Text
 from lr2train.io import read_json
@@ -48,10 +51,10 @@ def store_prefix(folder: Path, source: str, split: str, shard: int) -> Path:
 
 
 def source_store(folder: Path, source: str, split: str = TRAIN) -> SourceStore:
-    """All documents of a source that stage 1 has finished.
+    """All documents of a source and split, after stage 1.
 
     Raises:
-        UserError: it has not.
+        UserError: stage 1 has not finished the source.
     """
     shards = sealed(source_folder(folder, source) / SOURCE)["shards"]
     usable = source_folder(folder, source) / f"{split}.usable.npy"
@@ -59,7 +62,10 @@ def source_store(folder: Path, source: str, split: str = TRAIN) -> SourceStore:
 
 
 def reopen(folder: Path) -> None:
-    """Before anything of a finished corpus changes: until ``prepare`` is through again it is none, and its old checksums hold no more."""
+    """Remove the manifest and the checksums, before any file of a finished corpus changes.
+
+    So a corpus that is being changed cannot be opened until ``prepare`` has finished again.
+    """
     for name in (integrity.CHECKSUMS, MANIFEST):
         (folder / name).unlink(missing_ok=True)
 
@@ -72,7 +78,7 @@ def _is_file(path: Path) -> bool:
 
 
 class Documents(Sequence[np.ndarray]):
-    """The documents of several stores as one sequence of token arrays (views of files)."""
+    """The documents of several stores as one sequence of token arrays, which are views of files."""
 
     def __init__(self, stores: Sequence[SourceStore]) -> None:
         self._stores = stores
@@ -94,17 +100,23 @@ class Documents(Sequence[np.ndarray]):
 
 
 class Corpus:
-    """An opened corpus. Stores are mapped, not read; the tokenizer and the plan are read when asked for."""
+    """An opened corpus.
+
+    Attributes:
+        folder: where the corpus lies.
+        manifest: content of its corpus.json.
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
+        self._stores: dict[str, list[SourceStore]] = {}
 
     @classmethod
     def open(cls, path: str | Path | None) -> Corpus:
-        """Open what ``prepare`` wrote.
+        """Open the run folder of ``prepare``; reads the manifest alone.
 
         Raises:
-            UserError: no finished corpus there, or one of another format.
+            UserError: the folder holds no finished corpus, or a corpus of another format.
         """
         if path is None or not _is_file(Path(path) / MANIFEST):
             raise UserError(f"data.path={path} holds no finished corpus ({MANIFEST}); run prepare and set data.path to its run folder")
@@ -117,18 +129,23 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Of tokens and plan."""
+        """Stands for all tokens and segments."""
         return self.manifest["fingerprint"]
 
     @property
     def original_window_tokens(self) -> int:
-        """L0 that documents were sorted by."""
+        """L0, which decides a document's window."""
         return self.manifest["original_window_tokens"]
 
     @property
     def segment_tokens(self) -> int:
-        """T that segments were planned for."""
+        """T, the length of its segments."""
         return self.manifest["segment_tokens"]
+
+    @property
+    def source_names(self) -> list[str]:
+        """Names of the sources, in the order in which a segment table's ``source`` column counts them."""
+        return [source["name"] for source in self.manifest["sources"]]
 
     @property
     def vocab_size(self) -> int:
@@ -142,7 +159,7 @@ class Corpus:
 
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Of the stored tokens."""
+        """The tokenizer of the stored tokens."""
         return tokenizers.load(str(self.tokenizer_folder))
 
     def refuse_other_tokenizer(self, n_ids: int, model_folder: Path | None) -> None:
@@ -150,35 +167,38 @@ class Corpus:
 
         Args:
             n_ids: size of the model's embedding table.
-            model_folder: with the model's tokenizer.json; None, or a folder without one, is not asked.
+            model_folder: holds the model's tokenizer.json; without the folder or the file, vocabularies are not
+                compared.
 
         Raises:
             UserError: the corpus has more ids than the model knows, or the vocabularies differ.
         """
         if self.vocab_size > n_ids:
             raise UserError(
-                f"data.path={self.folder} uses {self.vocab_size} token ids and the model knows {n_ids}; prepare the corpus with the model's own "
-                "tokenizer (data.tokenizer)"
+                f"data.path={self.folder} uses {self.vocab_size} token ids and the model knows {n_ids}; prepare the "
+                "corpus with the model's own tokenizer (data.tokenizer)"
             )
         file = (model_folder or self.folder / "none") / "tokenizer.json"
         if file.exists() and not self.tokenizer.same_ids(tokenizers.load(str(file))):
             raise UserError(
-                f"data.path={self.folder} was tokenised by another tokenizer than the model's in {model_folder}; prepare it again with "
-                f"data.tokenizer={model_folder}"
+                f"data.path={self.folder} was tokenised by another tokenizer than the model's in {model_folder}; "
+                f"prepare it again with data.tokenizer={model_folder}"
             )
 
     def stores(self, split: str = TRAIN) -> list[SourceStore]:
-        """One store a source, in the order that the plan's ``source`` column counts; empty where a source has no document."""
-        return [source_store(self.folder, source["name"], split) for source in self.manifest["sources"]]
+        """One store for each source, in the order of ``source_names``; opened once for each split."""
+        if split not in self._stores:
+            self._stores[split] = [source_store(self.folder, name, split) for name in self.source_names]
+        return self._stores[split]
 
     def verify(self, full: bool = True) -> int:
-        """Compare the files with their checksums; those that passed before and have not changed since are not read again.
+        """Compare the files with their checksums; a file that passed and has not changed is not read again.
 
         Args:
-            full: False looks at the sizes alone.
+            full: False compares the sizes alone.
 
         Returns:
-            How many bytes had to be read.
+            Bytes that were read.
 
         Raises:
             UserError: a file is missing, cut short or changed.
@@ -192,26 +212,26 @@ class Corpus:
         return integrity.verify_corpus(self.folder, [store_prefix(self.folder, *shard) for shard in shards], full)
 
     def documents(self, split: str = TRAIN) -> Documents:
-        """Token arrays, BOS and EOS included, of ``train`` or ``holdout``. Synthetic documents are never held out."""
+        """Token arrays of a split, BOS and EOS included. Needle documents are never held out."""
         assert split in (TRAIN, HOLDOUT)
         return Documents(self.stores(split))
 
     def text(self, split: str = TRAIN) -> Text:
-        """Random stretches of its text.
+        """Random stretches of a split's text.
 
         Raises:
-            UserError: the split has none.
+            UserError: the split has no document.
         """
         text = Text(self.stores(split), self.tokenizer.n_borders)
         if not text.tokens:
             raise UserError(f"the corpus {self.folder} has no {split} document; prepare it with more documents, or another data.holdout")
         return text
 
-    def pieces(self, window: str) -> Pieces:
-        """The plan of one window.
+    def segment_table(self, window: str) -> SegmentTable:
+        """The segment table of one window, mapped.
 
         Raises:
-            UserError: the plan is missing or cut short.
+            UserError: the table's file is missing or cut short.
         """
         assert window in WINDOWS
-        return segment_table.read(segment_table.plan_file(self.folder, window), self.segment_tokens)
+        return segment_table.read(segment_table.file_of(self.folder, window), self.segment_tokens)

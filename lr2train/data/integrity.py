@@ -1,9 +1,10 @@
-"""Whether a corpus on the disk is the one that was written: sizes always, checksums once.
+"""Whether a corpus on the disk is the one that was written: sizes are compared at each start, checksums once.
 
-Choice: every store has the checksums of its files in its manifest, ``checksums.json`` has those of what lies around them (plan, tokenizer,
-manifests), and each of these lists has its own. A file that passed is remembered by size, time and inode in ``verified.json``, so the next start
-reads it no more. Cost: the first start reads all tokens once, at about a gigabyte a second and core; damage that keeps a file's size and
-time is found at the first start on a machine that cannot remember, and not again.
+Choice: a store's manifest has the checksums of its files, ``checksums.json`` has the checksums of all other files
+(segment tables, tokenizer, manifests), and each of these lists has a checksum of its own. A file that passed is
+remembered in ``verified.json`` by size, time and inode, so the next start does not read it. Cost: the first start reads
+all tokens, at about a gigabyte a second and core. Damage after that start that keeps a file's size, time and inode is
+not found.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class _File(NamedTuple):
 
 
 def write_checksums(folder: Path) -> None:
-    """Note the checksums of everything around the stores: the last thing that ``prepare`` does."""
+    """Note the checksums of all files outside the stores; the last step of ``prepare``."""
     around = {path for pattern in _AROUND for path in folder.glob(pattern)}
     files = sorted(path for path in around if path.is_file() and not is_temporary(path))
     noted = {str(path.relative_to(folder)): [path.stat().st_size, sha256_of(path)] for path in files}
@@ -38,14 +39,16 @@ def write_checksums(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the files that were being written when their writers ended, by a kill or on a full disk; for the one who holds the folder's lock."""
+    """Remove files that a kill or a full disk left half-written. The caller holds the folder's lock."""
     for place in (folder, folder / "tokenizer", *folder.glob("store/*")):
         for path in place.glob(f".*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 
 
 def refuse_damage(folder: Path) -> None:
-    """Compare what lies around the stores of a corpus, as far as it is there, with its checksums: what ``prepare`` goes on from.
+    """Compare the files outside the stores with their checksums, before ``prepare`` goes on from them.
+
+    A missing file is no damage: ``prepare`` makes it again.
 
     Raises:
         UserError: a file was changed.
@@ -61,13 +64,13 @@ def verify_corpus(folder: Path, prefixes: Iterable[Path], full: bool = True) -> 
     Args:
         folder: of the corpus.
         prefixes: of its stores.
-        full: read what was not read before; else sizes alone are looked at.
+        full: read each file that was not read before; False compares sizes alone.
 
     Returns:
-        How many bytes had to be read.
+        Bytes that were read.
 
     Raises:
-        UserError: a file is missing, of another size, or was changed; the text names it.
+        UserError: a file is missing, of another size, or was changed; the text names the file.
     """
     noted = store.sealed(folder / CHECKSUMS)["files"]
     around = [_File(folder / name, size, sha256) for name, (size, sha256) in noted.items()]
@@ -121,7 +124,7 @@ def _name(folder: Path, file: _File) -> str:
 
 
 def _stamp(file: _File) -> list[int | str]:
-    """By which a file that was read is known again; a copy that kept its times is another file."""
+    """Size, time, inode and checksum, by which a file is known again. A copy has another inode, so it is read anew."""
     stat = file.path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino, file.sha256]
 
@@ -129,14 +132,14 @@ def _stamp(file: _File) -> list[int | str]:
 def _remembered(folder: Path) -> dict[str, list[int | str]]:
     try:
         return dict(read_json(folder / VERIFIED)) if (folder / VERIFIED).exists() else {}
-    except (UserError, TypeError, ValueError):  # only a memory: without it everything is read again
+    except (UserError, TypeError, ValueError):  # a damaged memory costs only the reading
         return {}
 
 
 def _remember(folder: Path, stamps: dict[str, list[int | str]]) -> None:
     try:
         write_json(folder / VERIFIED, stamps)
-    except OSError:  # a corpus that is only to be read
+    except OSError:  # the corpus lies in a folder that this user may only read
         return
 
 

@@ -1,8 +1,9 @@
-"""Needle documents: key-value sentences hidden in text, asked for at the end (paper, Appendix C; RULER's niah tasks).
+"""Needle documents: key-value sentences hidden in text, asked for at the end (paper, Appendix C; RULER's niah).
 
-Choice: every piece (sentence up to the number, number, question) is tokenised apart and the ids are joined, so the answer's tokens are
-known exactly, for any tokenizer, and are the same in the needle and after the question. Cost: at a piece's border the ids may differ from
-those of the joined text. The space before a number belongs to the answer only where the tokenizer merges it with the digits.
+Choice: each part of a sentence (text up to the number, number, question) is tokenised apart, and the ids are joined. So
+the tokens of an answer are known exactly for any tokenizer, and are the same in the needle and after the question.
+Cost: where two parts meet, the ids may differ from the ids of the joined text. The space before a number belongs to the
+answer only where the tokenizer merges the two.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from lr2train.data.corpus import HOLDOUT, Corpus
 Encode = Callable[[str], np.ndarray]
 
 _ADJECTIVES = (
-    "amber ancient brave bright calm clever cold copper crimson curious dusty eager early fierce gentle golden happy hidden hollow humble "
-    "icy jolly keen lively lonely lucky mellow misty noble numerous odd pale proud quiet rapid rusty silent silver tiny wild"
+    "amber ancient brave bright calm clever cold copper crimson curious dusty eager early fierce gentle golden happy "
+    "hidden hollow humble icy jolly keen lively lonely lucky mellow misty noble numerous odd pale proud quiet rapid "
+    "rusty silent silver tiny wild"
 )
 _NOUNS = (
-    "anchor apple arrow badge basket beacon bell bridge candle canyon castle cloud comet copper desk drum eagle ember falcon feather "
-    "forest garden hammer harbor island kite lantern maple meadow mirror mountain needle orchard pebble river saddle stone tower valley "
-    "whistle"
+    "anchor apple arrow badge basket beacon bell bridge candle canyon castle cloud comet copper desk drum eagle ember "
+    "falcon feather forest garden hammer harbor island kite lantern maple meadow mirror mountain needle orchard pebble "
+    "river saddle stone tower valley whistle"
 )
 ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
 N_KEYS = len(ADJECTIVES) * len(NOUNS)
@@ -33,7 +35,10 @@ N_KEYS = len(ADJECTIVES) * len(NOUNS)
 
 @dataclass(frozen=True)
 class Wording:
-    """How a document reads. The number follows ``needle`` and ``question`` after one space; ``{key}`` stands for the pair's name."""
+    """The sentences of a document.
+
+    The number follows ``needle`` and ``question`` after one space; ``{key}`` stands for the pair's name.
+    """
 
     needle: str
     needle_end: str
@@ -62,7 +67,7 @@ WORDINGS: dict[str, Wording] = {
 
 
 def sentences(wording: str, times: int = 60) -> Iterator[str]:
-    """What a tokenizer that is trained on a corpus with needle documents meets of them: every key's sentence and question, ``times`` over."""
+    """Training text for the tokenizer of a corpus with needles: each key's sentence and question, ``times`` over."""
     how = WORDINGS[wording]
     for _ in range(times):
         yield "".join(f"{how.needle.format(key=how.key(index))} {how.question.format(key=how.key(index))} " for index in range(N_KEYS))
@@ -74,10 +79,10 @@ class NeedleDocument:
 
     Attributes:
         tokens: int64 [length_tokens].
-        answer_spans: half-open token ranges of the answers after the questions, in order; ``tokens[start:stop]`` is the number and nothing
-            else.
-        depth: where the needle that is asked first stands in the filler, 0 start … 1 end; as asked for, where it was asked for.
-        answers: the numbers as text, one a span.
+        answer_spans: half-open token ranges of the answers after the questions, in order; ``tokens[start:stop]`` is
+            exactly the number.
+        depth: place in the filler of the needle that is asked for first, 0 start … 1 end.
+        answers: the numbers as text, one for each range.
     """
 
     tokens: np.ndarray
@@ -87,15 +92,15 @@ class NeedleDocument:
 
     @property
     def n_answer_tokens(self) -> int:
-        """Tokens that are scored."""
+        """Tokens of all answers: those are scored."""
         return sum(stop - start for start, stop in self.answer_spans)
 
 
 def check_needles(needles: NeedleConfig) -> None:
-    """Refuse knobs that make no document.
+    """Refuse settings of which no document can be made.
 
     Raises:
-        UserError: one is out of its limits.
+        UserError: a setting is out of its limits.
     """
     _check_form(needles.wording, needles.digits)
     for key, low, high in (("max_pairs", 1, N_KEYS), ("max_questions", 1, N_KEYS), ("at_start", 0, 1)):
@@ -112,24 +117,24 @@ def between(key: str, value: float, low: float, high: float) -> None:
     """Refuse a value outside its limits.
 
     Raises:
-        UserError: it is.
+        UserError: the value is below ``low`` or above ``high``.
     """
     if not low <= value <= high:
         raise UserError(f"{key}={value} is not between {low} and {high}; set {key} inside these limits")
 
 
 class NeedleMaker:
-    """Makes needle documents of one wording with one tokenizer; remembers the ids of what it tokenised.
+    """Makes needle documents of one wording with one tokenizer, and remembers the ids of each text that it tokenised.
 
     Args:
         encode: text to ids, without special tokens.
         wording: a name of ``WORDINGS``.
-        digits: of a hidden number; its first is never 0.
+        digits: of a hidden number; the first digit is not 0.
         bos: id before the document, or None.
         eos: id after the last answer, or None.
 
     Raises:
-        UserError: unknown wording, digits out of their limits, or a tokenizer that does not tell numbers apart (no tokens, or unknown ones).
+        UserError: the wording is unknown, digits are out of their limits, or the tokenizer does not tell numbers apart.
     """
 
     def __init__(self, encode: Encode, wording: str, digits: int, bos: int | None, eos: int | None) -> None:
@@ -153,27 +158,29 @@ class NeedleMaker:
 
         Args:
             rng: draws keys, numbers and places.
-            filler: text to hide in, at least ``length_tokens`` of it; its beginning is used.
+            filler: ids of the text to hide in; its beginning is used. ``length_tokens`` ids are always enough.
             length_tokens: of the whole document, BOS and EOS included.
-            depth: of the needle that is asked first; None puts it at random, as the others always are.
+            depth: of the needle that is asked for first, 0 … 1; None draws it. The depths of all other needles are
+                drawn.
             n_pairs: needles.
-            n_questions: of the pairs, asked at the end.
-            together: all needles that are asked for stand at ``depth``, one after another, not only the first.
+            n_questions: pairs that are asked for at the end.
+            together: all needles that are asked for stand at ``depth``, one after another, not the first alone.
 
         Raises:
-            UserError: the length has no room for the pieces, the filler is too short, more questions than pairs, or a depth outside [0, 1].
+            UserError: the length has no room for the sentences, the filler is too short, there are more questions than
+                pairs, or the depth lies outside [0, 1].
         """
         if depth is not None:
-            between("depth", depth, 0, 1)  # eval.depths, search.depth
+            between("depth", depth, 0, 1)  # from eval.depths or search.depth
         if not 1 <= n_questions <= n_pairs <= N_KEYS:
             raise UserError(
-                f"needle document with {n_pairs} pairs and {n_questions} questions; ask at least one question, and at most one a pair (of "
-                f"{N_KEYS})"
+                f"needle document with {n_pairs} pairs and {n_questions} questions; ask at least one question, and at "
+                f"most one a pair (of {N_KEYS})"
             )
         keys, numbers = self._draw(rng, n_pairs)
         needles = [self._needle(key, number) for key, number in zip(keys, numbers, strict=True)]
         questions = [self._question(key, number) for key, number in zip(keys[:n_questions], numbers, strict=False)]
-        head = self._bos + self._piece(self._wording.intro)
+        head = self._bos + self._part(self._wording.intro)
         tail, spans = self._ask(questions)
         room = length_tokens - len(head) - len(tail) - sum(map(len, needles))
         self._check(room, length_tokens, len(filler))
@@ -188,7 +195,7 @@ class NeedleMaker:
         )
 
     def most_pairs(self, length_tokens: int, max_questions: int = 1) -> int:
-        """How many pairs, each asked up to ``max_questions``, a document of this length holds for sure, whatever the keys and numbers."""
+        """Pairs that fit a document of this length whatever is drawn, with up to ``max_questions`` asked for."""
         fixed, needle, question = self._costs
         room = length_tokens - fixed
         asked = min(max_questions, room // (needle + question))
@@ -196,12 +203,12 @@ class NeedleMaker:
 
     @cached_property
     def _costs(self) -> tuple[int, int, int]:
-        """Most tokens of what stands in every document, of a needle, and of a question with its answer. A digit costs one token at most."""
+        """Most tokens of the fixed text, a needle, and a question with its answer; a digit is at most one token."""
         wording, number = self._wording, self._digits + 1
         keys = [wording.key(index) for index in range(N_KEYS)]
-        needle = max(len(self._piece(wording.needle, key)) for key in keys) + number + len(self._piece(wording.needle_end))
-        question = max(len(self._piece(wording.question, key)) for key in keys) + number + len(self._piece(wording.question_end))
-        return len(self._bos) + len(self._eos) + len(self._piece(wording.intro)), needle, question
+        needle = max(len(self._part(wording.needle, key)) for key in keys) + number + len(self._part(wording.needle_end))
+        question = max(len(self._part(wording.question, key)) for key in keys) + number + len(self._part(wording.question_end))
+        return len(self._bos) + len(self._eos) + len(self._part(wording.intro)), needle, question
 
     def _draw(self, rng: np.random.Generator, n_pairs: int) -> tuple[list[str], list[str]]:
         """Distinct keys, and numbers."""
@@ -211,56 +218,58 @@ class NeedleMaker:
 
     def _needle(self, key: str, number: str) -> list[int]:
         joint, answer = self._number(number)
-        return self._piece(self._wording.needle, key) + joint + answer + self._piece(self._wording.needle_end)
+        return self._part(self._wording.needle, key) + joint + answer + self._part(self._wording.needle_end)
 
     def _question(self, key: str, number: str) -> tuple[list[int], list[int]]:
-        """Ids up to the answer, and the answer."""
+        """Ids of the text before the answer, and of the answer."""
         joint, answer = self._number(number)
-        return self._piece(self._wording.question, key) + joint, answer
+        return self._part(self._wording.question, key) + joint, answer
 
     def _ask(self, questions: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of all questions with their answers, and the range of each answer in them."""
         tail: list[int] = []
         spans = []
         for before, answer in questions:
-            tail += (self._piece(self._wording.question_end) if tail else []) + before
+            tail += (self._part(self._wording.question_end) if tail else []) + before
             spans.append((len(tail), len(tail) + len(answer)))
             tail += answer
         return tail + self._eos, spans
 
     def _number(self, number: str) -> tuple[list[int], list[int]]:
-        """Ids of the space before the number, where it is a token of its own, and of the number."""
-        space, ids = self._piece(" "), self._apart(f" {number}")
+        """Ids of the space before the number where the space is a token of its own, and ids of the number."""
+        space, ids = self._part(" "), self._apart(f" {number}")
         joint = space if space and ids[: len(space)] == space else []
         answer = ids[len(joint) :]
         if not answer:
             raise UserError(
-                f"the tokenizer turns the number {number} into no token, so nothing is left to score; set data.tokenizer to one that "
-                "knows digits"
+                f"the tokenizer turns the number {number} into no token, so nothing is left to score; set "
+                "data.tokenizer to one that knows digits"
             )
         return joint, answer
 
     def _refuse_without_digits(self) -> None:
-        """An answer of unknown tokens could be given without having found the needle."""
+        """Refuse a tokenizer whose answers do not tell which number was found."""
         answers = {digit: self._number(digit * self._digits)[1] for digit in "0123456789"}
-        unknown = set(self._apart("☃"))  # where a tokenizer falls back on bytes these are its own
+        unknown = set(self._apart("☃"))  # a tokenizer with byte fallback has tokens for this sign too
         blind = [digit for digit, ids in answers.items() if set(ids) <= unknown]
         if blind or len(set(map(tuple, answers.values()))) < len(answers):
             raise UserError(
-                f"the tokenizer has no token for {', '.join(blind) or 'each digit'}, so an answer would not tell which number was found; set "
-                "data.tokenizer to one that knows digits"
+                f"the tokenizer has no token for {', '.join(blind) or 'each digit'}, so an answer would not tell which "
+                "number was found; set data.tokenizer to one that knows digits"
             )
 
-    def _piece(self, template: str, key: str = "") -> list[int]:
+    def _part(self, template: str, key: str = "") -> list[int]:
         text = template.format(key=key)
         if text not in self._known:
             self._known[text] = self._apart(text) if text else []
         return self._known[text]
 
     def _apart(self, text: str) -> list[int]:
-        """Ids of a text as they are inside a document: SentencePiece tokenizers put a space before whatever comes first.
+        """Ids of a text as inside a document.
 
-        So it is encoded behind something that it cannot merge with: a line break, or a letter where it begins with a space itself, because
-        some tokenizers make one space of several.
+        SentencePiece tokenizers put a space before the first character of a text. So the text is encoded behind a
+        character that it cannot merge with. That is a line break, or a letter where the
+        text begins with a space, because some tokenizers make one space of several.
         """
         for before in ("x", "\n") if text[0].isspace() else ("\n",):
             whole, first = _ids(self._encode(before + text)), _ids(self._encode(before))
@@ -272,13 +281,13 @@ class NeedleMaker:
     def _check(room: int, length_tokens: int, filler_tokens: int) -> None:
         if room < 0:
             raise UserError(
-                f"a needle document of {length_tokens} tokens is {-room} too short for its sentences; use a greater length, fewer pairs, "
-                "or data.needles.wording=code"
+                f"a needle document of {length_tokens} tokens is {-room} too short for its sentences; use a greater "
+                "length, fewer pairs, or data.needles.wording=code"
             )
         if room > filler_tokens:
             raise UserError(
-                f"a needle document of {length_tokens} tokens needs {room} tokens of filler and has {filler_tokens}; give longer filler "
-                "text"
+                f"a needle document of {length_tokens} tokens needs {room} tokens of filler and has {filler_tokens}; "
+                "give longer filler text"
             )
 
 
@@ -306,22 +315,22 @@ def needle_set(
     questions: int = 1,
     distractors: int = 0,
 ) -> list[NeedleDocument]:
-    """Needle documents for measuring, over held-out filler, each from another book while there are some. The paper hides one needle and asks
-    for it (Appendix C).
+    """Needle documents for a measurement: filler is held out, and no document gives filler twice before all gave some.
 
+    The paper hides one needle and asks for it (Appendix C).
 
     Args:
         corpus: gives the tokenizer and the filler.
         needles: wording and digits.
         n_documents: at each depth.
         length_tokens: of each document.
-        depths: of the needles that are asked for; the others lie anywhere.
+        depths: of the needles that are asked for; the depths of all other needles are drawn.
         rng: decides texts, keys and numbers.
         questions: needles that are asked for.
-        distractors: needles beside them.
+        distractors: needles that are not.
 
     Raises:
-        UserError: nothing is held out, the length has no room, or a knob is out of its limits.
+        UserError: nothing is held out, the length has no room for the sentences, or a setting is out of its limits.
     """
     check_needles(needles)
     tokenizer = corpus.tokenizer
@@ -337,7 +346,7 @@ def text_set(corpus: Corpus, n_documents: int, length_tokens: int, rng: np.rando
     """Held-out text for perplexity: int64 [length_tokens] each, BOS first where the tokenizer has one.
 
     Raises:
-        UserError: nothing is held out.
+        UserError: the corpus has no held-out document.
     """
     bos = [] if corpus.tokenizer.bos is None else [corpus.tokenizer.bos]
     bodies = corpus.text(HOLDOUT).draw(rng, n_documents, length_tokens - len(bos))

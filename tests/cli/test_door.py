@@ -272,13 +272,14 @@ def test_a_sweep_says_why_it_does_not_run(monkeypatch, capsys, arguments, enviro
 
 def checks_of_prepare(config):
     prepare.check_data(config.data, prepare.original_window(config.model))
-    packing.check_shards(config.data.segment_tokens, packing.shards_of(config.data.align_sp), 1)
+    packing.check_sequence_shards(config.data.segment_tokens, packing.sequence_shards(config.data.align_sp), 1)
 
 
 def checks_of_train(config):
-    _, factors, _ = train.checked_inputs(config)
+    inputs = train.checked_inputs(config)
+    factors = inputs.factors
     windows = factors.spectrum.window_tokens, factors.target_window_tokens
-    make_loader(config.data, config.seed, 0, 1, config.optim.segments_per_step, *windows)
+    make_loader(inputs.corpus, config.data, config.seed, 0, 1, config.optim.segments_per_step, *windows)
 
 
 def checks_of_plan(config):

@@ -1,4 +1,4 @@
-"""A bit flipped or a byte lost in any file of a corpus is found before it is used, and read only once where nothing has changed."""
+"""A flipped bit or a lost byte in any file of a corpus is found before use; an unchanged file is read once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def config(runs: Path) -> Config:
 
 
 def copied(whole: Path, folder: Path) -> Path:
-    """A copy with its times, so that nothing is taken for changed."""
+    """A copy that keeps the files' times."""
     return Path(shutil.copytree(whole / "corpus", folder / "corpus", copy_function=shutil.copy2))
 
 
@@ -80,17 +80,16 @@ def test_a_cut_file_is_found_by_its_size_alone(whole, tmp_path, name):
         Corpus.open(corpus).verify(full=False)
 
 
-def test_what_passed_is_not_read_again(whole, tmp_path):
+def test_a_file_that_passed_is_not_read_again(whole, tmp_path):
     corpus = copied(whole, tmp_path)
     (corpus / "verified.json").unlink(missing_ok=True)
     assert Corpus.open(corpus).verify() > 1000
     assert Corpus.open(corpus).verify() == 0
     (corpus / "verified.json").write_text("{")
-    assert Corpus.open(corpus).verify() > 1000, "a broken memory only costs the reading"
+    assert Corpus.open(corpus).verify() > 1000, "a damaged memory costs only the reading"
 
 
-def test_a_copy_is_read_anew_whatever_it_remembers(whole, tmp_path):
-    """Times and the memory travel with a copy, and so does nothing that was damaged on the way."""
+def test_a_copy_is_read_anew_although_times_and_memory_travel_with_it(whole, tmp_path):
     Corpus.open(whole / "corpus").verify()
     corpus = copied(whole, tmp_path)
     times = (corpus / f"{STORE}.bin").stat()
@@ -103,7 +102,7 @@ def test_a_copy_is_read_anew_whatever_it_remembers(whole, tmp_path):
 @pytest.mark.parametrize(
     "name", ["segments.long.npy", "segments.short.npy", "plan.txt", "plan.json", "store/web/train.usable.npy", "checksums.json"]
 )
-def test_what_is_gone_around_the_stores_is_made_again(whole, tmp_path, name):
+def test_a_missing_file_outside_the_stores_is_made_again(whole, tmp_path, name):
     corpus = copied(whole, tmp_path)
     before = (corpus / name).read_bytes()
     (corpus / name).unlink()
@@ -115,8 +114,8 @@ def test_what_is_gone_around_the_stores_is_made_again(whole, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [f"{STORE}.bin", "store/web/source.json", "segments.long.npy", "corpus.json", "tokenizer/tokenizer.json"])
-def test_the_sentence_says_what_to_remove(whole, tmp_path, name):
-    """Doing so, and running prepare again, gives the corpus as it was."""
+def test_following_the_sentence_about_damage_gives_the_corpus_as_it_was(whole, tmp_path, name):
+    """The sentence says which files to remove before prepare runs again."""
     for part in ("texts", "corpus"):
         shutil.copytree(whole / part, tmp_path / part, copy_function=shutil.copy2)
     corpus = tmp_path / "corpus"
@@ -137,7 +136,7 @@ def test_the_sentence_says_what_to_remove(whole, tmp_path, name):
     }
 
 
-def test_what_a_full_disk_left_is_no_part_of_the_corpus_and_is_removed(whole, tmp_path):
+def test_files_that_a_full_disk_left_are_no_part_of_the_corpus_and_are_removed(whole, tmp_path):
     for part in ("texts", "corpus"):
         shutil.copytree(whole / part, tmp_path / part, copy_function=shutil.copy2)
     corpus = tmp_path / "corpus"
@@ -162,15 +161,15 @@ def denied(*_, **__):
 @pytest.mark.parametrize(
     "where", ["numpy.fromfile", "numpy.load", "lr2train.data.integrity.sha256_of", "pathlib.Path.is_file", "pathlib.Path.stat"]
 )
-def test_a_file_that_may_not_be_opened_is_no_damage(whole, tmp_path, monkeypatch, where):
-    """The remedy is not to remove it."""
+def test_a_file_without_read_permission_is_not_called_damaged(whole, tmp_path, monkeypatch, where):
+    """Its remedy must not be to remove the file."""
     corpus = Corpus.open(copied(whole, tmp_path))
     (corpus.folder / "verified.json").unlink(missing_ok=True)
 
     def look() -> None:
         opened = Corpus.open(corpus.folder)
         opened.verify()
-        opened.pieces("long")
+        opened.segment_table("long")
         opened.stores()[0].lengths.sum()
         opened.stores()[0].shards[0].flat[:1].sum()
 
@@ -184,7 +183,7 @@ def test_a_file_that_may_not_be_opened_is_no_damage(whole, tmp_path, monkeypatch
     assert str(corpus.folder) in str(refused.value)
 
 
-def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left_of_it(tmp_path, monkeypatch):
+def test_a_store_that_cannot_be_written_names_its_file_and_leaves_nothing(tmp_path, monkeypatch):
     def write() -> None:
         with StoreWriter(tmp_path / "train-00000", 400, {"fingerprint": "f"}) as writer:
             writer.add([1, 2, 3])

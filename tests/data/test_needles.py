@@ -1,4 +1,4 @@
-"""Needle documents: exact length, exact answers, whatever the tokenizer."""
+"""Needle documents have exactly the length, the answers and the depth that were asked for, with any tokenizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lr2train.data.needles import N_KEYS, WORDINGS, NeedleDocument, NeedleMaker,
 from lr2train.prepare import prepare
 
 TEXT = ["One of the special magic numbers is: 6716097. The magic number of old-kite is: 555 1234567 12 what\nx = 1234 and 99 5551\n" * 30]
-# the number between the very characters that it stands between in a document: what a tokenizer without borders learns to merge it with
+# Each number between the characters that surround it in a document: a tokenizer without borders learns to merge them.
 GLUED = [f"numbers for old-kite is: {n}. \nWhat is the number mentioned in the provided text is {n}\n" for n in range(7, 100_000, 37)]
 SINGLE = [f"special magic numbers for old-kite is: {n}. \nmentioned in the provided text is {n}\n" for n in range(10)]
 BYTES = pre_tokenizers.ByteLevel.alphabet()
@@ -71,14 +71,14 @@ def single_digits():
 
 
 def llama2():
-    """SentencePiece's kind: a space is put before whatever comes first; no pre-tokenizer keeps words apart, digits are single."""
+    """SentencePiece's kind: a space before the first character, no pre-tokenizer between words, single digits."""
     put_first = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     back = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return bpe(pre_tokenizers.Split(Regex(r"\d"), "isolated"), back, put_first, alphabet=BYTES, texts=TEXT)
 
 
 def metaspace():
-    """SentencePiece BPE whose words carry their space and everything up to the next one: the full stop merges with the digits before it."""
+    """SentencePiece BPE whose words reach up to the next space: the full stop merges with the digits before it."""
     return bpe(pre_tokenizers.Metaspace(), decoders.Metaspace(), vocab_size=900, alphabet=string.printable)
 
 
@@ -94,7 +94,7 @@ def unigram(pre_tokenizer, normalizer=None):
     return trained(models.Unigram(), pre_tokenizer, decoders.Metaspace(), trainer, normalizer, texts)
 
 
-def pieces():
+def sentence_pieces():
     """SentencePiece Unigram."""
     return unigram(pre_tokenizers.Metaspace())
 
@@ -123,7 +123,7 @@ def no_borders():
 TOKENIZERS = {
     make.__name__: make()
     for make in (
-        trained_pairs, merging_bytes, prefixing_bytes, threes, single_digits, llama2, metaspace, pieces, one_space_of_many, word_pieces, no_borders
+        trained_pairs, merging_bytes, prefixing_bytes, threes, single_digits, llama2, metaspace, sentence_pieces, one_space_of_many, word_pieces, no_borders
     )
 }  # fmt: skip
 LOSSY = {"one_space_of_many", "word_pieces"}  # whose text does not come back as it was
@@ -140,7 +140,7 @@ def test_two_of_the_tokenizers_merge_answers_with_their_surroundings():
 
 @pytest.mark.parametrize("wording", WORDINGS)
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_answers_are_the_numbers_and_nothing_else(name, wording):
+def test_an_answer_is_exactly_its_number(name, wording):
     tokenizer, outside = TOKENIZERS[name], 100_000
     maker = NeedleMaker(tokenizer.encode, wording, 7, tokenizer.bos, tokenizer.eos)
     for seed in range(20):
@@ -157,10 +157,10 @@ def test_answers_are_the_numbers_and_nothing_else(name, wording):
             assert asked_from < start < stop
             assert tokenizer.decode(made.tokens[start:stop]).strip() == answer
             assert len(answer) == 7
-            assert all(has_digit(tokenizer, id) for id in made.tokens[start:stop]), "every token of the answer is part of the number"
+            assert all(has_digit(tokenizer, id) for id in made.tokens[start:stop]), "a token of the answer is no part of the number"
             assert not has_digit(tokenizer, made.tokens[start - 1])
             hidden = [i for i in range(asked_from) if made.tokens[i : i + stop - start].tolist() == made.tokens[start:stop].tolist()]
-            assert len(hidden) == 1, "the needle has the answer's own tokens, once"
+            assert len(hidden) == 1, "the needle does not have the answer's own tokens, once"
             assert not has_digit(tokenizer, made.tokens[hidden[0] - 1])
             assert not has_digit(tokenizer, made.tokens[hidden[0] + stop - start])
 
@@ -171,8 +171,8 @@ def has_digit(tokenizer, id) -> bool:
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_the_document_is_a_book_with_a_needle_at_its_depth(name, depth):
-    """[BOS] intro, depth of the book, the needle, the rest of the book, the question: no token of the book is lost, moved or doubled."""
+def test_a_document_is_a_book_with_a_needle_at_its_depth(name, depth):
+    """BOS, intro, a part of the book, the needle, the rest, the question: no token of the book is lost or moved."""
     tokenizer = TOKENIZERS[name]
     book = np.arange(100_000, 102_000)  # every place has its own id
     bare = without_filler(NeedleMaker(tokenizer.encode, "paper", 7, tokenizer.bos, None))
@@ -183,7 +183,7 @@ def test_the_document_is_a_book_with_a_needle_at_its_depth(name, depth):
         kept = np.flatnonzero(made.tokens >= book[0])
         assert made.tokens[kept].tolist() == book[: len(kept)].tolist()
         assert len(kept) == length - len(bare.tokens)
-        assert np.delete(made.tokens, kept).tolist() == bare.tokens.tolist(), "the pieces are the same in a document of any length"
+        assert np.delete(made.tokens, kept).tolist() == bare.tokens.tolist(), "the sentences differ in a document of another length"
         place = round(depth * len(kept))
         number = made.answers[0]
         before, middle, after = (tokenizer.decode(part[part < book[0]]) for part in np.split(made.tokens, [kept[0], kept[-1] + 1]))
@@ -197,7 +197,7 @@ def test_the_document_is_a_book_with_a_needle_at_its_depth(name, depth):
 
 
 @pytest.mark.parametrize("name", sorted(set(TOKENIZERS) - LOSSY))
-def test_the_document_reads_as_the_paper_shows(name):
+def test_a_document_reads_as_the_paper_shows(name):
     tokenizer = TOKENIZERS[name]
     made = without_filler(NeedleMaker(tokenizer.encode, "paper", 7, None, None))
     text = tokenizer.decode(made.tokens)
@@ -213,13 +213,13 @@ def test_the_document_reads_as_the_paper_shows(name):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_space_stands_before_the_answer(name):
-    """Also where runs of spaces are one space, and where spaces are nothing that a tokenizer knows."""
+def test_a_space_stands_before_each_answer(name):
+    """Also where a tokenizer makes one space of several, or has no token for spaces."""
     made = without_filler(NeedleMaker(TOKENIZERS[name].encode, "paper", 7, None, None))
     assert TOKENIZERS[name].decode(made.tokens).endswith(f"mentioned in the provided text is {made.answers[0]}")
 
 
-def test_appendix_c(monkeypatch):
+def test_the_sample_of_appendix_c_comes_out(monkeypatch):
     """The paper's own sample, its book shortened to one sentence."""
     monkeypatch.setattr(NeedleMaker, "_draw", lambda *_: (["numerous-kite"], ["6716097"]))
     tokenizer = TOKENIZERS["threes"]
@@ -227,8 +227,10 @@ def test_appendix_c(monkeypatch):
     maker = NeedleMaker(tokenizer.encode, "paper", 7, None, None)
     made = maker.make(np.random.default_rng(0), book, len(book) + len(without_filler(maker).tokens), 0.0)
     assert tokenizer.decode(made.tokens) == (
-        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards.\n"
-        "One of the special magic numbers for numerous-kite is: 6716097. The Old Testament of the King James Version of the Bible "
+        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about "
+        "the number afterwards.\n"
+        "One of the special magic numbers for numerous-kite is: 6716097. The Old Testament of the King James Version "
+        "of the Bible "
         "The First Book of Moses: Called Genesis\n"
         "What is the special magic number for numerous-kite mentioned in the provided text? "
         "The special magic number for numerous-kite mentioned in the provided text is 6716097"
@@ -243,7 +245,7 @@ def test_appendix_c(monkeypatch):
         ("code", "numerous_kite = 6716097\nBOOK\nnumerous_kite = 6716097"),
     ],
 )
-def test_the_short_wordings(monkeypatch, wording, reads):
+def test_the_short_wordings_read_as_given(monkeypatch, wording, reads):
     joint = WORDINGS[wording].key_joint
     monkeypatch.setattr(NeedleMaker, "_draw", lambda *_: ([f"numerous{joint}kite"], ["6716097"]))
     tokenizer = TOKENIZERS["threes"]
@@ -255,7 +257,7 @@ def test_the_short_wordings(monkeypatch, wording, reads):
 @pytest.mark.parametrize("alphabet", ["", "012345678"])
 def test_a_tokenizer_that_does_not_know_digits_is_refused(alphabet):
     tokenizer = word_pieces(alphabet)
-    with pytest.raises(UserError, match=r"no token for (0, 1, .*)?9, so an answer would not tell .*set data\.tokenizer"):
+    with pytest.raises(UserError, match=r"no token for (0, 1, .*)?9,.*set data\.tokenizer"):
         NeedleMaker(tokenizer.encode, "paper", 7, None, None)
 
 
@@ -268,8 +270,8 @@ def without_filler(maker: NeedleMaker) -> NeedleDocument:
     raise AssertionError
 
 
-def test_pg19_from_a_folder_of_books(tmp_path):
-    """conf/data/pg19.yaml: each document is one stretch of one held-out book, a needle before it, the question behind it."""
+def test_pg19_is_prepared_from_a_folder_of_books(tmp_path):
+    """conf/data/pg19.yaml: a document is one stretch of one held-out book, between a needle and its question."""
     rng = np.random.default_rng(0)
     books = [" ".join("".join(rng.choice(list("abdeiklmnorstu"), rng.integers(2, 8))) for _ in range(2500)) for _ in range(6)]
     for number, book in enumerate(books):
@@ -296,7 +298,7 @@ def test_pg19_from_a_folder_of_books(tmp_path):
         found += [number for number, one in enumerate(books) if book in one]
         assert question.endswith(f"mentioned in the provided text is {made.answers[0]}")
     assert len(found) == 8
-    assert sorted(found[:6]) == list(range(6)), "every book gives one before any gives two"
+    assert sorted(found[:6]) == list(range(6)), "a book gives two documents before each gave one"
 
 
 def test_all_of_pg19_is_held_out():
@@ -306,7 +308,7 @@ def test_all_of_pg19_is_held_out():
 
 @given(st.integers(200, 400), st.floats(0, 1), st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
-def test_the_needle_stands_where_it_was_asked_for(length, depth, seed):
+def test_the_first_needle_stands_at_the_depth_that_was_asked_for(length, depth, seed):
     tokenizer = TOKENIZERS["trained_pairs"]
     filler = np.arange(1000, 1000 + length)  # each place has its own id
     made = NeedleMaker(tokenizer.encode, "code", 5, 0, None).make(np.random.default_rng(seed), filler, length, depth, 3, 2)
@@ -332,12 +334,12 @@ def test_the_promised_pairs_fit_for_every_draw(pairs, questions):
     assert maker.most_pairs(4000) > 20
 
 
-def test_what_cannot_be_made_is_refused():
+def test_a_document_that_cannot_be_made_is_refused():
     encode, rng = TOKENIZERS["threes"].encode, np.random.default_rng(0)
     for words, arguments in (
-        ("too short", {"length_tokens": 20}),
-        ("and has 9;", {"filler": FILLER[:9]}),
-        ("at most one a pair", {"n_pairs": 1, "n_questions": 2}),
+        ("document of 20 tokens .*data\\.needles\\.wording=code", {"length_tokens": 20}),
+        ("of filler and has 9;", {"filler": FILLER[:9]}),
+        ("1 pairs and 2 questions", {"n_pairs": 1, "n_questions": 2}),
         ("depth=-0.1 is not between 0 and 1", {"depth": -0.1}),
         ("depth=1.5", {"depth": 1.5}),
     ):
@@ -354,7 +356,7 @@ def test_what_cannot_be_made_is_refused():
     ("key", "value"),
     [("max_pairs", 0), ("max_pairs", N_KEYS + 1), ("max_questions", 0), ("at_start", 1.1)],
 )
-def test_knobs_out_of_their_limits_are_named(key, value):
+def test_settings_out_of_their_limits_are_named(key, value):
     check_needles(NeedleConfig())
     with pytest.raises(UserError, match=rf"data\.needles\.{key}={value} is not between"):
         check_needles(NeedleConfig(**{key: value}))

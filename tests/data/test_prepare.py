@@ -301,7 +301,7 @@ def test_a_refused_change_leaves_the_corpus_as_it_was(planned, tmp_path, bad):
     "where",
     [
         "lr2train.data.plan.segment_table.write",
-        "lr2train.data.plan.segmenting.write_json",
+        "lr2train.data.plan.stage.write_json",
         "lr2train.data.integrity.write_checksums",
     ],
 )

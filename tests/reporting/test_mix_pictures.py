@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from lr2train.config import BucketConfig, DataConfig, SourceConfig
-from lr2train.data.plan import mixreport
-from lr2train.data.plan.composing import make_plan
+from lr2train.data.plan.compose import compose_segments
+from lr2train.data.plan.report import report_of
 from lr2train.reporting import mix
 
 
@@ -20,7 +20,7 @@ def write_plan(folder: Path, n_sources: int = 2, buckets: list[BucketConfig] | N
     data = DataConfig(sources=[SourceConfig(name=f"s{i}") for i in range(n_sources)], segment_tokens=512, buckets=buckets or [], **knobs)
     lengths = [np.random.default_rng(i).lognormal(4, 1, 300).astype(np.int32).clip(2) for i in range(n_sources)]
     masks = [None] * n_sources
-    report = mixreport.report(data, lengths, masks, make_plan(data, lengths, masks, 128, 0))
+    report = report_of(data, lengths, masks, compose_segments(data, lengths, masks, 128, 0))
     (folder / "plan.json").write_text(json.dumps(report))
 
 
@@ -33,7 +33,7 @@ def test_three_pictures_appear(tmp_path, plan):
     if plan.pop("segment_tokens_more", False):
         data = DataConfig(sources=[SourceConfig(name="s")], segment_tokens=1 << 20)
         lengths = [np.array([300, 5], np.int32)]
-        (tmp_path / "plan.json").write_text(json.dumps(mixreport.report(data, lengths, [None], make_plan(data, lengths, [None], 128, 0))))
+        (tmp_path / "plan.json").write_text(json.dumps(report_of(data, lengths, [None], compose_segments(data, lengths, [None], 128, 0))))
     else:
         write_plan(tmp_path, **plan)
     paths = mix.ensure_mix_pictures(tmp_path)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from batches import batch_of_labels, labels_of, positions_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,7 @@ def batches(draw) -> tuple[Batch, np.ndarray, np.ndarray]:
         cut = span is not None and place + 1 == span[1] and draw(st.booleans())  # the document goes on elsewhere
         labels.append(int(tokens[place + 1]) if inside else int(rng.integers(70_000)) if cut else IGNORE)
     written = np.array(labels), np.array(positions)
-    return Batch.of_labels(tokens, written[0], spans, SHORT), *written
+    return batch_of_labels(tokens, written[0], spans, SHORT), *written
 
 
 @given(batches())
@@ -40,8 +41,8 @@ def batches(draw) -> tuple[Batch, np.ndarray, np.ndarray]:
 def test_labels_and_positions_are_those_written_down(case):
     batch, labels, positions = case
     segment = segment_of(batch, CPU)
-    assert np.array_equal(batch.labels, labels)
-    assert np.array_equal(batch.positions, positions)
+    assert np.array_equal(labels_of(batch), labels)
+    assert np.array_equal(positions_of(batch), positions)
     assert batch.n_target_tokens == np.count_nonzero(labels != IGNORE)
     for tensor, expected in zip(segment, (batch.tokens, labels, positions), strict=True):
         assert tensor.dtype == torch.int64
@@ -52,8 +53,8 @@ def test_the_last_place_never_wraps_around_to_the_first_token():
     """Also where the last label happens to be the token that stands first."""
     tokens = np.array([7, 8, 9], np.uint16)
     for last in (IGNORE, 7, 11):
-        batch = Batch.of_labels(tokens, np.array([8, 9, last]), ((0, 3),), LONG)
-        assert batch.labels.tolist() == segment_of(batch, CPU).labels.tolist() == [8, 9, last]
+        batch = batch_of_labels(tokens, np.array([8, 9, last]), ((0, 3),), LONG)
+        assert labels_of(batch).tolist() == segment_of(batch, CPU).labels.tolist() == [8, 9, last]
 
 
 def test_ids_beyond_the_stores_dtypes_are_a_programming_error():

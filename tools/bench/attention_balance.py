@@ -21,7 +21,8 @@ from lr2train.attention.ring import RING
 from lr2train.attention.strategies import STRATEGIES
 from lr2train.attention.strategy import Work
 from lr2train.attention.tiles import Spans
-from lr2train.data.plan.packing import Pieces, pack_long, pack_short, whole_documents
+from lr2train.data.plan.packing import pack_long, pack_short, whole_documents
+from lr2train.data.plan.segment_table import SegmentTable
 from tools.bench.data_plan import lengths_of
 from tools.bench.figures import Figure
 
@@ -78,14 +79,14 @@ def _documents(lengths: np.ndarray):
     return whole_documents(np.zeros(len(lengths)), np.arange(len(lengths)), lengths)
 
 
-def _pairs(name: str, table: Pieces, sp: int) -> list[list[int]]:
+def _pairs(name: str, table: SegmentTable, sp: int) -> list[list[int]]:
     """Pairs by segment and rank, of segments from all over the table (long documents lead it); the last may be half empty: it is left out."""
     segments = np.linspace(0, table.n_segments - 2, SEGMENTS_PER_STEP).astype(int).tolist()
     return [[STRATEGIES[name].pairs(_work(_spans(table, segment), sp), rank) for rank in range(sp)] for segment in segments]
 
 
-def _spans(table: Pieces, segment: int) -> Spans:
-    rows = table.rows(segment)
+def _spans(table: SegmentTable, segment: int) -> Spans:
+    rows = table.spans_of(segment)
     return tuple((int(table.offset[i]), int(table.offset[i] + table.stop[i] - table.start[i])) for i in rows)
 
 

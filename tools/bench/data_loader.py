@@ -49,7 +49,7 @@ def measure(quick: bool) -> Iterator[Figure]:
 
 
 def _loader(corpus: Corpus) -> SegmentLoader:
-    loader = make_loader(DataConfig(path=str(corpus.folder)), 0, 0, 1, _DP_SIZE)
+    loader = make_loader(Corpus.open(corpus.folder), DataConfig(), 0, 0, 1, _DP_SIZE)
     assert isinstance(loader, SegmentLoader)
     return loader
 
@@ -139,9 +139,9 @@ class Plain:
 
 def _lengths(corpus: Corpus, rng: np.random.Generator) -> Iterator[list[int]]:
     """Lengths of the pieces of random short segments."""
-    table = corpus.pieces(SHORT)
+    table = corpus.segment_table(SHORT)
     while True:
-        rows = table.rows(int(rng.integers(table.n_segments)))
+        rows = table.spans_of(int(rng.integers(table.n_segments)))
         yield (table.stop[rows.start : rows.stop] - table.start[rows.start : rows.stop]).tolist()
 
 
@@ -202,7 +202,7 @@ def _waiting(corpus: Corpus) -> Iterator[Figure]:
     Over short segments, and over long ones whose documents do not see each other.
     """
     for window in (SHORT, LONG):
-        table = corpus.pieces(window)
+        table = corpus.segment_table(window)
         lengths = table.stop.astype(np.float64) - table.start
         costs = np.bincount(table.segment, weights=lengths**2)
         n = len(costs) // _DP_SIZE

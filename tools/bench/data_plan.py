@@ -72,8 +72,8 @@ def _in_a_process(what: str, quick: bool) -> dict[str, Any]:
 
 def _whole(n_documents: int, share: float) -> dict[str, Any]:
     from lr2train.cli.composition import compose
-    from lr2train.data.plan import mixreport
-    from lr2train.data.plan.composing import make_plan
+    from lr2train.data.plan.compose import compose_segments
+    from lr2train.data.plan.report import as_text, report_of
 
     config = compose("prepare", ["experiment=llama3_8b_128k", "name=bench"])
     data = config.data
@@ -82,19 +82,19 @@ def _whole(n_documents: int, share: float) -> dict[str, Any]:
     assert [source.name for source in data.sources] == list(SHAPES)
     nothing_masked = [None] * len(lengths)
     started = time.perf_counter()
-    plan = make_plan(data, lengths, nothing_masked, 8192, 0)
-    report = mixreport.report(data, lengths, nothing_masked, plan)
+    plan = compose_segments(data, lengths, nothing_masked, 8192, 0)
+    report = report_of(data, lengths, nothing_masked, plan)
     seconds = time.perf_counter() - started
-    n_pieces = sum(len(one.segment) for one in plan.pieces.values())
+    n_pieces = sum(len(one.segment) for one in plan.tables.values())
     return {
         "seconds": seconds,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "documents": sum(map(len, lengths)),
         "pieces": n_pieces,
         "plan_mib": n_pieces * 24 / 2**20,
-        "planned_tokens": sum(one.tokens for one in plan.pieces.values()),
+        "planned_tokens": sum(one.tokens for one in plan.tables.values()),
         "most_repeats": max(row["repeats"] for row in report["cells"]),
-        "table": mixreport.table(report),
+        "table": as_text(report),
         **{key: report[key] for key in ("by_source", "by_bucket", "by_window")},
     }
 

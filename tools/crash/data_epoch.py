@@ -114,8 +114,8 @@ def _checkpoint(folder: Path) -> int:
 
 
 def _loader(corpus_folder: Path, rank: int, dp_size: int) -> SegmentLoader:
-    data = DataConfig(path=str(corpus_folder), segment_tokens=SEGMENT_TOKENS, group_segments=GROUP_SEGMENTS)
-    loader = make_loader(data, 0, rank, dp_size, SEGMENTS_PER_STEP)
+    data = DataConfig(segment_tokens=SEGMENT_TOKENS, group_segments=GROUP_SEGMENTS)
+    loader = make_loader(Corpus.open(corpus_folder), data, 0, rank, dp_size, SEGMENTS_PER_STEP)
     assert isinstance(loader, SegmentLoader)
     return loader
 
@@ -155,7 +155,7 @@ def _missing(corpus: Corpus, lines: list[dict]) -> int:
     seen = Counter((window, number) for line in lines for window, number, _ in line["segments"])
     wrong = 0
     for window in WINDOWS:
-        times = [seen[window, number] for number in range(corpus.pieces(window).n_segments)]
+        times = [seen[window, number] for number in range(corpus.segment_table(window).n_segments)]
         borrowed = sum(times) - len(times)
         wrong += times.count(0) + max(0, borrowed - 2 * SEGMENTS_PER_STEP)
     return wrong
@@ -163,10 +163,10 @@ def _missing(corpus: Corpus, lines: list[dict]) -> int:
 
 def _wrong_tokens(corpus: Corpus, lines: list[dict]) -> int:
     """Segments whose tokens are not their documents'."""
-    stores, tables, wrong = corpus.stores(), {window: corpus.pieces(window) for window in WINDOWS}, 0
+    stores, tables, wrong = corpus.stores(), {window: corpus.segment_table(window) for window in WINDOWS}, 0
     for window, number, digest in {tuple(segment) for line in lines for segment in line["segments"]}:
         table, tokens = tables[window], np.full(SEGMENT_TOKENS, corpus.tokenizer.eos, np.int32)
-        for row in table.rows(number):
+        for row in table.spans_of(number):
             document = stores[int(table.source[row])][int(table.document[row])]
             part = document[int(table.start[row]) : int(table.stop[row])]
             tokens[int(table.offset[row]) : int(table.offset[row]) + len(part)] = part

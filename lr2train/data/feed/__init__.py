@@ -1,1 +1,1 @@
-"""A step to batches: the order of segments, the loader, reading ahead, and the curriculum of a base model."""
+"""From a step's number to its batches: order of segments, loader, reading ahead, curriculum of a base model."""

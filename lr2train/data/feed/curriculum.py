@@ -1,8 +1,8 @@
-"""Batches that teach a base model from scratch to read: repeated random tokens, needle documents, plain text, stage by stage.
+"""Batches that teach a base model from scratch, stage by stage: repeated tokens, needle documents, plain text.
 
-Choice: nothing is planned. A segment is filled with rows of one length from its own random stream, keyed by (seed, step, segment), so it
-does not depend on the number of ranks and any step can be made at once. Text is cropped at random from training documents. Cost: no epochs;
-tokens repeat.
+Choice: no segment is planned. A segment is filled with rows (documents) of one length from its own random stream, keyed
+by (seed, step, segment). So it does not depend on the number of ranks, and any step can be made at once. Text is
+cropped at random from training documents. Cost: there are no epochs, and tokens repeat.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from lr2train.data.needles import NeedleMaker, check_needles
 from lr2train.data.text import Text
 from lr2train.run import stream
 
-DENSE_PAIRS = 12  # at most, in a crammed row
+DENSE_PAIRS = 12  # at most, in a row of kind "dense"
 
-Rows = tuple[np.ndarray, np.ndarray]  # tokens and labels, each int64 [rows, length]
+# tokens int64 [rows, length]; bool [rows, length], whether a token is a target of the one before it
+Rows = tuple[np.ndarray, np.ndarray]
 
 
 class CurriculumLoader:
-    """Batches by stage; after the last stage's steps the last stage goes on.
+    """Batches by stage; the last stage goes on for ever.
 
     Args:
-        corpus: gives the tokenizer and training text.
+        corpus: gives the tokenizer and the training text.
         data: ``stages``, ``needles``, ``segment_tokens``.
         seed: of everything.
         dp_rank, dp_size: this data-parallel rank and their number.
-        accumulation: batches a step on this rank.
+        accumulation: micro-batches a step on this rank.
 
     Raises:
-        UserError: no stages, a stage without rows, or one whose documents cannot be made.
+        UserError: there are no stages, a stage has no kind of row, or the documents of a stage cannot be made.
     """
 
     def __init__(self, corpus: Corpus, data: DataConfig, seed: int, dp_rank: int, dp_size: int, accumulation: int) -> None:
@@ -69,16 +70,18 @@ class CurriculumLoader:
 
     def _batch(self, stage: StageConfig, rng: np.random.Generator) -> Batch:
         length, n_rows = stage.length_tokens, self._size // stage.length_tokens
-        row_tokens, row_labels = self._rows.make(stage, n_rows, rng)
+        row_tokens, is_target = self._rows.make(stage, n_rows, rng)
         used = n_rows * length
-        tokens, labels = (np.full(self._size, value, np.int32) for value in (self._eos, IGNORE))
-        tokens[:used], labels[:used] = row_tokens.ravel(), row_labels.ravel()
+        tokens, learned = np.full(self._size, self._eos, np.int32), np.zeros(self._size, bool)
+        tokens[:used] = row_tokens.ravel()
+        learned[:used].reshape(n_rows, length)[:, :-1] = is_target[:, 1:]  # a row's last token predicts nothing
+        ignored = np.flatnonzero(~learned)
         spans = tuple((start, start + length) for start in range(0, used, length))
-        return Batch.of_labels(tokens, labels, spans, SHORT)
+        return Batch(tokens, np.stack([ignored, np.full_like(ignored, IGNORE)]), spans, SHORT)
 
 
 class RowMaker:
-    """Rows of a stage. Every row begins with BOS where the tokenizer has one, and its labels are shifted inside the row."""
+    """Makes the rows of a stage. Each row begins with BOS where the tokenizer has one."""
 
     def __init__(self, corpus: Corpus, data: DataConfig) -> None:
         tokenizer = corpus.tokenizer
@@ -87,7 +90,7 @@ class RowMaker:
         self._text = Text(corpus.stores(), tokenizer.n_borders)
         self._needles, self._size = data.needles, data.segment_tokens
         self._maker = NeedleMaker(tokenizer.encode, data.needles.wording, data.needles.digits, tokenizer.bos, None)
-        self._most_pairs: dict[tuple[int, int], int] = {}
+        self._most_pairs: dict[tuple[int, int], int] = {}  # by length and questions; counting takes a while
         self._kinds: dict[str, Callable[[np.random.Generator, int, int], Rows]] = {
             "repeats": self._repeats,
             "needles": self._needle_rows,
@@ -99,7 +102,7 @@ class RowMaker:
         """Refuse a stage that cannot be made, before training starts.
 
         Raises:
-            UserError: see ``CurriculumLoader``.
+            UserError: steps, lengths or shares are out of their limits, or documents of that length cannot be made.
         """
         where, length = f"data.stages[{number}]", stage.length_tokens
         if stage.steps < 1 or not 8 <= length <= self._size:
@@ -109,51 +112,52 @@ class RowMaker:
             )
         if self._shares(stage).min() < 0 or not self._shares(stage).sum() > 0:
             raise UserError(
-                f"{where} has shares repeats={stage.repeats}, needles={stage.needles}, dense={stage.dense}, text={stage.text}; "
-                "set one above 0 and none below"
+                f"{where} has shares repeats={stage.repeats}, needles={stage.needles}, dense={stage.dense}, "
+                f"text={stage.text}; set one above 0 and none below"
             )
         asks = stage.needles or stage.dense
         if asks and not self._pairs_that_fit(length, self._needles.max_questions if stage.needles else 1):
             raise UserError(
-                f"{where}.length_tokens={length} has no room for a needle; use a greater length, fewer data.needles.digits, or "
-                "data.needles.wording=code"
+                f"{where}.length_tokens={length} has no room for a needle; use a greater length, fewer "
+                "data.needles.digits, or data.needles.wording=code"
             )
         if (asks or stage.text) and self._text.longest < length:
             raise UserError(
-                f"{where}.length_tokens={length} is longer than every training document ({self._text.longest} tokens); use a smaller "
-                "length or other sources"
+                f"{where}.length_tokens={length} is longer than every training document ({self._text.longest} tokens); "
+                "use a smaller length or other sources"
             )
 
     def make(self, stage: StageConfig, n_rows: int, rng: np.random.Generator) -> Rows:
-        """Rows of every kind, each kind's number within one of its share."""
+        """``n_rows`` rows, the number of each kind within one of its share."""
         shares = self._shares(stage).cumsum()
-        # One random offset for all rows (systematic sampling): shares are kept in every segment, not only on average.
+        # Systematic sampling, one random offset for all rows: shares hold in each segment, not only on average.
         borders = np.floor(shares / shares[-1] * n_rows + rng.random()).astype(int).clip(0, n_rows)
         borders[shares == shares[-1]] = n_rows
         counts = np.diff(borders, prepend=0)
         made = [self._kinds[kind](rng, int(count), stage.length_tokens) for kind, count in zip(self._kinds, counts, strict=True) if count]
-        return np.concatenate([tokens for tokens, _ in made]), np.concatenate([labels for _, labels in made])
+        return np.concatenate([tokens for tokens, _ in made]), np.concatenate([is_target for _, is_target in made])
 
     def _shares(self, stage: StageConfig) -> np.ndarray:
         return np.array([getattr(stage, kind) for kind in self._kinds], dtype=np.float64)
 
     def _repeats(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
-        """BOS, then random tokens over and over with a period of an eighth to a half of the row.
+        """BOS, then random tokens that repeat with a period of an eighth to a half of the row.
 
-        Periods differ from row to row, so that copying has to look for the token's last occurrence and not for a fixed distance. Targets are the tokens
-        that can be known: those after the first period, but for the first token of the second.
+        Periods differ from row to row: the model has to look for a token's last occurrence and not for a fixed
+        distance. Targets are the tokens that can be known: all after the first token of the second period.
         """
         body = length - len(self._bos)
         period = rng.integers(max(2, length // 8), length // 2, size=(n_rows, 1), endpoint=True)
         place = np.arange(body)[None]
         once = self._ordinary[rng.integers(len(self._ordinary), size=(n_rows, length // 2))]
-        tokens, labels = self._after_bos(np.take_along_axis(once, place % period, axis=1))
-        known = np.zeros_like(tokens, dtype=bool)
-        known[:, len(self._bos) :] = place > period
-        return tokens, _only(labels, known)
+        tokens = self._after_bos(np.take_along_axis(once, place % period, axis=1))
+        is_target = np.zeros_like(tokens, dtype=bool)
+        is_target[:, len(self._bos) :] = place > period
+        return tokens, is_target
 
     def _text_rows(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
-        return self._after_bos(self._text.draw(rng, n_rows, length - len(self._bos)))
+        tokens = self._after_bos(self._text.draw(rng, n_rows, length - len(self._bos)))
+        return tokens, np.ones_like(tokens, dtype=bool)
 
     def _needle_rows(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
         """Needle documents with a few pairs, some of them asked for."""
@@ -163,41 +167,29 @@ class RowMaker:
         return self._hidden_and_asked(rng, length, n_pairs, n_questions)
 
     def _dense_rows(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
-        """Needle documents with as many as ``DENSE_PAIRS`` pairs where they fit, each asked for."""
+        """Needle documents with up to ``DENSE_PAIRS`` pairs, as many as fit, each asked for."""
         most = min(DENSE_PAIRS, self._pairs_that_fit(length, DENSE_PAIRS + 1))
         n_pairs = rng.integers(min(3, most), most, size=n_rows, endpoint=True)
         return self._hidden_and_asked(rng, length, n_pairs, n_pairs)
 
     def _hidden_and_asked(self, rng: np.random.Generator, length: int, n_pairs: np.ndarray, n_questions: np.ndarray) -> Rows:
-        """One document a row; the answers alone are targets."""
+        """One needle document a row; the answers alone are targets."""
         fillers = self._text.draw(rng, len(n_pairs), length)
         depths = np.where(rng.random(len(n_pairs)) < self._needles.at_start, 0.0, np.nan)
-        tokens, known = np.empty((len(n_pairs), length), np.int64), np.zeros((len(n_pairs), length), bool)
+        tokens, is_target = np.empty((len(n_pairs), length), np.int64), np.zeros((len(n_pairs), length), bool)
         for row, (filler, depth, pairs, questions) in enumerate(zip(fillers, depths, n_pairs.tolist(), n_questions.tolist(), strict=True)):
             document = self._maker.make(rng, filler, length, None if np.isnan(depth) else 0.0, pairs, questions)
             tokens[row] = document.tokens
             for start, stop in document.answer_spans:
-                known[row, start:stop] = True
-        return tokens, _only(_shifted(tokens), known)
+                is_target[row, start:stop] = True
+        return tokens, is_target
 
-    def _after_bos(self, body: np.ndarray) -> Rows:
+    def _after_bos(self, body: np.ndarray) -> np.ndarray:
+        """int64 [rows, length]: BOS, then the body; the body alone where the tokenizer has no BOS."""
         first = np.broadcast_to(np.array(self._bos, dtype=np.int64), (len(body), len(self._bos)))
-        tokens = np.concatenate([first, body], axis=1)
-        return tokens, _shifted(tokens)
+        return np.concatenate([first, body], axis=1)
 
     def _pairs_that_fit(self, length: int, max_questions: int) -> int:
         if (length, max_questions) not in self._most_pairs:
             self._most_pairs[length, max_questions] = self._maker.most_pairs(length, max_questions)
         return self._most_pairs[length, max_questions]
-
-
-def _only(labels: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """The labels whose target token is ``known``; the label at a position is the token after it."""
-    labels[:, :-1][~known[:, 1:]] = IGNORE
-    return labels
-
-
-def _shifted(tokens: np.ndarray) -> np.ndarray:
-    labels = np.full_like(tokens, IGNORE)
-    labels[:, :-1] = tokens[:, 1:]
-    return labels

@@ -1,18 +1,21 @@
-"""Which segments a step holds: pure arithmetic over counts, costs and a seed; no token is touched here.
+"""Which segments a step holds: pure arithmetic over counts, costs and a seed. No token is touched here.
 
-Each window is an endless stream of its segments, epoch after epoch, every epoch a new permutation. A stream is cut into *groups* of
-``group_segments``; a step is a fixed number of groups, and each data-parallel rank takes its part of every group.
+Each window is an endless stream of its segments, epoch after epoch, and each epoch is a new permutation. A stream is
+cut into *groups* of ``group_segments``. A step is a fixed number of groups, and each data-parallel rank takes its part
+of every group.
 
-Choice: groups, and not ranks, decide what a step holds and in which order windows come, so any number of ranks that divides a group sees the
-same segments at the same step, all ranks run the same window in every micro-step, and a run goes on with fewer or more ranks where it was.
-Cost: the mix of windows is as coarse as a group, and a group at the border of two epochs takes some of its segments from the next one.
+Choice: groups, not ranks, decide the content of a step and the order of windows. So any number of ranks that divides a
+group sees the same segments at the same step, all ranks run the same window in each micro-batch, and a run goes on with
+fewer or more ranks. Cost: the mix of windows is as coarse as a group, and a group at the border of two epochs takes
+some segments of the next one.
 
-What holds, with p the share of long segments in the plan:
+Invariants, with p the share of long segments in the corpus:
 
-- each epoch of each window holds every segment once, and the streams know no other order than epoch after epoch;
-- among the first N groups, for every N, between p N - 1.5 and p N + 1.5 are long: at the borders of an epoch each window is ahead of the
-  plan by less than one group, on the way there error diffusion stays within half a group;
-- segments of a group cost about the same attention: they are neighbours in a sorting, done inside blocks of the permutation.
+- Each epoch of a window holds each of its segments once, and a window's epochs follow each other.
+- Among the first N groups, for every N, between p N - 1.5 and p N + 1.5 are long. At the borders of an epoch each
+  window is less than one group ahead of its share; inside an epoch, error diffusion stays within half a group.
+- The segments of a group cost about the same attention: inside blocks of a permutation, neighbours of a sorting form a
+  group.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ import numpy as np
 from lr2train.data.batch import LONG, SHORT
 from lr2train.run import stream
 
-BLOCK_GROUPS = 64  # groups that are sorted together: more balance better, fewer leave the order nearer to a plain permutation
+# groups that are sorted together: more balance costs better, fewer stay nearer to a plain permutation
+BLOCK_GROUPS = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Schedule:
     group_segments: int
 
     def groups_before(self, epoch: int, window: str) -> int:
-        """Groups of a window that begin before an epoch does: epochs times its segments, in groups, rounded up."""
+        """Groups of a window that begin before an epoch: the segments of all earlier epochs in groups, rounded up."""
         return -(-epoch * self.counts[window] // self.group_segments)
 
     def locate(self, group: int) -> tuple[str, int]:
@@ -51,7 +55,8 @@ class Schedule:
         long = self.groups_before(epoch + 1, LONG) - first[LONG]
         both = self._all_before(epoch + 1) - self._all_before(epoch)
         place = group - self._all_before(epoch)
-        before, after = ((2 * n * long + both) // (2 * both) for n in (place, place + 1))  # the long share of n groups, to the nearest
+        # Error diffusion: of the first n groups of an epoch, the share n * long / both is long, rounded to the nearest.
+        before, after = ((2 * n * long + both) // (2 * both) for n in (place, place + 1))
         return (LONG, first[LONG] + before) if after > before else (SHORT, first[SHORT] + place - before)
 
     def _all_before(self, epoch: int) -> int:
@@ -70,17 +75,18 @@ class Order:
 
     Args:
         schedule: the window of every group.
-        costs: attention cost of each segment, an array a window; only their order counts.
+        costs: attention cost of each segment, one array for each window; only their order counts.
         seed: of the permutations.
     """
 
     def __init__(self, schedule: Schedule, costs: Mapping[str, np.ndarray], seed: int) -> None:
         self.schedule = schedule
         self._costs, self._seed = costs, seed
-        self._epochs: dict[str, tuple[int, np.ndarray]] = {}  # the last permutation of each window, and its epoch
+        # by window: the epoch of its last permutation, and the permutation
+        self._epochs: dict[str, tuple[int, np.ndarray]] = {}
 
     def group(self, group: int) -> tuple[str, np.ndarray]:
-        """The window of a group and its segments, int64 [group_segments], the cheapest first."""
+        """The window of a group, and its segments by ascending cost, int64 [group_segments]."""
         window, nth = self.schedule.locate(group)
         size = self.schedule.group_segments
         epoch, place = np.divmod(np.arange(nth * size, (nth + 1) * size), self.schedule.counts[window])
@@ -94,9 +100,10 @@ class Order:
         return known[1]
 
     def _permutation(self, window: str, epoch: int) -> np.ndarray:
-        """A permutation of a window's segments whose groups hold segments of similar cost, and whose groups come in random order.
+        """A permutation of a window's segments: groups of similar cost, in random order.
 
-        The first segments complete the group that the epoch before began; they and those of the last, incomplete group stay as drawn.
+        The first segments complete the group that the previous epoch began. Those segments, and the last, incomplete
+        group, stay as drawn.
         """
         rng = stream(self._seed, "order", window, epoch)
         order, size = rng.permutation(self.schedule.counts[window]), self.schedule.group_segments
@@ -112,17 +119,20 @@ class Order:
 
 
 def default_group(dp_size: int, segments_per_step: int) -> int:
-    """Segments of a group: a multiple of the ranks, at most a quarter of a step, so that both windows meet in every step; else the ranks."""
+    """Default of ``data.group_segments``: the largest multiple of the ranks that divides a step into at least 4 groups.
+
+    Four or more groups let both windows meet in a step. Where no multiple does, the default is the number of ranks.
+    """
     room = [n for n in range(dp_size, segments_per_step // 4 + 1, dp_size) if segments_per_step % n == 0]
     return max(room, default=dp_size)
 
 
 def part(segments: np.ndarray, rank: int, size: int) -> np.ndarray:
-    """The segments of a group that one of ``size`` data-parallel ranks takes, one a micro-step.
+    """The segments of a group that one of ``size`` data-parallel ranks takes, one a micro-batch.
 
-    The ranks of a micro-step take neighbours in cost; inside a group of several micro-steps who takes the dearer one alternates, so that sums
-    are alike too.
+    The ranks of a micro-batch take neighbours in cost. From micro-batch to micro-batch the order of the ranks is
+    reversed, so that the sums of costs are alike too.
     """
-    rows = segments.reshape(-1, size)
-    places = np.where(np.arange(len(rows)) % 2, size - 1 - rank, rank)
-    return rows[np.arange(len(rows)), places]
+    micro_batches = segments.reshape(-1, size)
+    places = np.where(np.arange(len(micro_batches)) % 2, size - 1 - rank, rank)
+    return micro_batches[np.arange(len(micro_batches)), places]

@@ -1,8 +1,8 @@
 """Steps made ahead of time by threads, in order.
 
-Choice: threads, not processes: what a step costs is copying mapped memory, which numpy does without the interpreter's lock. Steps come out
-in the order in which they were asked for, whatever the number of threads, because each is a pure function of its number. Cost: ``ahead``
-more steps of batches in memory.
+Choice: threads, not processes, because a step costs copies of mapped memory, which numpy makes without the
+interpreter's lock. Steps come out in the order in which they were asked for, whatever the number of threads. Cost:
+``ahead`` more steps of batches in memory.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ T = TypeVar("T")
 
 
 def prefetched(make: Callable[[int], T], steps: Iterable[int], ahead: int, workers: int) -> Generator[T, None, None]:
-    """``make(step)`` for each step.
+    """``make(step)`` for each step. The threads end when the generator is exhausted, fails or is closed.
 
     Args:
-        make: called on a thread; what it raises is raised here, at its step.
+        make: called on a thread; an exception is raised here, at its step.
         steps: taken as they are needed.
-        ahead: steps at most that are made, or being made, beyond the one that is handed out; 0 makes each when it is asked for.
+        ahead: at most so many steps are made, or being made, beyond the one that is handed out; 0 makes each step when
+            it is asked for.
         workers: threads.
-
-    Ends its threads when it is exhausted, fails or is closed; what was begun is finished first, what was not is dropped.
     """
     pending: deque[Future[T]] = deque()
     with ThreadPoolExecutor(workers, "prefetch") as pool:
@@ -36,5 +35,5 @@ def prefetched(make: Callable[[int], T], steps: Iterable[int], ahead: int, worke
             while pending:
                 yield pending.popleft().result()
         finally:
-            for future in pending:
+            for future in pending:  # a step that a thread has begun is finished before the pool closes
                 future.cancel()

@@ -1,4 +1,4 @@
-"""A planned segment as facts for a person: which documents it holds, from where, how far, and how they read at their ends."""
+"""A planned segment as facts for a person: its documents, their origins and extent, and how their ends read."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lr2train.data.corpus import Corpus
 from lr2train.data.feed.loader import SegmentLoader
 from lr2train.data.tokenizer import Tokenizer
 
-EMPTY = "·"
+PADDING = "·"
 
 
 @dataclass(frozen=True)
-class PieceView:
-    """One document's part of a segment.
+class DocumentView:
+    """One document span of a segment.
 
     Attributes:
-        at: place in the segment of its first token.
+        at: place of its first token in the segment.
         source: name of its source.
         document: number in the source.
         origin: where the document came from; empty where the corpus does not know.
         start, stop: tokens [start, stop) of the document.
         length: tokens of the whole document, BOS and EOS included.
-        n_targets: labels of the piece that are learned.
+        n_targets: labels of the span that are learned.
         head, tail: its first and last characters, with control characters escaped.
     """
 
@@ -55,7 +55,15 @@ class PieceView:
 
 @dataclass(frozen=True)
 class SegmentView:
-    """One planned segment."""
+    """One planned segment.
+
+    Attributes:
+        window, number: of the segment; ``n_segments`` has its window.
+        segment_tokens: T.
+        n_targets: labels that are learned.
+        n_spans: attention spans: 1 where attention covers the whole segment.
+        documents: its document spans, in order.
+    """
 
     window: str
     number: int
@@ -63,53 +71,51 @@ class SegmentView:
     segment_tokens: int
     n_targets: int
     n_spans: int
-    pieces: tuple[PieceView, ...]
+    documents: tuple[DocumentView, ...]
 
     @property
     def padding_share(self) -> float:
         """Positions that hold no token, as a share of all."""
-        return 1 - sum(piece.stop - piece.start for piece in self.pieces) / self.segment_tokens
+        return 1 - sum(one.stop - one.start for one in self.documents) / self.segment_tokens
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Names of the sources that it draws from, in the order in which they appear."""
-        return tuple(dict.fromkeys(piece.source for piece in self.pieces))
+        """Names of its sources, in the order in which they appear."""
+        return tuple(dict.fromkeys(one.source for one in self.documents))
 
 
 class Viewer:
-    """Looks at the segments of a corpus.
-
-    Args:
-        corpus: what was planned.
-        loader: of it.
-    """
+    """Looks at the segments of a corpus, as a loader of that corpus gives them."""
 
     def __init__(self, corpus: Corpus, loader: SegmentLoader) -> None:
         self.loader, self._tokenizer = loader, corpus.tokenizer
-        self._tables = {window: corpus.pieces(window) for window in WINDOWS}
-        self._names, self._stores = [source["name"] for source in corpus.manifest["sources"]], corpus.stores()
+        self._tables = {window: corpus.segment_table(window) for window in WINDOWS}
+        self._names, self._stores = corpus.source_names, corpus.stores()
 
     def look(self, window: str, number: int, text_chars: int) -> SegmentView:
-        """One planned segment, which must exist, with so many characters of each piece's beginning and end."""
+        """One planned segment, which must exist, with so many characters of each document's beginning and end."""
         (batch,) = self.loader.load([(window, number)])
-        labels = batch.labels
-        pieces = tuple(self._piece(batch, labels, row, text_chars) for row in self._tables[window].rows(number))
+        documents = tuple(self._document(batch, row, text_chars) for row in self._tables[window].spans_of(number))
         n = self.loader.n_segments(window)
-        return SegmentView(window, number, n, len(batch.tokens), batch.n_target_tokens, len(batch.spans), pieces)
+        return SegmentView(window, number, n, len(batch.tokens), batch.n_target_tokens, len(batch.spans), documents)
 
-    def _piece(self, batch: Batch, labels: np.ndarray, row: int, text_chars: int) -> PieceView:
+    def _document(self, batch: Batch, row: int, text_chars: int) -> DocumentView:
         columns = ("source", "document", "start", "stop", "offset")
         source, document, start, stop, at = (int(getattr(self._tables[batch.window], column)[row]) for column in columns)
-        store, inside = self._stores[source], slice(at, at + stop - start)
-        head, tail = ends(self._tokenizer, batch.tokens[inside], text_chars)
-        learned = int(np.count_nonzero(labels[inside] != IGNORE))
-        return PieceView(
+        store, end = self._stores[source], at + stop - start
+        head, tail = ends(self._tokenizer, batch.tokens[at:end], text_chars)
+        ignored = batch.breaks[0, batch.breaks[1] == IGNORE]
+        learned = end - at - int(np.count_nonzero((at <= ignored) & (ignored < end)))
+        return DocumentView(
             at, self._names[source], document, store.origin(document), start, stop, int(store.lengths[document]), learned, head, tail
         )
 
 
 def ends(tokenizer: Tokenizer, tokens: np.ndarray, n_chars: int) -> tuple[str, str]:
-    """The first and the last characters of some tokens (a token is at least one), escaped; the second is empty where the first says all."""
+    """The first and the last characters of some tokens, escaped; no last ones where the first are the whole text.
+
+    A token is at least one character, so ``n_chars`` tokens are enough for each end.
+    """
     if len(tokens) <= 2 * n_chars:
         text = tokenizer.decode(tokens)
         if len(text) <= 2 * n_chars:
@@ -119,27 +125,29 @@ def ends(tokenizer: Tokenizer, tokens: np.ndarray, n_chars: int) -> tuple[str, s
 
 
 def escaped(text: str) -> str:
-    """Text on one line: what does not print as itself becomes an escape, such as ``\\n``."""
+    """Text on one line: a character that does not print as itself becomes an escape, such as ``\\n``."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def bar(segment: SegmentView, n_cells: int, letters: dict[str, str]) -> str:
-    """A segment as one line: a cell shows the source of the token at its middle, capital and small in turn from document to document.
+    """A segment as one line of cells.
+
+    A cell shows the source of the token at its middle, in capital and small letters in turn by document.
 
     Args:
-        segment: what to show.
+        segment: to show.
         n_cells: characters.
         letters: a capital letter for each source.
     """
-    starts = [piece.at for piece in segment.pieces]
+    starts = [one.at for one in segment.documents]
     cells = []
     for cell in range(n_cells):
         place = (2 * cell + 1) * segment.segment_tokens // (2 * n_cells)
         nth = bisect_right(starts, place) - 1
-        piece = segment.pieces[max(0, nth)]
-        inside = piece.at <= place < piece.at + piece.stop - piece.start
-        letter = letters[piece.source]
-        cells.append((letter.lower() if nth % 2 else letter) if inside else EMPTY)
+        document = segment.documents[max(0, nth)]
+        inside = document.at <= place < document.at + document.stop - document.start
+        letter = letters[document.source]
+        cells.append((letter.lower() if nth % 2 else letter) if inside else PADDING)
     return "".join(cells)
 
 

@@ -1,1 +1,1 @@
-"""Document lengths to a table of segments: buckets, the mix of sources, packing."""
+"""From document lengths to a table of segments: buckets, the mix of sources, packing."""

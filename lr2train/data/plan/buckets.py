@@ -1,11 +1,11 @@
-"""Buckets: ranges of document lengths, the window that each trains, and which documents of a source lie in it.
+"""Buckets: ranges of document lengths, the window that each range trains, and the documents of a source in each.
 
-A document is short when it fits the original window L0 with its BOS and EOS (paper, section 3.3). Within the windows, budgets may be set by
-finer ranges (paper, Table 1: L0 - 100k, 100k - 200k).
+A document is short when it fits the original window L0 with its BOS and EOS (paper, section 3.3). Budgets may be set
+for finer ranges inside a window (paper, Table 1: L0 - 100k, 100k - 200k).
 
-Choice: a document belongs to the bucket that holds its whole length, before anything is cut; what lies over the bucket's limit (L0 in short
-segments, the segment in long ones) is split, truncated or dropped. Documents outside every bucket are not planned, and are counted. Cost: a
-part of a split document has no BOS unless it is the first one, and no EOS unless it is the last.
+Choice: the whole length of a document, before any cut, decides its bucket. The tokens over the bucket's limit (L0 in
+short segments, T in long ones) are split off, truncated, or dropped with the document. Documents in no bucket are not
+planned, and are counted. Cost: of a split document only the first part has BOS, and only the last part has EOS.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ ENDLESS = np.iinfo(np.int64).max
 
 @dataclass(frozen=True)
 class Bucket:
-    """A range of lengths with everything decided.
+    """A range of lengths, all defaults resolved.
 
     Attributes:
-        name: unlike that of any other bucket.
-        window: what its documents train.
+        name: unique among the buckets.
+        window: that its documents train.
         above_tokens, to_tokens: above_tokens < length <= to_tokens.
-        weight: share of the window's tokens, relative to its other buckets.
+        weight: share of the window's tokens, relative to the window's other buckets.
         sources: weights of single sources; empty where the sources' own weights act.
-        limit_tokens: of a piece of a document.
-        over_limit: what becomes of longer documents.
+        limit_tokens: longest part of a document in one segment.
+        over_limit: split, truncate or drop longer documents.
     """
 
     name: str
@@ -46,16 +46,16 @@ class Bucket:
     over_limit: OverLong
 
     def holds(self, lengths: np.ndarray) -> np.ndarray:
-        """Mask of the documents of these lengths that lie in it."""
+        """bool, like ``lengths``: whether documents of these lengths lie in the bucket."""
         return (lengths > self.above_tokens) & (lengths <= self.to_tokens)
 
     def serves(self, source: SourceConfig) -> bool:
-        """Whether documents of a source may be drawn for it."""
+        """Whether documents of a source may be drawn for the bucket."""
         return self.window in source.windows and (not self.sources or source.name in self.sources)
 
     @property
     def range_text(self) -> str:
-        """Its lengths for a person."""
+        """The lengths for a person."""
         return f"over {self.above_tokens:,}" if self.to_tokens == ENDLESS else f"{self.above_tokens + 1:,}-{self.to_tokens:,}"
 
 
@@ -65,10 +65,13 @@ def window_of(length_tokens: int, original_window_tokens: int) -> str:
 
 
 def resolve(data: DataConfig, original_window_tokens: int) -> list[Bucket]:
-    """The buckets of ``data.buckets``, short ones first; a window without one gets a bucket of all its documents, named as the window.
+    """The buckets of ``data.buckets``, short ones first.
+
+    A window without a bucket gets one of all its documents, under the window's name.
 
     Raises:
-        UserError: names, windows, ranges or weights that make no sense, or ranges in which a document of one source would count twice.
+        UserError: a name, window, range or weight is out of its limits, or two ranges would count a document of one
+            source twice.
     """
     for one in data.buckets:
         if one.window not in WINDOWS:
@@ -100,8 +103,8 @@ def _check_names_and_weights(buckets: Sequence[Bucket], data: DataConfig) -> Non
             raise UserError(f"data.buckets has the name {one.name} {names.count(one.name)} times; give each bucket its own name")
         if not 0 <= one.above_tokens < one.to_tokens:
             raise UserError(
-                f"{where} holds lengths above {one.above_tokens} and up to {one.to_tokens}, which is none; set {where}.above_tokens and "
-                f"{where}.to_tokens (left out, they are the borders of the window)"
+                f"{where} holds lengths above {one.above_tokens} and up to {one.to_tokens}, which is none; set "
+                f"{where}.above_tokens and {where}.to_tokens (each defaults to a border of the window)"
             )
         for key, weight in (("weight", one.weight), *((f"sources.{name}", weight) for name, weight in one.sources.items())):
             if not weight >= 0:
@@ -114,8 +117,8 @@ def _check_names_and_weights(buckets: Sequence[Bucket], data: DataConfig) -> Non
         without = [one.name for one in buckets if one.window == window and not one.sources]
         if named and without:
             raise UserError(
-                f"data.buckets.{named[0]} has weights of single sources and data.buckets.{without[0]} of the same window has none; give "
-                "sources to every bucket of a window, or to none"
+                f"data.buckets.{named[0]} has weights of single sources and data.buckets.{without[0]} of the same "
+                "window has none; give sources to every bucket of a window, or to none"
             )
 
 
@@ -125,19 +128,21 @@ def _check_ranges(buckets: Sequence[Bucket], sources: Sequence[SourceConfig]) ->
         for lower, upper in pairwise(mine):
             if upper.above_tokens < lower.to_tokens:
                 raise UserError(
-                    f"documents of {source.name} of {upper.above_tokens + 1} tokens and more lie in two buckets, data.buckets.{lower.name} and "
-                    f"data.buckets.{upper.name}; set data.buckets.{lower.name}.to_tokens to at most {upper.above_tokens}"
+                    f"documents of {source.name} of {upper.above_tokens + 1} tokens and more lie in two buckets, "
+                    f"data.buckets.{lower.name} and data.buckets.{upper.name}; set data.buckets.{lower.name}.to_tokens "
+                    f"to at most {upper.above_tokens}"
                 )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The documents of one source in one bucket, as far as they may be planned.
+    """The documents of one source in one bucket that may be drawn: a cell of the mix.
 
     Attributes:
         document: int32 [n], index into the source's store.
-        length: int32 [n], tokens that drawing the document plans: all of it, or the limit where it is truncated.
-        dropped_documents, dropped_tokens: what ``over_limit=drop`` leaves out.
+        length: int32 [n], tokens that a draw of the document gives: the whole length, or the limit where the document
+            is truncated.
+        dropped_documents, dropped_tokens: left out by ``over_limit=drop``.
     """
 
     document: np.ndarray
@@ -150,20 +155,20 @@ class Cell:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one pass."""
+        """Tokens of one pass over the documents."""
         return int(self.length.sum(dtype=np.int64))
 
 
-EMPTY = Cell(np.zeros(0, np.int32), np.zeros(0, np.int32))
+NO_DOCUMENTS = Cell(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 def cell_of(lengths: np.ndarray, kept: np.ndarray | None, bucket: Bucket) -> Cell:
-    """What a bucket may draw from a source.
+    """The documents that a bucket may draw from a source.
 
     Args:
-        lengths: tokens of each document.
-        kept: mask of the documents that may be used; None for all.
-        bucket: range, limit, and what becomes of documents over it.
+        lengths: int32 [documents], tokens.
+        kept: bool [documents], which may be used; None is all.
+        bucket: gives the range, the limit, and the fate of documents over the limit.
     """
     inside = bucket.holds(lengths)
     if kept is not None:
@@ -179,17 +184,17 @@ def cell_of(lengths: np.ndarray, kept: np.ndarray | None, bucket: Bucket) -> Cel
 
 
 def draw(cell: Cell, target_tokens: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows of a cell that add up to at least a target, the last document chosen to exceed it as little as the rest allows.
+    """Documents of a cell whose tokens reach a target; the last document is chosen to exceed the target least.
 
-    Whole passes first, then a random part of one more, so that no document comes a second time before all others came once.
+    Whole passes come first, then a random part of one more pass. So no document comes twice before each came once.
 
     Args:
-        cell: at least one document where the target is not 0.
+        cell: has a document where the target is above 0.
         target_tokens: to reach.
         rng: decides which documents make up the last, incomplete pass.
 
     Returns:
-        int32, row numbers with repeats, ordered by pass.
+        int32, indices into the cell, with repeats, ordered by pass.
     """
     if target_tokens <= 0:
         return np.zeros(0, np.int32)
@@ -199,10 +204,10 @@ def draw(cell: Cell, target_tokens: int, rng: np.random.Generator) -> np.ndarray
         return whole
     order = rng.permutation(len(cell)).astype(np.int32)
     ends = np.cumsum(cell.length[order], dtype=np.int64)
-    n_before = int(np.searchsorted(ends, missing))  # that many stay below it
+    n_before = int(np.searchsorted(ends, missing))  # so many documents together stay below the target
     if n_before:
         missing -= int(ends[n_before - 1])
-    rest = order[n_before:]  # its first document reaches the target; perhaps another one exceeds it less
+    rest = order[n_before:]  # its first document reaches the target, and another may exceed the target less
     excess = cell.length[rest] - missing
     last = rest[np.argmin(np.where(excess >= 0, excess, np.iinfo(np.int32).max))]
     return np.concatenate([whole, order[:n_before], [last]]).astype(np.int32, copy=False)

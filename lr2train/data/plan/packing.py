@@ -1,11 +1,13 @@
-"""Documents into segments: the plan, a table of pieces. No token is touched here, only lengths.
+"""Packing: documents into segments, as a segment table. No token is touched here, only lengths.
 
-Choice, short window: a bin is a shard of a segment, and nothing is cut. Most documents fill bins in random order, best-fit decreasing closes
-their gaps with the rest, and full bins are dealt into segments at random. Best-fit alone, which would make segments of documents of one
-length, serves where documents are too long for that. It runs over *counts of equal lengths*, so its cost grows with the number of distinct
-lengths and bins and not with millions of documents. Cost: up to two thousandths more segments than the tightest packing.
-Choice, long window: one stream of documents, cut where a segment is full; the document goes on in the next segment, so nothing is thrown
-away but the stream's last, incomplete segment. Cost: a document's later part is read without its beginning.
+Choice, short window: a bin is a sequence shard of a segment, and no document is cut. Most documents fill bins in random
+order, best-fit decreasing closes the gaps with the rest, and full bins are dealt into segments at random. Best-fit
+alone would make segments of documents of one length; it serves where documents are too long for the varied packing. It
+runs over *counts of equal lengths*, so its time grows with distinct lengths and bins, not with millions of documents.
+Cost: up to two thousandths more segments than the tightest packing.
+
+Choice, long window: one stream of documents, cut where a segment is full. The document goes on in the next segment, so
+only the stream's last, incomplete segment is lost. Cost: a later part of a document is read without its beginning.
 """
 
 from __future__ import annotations
@@ -13,27 +15,27 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import lcm
 from typing import Any
 
 import numpy as np
 
 from lr2train.config import UserError
+from lr2train.data.plan.segment_table import COLUMNS, SegmentTable
 
-COLUMNS = ("segment", "source", "document", "start", "stop", "offset")
-_KEPT_BACK = (1.1, 1.25)  # tokens that are kept to fill gaps with, in multiples of the room that is expected: the first that does
-_WORTH_VARIETY = 0.002  # more segments, as a share
+# tokens kept to fill gaps, in multiples of the expected room; the second is tried where the first is too few
+_KEPT_BACK = (1.1, 1.25)
+_WORTH_VARIETY = 0.002  # share of segments that the varied packing may need more than best-fit
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Pieces of documents in the order in which they are planned; int32 columns of one length.
+    """Documents, or parts of documents, in the order in which they are packed; int32 columns of one length.
 
     Attributes:
         source: index into the corpus' sources.
-        document: index into that source's store.
-        start: first token of the piece within its document.
+        document: index into the source's store.
+        start: first token of the part within its document.
         length: tokens.
     """
 
@@ -51,7 +53,7 @@ class Selection:
         return int(self.length.sum(dtype=np.int64))
 
     def take(self, index: np.ndarray) -> Selection:
-        """The rows of an index or a mask."""
+        """The entries of an index or a mask."""
         return Selection(self.source[index], self.document[index], self.start[index], self.length[index])
 
 
@@ -68,123 +70,87 @@ def concatenate(parts: Sequence[Selection]) -> Selection:
     return Selection(*(np.concatenate([empty, *(getattr(part, column) for part in parts)]) for column in columns))
 
 
-def split(pieces: Selection, limit_tokens: int) -> Selection:
-    """The same tokens in pieces of at most ``limit_tokens``: full ones, and what is left over of each."""
-    if not len(pieces) or pieces.length.max() <= limit_tokens:
-        return pieces
-    parts = -(-pieces.length // limit_tokens)
-    whole = pieces.take(np.repeat(np.arange(len(pieces)), parts))
-    begin = _within(np.full(len(whole), limit_tokens), np.repeat(np.arange(len(pieces)), parts)).astype(np.int32)
-    return Selection(whole.source, whole.document, whole.start + begin, np.minimum(whole.length - begin, np.int32(limit_tokens)))
+def split(documents: Selection, limit_tokens: int) -> Selection:
+    """The same tokens in parts of at most ``limit_tokens``: of each document, full parts and then its rest."""
+    if not len(documents) or documents.length.max() <= limit_tokens:
+        return documents
+    owner = np.repeat(np.arange(len(documents)), -(-documents.length // limit_tokens))  # the document of each part
+    parts = documents.take(owner)
+    begin = _within(np.full(len(parts), limit_tokens), owner).astype(np.int32)
+    return Selection(parts.source, parts.document, parts.start + begin, np.minimum(parts.length - begin, np.int32(limit_tokens)))
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """The plan of one window: tokens [start, stop) of a document stand at ``offset`` of a segment. Sorted by (segment, offset), every
-    segment occupied.
-
-    The columns are int32: cast before squaring a length.
-
-    Attributes:
-        segment, document, start, stop, offset: int32 [pieces].
-        source: int32 [pieces], index into the corpus' sources.
-        segment_tokens: T.
-    """
-
-    segment: np.ndarray
-    source: np.ndarray
-    document: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    offset: np.ndarray
-    segment_tokens: int
-
-    @property
-    def n_segments(self) -> int:
-        """Segments of this window."""
-        return int(self.segment[-1]) + 1 if len(self.segment) else 0
-
-    @property
-    def tokens(self) -> int:
-        """Planned tokens, padding not counted."""
-        return int((self.stop - self.start).sum(dtype=np.int64))
-
-    @property
-    def padding_share(self) -> float:
-        """Positions that hold no token, as a share of all."""
-        room = self.n_segments * self.segment_tokens
-        return 1.0 - self.tokens / room if room else 0.0
-
-    @cached_property
-    def _first(self) -> np.ndarray:
-        return np.searchsorted(self.segment, np.arange(self.n_segments + 1, dtype=self.segment.dtype))
-
-    def rows(self, segment: int) -> range:
-        """Rows of the table that make up one segment."""
-        return range(int(self._first[segment]), int(self._first[segment + 1]))
-
-
-def shards_of(align_sp: Any) -> int:
-    """Equal shards of a segment whose borders are those of every sp asked for: their least common multiple.
+def sequence_shards(align_sp: Any) -> int:
+    """Number of equal sequence shards of a segment whose borders serve each sp asked for: the least common multiple.
 
     Args:
         align_sp: ``data.align_sp``, a number or a list of numbers.
 
     Raises:
-        UserError: anything else, or a number below 1.
+        UserError: the value is neither a number nor a list of numbers, or a number is below 1.
     """
     asked = list(align_sp) if isinstance(align_sp, list | tuple) else [align_sp]
     if not asked or any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in asked):
-        raise UserError(f"data.align_sp={align_sp} is not a number of shards, or a list of them, of at least 1; set it to 8 or [8, 16]")
+        raise UserError(
+            f"data.align_sp={align_sp} is not a number of sequence shards of at least 1, or a list of such numbers; set it to 8 or [8, 16]"
+        )
     return lcm(*asked)
 
 
-def check_shards(segment_tokens: int, align_sp: int, limit_tokens: int) -> int:
-    """Tokens of a shard.
+def check_sequence_shards(segment_tokens: int, align_sp: int, limit_tokens: int) -> int:
+    """Tokens of a sequence shard.
+
+    Args:
+        segment_tokens: T.
+        align_sp: sequence shards of a segment.
+        limit_tokens: longest document.
 
     Raises:
-        UserError: T is not divisible by align_sp, or pieces of ``limit_tokens`` do not fit a shard.
+        UserError: T is not divisible by align_sp, or the longest document does not fit a sequence shard.
     """
     if segment_tokens % align_sp:
         raise UserError(
-            f"data.segment_tokens={segment_tokens} is not divisible by {align_sp} shards, which is what data.align_sp asks for (of a list the least "
-            f"common multiple); set data.align_sp to such as {max(n for n in range(1, align_sp) if segment_tokens % n == 0)}"
+            f"data.segment_tokens={segment_tokens} is not divisible by the {align_sp} sequence shards of data.align_sp "
+            "(for a list: its least common multiple); set data.align_sp to such as "
+            f"{max(n for n in range(1, align_sp) if segment_tokens % n == 0)}"
         )
     shard_tokens = segment_tokens // align_sp
     if limit_tokens > shard_tokens:
         raise UserError(
-            f"a short document of {limit_tokens} tokens does not fit a shard of data.segment_tokens / data.align_sp = {shard_tokens} tokens; "
-            f"set data.align_sp to {max(1, segment_tokens // limit_tokens)} or less"
+            f"a short document of {limit_tokens} tokens does not fit a sequence shard of data.segment_tokens / "
+            f"data.align_sp = {shard_tokens} tokens; set data.align_sp to {max(1, segment_tokens // limit_tokens)} or "
+            "less"
         )
     return shard_tokens
 
 
-def pack_short(pieces: Selection, segment_tokens: int, align_sp: int = 1, rng: np.random.Generator | None = None) -> Pieces:
-    """Whole pieces into segments; none crosses a border of ``align_sp`` equal shards.
+def pack_short(documents: Selection, segment_tokens: int, align_sp: int = 1, rng: np.random.Generator | None = None) -> SegmentTable:
+    """Uncut documents into segments; no document crosses a border between sequence shards.
 
     Args:
-        pieces: short ones, in planned order.
+        documents: short ones, in the order in which they are packed.
         segment_tokens: T.
-        align_sp: shards of a segment; with sequence parallelism over as many ranks, or a divisor of it, attention inside these documents
-            needs no communication.
-        rng: mixes lengths inside shards, their order, and shards inside segments. None is plain best-fit decreasing in its own order.
+        align_sp: equal sequence shards of a segment. Under sequence parallelism over as many ranks, or a divisor of
+            them, attention inside these documents needs no communication.
+        rng: mixes lengths inside sequence shards, orders them, and deals sequence shards into segments. None is plain
+            best-fit decreasing.
 
     Raises:
-        UserError: T is not divisible by align_sp, or a piece is longer than a shard.
+        UserError: T is not divisible by align_sp, or a document is longer than a sequence shard.
     """
-    shard_tokens = check_shards(segment_tokens, align_sp, int(pieces.length.max(initial=0)))
-    shard = best_fit(pieces.length, shard_tokens) if rng is None else _varied(pieces.length, shard_tokens, align_sp, rng)
+    shard_tokens = check_sequence_shards(segment_tokens, align_sp, int(documents.length.max(initial=0)))
+    shard = best_fit(documents.length, shard_tokens) if rng is None else _varied(documents.length, shard_tokens, align_sp, rng)
     if rng is not None and len(shard):
-        shuffled = rng.permutation(len(pieces))
-        pieces, shard = pieces.take(shuffled), rng.permutation(int(shard.max()) + 1).astype(np.int32)[shard[shuffled]]
+        shuffled = rng.permutation(len(documents))
+        documents, shard = documents.take(shuffled), rng.permutation(int(shard.max()) + 1).astype(np.int32)[shard[shuffled]]
     order = np.argsort(shard, kind="stable")
-    pieces, shard = pieces.take(order), shard[order]
-    offset = _within(pieces.length, shard) + shard % align_sp * shard_tokens
-    return _table(shard // align_sp, pieces, pieces.start, pieces.start + pieces.length, offset, segment_tokens)
+    documents, shard = documents.take(order), shard[order]
+    offset = _within(documents.length, shard) + shard % align_sp * shard_tokens
+    return _table(shard // align_sp, documents, documents.start, documents.start + documents.length, offset, segment_tokens)
 
 
 def _varied(length: np.ndarray, capacity: int, align_sp: int, rng: np.random.Generator) -> np.ndarray:
-    """Bins of varied lengths where that makes hardly more segments than best-fit does, else best-fit's."""
+    """Bins of varied lengths where they make hardly more segments than best-fit, else the bins of best-fit."""
     tight = best_fit(length, capacity)
     most = (1 + _WORTH_VARIETY) * -(-(int(tight.max(initial=-1)) + 1) // align_sp)
     for kept_back in _KEPT_BACK:
@@ -195,21 +161,22 @@ def _varied(length: np.ndarray, capacity: int, align_sp: int, rng: np.random.Gen
 
 
 def varied_fit(length: np.ndarray, capacity: int, rng: np.random.Generator, kept_back: float) -> np.ndarray:
-    """Bin of each length: most documents in random order, each bin closed where the next one does not fit; best-fit of the others into what
-    room is left.
+    """Bin of each length: most documents fill bins in random order, and best-fit closes the gaps with the others.
 
-    Best-fit alone makes bins of equal lengths. The others are about as many tokens as the room left is expected to be, half of them the
-    shortest documents, which fill the last gaps, half a random part of all. That room is half a document a bin, as the end of a bin meets
-    documents: the mean square of the lengths over twice their mean (renewal theory).
+    Best-fit alone makes bins of equal lengths. In random order, a bin is closed where the next document does not fit.
+    The documents that are kept for the gaps have about as many tokens as the expected room: half of them are the
+    shortest documents, which fill the last gaps, and half are a random part of all. The expected room of a bin is the
+    mean square of the lengths over twice their mean (renewal theory).
 
     Args:
         length: of each document, at most the capacity.
         capacity: of a bin.
         rng: decides the order, and which documents are kept for the gaps.
-        kept_back: tokens for the gaps, in multiples of the expected room; too few leave gaps, too many make bins of their own.
+        kept_back: tokens for the gaps, in multiples of the expected room; too few leave gaps, too many make bins of
+            their own.
 
     Returns:
-        int32, numbered without gaps; every bin holds something.
+        int32 [documents], bins numbered without gaps; no bin is empty.
     """
     if not len(length):
         return np.zeros(0, np.int32)
@@ -239,17 +206,18 @@ def _next_fit(length: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
 
 
 def best_fit(length: np.ndarray, capacity: int, rooms: np.ndarray | None = None) -> np.ndarray:
-    """Bin of each length by best-fit decreasing: the longest first, each into the fullest bin that still holds it.
+    """Bin of each length by best-fit decreasing: the longest first, each into the fullest bin that has room for it.
 
-    Equal lengths are placed together: a bin with room r takes r // length of them at once, which is what one at a time would do.
+    Equal lengths are placed together: a bin with room r takes r // length of them at once. One at a time would give the
+    same.
 
     Args:
         length: of each document, at most the capacity.
         capacity: of a bin.
-        rooms: left in bins that hold something already; they are numbered first.
+        rooms: room left in bins that are partly filled; these bins are numbered first.
 
     Returns:
-        int32, numbered without gaps; every bin holds something.
+        int32 [documents], bins numbered without gaps; no bin is empty.
     """
     bins, bin_of = _Bins(capacity, np.zeros(0, int) if rooms is None else rooms), np.empty(len(length), np.int32)
     order = np.argsort(-length, kind="stable")
@@ -287,7 +255,7 @@ class _Bins:
         return np.concatenate(placed)
 
     def _tightest(self, length: int, count: int) -> tuple[int, np.ndarray]:
-        """The smallest room that holds the length, with as many of its bins as ``count`` documents need; new bins where there is none."""
+        """The smallest sufficient room and enough of its bins for ``count`` documents; new bins where none suffices."""
         at = bisect_left(self._rooms, length)
         if at == len(self._rooms):
             needed = -(-count // (self._capacity // length))
@@ -300,6 +268,7 @@ class _Bins:
         return room, bins[:needed]
 
     def _put(self, room: int, bins: np.ndarray) -> None:
+        """Note the room of bins; a full bin is forgotten."""
         if not len(bins) or not room:
             return
         if room not in self._open:
@@ -308,51 +277,55 @@ class _Bins:
 
 
 def _within(length: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Where each length begins inside its group, int64; groups are sorted."""
+    """int64: where each length begins inside its group; groups are sorted."""
     before = np.cumsum(length, dtype=np.int64) - length
     return before - before[np.searchsorted(group, group)]
 
 
-def _table(segment: np.ndarray, origin: Selection, start: np.ndarray, stop: np.ndarray, offset: np.ndarray, segment_tokens: int) -> Pieces:
+def _table(
+    segment: np.ndarray, origin: Selection, start: np.ndarray, stop: np.ndarray, offset: np.ndarray, segment_tokens: int
+) -> SegmentTable:
     columns = (segment, origin.source, origin.document, start, stop, offset)
-    return Pieces(*(column.astype(np.int32, copy=False) for column in columns), segment_tokens=segment_tokens)
+    return SegmentTable(*(column.astype(np.int32, copy=False) for column in columns), segment_tokens=segment_tokens)
 
 
-def pack_long(pieces: Selection, segment_tokens: int) -> Pieces:
-    """Segments filled by one document each, then one stream of all the rest, cut into full segments.
+def pack_long(documents: Selection, segment_tokens: int) -> SegmentTable:
+    """Segments that one document fills each, then one stream of the rest, cut into full segments.
 
-    A piece of at least T tokens fills segments of its own from its beginning: the longest dependencies stay whole. What is left of it joins
-    the stream. The stream's last, incomplete segment is left out: it would need padding inside a span that covers the whole segment.
+    A document of at least T tokens fills segments of its own from its beginning, so the longest dependencies stay
+    whole. Its rest joins the stream. The stream's last, incomplete segment is left out: its padding would lie inside an
+    attention span over the whole segment.
 
     Args:
-        pieces: long ones, in planned order.
+        documents: long ones, in the order in which they are packed.
         segment_tokens: T.
     """
-    filled = pieces.length // segment_tokens
-    alone = _fill_segments(pieces, filled, segment_tokens)
-    left = pieces.length > filled * segment_tokens
-    stream = _cut_stream(pieces.take(left), (filled * segment_tokens)[left], segment_tokens)
+    filled = documents.length // segment_tokens
+    alone = _fill_segments(documents, filled, segment_tokens)
+    left = documents.length > filled * segment_tokens
+    stream = _cut_stream(documents.take(left), (filled * segment_tokens)[left], segment_tokens)
     shifted = (stream.segment + np.int32(alone.n_segments), *(getattr(stream, column) for column in COLUMNS[1:]))
     columns = (np.concatenate([getattr(alone, name), column]) for name, column in zip(COLUMNS, shifted, strict=True))
-    return Pieces(*columns, segment_tokens=segment_tokens)
+    return SegmentTable(*columns, segment_tokens=segment_tokens)
 
 
-def _fill_segments(pieces: Selection, filled: np.ndarray, segment_tokens: int) -> Pieces:
-    """``filled[d]`` whole segments of piece d, from its beginning."""
-    owner = np.repeat(np.arange(len(pieces)), filled)
-    origin = pieces.take(owner)
+def _fill_segments(documents: Selection, filled: np.ndarray, segment_tokens: int) -> SegmentTable:
+    """``filled[d]`` whole segments of document d, from its beginning."""
+    owner = np.repeat(np.arange(len(documents)), filled)
+    origin = documents.take(owner)
     start = origin.start + _within(np.full(len(owner), segment_tokens), owner)
     return _table(np.arange(len(owner)), origin, start, start + segment_tokens, np.zeros(len(owner)), segment_tokens)
 
 
-def _cut_stream(pieces: Selection, first: np.ndarray, segment_tokens: int) -> Pieces:
-    """The pieces from their token ``first[d]`` on, one after the other. A row begins where a piece or a segment does, and ends where the next begins."""
-    length = pieces.length - first
+def _cut_stream(documents: Selection, first: np.ndarray, segment_tokens: int) -> SegmentTable:
+    """Each document from its token ``first[d]`` on, one after the other, cut into full segments."""
+    length = documents.length - first
     end = int(length.sum(dtype=np.int64)) // segment_tokens * segment_tokens
     begins = np.cumsum(length, dtype=np.int64) - length
+    # A document span begins where a document or a segment begins, and ends where the next span begins.
     cuts = np.unique(np.concatenate([begins[begins < end], np.arange(0, end, segment_tokens)]))
     owner = np.searchsorted(begins, cuts, side="right") - 1
-    origin = pieces.take(owner)
+    origin = documents.take(owner)
     start = origin.start + first[owner] + (cuts - begins[owner])
     segment, offset = np.divmod(cuts, segment_tokens)
     return _table(segment, origin, start, start + np.diff(cuts, append=end), offset, segment_tokens)

@@ -1,4 +1,4 @@
-"""Curriculum batches: exact labels for each kind of row, shares, purity, refusals."""
+"""Curriculum batches: exact labels for each kind of row, shares of kinds, independence of ranks, refusals."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from batches import labels_of, positions_of
 
 from lr2train.config import Config, NeedleConfig, SourceConfig, StageConfig, UserError
 from lr2train.data.batch import IGNORE
@@ -29,26 +30,26 @@ def data(tmp_path_factory):
 
 
 def loader(data, *stages: StageConfig, rank: int = 0, size: int = 1, seed: int = 0):
-    return make_loader(replace(data, stages=list(stages)), seed, rank, size, 4, 128, 512)
+    return make_loader(Corpus.open(data.path), replace(data, stages=list(stages)), seed, rank, size, 4, 128, 512)
 
 
 def rows(batch, length: int):
     n = len(batch.spans)
-    return batch.tokens[: n * length].reshape(n, length), batch.labels[: n * length].reshape(n, length)
+    return batch.tokens[: n * length].reshape(n, length), labels_of(batch)[: n * length].reshape(n, length)
 
 
 def assert_spans(batch, length: int):
-    n = 512 // length
+    n, labels, positions = 512 // length, labels_of(batch), positions_of(batch)
     assert batch.spans == tuple((i * length, (i + 1) * length) for i in range(n))
     assert batch.window == "short"
-    assert batch.positions[: n * length].tolist() == list(range(length)) * n
-    assert (batch.labels[n * length :] == IGNORE).all()
-    assert (batch.positions[n * length :] == 0).all()
-    assert batch.n_target_tokens == (batch.labels != IGNORE).sum()
+    assert positions[: n * length].tolist() == list(range(length)) * n
+    assert (labels[n * length :] == IGNORE).all()
+    assert (positions[n * length :] == 0).all()
+    assert batch.n_target_tokens == (labels != IGNORE).sum()
 
 
 @pytest.mark.parametrize("length", [32, 33, 100])
-def test_repeats_are_learned_from_the_second_time_only(data, length):
+def test_repeats_are_targets_from_the_second_time_on(data, length):
     (batch, *_) = loader(data, StageConfig(steps=1, length_tokens=length, **REPEATS)).batches(0)
     assert_spans(batch, length)
     tokens, labels = rows(batch, length)
@@ -56,10 +57,12 @@ def test_repeats_are_learned_from_the_second_time_only(data, length):
     assert tokens[:, 1:].min() > 1
     periods = set()
     for row, targets in zip(tokens[:, 1:], labels, strict=True):
-        period = next(p for p in range(2, length) if (row[p:] == row[:-p]).all())  # the smallest fits by chance only for rows of few tokens
+        # a smaller period fits by chance only in very short rows
+        period = next(p for p in range(2, length) if (row[p:] == row[:-p]).all())
         assert length // 8 <= period <= length // 2
         periods.add(period)
-        # Position t predicts token t + 1 of the row, which is token t of the body: known once a whole period and one token more were seen.
+        # Position t predicts token t + 1 of the row, which is token t of the body: known after a whole period and one
+        # token.
         assert targets.tolist() == [IGNORE] * (period + 1) + row[period + 1 :].tolist() + [IGNORE]
     assert len(periods) > 1 or len(tokens) == 1
 
@@ -76,7 +79,7 @@ def test_text_rows_are_crops_of_training_documents(data):
 
 
 @pytest.mark.parametrize(("kind", "fewest", "most"), [("needles", 1, 2), ("dense", 2, 12)])
-def test_needle_rows_ask_for_what_they_hide_and_answers_alone_are_targets(data, kind, fewest, most):
+def test_needle_rows_ask_for_hidden_pairs_and_answers_alone_are_targets(data, kind, fewest, most):
     corpus = Corpus.open(data.path)
     stage = StageConfig(steps=1, length_tokens=96, **{kind: 1.0})
     asked = []
@@ -95,7 +98,7 @@ def test_needle_rows_ask_for_what_they_hide_and_answers_alone_are_targets(data, 
     assert fewest <= min(asked) <= max(asked) <= most
 
 
-def test_shares_hold_in_every_batch(data):
+def test_shares_hold_in_each_batch(data):
     stage = StageConfig(steps=1, length_tokens=32, repeats=0.5, needles=0.0, text=0.5)
     for batch in loader(data, stage).batches(0):
         _, labels = rows(batch, 32)
@@ -108,7 +111,7 @@ def test_stages_follow_each_other_and_the_last_goes_on(data):
     assert [made.batches(step)[0].spans[0][1] for step in (0, 1, 2, 4, 5, 99)] == [32, 32, 64, 64, 64, 64]
 
 
-def test_a_pure_function_that_does_not_know_the_number_of_ranks(data):
+def test_batches_do_not_depend_on_the_number_of_ranks(data):
     stage = StageConfig(steps=9, length_tokens=64, repeats=1.0, needles=1.0, text=1.0)
     alone = loader(data, stage)
     whole = {batch.tokens.tobytes() for batch in alone.batches(3)}
@@ -123,18 +126,18 @@ def test_a_pure_function_that_does_not_know_the_number_of_ranks(data):
 @pytest.mark.parametrize(
     ("words", "stage"),
     [
-        ("length_tokens=256, beyond the original window", StageConfig(steps=1, length_tokens=256, **TEXT)),
-        ("steps=0", StageConfig(steps=0, length_tokens=64, **TEXT)),
-        ("length_tokens=4;", StageConfig(steps=1, length_tokens=4, **TEXT)),
-        ("set one above 0", StageConfig(steps=1, length_tokens=64)),
-        ("no room for a needle", StageConfig(steps=1, length_tokens=12, **NEEDLES)),
+        (r"data\.stages .*length_tokens=256, .*128", StageConfig(steps=1, length_tokens=256, **TEXT)),
+        (r"data\.stages\[0\] .*steps=0", StageConfig(steps=0, length_tokens=64, **TEXT)),
+        (r"data\.stages\[0\] .*length_tokens=4;", StageConfig(steps=1, length_tokens=4, **TEXT)),
+        (r"data\.stages\[0\] .*repeats=0\.0.* set one above 0", StageConfig(steps=1, length_tokens=64)),
+        (r"data\.stages\[0\]\.length_tokens=12 .*data\.needles\.wording=code", StageConfig(steps=1, length_tokens=12, **NEEDLES)),
     ],
 )
-def test_stages_that_cannot_be_made_are_refused_up_front(data, words, stage):
+def test_a_stage_that_cannot_be_made_is_refused_before_training(data, words, stage):
     with pytest.raises(UserError, match=words):
         loader(data, stage)
 
 
 def test_no_stages_is_an_error(data):
-    with pytest.raises(UserError, match="stages is empty"):
+    with pytest.raises(UserError, match=r"data\.stages is empty"):
         loader(data)

@@ -1,4 +1,4 @@
-"""What inspect shows is what the loader gives: the same tokens, targets and segments, in a form that prints."""
+"""inspect shows the loader's own tokens, targets and segments, in a form that prints."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import re
 import numpy as np
 import pytest
 import tiny
+from batches import labels_of
 
 from lr2train.cli.composition import compose
 from lr2train.config import UserError, to_dict
 from lr2train.data.batch import IGNORE
 from lr2train.data.corpus import Corpus
 from lr2train.data.feed.loader import make_loader
-from lr2train.data.feed.viewing import EMPTY, PieceView, SegmentView, bar, ends, escaped
+from lr2train.data.feed.viewing import PADDING, DocumentView, SegmentView, bar, ends, escaped
 from lr2train.inspect import inspect
 from lr2train.training.steps import FILE
 
@@ -32,38 +33,40 @@ def shown(folder, *overrides: str) -> list[SegmentView]:
 
 def loader(folder, size: int = 1, rank: int = 0, total: int = 8):
     config = compose("train", [*tiny.arguments(folder), "name=x", f"data.segment_tokens={tiny.L}"])
-    return make_loader(config.data, 0, rank, size, total)
+    return make_loader(Corpus.open(folder / "corpus"), config.data, 0, rank, size, total)
 
 
 def test_a_segments_documents_and_targets_are_the_loaders(folder, capsys):
     corpus = Corpus.open(folder / "corpus")
     (segment,) = shown(folder, "inspect.window=long", "inspect.segment=2", "inspect.text_chars=10")
     (batch,) = loader(folder).load([("long", 2)])
-    assert segment.n_targets == batch.n_target_tokens == sum(piece.n_targets for piece in segment.pieces)
-    for piece in segment.pieces:
-        tokens = corpus.stores()[0][piece.document][piece.start : piece.stop]
-        inside = slice(piece.at, piece.at + len(tokens))
+    assert segment.n_targets == batch.n_target_tokens == sum(one.n_targets for one in segment.documents)
+    for one in segment.documents:
+        tokens = corpus.stores()[0][one.document][one.start : one.stop]
+        inside = slice(one.at, one.at + len(tokens))
         assert (batch.tokens[inside] == tokens).all()
-        assert piece.n_targets == int((batch.labels[inside] != IGNORE).sum())
-        assert piece.head == escaped(corpus.tokenizer.decode(tokens))[:10]
-        assert (piece.begins_before, piece.goes_on) == (piece.start > 0, piece.stop < len(corpus.stores()[0][piece.document]))
-        assert re.search(r"\d+\.txt", piece.origin)
+        assert one.n_targets == int((labels_of(batch)[inside] != IGNORE).sum())
+        assert one.head == escaped(corpus.tokenizer.decode(tokens))[:10]
+        assert (one.begins_before, one.goes_on) == (one.start > 0, one.stop < len(corpus.stores()[0][one.document]))
+        assert re.search(r"\d+\.txt", one.origin)
     out = capsys.readouterr().out
-    assert f"long segment 2 of {segment.n_segments}: {tiny.L} tokens, {len(segment.pieces)} documents" in out
-    assert "\x1b" not in out, "colours belong on terminals"
-    assert all(piece.origin in out for piece in segment.pieces)
+    assert f"long segment 2 of {segment.n_segments}: {tiny.L} tokens, {len(segment.documents)} documents" in out
+    assert "\x1b" not in out, "colours are for terminals only"
+    assert all(one.origin in out for one in segment.documents)
 
 
-def test_a_step_is_what_the_ranks_will_train(folder, capsys):
+def test_a_step_shows_the_segments_that_the_ranks_will_train(folder, capsys):
     segments = shown(folder, "inspect.step=3", "inspect.dp_size=4", "optim.segments_per_step=8")
     ranks = [loader(folder, 4, rank).segments(2) for rank in range(4)]
-    assert [(one.window, one.number) for one in segments] == [segment for micro_step in zip(*ranks, strict=True) for segment in micro_step]
+    assert [(one.window, one.number) for one in segments] == [
+        segment for micro_batch in zip(*ranks, strict=True) for segment in micro_batch
+    ]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 3: 8 segments in groups of 4, 4 data-parallel ranks")
-    assert len([line for line in lines if line.startswith("micro-step")]) == 8
+    assert len([line for line in lines if line.startswith("micro-batch")]) == 8
 
 
-def test_a_runs_step_takes_seed_batch_groups_and_skips_of_the_run(folder, capsys):
+def test_a_step_of_a_run_takes_seed_batch_groups_and_skips_of_the_run(folder, capsys):
     run = folder / "first"
     run.mkdir()
     skips = ["data.skip_steps=[9]", "seed=5", "optim.segments_per_step=4"]  # of the first start; the last one skips 2-4
@@ -72,17 +75,17 @@ def test_a_runs_step_takes_seed_batch_groups_and_skips_of_the_run(folder, capsys
     (run / FILE).write_text(json.dumps({"group_segments": 2, "skipped": [[2, 4]]}))
     segments = shown(folder, "run=first", "inspect.step=3", "inspect.dp_size=1")
     config = tiny.config("train", folder, "name=x", "data.group_segments=2", "optim.segments_per_step=4", f"data.segment_tokens={tiny.L}")
-    expected = make_loader(config.data, 5, 0, 1, 4).segments(2)
+    expected = make_loader(Corpus.open(folder / "corpus"), config.data, 5, 0, 1, 4).segments(2)
     assert [(one.window, one.number) for one in segments] == expected
     assert capsys.readouterr().out.startswith("step 3 (passed over: data.skip_steps): 4 segments in groups of 2")
 
 
-def test_nothing_there_is_one_sentence(folder):
-    with pytest.raises(UserError, match="inspect.segment=9999 is not there: the plan has"):
+def test_a_segment_step_or_size_that_does_not_exist_is_refused(folder):
+    with pytest.raises(UserError, match=r"inspect\.segment=9999 .*\d+ short and \d+ long segments"):
         shown(folder, "inspect.segment=9999")
-    with pytest.raises(UserError, match="inspect.step=0 is below 1"):
+    with pytest.raises(UserError, match=r"inspect\.step=0 .*1"):
         shown(folder, "inspect.step=0")
-    with pytest.raises(UserError, match="inspect.dp_size=3 does not divide the"):
+    with pytest.raises(UserError, match=r"inspect\.dp_size=3 .*optim\.segments_per_step"):
         shown(folder, "inspect.step=1", "inspect.dp_size=3")
 
 
@@ -99,8 +102,8 @@ def test_text_prints_on_one_line_and_its_ends_are_its_ends():
 
 
 def test_the_bar_shows_sources_documents_and_padding():
-    def piece(at: int, n: int, source: str) -> PieceView:
-        return PieceView(at, source, 0, "", 0, n, n, n, "", "")
+    def document(at: int, n: int, source: str) -> DocumentView:
+        return DocumentView(at, source, 0, "", 0, n, n, n, "", "")
 
-    segment = SegmentView("short", 0, 1, 80, 0, 3, (piece(0, 20, "a"), piece(20, 10, "a"), piece(40, 30, "b")))
-    assert bar(segment, 8, {"a": "A", "b": "B"}) == f"AAa{EMPTY}BBB{EMPTY}"
+    segment = SegmentView("short", 0, 1, 80, 0, 3, (document(0, 20, "a"), document(20, 10, "a"), document(40, 30, "b")))
+    assert bar(segment, 8, {"a": "A", "b": "B"}) == f"AAa{PADDING}BBB{PADDING}"

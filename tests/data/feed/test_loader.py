@@ -1,4 +1,8 @@
-"""The loader is a function: the same step gives the same batches, whatever was asked before and on however many ranks and threads."""
+"""The loader is a pure function: a step gives the same batches on any ranks and threads, after any other steps.
+
+Also: an epoch holds each segment once, labels stay in their documents, and a corpus that does not fit model or ranks is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,17 @@ from itertools import count
 
 import numpy as np
 import pytest
+from batches import labels_of, positions_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lr2train.config import Config, LongAttention, SourceConfig, UserError
 from lr2train.data.batch import IGNORE, LONG, SHORT
 from lr2train.data.corpus import Corpus
-from lr2train.data.feed.loader import _allow_open_files, make_loader
+from lr2train.data.feed.loader import make_loader
 from lr2train.data.feed.prefetch import prefetched
-from lr2train.data.plan.segment_table import plan_file
+from lr2train.data.plan.segment_table import file_of
+from lr2train.data.store import allow_open_files
 from lr2train.prepare import prepare
 
 
@@ -40,19 +46,19 @@ def config(tmp_path_factory) -> Config:
 
 
 def loaders(config: Config, size: int, segments_per_step: int = 8, seed: int = 0):
-    """One a rank, with groups as small as they can be."""
+    """A loader for each rank, with the smallest groups."""
     data = replace(config.data, group_segments=size)
-    return [make_loader(data, seed, rank, size, segments_per_step, 128, 512) for rank in range(size)]
+    return [make_loader(Corpus.open(config.data.path), data, seed, rank, size, segments_per_step, 128, 512) for rank in range(size)]
 
 
 def segments(loader, step: int) -> list[tuple[str, bytes]]:
-    """A step's segments as (window, what makes each unlike the others)."""
+    """A step's segments as (window, bytes of the tokens)."""
     return [(batch.window, batch.tokens.tobytes()) for batch in loader.batches(step)]
 
 
 def same(left, right) -> bool:
-    arrays = all(np.array_equal(getattr(left, name), getattr(right, name)) for name in ("tokens", "labels", "positions"))
-    return arrays and (left.spans, left.window, left.n_target_tokens) == (right.spans, right.window, right.n_target_tokens)
+    arrays = all(np.array_equal(getattr(left, name), getattr(right, name)) for name in ("tokens", "breaks"))
+    return arrays and (left.spans, left.window) == (right.spans, right.window)
 
 
 def test_a_step_does_not_depend_on_the_steps_before(config):
@@ -64,7 +70,7 @@ def test_a_step_does_not_depend_on_the_steps_before(config):
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_ranks_share_the_window_of_every_micro_step(config, size):
+def test_ranks_share_the_window_of_each_micro_batch(config, size):
     ranks = loaders(config, size)
     windows = [[[batch.window for batch in rank.batches(step)] for rank in ranks] for step in range(10)]
     assert all(of_rank == step[0] for step in windows for of_rank in step)
@@ -72,7 +78,7 @@ def test_ranks_share_the_window_of_every_micro_step(config, size):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_an_epoch_covers_every_segment_on_any_number_of_ranks(config, size):
+def test_an_epoch_holds_each_segment_on_any_number_of_ranks(config, size):
     ranks = loaders(config, size)
     groups = sum(-(-ranks[0].n_segments(window) // size) for window in (SHORT, LONG))
     seen = [[segment for step in range(rank.steps_per_epoch) for segment in rank.segments(step)][:groups] for rank in ranks]
@@ -83,11 +89,11 @@ def test_an_epoch_covers_every_segment_on_any_number_of_ranks(config, size):
 
 
 @pytest.mark.parametrize("group", [4, 8])
-def test_a_step_holds_the_same_segments_on_any_ranks_that_divide_a_group(config, group):
+def test_a_step_holds_the_same_segments_on_any_number_of_ranks_that_divides_a_group(config, group):
     data = replace(config.data, group_segments=group)
 
     def step_of(size: int, step: int) -> list[tuple[str, bytes]]:
-        ranks = [make_loader(data, 0, rank, size, 16, 128, 512) for rank in range(size)]
+        ranks = [make_loader(Corpus.open(config.data.path), data, 0, rank, size, 16, 128, 512) for rank in range(size)]
         return sorted(one for rank in ranks for one in segments(rank, step))
 
     for step in (0, 3, 17):
@@ -95,12 +101,12 @@ def test_a_step_holds_the_same_segments_on_any_ranks_that_divide_a_group(config,
         assert all(step_of(size, step) == step_of(1, step) for size in (2, 4, group))
 
 
-def test_going_on_with_other_ranks_repeats_and_skips_nothing(config):
-    """Four ranks, then one, then two, in the middle of an epoch: together they see what one would have seen."""
+def test_a_run_that_goes_on_with_other_ranks_repeats_and_skips_nothing(config):
+    """Four ranks, then one, then two, inside an epoch: together they see the segments that one rank would have seen."""
     data = replace(config.data, group_segments=4)
 
     def walk(size: int, steps: range) -> Counter:
-        ranks = [make_loader(data, 0, rank, size, 8, 128, 512) for rank in range(size)]
+        ranks = [make_loader(Corpus.open(config.data.path), data, 0, rank, size, 8, 128, 512) for rank in range(size)]
         return Counter(one for rank in ranks for step in steps for one in rank.segments(step))
 
     assert walk(4, range(5)) + walk(1, range(5, 7)) + walk(2, range(7, 20)) == walk(1, range(20))
@@ -108,14 +114,14 @@ def test_going_on_with_other_ranks_repeats_and_skips_nothing(config):
 
 @given(st.integers(0, 40), st.integers(0, 5), st.integers(1, 4))
 @settings(derandomize=True, deadline=None, max_examples=15)
-def test_threads_and_steps_ahead_change_nothing(config, first, ahead, threads):
+def test_prefetching_changes_no_batch(config, first, ahead, threads):
     (loader,) = loaders(config, 1)
     steps = range(first, first + 6)
     made = list(prefetched(loader.batches, steps, ahead, threads))
     assert all(same(a, b) for step, batches in zip(steps, made, strict=True) for a, b in zip(batches, loader.batches(step), strict=True))
 
 
-def test_windows_are_spread_evenly_and_epochs_differ(config):
+def test_windows_are_spread_evenly_and_each_epoch_has_its_own_order(config):
     (loader,) = loaders(config, 1)
     n_short, n_long = loader.n_segments(SHORT), loader.n_segments(LONG)
     tags = [tag for step in range(6 * loader.steps_per_epoch) for tag, _ in loader.segments(step)]
@@ -130,81 +136,93 @@ def test_windows_are_spread_evenly_and_epochs_differ(config):
 
 @pytest.mark.parametrize("attention", list(LongAttention))
 def test_labels_never_cross_documents(config, attention):
-    loader = make_loader(replace(config.data, long_attention=attention), 0, 0, 1, 8, 128, 512)
+    loader = make_loader(Corpus.open(config.data.path), replace(config.data, long_attention=attention), 0, 0, 1, 8, 128, 512)
     bos, eos = 0, 1
     for batch in (batch for step in range(6) for batch in loader.batches(step)):
         inside = np.concatenate([np.arange(start, stop) for start, stop in batch.spans])
-        tokens, labels = batch.tokens[inside], batch.labels[inside]
+        tokens, labels, positions = batch.tokens[inside], labels_of(batch)[inside], positions_of(batch)
         assert (labels[tokens == eos] == IGNORE).all()
         assert not (labels == bos).any()
         assert (labels[tokens != eos] >= 0).all()
         outside = np.setdiff1d(np.arange(512), inside)
-        assert (batch.labels[outside] == IGNORE).all()
+        assert (labels_of(batch)[outside] == IGNORE).all()
         restarts = batch.window == SHORT or attention is LongAttention.document
-        assert all((batch.positions[start] == 0) for start, _ in batch.spans)
-        assert batch.positions.max() < 512
+        assert all((positions[start] == 0) for start, _ in batch.spans)
+        assert positions.max() < 512
         assert restarts or batch.spans == ((0, 512),)
 
 
 def test_a_loader_that_does_not_fit_the_model_is_refused(config):
     for words, arguments in (
-        ("is not divisible by the 3 data-parallel ranks", (0, 0, 3, 8, 128, 512)),
-        ("model.original_window_tokens=256, but the corpus", (0, 0, 1, 8, 256, 512)),
-        ("exceeds rope.target_window_tokens=500", (0, 0, 1, 8, 128, 500)),
+        (r"optim\.segments_per_step=8 .*3 data-parallel ranks", (0, 0, 3, 8, 128, 512)),
+        (r"model\.original_window_tokens=256.*set model\.original_window_tokens=128", (0, 0, 1, 8, 256, 512)),
+        (r"data\.segment_tokens=512 .*rope\.target_window_tokens=500", (0, 0, 1, 8, 128, 500)),
     ):
         with pytest.raises(UserError, match=words):
-            make_loader(config.data, *arguments)
+            make_loader(Corpus.open(config.data.path), config.data, *arguments)
 
 
 @pytest.mark.parametrize(
     ("group", "size", "words"),
     [
-        (3, 1, "data.group_segments=3 does not divide optim.segments_per_step=8; set data.group_segments to one of 1, 2, 4, 8"),
-        (3, 2, "set data.group_segments to one of 2, 4, 8"),
-        (2, 4, "4 data-parallel ranks do not divide data.group_segments=2.*start with 1, 2 of them"),
+        (3, 1, r"data\.group_segments=3 .*optim\.segments_per_step=8; set data\.group_segments to one of 1, 2, 4, 8"),
+        (3, 2, r"set data\.group_segments to one of 2, 4, 8"),
+        (2, 4, r"4 data-parallel ranks .*data\.group_segments=2.*start with 1, 2 of them"),
     ],
 )
-def test_groups_that_do_not_fit_say_what_does(config, group, size, words):
+def test_a_group_that_does_not_fit_is_refused_with_the_sizes_that_do(config, group, size, words):
     with pytest.raises(UserError, match=words):
-        make_loader(replace(config.data, group_segments=group), 0, 0, size, 8, 128, 512)
+        make_loader(Corpus.open(config.data.path), replace(config.data, group_segments=group), 0, 0, size, 8, 128, 512)
 
 
-def test_a_window_with_fewer_segments_than_a_group_is_said(config, capsys):
+def test_a_window_with_fewer_segments_than_a_group_is_logged(config, capsys):
     (loader,) = loaders(config, 1)
     assert capsys.readouterr().err == ""
     few = loader.n_segments(LONG)
     segments_per_step = 4 * (few + 1)
-    make_loader(replace(config.data, group_segments=few + 1), 0, 0, 1, segments_per_step, 128, 512)
+    make_loader(Corpus.open(config.data.path), replace(config.data, group_segments=few + 1), 0, 0, 1, segments_per_step, 128, 512)
     assert f"only {few} long segments for groups of {few + 1}" in capsys.readouterr().err
 
 
-def test_a_corpus_that_is_not_there_or_damaged_is_refused(config, tmp_path):
+def test_a_missing_or_damaged_corpus_is_refused(config, tmp_path):
     with pytest.raises(UserError, match="run prepare"):
         Corpus.open(tmp_path)
     copy = tmp_path / "corpus"
     shutil.copytree(config.data.path, copy)
-    plan = plan_file(copy, LONG)
-    plan.write_bytes(plan.read_bytes()[:-30])
-    with pytest.raises(UserError, match="prepare again"):
-        make_loader(replace(config.data, path=str(copy)), 0, 0, 1, 8, 128, 512)
+    table = file_of(copy, LONG)
+    table.write_bytes(table.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"segments\.long\.npy .*prepare again"):
+        make_loader(Corpus.open(copy), config.data, 0, 0, 1, 8, 128, 512)
 
 
-def test_a_low_limit_of_open_files_is_raised_as_far_as_the_system_lets(config):
+def test_a_loader_opens_nothing_that_its_corpus_has_open(config, monkeypatch):
+    """A start of train opens the corpus once: its manifest, its tokenizer and its sources are not read again."""
+    corpus = Corpus.open(config.data.path)
+    assert corpus.tokenizer.eos == 1 and corpus.stores()
+
+    def refuse(*_):
+        raise AssertionError("read again")
+
+    for name in ("read_json", "sealed", "tokenizers.load"):
+        monkeypatch.setattr(f"lr2train.data.corpus.{name}", refuse)
+    assert len(make_loader(corpus, config.data, 0, 0, 1, 8, 128, 512).batches(0)) == 8
+
+
+def test_a_low_limit_of_open_files_is_raised_as_far_as_the_system_allows(config):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard)
-    )  # two tables of the plan and two stores take six
+    # two segment tables and two stores take six
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard))
     try:
-        assert len(make_loader(config.data, 0, 0, 1, 8, 128, 512).batches(0)) == 8
+        assert len(make_loader(Corpus.open(config.data.path), config.data, 0, 0, 1, 8, 128, 512).batches(0)) == 8
         if hard != resource.RLIM_INFINITY:
-            with pytest.raises(UserError, match=f"takes {3 * 10**12 + 256} open files where this system allows a process {hard}"):
-                _allow_open_files(10**12)
+            with pytest.raises(UserError, match=rf"{10**12} token shards.* {3 * 10**12 + 256} open files.* {hard}; .*data\.shard_bytes"):
+                allow_open_files(10**12)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_whoever_opens_all_shards_is_let_to(config):
-    """Not the loader alone: a search or an evaluation reads the documents of all stores."""
+def test_all_token_shards_can_be_opened_without_a_loader(config):
+    """A search or an evaluation reads the documents of all stores."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 1, hard))
     try:
@@ -214,7 +232,7 @@ def test_whoever_opens_all_shards_is_let_to(config):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_an_exception_on_a_thread_arrives_at_its_step_and_ends_the_threads():
+def test_an_exception_on_a_thread_is_raised_at_its_step_and_ends_the_threads():
     def make(step: int) -> int:
         if step == 3:
             raise ValueError("step 3 is damaged")
@@ -230,7 +248,7 @@ def test_an_exception_on_a_thread_arrives_at_its_step_and_ends_the_threads():
     assert threading.active_count() == before
 
 
-def test_no_more_is_made_ahead_than_asked_for():
+def test_no_more_steps_are_made_ahead_than_asked_for():
     begun = []
     batches = prefetched(lambda step: begun.append(step) or step, range(100), 3, 1)
     for step in range(10):

@@ -1,4 +1,7 @@
-"""What a step holds is decided by groups alone: any ranks, resumed anywhere, see each segment once an epoch and the plan's mix of windows."""
+"""Groups alone decide the content of a step: any ranks, resumed anywhere, see each segment once an epoch.
+
+Also: the mix of windows holds at each group, and the ranks of a micro-batch get similar costs.
+"""
 
 from __future__ import annotations
 
@@ -28,45 +31,46 @@ def divisors(number: int) -> list[int]:
 
 
 def streams(order: Order, groups: int) -> dict[str, list[list[int]]]:
-    """The groups of each window in the order in which they come."""
+    """The groups of each window, in order."""
     found: dict[str, list[list[int]]] = {window: [] for window in WINDOWS}
     for number in range(groups):
         window, segments = order.group(number)
-        assert order.schedule.locate(number) == (window, len(found[window])), "a group of a window is left out or comes twice"
+        assert order.schedule.locate(number) == (window, len(found[window])), "a group of a window is missing or comes twice"
         found[window].append(segments.tolist())
     return found
 
 
 @given(COUNTS, GROUP, st.integers(0, 3))
 @SETTINGS
-def test_every_epoch_of_a_window_holds_every_segment_once(counts, group, seed):
+def test_each_epoch_of_a_window_holds_each_segment_once(counts, group, seed):
     order, epochs = made(counts, group, seed), 5
     groups = sum(order.schedule.groups_before(epochs, window) for window in WINDOWS)
     for window, found in streams(order, groups).items():
         n = order.schedule.counts[window]
         assert len(found) == -(-epochs * n // group)
-        # Borders of epochs lie inside groups, whose segments are sorted by cost: whole groups from the start are what can be counted.
+        # An epoch's border may lie inside a group, whose segments are sorted by cost: only whole groups from the start
+        # can be counted.
         for at in range(len(found) + 1):
             seen = Counter(segment for one in found[:at] for segment in one)
             whole, rest = divmod(at * group, n) if n else (0, 0)
-            assert sum(seen[segment] > whole for segment in range(n)) == rest, "an epoch begins before the last one is over"
+            assert sum(seen[segment] > whole for segment in range(n)) == rest, "an epoch begins before the previous one has ended"
             assert all(whole <= seen[segment] <= whole + 1 for segment in range(n))
 
 
 @given(COUNTS, GROUP)
 @SETTINGS
-def test_the_mix_of_windows_is_the_plans_at_every_group(counts, group):
+def test_the_mix_of_windows_is_that_of_the_corpus_at_each_group(counts, group):
     schedule = Schedule(dict(zip(WINDOWS, counts, strict=True)), group)
     share, long = counts[1] / sum(counts), 0
     for number in range(400):
         window, _ = schedule.locate(number)
         long += window == LONG
-        assert abs(long - share * (number + 1)) < 1.5, "more than a group and a half away from the plan"
+        assert abs(long - share * (number + 1)) < 1.5, "more than a group and a half away from the share"
 
 
 @given(COUNTS, st.integers(1, 3), st.integers(1, 6), st.integers(0, 50))
 @SETTINGS
-def test_ranks_take_a_groups_segments_once_and_no_step_depends_on_another(counts, scale, base, start):
+def test_ranks_take_each_segment_of_a_group_once_and_no_group_depends_on_another(counts, scale, base, start):
     group = base * scale
     walked, jumped = made(counts, group), made(counts, group)
     for number in range(start):
@@ -90,13 +94,13 @@ def test_orders_differ_by_epoch_seed_and_window():
 
 
 def waiting(groups: np.ndarray, costs: np.ndarray, size: int) -> float:
-    """Share of the time for which ranks wait: each micro-step lasts as long as its dearest segment."""
-    micro_steps = costs[np.concatenate([[part(group, rank, size) for group in groups] for rank in range(size)])].reshape(size, -1)
-    return float(1 - micro_steps.mean() / micro_steps.max(axis=0).mean())
+    """Share of the time for which ranks wait: a micro-batch lasts as long as its costliest segment."""
+    micro_batches = costs[np.concatenate([[part(group, rank, size) for group in groups] for rank in range(size)])].reshape(size, -1)
+    return float(1 - micro_batches.mean() / micro_batches.max(axis=0).mean())
 
 
 @pytest.mark.parametrize("size", [2, 8])
-def test_ranks_of_a_micro_step_get_similar_cost(size):
+def test_the_ranks_of_a_micro_batch_get_similar_costs(size):
     rng = np.random.default_rng(0)
     costs = rng.lognormal(0, 0.7, 4000)
     order = Order(Schedule({SHORT: 4000, LONG: 0}, 8), {SHORT: costs, LONG: np.zeros(0)}, 0)

@@ -1,4 +1,4 @@
-"""Reading ahead changes how fast tokens come, never which."""
+"""Reading ahead asks for any range, changes no token, and leaves no file open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def path(tmp_path):
     return made
 
 
-def test_what_was_dropped_from_memory_is_asked_for_and_comes(path):
+def test_tokens_that_left_the_memory_are_read_again(path):
     flat = np.memmap(path, np.int32, "r")
     ahead = ReadAhead(flat)
     with path.open("rb") as file:
@@ -30,7 +30,7 @@ def test_what_was_dropped_from_memory_is_asked_for_and_comes(path):
 
 
 def the_system_can_tell(path) -> bool:
-    """Whether it answers for this file system; some memory file systems do not."""
+    """Whether the system answers for this file system; for some memory file systems it does not."""
     try:
         with path.open("rb") as file:
             return os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) == 1
@@ -38,14 +38,14 @@ def the_system_can_tell(path) -> bool:
         return False
 
 
-def test_what_was_just_read_is_known_to_be_in_memory_where_the_system_can_tell(path):
+def test_tokens_that_were_just_read_are_known_to_be_in_memory(path):
     ahead = ReadAhead(np.memmap(path, np.int32, "r"))
     path.read_bytes()
     assert ahead._in_memory(4 * TOKENS - 1) == the_system_can_tell(path)
-    assert not ahead._in_memory(4 * TOKENS)  # beyond the end there is nothing
+    assert not ahead._in_memory(4 * TOKENS)  # beyond the end of the file
 
 
-def test_any_range_may_be_asked_for_and_files_are_closed(path):
+def test_any_range_may_be_asked_for_and_the_file_is_closed(path):
     open_before = len(os.listdir("/proc/self/fd"))
     flat = np.memmap(path, np.int32, "r")
     ahead = ReadAhead(flat)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from batches import batch_of_labels, labels_of, positions_of
 from ranks import run_ranks
 
 from lr2train.config import Config, EngineConfig, ModelConfig, OptimConfig, ParallelConfig
@@ -32,13 +33,13 @@ def segment(index: int) -> Batch:
     tokens = rng.integers(0, VOCAB, T).astype(np.int32)
     labels = np.append(tokens[1:], -100)
     if index % 2:
-        return Batch.of_labels(tokens, labels, ((0, T),), "long")
+        return batch_of_labels(tokens, labels, ((0, T),), "long")
     spans = {EMPTY_SHARD: SHORT_SPANS[:2], WITHIN: WITHIN_SPANS}.get(index, SHORT_SPANS)
     for _, stop in spans:
         labels[stop - 1] = -100
     labels[spans[-1][1] :] = -100
     labels[: 3 * index] = -100
-    return Batch.of_labels(tokens, labels, spans, "short")
+    return batch_of_labels(tokens, labels, spans, "short")
 
 
 def config_for(sp: int, accumulation: int, world: int) -> Config:
@@ -119,12 +120,12 @@ def plain_step(segments: list[int]):
             mask[start:stop, start:stop] = torch.triu(torch.full((stop - start, stop - start), -math.inf, dtype=torch.float64), 1)
         logits = models[batch.window](
             input_ids=torch.from_numpy(batch.tokens).long()[None],
-            position_ids=torch.from_numpy(batch.positions).long()[None],
+            position_ids=torch.from_numpy(positions_of(batch)).long()[None],
             attention_mask=mask[None, None],
             use_cache=False,
         ).logits[0]
         total[batch.window] += torch.nn.functional.cross_entropy(
-            logits, torch.from_numpy(batch.labels).long(), reduction="sum", ignore_index=-100
+            logits, torch.from_numpy(labels_of(batch)).long(), reduction="sum", ignore_index=-100
         )
         n_targets[batch.window] += batch.n_target_tokens
     loss = (total["short"] + total["long"]) / sum(n_targets.values())

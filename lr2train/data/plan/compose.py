@@ -1,7 +1,8 @@
-"""From lengths to a plan: which documents each source gives to each bucket, in what order, in which segments. Pure; nothing is read or written.
+"""From document lengths to segment tables: which documents each bucket draws, in what order, into which segments.
 
-Choice: whole documents are drawn, so a cell of the mix (a source in a bucket) exceeds its target by less than a document, and by next to
-nothing where it has many. Cost: with few documents the realised mix misses its target; the report says how far.
+Pure: nothing is read or written. Choice: whole documents are drawn, so a cell of the mix (a source in a bucket) exceeds
+its target by less than a document, and by next to nothing where it has many. Cost: with few documents the realised mix
+misses its target, and the report says by how much.
 """
 
 from __future__ import annotations
@@ -13,65 +14,66 @@ import numpy as np
 
 from lr2train.config import DataConfig, UserError
 from lr2train.data.batch import LONG, SHORT
-from lr2train.data.plan import buckets, mixing, packing
+from lr2train.data.plan import buckets, mix, packing
 from lr2train.data.plan.buckets import Bucket, Cell
-from lr2train.data.plan.packing import Pieces
+from lr2train.data.plan.segment_table import SegmentTable
 from lr2train.run import stream
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is planned, and from what.
+class Mixture:
+    """The realised data mixture: what was asked for, what was drawn, and the segments that came out.
 
     Attributes:
         buckets: of the mix.
         cells: [source][bucket], the documents that could be drawn.
         targets: int64 [sources, buckets], tokens.
-        drawn: [source][bucket], rows of the cell in no order, with repeats.
-        pieces: by window.
+        drawn: [source][bucket], indices into the cell, with repeats.
+        tables: the segment table of each window.
     """
 
     buckets: list[Bucket]
     cells: list[list[Cell]]
     targets: np.ndarray
     drawn: list[list[np.ndarray]]
-    pieces: dict[str, Pieces]
+    tables: dict[str, SegmentTable]
 
 
 def check(data: DataConfig, original_window_tokens: int) -> tuple[list[Bucket], int]:
-    """The buckets, and the shards of a short segment, of a config that can be planned as far as one can tell without documents.
+    """Refuse a mix that no documents can fill; returns its buckets and the sequence shards of a short segment.
 
     Raises:
-        UserError: buckets, shards, budgets, weights or shares that make no sense.
+        UserError: buckets, sequence shards, budgets, weights or shares are out of their limits, or contradict each
+            other.
     """
-    ranges, shards = buckets.resolve(data, original_window_tokens), packing.shards_of(data.align_sp)
-    packing.check_shards(data.segment_tokens, shards, 0)
-    mixing.check(data, ranges)
+    ranges, shards = buckets.resolve(data, original_window_tokens), packing.sequence_shards(data.align_sp)
+    packing.check_sequence_shards(data.segment_tokens, shards, 0)
+    mix.check(data, ranges)
     _check_keep_below(data)
     return ranges, shards
 
 
-def make_plan(
+def compose_segments(
     data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], original_window_tokens: int, seed: int
-) -> Plan:
-    """Plan the segments of both windows.
+) -> Mixture:
+    """Compose the segments of both windows.
 
     Args:
-        data: the mix, the segments.
-        lengths: int32, tokens of each document, an array a source.
-        usable: mask of documents that may be planned, a source each; None is all.
+        data: the mix and the segment length.
+        lengths: one array for each source, int32 [documents], tokens.
+        usable: one mask for each source, bool [documents], which may be planned; None is all.
         original_window_tokens: L0.
-        seed: decides which documents are drawn where not all are, and every order.
+        seed: decides which documents are drawn where not all are, and all orders.
 
     Raises:
-        UserError: a budget that cannot be filled, or settings that contradict each other.
+        UserError: a budget cannot be filled, or settings contradict each other.
     """
     ranges, shards = check(data, original_window_tokens)
     cells = []
     for source, of_source, mask in zip(data.sources, lengths, usable, strict=True):
         kept = _kept(data, source.name, of_source, mask, seed)
-        cells.append([buckets.cell_of(of_source, kept, one) if one.serves(source) else buckets.EMPTY for one in ranges])
-    targets = mixing.targets(data, ranges, np.array([[cell.tokens for cell in row] for row in cells]).reshape(len(cells), len(ranges)))
+        cells.append([buckets.cell_of(of_source, kept, one) if one.serves(source) else buckets.NO_DOCUMENTS for one in ranges])
+    targets = mix.targets(data, ranges, np.array([[cell.tokens for cell in row] for row in cells]).reshape(len(cells), len(ranges)))
     drawn = [
         [
             buckets.draw(cell, int(tokens), stream(seed, "plan", source.name, one.name))
@@ -80,17 +82,17 @@ def make_plan(
         for source, row, asked in zip(data.sources, cells, targets, strict=True)
     ]
     short = packing.split(_selection(SHORT, ranges, cells, drawn, seed), original_window_tokens)
-    pieces = {
+    tables = {
         SHORT: packing.pack_short(short, data.segment_tokens, shards, stream(seed, "plan", "deal")),
         LONG: packing.pack_long(_selection(LONG, ranges, cells, drawn, seed), data.segment_tokens),
     }
-    return Plan(ranges, cells, targets, drawn, pieces)
+    return Mixture(ranges, cells, targets, drawn, tables)
 
 
 def _selection(
     window: str, ranges: Sequence[Bucket], cells: Sequence[Sequence[Cell]], drawn: Sequence[Sequence[np.ndarray]], seed: int
 ) -> packing.Selection:
-    """The drawn documents of a window in a random order."""
+    """The drawn documents of a window, shuffled together."""
     parts = []
     for source, (row, rows_of) in enumerate(zip(cells, drawn, strict=True)):
         for one, cell, rows in zip(ranges, row, rows_of, strict=True):
@@ -101,7 +103,7 @@ def _selection(
 
 
 def _kept(data: DataConfig, source: str, lengths: np.ndarray, usable: np.ndarray | None, seed: int) -> np.ndarray | None:
-    """Mask of the documents that may be planned: usable ones, and of those below ``keep_below_tokens`` the share that ``keep_below`` says."""
+    """bool [documents]: which may be planned, after ``keep_below`` has thinned the short ones; None is all."""
     share = data.keep_below.get(source, 1.0)
     if share >= 1.0:
         return usable

@@ -1,7 +1,7 @@
-"""What a plan made of the mix: target beside realised by source, bucket and window, padding, repeats, lost tokens, histograms.
+"""The report of a mix: target and planned tokens by source, bucket and window, padding, repeats, lost tokens.
 
-Choice: everything is counted again from the table of pieces, which is what training reads, and from nothing that planned it. Cost: a pass
-over the pieces.
+Choice: planned tokens are counted anew from the segment tables, which training reads, not taken from the code that
+composed them. Cost: a pass over all document spans. The result is ``plan.json`` and, as text, ``plan.txt``.
 """
 
 from __future__ import annotations
@@ -14,37 +14,38 @@ import numpy as np
 from lr2train.config import DataConfig, OverLong
 from lr2train.data.batch import LONG, WINDOWS
 from lr2train.data.plan.buckets import ENDLESS, Bucket, Cell
-from lr2train.data.plan.composing import Plan
-from lr2train.data.plan.packing import Pieces
+from lr2train.data.plan.compose import Mixture
+from lr2train.data.plan.segment_table import SegmentTable
 
 _NO_BUCKET = -1
-_OCTAVES, _PER_OCTAVE = 24, 4  # of the histogram of lengths, which has four bins an octave
-_BARS = 40  # at most, of the histogram of documents a segment
+_OCTAVES, _PER_OCTAVE = 24, 4  # the histogram of document lengths has four bins an octave
+_BARS = 40  # at most, in the histogram of documents a segment
 
 
-def report(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], plan: Plan) -> dict[str, Any]:
-    """Plain JSON values of a plan.
+def report_of(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], mixture: Mixture) -> dict[str, Any]:
+    """Plain JSON values about a mixture.
 
     Args:
-        data, lengths, usable: what :func:`lr2train.data.plan.composing.make_plan` was given.
-        plan: what it returned.
+        data, lengths, usable: arguments of :func:`lr2train.data.plan.compose.compose_segments`.
+        mixture: its result.
 
     Returns:
-        ``windows`` (segments, planned_tokens, padding_share, documents_per_segment, sources), ``lost_tokens`` (tail, truncated, dropped),
-        ``cells``, ``by_source``, ``by_bucket``, ``by_window`` (target_tokens, planned_tokens, error = planned / target - 1), ``outside``
-        (documents in no bucket), ``left_out`` (by duplicates and ``keep_below``) and ``histograms``.
+        ``windows`` (segments, planned_tokens, padding_share, documents_per_segment, sources), ``lost_tokens`` (tail,
+        truncated, dropped), ``cells``, ``by_source``, ``by_bucket``, ``by_window`` (target_tokens, planned_tokens,
+        error = planned / target - 1), ``outside`` (documents in no bucket), ``left_out`` (as duplicates and by
+        ``keep_below``) and ``histograms``.
     """
-    names, buckets, pieces = [source.name for source in data.sources], plan.buckets, plan.pieces
-    planned = sum(_planned_tokens(one, lengths, plan.cells) for one in pieces.values())
+    names, buckets, tables = [source.name for source in data.sources], mixture.buckets, mixture.tables
+    planned = sum(_planned_tokens(one, lengths, mixture.cells) for one in tables.values())
     assert isinstance(planned, np.ndarray)
     rows = [
         _cell_row(
             name,
             lengths[source],
             bucket,
-            plan.cells[source][at],
-            int(plan.targets[source, at]),
-            plan.drawn[source][at],
+            mixture.cells[source][at],
+            int(mixture.targets[source, at]),
+            mixture.drawn[source][at],
             int(planned[source, at]),
         )
         for source, name in enumerate(names)
@@ -54,29 +55,29 @@ def report(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.
         one.name: {"above_tokens": one.above_tokens, "to_tokens": None if one.to_tokens == ENDLESS else one.to_tokens} for one in buckets
     }
     return {
-        "windows": {window: _window(pieces[window], [row for row in rows if row["window"] == window], names) for window in WINDOWS},
+        "windows": {window: _window(tables[window], [row for row in rows if row["window"] == window], names) for window in WINDOWS},
         "lost_tokens": {cause: sum(row[f"{cause}_tokens"] for row in rows) for cause in ("tail", "truncated", "dropped")},
         "cells": [row for row in rows if row["documents"] or row["target_tokens"]],
         "by_source": [_sum("source", name, rows) for name in names],
         "by_bucket": [{**_sum("bucket", one.name, rows), "window": one.window, **ranges[one.name]} for one in buckets],
         "by_window": [_sum("window", window, rows) for window in WINDOWS],
-        **_unplanned(data, lengths, usable, plan),
-        "histograms": {"lengths": _length_histograms(names, lengths, pieces)},
+        **_unplanned(data, lengths, usable, mixture),
+        "histograms": {"lengths": _length_histograms(names, lengths, tables)},
     }
 
 
-def _planned_tokens(pieces: Pieces, lengths: Sequence[np.ndarray], cells: Sequence[Sequence[Cell]]) -> np.ndarray:
-    """int64 [sources, buckets]: tokens that the pieces hold."""
+def _planned_tokens(table: SegmentTable, lengths: Sequence[np.ndarray], cells: Sequence[Sequence[Cell]]) -> np.ndarray:
+    """int64 [sources, buckets]: tokens in the segments of one window."""
     n_buckets = len(cells[0]) if cells else 0
-    table = np.zeros((len(cells), n_buckets), np.int64)
-    tokens = pieces.stop - pieces.start
+    planned = np.zeros((len(cells), n_buckets), np.int64)
+    tokens = table.stop - table.start
     for source, row in enumerate(cells):
         bucket_of = np.full(len(lengths[source]), _NO_BUCKET, np.int16)
         for at, cell in enumerate(row):
             bucket_of[cell.document] = at
-        mine = np.flatnonzero(pieces.source == source)
-        table[source] = np.bincount(bucket_of[pieces.document[mine]], weights=tokens[mine], minlength=n_buckets)
-    return table
+        mine = np.flatnonzero(table.source == source)
+        planned[source] = np.bincount(bucket_of[table.document[mine]], weights=tokens[mine], minlength=n_buckets)
+    return planned
 
 
 def _cell_row(name: str, lengths: np.ndarray, bucket: Bucket, cell: Cell, target: int, rows: np.ndarray, planned: int) -> dict[str, Any]:
@@ -109,16 +110,16 @@ def _sum(what: str, name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]
     return {what: name, "target_tokens": target, "planned_tokens": planned, "error": _error(planned, target)}
 
 
-def _window(pieces: Pieces, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+def _window(table: SegmentTable, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     by_source = {
         name: {key: sum(row[key] for row in rows if row["source"] == name) for key in ("documents", "tokens", "planned_tokens")}
         for name in names
     }
-    each = np.bincount(pieces.segment, minlength=pieces.n_segments)
+    each = np.bincount(table.segment, minlength=table.n_segments)
     return {
-        "segments": pieces.n_segments,
-        "planned_tokens": pieces.tokens,
-        "padding_share": round(pieces.padding_share, 6),
+        "segments": table.n_segments,
+        "planned_tokens": table.tokens,
+        "padding_share": round(table.padding_share, 6),
         "documents_per_segment": _summary(each),
         "sources": by_source,
     }
@@ -135,18 +136,19 @@ def _summary(counts: np.ndarray) -> dict[str, Any]:
     return {"mean": round(float(counts.mean()), 3), "least": least, "most": most, "edges": edges.tolist(), "segments": heights.tolist()}
 
 
-def _unplanned(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], plan: Plan) -> dict[str, Any]:
-    """Documents of ranges that no bucket of their source has, and documents of the others that duplicates or ``keep_below`` leave out."""
+def _unplanned(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], mixture: Mixture) -> dict[str, Any]:
+    """``outside``: usable documents in no bucket of their source. ``left_out``: all others that were not taken."""
     outside, left_out = [0, 0], [0, 0]
-    for source, of_source, mask, row in zip(data.sources, lengths, usable, plan.cells, strict=True):
+    for source, of_source, mask, row in zip(data.sources, lengths, usable, mixture.cells, strict=True):
         inside, taken = np.zeros(len(of_source), bool), np.zeros(len(of_source), bool)
-        for bucket, cell in zip(plan.buckets, row, strict=True):
+        for bucket, cell in zip(mixture.buckets, row, strict=True):
             inside |= bucket.serves(source) & bucket.holds(of_source)
             taken[cell.document] = True
         free = ~inside if mask is None else ~inside & mask
         for counts, chosen in ((outside, free), (left_out, ~taken & ~free)):
             counts[0] += int(chosen.sum())
             counts[1] += int(of_source[chosen].sum(dtype=np.int64))
+        # Documents over the limit are lost tokens (``dropped``), so they do not count here.
         left_out[0] -= sum(cell.dropped_documents for cell in row)
         left_out[1] -= sum(cell.dropped_tokens for cell in row)
     return {
@@ -155,13 +157,13 @@ def _unplanned(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence
     }
 
 
-def _length_histograms(names: Sequence[str], lengths: Sequence[np.ndarray], pieces: dict[str, Pieces]) -> dict[str, Any]:
-    """Tokens by document length, as the sources hold them and as they are planned; bin i holds lengths above 2 ** (i / per_octave)."""
+def _length_histograms(names: Sequence[str], lengths: Sequence[np.ndarray], tables: dict[str, SegmentTable]) -> dict[str, Any]:
+    """Tokens by document length, stored and planned; bin i begins above 2 ** (i / per_octave)."""
     n_bins, found = _OCTAVES * _PER_OCTAVE, {}
     for source, (name, of_source) in enumerate(zip(names, lengths, strict=True)):
         bin_of = (np.ceil(np.log2(np.maximum(of_source, 1), dtype=np.float32) * _PER_OCTAVE).astype(np.int16) - 1).clip(0, n_bins - 1)
         planned = np.zeros(n_bins)
-        for one in pieces.values():
+        for one in tables.values():
             mine = np.flatnonzero(one.source == source)
             planned += np.bincount(bin_of[one.document[mine]], weights=(one.stop - one.start)[mine], minlength=n_bins)
         there = np.bincount(bin_of, weights=of_source, minlength=n_bins)
@@ -169,8 +171,8 @@ def _length_histograms(names: Sequence[str], lengths: Sequence[np.ndarray], piec
     return {"per_octave": _PER_OCTAVE, "sources": found}
 
 
-def table(report: dict[str, Any]) -> str:
-    """A report for a person: cells, then sources, buckets and windows, then segments and what is lost."""
+def as_text(report: dict[str, Any]) -> str:
+    """A report for a person: cells, then sources, buckets and windows, then segments and lost tokens."""
     lines = [_line("source", "bucket", "documents", "has tokens", "target", "planned", "error", "repeats")]
     for row in report["cells"]:
         has = (f"{row['documents']:,}", f"{row['tokens']:,}")
@@ -184,18 +186,18 @@ def table(report: dict[str, Any]) -> str:
     lines.append("")
     for window, one in report["windows"].items():
         each = one["documents_per_segment"]
-        kind = "pieces" if window == LONG else "documents"
+        kind = "document spans" if window == LONG else "documents"
         lines.append(
-            f"{window}: {one['segments']:,} segments, {one['padding_share']:.3%} padding, {each['mean']:.1f} {kind} each "
-            f"({each['least']} … {each['most']})"
+            f"{window}: {one['segments']:,} segments, {one['padding_share']:.3%} padding, {each['mean']:.1f} {kind} "
+            f"each ({each['least']} … {each['most']})"
         )
     causes = {"tail": "after the last full long segment", "truncated": "over the limit", "dropped": "of documents over the limit"}
     lost = ", ".join(f"{report['lost_tokens'][cause]:,} {words}" for cause, words in causes.items())
     outside, left_out = report["outside"], report["left_out"]
     lines.append(f"lost tokens: {lost}")
     lines.append(
-        f"not planned: {outside['documents']:,} documents in no bucket ({outside['tokens']:,} tokens), {left_out['documents']:,} left out as "
-        f"duplicates or by keep_below ({left_out['tokens']:,} tokens)"
+        f"not planned: {outside['documents']:,} documents in no bucket ({outside['tokens']:,} tokens), "
+        f"{left_out['documents']:,} left out as duplicates or by keep_below ({left_out['tokens']:,} tokens)"
     )
     return "\n".join(lines)
 

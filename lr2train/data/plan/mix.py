@@ -1,15 +1,15 @@
-"""The mix: how many tokens of each source and bucket are planned, and what is said when they cannot be.
+"""The data mix: the tokens to plan from each source and bucket, and the refusals of a mix that cannot be filled.
 
-Three ways to say it, by what the config holds:
-    weights of sources inside each bucket (``weights_of: bucket``): every bucket has its budget, every source its share of it;
-    weights of sources over the whole corpus (``weights_of: corpus``): both marginals hold at once, by iterative proportional fitting;
-    weights of single cells (``buckets.*.sources``): the table itself.
+A config sets the mix in one of three ways:
+    weights of sources inside each bucket (``weights_of: bucket``): each bucket has its budget, each source its share of
+    that budget; weights of sources over the whole corpus (``weights_of: corpus``): both marginals hold at once, by
+    iterative proportional fitting; weights of single cells (``buckets.*.sources``): the table itself.
 
-Choice, for the second: the table is what the sources naturally hold, with rows and columns scaled until both marginals hold. Among all
-tables with these marginals it is the nearest to the natural one in relative entropy (Csiszar, 1975), so inside each source long documents
-are drawn more by the same factors while the mix over sources stays (Fu et al., 2024, *per-source upsampling*). A cell repeats its documents
-at most ``max_repeats`` times; the fit knows that bound, and moves what does not fit to where it does. Cost: where the bound acts the table
-is no longer a product of factors.
+Choice, for the second way: the table of tokens that the sources naturally hold is scaled by rows and columns until both
+marginals hold. Among all tables with these marginals the result is nearest to the natural one in relative entropy
+(Csiszar, 1975). So all sources draw long documents more by the same factors, while the mix over sources stays (Fu et
+al., 2024, *per-source upsampling*). A cell repeats its documents at most ``max_repeats`` times; the fit knows that
+bound and moves the excess to other cells. Cost: where the bound acts, the table is no longer a product of factors.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from lr2train.config import DataConfig, UserError, WeightsOf
 from lr2train.data.batch import WINDOWS
 from lr2train.data.plan.buckets import Bucket
 
-_ROUNDS, _SETTLED = 3_000, 1e-10  # of the fit; settled: no row misses its share by more than this share of all tokens
-_MOST_BUCKETS = 16
+_ROUNDS = 3_000  # of the fit, at most
+_SETTLED = 1e-10  # the fit ends when no row misses its marginal by more than this share of all tokens
+_MOST_BUCKETS = 16  # the check for a mix that cannot be filled looks at all 2 ** n sets of buckets
 
 
 def budgets(data: DataConfig) -> dict[str, int]:
-    """Tokens to plan by window; 0 is every document once."""
+    """Tokens to plan by window; 0 plans each document once."""
     return dict(zip(WINDOWS, (data.short_tokens, data.long_tokens), strict=True))
 
 
 def check(data: DataConfig, buckets: Sequence[Bucket]) -> None:
-    """Refuse what makes no sense whatever documents there are, so that nobody tokenises for hours to hear it.
+    """Refuse a mix that no documents can fill, before hours of tokenising.
 
     Raises:
-        UserError: budgets, weights or repeats out of range, or settings that contradict each other.
+        UserError: budgets, weights or repeats are out of their limits, or settings contradict each other.
     """
     if not 0 < data.max_repeats < np.inf:
         raise UserError(f"data.max_repeats={data.max_repeats} is not above 0; set it to a number of passes such as 4")
@@ -56,8 +57,9 @@ def _check_corpus_weights(data: DataConfig, buckets: Sequence[Bucket]) -> None:
     ):
         if contradicts:
             raise UserError(
-                f"data.weights_of=corpus makes a source's weight its share of a known number of tokens, which contradicts {key}; set "
-                "data.weights_of=bucket, or budgets for both windows and no weights of single cells"
+                "data.weights_of=corpus makes a source's weight its share of a known number of tokens, which "
+                f"contradicts {key}; set data.weights_of=bucket, or budgets for both windows and no weights of single "
+                "cells"
             )
     if not sum(source.weight for source in data.sources) > 0:
         raise UserError("data.sources.*.weight add up to 0, and data.weights_of=corpus divides all tokens by them; give a source a weight")
@@ -67,7 +69,7 @@ def targets(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarray) 
     """Tokens to plan from each source and bucket.
 
     Args:
-        data: budgets, weights, max_repeats.
+        data: gives budgets, weights and max_repeats.
         buckets: of :func:`lr2train.data.plan.buckets.resolve`.
         available: int64 [sources, buckets], tokens of one pass.
 
@@ -75,18 +77,20 @@ def targets(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarray) 
         int64 [sources, buckets].
 
     Raises:
-        UserError: a budget that cannot be filled (how much is missing, where, which key to change), or settings that contradict each other.
+        UserError: a budget cannot be filled (the text says how much is missing, where, and which key to change), or
+            settings contradict each other.
     """
     check(data, buckets)
     wanted = _by_bucket(data, buckets, available)
     cells = (
         _by_corpus(data, buckets, wanted, available) if data.weights_of is WeightsOf.corpus else _inside(data, buckets, wanted, available)
     )
-    return np.where(available > 0, np.rint(cells), 0).astype(np.int64)  # less than a token of what is not there is nothing
+    # a share of less than one token of an empty cell is 0
+    return np.where(available > 0, np.rint(cells), 0).astype(np.int64)
 
 
 def _by_bucket(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarray) -> np.ndarray:
-    """Budget of each bucket; of buckets of a window without budget, all that there is."""
+    """float [buckets]: the budget of each; in a window without budget, all tokens of the bucket."""
     wanted = available.sum(axis=0).astype(float)
     for window, budget in budgets(data).items():
         inside = np.array([one.window == window for one in buckets])
@@ -101,14 +105,19 @@ def _by_bucket(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarra
         for at in np.flatnonzero(inside & (wanted > 0) & (available.sum(axis=0) == 0)).tolist():
             one, whole = buckets[at], round(wanted[at])
             raise UserError(
-                f"data.{window}_tokens={budget} cannot be filled, because there is no {window} document of {one.range_text} tokens "
-                f"(bucket {one.name}): all {whole} are missing; add such documents, or set data.{window}_tokens=0 or the bucket's weight to 0"
+                f"data.{window}_tokens={budget} cannot be filled, because there is no {window} document of "
+                f"{one.range_text} tokens (bucket {one.name}): all {whole} are missing; add such documents, or set "
+                f"data.{window}_tokens=0 or the bucket's weight to 0"
             )
     return wanted
 
 
 def _inside(data: DataConfig, buckets: Sequence[Bucket], wanted: np.ndarray, available: np.ndarray) -> np.ndarray:
-    """Every bucket on its own: cells that are listed, else each source that has documents by its weight; no budget takes every document once."""
+    """float [sources, buckets], each bucket on its own.
+
+    Listed cells come first, else the weights of the sources that have documents there. A bucket of a window without
+    budget takes each document once.
+    """
     cells = available.astype(float)
     for at, bucket in enumerate(buckets):
         if not budgets(data)[bucket.window]:
@@ -118,8 +127,8 @@ def _inside(data: DataConfig, buckets: Sequence[Bucket], wanted: np.ndarray, ava
         weight = listed if bucket.sources else own
         if wanted[at] and not weight.sum():
             raise UserError(
-                f"bucket {bucket.name} has a budget of {wanted[at]:.0f} tokens, and no source with such documents has a weight; set "
-                f"data.sources.*.weight, or data.buckets.{bucket.name}.weight=0"
+                f"bucket {bucket.name} has a budget of {wanted[at]:.0f} tokens, and no source with such documents has "
+                f"a weight; set data.sources.*.weight, or data.buckets.{bucket.name}.weight=0"
             )
         cells[:, at] = wanted[at] * weight / (weight.sum() or 1.0)
         _refuse_shortfall(data, bucket, cells[:, at], available[:, at])
@@ -132,9 +141,10 @@ def _refuse_shortfall(data: DataConfig, bucket: Bucket, wanted: np.ndarray, avai
         if missing >= 1:
             key = f"data.buckets.{bucket.name}.sources.{source.name}" if bucket.sources else f"data.sources.{source.name}.weight"
             raise UserError(
-                f"{source.name} cannot fill its {asked:.0f} tokens of bucket {bucket.name} ({bucket.range_text} tokens): it has {there}, at most "
-                f"{data.max_repeats:g} times, so {missing:.0f} are missing; raise its limits or data.max_repeats (to "
-                f"{np.ceil(10 * asked / there) / 10 if there else np.inf:g}), or lower {key} or data.{bucket.window}_tokens"
+                f"{source.name} cannot fill its {asked:.0f} tokens of bucket {bucket.name} ({bucket.range_text} "
+                f"tokens): it has {there}, at most {data.max_repeats:g} times, so {missing:.0f} are missing; raise its "
+                f"limits or data.max_repeats (to {np.ceil(10 * asked / there) / 10 if there else np.inf:g}), or lower "
+                f"{key} or data.{bucket.window}_tokens"
             )
 
 
@@ -146,16 +156,16 @@ def _by_corpus(data: DataConfig, buckets: Sequence[Bucket], wanted: np.ndarray, 
 
 
 def proportional_fit(natural: np.ndarray, rows: np.ndarray, columns: np.ndarray, max_repeats: float) -> np.ndarray:
-    """The table nearest to the natural one in relative entropy that has given marginals and repeats no cell too often.
+    """The table with given marginals and bounded cells that is nearest to the natural one in relative entropy.
 
-    It has the form ``natural * min(max_repeats, a[row] * d[column])``; a and d are found in turn, each exactly (iterative proportional
-    fitting, Deming and Stephan, 1940; with the bound it is coordinate ascent of the dual). Where no such table exists, the marginals of the
-    result miss theirs.
+    The table is ``natural * min(max_repeats, a[row] * d[column])``. a and d are found in turn, each exactly: iterative
+    proportional fitting (Deming and Stephan, 1940); with the bound it is coordinate ascent of the dual. Where no such
+    table exists, the result misses the marginals.
 
     Args:
         natural: [rows, columns], not negative; a 0 stays 0.
-        rows, columns: marginals of one sum.
-        max_repeats: bound of every cell, in multiples of the natural one.
+        rows, columns: marginals with the same sum.
+        max_repeats: bound of each cell, in multiples of the natural one.
     """
     a, d = np.ones(len(rows)), np.ones(len(columns))
     table = natural
@@ -169,7 +179,7 @@ def proportional_fit(natural: np.ndarray, rows: np.ndarray, columns: np.ndarray,
 
 
 def _factor(amounts: np.ndarray, others: np.ndarray, wanted: float, most: float) -> float:
-    """The least x with ``sum(amounts * min(most, x * others)) = wanted``; where there is none, the one that comes closest.
+    """The least x with ``sum(amounts * min(most, x * others)) = wanted``, or the x that comes closest where no x does.
 
     The sum is piecewise linear in x, with a corner where a term reaches its bound.
     """
@@ -182,16 +192,20 @@ def _factor(amounts: np.ndarray, others: np.ndarray, wanted: float, most: float)
 
 
 def _refuse_unfillable(data: DataConfig, buckets: Sequence[Bucket], rows: np.ndarray, columns: np.ndarray, available: np.ndarray) -> None:
-    """Both marginals can be met unless some set of buckets asks more than all sources together can give it (the minimum cut between sources
-    and buckets); what stands in the way most is said."""
+    """Refuse marginals that cannot both be met; the text names the set of buckets that lacks most.
+
+    They can be met unless some set of buckets asks for more than all sources together can give to it: the minimum cut
+    between sources and buckets.
+    """
     if len(buckets) > _MOST_BUCKETS:
         raise UserError(
-            f"data.buckets makes {len(buckets)} buckets, and data.weights_of=corpus takes at most {_MOST_BUCKETS}; join some, or set "
-            "data.weights_of=bucket"
+            f"data.buckets makes {len(buckets)} buckets, and data.weights_of=corpus takes at most {_MOST_BUCKETS}; "
+            "join some, or set data.weights_of=bucket"
         )
-    chosen = (np.arange(1, 2 ** len(buckets))[:, None] >> np.arange(len(buckets)) & 1).astype(float)  # a row a set of buckets
+    chosen = (np.arange(1, 2 ** len(buckets))[:, None] >> np.arange(len(buckets)) & 1).astype(float)  # [sets, buckets]
+    # small sets first: of equal lacks, argmax names the smallest set
     chosen = chosen[np.argsort(chosen.sum(axis=1), kind="stable")]
-    documents = data.max_repeats * chosen @ available.T  # tokens that each source has for each set
+    documents = data.max_repeats * chosen @ available.T  # [sets, sources]: tokens that a source has for a set
     missing = chosen @ columns - np.minimum(documents, rows).sum(axis=1)
     worst = int(np.argmax(np.round(missing)))
     if missing[worst] < 1:
@@ -203,7 +217,8 @@ def _refuse_unfillable(data: DataConfig, buckets: Sequence[Bucket], rows: np.nda
         for source, there, budget in zip(data.sources, most, rows, strict=True)
     )
     raise UserError(
-        f"the buckets {asking} ask {(chosen @ columns)[worst]:.0f} tokens, and with data.max_repeats={data.max_repeats:g} the sources give at "
-        f"most {giving}: {missing[worst]:.0f} are missing; add documents of these lengths or raise data.max_repeats, lower the weights of these "
-        "buckets (data.buckets.*.weight), or raise the weights of sources that have such documents (data.sources.*.weight)"
+        f"the buckets {asking} ask {(chosen @ columns)[worst]:.0f} tokens, and with "
+        f"data.max_repeats={data.max_repeats:g} the sources give at most {giving}: {missing[worst]:.0f} are missing; "
+        "add documents of these lengths or raise data.max_repeats, lower the weights of these buckets "
+        "(data.buckets.*.weight), or raise the weights of sources that have such documents (data.sources.*.weight)"
     )
