@@ -1,4 +1,4 @@
-"""What a resumed run keeps about its data: the group size and the skipped steps. File: ``train.steps.json``.
+"""The settings that a resumed run keeps about its data: group size and skipped steps. File: ``train.steps.json``.
 
 Choice: the first start settles ``data.group_segments``, so that a later start on another number of ranks sees the same
 segments at the same steps. ``data.skip_steps`` leaves out steps that were seen to harm: nothing is loaded or learned

@@ -20,12 +20,12 @@ class Ended(NamedTuple):
 
 
 def train(arguments: Sequence[str], folder: Path, strike: tuple[int, int] | None = None, timeout_s: float = 120.0) -> Ended:
-    """Run ``train`` with the arguments of a command line, on one thread, to its end.
+    """Run ``train`` with the arguments of a command line to its end.
 
     ``strike``: (n, signal): the process sends itself the signal when its n-th step begins. ``folder`` takes a file for stderr.
     """
     err = folder / "stderr"
-    process = forking().Process(target=_train, args=([*arguments, "threads=1"], err, strike, dict(os.environ)), daemon=True)
+    process = forking().Process(target=_train, args=(list(arguments), err, strike, dict(os.environ)), daemon=True)
     process.start()
     process.join(timeout_s)
     process.kill()  # does nothing to a process that has ended

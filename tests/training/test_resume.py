@@ -33,7 +33,7 @@ def overrides(tmp_path_factory) -> list[str]:
         "model.architecture.intermediate_size=48",
         "data.vocab_size=400", "data.segment_tokens=128", "data.short_tokens=0", "data.long_tokens=0", f"data.path={runs}/corpus",
         f"data.sources=[{{name: text, kind: folder, path: {folder / 'text'}}}]", "parallel.sp=1", "optim.warmup_steps=2",
-        "optim.lr=1e-2", "data.group_segments=2",  # so that two data-parallel ranks may go on later
+        "optim.lr=1e-2", "threads=1", "data.group_segments=2",  # so that two data-parallel ranks may go on later
     ]  # fmt: skip
     prepare(compose("prepare", [*common, "name=corpus"]))
     return [*common, f"optim.steps={STEPS}", "engine.checkpoint_every_steps=3", "logger=jsonl"]

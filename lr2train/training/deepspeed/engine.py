@@ -65,7 +65,7 @@ class Engine:
     """A model being trained on all ranks of the job."""
 
     def __init__(self, config: Config, mesh: Mesh, factors: Factors, hf_config: Any, device: torch.device):
-        """Build the model, read its weights, and divide them over the ranks. A collective.
+        """Build the model, read its weights and divide the weights over the ranks. A collective.
 
         Raises:
             UserError: the global batch does not divide over the data-parallel ranks, or the model cannot run on this
@@ -111,8 +111,8 @@ class Engine:
         """Make one optimizer step over the micro-batches of this data-parallel rank. A collective.
 
         Args:
-            batches: as many as the gradient accumulation has steps.
-            lr: of this step.
+            batches: one for each step of the gradient accumulation.
+            lr: learning rate of this step.
             interrupted: whether this rank was asked to stop; called before the last backward pass, as late as all ranks
                 can share the answer.
 
