@@ -34,7 +34,7 @@ FLOPS = gpu_timing.Flops(2e12, 4e12)
 
 
 def setting(n_tokens=64, sp=4, rank=1):
-    return gpu_slice.Setting(MODEL, n_tokens, sp, rank, CPU, torch.float32, rounds=1, warm_ups=0)
+    return gpu_slice.SliceSetting(MODEL, n_tokens, sp, rank, CPU, torch.float32, rounds=1, warm_ups=0)
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_its_reference_is_the_other_reference(window_tokens):
     """Two masks and two references written apart: of the tests, and of the check."""
     spans = ((0, 1), (1, 9), (12, 40))
     assert torch.equal(gpu_parity.mask_of(spans, 48, window_tokens), mask_of(spans, 48, window_tokens=window_tokens))
-    case = gpu_parity.Case((4, 2), 8, torch.float64, spans, 48, window_tokens)
+    case = gpu_parity.ParityCase((4, 2), 8, torch.float64, spans, 48, window_tokens)
     segment = gpu_parity.draw(case, CPU)
     expected = attend_explicitly(segment.q, segment.k, segment.v, spans, segment.scale, window_tokens=window_tokens)
     answer = gpu_parity._written_out(segment, torch.float64)
@@ -269,7 +269,7 @@ def test_flops_of_a_layer_against_torch_s_counter():
 def test_a_step_is_its_layers_and_one_loss():
     lanes = {name: gpu_timing.Lane(FLOPS, [1.0], [seconds - 1.0]) for name, seconds in ((gpu_layer.LAYER, 4.0), (gpu_layer.LOSS, 2.0))}
     lanes[gpu_layer.KEPT] = gpu_timing.Lane(FLOPS, [1.0], [2.0])
-    step = gpu_layer.Step("ring", 64, layers=3, lanes=lanes)
+    step = gpu_layer.LayerStep("ring", 64, layers=3, lanes=lanes)
     assert step.seconds == 14.0
     assert step.tflops_per_s == pytest.approx(4 * 6 / 14)
     assert step.recomputed == pytest.approx(0.25)

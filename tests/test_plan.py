@@ -19,9 +19,9 @@ from lr2train.io import write_json
 from lr2train.model import load
 from lr2train.plan import plan
 from lr2train.planning import cost, memory, tables
+from lr2train.planning.counts import counts_of, hf_config_of
 from lr2train.planning.memory import GIB
-from lr2train.planning.shape import hf_config_of, shape_of
-from lr2train.planning.work import work_of
+from lr2train.planning.workload import workload_of
 
 REPO = Path(__file__).parent.parent
 L = 131072
@@ -33,7 +33,7 @@ def composed(*overrides: str):
 
 def shape(*overrides: str):
     config = composed(*overrides)
-    return shape_of(hf_config_of(config.model), config.model)
+    return counts_of(hf_config_of(config.model), config.model)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_tiny_model_counted_on_a_built_one():
     config = composed("model=tiny_llama")
     hf_config = hf_config_of(config.model)
     built = load.build_empty(hf_config, "float32", lambda: torch.device("cpu"))
-    tiny = shape_of(hf_config, config.model)
+    tiny = counts_of(hf_config, config.model)
     assert tiny.parameters == sum(parameter.numel() for parameter in built.parameters())
     assert tiny.layer_parameters == sum(parameter.numel() for parameter in built.model.layers[0].parameters())
     assert tiny.head_parameters == 0  # tied
@@ -128,7 +128,7 @@ def test_the_papers_speed_as_mfu(request, name, hours, speed, expected):
 
 def test_states_by_zero_stage(llama):
     n, world = llama.parameters, 64
-    setting = memory.Setting.of(composed("experiment=llama3_8b_128k"))
+    setting = memory.MemorySetting.of(composed("experiment=llama3_8b_128k"))
     for stage, weights, gradients, optimizer in ((0, 1, 1, 1), (1, 1, 1, world), (2, 1, world, world), (3, world, world, world)):
         items = memory.training_items(llama, replace(setting, zero_stage=stage))
         assert [item.bytes for item in items[:3]] == [2 * n / weights, 4 * n / gradients, 12 * n / optimizer]
@@ -174,12 +174,12 @@ def test_a_layer_saves_what_the_formula_says():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         alive = layer(x, position_embeddings=rotated, position_ids=positions)
     assert alive is not None
-    assert memory.layer_saved_bytes(shape_of(hf_config, config.model), tokens, 2, 1) == pytest.approx(sum(kept.values()), rel=0.08)
+    assert memory.layer_saved_bytes(counts_of(hf_config, config.model), tokens, 2, 1) == pytest.approx(sum(kept.values()), rel=0.08)
 
 
 def test_offloading_moves_states_to_the_host(llama):
     config = composed("experiment=llama3_8b_128k", "engine=zero3_offload")
-    setting = memory.Setting.of(config)
+    setting = memory.MemorySetting.of(config)
     items = memory.training_items(llama, setting)
     assert [item.name for item in items if not item.on_gpu] == ["gradients", "fp32 weights and Adam's moments"]
     assert sum(item.bytes for item in items if not item.on_gpu) == 16 * llama.parameters / 64
@@ -188,14 +188,14 @@ def test_offloading_moves_states_to_the_host(llama):
 def test_deepspeeds_own_keys_are_heard(llama):
     config = composed("experiment=llama3_8b_128k")
     config.engine.deepspeed = {"zero_optimization": {"reduce_bucket_size": 5e7, "stage3_max_live_parameters": 3e8}}
-    items = {item.name: item.bytes for item in memory.training_items(llama, memory.Setting.of(config))}
+    items = {item.name: item.bytes for item in memory.training_items(llama, memory.MemorySetting.of(config))}
     assert items["reduction buckets"] == 5e7 * (2 * 2 + 4)  # two of bfloat16, and the fp32 copy that is sent
     assert items["gathered weights"] == 2 * 128256 * 4096  # the head is bigger than the limit
 
 
 def test_work_from_budgets_counts_as_the_loader_does():
     config = composed("experiment=llama3_8b_128k", "data.short_tokens=3_000_000_000", "data.long_tokens=7_000_000_000")
-    work = work_of(config, 8192, 8)
+    work = workload_of(config, 8192, 8)
     assert [(part.window, part.segments, part.span_tokens) for part in work.parts] == [("short", 22889, 8192), ("long", 53406, L)]
     assert work.steps == math.ceil((math.ceil(22889 / 8) + math.ceil(53406 / 8)) / 8) == 1193
     assert work.share(work.parts[1]) == pytest.approx(0.7, abs=1e-4)
@@ -203,7 +203,7 @@ def test_work_from_budgets_counts_as_the_loader_does():
 
 def test_work_from_a_corpus_wins(tmp_path):
     write_json(tmp_path / "corpus.json", {"windows": {"short": {"segments": 30}, "long": {"segments": 10}}})
-    work = work_of(composed(f"data.path={tmp_path}", "data.short_tokens=1000000", "optim.segments_per_step=8"), 8192, 4)
+    work = workload_of(composed(f"data.path={tmp_path}", "data.short_tokens=1000000", "optim.segments_per_step=8"), 8192, 4)
     assert [part.segments for part in work.parts] == [30, 10]
     assert work.steps == math.ceil((8 + 3) / 2)
     assert work.origin == str(tmp_path / "corpus.json")
@@ -211,13 +211,13 @@ def test_work_from_a_corpus_wins(tmp_path):
 
 def test_work_from_stages_and_from_nothing():
     stages = "data.stages=[{steps: 250, length_tokens: 64, repeats: 1.0}, {steps: 50, length_tokens: 512, text: 1.0}]"
-    work = work_of(composed("data.kind=curriculum", stages), 512, 1)
+    work = workload_of(composed("data.kind=curriculum", stages), 512, 1)
     assert work.steps == 300
     assert [(part.window, part.span_tokens) for part in work.parts] == [("short", 64), ("short", 512)]
-    unknown = work_of(composed(), 8192, 64)
+    unknown = workload_of(composed(), 8192, 64)
     assert unknown.steps is None
     assert "most expensive" in unknown.assumptions[0]
-    assert work_of(composed("optim.steps=7"), 8192, 64).steps == 7
+    assert workload_of(composed("optim.steps=7"), 8192, 64).steps == 7
 
 
 def test_plan_of_llama3_8b(tmp_path, capsys):

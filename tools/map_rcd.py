@@ -45,7 +45,7 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Cell:
+class MapCell:
     """One set of factors; a rule of ``BESIDE`` has neither critical index nor scale."""
 
     method: str
@@ -78,7 +78,7 @@ class Meter:
         self._rotary = rotary.install(self._model, METHODS["none"](self._spectrum, self._target))
         self._documents = documents
 
-    def measure(self, cell: Cell) -> Json:
+    def measure(self, cell: MapCell) -> Json:
         """The line of cells.jsonl."""
         start = time.monotonic()
         self._rotary.use(cell.factors(self._spectrum, self._target))
@@ -96,7 +96,7 @@ def _start_worker(config: Config, documents: Sequence[NeedleDocument]) -> None:
     _of_process[:] = [Meter(config, documents)]
 
 
-def _measure(cell: Cell) -> Json:
+def _measure(cell: MapCell) -> Json:
     return _of_process[0].measure(cell)
 
 
@@ -134,7 +134,7 @@ def documents_of(config: Config) -> list[NeedleDocument]:
     return needle_set(corpus, config.data.needles, knobs.documents, length, [knobs.depth], rng, **how)
 
 
-def cells_of(given: argparse.Namespace, spectrum: Spectrum) -> list[Cell]:
+def cells_of(given: argparse.Namespace, spectrum: Spectrum) -> list[MapCell]:
     """All cells, one attention factor after another.
 
     Raises:
@@ -146,8 +146,8 @@ def cells_of(given: argparse.Namespace, spectrum: Spectrum) -> list[Cell]:
             raise UserError(f"--indices {index} is outside 1 … {spectrum.n_dims - 1}, the cosine indices of this model; give others")
     cells = []
     for factor in given.attention_factor:
-        cells += [Cell(method, factor) for method in BESIDE]
-        cells += [Cell("longrope2", factor, index, scale) for index in indices for scale in given.scales]
+        cells += [MapCell(method, factor) for method in BESIDE]
+        cells += [MapCell("longrope2", factor, index, scale) for index in indices for scale in given.scales]
     return list(dict.fromkeys(cells))
 
 
@@ -168,7 +168,7 @@ def settings_of(config: Config, documents: Sequence[NeedleDocument], spectrum: S
     }
 
 
-def finished_cells(out: Path, settings: Json) -> dict[Cell, Json]:
+def finished_cells(out: Path, settings: Json) -> dict[MapCell, Json]:
     """The cells that an earlier call left; a line that a kill cut short is cut off the file, so that the next append joins nothing.
 
     Raises:
@@ -186,11 +186,11 @@ def finished_cells(out: Path, settings: Json) -> dict[Cell, Json]:
     if whole != text:
         file.write_text(whole)
     lines = [json.loads(line) for line in whole.splitlines()]
-    names = Cell.__dataclass_fields__
-    return {Cell(**{name: line[name] for name in names}): line for line in lines}
+    names = MapCell.__dataclass_fields__
+    return {MapCell(**{name: line[name] for name in names}): line for line in lines}
 
 
-def measured(cells: Sequence[Cell], config: Config, documents: Sequence[NeedleDocument], processes: int) -> Iterator[Json]:
+def measured(cells: Sequence[MapCell], config: Config, documents: Sequence[NeedleDocument], processes: int) -> Iterator[Json]:
     """The cells' lines as they become ready."""
     if processes <= 1:
         meter = Meter(config, documents)
@@ -206,21 +206,21 @@ def measured(cells: Sequence[Cell], config: Config, documents: Sequence[NeedleDo
 
 
 def fill(
-    cells: Sequence[Cell], done: dict[Cell, Json], config: Config, documents: Sequence[NeedleDocument], given: argparse.Namespace
+    cells: Sequence[MapCell], done: dict[MapCell, Json], config: Config, documents: Sequence[NeedleDocument], given: argparse.Namespace
 ) -> None:
     """Measure what is missing, into ``done`` and onto the end of cells.jsonl."""
     missing = [cell for cell in cells if cell not in done]
-    names = Cell.__dataclass_fields__
+    names = MapCell.__dataclass_fields__
     with (given.out / "cells.jsonl").open("a") as file:
         lines = measured(missing, config, documents, given.processes) if missing else iter(())
         for line in run.progress(lines, len(cells), "map_rcd", len(cells) - len(missing)):
             file.write(json.dumps(line) + "\n")
             file.flush()
-            done[Cell(**{name: line[name] for name in names})] = line
+            done[MapCell(**{name: line[name] for name in names})] = line
 
 
 @dataclass(frozen=True)
-class Losses:
+class ResampledLosses:
     """Mean loss of an answer token, of each cell on each resample of the documents and on the documents that the resample left out.
 
     Attributes:
@@ -230,10 +230,10 @@ class Losses:
 
     resampled: np.ndarray
     left_out: np.ndarray
-    column: dict[Cell, int]
+    column: dict[MapCell, int]
 
 
-def resample(lines: dict[Cell, Json], answer_tokens: Sequence[int], seed: int, n_resamples: int = RESAMPLES) -> Losses:
+def resample(lines: dict[MapCell, Json], answer_tokens: Sequence[int], seed: int, n_resamples: int = RESAMPLES) -> ResampledLosses:
     """Draw as many documents as there are, with replacement; every cell sees the same draws, so differences are paired."""
     tokens = np.array(answer_tokens, dtype=float)
     nll = np.array([line["nll"] for line in lines.values()]).T  # [documents, cells]
@@ -241,14 +241,14 @@ def resample(lines: dict[Cell, Json], answer_tokens: Sequence[int], seed: int, n
     counts = rng.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), size=n_resamples).astype(float)
     unused = (counts == 0).astype(float)
     with np.errstate(invalid="ignore"):
-        return Losses(
+        return ResampledLosses(
             counts @ nll / (counts @ tokens)[:, None],
             unused @ nll / (unused @ tokens)[:, None],
             {cell: column for column, cell in enumerate(lines)},
         )
 
 
-def judge(losses: Losses, better: Sequence[Cell], worse: Sequence[Cell], lines: dict[Cell, Json]) -> Json | None:
+def judge(losses: ResampledLosses, better: Sequence[MapCell], worse: Sequence[MapCell], lines: dict[MapCell, Json]) -> Json | None:
     """How far ``better`` beats ``worse``, two groups of cells; None where a group is empty.
 
     Returns:
@@ -278,7 +278,7 @@ def judge(losses: Losses, better: Sequence[Cell], worse: Sequence[Cell], lines: 
     }
 
 
-def by_value(losses: Losses, lines: dict[Cell, Json], key: str, reference: float) -> dict[str, Json]:
+def by_value(losses: ResampledLosses, lines: dict[MapCell, Json], key: str, reference: float) -> dict[str, Json]:
     """Every critical index against tcd, or every scale against 1, over all pairs: {value: difference, low, high, sure} as in ``judge``."""
     values = sorted({getattr(cell, key) for cell in lines} - {reference})
     found = {}
@@ -289,7 +289,7 @@ def by_value(losses: Losses, lines: dict[Cell, Json], key: str, reference: float
     return found
 
 
-def _match(a: Cell, b: Cell) -> bool:
+def _match(a: MapCell, b: MapCell) -> bool:
     """The groups differ in the index or in the scale, so two cells are a pair when the other one and the attention factor agree."""
     return a.attention_factor == b.attention_factor and (a.scale == b.scale) != (a.critical_index == b.critical_index)
 
@@ -298,7 +298,7 @@ def _loss(line: Json) -> float:
     return math.log(line["perplexity"])
 
 
-def _best_against_best(losses: Losses, better: Sequence[Cell], worse: Sequence[Cell]) -> float | None:
+def _best_against_best(losses: ResampledLosses, better: Sequence[MapCell], worse: Sequence[MapCell]) -> float | None:
     rows = np.flatnonzero(np.isfinite(losses.left_out).all(axis=1))
     if not len(rows):
         return None
@@ -310,7 +310,7 @@ def _best_against_best(losses: Losses, better: Sequence[Cell], worse: Sequence[C
     return float(np.mean((chosen[0] < chosen[1]) + 0.5 * (chosen[0] == chosen[1])))
 
 
-def verdicts(lines: dict[Cell, Json], answer_tokens: Sequence[int], critical_index: int, seed: int) -> dict[str, Json]:
+def verdicts(lines: dict[MapCell, Json], answer_tokens: Sequence[int], critical_index: int, seed: int) -> dict[str, Json]:
     """Both hypotheses, and every critical index and scale by itself, for each attention factor and for all of them together."""
     grid = {cell: line for cell, line in lines.items() if cell.scale is not None}
     if not grid:
@@ -368,7 +368,7 @@ def _place(cell: Json) -> str:
     return f"rcd {cell['critical_index']}, {cell['scale']:g} s, attention factor {cell['attention_factor']:g}"
 
 
-def table(lines: dict[Cell, Json], factor: float, spectrum: Spectrum) -> str:
+def table(lines: dict[MapCell, Json], factor: float, spectrum: Spectrum) -> str:
     """Perplexities of one attention factor: rcd down, scale across, then the rules beside."""
     cells = {cell: line for cell, line in lines.items() if cell.attention_factor == factor}
     indices = sorted({cell.critical_index for cell in cells if cell.critical_index is not None})
@@ -376,9 +376,9 @@ def table(lines: dict[Cell, Json], factor: float, spectrum: Spectrum) -> str:
     names = {spectrum.critical_index: "tcd", spectrum.lowest_critical_index: "d10"}
     rows = [f"attention factor {factor:g}", "  rcd     " + "".join(f"{f'{scale:g} s':>11}" for scale in scales)]
     for index in indices:
-        row = [cells.get(Cell("longrope2", factor, index, scale)) for scale in scales]
+        row = [cells.get(MapCell("longrope2", factor, index, scale)) for scale in scales]
         rows.append(f"  {index:>3} {names.get(index, ''):<4}" + "".join(f"{_shown(one):>11}" for one in row))
-    beside = [f"{method} {_shown(cells.get(Cell(method, factor)))}" for method in BESIDE]
+    beside = [f"{method} {_shown(cells.get(MapCell(method, factor)))}" for method in BESIDE]
     return "\n".join([*rows, "  " + ", ".join(beside)])
 
 
@@ -395,7 +395,7 @@ def make_map(given: argparse.Namespace) -> Json:
     Raises:
         UserError: bad input.
     """
-    from lr2train.reporting.rcd_map import rcd_map  # matplotlib: not in every worker
+    from tools.map_rcd_picture import rcd_map  # matplotlib: not in every worker
 
     config = compose_config(given)
     spectrum, documents = spectrum_of(config), documents_of(config)

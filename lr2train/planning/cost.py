@@ -10,36 +10,36 @@ GFLOP a token, so that is an MFU of 0.31; Phi3-mini's 39 h are 1113 tokens/s/GPU
 
 from __future__ import annotations
 
-from lr2train.planning.shape import Shape
+from lr2train.planning.counts import ModelCounts
 
 
-def attention_flops_per_token(shape: Shape, span_tokens: float) -> float:
+def attention_flops_per_token(counts: ModelCounts, span_tokens: float) -> float:
     """Causal attention of one token, forward: 2 * layers * Hq * Dh * span.
 
     A token attends to span / 2 others on average; q k^T and p v are two FLOPs each for every one of them and every dimension.
     """
-    return 2.0 * shape.layers * shape.heads * shape.head_dim * span_tokens
+    return 2.0 * counts.layers * counts.heads * counts.head_dim * span_tokens
 
 
-def forward_flops_per_token(shape: Shape, span_tokens: float) -> float:
+def forward_flops_per_token(counts: ModelCounts, span_tokens: float) -> float:
     """One token, forward: 2 N' + attention, with N' the parameters that it is multiplied with."""
-    return 2.0 * shape.multiplied_parameters + attention_flops_per_token(shape, span_tokens)
+    return 2.0 * counts.multiplied_parameters + attention_flops_per_token(counts, span_tokens)
 
 
-def training_flops_per_token(shape: Shape, span_tokens: float) -> float:
+def training_flops_per_token(counts: ModelCounts, span_tokens: float) -> float:
     """One token, forward and backward: 3 * forward = 6 N' + 6 * layers * Hq * Dh * span."""
-    return 3.0 * forward_flops_per_token(shape, span_tokens)
+    return 3.0 * forward_flops_per_token(counts, span_tokens)
 
 
-def recomputed_flops_per_token(shape: Shape, span_tokens: float, checkpointing: bool) -> float:
+def recomputed_flops_per_token(counts: ModelCounts, span_tokens: float, checkpointing: bool) -> float:
     """What is computed twice: the head's logits always (chunked loss), the layers' forward under activation checkpointing."""
-    head = 2.0 * shape.vocabulary * shape.hidden
-    return head + (2.0 * shape.layers * shape.layer_parameters + attention_flops_per_token(shape, span_tokens) if checkpointing else 0.0)
+    head = 2.0 * counts.vocabulary * counts.hidden
+    return head + (2.0 * counts.layers * counts.layer_parameters + attention_flops_per_token(counts, span_tokens) if checkpointing else 0.0)
 
 
-def scoring_flops(shape: Shape, document_tokens: int) -> float:
+def scoring_flops(counts: ModelCounts, document_tokens: int) -> float:
     """One needle document in the search: t * (2 * body + attention); logits exist at the answer alone, so the head costs nothing."""
-    return document_tokens * (2.0 * shape.body_parameters + attention_flops_per_token(shape, document_tokens))
+    return document_tokens * (2.0 * counts.body_parameters + attention_flops_per_token(counts, document_tokens))
 
 
 def tokens_per_s(tflops: float, mfu: float, flops_per_token: float) -> float:

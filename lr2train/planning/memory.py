@@ -15,7 +15,7 @@ from typing import Any
 
 from lr2train.attention.choice import ring_ranks
 from lr2train.config import Config
-from lr2train.planning.shape import Shape
+from lr2train.planning.counts import ModelCounts
 
 GIB = 2**30
 WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -29,7 +29,7 @@ BUCKET_PARAMETERS = 5 * 10**8  # DeepSpeed's reduce_bucket_size
 
 
 @dataclass(frozen=True)
-class Item:
+class MemoryItem:
     """One line of the memory table.
 
     Attributes:
@@ -46,7 +46,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Setting:
+class MemorySetting:
     """What of a config decides memory."""
 
     world: int
@@ -63,7 +63,7 @@ class Setting:
     offload_optimizer: bool
 
     @classmethod
-    def of(cls, config: Config) -> Setting:
+    def of(cls, config: Config) -> MemorySetting:
         """Read it from a config, DeepSpeed's own keys included."""
         zero: dict[str, Any] = config.engine.deepspeed.get("zero_optimization", {})
         return cls(
@@ -108,24 +108,24 @@ def saved_inputs_bytes(layers: int, hidden: int, tokens: int, weight_bytes: int)
     return layers * tokens * hidden * weight_bytes
 
 
-def layer_saved_bytes(shape: Shape, tokens: int, weight_bytes: int, ulysses: int) -> float:
+def layer_saved_bytes(counts: ModelCounts, tokens: int, weight_bytes: int, ulysses: int) -> float:
     """What one layer keeps for its backward pass: t * (2 norms * (4 + 2b) H + b H + b A + 4 b F).
 
     A norm keeps its input in fp32, the normalised input and its output; the residual sum is one more H. Attention keeps q, k, v and its
     output, A = (2 Hq + 2 Hk) Dh; where U ranks exchange heads twice (before and after it) and with Hk repeated up to lcm(Hk, U).
     A gated MLP keeps gate, activation, up and product: 4 F.
     """
-    key_heads = math.lcm(shape.key_heads, ulysses)
-    attention = (2 * shape.heads + 2 * key_heads) * shape.head_dim * (2 if ulysses > 1 else 1)
-    norms = 2 * (4 + 2 * weight_bytes) * shape.hidden
-    return tokens * (norms + weight_bytes * (shape.hidden + attention + 4 * shape.intermediate))
+    key_heads = math.lcm(counts.key_heads, ulysses)
+    attention = (2 * counts.heads + 2 * key_heads) * counts.head_dim * (2 if ulysses > 1 else 1)
+    norms = 2 * (4 + 2 * weight_bytes) * counts.hidden
+    return tokens * (norms + weight_bytes * (counts.hidden + attention + 4 * counts.intermediate))
 
 
-def layer_flight_bytes(shape: Shape, tokens: int, weight_bytes: int) -> float:
+def layer_flight_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
     """Gradients in flight in one layer's backward pass: b * t * (3 F + 2 H): product, gate and up; the gradient of the output and of its
     residual.
     """
-    return weight_bytes * tokens * (3 * shape.intermediate + 2 * shape.hidden)
+    return weight_bytes * tokens * (3 * counts.intermediate + 2 * counts.hidden)
 
 
 def loss_bytes(hidden: int, vocabulary: int, chunk_tokens: int, tokens: int, weight_bytes: int) -> float:
@@ -143,9 +143,9 @@ def bucket_bytes(bucket_parameters: int, weight_bytes: int, sent_bytes: int) -> 
     return bucket_parameters * (2.0 * weight_bytes + (sent_bytes if sent_bytes != weight_bytes else 0))
 
 
-def scoring_bytes(shape: Shape, tokens: int, weight_bytes: int) -> float:
+def scoring_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
     """One forward pass over a whole document on one GPU, as the search does it: b N + t * (b (2 H + 4 F) + 4 H)."""
-    return weight_bytes * shape.parameters + tokens * (weight_bytes * (2 * shape.hidden + 4 * shape.intermediate) + 4 * shape.hidden)
+    return weight_bytes * counts.parameters + tokens * (weight_bytes * (2 * counts.hidden + 4 * counts.intermediate) + 4 * counts.hidden)
 
 
 def checkpoint_bytes(parameters: int, weight_bytes: int) -> float:
@@ -153,13 +153,13 @@ def checkpoint_bytes(parameters: int, weight_bytes: int) -> float:
     return parameters * (weight_bytes + MASTER_BYTES + MOMENT_BYTES)
 
 
-def training_items(shape: Shape, setting: Setting) -> list[Item]:
+def training_items(counts: ModelCounts, setting: MemorySetting) -> list[MemoryItem]:
     """Everything that training holds at its fullest moment, for one GPU."""
-    return [*_states(shape, setting), *_gathered(shape, setting), *_activations(shape, setting), *_fixed(setting)]
+    return [*_states(counts, setting), *_gathered(counts, setting), *_activations(counts, setting), *_fixed(setting)]
 
 
-def _states(shape: Shape, s: Setting) -> list[Item]:
-    n, world, weight, gradient = shape.parameters, s.world, WEIGHT_BYTES[s.dtype], GRADIENT_BYTES[s.dtype]
+def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
+    n, world, weight, gradient = counts.parameters, s.world, WEIGHT_BYTES[s.dtype], GRADIENT_BYTES[s.dtype]
     per_weights, per_gradients, per_optimizer = (world if s.zero_stage >= stage else 1 for stage in (3, 2, 1))
 
     def formula(size: int, ranks: int) -> str:
@@ -167,9 +167,9 @@ def _states(shape: Shape, s: Setting) -> list[Item]:
 
     optimizer = MASTER_BYTES + MOMENT_BYTES
     return [
-        Item(f"weights, {s.dtype}", shard_bytes(n, weight, per_weights), formula(weight, per_weights)),
-        Item("gradients", shard_bytes(n, gradient, per_gradients), formula(gradient, per_gradients), not s.offload_optimizer),
-        Item(
+        MemoryItem(f"weights, {s.dtype}", shard_bytes(n, weight, per_weights), formula(weight, per_weights)),
+        MemoryItem("gradients", shard_bytes(n, gradient, per_gradients), formula(gradient, per_gradients), not s.offload_optimizer),
+        MemoryItem(
             "fp32 weights and Adam's moments",
             shard_bytes(n, optimizer, per_optimizer),
             formula(optimizer, per_optimizer),
@@ -178,46 +178,46 @@ def _states(shape: Shape, s: Setting) -> list[Item]:
     ]
 
 
-def _gathered(shape: Shape, s: Setting) -> list[Item]:
-    weight, largest = WEIGHT_BYTES[s.dtype], shape.largest_gathered_parameters
-    whole = [Item("gradients of the piece being reduced", weight * largest, f"{weight} B · {largest / 1e6:.3g}M")]
+def _gathered(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
+    weight, largest = WEIGHT_BYTES[s.dtype], counts.largest_gathered_parameters
+    whole = [MemoryItem("gradients of the piece being reduced", weight * largest, f"{weight} B · {largest / 1e6:.3g}M")]
     if s.zero_stage == 3:
-        size = gathered_bytes(shape.parameters, largest, s.live_parameters, weight)
+        size = gathered_bytes(counts.parameters, largest, s.live_parameters, weight)
         whole.insert(
-            0, Item("gathered weights", size, f"{weight} B · min(N, {max(s.live_parameters, largest) / 1e6:.4g}M live parameters)")
+            0, MemoryItem("gathered weights", size, f"{weight} B · min(N, {max(s.live_parameters, largest) / 1e6:.4g}M live parameters)")
         )
     return whole
 
 
-def _activations(shape: Shape, s: Setting) -> list[Item]:
+def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     weight, t = WEIGHT_BYTES[s.dtype], s.tokens
-    saved = layer_saved_bytes(shape, t, weight, s.ulysses(shape.heads))
-    flight = layer_flight_bytes(shape, t, weight)
-    loss = loss_bytes(shape.hidden, shape.vocabulary, s.chunk_tokens, t, weight)
+    saved = layer_saved_bytes(counts, t, weight, s.ulysses(counts.heads))
+    flight = layer_flight_bytes(counts, t, weight)
+    loss = loss_bytes(counts.hidden, counts.vocabulary, s.chunk_tokens, t, weight)
     if s.checkpointing:
-        kept = Item(
+        kept = MemoryItem(
             "saved layer inputs",
-            saved_inputs_bytes(shape.layers, shape.hidden, t, weight),
-            f"{shape.layers} layers · {t:,} tokens · {weight} H B",
+            saved_inputs_bytes(counts.layers, counts.hidden, t, weight),
+            f"{counts.layers} layers · {t:,} tokens · {weight} H B",
         )
         peak, name, how = saved + flight, "one recomputed layer", "t · (norms, attention, MLP and their gradients)"
     else:
-        kept = Item(
-            "saved activations of all layers", shape.layers * saved, f"{shape.layers} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB"
+        kept = MemoryItem(
+            "saved activations of all layers", counts.layers * saved, f"{counts.layers} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB"
         )
         peak, name, how = flight, "gradients inside one layer", "b · t · (3 F + 2 H)"
     if loss > peak:
         name, how = "the loss chunk", f"{min(s.chunk_tokens, t):,} · V logits in three forms, the head's fp32 gradient"
-    return [kept, Item(f"peak: {name}", max(peak, loss), f"max(layer {peak / GIB:.2f}, loss {loss / GIB:.2f}) GiB: {how}")]
+    return [kept, MemoryItem(f"peak: {name}", max(peak, loss), f"max(layer {peak / GIB:.2f}, loss {loss / GIB:.2f}) GiB: {how}")]
 
 
-def _fixed(s: Setting) -> list[Item]:
+def _fixed(s: MemorySetting) -> list[MemoryItem]:
     weight = WEIGHT_BYTES[s.dtype]
     return [
-        Item(
+        MemoryItem(
             "reduction buckets",
             bucket_bytes(s.bucket_parameters, weight, SENT_BYTES[s.dtype]),
             f"(2 · {weight} B, sent as {SENT_BYTES[s.dtype]} B) · {s.bucket_parameters / 1e6:.3g}M (reduce_bucket_size)",
         ),
-        Item("CUDA, NCCL, cuBLAS", RUNTIME_BYTES, "assumed"),
+        MemoryItem("CUDA, NCCL, cuBLAS", RUNTIME_BYTES, "assumed"),
     ]

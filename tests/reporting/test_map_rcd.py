@@ -14,11 +14,11 @@ from PIL import Image
 
 from lr2train.config import UserError
 from lr2train.model import load
-from lr2train.reporting.rcd_map import rcd_map
 from lr2train.rope.methods import METHODS
 from lr2train.rope.spectrum import Spectrum
 from tools import map_rcd
-from tools.map_rcd import Cell
+from tools.map_rcd import MapCell
+from tools.map_rcd_picture import rcd_map
 
 CHOICE = ["--scales", "1.0", "1.5", "--indices", "3", "4", "--attention-factor", "1.0", "1.2", "--questions", "2", "--distractors", "1"]
 
@@ -50,7 +50,7 @@ def test_cells_are_what_a_plain_forward_pass_gives(world, tmp_path):
     assert [len(one.tokens) for one in documents] == [tiny.L] * 2
     assert [len(one.answer_spans) for one in documents] == [2, 2]
     for line in (line for line in lines if line["attention_factor"] == 1.2):
-        factors = map_rcd.Cell(*(line[key] for key in ("method", "attention_factor", "critical_index", "scale"))).factors(
+        factors = map_rcd.MapCell(*(line[key] for key in ("method", "attention_factor", "critical_index", "scale"))).factors(
             tiny.SPECTRUM, tiny.L
         )
         losses = [_plain_loss(world / "base", factors, one) for one in documents]
@@ -117,13 +117,13 @@ def test_default_indices_reach_past_tcd(world, tmp_path):
 # ---- the bootstrap ----
 
 
-def grid(losses, indices=(14, 16), scales=(1.0,), factor: float = 1.0) -> dict[Cell, dict]:
+def grid(losses, indices=(14, 16), scales=(1.0,), factor: float = 1.0) -> dict[MapCell, dict]:
     """Cells from losses(index, scale) -> float64 [documents], one answer token a document."""
     lines = {}
     for index in indices:
         for scale in scales:
             nll = np.asarray(losses(index, scale), dtype=float)
-            lines[Cell("longrope2", factor, index, scale)] = {"nll": nll.tolist(), "perplexity": math.exp(nll.mean())}
+            lines[MapCell("longrope2", factor, index, scale)] = {"nll": nll.tolist(), "perplexity": math.exp(nll.mean())}
     return lines
 
 
@@ -152,7 +152,7 @@ def test_the_interval_is_that_of_the_mean():
 def test_answers_weigh_by_their_tokens():
     lines = grid(lambda index, _: [6.0, 1.0] if index == 14 else [0.0, 4.0])
     losses = map_rcd.resample(lines, [3, 1], seed=0, n_resamples=50)
-    column = losses.column[Cell("longrope2", 1.0, 14, 1.0)]
+    column = losses.column[MapCell("longrope2", 1.0, 14, 1.0)]
     assert set(np.round(losses.resampled[:, column], 9)) == {2.0, 7 / 4, 1.0}  # both times the first, each once, both times the second
     assert set(np.round(losses.left_out[:, column][np.isfinite(losses.left_out[:, column])], 9)) == {2.0, 1.0}
 

@@ -35,7 +35,7 @@ NAMES = ("local", "ulysses", "ring", "gather", "ulysses_ring")
 MIB = 2**20
 
 
-class Case(NamedTuple):
+class TrafficRow(NamedTuple):
     """A row of the table: the rank that sends most, and how far counts are from the formula over all ranks."""
 
     model: str
@@ -61,7 +61,7 @@ def measure(quick: bool) -> Iterator[Figure]:
     yield Figure("counted_minus_formula_bytes", sum(case.off for case in cases), at_most=0)
 
 
-def _cases(model: str, sp: int) -> Iterator[Case]:
+def _cases(model: str, sp: int) -> Iterator[TrafficRow]:
     n_heads, n_kv_heads, head_size = MODELS[model]
     for documents, spans in (("one", ((0, T),)), ("packed", _packed()), ("aligned", _aligned(sp))):
         for name in NAMES:
@@ -69,7 +69,7 @@ def _cases(model: str, sp: int) -> Iterator[Case]:
             with contextlib.suppress(UserError):  # what a strategy cannot serve has no row
                 STRATEGIES[name].refuse(work)
                 off = sum(_off(name, work, rank, documents == "one") for rank in range(sp))
-                yield Case(model, documents, sp, name, STRATEGIES[name].bytes_sent(work), off)
+                yield TrafficRow(model, documents, sp, name, STRATEGIES[name].bytes_sent(work), off)
 
 
 def _packed() -> Spans:

@@ -36,7 +36,7 @@ REFERENCE = "deepspeed"
 MEASURES = ("clock", "cpu")
 
 
-class Size(NamedTuple):
+class StepSize(NamedTuple):
     """Of the model, its segment and the measurement."""
 
     n_tokens: int
@@ -44,7 +44,7 @@ class Size(NamedTuple):
     rounds: int
 
 
-WHOLE, QUICK = Size(1024, 2, 20), Size(512, 2, 8)
+WHOLE, QUICK = StepSize(1024, 2, 20), StepSize(512, 2, 8)
 DOCUMENTS = (3, 5, 6, 2)  # lengths of a short segment's documents, in 16ths of a shard: they end at its border and at no other
 
 Seconds = tuple[float, ...]
@@ -82,7 +82,7 @@ def _half_width(ratios: list[float]) -> float:
     return 1.57 * (high - low) / math.sqrt(len(ratios))
 
 
-def _on_ranks(size: Size) -> dict[str, list[tuple[Seconds, Seconds, Seconds]]]:
+def _on_ranks(size: StepSize) -> dict[str, list[tuple[Seconds, Seconds, Seconds]]]:
     """By what was run, for every round: DeepSpeed's step before, its own, DeepSpeed's step after."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ def _on_ranks(size: Size) -> dict[str, list[tuple[Seconds, Seconds, Seconds]]]:
         return queue.get()
 
 
-def _rank(rank: int, folder: Path, size: Size, queue: Any) -> None:
+def _rank(rank: int, folder: Path, size: StepSize, queue: Any) -> None:
     from lr2train.training.deepspeed.engine import start_deepspeed
 
     torch.set_num_threads(1)
@@ -134,7 +134,7 @@ def _seconds(step: Callable[[], Tensor]) -> Seconds:
     return tuple(taken.tolist())
 
 
-def _steps(size: Size) -> dict[str, Callable[[], Tensor]]:
+def _steps(size: StepSize) -> dict[str, Callable[[], Tensor]]:
     """One step of everything that is compared, by name; checked to compute the same where they should."""
     from lr2train.parallel.mesh import make_mesh
 
@@ -159,7 +159,7 @@ def _total(loss: Tensor) -> float:
     return total.item()
 
 
-def _model(size: Size) -> Any:
+def _model(size: StepSize) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -170,7 +170,7 @@ def _model(size: Size) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _spans(window: str, size: Size) -> tuple[tuple[int, int], ...]:
+def _spans(window: str, size: StepSize) -> tuple[tuple[int, int], ...]:
     if window == "long":
         return ((0, size.n_tokens),)
     borders = [0, *accumulate(part * size.n_tokens // RANKS // 16 for part in RANKS * DOCUMENTS)]
@@ -183,7 +183,7 @@ def _inputs(spans: tuple[tuple[int, int], ...], n_tokens: int) -> tuple[Tensor, 
     return ids, torch.cat([torch.arange(stop - start) for start, stop in spans])
 
 
-def _our_step(model: Any, strategy: str, mesh: Any, spans: tuple[tuple[int, int], ...], size: Size) -> Callable[[], Tensor]:
+def _our_step(model: Any, strategy: str, mesh: Any, spans: tuple[tuple[int, int], ...], size: StepSize) -> Callable[[], Tensor]:
     from lr2train.attention.hf import install
 
     layout = install(model, mesh, strategy).layout(spans, size.n_tokens)
@@ -191,7 +191,7 @@ def _our_step(model: Any, strategy: str, mesh: Any, spans: tuple[tuple[int, int]
     return lambda: _forward_backward(model, ids, positions, spans=spans)
 
 
-def _deepspeed_step(model: Any, size: Size) -> Callable[[], Tensor]:
+def _deepspeed_step(model: Any, size: StepSize) -> Callable[[], Tensor]:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     UlyssesSPAttentionHF.register_with_transformers(

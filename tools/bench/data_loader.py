@@ -71,7 +71,7 @@ def _throughput(corpus: Corpus, files: list[Path], rounds: int) -> Iterator[Figu
 def _warm_sides(corpus: Corpus, rng: np.random.Generator) -> dict[str, Callable[[], object]]:
     """Each with mappings of its own: a page costs its first reader more."""
     loader, lengths = _loader(corpus), _lengths(corpus, rng)
-    pair, tokens, copied, short = (Plain(_files(corpus, source), rng) for source in (LONG, LONG, LONG, SHORT))
+    pair, tokens, copied, short = (PlainReader(_files(corpus, source), rng) for source in (LONG, LONG, LONG, SHORT))
     n_long, n_short = loader.n_segments(LONG), loader.n_segments(SHORT)
     return {
         "loader_long": lambda: loader.load([(LONG, int(rng.integers(n_long)))]),
@@ -103,11 +103,11 @@ def _open_loader(corpus: Corpus, rng: np.random.Generator) -> Callable[[], objec
 
 
 def _open_plain(corpus: Corpus, rng: np.random.Generator) -> Callable[[], object]:
-    opened = Plain(_files(corpus, LONG), rng)
+    opened = PlainReader(_files(corpus, LONG), rng)
     return lambda: [opened.copied(SEGMENT_TOKENS) for _ in range(_DP_SIZE)]
 
 
-class Plain:
+class PlainReader:
     """Reads at random places of mapped files."""
 
     def __init__(self, files: list[Path], rng: np.random.Generator) -> None:

@@ -63,7 +63,7 @@ WHAT = {
 
 
 @dataclass(frozen=True)
-class Size:
+class SearchSize:
     """How much is run."""
 
     seeds: int
@@ -75,8 +75,8 @@ class Size:
     margin: float  # standard errors by which a search may be worse and still pass for as good
 
 
-FULL = Size(5, 32, 8, 8, ("plain", "racing_only", "racing", "cmaes", "surrogate"), 120, 0.0)
-QUICK = Size(4, 16, 4, 4, ("plain", "surrogate"), 40, 1.0)  # too few seeds to tell more
+FULL = SearchSize(5, 32, 8, 8, ("plain", "racing_only", "racing", "cmaes", "surrogate"), 120, 0.0)
+QUICK = SearchSize(4, 16, 4, 4, ("plain", "surrogate"), 40, 1.0)  # too few seeds to tell more
 
 
 def main() -> int:
@@ -127,14 +127,14 @@ def _call(module: str, *overrides: str) -> None:
 # ---- searches ----
 
 
-def _overrides(arguments: argparse.Namespace, size: Size, variant: str, seed: int) -> list[str]:
+def _overrides(arguments: argparse.Namespace, size: SearchSize, variant: str, seed: int) -> list[str]:
     return [
         "experiment=tiny_4k", f"model.path={arguments.model}", f"data.path={arguments.corpus}", "device=cpu", "threads=1", f"seed={seed}",
         f"search.population={size.population}", f"search.generations={size.generations}", f"search.top_k={size.top_k}", *VARIANTS[variant],
     ]  # fmt: skip
 
 
-def _search_all(arguments: argparse.Namespace, size: Size, folder: Path, jobs: Sequence[tuple[str, int]]) -> None:
+def _search_all(arguments: argparse.Namespace, size: SearchSize, folder: Path, jobs: Sequence[tuple[str, int]]) -> None:
     def one(job: tuple[str, int]) -> None:
         variant, seed = job
         home = folder / f"{variant}_{seed}"
@@ -171,7 +171,7 @@ Task = tuple[str, str, list[NeedleDocument], Factors, str]  # model, name, docum
 
 
 def _score_all(
-    arguments: argparse.Namespace, size: Size, folder: Path, jobs: Sequence[tuple[str, int]]
+    arguments: argparse.Namespace, size: SearchSize, folder: Path, jobs: Sequence[tuple[str, int]]
 ) -> dict[tuple[str, str], list[float]]:
     """(subject, kind) -> losses per token of every held-out document."""
     settings = config.compose("search", [*_overrides(arguments, size, "plain", 0), "name=held_out"])
@@ -232,7 +232,7 @@ def _losses(task: Task) -> tuple[tuple[str, str], list[float]]:
 # ---- what came out ----
 
 
-def _report(size: Size, folder: Path, held_out: dict[tuple[str, str], list[float]]) -> int:
+def _report(size: SearchSize, folder: Path, held_out: dict[tuple[str, str], list[float]]) -> int:
     results = {
         (variant, seed): json.loads((folder / f"{variant}_{seed}" / "search.json").read_text())
         for variant in size.variants
@@ -254,7 +254,9 @@ def _report(size: Size, folder: Path, held_out: dict[tuple[str, str], list[float
     return _figures(size, folder, results, held_out)
 
 
-def _figures(size: Size, folder: Path, results: dict[tuple[str, int], dict[str, Any]], held_out: dict[tuple[str, str], list[float]]) -> int:
+def _figures(
+    size: SearchSize, folder: Path, results: dict[tuple[str, int], dict[str, Any]], held_out: dict[tuple[str, str], list[float]]
+) -> int:
     print()
     seeds, forwards, perplexity = range(size.seeds), {}, {}
     for variant in size.variants:

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(setting, arguments)
 
 
-def run(setting: gpu_slice.Setting, arguments: argparse.Namespace) -> int:
+def run(setting: gpu_slice.SliceSetting, arguments: argparse.Namespace) -> int:
     """All parts asked for; the exit status."""
     hand = at_hand(setting.device)
     about = {"machine": _machine(setting.device), "setting": _plain(setting), "kernels": hand.names, "not_importable": hand.missing}
@@ -102,7 +102,7 @@ def run(setting: gpu_slice.Setting, arguments: argparse.Namespace) -> int:
 # ---- the parts ----
 
 
-def _parity(findings: Findings, setting: gpu_slice.Setting, kernels: Sequence[str], quick: bool) -> None:
+def _parity(findings: Findings, setting: gpu_slice.SliceSetting, kernels: Sequence[str], quick: bool) -> None:
     cpu = setting.device.type == "cpu"
     dtypes = (torch.float32, torch.bfloat16) if cpu else (torch.bfloat16, torch.float16)
     rows = []
@@ -114,7 +114,7 @@ def _parity(findings: Findings, setting: gpu_slice.Setting, kernels: Sequence[st
     findings.add("parity", [{**asdict(row), "passes": row.passes} for row in rows], [Figure("parity_failures", failures, at_most=0)])
 
 
-def _attention(findings: Findings, setting: gpu_slice.Setting, kernels: Sequence[str], asserted: bool) -> None:
+def _attention(findings: Findings, setting: gpu_slice.SliceSetting, kernels: Sequence[str], asserted: bool) -> None:
     before = gpu_timing.clocks(setting.device)
     races = {name: _fitting(setting, f"attention, {name}", partial(_race_attention, name, kernels)) for name in STRATEGIES}
     failures = sum(len(kernels) if race is None else race.failures for race in races.values())
@@ -128,11 +128,11 @@ def _attention(findings: Findings, setting: gpu_slice.Setting, kernels: Sequence
     findings.add("attention", rows, [*figures, Figure("attention_failures", failures, at_most=0)])
 
 
-def _race_attention(strategy: str, kernels: Sequence[str], setting: gpu_slice.Setting) -> gpu_slice.Rivals:
+def _race_attention(strategy: str, kernels: Sequence[str], setting: gpu_slice.SliceSetting) -> gpu_slice.Rivals:
     return gpu_slice.race_attention(setting, strategy, kernels)
 
 
-def _layer(findings: Findings, setting: gpu_slice.Setting, peak: float | None, asserted: bool) -> None:
+def _layer(findings: Findings, setting: gpu_slice.SliceSetting, peak: float | None, asserted: bool) -> None:
     if peak is None and setting.device.type == "cuda":
         print(f"no bf16 peak is known for {torch.cuda.get_device_name(setting.device)}: give --peak TFLOPS; the layer has no target now")
     before = gpu_timing.clocks(setting.device)
@@ -147,12 +147,12 @@ def _layer(findings: Findings, setting: gpu_slice.Setting, peak: float | None, a
     findings.add("layer", rows, [*figures, Figure("layer_failures", failures, at_most=0)])
 
 
-def _race_layer(strategy: str, setting: gpu_slice.Setting) -> gpu_layer.Step:
+def _race_layer(strategy: str, setting: gpu_slice.SliceSetting) -> gpu_layer.LayerStep:
     chunk_tokens = min(LOSS_CHUNK_TOKENS, max(1, setting.n_tokens // setting.sp // 2))  # two chunks at least
     return gpu_layer.race_layer(setting, strategy, chunk_tokens)
 
 
-def _layer_figures(step: gpu_layer.Step, setting: gpu_slice.Setting, peak: float | None, asserted: bool) -> list[Figure]:
+def _layer_figures(step: gpu_layer.LayerStep, setting: gpu_slice.SliceSetting, peak: float | None, asserted: bool) -> list[Figure]:
     name = f"layer_{step.strategy}"
     figures = [
         Figure(f"{name}_tflops_per_s", step.tflops_per_s),
@@ -164,7 +164,7 @@ def _layer_figures(step: gpu_layer.Step, setting: gpu_slice.Setting, peak: float
     return [Figure(f"{name}_share_of_peak", step.tflops_per_s / peak, at_least=SHARE_OF_PEAK if asserted else None), *figures]
 
 
-def _fitting(setting: gpu_slice.Setting, what: str, measure: Callable[[gpu_slice.Setting], T]) -> T | None:
+def _fitting(setting: gpu_slice.SliceSetting, what: str, measure: Callable[[gpu_slice.SliceSetting], T]) -> T | None:
     """``measure(setting)`` with as many of its tokens as fit; None, said, where not even the fewest do."""
     sizes = [setting.n_tokens >> halvings for halvings in range(4) if setting.n_tokens % (2 * setting.sp << halvings) == 0]
     say("gpu_check", f"{what}: {setting.n_tokens} tokens; {_free(setting.device)}")
@@ -206,7 +206,7 @@ def _positive_float(text: str) -> float:
     return number
 
 
-def _setting(arguments: argparse.Namespace) -> gpu_slice.Setting:
+def _setting(arguments: argparse.Namespace) -> gpu_slice.SliceSetting:
     """What to measure. Fills ``arguments.peak``. Raises UserError for a device that is not there, and sizes that do not fit together."""
     device = _device(arguments.device)
     cpu, short = device.type == "cpu", device.type == "cpu" or arguments.quick
@@ -222,7 +222,7 @@ def _setting(arguments: argparse.Namespace) -> gpu_slice.Setting:
     if not cpu and arguments.peak is None:
         arguments.peak = peak_tflops(torch.cuda.get_device_name(device))
     dtype = torch.float32 if cpu else torch.bfloat16
-    return gpu_slice.Setting(model, n_tokens, sp, rank, device, dtype, arguments.rounds or (2 if short else 7), 1 if cpu else 2)
+    return gpu_slice.SliceSetting(model, n_tokens, sp, rank, device, dtype, arguments.rounds or (2 if short else 7), 1 if cpu else 2)
 
 
 def _device(name: str) -> torch.device:
@@ -264,11 +264,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _plain(setting: gpu_slice.Setting) -> dict[str, Any]:
+def _plain(setting: gpu_slice.SliceSetting) -> dict[str, Any]:
     return {**asdict(setting), "device": str(setting.device), "dtype": str(setting.dtype)}
 
 
-def _described(setting: gpu_slice.Setting, machine: dict[str, Any]) -> str:
+def _described(setting: gpu_slice.SliceSetting, machine: dict[str, Any]) -> str:
     name, reason = machine["kernel"]
     return f"{machine['device']}: training would run {name} ({reason}); {_free(setting.device)}"
 

@@ -24,7 +24,7 @@ from lr2train.attention.ring_flash_attn import zigzag_function
 from lr2train.config import UserError
 
 
-class Plain(Protocol):
+class PlainKernel(Protocol):
     """q [Tq, Hq, D], k and v [Tk, Hkv, D], scale, causal (Tq = Tk) or full -> out [Tq, Hq, D], differentiable."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor: ...
@@ -121,4 +121,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor
     return out[0].transpose(0, 1)
 
 
-PLAIN: dict[str, Plain] = {"flash_attn_3": _flash3, "flash_attn": _flash2, "torch_varlen": _varlen, "cpu_flash": _sdpa, "torch_sdpa": _sdpa}
+PLAIN: dict[str, PlainKernel] = {
+    "flash_attn_3": _flash3,
+    "flash_attn": _flash2,
+    "torch_varlen": _varlen,
+    "cpu_flash": _sdpa,
+    "torch_sdpa": _sdpa,
+}

@@ -22,14 +22,14 @@ from lr2train.attention.hf import install
 from lr2train.model.loss import LossHead
 from lr2train.parallel.mesh import Mesh
 from tools.gpu.one_rank import one_rank
-from tools.gpu.slice import Setting, attention_flops, slice_pairs
+from tools.gpu.slice import SliceSetting, attention_flops, slice_pairs
 from tools.gpu.timing import Flops, Lane, Pass, race
 
 LAYER, KEPT, LOSS, PRODUCT = "layer, recomputed", "layer, nothing recomputed", "last norm and loss", "one matrix product"
 
 
 @dataclass(frozen=True)
-class Step:
+class LayerStep:
     """What was measured with one strategy, and a whole model's step put together from it."""
 
     strategy: str
@@ -63,14 +63,14 @@ def matmul_flops(weights: int, rows: int) -> Flops:
     return Flops(2.0 * weights * rows, 4.0 * weights * rows)
 
 
-def layer_flops(setting: Setting, strategy: str, weights: int) -> Flops:
+def layer_flops(setting: SliceSetting, strategy: str, weights: int) -> Flops:
     """A layer with ``weights`` parameters in its linear maps: those, and attention counted as forward and twice forward."""
     linear = matmul_flops(weights, setting.n_tokens // setting.sp)
     attention = attention_flops(slice_pairs(setting, strategy), setting.model.head_size).forward
     return Flops(linear.forward + attention, linear.backward + 2 * attention)
 
 
-def race_layer(setting: Setting, strategy: str, chunk_tokens: int) -> Step:
+def race_layer(setting: SliceSetting, strategy: str, chunk_tokens: int) -> LayerStep:
     """Time a layer of ``setting``'s rank under ``strategy``, and the loss in chunks of ``chunk_tokens``.
 
     Raises:
@@ -80,10 +80,10 @@ def race_layer(setting: Setting, strategy: str, chunk_tokens: int) -> Step:
         lm = _build(setting, strategy, mesh)
         passes = [*_layer_passes(setting, strategy, lm), _loss_pass(setting, lm, chunk_tokens), _product_pass(setting)]
         lanes = race(passes, setting.device, setting.rounds, setting.warm_ups)
-    return Step(strategy, setting.n_tokens, setting.model.layers, lanes)
+    return LayerStep(strategy, setting.n_tokens, setting.model.layers, lanes)
 
 
-def _build(setting: Setting, strategy: str, mesh: Mesh) -> Any:
+def _build(setting: SliceSetting, strategy: str, mesh: Mesh) -> Any:
     """A Llama of one layer with drawn weights, as the engine makes it: our attention in it, its layer recomputed in the backward."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -105,12 +105,12 @@ def _build(setting: Setting, strategy: str, mesh: Mesh) -> Any:
     return lm.train()
 
 
-def _hidden(setting: Setting) -> Tensor:
+def _hidden(setting: SliceSetting) -> Tensor:
     rows = setting.n_tokens // setting.sp
     return torch.randn(1, rows, setting.model.hidden, device=setting.device, dtype=setting.dtype)
 
 
-def _layer_passes(setting: Setting, strategy: str, lm: Any) -> Iterator[Pass]:
+def _layer_passes(setting: SliceSetting, strategy: str, lm: Any) -> Iterator[Pass]:
     """The layer as the engine has it, and with all its activations kept. Positions turn all layers alike and are made before."""
     hidden, grad = _hidden(setting).requires_grad_(), _hidden(setting)
     layer = lm.base_model.layers[0]
@@ -126,7 +126,7 @@ def _layer_passes(setting: Setting, strategy: str, lm: Any) -> Iterator[Pass]:
         yield Pass(name, forward, (hidden, *layer.parameters()), flops, [grad])
 
 
-def _loss_pass(setting: Setting, lm: Any, chunk_tokens: int) -> Pass:
+def _loss_pass(setting: SliceSetting, lm: Any, chunk_tokens: int) -> Pass:
     """Every position has a target."""
     hidden, norm = _hidden(setting).requires_grad_(), lm.base_model.norm
     head: nn.Linear = lm.get_output_embeddings()
@@ -136,7 +136,7 @@ def _loss_pass(setting: Setting, lm: Any, chunk_tokens: int) -> Pass:
     return Pass(LOSS, lambda: [loss_head(norm(hidden)[0], labels)], (hidden, norm.weight, head.weight), flops)
 
 
-def _product_pass(setting: Setting) -> Pass:
+def _product_pass(setting: SliceSetting) -> Pass:
     """The layer's largest matrix product alone: what torch reaches on this GPU at best."""
     hidden = _hidden(setting)[0].requires_grad_()
     weight = torch.randn(setting.model.intermediate, setting.model.hidden, device=setting.device, dtype=setting.dtype, requires_grad=True)

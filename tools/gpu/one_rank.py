@@ -36,24 +36,24 @@ def one_rank(rank: int, sp: int, ring: int = 1) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-class _Done:
+class _Finished:
     """What a caller waits for."""
 
     def wait(self) -> bool:
         return True
 
 
-def _all_to_all_single(output: Tensor, input: Tensor, *_: Any, async_op: bool = False, **__: Any) -> _Done | None:
+def _all_to_all_single(output: Tensor, input: Tensor, *_: Any, async_op: bool = False, **__: Any) -> _Finished | None:
     _echo(output, [input])
-    return _Done() if async_op else None
+    return _Finished() if async_op else None
 
 
-def _batch_isend_irecv(operations: Sequence[dist.P2POp]) -> list[_Done]:
+def _batch_isend_irecv(operations: Sequence[dist.P2POp]) -> list[_Finished]:
     sent = [operation.tensor for operation in operations if operation.op is dist.isend]
     arriving = [operation.tensor for operation in operations if operation.op is dist.irecv]
     for i, into in enumerate(arriving):
         _echo(into, sent[i:] + sent[:i])
-    return [_Done()]
+    return [_Finished()]
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
 HEAD_SIZES = (32, 64, 80, 96, 128, 192, 256)
 
 
-class Case(NamedTuple):
+class ParityCase(NamedTuple):
     """One input: heads (of queries, of keys), head size, dtype, spans of a row of ``n_tokens``, a sliding window or None."""
 
     heads: tuple[int, int]
@@ -68,7 +68,7 @@ class Row:
         kept = all(self.ratios.get(name, float("nan")) <= limit for name, limit in LIMITS.items())
         return self.error is None and kept and self.lse_nats <= LSE_LIMIT_NATS
 
-    def add(self, case: Case, ratios: dict[str, float], lse_nats: float) -> None:
+    def add(self, case: ParityCase, ratios: dict[str, float], lse_nats: float) -> None:
         """Take in one more case."""
         self.cases += 1
         for name, ratio in ratios.items():
@@ -123,14 +123,14 @@ def _levels(quick: bool) -> Iterable[Level]:
     yield Level("ulysses_ring on 2x2", _ranks("ulysses_ring", 4, 2), 4)
 
 
-def _cases(dtype: torch.dtype, quick: bool, level: Level) -> Iterator[Case]:
+def _cases(dtype: torch.dtype, quick: bool, level: Level) -> Iterator[ParityCase]:
     n_tokens = 64 if quick else 512
     whole, packed = ((0, n_tokens),), _packed(n_tokens, level.no_gaps)
     head_sizes = ((40, 256) if quick else HEAD_SIZES) if level.ranks == 1 else (64,) if quick else (96, 128)
     for (n_heads, n_kv_heads), head_size in itertools.product(HEADS.values(), head_sizes):
         heads = math.lcm(n_heads, level.ranks), n_kv_heads  # as many as ulysses can share
         for spans, window_tokens in ((whole, None), (packed, None), (whole, n_tokens // 3), (packed, n_tokens // 7)):
-            yield Case(heads, head_size, dtype, spans, n_tokens, window_tokens)
+            yield ParityCase(heads, head_size, dtype, spans, n_tokens, window_tokens)
 
 
 def _packed(n_tokens: int, no_gaps: bool) -> Spans:
@@ -142,7 +142,7 @@ def _packed(n_tokens: int, no_gaps: bool) -> Spans:
     return spans if no_gaps else (*spans[:2], *spans[3:])
 
 
-def _compare(case: Case, level: Level, device: torch.device) -> tuple[dict[str, float], float]:
+def _compare(case: ParityCase, level: Level, device: torch.device) -> tuple[dict[str, float], float]:
     """Ratios of errors by tensor, and the largest error of lse in nats."""
     segment = draw(case, device)
     exact, plain, ours = _written_out(segment, torch.float64), _written_out(segment, case.dtype), level.compute(segment)
@@ -156,7 +156,7 @@ def _tensors(answer: Answer) -> tuple[Tensor, ...]:
     return answer.out, *answer.grads
 
 
-def draw(case: Case, device: torch.device) -> Segment:
+def draw(case: ParityCase, device: torch.device) -> Segment:
     """A segment of numbers that follow from the case alone."""
     generator = torch.Generator().manual_seed(case.head_size + case.heads[0])
     (n_heads, n_kv_heads), size = case.heads, case.head_size

@@ -52,7 +52,7 @@ SMALL = Model("a small Llama", 128, 2, 8, 4, 16, 256, 512)
 
 
 @dataclass(frozen=True)
-class Setting:
+class SliceSetting:
     """A rank of a sequence-parallel group, and the one span over the whole segment that it works on."""
 
     model: Model
@@ -75,7 +75,7 @@ class Setting:
         model = self.model
         return Work(self.spans, self.n_tokens, model.heads, model.kv_heads, model.head_size, self.dtype.itemsize, self.sp)
 
-    def on(self, n_tokens: int) -> Setting:
+    def on(self, n_tokens: int) -> SliceSetting:
         """The same over a shorter segment."""
         return replace(self, n_tokens=n_tokens)
 
@@ -114,12 +114,12 @@ def attention_flops(pairs: int, head_size: int) -> Flops:
     return Flops(4.0 * head_size * pairs, 10.0 * head_size * pairs)
 
 
-def slice_pairs(setting: Setting, strategy: str) -> int:
+def slice_pairs(setting: SliceSetting, strategy: str) -> int:
     """Pairs of the rank, summed over its query heads."""
     return STRATEGIES[strategy].pairs(setting.work, setting.rank)
 
 
-def race_attention(setting: Setting, strategy: str, kernels: Sequence[str]) -> Rivals:
+def race_attention(setting: SliceSetting, strategy: str, kernels: Sequence[str]) -> Rivals:
     """Time the slice of ``strategy`` (ulysses | ring) through each of ``kernels``, each beside its plain self, and what else is at hand.
 
     Raises:
@@ -144,24 +144,24 @@ def _plain_name(name: str) -> str:
     return f"plain {name}"
 
 
-def _draw(setting: Setting, rows: int, *heads: int) -> list[Tensor]:
+def _draw(setting: SliceSetting, rows: int, *heads: int) -> list[Tensor]:
     """Normal numbers [rows, heads, D], one for each number of heads."""
     return [torch.randn(rows, n, setting.model.head_size, device=setting.device, dtype=setting.dtype) for n in heads]
 
 
-def _ours(setting: Setting, strategy: str, name: str, mesh: Mesh) -> Pass:
+def _ours(setting: SliceSetting, strategy: str, name: str, mesh: Mesh) -> Pass:
     """The rank's shard through a strategy, and through kernel ``name``."""
     return replace(_through(setting, strategy, mesh), name=_our_name(name), around=partial(using, name))
 
 
-def _library(setting: Setting, mesh: Mesh) -> Iterator[Pass]:
+def _library(setting: SliceSetting, mesh: Mesh) -> Iterator[Pass]:
     """The same shard through the library ring-flash-attn, where it can be imported."""
     with contextlib.suppress(UserError):
         zigzag_function()
         yield replace(_through(setting, "ring_flash_attn", mesh), name="ring-flash-attn")
 
 
-def _through(setting: Setting, strategy: str, mesh: Mesh) -> Pass:
+def _through(setting: SliceSetting, strategy: str, mesh: Mesh) -> Pass:
     model, rows = setting.model, setting.n_tokens // setting.sp
     *leaves, grad = _draw(setting, rows, model.heads, model.kv_heads, model.kv_heads, model.heads)
     q, k, v = (x.requires_grad_() for x in leaves)
@@ -172,7 +172,7 @@ def _through(setting: Setting, strategy: str, mesh: Mesh) -> Pass:
     return Pass(strategy, forward, (q, k, v), attention_flops(slice_pairs(setting, strategy), model.head_size), [grad])
 
 
-def _plain(setting: Setting, strategy: str, name: str) -> Pass:
+def _plain(setting: SliceSetting, strategy: str, name: str) -> Pass:
     """Kernel ``name`` over the same pairs: a call for each tile, whose rows are its own, so that nothing is added up between calls."""
     tiles, heads, kv_heads = plain_tiles(setting, strategy)
     drawn = [(_draw(setting, tile.n_queries, heads, heads), _draw(setting, tile.n_keys, kv_heads, kv_heads)) for tile in tiles]
@@ -187,7 +187,7 @@ def _plain(setting: Setting, strategy: str, name: str) -> Pass:
     return Pass(_plain_name(name), forward, [x for qkv in rows for x in qkv], attention_flops(pairs, setting.model.head_size), grads)
 
 
-def plain_tiles(setting: Setting, strategy: str) -> tuple[list[Tile], int, int]:
+def plain_tiles(setting: SliceSetting, strategy: str) -> tuple[list[Tile], int, int]:
     """(tiles, query heads, key heads) of the rank's work. Causal tiles are squares, so it does not matter where a mask is aligned to."""
     model, sp = setting.model, setting.sp
     if strategy == "ulysses":

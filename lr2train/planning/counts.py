@@ -18,7 +18,7 @@ from lr2train.model import load
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelCounts:
     """A causal LM in numbers.
 
     Attributes:
@@ -76,7 +76,7 @@ def hf_config_of(model: ModelConfig) -> Any:
     return load.config_of(replace(model, path=None))
 
 
-def shape_of(hf_config: Any, model: ModelConfig) -> Shape:
+def counts_of(hf_config: Any, model: ModelConfig) -> ModelCounts:
     """Count a model.
 
     Args:
@@ -89,7 +89,7 @@ def shape_of(hf_config: Any, model: ModelConfig) -> Shape:
     lm = load.build_empty(hf_config, "bfloat16", lambda: torch.device("meta"))
     config = hf_config.get_text_config()
     table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
-    return Shape(
+    return ModelCounts(
         name=type(lm).__name__,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,

@@ -16,12 +16,12 @@ from lr2train.io import read_json
 
 
 @dataclass(frozen=True)
-class Part:
+class WorkloadPart:
     """Segments of one kind.
 
     Attributes:
         window: short | long.
-        segments: how many of an epoch; only their share counts where ``Work.steps`` was set by hand.
+        segments: how many of an epoch; only their share counts where ``Workload.steps`` was set by hand.
         span_tokens: how far a token may attend back, at most.
     """
 
@@ -31,7 +31,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What is to be trained.
 
     Attributes:
@@ -41,24 +41,24 @@ class Work:
         assumptions: what was taken for granted.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[WorkloadPart, ...]
     steps: int | None
     origin: str
     assumptions: tuple[str, ...]
 
-    def share(self, part: Part) -> float:
+    def share(self, part: WorkloadPart) -> float:
         """Of all segments, 0 … 1."""
         return part.segments / sum(one.segments for one in self.parts)
 
 
-def work_of(config: Config, window_tokens: int, dp_size: int) -> Work:
+def workload_of(config: Config, window_tokens: int, dp_size: int) -> Workload:
     """The work of a config for a model of ``window_tokens`` on ``dp_size`` data-parallel ranks."""
     parts, origin = _parts(config, window_tokens)
     planned = _steps(parts, config, dp_size) if origin else None
     steps = config.optim.steps or planned
     if config.optim.steps:
         origin = f"optim.steps; mix by {origin}" if origin else "optim.steps"
-    return Work(parts, steps, origin or "unknown", tuple(_assumptions(config, parts, origin, window_tokens)))
+    return Workload(parts, steps, origin or "unknown", tuple(_assumptions(config, parts, origin, window_tokens)))
 
 
 def segments_of(tokens: int, segment_tokens: int) -> int:
@@ -66,17 +66,17 @@ def segments_of(tokens: int, segment_tokens: int) -> int:
     return -(-tokens // segment_tokens)
 
 
-def _parts(config: Config, window_tokens: int) -> tuple[tuple[Part, ...], str]:
+def _parts(config: Config, window_tokens: int) -> tuple[tuple[WorkloadPart, ...], str]:
     data, total = config.data, config.optim.segments_per_step
     if data.kind == "curriculum" and data.stages:
-        return tuple(Part(SHORT, stage.steps * total, stage.length_tokens) for stage in data.stages), "data.stages"
+        return tuple(WorkloadPart(SHORT, stage.steps * total, stage.length_tokens) for stage in data.stages), "data.stages"
     counts, origin = _segments(config)
     parts = tuple(
-        Part(window, counts[window], window_tokens if window == SHORT else data.segment_tokens)
+        WorkloadPart(window, counts[window], window_tokens if window == SHORT else data.segment_tokens)
         for window in (SHORT, LONG)
         if counts[window]
     )
-    return parts or (Part(LONG, total, data.segment_tokens),), origin
+    return parts or (WorkloadPart(LONG, total, data.segment_tokens),), origin
 
 
 def _segments(config: Config) -> tuple[dict[str, int], str]:
@@ -92,14 +92,14 @@ def _segments(config: Config) -> tuple[dict[str, int], str]:
     return {SHORT: 0, LONG: 0}, ""
 
 
-def _steps(parts: tuple[Part, ...], config: Config, dp_size: int) -> int:
+def _steps(parts: tuple[WorkloadPart, ...], config: Config, dp_size: int) -> int:
     """As the loader counts: every window is rounded up to whole groups, all of them to whole steps."""
     group = config.data.group_segments or dp_size
     groups = sum(-(-part.segments // group) for part in parts)
     return -(-groups // (config.optim.segments_per_step // group))
 
 
-def _assumptions(config: Config, parts: tuple[Part, ...], origin: str, window_tokens: int) -> list[str]:
+def _assumptions(config: Config, parts: tuple[WorkloadPart, ...], origin: str, window_tokens: int) -> list[str]:
     lines = []
     if origin.startswith("data.short_tokens"):
         lines.append("segments are filled to the last token (the packer's padding is below a percent on ordinary text)")
