@@ -245,7 +245,7 @@ def test_flops_of_attention_against_torch_s_counter():
         out = (q.transpose(0, 1) @ k.permute(1, 2, 0)) @ v.transpose(0, 1)
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
-    counted = gpu_slice.attention_flops(3 * 32 * 32, 8)
+    counted = gpu_slice.kernel_flops(3 * 32 * 32, 8)
     assert counted.forward == forward.get_total_flops()
     assert counted.backward == backward.get_total_flops() * 5 / 4
 

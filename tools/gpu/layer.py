@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lr2train.attention.hf import install
+from lr2train.model.flops import BACKWARD, attention_flops, linear_flops
 from lr2train.model.loss import LossHead
 from lr2train.parallel.mesh import Mesh
 from tools.gpu.one_rank import one_rank
-from tools.gpu.slice import SliceSetting, attention_flops, slice_pairs
+from tools.gpu.slice import SliceSetting, slice_pairs
 from tools.gpu.timing import Flops, Lane, Pass, race
 
 LAYER, KEPT, LOSS, PRODUCT = "layer, recomputed", "layer, nothing recomputed", "last norm and loss", "one matrix product"
@@ -58,16 +59,16 @@ class LayerStep:
         return 1 - self.lanes[KEPT].over(self.lanes[LAYER])
 
 
-def matmul_flops(weights: int, rows: int) -> Flops:
-    """``rows`` tokens through ``weights`` parameters of linear layers: 2 each forward, 4 backward."""
-    return Flops(2.0 * weights * rows, 4.0 * weights * rows)
+def matrix_flops(weights: int, rows: int) -> Flops:
+    """``rows`` tokens through linear layers of ``weights`` parameters."""
+    return Flops(linear_flops(weights, rows), linear_flops(weights, rows, BACKWARD))
 
 
 def layer_flops(setting: SliceSetting, strategy: str, weights: int) -> Flops:
-    """A layer with ``weights`` parameters in its linear maps: those, and attention counted as forward and twice forward."""
-    linear = matmul_flops(weights, setting.n_tokens // setting.sp)
-    attention = attention_flops(slice_pairs(setting, strategy), setting.model.head_size).forward
-    return Flops(linear.forward + attention, linear.backward + 2 * attention)
+    """A layer with ``weights`` parameters in its linear layers, and attention. Nothing is counted twice."""
+    linear = matrix_flops(weights, setting.n_tokens // setting.sp)
+    pairs, size = slice_pairs(setting, strategy), setting.model.head_size
+    return Flops(linear.forward + attention_flops(pairs, size), linear.backward + attention_flops(pairs, size, BACKWARD))
 
 
 def race_layer(setting: SliceSetting, strategy: str, chunk_tokens: int) -> LayerStep:
@@ -132,7 +133,7 @@ def _loss_pass(setting: SliceSetting, lm: Any, chunk_tokens: int) -> Pass:
     head: nn.Linear = lm.get_output_embeddings()
     loss_head = LossHead(head, chunk_tokens)
     labels = torch.randint(setting.model.vocabulary, (hidden.shape[1],), device=setting.device)
-    flops = matmul_flops(head.weight.numel(), hidden.shape[1])
+    flops = matrix_flops(head.weight.numel(), hidden.shape[1])
     return Pass(LOSS, lambda: [loss_head(norm(hidden)[0], labels)], (hidden, norm.weight, head.weight), flops)
 
 
@@ -141,4 +142,4 @@ def _product_pass(setting: SliceSetting) -> Pass:
     hidden = _hidden(setting)[0].requires_grad_()
     weight = torch.randn(setting.model.intermediate, setting.model.hidden, device=setting.device, dtype=setting.dtype, requires_grad=True)
     grad = torch.randn(len(hidden), len(weight), device=setting.device, dtype=setting.dtype)
-    return Pass(PRODUCT, lambda: [F.linear(hidden, weight)], (hidden, weight), matmul_flops(weight.numel(), len(hidden)), [grad])
+    return Pass(PRODUCT, lambda: [F.linear(hidden, weight)], (hidden, weight), matrix_flops(weight.numel(), len(hidden)), [grad])

@@ -27,6 +27,7 @@ from lr2train.attention.strategy import Work
 from lr2train.attention.tiles import Spans, Tile, diagonal
 from lr2train.attention.ulysses import spread_kv_heads
 from lr2train.config import UserError
+from lr2train.model.flops import FLASH_BACKWARD, attention_flops
 from lr2train.parallel.mesh import Mesh
 from tools.gpu.kernels import PLAIN, using
 from tools.gpu.one_rank import one_rank
@@ -109,9 +110,9 @@ class Rivals:
         return self.ratio(lane) if lane in dict(self.ours).values() else None
 
 
-def attention_flops(pairs: int, head_size: int) -> Flops:
-    """Of ``pairs`` (query, key) pairs, summed over query heads: 4 D forward, 10 D backward."""
-    return Flops(4.0 * head_size * pairs, 10.0 * head_size * pairs)
+def kernel_flops(n_pairs: int, head_size: int) -> Flops:
+    """Flash attention over ``n_pairs`` (query, key) pairs, summed over query heads: 4 D forward, 10 D backward."""
+    return Flops(attention_flops(n_pairs, head_size), attention_flops(n_pairs, head_size, FLASH_BACKWARD))
 
 
 def slice_pairs(setting: SliceSetting, strategy: str) -> int:
@@ -169,7 +170,7 @@ def _through(setting: SliceSetting, strategy: str, mesh: Mesh) -> Pass:
     def forward() -> list[Tensor]:
         return [STRATEGIES[strategy].attend(q, k, v, setting.spans, setting.model.head_size**-0.5, mesh)]
 
-    return Pass(strategy, forward, (q, k, v), attention_flops(slice_pairs(setting, strategy), model.head_size), [grad])
+    return Pass(strategy, forward, (q, k, v), kernel_flops(slice_pairs(setting, strategy), model.head_size), [grad])
 
 
 def _plain(setting: SliceSetting, strategy: str, name: str) -> Pass:
@@ -184,7 +185,7 @@ def _plain(setting: SliceSetting, strategy: str, name: str) -> Pass:
 
     pairs = heads * sum(tile.pairs() for tile in tiles)
     grads = [grad for (_, grad), _ in drawn]
-    return Pass(_plain_name(name), forward, [x for qkv in rows for x in qkv], attention_flops(pairs, setting.model.head_size), grads)
+    return Pass(_plain_name(name), forward, [x for qkv in rows for x in qkv], kernel_flops(pairs, setting.model.head_size), grads)
 
 
 def plain_tiles(setting: SliceSetting, strategy: str) -> tuple[list[Tile], int, int]:
