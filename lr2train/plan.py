@@ -1,8 +1,9 @@
-"""plan: what an experiment needs, before anything is bought, downloaded or started: parameters, memory of a GPU, steps, hours, price.
+"""plan: cost estimate of an experiment before anything is downloaded or started: memory of a GPU, steps, hours, price.
 
     python -m lr2train.plan experiment=llama3_8b_128k [hardware.gpus=128 hardware.mfu=0.35 parallel.sp=4 …]
 
-No weights, no GPU, no network: the architecture is counted from its config. Writes ``runs/<name>/plan.json`` and prints it as tables.
+No weights, no GPU, no network: parameters are counted from the model's config. Writes ``runs/<name>/plan.json`` and
+prints the same figures as tables.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from lr2train.training.deepspeed.engine import accumulation_of
 
 
 def plan(config: Config) -> dict[str, Any]:
-    """Run the verb; returns what ``plan.json`` holds.
+    """Run the verb; returns the content of ``plan.json``.
 
     Raises:
-        UserError: a mesh or batch that training would refuse, or a model whose config is not at hand.
+        UserError: training would refuse this mesh or global batch, or the model's config is missing.
     """
     refuse_mesh(config)
     hf_config = hf_config_of(config.model)
@@ -56,7 +57,7 @@ def plan(config: Config) -> dict[str, Any]:
 
 
 def refuse_mesh(config: Config) -> None:
-    """Refuse what no mesh can hold.
+    """Refuse a world size that ``parallel.sp`` does not divide.
 
     Raises:
         UserError: ``parallel.sp`` does not divide ``hardware.gpus``.
@@ -98,16 +99,16 @@ def _parallel(config: Config, dp_size: int, accumulation: int) -> dict[str, Any]
 
 
 def _attention(hf_config: Any, workload: Workload, config: Config) -> dict[str, Any]:
-    """The ring axis, and which strategy serves each part of the work, its documents as long as they can be."""
+    """The ring axis, and the attention choice for each kind of segment, with its longest possible documents."""
     layers = attention.layers_of(hf_config, memory.WEIGHT_BYTES[config.model.dtype])
     ring = attention.ring_ranks(hf_config, config.parallel, config.hardware.gpus_per_node)
     return {"ring": ring, "attention": [_served(part, layers, ring, config) for part in workload.parts]}
 
 
 def _served(part: WorkloadPart, layers: choice.Layers, ring: int, config: Config) -> dict[str, Any]:
-    """``sent_gib`` is what the busiest rank sends for a segment, forward and backward."""
+    """``sent_gib``: bytes of the rank that sends most, for one segment, forward and backward."""
     strategy, n_tokens, sp = config.parallel.strategy, config.data.segment_tokens, config.parallel.sp
-    if strategy == "local":  # documents that cross a border would be refused when they come
+    if strategy == "local":  # training refuses a document that crosses a border of a sequence shard
         return {"window": part.window, "strategy": strategy, "sent_gib": 0.0}
     spans = tuple((start, min(start + part.span_tokens, n_tokens)) for start in range(0, n_tokens, part.span_tokens))
     plan = choice.plan(strategy, layers, spans, n_tokens, sp, ring)
@@ -182,17 +183,17 @@ def _part(counts: ModelCounts, part: WorkloadPart, workload: Workload, config: C
 
 
 def _search(counts: ModelCounts, config: Config) -> dict[str, Any] | None:
-    """The search's cost; None where the window is not extended."""
-    target, knobs, hardware = config.rope.target_window_tokens, config.search, config.hardware
+    """Cost of the search; None where the window is not extended."""
+    target, search, hardware = config.rope.target_window_tokens, config.search, config.hardware
     if target <= counts.window_tokens:
         return None
     flops = cost.scoring_flops(counts, target)
-    forwards = knobs.most_forwards
+    forwards = search.most_forwards
     hours = cost.gpu_hours(flops * forwards, hardware.gpu_bf16_tflops, hardware.mfu)
     return {
         "flops_per_document": flops,
         "document_forwards": forwards,
-        "racing": knobs.racing and knobs.algorithm != "surrogate",
+        "racing": search.racing and search.algorithm != "surrogate",
         "gpu_hours": hours,
         "hours": hours / hardware.gpus,
         "price_usd": hours * hardware.gpu_hour_price,
@@ -203,12 +204,11 @@ def _search(counts: ModelCounts, config: Config) -> dict[str, Any] | None:
 def _assumptions(config: Config) -> list[str]:
     hardware = config.hardware
     return [
-        f"{hardware.mfu:.0%} of {hardware.gpu_bf16_tflops:g} TFLOP/s a GPU do useful work (hardware.mfu; recomputation is not "
-        "counted as useful)",
-        f"{memory.RUNTIME_BYTES / GIB:g} GiB for CUDA, NCCL and cuBLAS; {memory.RESERVE:.0%} of the GPU stay free for what the "
-        "allocator loses",
-        "a gated MLP and two norms a layer, as in Llama and Phi3; a GPU-hour costs "
-        + f"{hardware.gpu_hour_price:g} USD (hardware.gpu_hour_price)",
+        f"a GPU does useful work at {hardware.mfu:.0%} of {hardware.gpu_bf16_tflops:g} TFLOP/s (hardware.mfu; recomputation is "
+        "not useful work)",
+        f"CUDA, NCCL and cuBLAS take {memory.RUNTIME_BYTES / GIB:g} GiB; {memory.RESERVE:.0%} of the GPU stays free for fragmentation",
+        "a layer has a gated MLP and two norms, as in Llama and Phi3",
+        f"a GPU-hour costs {hardware.gpu_hour_price:g} USD (hardware.gpu_hour_price)",
         "loading, evaluation, checkpoints and restarts take no time",
     ]
 

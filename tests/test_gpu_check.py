@@ -81,7 +81,10 @@ def test_the_whole_check_runs_on_cpu(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--device", "cuda:77"], "--device cuda:77: torch .* sees .* CUDA devices; --device cpu runs the same code, small"),
+        (
+            ["--device", "cuda:77"],
+            "--device cuda:77: torch .* sees .* CUDA devices; --device cpu runs the same code, small",
+        ),
         (["--device", "tpu9"], "--device tpu9 is no device; give cuda, cuda:1 … or cpu"),
         (["--device", "meta"], "--device meta has no attention kernel here"),
         (["--device", "cpu", "--rank", "4"], "--rank 4 --sp 4 --tokens 1024: --rank must be below --sp"),

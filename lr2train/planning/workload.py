@@ -1,7 +1,7 @@
-"""How much there is to train on: segments by window, steps, tokens.
+"""Training work of a config: segments by window, optimizer steps, tokens.
 
-Choice: the best known count wins: the prepared corpus, else the token budgets, else the curriculum's stages. Where none of them is known
-the plan says so and gives the cost of a step.
+Choice: counts come from a curriculum's stages, else from the prepared corpus, else from the token budgets. Without any
+of the three, the estimate covers one step, and says so.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class WorkloadPart:
 
     Attributes:
         window: short | long.
-        segments: how many of an epoch; only their share counts where ``Workload.steps`` was set by hand.
-        span_tokens: how far a token may attend back, at most.
+        segments: in an epoch. With ``optim.steps`` given, only the share of all segments counts.
+        span_tokens: the longest document span; a token attends back this far at most.
     """
 
     window: str
@@ -32,13 +32,13 @@ class WorkloadPart:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be trained.
+    """Training work of a run.
 
     Attributes:
-        parts: by window.
-        steps: optimizer steps; None where nothing says how many.
-        origin: where the numbers come from, for a person.
-        assumptions: what was taken for granted.
+        parts: segments by window, or by curriculum stage.
+        steps: optimizer steps; None where they are unknown.
+        origin: source of the numbers, to be read by a person.
+        assumptions: sentences, to be read by a person.
     """
 
     parts: tuple[WorkloadPart, ...]
@@ -47,12 +47,12 @@ class Workload:
     assumptions: tuple[str, ...]
 
     def share(self, part: WorkloadPart) -> float:
-        """Of all segments, 0 … 1."""
+        """Share of all segments, 0 … 1."""
         return part.segments / sum(one.segments for one in self.parts)
 
 
 def workload_of(config: Config, window_tokens: int, dp_size: int) -> Workload:
-    """The work of a config for a model of ``window_tokens`` on ``dp_size`` data-parallel ranks."""
+    """Work of a config, for a model of original window ``window_tokens`` on ``dp_size`` data-parallel ranks."""
     parts, origin = _parts(config, window_tokens)
     planned = _steps(parts, config, dp_size) if origin else None
     steps = config.optim.steps or planned
@@ -62,7 +62,7 @@ def workload_of(config: Config, window_tokens: int, dp_size: int) -> Workload:
 
 
 def segments_of(tokens: int, segment_tokens: int) -> int:
-    """Segments that a budget of tokens fills, without padding."""
+    """Segments that a token budget fills, without padding."""
     return -(-tokens // segment_tokens)
 
 
@@ -93,7 +93,7 @@ def _segments(config: Config) -> tuple[dict[str, int], str]:
 
 
 def _steps(parts: tuple[WorkloadPart, ...], config: Config, dp_size: int) -> int:
-    """As the loader counts: every window is rounded up to whole groups, all of them to whole steps."""
+    """As the loader counts: each window is rounded up to whole groups, the sum of groups to whole steps."""
     group = config.data.group_segments or dp_size
     groups = sum(-(-part.segments // group) for part in parts)
     return -(-groups // (config.optim.segments_per_step // group))
@@ -102,16 +102,14 @@ def _steps(parts: tuple[WorkloadPart, ...], config: Config, dp_size: int) -> int
 def _assumptions(config: Config, parts: tuple[WorkloadPart, ...], origin: str, window_tokens: int) -> list[str]:
     lines = []
     if origin.startswith("data.short_tokens"):
-        lines.append("segments are filled to the last token (the packer's padding is below a percent on ordinary text)")
+        lines.append("segments are full (on ordinary text the packer pads less than 1 %)")
     if not origin:
         lines.append(
-            "neither a corpus, nor budgets, nor stages say how many segments there are: every segment is counted as long, which "
-            "is the most expensive case"
+            "the number of segments is unknown (no corpus, no token budget, no stages): every segment counts as long, the "
+            "most expensive case"
         )
     if any(part.window == SHORT for part in parts) and origin != "data.stages":
-        lines.append(f"documents of short segments are all {window_tokens:,} tokens long, the most that they can be")
+        lines.append(f"documents of short segments are all {window_tokens:,} tokens long, the longest possible")
     if config.data.long_attention is LongAttention.document and any(part.window == LONG for part in parts):
-        lines.append(
-            "data.long_attention=document: documents of long segments are counted as long as the segment, the most that they can be"
-        )
+        lines.append("data.long_attention=document: documents of long segments are as long as the segment, the longest possible")
     return lines

@@ -1,7 +1,8 @@
-"""The drawings of a report and of a search's pictures; ``canvas`` renders each of them for the page or into a file.
+"""Drawings of the report page and of a search's pictures; ``canvas`` renders them as SVG or PNG.
 
-Choice: a drawing is a function of data alone; where and in which colours it appears is the canvas's business. A search that drops hopeless
-candidates early knows them by fewer documents: they are drawn, fainter. Cost: every drawing takes its colours from a look, none by name.
+Choice: a drawing depends on data alone, and takes colours from a ``Look``, which ``canvas`` passes. Candidates that
+racing dropped were scored on fewer documents; they are drawn fainter. Each function returns a description for screen
+readers.
 """
 
 from __future__ import annotations
@@ -25,18 +26,31 @@ from lr2train.rope.factors import Factors
 from lr2train.rope.methods import METHODS
 from lr2train.rope.spectrum import Spectrum
 
-BESIDE = (("PI", "pi", "--", 5), ("NTK", "ntk", "-.", 1), ("YaRN", "yarn", "--", 2), ("LongRoPE v1, start", "longrope", ":", 3))
+FIXED_METHODS = (
+    ("PI", "pi", "--", 5),
+    ("NTK", "ntk", "-.", 1),
+    ("YaRN", "yarn", "--", 2),
+    ("LongRoPE v1, start", "longrope", ":", 3),
+)
 Json = dict[str, Any]
 
 
 @chart(WIDE)
 def factor_curves(figure: FigureBase, look: Look, factors: Factors, critical_index: int | None) -> str:
-    """lambda_i over the cosine index, beside what fixed rules give for the same model and target (paper, Figures 2b and 4)."""
+    """lambda_i over the cosine index, beside methods without a search (paper, Figures 2b and 4)."""
     axes, spectrum = figure.add_subplot(), factors.spectrum
-    for label, method, line, color in BESIDE:
+    for label, method, line, color in FIXED_METHODS:
         rescale = METHODS[method](spectrum, factors.target_window_tokens).rescale
         axes.plot(rescale, line, color=look.series[color], linewidth=1.3, label=label)
-    axes.plot(factors.rescale, "o-", color=look.series[0], markersize=3.2, linewidth=2.2, label=f"this run ({factors.method})", zorder=5)
+    axes.plot(
+        factors.rescale,
+        "o-",
+        color=look.series[0],
+        markersize=3.2,
+        linewidth=2.2,
+        label=f"this run ({factors.method})",
+        zorder=5,
+    )
     if critical_index is not None:
         axes.axhspan(factors.scale, 2 * factors.scale, color=look.series[0], alpha=0.07, linewidth=0)
         axes.text(0, factors.scale * 1.06, f"s … 2s  (s = {factors.scale:g})", color=look.muted, fontsize=8)
@@ -50,25 +64,41 @@ def factor_curves(figure: FigureBase, look: Look, factors: Factors, critical_ind
 
 @chart()
 def periods(figure: FigureBase, look: Look, factors: Factors, critical_index: int | None) -> str:
-    """Rescaled periods lambda_i T_i beside both windows, where they stop fitting: the indices around the critical ones."""
+    """Rescaled periods lambda_i T_i beside L0 and L, at the indices around the critical index."""
     axes, spectrum = figure.add_subplot(), factors.spectrum
     first = max(spectrum.lowest_critical_index - 2, 0)
     shown = np.arange(first, min(2 * spectrum.critical_index - first, spectrum.n_dims - 1) + 1)
     own = spectrum.period_tokens
     axes.plot(shown, own[shown], color=look.muted, linewidth=1.3, label="original RoPE")
-    for label, method, line, color in BESIDE[:3]:
+    for label, method, line, color in FIXED_METHODS[:3]:
         rescale = np.array(METHODS[method](spectrum, factors.target_window_tokens).rescale)
         axes.plot(shown, (own * rescale)[shown], line, color=look.series[color], linewidth=1.3, label=label)
-    axes.plot(shown, (own * factors.rescale)[shown], "o-", color=look.series[0], markersize=3, linewidth=2, label="this run", zorder=5)
+    axes.plot(
+        shown,
+        (own * factors.rescale)[shown],
+        "o-",
+        color=look.series[0],
+        markersize=3,
+        linewidth=2,
+        label="this run",
+        zorder=5,
+    )
     axes.set_yscale("log", base=2)
-    # No curve is near L at the left, nor near L0 at the right.
+    # labels stand where no curve is: L at the left, L0 at the right
     for name, tokens, at, side in (
         ("L0", spectrum.window_tokens, shown[-1], "right"),
         ("L", factors.target_window_tokens, shown[0], "left"),
     ):
         axes.axhline(tokens, color=look.ink, linewidth=0.9)
         axes.annotate(
-            f"{name} = {tokens:,}", (at, tokens), (0, -3), textcoords="offset points", fontsize=8, color=look.ink, ha=side, va="top"
+            f"{name} = {tokens:,}",
+            (at, tokens),
+            (0, -3),
+            textcoords="offset points",
+            fontsize=8,
+            color=look.ink,
+            ha=side,
+            va="top",
         )
     _mark_indices(axes, look, {"d10": spectrum.lowest_critical_index, "rcd": critical_index, "tcd": spectrum.critical_index})
     axes.set(xlabel="cosine index i", ylabel="period λᵢTᵢ, tokens  (log scale)")
@@ -80,18 +110,18 @@ def periods(figure: FigureBase, look: Look, factors: Factors, critical_index: in
 
 
 def _legend_inside(axes: Axes, look: Look) -> None:
-    """At the upper left, where rising curves leave room; what runs behind it is covered."""
+    """At the upper left, where rising curves leave room; the legend covers the grid behind it."""
     legend = axes.legend(loc="upper left", frameon=True, facecolor=look.card, edgecolor=look.card, framealpha=1.0)
     legend.set_zorder(4)
 
 
 def _legend_above(figure: FigureBase, axes: Axes) -> None:
-    """In rows of three over the drawing; of the figure and not of the axes, which would shrink to make room for a wide one."""
+    """In rows of three above the axes. It belongs to the figure: the axes would shrink to make room for a wide legend."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.5)
 
 
 def _mark_indices(axes: Axes, look: Look, marks: dict[str, int | None], strong: str = "rcd") -> None:
-    """Vertical lines with their names in a strip above the drawing; names of one index share it, names that are close take two rows."""
+    """Vertical lines with names above the axes. Equal indices share a name; close names take two rows."""
     at: dict[int, list[str]] = {}
     for name, index in marks.items():
         if index is not None:
@@ -119,10 +149,10 @@ def _mark_indices(axes: Axes, look: Look, marks: dict[str, int | None], strong: 
 
 @chart()
 def search_progress(figure: FigureBase, look: Look, generations: Sequence[Json], of: str = "needle") -> str:
-    """Perplexity of needles (or ``of`` text) by generation: each new candidate, the best so far, median and middle half of the population.
+    """Perplexity by generation: new candidates, best so far, median and quartiles of the population.
 
-    The population holds dropped candidates too, at the perplexity at which they were dropped: quartiles of the others alone would improve
-    by dropping more.
+    Quartiles include dropped candidates, at the perplexity they had then. Without them, dropping more candidates would
+    improve the quartiles. ``of``: needle or text.
     """
     axes, new = figure.add_subplot(), candidates(generations)
     steps = [line["generation"] for line in generations]
@@ -131,7 +161,13 @@ def search_progress(figure: FigureBase, look: Look, generations: Sequence[Json],
     scale = PerplexityScale.over(np.array([*new.perplexity, *best]), room=0.04)
     scale.on_y(axes, of)
     axes.fill_between(
-        steps, scale.clip(quartiles[:, 0]), scale.clip(quartiles[:, 2]), color=look.series[0], alpha=0.18, linewidth=0, label="middle half"
+        steps,
+        scale.clip(quartiles[:, 0]),
+        scale.clip(quartiles[:, 2]),
+        color=look.series[0],
+        alpha=0.18,
+        linewidth=0,
+        label="quartiles",
     )
     for mask, marker, alpha, label in _kinds(new):
         axes.scatter(
@@ -153,14 +189,14 @@ def search_progress(figure: FigureBase, look: Look, generations: Sequence[Json],
 
 
 def _kinds(of: Candidates) -> list[tuple[np.ndarray, str, float, str]]:
-    """Mask, marker, opacity and label of complete candidates and of dropped ones, where there are any."""
+    """(mask, marker, opacity, label) of complete and of dropped candidates; a kind without candidates is left out."""
     kinds = [(of.complete, "o", 0.4, "new candidate"), (~of.complete, "x", 0.3, "new, dropped early")]
     return [kind for kind in kinds if kind[0].any()]
 
 
 @chart()
 def critical_indices(figure: FigureBase, look: Look, generations: Sequence[Json], spectrum: Spectrum | None) -> str:
-    """How often each critical index occurs in the population, by generation."""
+    """Share of each critical index in the population, by generation."""
     axes = figure.add_subplot()
     rows = _rows([index for line in generations for index in line["critical_indices"]], spectrum)
     share = np.array([[np.mean(np.array(line["critical_indices"]) == row) for line in generations] for row in rows])
@@ -179,9 +215,14 @@ def critical_indices(figure: FigureBase, look: Look, generations: Sequence[Json]
 
 @chart()
 def critical_index_histogram(
-    figure: FigureBase, look: Look, generations: Sequence[Json], search: Json | None, top_k: int, spectrum: Spectrum | None
+    figure: FigureBase,
+    look: Look,
+    generations: Sequence[Json],
+    search: Json | None,
+    top_k: int,
+    spectrum: Spectrum | None,
 ) -> str:
-    """Critical indices of all candidates, each counted once, beside those of the ``top_k`` best at the end."""
+    """Critical indices of all candidates, beside the ``top_k`` best of the last generation; a candidate counts once."""
     axes, every = figure.add_subplot(), candidates(generations)
     best, chosen = last_parents(generations, top_k), winner(generations, search)[2]
     rows = _rows(every.critical_index, spectrum)
@@ -194,7 +235,16 @@ def critical_index_histogram(
     name = f"{len(whole):,} of {n:,} candidates" if dropped.any() else f"all {n:,} candidates"
     axes.bar(rows - 0.2, kept, 0.38, color=look.series[0], alpha=0.75, label=name, zorder=2)
     if dropped.any():
-        axes.bar(rows - 0.2, dropped, 0.38, kept, color=look.series[0], alpha=0.25, label=f"{n - len(whole):,} dropped early", zorder=2)
+        axes.bar(
+            rows - 0.2,
+            dropped,
+            0.38,
+            kept,
+            color=look.series[0],
+            alpha=0.25,
+            label=f"{n - len(whole):,} dropped early",
+            zorder=2,
+        )
     axes.bar(rows + 0.2, shares(best, len(best)), 0.38, color=look.series[1], label=f"best {len(best)} at the end", zorder=2)
     axes.set(xlabel="critical index rcd", ylabel="share", xlim=(rows[0] - 0.7, rows[-1] + 0.7))
     axes.grid(False, axis="x")
@@ -207,14 +257,14 @@ def critical_index_histogram(
 
 
 def _rows(found: Sequence[int] | np.ndarray, spectrum: Spectrum | None) -> np.ndarray:
-    """Every index from the lowest to the highest that occurs or may occur."""
+    """Every critical index that occurs or may occur, gaps included."""
     ends = (spectrum.lowest_critical_index, spectrum.critical_index) if spectrum else ()
     return np.arange(min([*ends, *found]), max([*ends, *found]) + 1)
 
 
 @chart()
 def attention_factors(figure: FigureBase, look: Look, generations: Sequence[Json], search: Json | None = None, of: str = "needle") -> str:
-    """Every candidate: attention factor against perplexity of needles (or ``of`` text), by critical index; the winner in a ring."""
+    """Every candidate: attention factor against perplexity, coloured by critical index; a ring marks the winner."""
     axes, every = figure.add_subplot(), candidates(generations)
     scale = PerplexityScale.over(every.perplexity, room=0.05)
     scale.on_y(axes, of)
@@ -223,7 +273,7 @@ def attention_factors(figure: FigureBase, look: Look, generations: Sequence[Json
     color_map = colormaps["viridis"]
     for mask, marker, _, _ in _kinds(every):
         strong = marker == "o"
-        order = np.flatnonzero(mask)[np.argsort(-every.perplexity[mask], kind="stable")]  # the good ones on top
+        order = np.flatnonzero(mask)[np.argsort(-every.perplexity[mask], kind="stable")]  # the best are drawn last, on top
         colors = color_map(norm(every.critical_index[order])) if high else look.series[0]
         axes.scatter(
             every.attention_factor[order],
@@ -256,7 +306,7 @@ def _index_bar(figure: FigureBase, axes: Axes, norm: BoundaryNorm, low: int, hig
 
 @chart()
 def documents(figure: FigureBase, look: Look, journal: Sequence[Json]) -> str:
-    """How hard each document is: the middle half and the median of its loss over all candidates."""
+    """Loss of each document over all candidates: quartiles, median and best."""
     axes = figure.add_subplot()
     losses: dict[int, list[float]] = {}
     for entry in journal:
@@ -275,7 +325,11 @@ def documents(figure: FigureBase, look: Look, journal: Sequence[Json]) -> str:
         label="best candidate",
     )
     _log_y(axes)
-    axes.set(xlabel="document", ylabel="loss of its answers in all (nats, log scale)", xlim=(numbers[0] - 0.6, numbers[-1] + 0.6))
+    axes.set(
+        xlabel="document",
+        ylabel="summed loss of the answers (nats, log scale)",
+        xlim=(numbers[0] - 0.6, numbers[-1] + 0.6),
+    )
     _whole_numbers(axes.xaxis, numbers)
     _legend_above(figure, axes)
     return "loss by document"
@@ -283,7 +337,7 @@ def documents(figure: FigureBase, look: Look, journal: Sequence[Json]) -> str:
 
 @chart()
 def loss_by_window(figure: FigureBase, look: Look, metrics: Sequence[Json], whose: str) -> str:
-    """Loss of short and long segments: every step faint, the running mean strong."""
+    """Loss of short and long segments: every step (faint) and the running mean (strong)."""
     axes = figure.add_subplot()
     for key, label, color in (("loss_short", "short window", 0), ("loss_long", "long window", 1)):
         steps, values = _series(metrics, key)
@@ -312,12 +366,12 @@ def metric(figure: FigureBase, look: Look, metrics: Sequence[Json], key: str, la
 
 
 def has(metrics: Sequence[Json], key: str) -> bool:
-    """Whether there is anything to draw."""
+    """Whether any step recorded ``key``."""
     return any(line.get(key) is not None for line in metrics)
 
 
 def smooth(values: Sequence[float] | np.ndarray, steps: int) -> np.ndarray:
-    """Mean over ``steps`` values centred on each; at the ends over those that there are. No lag, unlike an exponential mean."""
+    """Centred moving average over ``steps`` values, fewer at the ends; no lag, unlike an exponential mean."""
     ones, window = np.ones(len(values)), np.ones(min(max(steps | 1, 1), 2 * len(values) - 1))
     return _centred(np.asarray(values, dtype=float), window) / _centred(ones, window)
 
@@ -333,13 +387,13 @@ def _series(metrics: Sequence[Json], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _whole_numbers(axis: Axis, values: Sequence[int] | np.ndarray) -> None:
-    """Ticks at the values, or at every second, fifth, tenth … of them where they are many."""
+    """Ticks at the values; at every second, fifth, tenth … where there are many values."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if len(values) <= 13 * step or step == 1000)
     axis.set_major_locator(FixedLocator([value for value in values if value % step == 0 or len(values) == 1]))
 
 
 def _log_y(axes: Axes) -> None:
-    """Log scale, bounded so that hopeless candidates do not squeeze the rest; plain numbers at the ticks, however narrow the range."""
+    """Log scale with plain numbers, cut at ``CEILING`` times the lowest: hopeless candidates must not squeeze the rest."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     high = min(high, max(low, 1.0) * CEILING)

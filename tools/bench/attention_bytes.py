@@ -128,7 +128,11 @@ def _watching(rank: int) -> Iterator[list[int]]:
     all_to_all_single, batch_isend_irecv = dist.all_to_all_single, dist.batch_isend_irecv
 
     def watch_all_to_all(
-        output: torch.Tensor, input: torch.Tensor, output_splits: Any = None, input_splits: Sequence[int] | None = None, **options: Any
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_splits: Any = None,
+        input_splits: Sequence[int] | None = None,
+        **options: Any,
     ) -> Any:
         me, size = dist.get_rank(options["group"]), dist.get_world_size(options["group"])
         rows = list(input_splits) if input_splits is not None else [len(input) // size] * size
@@ -139,7 +143,10 @@ def _watching(rank: int) -> Iterator[list[int]]:
         sizes.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
         return batch_isend_irecv(list(operations))
 
-    with mock.patch.object(dist, "all_to_all_single", watch_all_to_all), mock.patch.object(dist, "batch_isend_irecv", watch_transfers):
+    with (
+        mock.patch.object(dist, "all_to_all_single", watch_all_to_all),
+        mock.patch.object(dist, "batch_isend_irecv", watch_transfers),
+    ):
         yield sizes
 
 

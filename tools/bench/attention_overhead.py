@@ -45,7 +45,12 @@ class StepSize(NamedTuple):
 
 
 WHOLE, QUICK = StepSize(1024, 2, 20), StepSize(512, 2, 8)
-DOCUMENTS = (3, 5, 6, 2)  # lengths of a short segment's documents, in 16ths of a shard: they end at its border and at no other
+DOCUMENTS = (
+    3,
+    5,
+    6,
+    2,
+)  # lengths of a short segment's documents, in 16ths of a shard: they end at its border and at no other
 
 Seconds = tuple[float, ...]
 """Of one step, one for each of MEASURES."""
@@ -56,7 +61,8 @@ def measure(quick: bool) -> Iterable[Figure]:
     taken = _on_ranks(QUICK if quick else WHOLE)
     for index, by in enumerate(MEASURES):
         yield from _figures(
-            {name: [(own[index], (before[index] + after[index]) / 2) for before, own, after in rows] for name, rows in taken.items()}, by
+            {name: [(own[index], (before[index] + after[index]) / 2) for before, own, after in rows] for name, rows in taken.items()},
+            by,
         )
 
 
@@ -71,7 +77,11 @@ def _figures(pairs: dict[str, list[tuple[float, float]]], by: str) -> Iterable[F
     yield Figure(f"noise_{by}", noise)
     for name, median in medians.items():
         if name != REFERENCE:
-            yield Figure(f"{name.replace(', ', '_')}_over_deepspeed_{by}", median, at_most=1 + noise if name == "ulysses, long" else None)
+            yield Figure(
+                f"{name.replace(', ', '_')}_over_deepspeed_{by}",
+                median,
+                at_most=1 + noise if name == "ulysses, long" else None,
+            )
     cheapest = min(median for name, median in medians.items() if name.endswith(", short"))
     # a ratio of two figures, each as noisy as one; on two ranks what documents of this size send hardly shows beside their computation
     yield Figure(f"local_short_over_cheapest_{by}", medians["local, short"] / cheapest, at_most=1 + 2 * noise)
@@ -195,7 +205,12 @@ def _deepspeed_step(model: Any, size: StepSize) -> Callable[[], Tensor]:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     UlyssesSPAttentionHF.register_with_transformers(
-        model, "sdpa", sequence_parallel_size=RANKS, micro_batch_size=1, seq_length=size.n_tokens, seq_length_is_variable=False
+        model,
+        "sdpa",
+        sequence_parallel_size=RANKS,
+        micro_batch_size=1,
+        seq_length=size.n_tokens,
+        seq_length_is_variable=False,
     )
     ids, positions = (x.chunk(RANKS)[dist.get_rank()][None] for x in _inputs(_spans("long", size), size.n_tokens))
     return lambda: _forward_backward(model, ids, positions)

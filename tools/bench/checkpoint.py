@@ -83,9 +83,16 @@ def main() -> int:
     figures = []
     for name, cold in (("warm", False), ("cold", True)):
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(PermissionError):
-            rounds = run_ranks(measured, RANKS, Path(folder) / "c", given.rounds, given.hidden, cold, tmp_path=Path(folder), timeout_s=600)[
-                0
-            ]
+            rounds = run_ranks(
+                measured,
+                RANKS,
+                Path(folder) / "c",
+                given.rounds,
+                given.hidden,
+                cold,
+                tmp_path=Path(folder),
+                timeout_s=600,
+            )[0]
             without, checked = (statistics.median(times) for times in zip(*rounds, strict=True))
             figures += [
                 Figure(f"{name}_load_s", without),

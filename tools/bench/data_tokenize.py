@@ -81,7 +81,8 @@ def _train(texts: list[str]) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "</s>"]
     core.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=8192, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=8192, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     return core
 
@@ -109,9 +110,16 @@ def _documents(texts: list[str]) -> Iterator[str]:
 
 
 def _run(side: str, folder: Path, size: int) -> dict[str, Any]:
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, side, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "tools.bench.data_tokenize", side, str(folder)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{side} failed:\n{done.stderr}")
     result = json.loads(done.stdout.splitlines()[-1])
@@ -130,9 +138,16 @@ def _map_side(folder: Path) -> tuple[float, float, Iterator[Any]]:
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     before, started = _cpu_s(), time.monotonic()
-    data = load_dataset("json", data_files=str(folder / "documents.jsonl"), split="train", cache_dir=str(folder / f"cache-{os.getpid()}"))
+    data = load_dataset(
+        "json",
+        data_files=str(folder / "documents.jsonl"),
+        split="train",
+        cache_dir=str(folder / f"cache-{os.getpid()}"),
+    )
     made = data.map(
-        lambda rows: {"ids": tokenizer(rows["text"], add_special_tokens=False)["input_ids"]}, batched=True, remove_columns=["text"]
+        lambda rows: {"ids": tokenizer(rows["text"], add_special_tokens=False)["input_ids"]},
+        batched=True,
+        remove_columns=["text"],
     )
     return _cpu_s() - before, time.monotonic() - started, iter(made.with_format("numpy")["ids"])
 

@@ -108,7 +108,15 @@ def _make_model(arguments: argparse.Namespace) -> None:
         run.say("bench_search", f"no model at {arguments.model}: training the demo's base, about five minutes")
         where = _where(Path(arguments.model).parent)
         subprocess.run(
-            ["bash", str(ROOT / "launch" / "run.sh"), "2", "train", "experiment=tiny_base", f"data.path={arguments.corpus}", *where],
+            [
+                "bash",
+                str(ROOT / "launch" / "run.sh"),
+                "2",
+                "train",
+                "experiment=tiny_base",
+                f"data.path={arguments.corpus}",
+                *where,
+            ],
             check=True,
         )
 
@@ -162,7 +170,10 @@ def _in_order(what: str, jobs: Sequence[Any], one: Callable[[Any], None], proces
                 pool.shutdown(cancel_futures=True)
             done.result()
             spent = time.monotonic() - start
-            run.say("bench_search", f"{what}: {number}/{len(jobs)}, {spent:.0f} s, {spent / number * (len(jobs) - number):.0f} s left")
+            run.say(
+                "bench_search",
+                f"{what}: {number}/{len(jobs)}, {spent:.0f} s, {spent / number * (len(jobs) - number):.0f} s left",
+            )
 
 
 # ---- held-out documents ----
@@ -213,7 +224,12 @@ def _unseen_texts(corpus: Corpus, n_texts: int, length: int) -> list[np.ndarray]
 
 
 def _held_out(
-    corpus: Corpus, needles: config.NeedleConfig, texts: Sequence[np.ndarray], length: int, depths: Sequence[float], kind: str
+    corpus: Corpus,
+    needles: config.NeedleConfig,
+    texts: Sequence[np.ndarray],
+    length: int,
+    depths: Sequence[float],
+    kind: str,
 ) -> list[NeedleDocument]:
     rng, tokenizer = run.stream(20_000, "held_out", kind), corpus.tokenizer
     maker = NeedleMaker(tokenizer.encode, needles.wording, needles.digits, tokenizer.bos, None)
@@ -255,7 +271,10 @@ def _report(size: SearchSize, folder: Path, held_out: dict[tuple[str, str], list
 
 
 def _figures(
-    size: SearchSize, folder: Path, results: dict[tuple[str, int], dict[str, Any]], held_out: dict[tuple[str, str], list[float]]
+    size: SearchSize,
+    folder: Path,
+    results: dict[tuple[str, int], dict[str, Any]],
+    held_out: dict[tuple[str, str], list[float]],
 ) -> int:
     print()
     seeds, forwards, perplexity = range(size.seeds), {}, {}

@@ -26,7 +26,10 @@ def make(
     vocabulary = tokenizer.train(["a"], tokenizer.SMALLEST_VOCABULARY)
     vocabulary.save(folder / corpus.TOKENIZER)
     borders = {SHORT: (2, original_window_tokens), LONG: (original_window_tokens + 1, 3 * segment_tokens)}
-    medians = {SHORT: original_window_tokens / 8, LONG: segment_tokens * 0.75}  # long: near the middle of the paper's Table 1
+    medians = {
+        SHORT: original_window_tokens / 8,
+        LONG: segment_tokens * 0.75,
+    }  # long: near the middle of the paper's Table 1
     pieces = {}
     for source, window in enumerate(borders):
         lengths = _lengths(rng, tokens // 2, medians[window], *borders[window])
@@ -34,7 +37,11 @@ def make(
         documents = packing.whole_documents(np.full(len(lengths), source), np.arange(len(lengths)), lengths)
         pack = packing.pack_short if window == SHORT else packing.pack_long
         pieces[window] = pack(documents, segment_tokens)
-    head = {"format": corpus.FORMAT, "fingerprint": f"synthetic-{tokens}-{seed}", "original_window_tokens": original_window_tokens}
+    head = {
+        "format": corpus.FORMAT,
+        "fingerprint": f"synthetic-{tokens}-{seed}",
+        "original_window_tokens": original_window_tokens,
+    }
     plans = {window: segment_table.write(segment_table.plan_file(folder, window), table) for window, table in pieces.items()}
     sources = [{"name": window} for window in borders]
     write_json(folder / corpus.MANIFEST, {**head, "segment_tokens": segment_tokens, "sources": sources, "plans": plans})

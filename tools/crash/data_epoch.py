@@ -85,7 +85,15 @@ def _disturb(folder: Path, kills: int, steps: int) -> list[int]:
 
 def _start(folder: Path, rng: random.Random) -> subprocess.Popen:
     size, threads = rng.choice([1, 2, 4, 8]), rng.choice([1, 3])
-    command = [sys.executable, "-m", "tools.crash.data_epoch", str(folder / "corpus"), str(folder / "disturbed"), str(size), str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.crash.data_epoch",
+        str(folder / "corpus"),
+        str(folder / "disturbed"),
+        str(size),
+        str(threads),
+    ]
     root = str(Path(__file__).resolve().parents[2])
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root})
 

@@ -36,7 +36,12 @@ def start(name: str, world: int, overrides: list[str]) -> subprocess.Popen:
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     with (ROOT / "runs" / f"{name}.log").open("a") as log:
         return subprocess.Popen(
-            [*verb, *OVERRIDES, *overrides, f"name={name}"], cwd=ROOT, env=environ, start_new_session=True, stdout=log, stderr=log
+            [*verb, *OVERRIDES, *overrides, f"name={name}"],
+            cwd=ROOT,
+            env=environ,
+            start_new_session=True,
+            stdout=log,
+            stderr=log,
         )
 
 

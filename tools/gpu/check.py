@@ -82,7 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(setting: gpu_slice.SliceSetting, arguments: argparse.Namespace) -> int:
     """All parts asked for; the exit status."""
     hand = at_hand(setting.device)
-    about = {"machine": _machine(setting.device), "setting": _plain(setting), "kernels": hand.names, "not_importable": hand.missing}
+    about = {
+        "machine": _machine(setting.device),
+        "setting": _plain(setting),
+        "kernels": hand.names,
+        "not_importable": hand.missing,
+    }
     findings = Findings(Path(arguments.out), {"format": 1, **about})
     for line in hand.missing:
         print(line)
@@ -107,11 +112,18 @@ def _parity(findings: Findings, setting: gpu_slice.SliceSetting, kernels: Sequen
     dtypes = (torch.float32, torch.bfloat16) if cpu else (torch.bfloat16, torch.float16)
     rows = []
     for row in gpu_parity.check(kernels, setting.device, dtypes, quick or cpu):
-        say("gpu_check", f"parity: {row.kernel}, {row.level}, {row.dtype}: {'passes' if row.passes else 'FAILS'} {row.error or ''}")
+        say(
+            "gpu_check",
+            f"parity: {row.kernel}, {row.level}, {row.dtype}: {'passes' if row.passes else 'FAILS'} {row.error or ''}",
+        )
         rows.append(row)
     show_parity(rows)
     failures = sum(not row.passes for row in rows)
-    findings.add("parity", [{**asdict(row), "passes": row.passes} for row in rows], [Figure("parity_failures", failures, at_most=0)])
+    findings.add(
+        "parity",
+        [{**asdict(row), "passes": row.passes} for row in rows],
+        [Figure("parity_failures", failures, at_most=0)],
+    )
 
 
 def _attention(findings: Findings, setting: gpu_slice.SliceSetting, kernels: Sequence[str], asserted: bool) -> None:
@@ -161,7 +173,10 @@ def _layer_figures(step: gpu_layer.LayerStep, setting: gpu_slice.SliceSetting, p
     ]
     if peak is None:
         return figures
-    return [Figure(f"{name}_share_of_peak", step.tflops_per_s / peak, at_least=SHARE_OF_PEAK if asserted else None), *figures]
+    return [
+        Figure(f"{name}_share_of_peak", step.tflops_per_s / peak, at_least=SHARE_OF_PEAK if asserted else None),
+        *figures,
+    ]
 
 
 def _fitting(setting: gpu_slice.SliceSetting, what: str, measure: Callable[[gpu_slice.SliceSetting], T]) -> T | None:
@@ -170,7 +185,10 @@ def _fitting(setting: gpu_slice.SliceSetting, what: str, measure: Callable[[gpu_
     say("gpu_check", f"{what}: {setting.n_tokens} tokens; {_free(setting.device)}")
     try:
         return gpu_timing.fitting(
-            lambda n_tokens: measure(setting.on(n_tokens)), sizes, "tokens", lambda line: print(f"{what}: {line}", flush=True)
+            lambda n_tokens: measure(setting.on(n_tokens)),
+            sizes,
+            "tokens",
+            lambda line: print(f"{what}: {line}", flush=True),
         )
     except torch.OutOfMemoryError as error:
         print(f"{what}: {sizes[-1]} tokens do not fit either: {' '.join(str(error).split())[:200]}")
@@ -182,9 +200,20 @@ def _fitting(setting: gpu_slice.SliceSetting, what: str, measure: Callable[[gpu_
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 … or cpu (small shapes, no targets for speed); default %(default)s")
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        help="cuda, cuda:1 … or cpu (small shapes, no targets for speed); default %(default)s",
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: minutes become seconds, no targets for speed")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}; default all")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help=f"of {', '.join(PARTS)}; default all",
+    )
     parser.add_argument("--out", default="runs/gpu_check.json", help="the JSON; default %(default)s")
     parser.add_argument("--peak", type=_positive_float, metavar="TFLOPS", help="dense bf16 peak of the GPU; default by its name")
     parser.add_argument("--tokens", type=_positive, help="of the segment; default 131072 (8192 with --quick, 1024 on cpu)")

@@ -67,7 +67,11 @@ def _refusal(name: str, device: torch.device) -> str | None:
     try:
         library = importlib.import_module(module)
         called = getattr(library, function) if function else None
-    except (ImportError, OSError, AttributeError) as error:  # OSError: built for another torch, its library does not load
+    except (
+        ImportError,
+        OSError,
+        AttributeError,
+    ) as error:  # OSError: built for another torch, its library does not load
         return str(error)
     if name == "flash_attn_3" and torch.cuda.get_device_capability(device)[0] != 9:
         return "runs on Hopper GPUs alone"

@@ -26,7 +26,12 @@ from tools.gpu.one_rank import one_rank
 from tools.gpu.slice import SliceSetting, slice_pairs
 from tools.gpu.timing import Flops, Lane, Pass, race
 
-LAYER, KEPT, LOSS, PRODUCT = "layer, recomputed", "layer, nothing recomputed", "last norm and loss", "one matrix product"
+LAYER, KEPT, LOSS, PRODUCT = (
+    "layer, recomputed",
+    "layer, nothing recomputed",
+    "last norm and loss",
+    "one matrix product",
+)
 
 
 @dataclass(frozen=True)

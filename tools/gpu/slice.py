@@ -185,7 +185,13 @@ def _plain(setting: SliceSetting, strategy: str, name: str) -> Pass:
 
     pairs = heads * sum(tile.pairs() for tile in tiles)
     grads = [grad for (_, grad), _ in drawn]
-    return Pass(_plain_name(name), forward, [x for qkv in rows for x in qkv], kernel_flops(pairs, setting.model.head_size), grads)
+    return Pass(
+        _plain_name(name),
+        forward,
+        [x for qkv in rows for x in qkv],
+        kernel_flops(pairs, setting.model.head_size),
+        grads,
+    )
 
 
 def plain_tiles(setting: SliceSetting, strategy: str) -> tuple[list[Tile], int, int]:

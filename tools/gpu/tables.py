@@ -27,7 +27,12 @@ class Line(NamedTuple):
 
     def json(self) -> dict[str, Any]:
         """What is written of it."""
-        named = {"strategy": self.strategy, "segment_tokens": self.n_tokens, "name": self.name, "over_plain": self.over_plain}
+        named = {
+            "strategy": self.strategy,
+            "segment_tokens": self.n_tokens,
+            "name": self.name,
+            "over_plain": self.over_plain,
+        }
         return {**named, **self.lane.figures(), "rounds_ms": [1e3 * seconds for seconds in self.lane.rounds_s]}
 
 
