@@ -204,7 +204,8 @@ def _search(counts: ModelCounts, config: Config) -> dict[str, Any] | None:
 def _assumptions(config: Config) -> list[str]:
     hardware = config.hardware
     return [
-        f"a GPU does useful work at {hardware.mfu:.0%} of {hardware.gpu_bf16_tflops:g} TFLOP/s (hardware.mfu; recomputation is "
+        f"a GPU does useful work at {hardware.mfu:.0%} of {hardware.gpu_bf16_tflops:g} TFLOP/s (hardware.mfu; "
+        "recomputation is "
         "not useful work)",
         f"CUDA, NCCL and cuBLAS take {memory.RUNTIME_BYTES / GIB:g} GiB; {memory.RESERVE:.0%} of the GPU stays free for fragmentation",
         "a layer has a gated MLP and two norms, as in Llama and Phi3",

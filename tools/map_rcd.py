@@ -3,10 +3,10 @@
     python -m tools.map_rcd --model runs/base/model --corpus runs/corpus --target 4096 --window 512 \\
         --attention-factor 1.0 1.15 1.3
 
-A cell is a set of factors in the shape of LongRoPE2, with a constant tail of ``scale * L / L0`` from rcd on. The measure
-is the perplexity of the answers of needle documents. Documents equal those of a search with the same number and seed.
-YaRN, NTK and PI are measured beside the map, at the same attention factor. ``map_rcd_verdicts`` tests two hypotheses
-over the cells.
+A cell is a set of factors in the shape of LongRoPE2, with a constant tail of ``scale * L / L0`` from rcd on. The
+measure is the perplexity of the answers of needle documents. Documents equal those of a search with the same number and
+seed. YaRN, NTK and PI are measured beside the map, at the same attention factor. ``map_rcd_verdicts`` tests two
+hypotheses over the cells.
 
 Finished cells stand in ``<out>/cells.jsonl`` and are not measured again: the same command continues a killed one.
 """

@@ -112,7 +112,7 @@ def judge(losses: ResampledLosses, better: Sequence[MapCell], worse: Sequence[Ma
 
 
 def by_value(losses: ResampledLosses, lines: dict[MapCell, Json], key: str, reference: float) -> dict[str, Json]:
-    """Every critical index against tcd, or every scale against 1: {value: difference, low, high, sure} as in ``judge``."""
+    """Every critical index against tcd, or every scale against 1: {value: {difference, low, high, sure}}."""
     values = sorted({getattr(cell, key) for cell in lines} - {reference})
     found = {}
     for value in values:
@@ -184,8 +184,9 @@ def in_words(verdict: Json) -> str:
 def _hypothesis(name: str, found: Json | None) -> str:
     if found is None:
         return f"{name}: no cells to compare"
-    words = f"{name}: {_decided(found['sure'])} over all pairs ({found['pairs_won']} of {found['pairs']} won, mean loss lower by "
-    words += f"{found['difference']:+.4f} nats, 95 % in [{found['low']:+.4f}, {found['high']:+.4f}], {found['sure']:.1%} of resamples)"
+    interval = f"95 % in [{found['low']:+.4f}, {found['high']:+.4f}]"
+    words = f"{name}: {_decided(found['sure'])} over all pairs ({found['pairs_won']} of {found['pairs']} won, "
+    words += f"mean loss lower by {found['difference']:+.4f} nats, {interval}, {found['sure']:.1%} of resamples)"
     one, two = found["best_better"], found["best_worse"]
     words += f"; best {one['perplexity']:.4f} ({_place(one)}) against {two['perplexity']:.4f} ({_place(two)})"
     if found["best_sure"] is not None:

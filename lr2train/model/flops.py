@@ -1,4 +1,4 @@
-"""Floating-point operations (FLOPs) of a decoder-only transformer: the one count behind cost estimates, MFU and kernel benchmarks.
+"""Floating-point operations (FLOPs) of a decoder-only transformer, for MFU, cost estimates and kernel benchmarks.
 
 A matrix product costs 2 FLOPs a weight and token. Attention costs 4 D FLOPs a (query, key) pair and head: 2 D for
 q k^T and 2 D for p v. Only pairs that the causal mask and the document mask leave are counted. The backward pass of

@@ -66,7 +66,8 @@ def _model(model: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "parameters",
-            f"{amount(model['parameters'])} ({model['parameters']:,}): embedding {amount(model['embedding_parameters'])}, head "
+            f"{amount(model['parameters'])} ({model['parameters']:,}): embedding "
+            f"{amount(model['embedding_parameters'])}, head "
             f"{head}, {model['layers']} layers of {amount(model['layer_parameters'])}",
         ),
         ("window", f"{model['original_window_tokens']:,} -> {model['target_window_tokens']:,} tokens"),
@@ -77,7 +78,8 @@ def _mesh(mesh: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "mesh",
-            f"{mesh['gpus']} GPUs on {mesh['nodes']} node{'s' * (mesh['nodes'] > 1)} = dp {mesh['dp']} x sp {mesh['sp']}, "
+            f"{mesh['gpus']} GPUs on {mesh['nodes']} node{'s' * (mesh['nodes'] > 1)} = dp {mesh['dp']} x sp "
+            f"{mesh['sp']}, "
             f"accumulation {mesh['accumulation']}, ZeRO-{mesh['zero_stage']}",
         ),
         ("segment", f"{mesh['segment_tokens']:,} tokens, {mesh['tokens_per_gpu']:,} on each GPU"),
@@ -105,11 +107,13 @@ def _verdict(memory: dict[str, Any]) -> str:
     disk = f" A checkpoint takes {memory['checkpoint_gib']:.2f} GiB of disk, and {memory['checkpoints_kept']} are kept."
     if memory["fits"]:
         return (
-            f"[bold green]fits[/bold green], {memory['gpu_gib'] - memory['reserve_gib'] - memory['total_gib']:.1f} GiB to "
+            f"[bold green]fits[/bold green], {memory['gpu_gib'] - memory['reserve_gib'] - memory['total_gib']:.1f} "
+            "GiB to "
             f"spare.{host}{disk}\n"
         )
     return (
-        "[bold red]does not fit[/bold red]: raise hardware.gpus (divides states) or parallel.sp (divides activations), set "
+        "[bold red]does not fit[/bold red]: raise hardware.gpus (divides states) or parallel.sp (divides "
+        "activations), set "
         "engine.activation_checkpointing=true, "
         f"lower engine.loss_chunk_tokens, or take engine=zero3_offload.{host}{disk}\n"
     )
@@ -149,7 +153,8 @@ def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str
         ),
         (
             "speed",
-            f"{cost['tokens_per_s_per_gpu']:,.0f} tokens/s/GPU; recomputation adds {cost['recompute_share']:.0%}, which is not "
+            f"{cost['tokens_per_s_per_gpu']:,.0f} tokens/s/GPU; recomputation adds {cost['recompute_share']:.0%}, "
+            "which is not "
             "counted as useful",
         ),
     ]
@@ -164,7 +169,8 @@ def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str
     return [
         (
             "steps",
-            f"{work['steps']:,} (from {work['origin']}) = {work['segments']:,} segments = {amount(work['tokens'])} tokens, "
+            f"{work['steps']:,} (from {work['origin']}) = {work['segments']:,} segments = {amount(work['tokens'])} "
+            "tokens, "
             f"{work['short_share']:.0%} short",
         ),
         *facts,

@@ -105,7 +105,8 @@ def _assumptions(config: Config, parts: tuple[WorkloadPart, ...], origin: str, w
         lines.append("segments are full (on ordinary text the packer pads less than 1 %)")
     if not origin:
         lines.append(
-            "the number of segments is unknown (no corpus, no token budget, no stages): every segment counts as long, the "
+            "the number of segments is unknown (no corpus, no token budget, no stages): every segment counts as "
+            "long, the "
             "most expensive case"
         )
     if any(part.window == SHORT for part in parts) and origin != "data.stages":

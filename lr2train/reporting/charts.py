@@ -116,7 +116,7 @@ def _legend_inside(axes: Axes, look: Look) -> None:
 
 
 def _legend_above(figure: FigureBase, axes: Axes) -> None:
-    """In rows of three above the axes. It belongs to the figure: the axes would shrink to make room for a wide legend."""
+    """In rows of three above the axes. A legend of the figure does not shrink the axes; a wide one of the axes does."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.5)
 
 
@@ -393,7 +393,7 @@ def _whole_numbers(axis: Axis, values: Sequence[int] | np.ndarray) -> None:
 
 
 def _log_y(axes: Axes) -> None:
-    """Log scale with plain numbers, cut at ``CEILING`` times the lowest: hopeless candidates must not squeeze the rest."""
+    """Log scale with plain numbers; the cut at ``CEILING`` keeps hopeless candidates from squeezing the rest."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     high = min(high, max(low, 1.0) * CEILING)

@@ -58,11 +58,13 @@ def gradient() -> str:
 def _cell(cell: dict[str, Any], x: float, y: float) -> str:
     fill, ink = color_of(cell["accuracy"])
     tip = (
-        f"{cell['length_tokens']:,} tokens, depth {cell['depth']:.0%}: {cell['accuracy']:.0%} of {cell['documents']} documents, "
+        f"{cell['length_tokens']:,} tokens, depth {cell['depth']:.0%}: {cell['accuracy']:.0%} of {cell['documents']} "
+        "documents, "
         f"answer perplexity {cell['perplexity']:.3g}"
     )
     return (
-        f'<g><title>{text(tip)}</title><rect x="{x + 0.75}" y="{y + 0.75}" width="{CELL_W - 1.5}" height="{CELL_H - 1.5}" rx="3" '
+        f'<g><title>{text(tip)}</title><rect x="{x + 0.75}" y="{y + 0.75}" width="{CELL_W - 1.5}" '
+        f'height="{CELL_H - 1.5}" rx="3" '
         f'fill="{fill}"/>'
         f'<text x="{x + CELL_W / 2}" y="{y + CELL_H / 2 + 3.5}" text-anchor="middle" font-size="10.5" '
         f'fill="{ink}">{100 * cell["accuracy"]:.0f}</text></g>'

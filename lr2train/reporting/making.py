@@ -20,7 +20,8 @@ def factors(inputs: Inputs) -> str | Missing:
         return Missing("This run has no factors of its own.", "python -m lr2train.search experiment=… name=factors")
     index, spectrum = inputs.critical_index, made.spectrum
     sentence = (
-        f"Rotary dimension {spectrum.rotary_dim}, base {spectrum.base:g}; attention factor {made.attention_factor:g} in the long "
+        f"Rotary dimension {spectrum.rotary_dim}, base {spectrum.base:g}; attention factor {made.attention_factor:g} "
+        "in the long "
         "window, exactly 1 in the short one."
     )
     low, high = (bound / made.scale for bound in (min(made.rescale[index or 0 :]), max(made.rescale[index or 0 :])))
@@ -31,11 +32,7 @@ def factors(inputs: Inputs) -> str | Missing:
     caption = (
         "Each point divides one rotation frequency by λᵢ. <em>tcd</em> is the first index whose period exceeds the "
         "original window. Ten periods of <em>d10</em> still fit into the original window."
-        + (
-            " <em>rcd</em> is the first index with a searched factor. The band is the search's usual range."
-            if index is not None
-            else ""
-        )
+        + (" <em>rcd</em> is the first index with a searched factor. The band is the search's usual range." if index is not None else "")
     )
     of_periods = (
         "The original RoPE crosses the original window L0 at <em>tcd</em>. Below that line, pretraining has seen whole "
@@ -44,8 +41,8 @@ def factors(inputs: Inputs) -> str | Missing:
     if made.original_tokens:
         sentence += f" The first {made.original_tokens:,} tokens keep the original RoPE."
     return (
-        heading("RoPE factors", sentence)
-        + f'<div class="figures">{figure("Rescale factors", charts.factor_curves(made, index).svg(), caption, wide=True)}'
+        heading("RoPE factors", sentence) + "<div "
+        f'class="figures">{figure("Rescale factors", charts.factor_curves(made, index).svg(), caption, wide=True)}'
         + f"{figure('Periods', replace(charts.periods(made, index), size=WIDE).svg(), of_periods, wide=True)}</div>"
     )
 
@@ -70,8 +67,7 @@ def search(inputs: Inputs) -> str | Missing:
         figure(
             "Perplexity by generation",
             charts.search_progress(lines, inputs.objective).svg(),
-            f"Over {tokens}, before any training. In a converged search, best and median are flat and close at the end."
-            + _dropped(lines),
+            f"Over {tokens}, before any training. In a converged search, best and median are flat and close at the end." + _dropped(lines),
         ),
         figure(
             "Attention factor",
@@ -132,7 +128,8 @@ def _search_sentence(inputs: Inputs) -> str:
         if "scored_documents" in inputs.search:
             sentence += f" over {inputs.search['scored_documents']} documents"
     else:
-        sentence += f"; the search still runs, the best {inputs.objective} perplexity so far is {perplexity(inputs.generations[-1]['best_perplexity'])}"
+        best = perplexity(inputs.generations[-1]["best_perplexity"])
+        sentence += f"; the search still runs, the best {inputs.objective} perplexity so far is {best}"
     return text(sentence + ".")
 
 
@@ -188,7 +185,8 @@ def _base(inputs: Inputs) -> str:
         "stages of its curriculum."
     )
     chart = replace(charts.loss_by_window(inputs.base_metrics, "the base model"), size=WIDE).svg()
-    return f'<h3>The base model</h3><div class="figures">{figure("Loss of the base model", chart, caption, wide=True)}</div>'
+    drawn = figure("Loss of the base model", chart, caption, wide=True)
+    return f'<h3>The base model</h3><div class="figures">{drawn}</div>'
 
 
 def corpus(inputs: Inputs) -> str | Missing:
@@ -207,7 +205,8 @@ def corpus(inputs: Inputs) -> str | Missing:
         "broken records",
     ]
     sentence = (
-        f"<code>{text(inputs.corpus_folder)}</code>, fingerprint <code>{text(one['fingerprint'])}</code>. In brackets: passes "
+        f"<code>{text(inputs.corpus_folder)}</code>, fingerprint <code>{text(one['fingerprint'])}</code>. In "
+        "brackets: passes "
         "over the source's documents of that window."
     )
     return heading("Corpus", sentence) + table("Sources", head, rows) + _plan(one)

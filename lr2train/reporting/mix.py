@@ -1,4 +1,4 @@
-"""Pictures of a corpus's segment table: document lengths, the mix asked for beside the planned mix, documents a segment.
+"""Pictures of a corpus's segment table: document lengths, target and planned mix, documents per segment.
 
 Choice: drawn from the corpus's ``plan.json`` alone, which holds all counts. Cost: pictures are as coarse as its
 histograms, four bins an octave.

@@ -1,7 +1,7 @@
 """HTML building blocks of the report: one page without scripts or external files, in the reader's light or dark theme.
 
-Choice: small functions return strings, so no template engine is needed. Cost: data is not escaped by itself. Every value
-that comes from data passes through ``text``; markup of this package does not.
+Choice: small functions return strings, so no template engine is needed. Cost: nothing is escaped by itself. Every
+value that comes from data passes through ``text``; markup of this package does not.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str, str]], foot
     links = "".join(f'<a href="#{anchor}">{text(name)}</a>' for anchor, name, _ in sections)
     body = "".join(f'<section id="{anchor}">{content}</section>' for anchor, _, content in sections)
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head><body><header>{header}</header><nav><div>{links}</div></nav>"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{STYLE}</style></head><body>"
+        f"<header>{header}</header><nav><div>{links}</div></nav>"
         f"<main>{body}</main><footer>{footer}</footer></body></html>\n"
     )
 
@@ -51,7 +53,8 @@ def wanting(sections: Sequence[tuple[str, Missing]]) -> str:
 def card(name: str, value: str, note: str, hero: bool = False, extra: str = "", long: bool = False) -> str:
     """A figure in large type; ``value``, ``note`` and ``extra`` are HTML. ``long`` takes smaller type."""
     return (
-        f'<div class="card{" hero" * hero}{" long" * long}"><div class="name">{text(name)}</div><div class="value">{value}</div><div '
+        f'<div class="card{" hero" * hero}{" long" * long}"><div class="name">{text(name)}</div><div '
+        f'class="value">{value}</div><div '
         f'class="note">{note}</div>{extra}</div>'
     )
 
@@ -70,10 +73,11 @@ def figure(name: str, svg: str, caption: str, wide: bool = False) -> str:
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], last: bool = False) -> str:
-    """A table that scrolls sideways. Cells are HTML, with or without their ``<td>``; a row's first cell is its header."""
+    """A table that scrolls sideways. Cells are HTML, with or without ``<td>``; a row's first cell is its header."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(_row(row, last and i == len(rows) - 1) for i, row in enumerate(rows))
-    return f'<div class="sheet"><p>{caption}</p><div><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div></div>'
+    rows_html = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="sheet"><p>{caption}</p><div>{rows_html}</div></div>'
 
 
 def _row(row: Sequence[str], last: bool) -> str:

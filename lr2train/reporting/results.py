@@ -213,7 +213,8 @@ def comparison(inputs: Inputs) -> str | Missing:
     tables = "".join(_table(inputs.evaluation, *measure) for measure in MEASURES)
     sentence = (
         "Untrained rows are the base model under each method's factors; the last row is the trained model. "
-        f"Lengths up to {inputs.evaluation['original_window_tokens']:,} tokens lie in the original window. The best figure "
+        f"Lengths up to {inputs.evaluation['original_window_tokens']:,} tokens lie in the original window. The best "
+        "figure "
         "of each column is green."
     )
     return heading("Comparison", sentence) + tables
@@ -256,7 +257,8 @@ def needles(inputs: Inputs) -> str | Missing:
 
 def _panel(row: Json, last: bool) -> str:
     mean = sum(cell["accuracy"] for cell in row["cells"]) / len(row["cells"])
-    return f"<figure{' class=last' * last}><h3>{text(row['label'])}<span>mean {mean:.0%}</span></h3>{heatmap(row['cells'])}</figure>"
+    title = f"<h3>{text(row['label'])}<span>mean {mean:.0%}</span></h3>"
+    return f"<figure{' class=last' * last}>{title}{heatmap(row['cells'])}</figure>"
 
 
 def sample(inputs: Inputs) -> str | Missing:
@@ -269,9 +271,7 @@ def sample(inputs: Inputs) -> str | Missing:
     one = inputs.sample
     prompt, cut = one["prompt"][-SHOWN_CHARACTERS:], len(one["prompt"]) > SHOWN_CHARACTERS
     switch = (
-        "; the original window at first, then the long window with a recomputed cache"
-        if one["switched"]
-        else f", {one['window']} window"
+        "; the original window at first, then the long window with a recomputed cache" if one["switched"] else f", {one['window']} window"
     )
     sentence = f"{one['prompt_tokens']:,} tokens of prompt, {one['new_tokens']:,} new{text(switch)}; {one['seconds']:.1f} s."
     return heading("Sample", sentence) + f"<pre>{'… ' * cut}{text(prompt)}<mark>{text(one['text'])}</mark></pre>"
@@ -292,8 +292,10 @@ def exported(inputs: Inputs) -> str | Missing:
     for window in ("long", "short"):
         pairs.append((f"{window} window", f"largest logit difference {one[f'{window}_logit_difference']:.2e}"))
     sentence = (
-        "Plain transformers loaded the folder, and its logits were compared with lr2train's. The format has one attention "
-        "factor for both windows. With a factor other than 1, the short window differs by design; the model card says how "
+        "Plain transformers loaded the folder, and its logits were compared with lr2train's. The format has one "
+        "attention "
+        "factor for both windows. With a factor other than 1, the short window differs by design; the model card "
+        "says how "
         "to serve it."
     )
     return heading("Export", sentence) + facts(pairs)

@@ -1,8 +1,8 @@
 """The scale of a perplexity axis or colour bar.
 
-Choice: where the best perplexity is near 1, the scale is the logarithm of the loss, ln ln p. On it 1.004 and 1.03 differ
-as much as 1.4 and 12, and a good search ends among such numbers. Elsewhere the scale is ln p. Cost: the unusual axis
-needs a label.
+Choice: where the best perplexity is near 1, the scale is the logarithm of the loss, ln ln p. There 1.004 and 1.03
+differ as much as 1.4 and 12, and a good search ends among such numbers. Elsewhere the scale is ln p. Cost: the unusual
+axis needs a label.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FLOP counts: equal to torch's own counter on transformers' Llama, and the same formula for training, planning and benchmarks."""
+"""FLOP counts equal torch's own counter on transformers' Llama."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools.map_rcd: cells equal a plain forward pass, killed maps continue, the bootstrap finds known answers, the picture."""
+"""tools.map_rcd: cells equal a plain forward pass, killed maps continue, the bootstrap finds known answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,21 @@ from tools import map_rcd, map_rcd_verdicts
 from tools.map_rcd_picture import rcd_map
 from tools.map_rcd_verdicts import MapCell
 
-CELLS = ["--scales", "1.0", "1.5", "--indices", "3", "4", "--attention-factor", "1.0", "1.2", "--questions", "2", "--distractors", "1"]
+CELLS = [
+    "--scales",
+    "1.0",
+    "1.5",
+    "--indices",
+    "3",
+    "4",
+    "--attention-factor",
+    "1.0",
+    "1.2",
+    "--questions",
+    "2",
+    "--distractors",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")

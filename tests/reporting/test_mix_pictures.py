@@ -31,9 +31,13 @@ def write_plan(folder: Path, n_sources: int = 2, buckets: list[BucketConfig] | N
 
 @pytest.mark.parametrize(
     "plan",
-    [{}, {"n_sources": 9, "buckets": [BucketConfig(name="a", to_tokens=300), BucketConfig(name="b", above_tokens=300)]}, {"segment_tokens_more": True}],
+    [
+        {},
+        {"n_sources": 9, "buckets": [BucketConfig(name="a", to_tokens=300), BucketConfig(name="b", above_tokens=300)]},
+        {"segment_tokens_more": True},
+    ],
     ids=["plain", "many", "no_segment"],
-)  # fmt: skip
+)
 def test_every_corpus_has_three_pictures(tmp_path, plan):
     if plan.pop("segment_tokens_more", False):
         data = DataConfig(sources=[SourceConfig(name="s")], segment_tokens=1 << 20)

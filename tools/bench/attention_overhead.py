@@ -1,14 +1,14 @@
-"""What each strategy costs a step (forward and backward of a whole model) on two CPU ranks, beside DeepSpeed's own UlyssesSPAttentionHF.
+"""Step time of each strategy on two CPU ranks, beside DeepSpeed's own UlyssesSPAttentionHF.
 
-The same model with the same weights and the same tokens on the same two ranks. DeepSpeed's step is run between any two of ours, and a figure
-is the median over rounds of the ratio to the mean of DeepSpeed's steps right before and right after, so that whatever else the machine does
-meets both. Twice: by the clock, where a step takes as long as its slower rank, and by the CPU time of both ranks, which other processes
-disturb less and waiting does not show in.
+A step is the forward and backward pass of one model, with the same weights and tokens on both sides. DeepSpeed's step
+runs between any two of ours. A figure is the median over rounds of our time over the mean of DeepSpeed's steps right
+before and right after, so other load on the machine affects both sides. Each figure is taken twice: by wall-clock time
+of the slower rank, and by CPU time of both ranks. Other processes disturb CPU time less; waiting does not show in it.
 
-Noise is the same figure of DeepSpeed beside itself: how far the median is from 1, and half the width of its 95 % interval (1.57 interquartile
-ranges / sqrt(n), McGill, Tukey and Larsen 1978). The bounds allow for it.
+Noise is the figure of DeepSpeed beside itself: the distance of the median from 1, plus half the width of its 95 %
+interval (1.57 interquartile ranges / sqrt(n), McGill, Tukey and Larsen 1978). The bounds allow for noise.
 
-DeepSpeed attends to the whole segment, whatever documents are packed in it (under sdpa it knows no spans), so it has one step.
+DeepSpeed under sdpa knows no document spans and attends over the whole segment, so it has one step for all windows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEASURES = ("clock", "cpu")
 
 
 class StepSize(NamedTuple):
-    """Of the model, its segment and the measurement."""
+    """Size of the model, of its segment and of the measurement."""
 
     n_tokens: int
     layers: int
@@ -50,14 +50,14 @@ DOCUMENTS = (
     5,
     6,
     2,
-)  # lengths of a short segment's documents, in 16ths of a shard: they end at its border and at no other
+)  # document lengths of a short segment, in 16ths of a sequence shard; the last ends at its border
 
 Seconds = tuple[float, ...]
-"""Of one step, one for each of MEASURES."""
+"""Seconds of one step, by MEASURES."""
 
 
 def measure(quick: bool) -> Iterable[Figure]:
-    """Ratios to DeepSpeed's step by strategy, window and measure, the noise, and the bounds on them."""
+    """Ratios to DeepSpeed's step by strategy, window and measure, with noise and bounds."""
     taken = _on_ranks(QUICK if quick else WHOLE)
     for index, by in enumerate(MEASURES):
         yield from _figures(
@@ -67,7 +67,7 @@ def measure(quick: bool) -> Iterable[Figure]:
 
 
 def _figures(pairs: dict[str, list[tuple[float, float]]], by: str) -> Iterable[Figure]:
-    """Of (seconds, DeepSpeed's seconds) by what was run, DeepSpeed itself among it."""
+    """Figures of (seconds, DeepSpeed's seconds) by step; DeepSpeed itself is one of the steps."""
     ratios = {name: [own / other for own, other in rows] for name, rows in pairs.items()}
     medians = {name: statistics.median(rows) for name, rows in ratios.items()}
     print(f"{'step, by ' + by:<24} {'median ms':>10} {'of DeepSpeed':>13}")
@@ -83,7 +83,7 @@ def _figures(pairs: dict[str, list[tuple[float, float]]], by: str) -> Iterable[F
                 at_most=1 + noise if name == "ulysses, long" else None,
             )
     cheapest = min(median for name, median in medians.items() if name.endswith(", short"))
-    # a ratio of two figures, each as noisy as one; on two ranks what documents of this size send hardly shows beside their computation
+    # a ratio of two noisy figures; on two ranks, communication is small beside the computation of such documents
     yield Figure(f"local_short_over_cheapest_{by}", medians["local, short"] / cheapest, at_most=1 + 2 * noise)
 
 
@@ -93,7 +93,7 @@ def _half_width(ratios: list[float]) -> float:
 
 
 def _on_ranks(size: StepSize) -> dict[str, list[tuple[Seconds, Seconds, Seconds]]]:
-    """By what was run, for every round: DeepSpeed's step before, its own, DeepSpeed's step after."""
+    """Step -> for each round: (DeepSpeed before, the step itself, DeepSpeed after)."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         queue = context.SimpleQueue()
@@ -122,7 +122,7 @@ def _rank(rank: int, folder: Path, size: StepSize, queue: Any) -> None:
 
 def _rounds(steps: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, list[tuple[Seconds, Seconds, Seconds]]]:
     taken: dict[str, list[tuple[Seconds, Seconds, Seconds]]] = {name: [] for name in steps}
-    for step in steps.values():  # the first calls are slower: memory is laid out, kernels are chosen
+    for step in steps.values():  # first calls are slower: memory is allocated, kernels are chosen
         step()
     before = _seconds(steps[REFERENCE])
     for _ in range(rounds):
@@ -134,7 +134,7 @@ def _rounds(steps: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, li
 
 
 def _seconds(step: Callable[[], Tensor]) -> Seconds:
-    """By the clock, of the slower rank; of CPU time, of all ranks together."""
+    """(wall-clock seconds of the slower rank, CPU seconds of all ranks)."""
     dist.barrier()
     clock, cpu = time.perf_counter(), time.process_time()
     step()
@@ -145,7 +145,7 @@ def _seconds(step: Callable[[], Tensor]) -> Seconds:
 
 
 def _steps(size: StepSize) -> dict[str, Callable[[], Tensor]]:
-    """One step of everything that is compared, by name; checked to compute the same where they should."""
+    """All steps by name; steps over the same documents must compute the same loss."""
     from lr2train.parallel.mesh import make_mesh
 
     plain = _model(size)
@@ -159,7 +159,7 @@ def _steps(size: StepSize) -> dict[str, Callable[[], Tensor]]:
     losses = {name: _total(step()) for name, step in steps.items()}
     for name, loss in losses.items():
         other = losses[REFERENCE if name.endswith("long") or name == REFERENCE else "local, short"]
-        assert math.isclose(loss, other, rel_tol=1e-4), f"{name} computes {loss}, its like {other}"
+        assert math.isclose(loss, other, rel_tol=1e-4), f"{name} computes {loss}, and not {other}"
     return steps
 
 
@@ -174,8 +174,8 @@ def _model(size: StepSize) -> Any:
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "llama", vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=size.layers, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=size.n_tokens, attn_implementation="sdpa",
+        "llama", vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=size.layers,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=size.n_tokens, attn_implementation="sdpa",
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
@@ -188,7 +188,7 @@ def _spans(window: str, size: StepSize) -> tuple[tuple[int, int], ...]:
 
 
 def _inputs(spans: tuple[tuple[int, int], ...], n_tokens: int) -> tuple[Tensor, Tensor]:
-    """(token ids, positions that restart in each span), [T] each."""
+    """(token ids, positions that restart in each document), [T] each."""
     ids = torch.randint(256, (n_tokens,), generator=torch.Generator().manual_seed(1))
     return ids, torch.cat([torch.arange(stop - start) for start, stop in spans])
 
@@ -217,7 +217,10 @@ def _deepspeed_step(model: Any, size: StepSize) -> Callable[[], Tensor]:
 
 
 def _forward_backward(model: Any, ids: Tensor, positions: Tensor, **options: Any) -> Tensor:
-    """All layers, and no head that would drown them. The loss: fourth powers of the last hidden states, whose squares are normed."""
+    """All layers without the head, whose time would hide theirs.
+
+    The loss sums fourth powers of the last hidden states: the last norm fixes the sum of squares.
+    """
     model.zero_grad()
     loss = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **options).last_hidden_state.pow(4).sum()
     loss.backward()

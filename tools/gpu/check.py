@@ -1,19 +1,23 @@
-"""Are attention's kernels right on this GPU, and how close to its limits is one rank's work?  python -m tools.gpu.check [--quick]
+"""Check attention kernels on this GPU: are they correct, and how fast is the work of one rank?
 
-Three parts with their details, then one table that sums them up, and one JSON (--out):
+    python -m tools.gpu.check [--quick]
 
-  parity     every kernel that can be imported (flash-attn 3 and 2, torch's varlen; the CPU's), forward and backward, against attention
-             written out in float64: head sizes to 256, MHA/GQA/MQA, packed spans, sliding windows, bf16 and fp16, whole rows, blocks with
-             merged log-sum-exp, and the strategies on simulated ranks. Errors are ratios to plain attention's in the same dtype.
-  attention  what one rank of LLaMA3-8B at 128k and sp=8 computes in a layer, under ulysses and on the ring, forward and backward, beside
-             plain calls of the same kernel on the same work, torch's attention and ring-flash-attn where importable; TFLOP/s, causal count.
-             Target: at most 5 % longer than the plain kernel.
-  layer      that rank's whole decoder layer (projections, MLP, norms, recomputation as overhead) and chunked loss: TFLOP/s and share of
-             the bf16 peak. Target: 55 % or more.
+Three parts print details. A summary table and one JSON file (--out) follow.
 
-Exits with 1 where a kernel is wrong, one of ours fails or a target is missed, with 2 where it cannot start. --device cpu runs the same code
-on small shapes and asserts parity alone, and --quick shortens everything and asserts no speed: both are for a look. Nothing is downloaded
-and no setting of the GPU is changed. A part that does not fit into memory goes on with half the tokens and says so.
+  parity     Every importable kernel (flash-attn 3 and 2, torch's varlen, the CPU kernel), forward and backward, beside
+             attention written out in float64. Cases: head sizes up to 256, MHA/GQA/MQA, packed spans, sliding windows,
+             bf16 and fp16, whole segments, blocks with merged log-sum-exp, strategies on simulated ranks. An error is
+             a ratio to the error of plain attention in the same dtype.
+  attention  One layer's attention on one rank of LLaMA3-8B at 128k and sp=8, under ulysses and on the ring. Rivals are
+             plain calls of the same kernel on the same pairs, torch's attention, and ring-flash-attn where importable.
+             TFLOP/s count causal pairs. Target: at most 5 % longer than the plain kernel.
+  layer      The same rank's whole decoder layer (projections, MLP, norms; recomputation is overhead) and the chunked
+             loss: TFLOP/s and share of the bf16 peak. Target: at least 55 %.
+
+Exit codes: 1 where a kernel is wrong, one of our calls fails or a target is missed; 2 where the check cannot start.
+--device cpu runs the same code on small shapes and asserts parity alone. --quick shortens every part and asserts no
+speed. Nothing is downloaded, and no setting of the GPU changes. A part that does not fit into memory continues with
+half the tokens, and says so.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from tools.gpu import layer as gpu_layer
 from tools.gpu import parity as gpu_parity
 from tools.gpu import slice as gpu_slice
 from tools.gpu import timing as gpu_timing
-from tools.gpu.kernels import at_hand
+from tools.gpu.kernels import available
 from tools.gpu.peaks import peak_tflops
 from tools.gpu.tables import Line, show_parity, show_speed, show_summary
 
@@ -55,14 +59,14 @@ T = TypeVar("T")
 
 @dataclass
 class Findings:
-    """What was found so far: the JSON, and the figures that decide how the check ends."""
+    """Results so far: the JSON, and the figures that decide the exit status."""
 
     out: Path
     json: dict[str, Any]
     figures: list[Figure] = field(default_factory=list)
 
     def add(self, part: str, rows: Any, figures: Sequence[Figure]) -> None:
-        """Take in a part, and write the file anew: what was measured stays when a later part breaks."""
+        """Add a part and rewrite the file, so that results survive a crash of a later part."""
         self.figures += figures
         self.json[part] = rows
         self.json["figures"] = [{**figure._asdict(), "holds": figure.holds} for figure in self.figures]
@@ -80,23 +84,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(setting: gpu_slice.SliceSetting, arguments: argparse.Namespace) -> int:
-    """All parts asked for; the exit status."""
-    hand = at_hand(setting.device)
+    """Run the parts of ``--only``; the exit status."""
+    found = available(setting.device)
     about = {
         "machine": _machine(setting.device),
         "setting": _plain(setting),
-        "kernels": hand.names,
-        "not_importable": hand.missing,
+        "kernels": found.names,
+        "not_importable": found.missing,
     }
     findings = Findings(Path(arguments.out), {"format": 1, **about})
-    for line in hand.missing:
+    for line in found.missing:
         print(line)
     print(_described(setting, findings.json["machine"]))
     asserted = setting.device.type == "cuda" and not arguments.quick
     if "parity" in arguments.only:
-        _parity(findings, setting, hand.names, arguments.quick)
+        _parity(findings, setting, found.names, arguments.quick)
     if "attention" in arguments.only:
-        _attention(findings, setting, hand.names, asserted)
+        _attention(findings, setting, found.names, asserted)
     if "layer" in arguments.only:
         _layer(findings, setting, arguments.peak, asserted)
     show_summary(findings.figures)
@@ -146,7 +150,7 @@ def _race_attention(strategy: str, kernels: Sequence[str], setting: gpu_slice.Sl
 
 def _layer(findings: Findings, setting: gpu_slice.SliceSetting, peak: float | None, asserted: bool) -> None:
     if peak is None and setting.device.type == "cuda":
-        print(f"no bf16 peak is known for {torch.cuda.get_device_name(setting.device)}: give --peak TFLOPS; the layer has no target now")
+        print(f"the bf16 peak of {torch.cuda.get_device_name(setting.device)} is unknown, so the layer has no target; give --peak TFLOPS")
     before = gpu_timing.clocks(setting.device)
     steps = {name: _fitting(setting, f"layer, {name}", partial(_race_layer, name)) for name in STRATEGIES}
     failures = sum(step is None or step.failed for step in steps.values())
@@ -160,7 +164,7 @@ def _layer(findings: Findings, setting: gpu_slice.SliceSetting, peak: float | No
 
 
 def _race_layer(strategy: str, setting: gpu_slice.SliceSetting) -> gpu_layer.LayerStep:
-    chunk_tokens = min(LOSS_CHUNK_TOKENS, max(1, setting.n_tokens // setting.sp // 2))  # two chunks at least
+    chunk_tokens = min(LOSS_CHUNK_TOKENS, max(1, setting.n_tokens // setting.sp // 2))  # at least two chunks
     return gpu_layer.race_layer(setting, strategy, chunk_tokens)
 
 
@@ -180,7 +184,7 @@ def _layer_figures(step: gpu_layer.LayerStep, setting: gpu_slice.SliceSetting, p
 
 
 def _fitting(setting: gpu_slice.SliceSetting, what: str, measure: Callable[[gpu_slice.SliceSetting], T]) -> T | None:
-    """``measure(setting)`` with as many of its tokens as fit; None, said, where not even the fewest do."""
+    """``measure(setting)`` with as many tokens as fit; None, with a message, where the last halving does not fit."""
     sizes = [setting.n_tokens >> halvings for halvings in range(4) if setting.n_tokens % (2 * setting.sp << halvings) == 0]
     say("gpu_check", f"{what}: {setting.n_tokens} tokens; {_free(setting.device)}")
     try:
@@ -195,7 +199,7 @@ def _fitting(setting: gpu_slice.SliceSetting, what: str, measure: Callable[[gpu_
         return None
 
 
-# ---- what it starts from ----
+# ---- arguments ----
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,22 +207,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device",
         default="cuda",
-        help="cuda, cuda:1 … or cpu (small shapes, no targets for speed); default %(default)s",
+        help="cuda, cuda:1 … or cpu (small shapes, no speed targets); default %(default)s",
     )
-    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: minutes become seconds, no targets for speed")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: seconds, without speed targets")
     parser.add_argument(
         "--only",
         nargs="+",
         choices=PARTS,
         default=list(PARTS),
         metavar="PART",
-        help=f"of {', '.join(PARTS)}; default all",
+        help=f"parts to run, of {', '.join(PARTS)}; default all",
     )
-    parser.add_argument("--out", default="runs/gpu_check.json", help="the JSON; default %(default)s")
-    parser.add_argument("--peak", type=_positive_float, metavar="TFLOPS", help="dense bf16 peak of the GPU; default by its name")
-    parser.add_argument("--tokens", type=_positive, help="of the segment; default 131072 (8192 with --quick, 1024 on cpu)")
+    parser.add_argument("--out", default="runs/gpu_check.json", help="path of the JSON; default %(default)s")
+    parser.add_argument("--peak", type=_positive_float, metavar="TFLOPS", help="dense bf16 peak of the GPU; default: by its name")
+    parser.add_argument("--tokens", type=_positive, help="tokens of the segment; default 131072 (8192 with --quick, 1024 on cpu)")
     parser.add_argument("--sp", type=_positive, help="ranks that share the segment; default 8 (4 on cpu)")
-    parser.add_argument("--rank", type=int, help="which of them; default the last, whose ring merges most")
+    parser.add_argument("--rank", type=int, help="the measured rank; default: the last, which merges most on the ring")
     parser.add_argument("--rounds", type=_positive, help="timed rounds after 2 warm-ups; default 7 (2 with --quick or on cpu)")
     return parser
 
@@ -236,7 +240,11 @@ def _positive_float(text: str) -> float:
 
 
 def _setting(arguments: argparse.Namespace) -> gpu_slice.SliceSetting:
-    """What to measure. Fills ``arguments.peak``. Raises UserError for a device that is not there, and sizes that do not fit together."""
+    """The setting to measure; fills ``arguments.peak``.
+
+    Raises:
+        UserError: the device does not exist, or the sizes do not divide each other.
+    """
     device = _device(arguments.device)
     cpu, short = device.type == "cpu", device.type == "cpu" or arguments.quick
     model = gpu_slice.SMALL if cpu else gpu_slice.LLAMA3_8B
@@ -245,8 +253,9 @@ def _setting(arguments: argparse.Namespace) -> gpu_slice.SliceSetting:
     rank = sp - 1 if arguments.rank is None else arguments.rank
     if not 0 <= rank < sp or model.heads % sp or n_tokens % (2 * sp):
         raise UserError(
-            f"--rank {rank} --sp {sp} --tokens {n_tokens}: --rank must be below --sp, --sp divide the {model.heads} query heads of "
-            f"{model.name}, and 2*sp divide --tokens"
+            f"--rank {rank} --sp {sp} --tokens {n_tokens}: --rank must be below --sp, --sp must divide the "
+            f"{model.heads} "
+            f"query heads of {model.name}, and 2*sp must divide --tokens"
         )
     if not cpu and arguments.peak is None:
         arguments.peak = peak_tflops(torch.cuda.get_device_name(device))
@@ -264,9 +273,7 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda":
         n_devices = torch.cuda.device_count()
         if (device.index or 0) >= n_devices:
-            raise UserError(
-                f"--device {name}: torch {torch.__version__} sees {n_devices} CUDA devices; --device cpu runs the same code, small"
-            )
+            raise UserError(f"--device {name}: torch {torch.__version__} sees {n_devices} CUDA devices; give --device cpu for small shapes")
         torch.cuda.set_device(device)
     return device
 
@@ -299,7 +306,7 @@ def _plain(setting: gpu_slice.SliceSetting) -> dict[str, Any]:
 
 def _described(setting: gpu_slice.SliceSetting, machine: dict[str, Any]) -> str:
     name, reason = machine["kernel"]
-    return f"{machine['device']}: training would run {name} ({reason}); {_free(setting.device)}"
+    return f"{machine['device']}: training would use {name} ({reason}); {_free(setting.device)}"
 
 
 def _free(device: torch.device) -> str:
@@ -310,7 +317,7 @@ def _free(device: torch.device) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no nan: None stands for what was not measured."""
+    """None for nan, which JSON does not have: a figure that was not measured."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

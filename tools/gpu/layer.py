@@ -1,11 +1,11 @@
-"""A whole decoder layer of one rank on one GPU, and its share of the head: TFLOP/s, and the share of the GPU's bf16 peak.
+"""One rank's decoder layer and chunked loss on one GPU: TFLOP/s, and the share of the GPU's bf16 peak.
 
-The layer is transformers' own, with our attention in it and recomputed in the backward as the engine has it; the loss is our chunked one.
-A step of the model is ``layers`` of it, then the last norm and the loss once; its speed follows from the two. Left out are what a single
-GPU cannot show: exchanges, ZeRO's gathers and the optimizer.
+The layer is transformers' own, with our attention, and is recomputed in the backward pass as the engine does. A
+model's step is ``layers`` such layers, then the last norm and the loss. A single GPU cannot show exchanges between
+ranks, ZeRO's gathers and the optimizer; they are left out.
 
-FLOPs are the mathematics: 2 for a weight and token and 4 D for a causal pair and head, forward; twice that backward. What is computed again
-(the layer's forward, scores in the kernel's backward, logits in the loss's) counts as time and not as work.
+FLOPs follow ``model.flops``: recomputation (the layer's forward pass, scores in the kernel's backward pass, logits in
+the loss's) is time and no work.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LAYER, KEPT, LOSS, PRODUCT = (
 
 @dataclass(frozen=True)
 class LayerStep:
-    """What was measured with one strategy, and a whole model's step put together from it."""
+    """Timings of one strategy, and a model's step composed of them."""
 
     strategy: str
     n_tokens: int
@@ -45,22 +45,22 @@ class LayerStep:
 
     @property
     def failed(self) -> bool:
-        """Whether any of it did not run."""
+        """Whether any lane failed."""
         return any(lane.error is not None for lane in self.lanes.values())
 
     @property
     def seconds(self) -> float:
-        """Forward and backward of all layers, the last norm and the loss; nan where one failed."""
+        """Forward and backward pass of all layers, last norm and loss; nan where a lane failed."""
         return self.layers * self.lanes[LAYER].median_s + self.lanes[LOSS].median_s
 
     @property
     def tflops_per_s(self) -> float:
-        """Of a layer with its share of the loss; recomputation is time and no work."""
+        """TFLOP/s of the step; recomputation is time and no work."""
         return (self.layers * self.lanes[LAYER].flops.total + self.lanes[LOSS].flops.total) / self.seconds / 1e12
 
     @property
     def recomputed(self) -> float:
-        """The share of a layer's time that goes into recomputing it."""
+        """Share of a layer's time spent on recomputation."""
         return 1 - self.lanes[KEPT].over(self.lanes[LAYER])
 
 
@@ -77,10 +77,10 @@ def layer_flops(setting: SliceSetting, strategy: str, weights: int) -> Flops:
 
 
 def race_layer(setting: SliceSetting, strategy: str, chunk_tokens: int) -> LayerStep:
-    """Time a layer of ``setting``'s rank under ``strategy``, and the loss in chunks of ``chunk_tokens``.
+    """Time one layer of the rank under ``strategy``, and the loss in chunks of ``chunk_tokens``.
 
     Raises:
-        torch.OutOfMemoryError: it does not fit.
+        torch.OutOfMemoryError: layer or loss do not fit into memory.
     """
     with one_rank(setting.rank, setting.sp) as mesh:
         lm = _build(setting, strategy, mesh)
@@ -90,7 +90,7 @@ def race_layer(setting: SliceSetting, strategy: str, chunk_tokens: int) -> Layer
 
 
 def _build(setting: SliceSetting, strategy: str, mesh: Mesh) -> Any:
-    """A Llama of one layer with drawn weights, as the engine makes it: our attention in it, its layer recomputed in the backward."""
+    """A Llama of one layer with random weights, our attention and activation checkpointing."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     model = setting.model
@@ -117,7 +117,7 @@ def _hidden(setting: SliceSetting) -> Tensor:
 
 
 def _layer_passes(setting: SliceSetting, strategy: str, lm: Any) -> Iterator[Pass]:
-    """The layer as the engine has it, and with all its activations kept. Positions turn all layers alike and are made before."""
+    """The layer with recomputation, and with all activations kept. All layers share the RoPE angles: not timed."""
     hidden, grad = _hidden(setting).requires_grad_(), _hidden(setting)
     layer = lm.base_model.layers[0]
     positions = torch.arange(hidden.shape[1], device=setting.device)[None]
@@ -133,7 +133,7 @@ def _layer_passes(setting: SliceSetting, strategy: str, lm: Any) -> Iterator[Pas
 
 
 def _loss_pass(setting: SliceSetting, lm: Any, chunk_tokens: int) -> Pass:
-    """Every position has a target."""
+    """Last norm and loss, with a target at every position."""
     hidden, norm = _hidden(setting).requires_grad_(), lm.base_model.norm
     head: nn.Linear = lm.get_output_embeddings()
     loss_head = LossHead(head, chunk_tokens)
@@ -143,7 +143,7 @@ def _loss_pass(setting: SliceSetting, lm: Any, chunk_tokens: int) -> Pass:
 
 
 def _product_pass(setting: SliceSetting) -> Pass:
-    """The layer's largest matrix product alone: what torch reaches on this GPU at best."""
+    """The layer's largest matrix product alone: the upper limit of torch on this GPU."""
     hidden = _hidden(setting)[0].requires_grad_()
     weight = torch.randn(setting.model.intermediate, setting.model.hidden, device=setting.device, dtype=setting.dtype, requires_grad=True)
     grad = torch.randn(len(hidden), len(weight), device=setting.device, dtype=setting.dtype)

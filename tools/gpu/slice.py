@@ -1,13 +1,12 @@
-"""The attention of one rank of a large model over a long segment, on one GPU: TFLOP/s, beside plain kernels on the same work.
+"""One layer's attention on one rank, over a long segment on one GPU: TFLOP/s, beside plain kernels on the same pairs.
 
-A *slice* is what one rank of a sequence-parallel group computes for one layer. Under ``ulysses`` that is a share of the heads over the
-whole segment; on the ``ring``, this rank's queries against the blocks of the zigzag that they see, step by step, merged. The strategies' own
-code runs (``gpu_one_rank``): the copies before and after an exchange are inside, the wire is not.
+A *slice* is the attention that one rank of a sequence-parallel group computes for one layer. Under ``ulysses`` a slice
+is a share of the heads over the whole segment. On the ``ring`` a slice is the rank's queries against the zigzag blocks
+that they see, step by step, merged. The strategies' own code runs (``one_rank``): copies before and after an exchange
+are timed, the network is not.
 
-Plain kernels get the same (query, key) pairs: one causal call over the rank's heads, or one call for each tile of the ring, unmerged.
-
-FLOPs are those of causal pairs: forward q k^T and p v, 4 D for a pair and head; backward five products, 10 D (Dao, FlashAttention-2, arXiv
-2307.08691, section 4.1 counts so).
+A plain kernel gets the same (query, key) pairs: one causal call over the rank's heads, or one call for each tile of the
+ring, without a merge. FLOPs count causal pairs, as in FlashAttention-2 (Dao, arXiv 2307.08691, section 4.1).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from tools.gpu.timing import Flops, Lane, Pass, race
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a Llama that a rank's work follows from."""
+    """Sizes of a Llama model."""
 
     name: str
     hidden: int
@@ -54,7 +53,7 @@ SMALL = Model("a small Llama", 128, 2, 8, 4, 16, 256, 512)
 
 @dataclass(frozen=True)
 class SliceSetting:
-    """A rank of a sequence-parallel group, and the one span over the whole segment that it works on."""
+    """A rank of a sequence-parallel group; one document fills the segment."""
 
     model: Model
     n_tokens: int  # of the segment
@@ -72,18 +71,18 @@ class SliceSetting:
 
     @property
     def work(self) -> Work:
-        """What strategies are asked about it."""
+        """The slice as attention strategies describe it."""
         model = self.model
         return Work(self.spans, self.n_tokens, model.heads, model.kv_heads, model.head_size, self.dtype.itemsize, self.sp)
 
     def on(self, n_tokens: int) -> SliceSetting:
-        """The same over a shorter segment."""
+        """The same setting over another segment length."""
         return replace(self, n_tokens=n_tokens)
 
 
 @dataclass(frozen=True)
 class Rivals:
-    """One strategy's slice: lanes by name; ours and the plain one of the same kernel are compared."""
+    """Timings of one strategy's slice by name; our lane and the plain lane of a kernel are compared."""
 
     strategy: str
     n_tokens: int
@@ -92,21 +91,21 @@ class Rivals:
 
     @property
     def ours(self) -> list[tuple[str, str]]:
-        """(kernel, lane that goes through it by our door)."""
+        """(kernel, name of our lane that uses it)."""
         return [(name, _our_name(name)) for name in self.kernels]
 
     @property
     def failures(self) -> int:
-        """How many of ours did not run."""
+        """Our lanes that failed."""
         return sum(self.lanes[lane].error is not None for _, lane in self.ours)
 
     def ratio(self, lane: str) -> float:
-        """How many times as long one of ours takes as its plain kernel on the same work; nan where either failed."""
+        """Time of our lane over the time of its plain kernel; nan where either failed."""
         kernel = {ours: name for name, ours in self.ours}[lane]
         return self.lanes[lane].over(self.lanes[_plain_name(kernel)])
 
     def beside(self, lane: str) -> float | None:
-        """``ratio`` of one of ours, None for the others."""
+        """``ratio`` for our lanes, None for other lanes."""
         return self.ratio(lane) if lane in dict(self.ours).values() else None
 
 
@@ -116,15 +115,15 @@ def kernel_flops(n_pairs: int, head_size: int) -> Flops:
 
 
 def slice_pairs(setting: SliceSetting, strategy: str) -> int:
-    """Pairs of the rank, summed over its query heads."""
+    """(query, key) pairs of the rank, summed over its query heads."""
     return STRATEGIES[strategy].pairs(setting.work, setting.rank)
 
 
 def race_attention(setting: SliceSetting, strategy: str, kernels: Sequence[str]) -> Rivals:
-    """Time the slice of ``strategy`` (ulysses | ring) through each of ``kernels``, each beside its plain self, and what else is at hand.
+    """Time the slice of ``strategy`` (ulysses | ring) with each of ``kernels``, beside plain calls and libraries.
 
     Raises:
-        torch.OutOfMemoryError: the slice does not fit.
+        torch.OutOfMemoryError: the slice does not fit into memory.
     """
     others = ["torch_sdpa"] if setting.device.type == "cuda" else []
     with one_rank(setting.rank, setting.sp) as mesh:
@@ -146,17 +145,17 @@ def _plain_name(name: str) -> str:
 
 
 def _draw(setting: SliceSetting, rows: int, *heads: int) -> list[Tensor]:
-    """Normal numbers [rows, heads, D], one for each number of heads."""
+    """Random tensors [rows, heads, D], one for each number of heads."""
     return [torch.randn(rows, n, setting.model.head_size, device=setting.device, dtype=setting.dtype) for n in heads]
 
 
 def _ours(setting: SliceSetting, strategy: str, name: str, mesh: Mesh) -> Pass:
-    """The rank's shard through a strategy, and through kernel ``name``."""
+    """The rank's sequence shard through a strategy that uses kernel ``name``."""
     return replace(_through(setting, strategy, mesh), name=_our_name(name), around=partial(using, name))
 
 
 def _library(setting: SliceSetting, mesh: Mesh) -> Iterator[Pass]:
-    """The same shard through the library ring-flash-attn, where it can be imported."""
+    """The same sequence shard through ring-flash-attn, where importable."""
     with contextlib.suppress(UserError):
         zigzag_function()
         yield replace(_through(setting, "ring_flash_attn", mesh), name="ring-flash-attn")
@@ -174,7 +173,7 @@ def _through(setting: SliceSetting, strategy: str, mesh: Mesh) -> Pass:
 
 
 def _plain(setting: SliceSetting, strategy: str, name: str) -> Pass:
-    """Kernel ``name`` over the same pairs: a call for each tile, whose rows are its own, so that nothing is added up between calls."""
+    """Kernel ``name`` over the same pairs, one call per tile. Tiles share no tensors, so no gradients are summed."""
     tiles, heads, kv_heads = plain_tiles(setting, strategy)
     drawn = [(_draw(setting, tile.n_queries, heads, heads), _draw(setting, tile.n_keys, kv_heads, kv_heads)) for tile in tiles]
     rows = [[x.requires_grad_() for x in (q, k, v)] for (q, _), (k, v) in drawn]
@@ -195,7 +194,7 @@ def _plain(setting: SliceSetting, strategy: str, name: str) -> Pass:
 
 
 def plain_tiles(setting: SliceSetting, strategy: str) -> tuple[list[Tile], int, int]:
-    """(tiles, query heads, key heads) of the rank's work. Causal tiles are squares, so it does not matter where a mask is aligned to."""
+    """(tiles, query heads, key heads) of the rank's slice. Causal tiles are square: mask alignment does not matter."""
     model, sp = setting.model, setting.sp
     if strategy == "ulysses":
         return list(diagonal(setting.spans)), model.heads // sp, spread_kv_heads(model.kv_heads, sp) // sp
