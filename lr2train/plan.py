@@ -100,6 +100,7 @@ def _parallel(config: Config, dp_size: int, accumulation: int) -> dict[str, Any]
 
 def _attention(hf_config: Any, workload: Workload, config: Config) -> dict[str, Any]:
     """The ring axis, and the attention choice for each kind of segment, with its longest possible documents."""
+    # training chooses per segment; the estimate takes the longest documents of each window
     layers = attention.layers_of(hf_config, memory.WEIGHT_BYTES[config.model.dtype])
     ring = attention.ring_ranks(hf_config, config.parallel, config.hardware.gpus_per_node)
     return {"ring": ring, "attention": [_served(part, layers, ring, config) for part in workload.parts]}
@@ -163,7 +164,7 @@ def _cost(counts: ModelCounts, workload: Workload, config: Config) -> dict[str, 
         "tokens_per_s_per_gpu": cost.tokens_per_s(hardware.gpu_bf16_tflops, hardware.mfu, flops),
         "total_flops": workload.steps and step_flops * workload.steps,
         "gpu_hours": hours,
-        "hours": hours and hours / hardware.gpus,
+        "hours": hours and hours / hardware.gpus,  # None where the number of steps is unknown
         "price_usd": hours and hours * hardware.gpu_hour_price,
     }
 
@@ -207,7 +208,8 @@ def _assumptions(config: Config) -> list[str]:
         f"a GPU does useful work at {hardware.mfu:.0%} of {hardware.gpu_bf16_tflops:g} TFLOP/s (hardware.mfu; "
         "recomputation is "
         "not useful work)",
-        f"CUDA, NCCL and cuBLAS take {memory.RUNTIME_BYTES / GIB:g} GiB; {memory.RESERVE:.0%} of the GPU stays free for fragmentation",
+        f"CUDA, NCCL and cuBLAS take {memory.RUNTIME_BYTES / GIB:g} GiB; {memory.RESERVE:.0%} of the GPU stays free "
+        "for fragmentation",
         "a layer has a gated MLP and two norms, as in Llama and Phi3",
         f"a GPU-hour costs {hardware.gpu_hour_price:g} USD (hardware.gpu_hour_price)",
         "loading, evaluation, checkpoints and restarts take no time",

@@ -57,11 +57,6 @@ def tokens_per_s(tflops: float, mfu: float, flops_per_token: float) -> float:
     return tflops * 1e12 * mfu / flops_per_token
 
 
-def mfu(tokens_per_s_per_gpu: float, flops_per_token: float, tflops: float) -> float:
-    """Share of the peak that a measured speed reaches; the inverse of ``tokens_per_s``."""
-    return tokens_per_s_per_gpu * flops_per_token / (tflops * 1e12)
-
-
 def gpu_hours(flops: float, tflops: float, mfu: float) -> float:
     """Hours of one GPU."""
     return flops / (tflops * 1e12 * mfu) / 3600.0

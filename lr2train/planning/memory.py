@@ -166,6 +166,7 @@ def training_items(counts: ModelCounts, setting: MemorySetting) -> list[MemoryIt
 
 def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     n, world, weight, gradient = counts.parameters, s.world, WEIGHT_BYTES[s.dtype], GRADIENT_BYTES[s.dtype]
+    # ZeRO-1 divides optimizer states, ZeRO-2 gradients too, ZeRO-3 weights too
     per_weights, per_gradients, per_optimizer = (world if s.zero_stage >= stage else 1 for stage in (3, 2, 1))
 
     def formula(size: int, ranks: int) -> str:
@@ -210,7 +211,7 @@ def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     saved = layer_saved_bytes(counts, t, weight, s.ulysses(counts.heads))
     flight = layer_flight_bytes(counts, t, weight)
     loss = loss_bytes(counts.hidden, counts.vocabulary, s.chunk_tokens, t, weight)
-    if s.checkpointing:
+    if s.checkpointing:  # one layer at a time is recomputed, and then holds its activations and gradients
         kept = MemoryItem(
             "saved layer inputs",
             saved_inputs_bytes(counts.layers, counts.hidden, t, weight),
@@ -238,7 +239,8 @@ def _fixed(s: MemorySetting) -> list[MemoryItem]:
         MemoryItem(
             "reduction buckets",
             bucket_bytes(s.bucket_parameters, weight, SENT_BYTES[s.dtype]),
-            f"(2 · {weight} B, sent as {SENT_BYTES[s.dtype]} B) · {s.bucket_parameters / 1e6:.3g}M (reduce_bucket_size)",
+            f"(2 · {weight} B, sent as {SENT_BYTES[s.dtype]} B) · {s.bucket_parameters / 1e6:.3g}M "
+            "(reduce_bucket_size)",
         ),
         MemoryItem("CUDA, NCCL, cuBLAS", RUNTIME_BYTES, "assumed"),
     ]

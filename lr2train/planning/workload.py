@@ -94,7 +94,7 @@ def _segments(config: Config) -> tuple[dict[str, int], str]:
 
 def _steps(parts: tuple[WorkloadPart, ...], config: Config, dp_size: int) -> int:
     """As the loader counts: each window is rounded up to whole groups, the sum of groups to whole steps."""
-    group = config.data.group_segments or dp_size
+    group = config.data.group_segments or dp_size  # segments of one window that are read together
     groups = sum(-(-part.segments // group) for part in parts)
     return -(-groups // (config.optim.segments_per_step // group))
 

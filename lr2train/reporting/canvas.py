@@ -38,7 +38,8 @@ class Look:
     series: tuple[str, ...]
 
 
-N_SERIES = 6
+N_SERIES = 6  # series colours of both themes
+# colours that occur nowhere else, so that each can be replaced in the SVG
 THEMED = Look("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", tuple(f"#0a0b1{i}" for i in range(N_SERIES)))
 PAPER = Look(LIGHT["ink"], LIGHT["muted"], LIGHT["line"], LIGHT["card"], tuple(LIGHT[f"s{i}"] for i in range(N_SERIES)))
 _VARIABLES = {
@@ -141,9 +142,10 @@ def _markup(figure: Figure, description: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": description}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
+    # the page sets the size; ids of groups recur in other pictures of the page, and nothing refers to them
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' width="[^"]*pt" height="[^"]*pt"', "", svg, count=1)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
-    for color, variable in _VARIABLES.items():
+    for color, variable in _VARIABLES.items():  # placeholder colour -> CSS variable of the theme
         svg = svg.replace(color, f"var({variable})")
     return svg

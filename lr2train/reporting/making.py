@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lr2train.reporting import charts
+from lr2train.reporting import charts, search_charts
 from lr2train.reporting.canvas import WIDE
 from lr2train.reporting.inputs import Inputs, Json
 from lr2train.reporting.numbers import count, perplexity
@@ -66,12 +66,12 @@ def search(inputs: Inputs) -> str | Missing:
     figures = [
         figure(
             "Perplexity by generation",
-            charts.search_progress(lines, inputs.objective).svg(),
+            search_charts.search_progress(lines, inputs.objective).svg(),
             f"Over {tokens}, before any training. In a converged search, best and median are flat and close at the end." + _dropped(lines),
         ),
         figure(
             "Attention factor",
-            charts.attention_factors(lines, inputs.search, inputs.objective).svg(),
+            search_charts.attention_factors(lines, inputs.search, inputs.objective).svg(),
             "Each point is a candidate. The attention factor scales attention logits by its square.",
         ),
     ]
@@ -79,7 +79,7 @@ def search(inputs: Inputs) -> str | Missing:
         figures += _critical_indices(inputs)
     if inputs.journal:
         caption = "A bar spans the quartiles of all candidates. A long bar tells candidates apart; a short bar does not."
-        figures.append(figure("Documents", charts.documents(inputs.journal).svg(), caption))
+        figures.append(figure("Documents", search_charts.documents(inputs.journal).svg(), caption))
     return heading("Search", _search_sentence(inputs)) + f'<div class="figures">{"".join(figures)}</div>'
 
 
@@ -100,12 +100,12 @@ def _critical_indices(inputs: Inputs) -> list[str]:
     return [
         figure(
             "Critical index",
-            charts.critical_index_histogram(inputs.generations, inputs.search, inputs.top_k, spectrum).svg(),
+            search_charts.critical_index_histogram(inputs.generations, inputs.search, inputs.top_k, spectrum).svg(),
             "All candidates, and the best of the last generation.",
         ),
         figure(
             "Critical index by generation",
-            charts.critical_indices(inputs.generations, spectrum).svg(),
+            search_charts.critical_indices(inputs.generations, spectrum).svg(),
             f"Share of the population at each critical index{between}.",
         ),
     ]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lr2train.config import UserError
-from lr2train.reporting import charts
+from lr2train.reporting import charts, search_charts
 from lr2train.reporting.canvas import Chart, side_by_side
 from lr2train.reporting.inputs import Inputs, gather
 
@@ -43,18 +43,18 @@ def _pictures(inputs: Inputs) -> Iterator[tuple[str, str, list[Chart]]]:
     if inputs.factors and inputs.search:
         drawn = [charts.factor_curves(inputs.factors, index), charts.periods(inputs.factors, index)]
         yield "factors", "Rescale factors and rescaled periods", [_sized(drawn[0]), _sized(drawn[1], 0.9)]
-    yield "fitness", f"{of.capitalize()} perplexity by generation", [_sized(charts.search_progress(lines, of))]
+    yield "fitness", f"{of.capitalize()} perplexity by generation", [_sized(search_charts.search_progress(lines, of))]
     if inputs.has_border:
         spectrum = inputs.factors.spectrum if inputs.factors else None
         drawn = [
-            charts.critical_index_histogram(lines, inputs.search, inputs.top_k, spectrum),
-            charts.critical_indices(lines, spectrum),
+            search_charts.critical_index_histogram(lines, inputs.search, inputs.top_k, spectrum),
+            search_charts.critical_indices(lines, spectrum),
         ]
         yield "rcd", "Critical index", [_sized(drawn[0]), _sized(drawn[1], 0.8)]
     title = f"{of.capitalize()} perplexity by attention factor"
-    yield "temperature", title, [_sized(charts.attention_factors(lines, inputs.search, of))]
+    yield "temperature", title, [_sized(search_charts.attention_factors(lines, inputs.search, of))]
     if inputs.journal:
-        yield "documents", "Loss by document", [_sized(charts.documents(inputs.journal))]
+        yield "documents", "Loss by document", [_sized(search_charts.documents(inputs.journal))]
 
 
 def _sized(chart: Chart, share: float = 1.0) -> Chart:

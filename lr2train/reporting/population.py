@@ -47,6 +47,7 @@ def candidates(generations: Sequence[Json]) -> Candidates:
     """Every candidate once, although parents stay in the population."""
     rows, before = [], []
     for line, points in zip(generations, _points(generations), strict=True):
+        # a multiset difference: two equal children are two candidates
         rows += [(line["generation"], *point) for point in (Counter(points) - _parents(before, points)).elements()]
         before = points
     generation, factor, perplexity, index, complete = (np.array(column) for column in zip(*rows, strict=True))
@@ -61,6 +62,7 @@ def winner(generations: Sequence[Json], search: Json | None = None) -> tuple[flo
         search: search.json of a finished search. It names the winner, which a final on further documents may have
             chosen. The returned perplexity is the last generation's, as perplexities on other documents do not compare.
     """
+    # complete candidates first: a dropped one may look better on its few documents
     last = sorted(_points(generations)[-1], key=lambda point: (not point[3], point[1]))
     if search is not None:
         chosen = (search["attention_factor"], search["critical_index"])

@@ -100,6 +100,7 @@ def _parameters(folder: Path) -> str:
     count = 0
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as stream:
+            # safetensors: 8 bytes of length, then a JSON header {tensor: {shape, …}}, then the data
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
     return f"{amount(count, 3)} parameters" if count else ""

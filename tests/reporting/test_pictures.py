@@ -13,7 +13,7 @@ from reporting.searches import SPECTRUM, L, history, line, make_search
 
 from lr2train.config import UserError
 from lr2train.report import report
-from lr2train.reporting import canvas, charts
+from lr2train.reporting import canvas, charts, search_charts
 from lr2train.reporting.pictures import write_search_pictures
 from lr2train.reporting.population import HOPELESS, candidates, last_parents, winner
 from lr2train.reporting.scales import CEILING, PerplexityScale
@@ -157,10 +157,10 @@ def test_hopeless_perfect_and_narrow_searches_can_be_drawn(tmp_path, perplexity,
         if fixed:
             one["attention_factors"] = [1.0] * len(one["attention_factors"])
     for chart in (
-        charts.search_progress(made),
-        charts.attention_factors(made),
-        charts.critical_indices(made, None),
-        charts.critical_index_histogram(made, None, 2, None),
+        search_charts.search_progress(made),
+        search_charts.attention_factors(made),
+        search_charts.critical_indices(made, None),
+        search_charts.critical_index_histogram(made, None, 2, None),
     ):
         assert "<svg" in chart.svg()
         assert chart.png(tmp_path / "one.png", "title").stat().st_size > 1000
@@ -170,17 +170,17 @@ def test_the_legend_names_dropped_candidates_under_racing_alone():
     for racing in (True, False):
         made = lines(history(racing=racing), racing)
         for chart in (
-            charts.search_progress(made),
-            charts.attention_factors(made),
-            charts.critical_index_histogram(made, None, 6, SPECTRUM),
+            search_charts.search_progress(made),
+            search_charts.attention_factors(made),
+            search_charts.critical_index_histogram(made, None, 6, SPECTRUM),
         ):
             assert ("dropped early" in chart.svg()) == racing
 
 
 def test_the_axis_names_the_objective():
     made = lines(history())
-    assert "text perplexity" in charts.search_progress(made, "text").svg()
-    assert "needle perplexity" in charts.attention_factors(made).svg()
+    assert "text perplexity" in search_charts.search_progress(made, "text").svg()
+    assert "needle perplexity" in search_charts.attention_factors(made).svg()
 
 
 def test_a_failed_write_leaves_the_former_picture(tmp_path, monkeypatch):
@@ -205,7 +205,7 @@ def test_a_folder_without_a_search_is_refused(tmp_path):
 
 
 def test_svg_takes_the_page_s_colours_and_png_the_light_theme(tmp_path):
-    chart = charts.search_progress(lines(history()))
+    chart = search_charts.search_progress(lines(history()))
     svg, png = chart.svg(), chart.png(tmp_path / "a.png", "title")
     assert "#0a0b" not in svg, "a placeholder colour was not replaced"
     assert "var(--s1)" in svg
