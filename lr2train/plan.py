@@ -208,8 +208,7 @@ def _assumptions(config: Config) -> list[str]:
         f"a GPU does useful work at {hardware.mfu:.0%} of {hardware.gpu_bf16_tflops:g} TFLOP/s (hardware.mfu; "
         "recomputation is "
         "not useful work)",
-        f"CUDA, NCCL and cuBLAS take {memory.RUNTIME_BYTES / GIB:g} GiB; {memory.RESERVE:.0%} of the GPU stays free "
-        "for fragmentation",
+        f"CUDA, NCCL and cuBLAS take {memory.RUNTIME_BYTES / GIB:g} GiB; {memory.RESERVE:.0%} of the GPU stays free for fragmentation",
         "a layer has a gated MLP and two norms, as in Llama and Phi3",
         f"a GPU-hour costs {hardware.gpu_hour_price:g} USD (hardware.gpu_hour_price)",
         "loading, evaluation, checkpoints and restarts take no time",

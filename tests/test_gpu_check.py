@@ -119,14 +119,14 @@ def test_a_wrong_kernel_ends_with_1(tmp_path, monkeypatch, capsys):
 
 
 def test_a_part_that_does_not_fit_continues_with_fewer_tokens(tmp_path, monkeypatch, capsys):
-    race = gpu_slice.race_attention
+    measure = gpu_slice.time_attention
 
     def small_memory(at, *rest):
         if at.n_tokens > (64 if rest[0] == "ulysses" else 0):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return race(at, *rest)
+        return measure(at, *rest)
 
-    monkeypatch.setattr(gpu_slice, "race_attention", small_memory)
+    monkeypatch.setattr(gpu_slice, "time_attention", small_memory)
     out = tmp_path / "out.json"
     arguments = ["--device", "cpu", "--only", "attention", "--tokens", "128", "--rounds", "1", "--out", str(out)]
     assert gpu_check.main(arguments) == 1, "a strategy without any measurement is a failure"
@@ -270,9 +270,9 @@ def test_flops_of_a_layer_equal_torch_s_counter():
 
 
 def test_a_step_is_all_layers_and_one_loss():
-    lanes = {name: gpu_timing.Lane(FLOPS, [1.0], [seconds - 1.0]) for name, seconds in ((gpu_layer.LAYER, 4.0), (gpu_layer.LOSS, 2.0))}
-    lanes[gpu_layer.KEPT] = gpu_timing.Lane(FLOPS, [1.0], [2.0])
-    step = gpu_layer.LayerStep("ring", 64, layers=3, lanes=lanes)
+    timings = {name: gpu_timing.Timing(FLOPS, [1.0], [seconds - 1.0]) for name, seconds in ((gpu_layer.LAYER, 4.0), (gpu_layer.LOSS, 2.0))}
+    timings[gpu_layer.KEPT] = gpu_timing.Timing(FLOPS, [1.0], [2.0])
+    step = gpu_layer.LayerStep("ring", 64, layers=3, timings=timings)
     assert step.seconds == 14.0
     assert step.tflops_per_s == pytest.approx(4 * 6 / 14)
     assert step.recomputed == pytest.approx(0.25)
@@ -314,19 +314,19 @@ def test_the_ring_computes_the_counted_pairs(monkeypatch):
         return forward(q, k, v, tiles, *rest)
 
     monkeypatch.setattr(ring, "forward_block", counted)
-    rivals = gpu_slice.race_attention(setting(), "ring", ["cpu_flash"])
+    found = gpu_slice.time_attention(setting(), "ring", ["cpu_flash"])
     assert sum(pairs) == gpu_slice.slice_pairs(setting(), "ring")
-    assert rivals.failures == 0
-    assert rivals.ratio("ours, cpu_flash") > 0
-    assert rivals.beside("plain cpu_flash") is None
+    assert found.failures == 0
+    assert found.ratio("ours, cpu_flash") > 0
+    assert found.beside("plain cpu_flash") is None
 
 
 @pytest.mark.usefixtures("stand_ins")
 def test_ring_flash_attn_is_timed_where_importable():
-    lanes = gpu_slice.race_attention(setting(), "ring", ["cpu_flash"]).lanes
-    assert lanes["ring-flash-attn"].error is None
-    assert lanes["ring-flash-attn"].median_s > 0
-    assert lanes["ring-flash-attn"].flops == lanes["ours, cpu_flash"].flops
+    timings = gpu_slice.time_attention(setting(), "ring", ["cpu_flash"]).timings
+    assert timings["ring-flash-attn"].error is None
+    assert timings["ring-flash-attn"].median_s > 0
+    assert timings["ring-flash-attn"].flops == timings["ours, cpu_flash"].flops
     assert not any("ring_flash_attn" in line for line in gpu_kernels.available(CPU).missing)
 
 
@@ -440,20 +440,20 @@ def test_a_failing_pass_is_not_run_again():
         gpu_timing.Pass("works", lambda: [leaf * 2], (leaf,), FLOPS, [torch.ones(4)]),
         gpu_timing.Pass("fails", fails, (), FLOPS),
     ]
-    lanes = gpu_timing.race(passes, CPU, rounds=3, warm_ups=2)
+    timings = gpu_timing.time_in_turn(passes, CPU, rounds=3, warm_ups=2)
     assert len(calls) == 1
-    assert lanes["fails"].figures() == {"error": "ValueError: no GQA here"}
-    assert len(lanes["works"].rounds_s) == 3
+    assert timings["fails"].figures() == {"error": "ValueError: no GQA here"}
+    assert len(timings["works"].rounds_s) == 3
     assert leaf.grad.tolist() == [2.0] * 4, "gradients are not summed over rounds"
-    assert math.isnan(lanes["fails"].over(lanes["works"]))
-    assert math.isnan(lanes["works"].over(lanes["fails"]))
+    assert math.isnan(timings["fails"].over(timings["works"]))
+    assert math.isnan(timings["works"].over(timings["fails"]))
 
 
 def test_figures_are_medians_over_rounds():
-    lane = gpu_timing.Lane(FLOPS, [1.0, 2.0, 9.0], [2.0, 3.0, 1.0])
-    assert lane.rounds_s == [3.0, 5.0, 10.0]
-    assert list(lane.figures().values()) == [2000.0, 2000.0, 1.0, 2.0, 6 / 5]
-    assert lane.over(gpu_timing.Lane(FLOPS, [1.0, 1.0, 1.0], [1.0, 1.5, 1.0])) == 2.0, "the median of ratios"
+    timing = gpu_timing.Timing(FLOPS, [1.0, 2.0, 9.0], [2.0, 3.0, 1.0])
+    assert timing.rounds_s == [3.0, 5.0, 10.0]
+    assert list(timing.figures().values()) == [2000.0, 2000.0, 1.0, 2.0, 6 / 5]
+    assert timing.over(gpu_timing.Timing(FLOPS, [1.0, 1.0, 1.0], [1.0, 1.5, 1.0])) == 2.0, "the median of ratios"
 
 
 def test_clocks_are_empty_without_a_gpu():

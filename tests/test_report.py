@@ -190,7 +190,7 @@ def make_run(runs: Path, name: str = "first") -> Path:
             "corpus": "runs/corpus",
         },
     )
-    knobs = {
+    methods = {
         "none": (1.0, 9.2, 6),
         "pi": (1.0, 8.4, 2.5),
         "ntk": (1.0, 10.3, 3),
@@ -198,7 +198,7 @@ def make_run(runs: Path, name: str = "first") -> Path:
         "longrope2": (1.25, 11.6, 4),
     }
     rows = [
-        *(row(f"{method} untrained", *values) for method, values in knobs.items()),
+        *(row(f"{method} untrained", *values) for method, values in methods.items()),
         row("longrope2 trained", 1.25, 14.5, 4),
     ]
     write_json(

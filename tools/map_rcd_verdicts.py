@@ -79,7 +79,7 @@ def resample(lines: dict[MapCell, Json], answer_tokens: Sequence[int], seed: int
         )
 
 
-def judge(losses: ResampledLosses, better: Sequence[MapCell], worse: Sequence[MapCell], lines: dict[MapCell, Json]) -> Json | None:
+def compare(losses: ResampledLosses, better: Sequence[MapCell], worse: Sequence[MapCell], lines: dict[MapCell, Json]) -> Json | None:
     """Compare two groups of cells; None where a group is empty.
 
     Returns:
@@ -117,7 +117,7 @@ def by_value(losses: ResampledLosses, lines: dict[MapCell, Json], key: str, refe
     found = {}
     for value in values:
         groups = [[cell for cell in lines if getattr(cell, key) == one] for one in (value, reference)]
-        if one := judge(losses, groups[0], groups[1], lines):
+        if one := compare(losses, groups[0], groups[1], lines):
             found[f"{value:g}"] = {name: one[name] for name in ("difference", "low", "high", "sure")}
     return found
 
@@ -159,8 +159,8 @@ def verdicts(lines: dict[MapCell, Json], answer_tokens: Sequence[int], critical_
         below, at = ([cell for cell in cells if _sign(cell.critical_index, critical_index) == sign] for sign in (-1, 0))
         above_1, at_1 = ([cell for cell in cells if _sign(cell.scale, 1) == sign] for sign in (1, 0))
         found[name] = {
-            "rcd < tcd beats tcd": judge(losses, below, at, here),
-            "scale > 1 beats scale 1": judge(losses, above_1, at_1, here),
+            "rcd < tcd beats tcd": compare(losses, below, at, here),
+            "scale > 1 beats scale 1": compare(losses, above_1, at_1, here),
             "rcd against tcd": by_value(losses, here, "critical_index", critical_index),
             "scale against 1": by_value(losses, here, "scale", 1.0),
         }

@@ -239,8 +239,7 @@ def _fixed(s: MemorySetting) -> list[MemoryItem]:
         MemoryItem(
             "reduction buckets",
             bucket_bytes(s.bucket_parameters, weight, SENT_BYTES[s.dtype]),
-            f"(2 · {weight} B, sent as {SENT_BYTES[s.dtype]} B) · {s.bucket_parameters / 1e6:.3g}M "
-            "(reduce_bucket_size)",
+            f"(2 · {weight} B, sent as {SENT_BYTES[s.dtype]} B) · {s.bucket_parameters / 1e6:.3g}M (reduce_bucket_size)",
         ),
         MemoryItem("CUDA, NCCL, cuBLAS", RUNTIME_BYTES, "assumed"),
     ]

@@ -149,8 +149,7 @@ def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str
     facts = [
         (
             "one step",
-            f"{work['segments_per_step']} segments = {amount(work['tokens_per_step'])} tokens, "
-            f"{hours(cost['step_s'] / 3600)}",
+            f"{work['segments_per_step']} segments = {amount(work['tokens_per_step'])} tokens, {hours(cost['step_s'] / 3600)}",
         ),
         (
             "speed",
@@ -177,8 +176,7 @@ def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str
         *facts,
         (
             "time",
-            f"[bold]{hours(cost['hours'])}[/bold] = {hours(cost['gpu_hours'])} of one GPU, "
-            f"{flops(cost['total_flops'])}",
+            f"[bold]{hours(cost['hours'])}[/bold] = {hours(cost['gpu_hours'])} of one GPU, {flops(cost['total_flops'])}",
         ),
         ("price", f"[bold]{money(cost['price_usd'])}[/bold]"),
     ]
@@ -193,7 +191,6 @@ def _search(search: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "time",
-            f"[bold]{hours(search['hours'])}[/bold] = {hours(search['gpu_hours'])} of one GPU, "
-            f"{money(search['price_usd'])}",
+            f"[bold]{hours(search['hours'])}[/bold] = {hours(search['gpu_hours'])} of one GPU, {money(search['price_usd'])}",
         ),
     ]

@@ -22,7 +22,7 @@ def factors(inputs: Inputs) -> str | Missing:
     sentence = (
         f"Rotary dimension {spectrum.rotary_dim}, base {spectrum.base:g}; attention factor {made.attention_factor:g} "
         "in the long "
-        "window, exactly 1 in the short one."
+        "window, exactly 1 in the short window."
     )
     low, high = (bound / made.scale for bound in (min(made.rescale[index or 0 :]), max(made.rescale[index or 0 :])))
     where = (

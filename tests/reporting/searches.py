@@ -63,17 +63,17 @@ def history(
     return generations
 
 
-def line(index: int, everyone: list[Scored], racing: bool) -> dict:
+def line(index: int, ranked: list[Scored], racing: bool) -> dict:
     """A line of generations.jsonl."""
     lists = {
-        "perplexities": [one.perplexity for one in everyone],
-        "critical_indices": [one.critical_index for one in everyone],
-        "attention_factors": [one.attention_factor for one in everyone],
+        "perplexities": [one.perplexity for one in ranked],
+        "critical_indices": [one.critical_index for one in ranked],
+        "attention_factors": [one.attention_factor for one in ranked],
     }
-    raced = {"documents": [one.documents for one in everyone]} if racing else {}
+    raced = {"documents": [one.documents for one in ranked]} if racing else {}
     return {
         "generation": index,
-        "best_perplexity": everyone[0].perplexity,
+        "best_perplexity": ranked[0].perplexity,
         **lists,
         **raced,
         "document_forwards": 200 * (index + 1),
@@ -89,7 +89,7 @@ def write_jsonl(path: Path, lines: list[dict]) -> None:
 def make_search(folder: Path, racing: bool = True, all_dims: bool = False, finished: bool = True, **settings) -> list[list[Scored]]:
     """``folder`` of a finished or running search; returns its generations."""
     generations = history(racing=racing, all_dims=all_dims, **settings)
-    write_jsonl(folder / "generations.jsonl", [line(index, everyone, racing) for index, everyone in enumerate(generations)])
+    write_jsonl(folder / "generations.jsonl", [line(index, ranked, racing) for index, ranked in enumerate(generations)])
     entries = [
         {
             "candidate": str(one.number),

@@ -23,7 +23,7 @@ ALL = ["factors.png", "fitness.png", "rcd.png", "temperature.png", "documents.pn
 
 
 def lines(generations, racing: bool = True) -> list[dict]:
-    return [line(index, everyone, racing) for index, everyone in enumerate(generations)]
+    return [line(index, ranked, racing) for index, ranked in enumerate(generations)]
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -37,7 +37,7 @@ def pixels(path: Path) -> np.ndarray:
 def test_every_candidate_is_counted_once(seed):
     generations = history(seed=seed)
     true = {
-        one.number: (index, one) for index, everyone in reversed([*enumerate(generations)]) for one in everyone
+        one.number: (index, one) for index, ranked in reversed([*enumerate(generations)]) for one in ranked
     }  # the generation in which it first occurs
     found = candidates(lines(generations))
     assert len(found) == len(true) == 24 + 5 * 18

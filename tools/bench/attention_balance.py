@@ -5,7 +5,7 @@
   shards. Under ``local`` each rank attends within its own documents, so the packer decides the balance. The figure is
   given for single segments and for the sum over a step of 64 segments. Ranks wait for each other in each micro-batch,
   so the first figure decides the step time.
-- Layout and ring schedule are computed anew for each segment: their time is bounded for many documents on many ranks.
+- Layout and ring schedule are computed for each segment: their time is bounded for many documents on many ranks.
 """
 
 from __future__ import annotations

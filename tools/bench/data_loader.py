@@ -84,7 +84,7 @@ def _warm_sides(corpus: Corpus, rng: np.random.Generator) -> dict[str, Callable[
 
 
 def _cold(corpus: Corpus, files: list[Path], rounds: int, rng: np.random.Generator) -> Iterator[Figure]:
-    """A step's segments. Both sides open the files anew after the cache was dropped: mapped pages would stay."""
+    """A step's segments. Both sides reopen the files after the cache was dropped: mapped pages would stay."""
     took: dict[str, list[float]] = {"loader": [], "plain": []}
     for _ in range(rounds):
         for name, open_side in (("loader", _open_loader), ("plain", _open_plain)):

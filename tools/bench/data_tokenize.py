@@ -162,8 +162,8 @@ def _our_side(folder: Path, backend: str) -> tuple[float, float, Iterator[Any]]:
     from lr2train.data.tokenizer import load
 
     source = SourceConfig(name="text", kind="folder", path=str(folder / "documents.jsonl"))
-    home = folder / f"{backend}-{os.getpid()}"
-    setup = Setup(home, folder / "tokenizer.json", backend, True, 0.0, 4096, DecontaminateConfig())
+    out = folder / f"{backend}-{os.getpid()}"
+    setup = Setup(out, folder / "tokenizer.json", backend, True, 0.0, 4096, DecontaminateConfig())
     borders = load(str(folder / "tokenizer.json")).n_borders
     before, started = _cpu_s(), time.monotonic()
     work = setup()
@@ -171,7 +171,7 @@ def _our_side(folder: Path, backend: str) -> tuple[float, float, Iterator[Any]]:
     for number, shard in enumerate(listed):
         work(Task(source, shard, number, "bench", Limits()), lambda done: None)
     used, wall = _cpu_s() - before, time.monotonic() - started
-    store = SourceStore([home / "store" / "text" / f"train-{number:05d}" for number in range(len(listed))])
+    store = SourceStore([out / "store" / "text" / f"train-{number:05d}" for number in range(len(listed))])
     return used, wall, (store[document][borders - 1 : -1] for document in range(len(store)))
 
 

@@ -162,8 +162,8 @@ def _overrides(arguments: argparse.Namespace, size: SearchSize, variant: str, se
 def _search_all(arguments: argparse.Namespace, size: SearchSize, folder: Path, jobs: Sequence[tuple[str, int]]) -> None:
     def one(job: tuple[str, int]) -> None:
         variant, seed = job
-        home = folder / f"{variant}_{seed}"
-        _call("lr2train.search", *_overrides(arguments, size, variant, seed), *_where(home))
+        run_folder = folder / f"{variant}_{seed}"
+        _call("lr2train.search", *_overrides(arguments, size, variant, seed), *_where(run_folder))
 
     _in_order("searches", [job for job in jobs if job[0] != "racing_only"], one, arguments.processes)
     again = [job for job in jobs if job[0] == "racing_only"]
@@ -172,11 +172,11 @@ def _search_all(arguments: argparse.Namespace, size: SearchSize, folder: Path, j
     _in_order("searches over the plain loop's journal", again, one, arguments.processes)
 
 
-def _copy_journal(plain: Path, home: Path) -> None:
+def _copy_journal(plain: Path, run_folder: Path) -> None:
     """Reuse the plain loop's evaluations of the same documents; they count as document-forwards all the same."""
-    if not home.exists():
-        home.mkdir(parents=True)
-        (home / "journal.jsonl").write_text((plain / "journal.jsonl").read_text())
+    if not run_folder.exists():
+        run_folder.mkdir(parents=True)
+        (run_folder / "journal.jsonl").write_text((plain / "journal.jsonl").read_text())
 
 
 def _in_order(what: str, jobs: Sequence[Any], one: Callable[[Any], None], processes: int) -> None:

@@ -48,16 +48,16 @@ def _stage_1(kills: int) -> Iterable[Any]:
         write_text(folder, TEXT_BYTES)
         _finish(_start(folder, "undisturbed"))
         wanted = _contents(folder / "undisturbed")
-        struck = _strike(folder, kills, wanted)
-    print(f"stage 1: {len(wanted) // len(DATA) // 2} shards; killed with so many finished: {', '.join(map(str, struck['finished']))}")
-    yield Figure("stage_1_kills", len(struck["finished"]), at_least=kills)
-    yield Figure("stage_1_finished_shards_made_again", struck["again"], at_most=0)
-    yield Figure("stage_1_most_shards_in_hand_lost", max(struck["lost"]), at_most=WORKERS)
-    yield Figure("stage_1_corpora_compared", struck["compared"], at_least=1)
-    yield Figure("stage_1_corpora_that_differ", struck["differ"], at_most=0)
+        found = _kill_repeatedly(folder, kills, wanted)
+    print(f"stage 1: {len(wanted) // len(DATA) // 2} shards; killed with so many finished: {', '.join(map(str, found['finished']))}")
+    yield Figure("stage_1_kills", len(found["finished"]), at_least=kills)
+    yield Figure("stage_1_finished_shards_made_again", found["again"], at_most=0)
+    yield Figure("stage_1_most_shards_in_hand_lost", max(found["lost"]), at_most=WORKERS)
+    yield Figure("stage_1_corpora_compared", found["compared"], at_least=1)
+    yield Figure("stage_1_corpora_that_differ", found["differ"], at_most=0)
 
 
-def _strike(folder: Path, kills: int, wanted: dict[str, bytes]) -> dict[str, Any]:
+def _kill_repeatedly(folder: Path, kills: int, wanted: dict[str, bytes]) -> dict[str, Any]:
     moment = random.Random(0)
     found: dict[str, Any] = {"finished": [], "lost": [], "again": 0, "compared": 0, "differ": 0}
     done: dict[str, tuple[int, int]] = {}

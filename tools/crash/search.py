@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from lr2train.rope.factors import Factors
-from tools.crash.striking import seconds_to_its_end
+from tools.crash.killing import seconds_to_its_end
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -71,8 +71,8 @@ def one_round(number: int, world: int, rng: random.Random, overrides: list[str])
         search ended before the kill.
     """
     process, alone = start(NAME, world, overrides), number % 2 == 1 and world > 1
-    struck = wait_for(process, len(evaluations()) + rng.randint(1, 12))
-    if not struck:
+    reached = wait_for(process, len(evaluations()) + rng.randint(1, 12))
+    if not reached:
         assert process.returncode == 0, f"the search on {world} ranks ended with {process.returncode}: see runs/{NAME}.log"
         return None
     seconds = seconds_to_its_end(process, NAME, rng.randrange(world) if alone else None, 4 * END_BOUND_S)

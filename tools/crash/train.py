@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from tools.crash.striking import seconds_to_its_end
+from tools.crash.killing import seconds_to_its_end
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 24

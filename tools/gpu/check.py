@@ -8,7 +8,7 @@ Three parts print details. A summary table and one JSON file (--out) follow.
              attention written out in float64. Cases: head sizes up to 256, MHA/GQA/MQA, packed spans, sliding windows,
              bf16 and fp16, whole segments, blocks with merged log-sum-exp, strategies on simulated ranks. An error is
              a ratio to the error of plain attention in the same dtype.
-  attention  One layer's attention on one rank of LLaMA3-8B at 128k and sp=8, under ulysses and on the ring. Rivals are
+  attention  One layer's attention on one rank of LLaMA3-8B at 128k and sp=8, under ulysses and on the ring, beside
              plain calls of the same kernel on the same pairs, torch's attention, and ring-flash-attn where importable.
              TFLOP/s count causal pairs. Target: at most 5 % longer than the plain kernel.
   layer      The same rank's whole decoder layer (projections, MLP, norms; recomputation is overhead) and the chunked
@@ -132,40 +132,40 @@ def _parity(findings: Findings, setting: gpu_slice.SliceSetting, kernels: Sequen
 
 def _attention(findings: Findings, setting: gpu_slice.SliceSetting, kernels: Sequence[str], asserted: bool) -> None:
     before = gpu_timing.clocks(setting.device)
-    races = {name: _fitting(setting, f"attention, {name}", partial(_race_attention, name, kernels)) for name in STRATEGIES}
-    failures = sum(len(kernels) if race is None else race.failures for race in races.values())
-    slices = [race for race in races.values() if race is not None]
+    slices = {name: _fitting(setting, f"attention, {name}", partial(_time_attention, name, kernels)) for name in STRATEGIES}
+    failures = sum(len(kernels) if one is None else one.failures for one in slices.values())
+    measured = [one for one in slices.values() if one is not None]
     bound = OVER_PLAIN if asserted else None
-    figures = [Figure(f"attention_{one.strategy}_{name}_over_plain", one.ratio(ours), bound) for one in slices for name, ours in one.ours]
-    lines = [Line(one.strategy, one.n_tokens, name, lane, one.beside(name)) for one in slices for name, lane in one.lanes.items()]
+    figures = [Figure(f"attention_{one.strategy}_{name}_over_plain", one.ratio(ours), bound) for one in measured for name, ours in one.ours]
+    lines = [Line(one.strategy, one.n_tokens, name, timing, one.beside(name)) for one in measured for name, timing in one.timings.items()]
     clocks = {"before": before, "after": gpu_timing.clocks(setting.device)}
     show_speed(f"attention of rank {setting.rank} of {setting.sp}, one layer of {setting.model.name}", lines, clocks)
     rows = {"rows": [line.json() for line in lines], "clocks": clocks}
     findings.add("attention", rows, [*figures, Figure("attention_failures", failures, at_most=0)])
 
 
-def _race_attention(strategy: str, kernels: Sequence[str], setting: gpu_slice.SliceSetting) -> gpu_slice.Rivals:
-    return gpu_slice.race_attention(setting, strategy, kernels)
+def _time_attention(strategy: str, kernels: Sequence[str], setting: gpu_slice.SliceSetting) -> gpu_slice.SliceTimings:
+    return gpu_slice.time_attention(setting, strategy, kernels)
 
 
 def _layer(findings: Findings, setting: gpu_slice.SliceSetting, peak: float | None, asserted: bool) -> None:
     if peak is None and setting.device.type == "cuda":
         print(f"the bf16 peak of {torch.cuda.get_device_name(setting.device)} is unknown, so the layer has no target; give --peak TFLOPS")
     before = gpu_timing.clocks(setting.device)
-    steps = {name: _fitting(setting, f"layer, {name}", partial(_race_layer, name)) for name in STRATEGIES}
+    steps = {name: _fitting(setting, f"layer, {name}", partial(_time_layer, name)) for name in STRATEGIES}
     failures = sum(step is None or step.failed for step in steps.values())
     measured = [step for step in steps.values() if step is not None]
     figures = [figure for step in measured for figure in _layer_figures(step, setting, peak, asserted)]
-    lines = [Line(step.strategy, step.n_tokens, name, lane) for step in measured for name, lane in step.lanes.items()]
+    lines = [Line(step.strategy, step.n_tokens, name, timing) for step in measured for name, timing in step.timings.items()]
     clocks = {"before": before, "after": gpu_timing.clocks(setting.device)}
     show_speed(f"decoder layer of rank {setting.rank} of {setting.sp}, {setting.model.name}", lines, clocks)
     rows = {"rows": [line.json() for line in lines], "clocks": clocks, "peak_tflops": peak}
     findings.add("layer", rows, [*figures, Figure("layer_failures", failures, at_most=0)])
 
 
-def _race_layer(strategy: str, setting: gpu_slice.SliceSetting) -> gpu_layer.LayerStep:
+def _time_layer(strategy: str, setting: gpu_slice.SliceSetting) -> gpu_layer.LayerStep:
     chunk_tokens = min(LOSS_CHUNK_TOKENS, max(1, setting.n_tokens // setting.sp // 2))  # at least two chunks
-    return gpu_layer.race_layer(setting, strategy, chunk_tokens)
+    return gpu_layer.time_layer(setting, strategy, chunk_tokens)
 
 
 def _layer_figures(step: gpu_layer.LayerStep, setting: gpu_slice.SliceSetting, peak: float | None, asserted: bool) -> list[Figure]:

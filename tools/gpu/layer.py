@@ -24,7 +24,7 @@ from lr2train.model.loss import LossHead
 from lr2train.parallel.mesh import Mesh
 from tools.gpu.one_rank import one_rank
 from tools.gpu.slice import SliceSetting, slice_pairs
-from tools.gpu.timing import Flops, Lane, Pass, race
+from tools.gpu.timing import Flops, Pass, Timing, time_in_turn
 
 LAYER, KEPT, LOSS, PRODUCT = (
     "layer, recomputed",
@@ -41,27 +41,27 @@ class LayerStep:
     strategy: str
     n_tokens: int
     layers: int
-    lanes: dict[str, Lane]
+    timings: dict[str, Timing]
 
     @property
     def failed(self) -> bool:
-        """Whether any lane failed."""
-        return any(lane.error is not None for lane in self.lanes.values())
+        """Whether any timing failed."""
+        return any(timing.error is not None for timing in self.timings.values())
 
     @property
     def seconds(self) -> float:
-        """Forward and backward pass of all layers, last norm and loss; nan where a lane failed."""
-        return self.layers * self.lanes[LAYER].median_s + self.lanes[LOSS].median_s
+        """Forward and backward pass of all layers, last norm and loss; nan where a timing failed."""
+        return self.layers * self.timings[LAYER].median_s + self.timings[LOSS].median_s
 
     @property
     def tflops_per_s(self) -> float:
         """TFLOP/s of the step; recomputation is time and no work."""
-        return (self.layers * self.lanes[LAYER].flops.total + self.lanes[LOSS].flops.total) / self.seconds / 1e12
+        return (self.layers * self.timings[LAYER].flops.total + self.timings[LOSS].flops.total) / self.seconds / 1e12
 
     @property
     def recomputed(self) -> float:
         """Share of a layer's time spent on recomputation."""
-        return 1 - self.lanes[KEPT].over(self.lanes[LAYER])
+        return 1 - self.timings[KEPT].over(self.timings[LAYER])
 
 
 def matrix_flops(weights: int, rows: int) -> Flops:
@@ -76,7 +76,7 @@ def layer_flops(setting: SliceSetting, strategy: str, weights: int) -> Flops:
     return Flops(linear.forward + attention_flops(pairs, size), linear.backward + attention_flops(pairs, size, BACKWARD))
 
 
-def race_layer(setting: SliceSetting, strategy: str, chunk_tokens: int) -> LayerStep:
+def time_layer(setting: SliceSetting, strategy: str, chunk_tokens: int) -> LayerStep:
     """Time one layer of the rank under ``strategy``, and the loss in chunks of ``chunk_tokens``.
 
     Raises:
@@ -85,8 +85,8 @@ def race_layer(setting: SliceSetting, strategy: str, chunk_tokens: int) -> Layer
     with one_rank(setting.rank, setting.sp) as mesh:
         lm = _build(setting, strategy, mesh)
         passes = [*_layer_passes(setting, strategy, lm), _loss_pass(setting, lm, chunk_tokens), _product_pass(setting)]
-        lanes = race(passes, setting.device, setting.rounds, setting.warm_ups)
-    return LayerStep(strategy, setting.n_tokens, setting.model.layers, lanes)
+        timings = time_in_turn(passes, setting.device, setting.rounds, setting.warm_ups)
+    return LayerStep(strategy, setting.n_tokens, setting.model.layers, timings)
 
 
 def _build(setting: SliceSetting, strategy: str, mesh: Mesh) -> Any:

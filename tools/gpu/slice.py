@@ -30,7 +30,7 @@ from lr2train.model.flops import FLASH_BACKWARD, attention_flops
 from lr2train.parallel.mesh import Mesh
 from tools.gpu.kernels import PLAIN, using
 from tools.gpu.one_rank import one_rank
-from tools.gpu.timing import Flops, Lane, Pass, race
+from tools.gpu.timing import Flops, Pass, Timing, time_in_turn
 
 
 @dataclass(frozen=True)
@@ -81,32 +81,32 @@ class SliceSetting:
 
 
 @dataclass(frozen=True)
-class Rivals:
-    """Timings of one strategy's slice by name; our lane and the plain lane of a kernel are compared."""
+class SliceTimings:
+    """Timings of one strategy's slice by name; our timing and the plain timing of a kernel are compared."""
 
     strategy: str
     n_tokens: int
-    lanes: dict[str, Lane]
+    timings: dict[str, Timing]
     kernels: tuple[str, ...]
 
     @property
     def ours(self) -> list[tuple[str, str]]:
-        """(kernel, name of our lane that uses it)."""
+        """(kernel, name of our timing that uses it)."""
         return [(name, _our_name(name)) for name in self.kernels]
 
     @property
     def failures(self) -> int:
-        """Our lanes that failed."""
-        return sum(self.lanes[lane].error is not None for _, lane in self.ours)
+        """Our timings that failed."""
+        return sum(self.timings[timing].error is not None for _, timing in self.ours)
 
-    def ratio(self, lane: str) -> float:
-        """Time of our lane over the time of its plain kernel; nan where either failed."""
-        kernel = {ours: name for name, ours in self.ours}[lane]
-        return self.lanes[lane].over(self.lanes[_plain_name(kernel)])
+    def ratio(self, timing: str) -> float:
+        """Time of our timing over the time of its plain kernel; nan where either failed."""
+        kernel = {ours: name for name, ours in self.ours}[timing]
+        return self.timings[timing].over(self.timings[_plain_name(kernel)])
 
-    def beside(self, lane: str) -> float | None:
-        """``ratio`` for our lanes, None for other lanes."""
-        return self.ratio(lane) if lane in dict(self.ours).values() else None
+    def beside(self, timing: str) -> float | None:
+        """``ratio`` for our timings, None for other timings."""
+        return self.ratio(timing) if timing in dict(self.ours).values() else None
 
 
 def kernel_flops(n_pairs: int, head_size: int) -> Flops:
@@ -119,7 +119,7 @@ def slice_pairs(setting: SliceSetting, strategy: str) -> int:
     return STRATEGIES[strategy].pairs(setting.work, setting.rank)
 
 
-def race_attention(setting: SliceSetting, strategy: str, kernels: Sequence[str]) -> Rivals:
+def time_attention(setting: SliceSetting, strategy: str, kernels: Sequence[str]) -> SliceTimings:
     """Time the slice of ``strategy`` (ulysses | ring) with each of ``kernels``, beside plain calls and libraries.
 
     Raises:
@@ -132,8 +132,8 @@ def race_attention(setting: SliceSetting, strategy: str, kernels: Sequence[str])
             *(_plain(setting, strategy, name) for name in [*kernels, *others]),
             *(_library(setting, mesh) if strategy == "ring" else ()),
         ]
-        lanes = race(passes, setting.device, setting.rounds, setting.warm_ups)
-    return Rivals(strategy, setting.n_tokens, lanes, tuple(kernels))
+        timings = time_in_turn(passes, setting.device, setting.rounds, setting.warm_ups)
+    return SliceTimings(strategy, setting.n_tokens, timings, tuple(kernels))
 
 
 def _our_name(name: str) -> str:

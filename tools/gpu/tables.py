@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tools.bench.figures import Figure
 from tools.gpu.parity import LIMITS, LSE_LIMIT_NATS, Row
-from tools.gpu.timing import Lane
+from tools.gpu.timing import Timing
 
 WIDTH = 150  # columns, where the output is no terminal
 
@@ -22,7 +22,7 @@ class Line(NamedTuple):
     strategy: str
     n_tokens: int  # of the segment
     name: str
-    lane: Lane
+    timing: Timing
     over_plain: float | None = None  # time over the time of the plain kernel
 
     def json(self) -> dict[str, Any]:
@@ -33,7 +33,7 @@ class Line(NamedTuple):
             "name": self.name,
             "over_plain": self.over_plain,
         }
-        return {**named, **self.lane.figures(), "rounds_ms": [1e3 * seconds for seconds in self.lane.rounds_s]}
+        return {**named, **self.timing.figures(), "rounds_ms": [1e3 * seconds for seconds in self.timing.rounds_s]}
 
 
 def show_parity(rows: Sequence[Row]) -> None:
@@ -57,11 +57,11 @@ def show_speed(title: str, lines: Sequence[Line], clocks: dict[str, dict[str, st
     """Milliseconds and TFLOP/s, and the GPU's clocks before and after."""
     table = Table(title=f"{title}: medians, TFLOP/s of causal pairs")
     table.add_column("slice")
-    table.add_column("lane")
+    table.add_column("timed")
     for name in ("forward ms", "backward ms", "forward TFLOP/s", "backward TFLOP/s", "TFLOP/s", "over plain"):
         table.add_column(name, justify="right")
     for line in lines:
-        where, figures = f"{line.strategy}, {line.n_tokens} tokens", line.lane.figures()
+        where, figures = f"{line.strategy}, {line.n_tokens} tokens", line.timing.figures()
         if "error" in figures:
             table.add_row(where, f"{line.name}: {figures['error']}", style="red")
             continue

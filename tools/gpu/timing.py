@@ -45,7 +45,7 @@ class Pass:
 
 
 @dataclass
-class Lane:
+class Timing:
     """Timings of a pass: seconds of each round, or the error that ended it."""
 
     flops: Flops
@@ -63,8 +63,8 @@ class Lane:
         """Median of ``rounds_s``; nan where the pass failed."""
         return statistics.median(self.rounds_s) if self.rounds_s else float("nan")
 
-    def over(self, other: Lane) -> float:
-        """Time over the time of another lane: median of the rounds' ratios; nan where either failed."""
+    def over(self, other: Timing) -> float:
+        """Time over the time of another timing: median of the rounds' ratios; nan where either failed."""
         ratios = [a / b for a, b in zip(self.rounds_s, other.rounds_s, strict=False)]
         return statistics.median(ratios) if ratios else float("nan")
 
@@ -82,22 +82,22 @@ class Lane:
         }
 
 
-def race(passes: Sequence[Pass], device: torch.device, rounds: int, warm_ups: int) -> dict[str, Lane]:
+def time_in_turn(passes: Sequence[Pass], device: torch.device, rounds: int, warm_ups: int) -> dict[str, Timing]:
     """Time all passes in turn, ``rounds`` times after ``warm_ups``. A pass that fails is not run again.
 
     Raises:
         torch.OutOfMemoryError: a pass does not fit into the device's memory.
     """
-    lanes = {one.name: Lane(one.flops) for one in passes}
+    timings = {one.name: Timing(one.flops) for one in passes}
     for number in range(warm_ups + rounds):
         for one in passes:
-            lane = lanes[one.name]
-            if lane.error is None:
-                _run(one, lane, device, counts=number >= warm_ups)
-    return lanes
+            timing = timings[one.name]
+            if timing.error is None:
+                _run(one, timing, device, counts=number >= warm_ups)
+    return timings
 
 
-def _run(one: Pass, lane: Lane, device: torch.device, counts: bool) -> None:
+def _run(one: Pass, timing: Timing, device: torch.device, counts: bool) -> None:
     for leaf in one.leaves:
         leaf.grad = None
     try:
@@ -105,13 +105,13 @@ def _run(one: Pass, lane: Lane, device: torch.device, counts: bool) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any kind: the other passes continue
-        lane.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        lane.forward_s.clear()
-        lane.backward_s.clear()
+        timing.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        timing.forward_s.clear()
+        timing.backward_s.clear()
         return
     if counts:
-        lane.forward_s.append(forward_s)
-        lane.backward_s.append(backward_s)
+        timing.forward_s.append(forward_s)
+        timing.backward_s.append(backward_s)
 
 
 def _seconds(one: Pass, device: torch.device) -> tuple[float, float]:

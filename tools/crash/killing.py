@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 
-def strike(name: str, rank: int | None) -> None:
+def kill(name: str, rank: int | None) -> None:
     """SIGKILL every process with the override ``name=<name>``, or one rank of them."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -27,12 +27,12 @@ def seconds_to_its_end(process: subprocess.Popen, name: str, rank: int | None, p
     The job must not end with exit code 0.
     """
     begin = time.monotonic()
-    strike(name, rank)
+    kill(name, rank)
     try:
         process.wait(timeout=patience_s)
     except subprocess.TimeoutExpired:
-        strike(name, None)
+        kill(name, None)
     seconds = time.monotonic() - begin
-    strike(name, None)
+    kill(name, None)
     assert process.wait() != 0, "a killed job ended with exit code 0"
     return seconds
