@@ -1,9 +1,9 @@
-"""report: one HTML page about a run: what improved, the factors, the search, training, the corpus, how to repeat it.
+"""report: one HTML page about a run: results, factors, search, training, corpus, commands to repeat it.
 
     python -m lr2train.report runs/first [runs/factors runs/corpus …] [--out page.html]
 
-The page needs nothing besides itself: no network, no scripts, pictures inside. Runs that the first one was made from are found by the
-paths that it recorded; folders named after it take their place.
+The page is one file: no network, no scripts, pictures inside. The search, corpus and base run of ``runs/first`` are
+found by the paths that it recorded; further folders replace them.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ SECTIONS = (
 
 
 def report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page about ``folders[0]``, and report.json beside it; returns where the page lies.
+    """Write the page about ``folders[0]``, and report.json into that folder; returns the path of the page.
 
     Args:
-        folders: the run, then runs that take the place of the relatives that would be found.
-        out: None writes ``report.html`` into the run.
+        folders: the run, then related runs that replace those it recorded.
+        out: the page; None writes ``report.html`` into the run.
 
     Raises:
         UserError: a folder is missing or one of its files is damaged.
@@ -46,7 +46,8 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     path = out or folders[0] / "report.html"
     io.write_text(path, render(inputs))
     io.write_json(
-        folders[0] / "report.json", {"page": str(path), "folders": [str(folder) for folder in folders], "bytes": path.stat().st_size}
+        folders[0] / "report.json",
+        {"page": str(path), "folders": [str(folder) for folder in folders], "bytes": path.stat().st_size},
     )
     return path
 
@@ -64,15 +65,15 @@ def render(inputs: Inputs) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exit codes as in ``lr2train.cli.door``."""
-    parser = argparse.ArgumentParser(prog="python -m lr2train.report", description="One HTML page about a run, complete in itself.")
+    parser = argparse.ArgumentParser(prog="python -m lr2train.report", description="One HTML page about a run, in one file.")
     parser.add_argument(
         "folders",
         nargs="+",
         type=Path,
         metavar="runs/NAME",
-        help="the run; further folders (its search, corpus or base run) where they are not found by themselves",
+        help="the run, then its search, corpus or base run where the run does not record them",
     )
-    parser.add_argument("--out", type=Path, help="where to write the page (default: report.html in the first folder)")
+    parser.add_argument("--out", type=Path, help="path of the page (default: report.html in the first folder)")
     given = parser.parse_args(arguments)
     with door("report"):
         path = report([folder.expanduser() for folder in given.folders], given.out and given.out.expanduser())

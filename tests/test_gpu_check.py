@@ -1,4 +1,4 @@
-"""The GPU check on the CPU: the same code over small shapes, its counts against brute force, and that it notices what is wrong."""
+"""tools.gpu.check on a CPU: small shapes end to end, counts beside brute force, wrong kernels found."""
 
 import inspect
 import json
@@ -34,12 +34,12 @@ FLOPS = gpu_timing.Flops(2e12, 4e12)
 
 
 def setting(n_tokens=64, sp=4, rank=1):
-    return gpu_slice.Setting(MODEL, n_tokens, sp, rank, CPU, torch.float32, rounds=1, warm_ups=0)
+    return gpu_slice.SliceSetting(MODEL, n_tokens, sp, rank, CPU, torch.float32, rounds=1, warm_ups=0)
 
 
 @pytest.fixture
 def stand_ins():
-    """flash-attn's modules over our CPU kernel, for this test alone."""
+    """flash-attn's modules over our CPU kernel, for one test."""
     before = dict(sys.modules)
     hand_it_our_kernel()
     yield
@@ -52,7 +52,7 @@ def stand_ins():
 
 
 def test_the_whole_check_runs_on_cpu(tmp_path, capsys):
-    """Every part; the JSON tells what was printed."""
+    """Every part runs, and the JSON agrees with the output."""
     out = tmp_path / "deep" / "gpu_check.json"
     assert gpu_check.main(["--device", "cpu", "--tokens", "256", "--rounds", "1", "--peak", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -81,16 +81,19 @@ def test_the_whole_check_runs_on_cpu(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--device", "cuda:77"], "--device cuda:77: torch .* sees .* CUDA devices; --device cpu runs the same code, small"),
+        (
+            ["--device", "cuda:77"],
+            "--device cuda:77: torch .* sees .* CUDA devices; give --device cpu",
+        ),
         (["--device", "tpu9"], "--device tpu9 is no device; give cuda, cuda:1 … or cpu"),
         (["--device", "meta"], "--device meta has no attention kernel here"),
         (["--device", "cpu", "--rank", "4"], "--rank 4 --sp 4 --tokens 1024: --rank must be below --sp"),
         (["--device", "cpu", "--rank", "-1"], "--rank must be below --sp"),
-        (["--device", "cpu", "--sp", "3"], "divide the 8 query heads"),
-        (["--device", "cpu", "--tokens", "1001"], r"2\*sp divide --tokens"),
+        (["--device", "cpu", "--sp", "3"], "--sp must divide the 8 query heads"),
+        (["--device", "cpu", "--tokens", "1001"], r"2\*sp must divide --tokens"),
     ],
 )
-def test_what_cannot_start_is_one_sentence(arguments, sentence, tmp_path, capsys):
+def test_a_check_that_cannot_start_ends_with_2_and_one_sentence(arguments, sentence, tmp_path, capsys):
     out = tmp_path / "gpu_check.json"
     assert gpu_check.main([*arguments, "--out", str(out)]) == 2
     assert re.search(sentence, capsys.readouterr().err)
@@ -115,18 +118,18 @@ def test_a_wrong_kernel_ends_with_1(tmp_path, monkeypatch, capsys):
     assert re.search(r"parity_failures .* at most 0 .* MISSED", printed), "in the summary too"
 
 
-def test_a_part_that_does_not_fit_goes_on_with_less(tmp_path, monkeypatch, capsys):
-    race = gpu_slice.race_attention
+def test_a_part_that_does_not_fit_continues_with_fewer_tokens(tmp_path, monkeypatch, capsys):
+    measure = gpu_slice.time_attention
 
     def small_memory(at, *rest):
         if at.n_tokens > (64 if rest[0] == "ulysses" else 0):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return race(at, *rest)
+        return measure(at, *rest)
 
-    monkeypatch.setattr(gpu_slice, "race_attention", small_memory)
+    monkeypatch.setattr(gpu_slice, "time_attention", small_memory)
     out = tmp_path / "out.json"
     arguments = ["--device", "cpu", "--only", "attention", "--tokens", "128", "--rounds", "1", "--out", str(out)]
-    assert gpu_check.main(arguments) == 1, "what could not be measured at all is a failure"
+    assert gpu_check.main(arguments) == 1, "a strategy without any measurement is a failure"
     printed = capsys.readouterr().out
     assert "attention, ulysses: 128 tokens do not fit into memory; going on with 64" in printed
     assert "attention, ring: 16 tokens do not fit either: CUDA out of memory" in printed
@@ -134,7 +137,7 @@ def test_a_part_that_does_not_fit_goes_on_with_less(tmp_path, monkeypatch, capsy
     assert {row["segment_tokens"] for row in json.loads(out.read_text())["attention"]["rows"]} == {64}
 
 
-# ---- parity notices what is wrong ----
+# ---- parity finds wrong kernels ----
 
 
 @pytest.fixture
@@ -181,14 +184,14 @@ def test_a_wrong_backward_fails_in_its_gradient_alone(monkeypatch):
     monkeypatch.setattr(kernel, "_cpu_flash_backward", wrong)
     for row in rows_of(torch.float32, torch.bfloat16):
         if row.level not in ("rows", "blocks"):
-            continue  # judged by the same kernel on one rank too
+            continue  # on simulated ranks, the limit comes from the same wrong kernel
         assert not row.passes
         assert [name for name, ratio in row.ratios.items() if ratio > gpu_parity.LIMITS[name]] == ["dk"]
         assert row.worst.startswith("dk: ")
 
 
 @pytest.mark.usefixtures("fewer_cases")
-def test_a_merge_that_forgets_the_lse_fails_where_parts_are_merged(monkeypatch):
+def test_a_merge_that_ignores_lse_fails_at_every_level_that_merges(monkeypatch):
     for module in (kernel, ring, gpu_parity):
         monkeypatch.setattr(module, "merge", lambda out_a, lse_a, out_b, lse_b: ((out_a + out_b) / 2, torch.logaddexp(lse_a, lse_b)))
     passing = {row.level for row in rows_of(torch.bfloat16) if row.passes}
@@ -196,7 +199,7 @@ def test_a_merge_that_forgets_the_lse_fails_where_parts_are_merged(monkeypatch):
 
 
 @pytest.mark.usefixtures("fewer_cases")
-def test_a_kernel_that_raises_is_a_row_and_the_others_go_on(monkeypatch):
+def test_a_kernel_that_raises_is_a_failed_row_at_every_level(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no kernel image\nis available")
 
@@ -207,11 +210,11 @@ def test_a_kernel_that_raises_is_a_row_and_the_others_go_on(monkeypatch):
 
 
 @pytest.mark.parametrize("window_tokens", [None, 5])
-def test_its_reference_is_the_other_reference(window_tokens):
-    """Two masks and two references written apart: of the tests, and of the check."""
+def test_the_reference_equals_the_tests_own_reference(window_tokens):
+    """Mask and attention of the check beside the independent ones of the tests."""
     spans = ((0, 1), (1, 9), (12, 40))
     assert torch.equal(gpu_parity.mask_of(spans, 48, window_tokens), mask_of(spans, 48, window_tokens=window_tokens))
-    case = gpu_parity.Case((4, 2), 8, torch.float64, spans, 48, window_tokens)
+    case = gpu_parity.ParityCase((4, 2), 8, torch.float64, spans, 48, window_tokens)
     segment = gpu_parity.draw(case, CPU)
     expected = attend_explicitly(segment.q, segment.k, segment.v, spans, segment.scale, window_tokens=window_tokens)
     answer = gpu_parity._written_out(segment, torch.float64)
@@ -224,7 +227,7 @@ def test_its_reference_is_the_other_reference(window_tokens):
 
 @pytest.mark.parametrize("sp", [1, 2, 4, 8])
 @pytest.mark.parametrize("strategy", ["ulysses", "ring"])
-def test_pairs_of_a_slice_against_counting_them(strategy, sp):
+def test_pairs_of_a_slice_equal_a_count(strategy, sp):
     n_tokens, causal = 64, torch.ones(64, 64, dtype=torch.bool).tril()
     for rank in range(sp):
         at = setting(n_tokens, sp, rank)
@@ -238,20 +241,20 @@ def test_pairs_of_a_slice_against_counting_them(strategy, sp):
         assert heads % kv_heads == 0
 
 
-def test_flops_of_attention_against_torch_s_counter():
-    """FlopCounterMode counts the products of attention written out: two forward, and four backward to which flash attention adds one."""
+def test_flops_of_attention_equal_torch_s_counter():
+    """FlopCounterMode counts two products forward and four backward; flash attention adds a fifth."""
     q, k, v = (x.requires_grad_() for x in random_qkv(32, 3, 3, 8))
     with FlopCounterMode(display=False) as forward:
         out = (q.transpose(0, 1) @ k.permute(1, 2, 0)) @ v.transpose(0, 1)
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
-    counted = gpu_slice.attention_flops(3 * 32 * 32, 8)
+    counted = gpu_slice.kernel_flops(3 * 32 * 32, 8)
     assert counted.forward == forward.get_total_flops()
     assert counted.backward == backward.get_total_flops() * 5 / 4
 
 
-def test_flops_of_a_layer_against_torch_s_counter():
-    """Linear maps as the counter sees them in transformers' own layer, and attention by its pairs; twice that backward."""
+def test_flops_of_a_layer_equal_torch_s_counter():
+    """Linear layers as counted in transformers' own layer, attention by its pairs; backward is twice forward."""
     at = setting()
     with gpu_one_rank.one_rank(at.rank, at.sp) as mesh:
         lm = gpu_layer._build(at, "ring", mesh)
@@ -266,22 +269,22 @@ def test_flops_of_a_layer_against_torch_s_counter():
     assert loss == gpu_timing.Flops(2 * 32 * 64 * 16, 4 * 32 * 64 * 16)
 
 
-def test_a_step_is_its_layers_and_one_loss():
-    lanes = {name: gpu_timing.Lane(FLOPS, [1.0], [seconds - 1.0]) for name, seconds in ((gpu_layer.LAYER, 4.0), (gpu_layer.LOSS, 2.0))}
-    lanes[gpu_layer.KEPT] = gpu_timing.Lane(FLOPS, [1.0], [2.0])
-    step = gpu_layer.Step("ring", 64, layers=3, lanes=lanes)
+def test_a_step_is_all_layers_and_one_loss():
+    timings = {name: gpu_timing.Timing(FLOPS, [1.0], [seconds - 1.0]) for name, seconds in ((gpu_layer.LAYER, 4.0), (gpu_layer.LOSS, 2.0))}
+    timings[gpu_layer.KEPT] = gpu_timing.Timing(FLOPS, [1.0], [2.0])
+    step = gpu_layer.LayerStep("ring", 64, layers=3, timings=timings)
     assert step.seconds == 14.0
     assert step.tflops_per_s == pytest.approx(4 * 6 / 14)
     assert step.recomputed == pytest.approx(0.25)
     assert not step.failed
 
 
-# ---- one rank alone runs what a real rank runs ----
+# ---- one rank alone runs the code of a real rank ----
 
 
 @pytest.mark.parametrize(("strategy", "rings"), [("ulysses", 1), ("ring", 1), ("gather", 1), ("ulysses_ring", 2)])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_one_rank_alone_sends_what_the_formula_says(strategy, rings, rank):
+def test_one_rank_alone_sends_the_bytes_of_the_formula(strategy, rings, rank):
     work = Work(((0, 64),), 64, 8, 2, 8, 4, sp=4, ring=rings)
     leaves = [x.requires_grad_() for x in random_qkv(16, 8, 2, 8)]
     with gpu_one_rank.one_rank(rank, 4, rings) as mesh, counting() as sent:
@@ -294,7 +297,7 @@ def test_one_rank_alone_sends_what_the_formula_says(strategy, rings, rank):
     assert not torch.distributed.is_initialized()
 
 
-def test_what_arrives_is_what_was_sent():
+def test_a_rank_alone_receives_what_it_sends():
     into = torch.full((5,), math.nan)
     gpu_one_rank._echo(into, [torch.empty(0), torch.tensor([1.0, 2.0])])
     assert into.tolist() == [1.0, 2.0, 1.0, 2.0, 1.0]
@@ -302,7 +305,7 @@ def test_what_arrives_is_what_was_sent():
     assert into.isfinite().all()
 
 
-def test_the_ring_computes_the_pairs_that_are_counted(monkeypatch):
+def test_the_ring_computes_the_counted_pairs(monkeypatch):
     pairs = []
     forward = ring.forward_block
 
@@ -311,27 +314,27 @@ def test_the_ring_computes_the_pairs_that_are_counted(monkeypatch):
         return forward(q, k, v, tiles, *rest)
 
     monkeypatch.setattr(ring, "forward_block", counted)
-    rivals = gpu_slice.race_attention(setting(), "ring", ["cpu_flash"])
+    found = gpu_slice.time_attention(setting(), "ring", ["cpu_flash"])
     assert sum(pairs) == gpu_slice.slice_pairs(setting(), "ring")
-    assert rivals.failures == 0
-    assert rivals.ratio("ours, cpu_flash") > 0
-    assert rivals.beside("plain cpu_flash") is None
+    assert found.failures == 0
+    assert found.ratio("ours, cpu_flash") > 0
+    assert found.beside("plain cpu_flash") is None
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_ring_flash_attn_races_where_it_can_be_imported():
-    lanes = gpu_slice.race_attention(setting(), "ring", ["cpu_flash"]).lanes
-    assert lanes["ring-flash-attn"].error is None
-    assert lanes["ring-flash-attn"].median_s > 0
-    assert lanes["ring-flash-attn"].flops == lanes["ours, cpu_flash"].flops
-    assert not any("ring_flash_attn" in line for line in gpu_kernels.at_hand(CPU).missing)
+def test_ring_flash_attn_is_timed_where_importable():
+    timings = gpu_slice.time_attention(setting(), "ring", ["cpu_flash"]).timings
+    assert timings["ring-flash-attn"].error is None
+    assert timings["ring-flash-attn"].median_s > 0
+    assert timings["ring-flash-attn"].flops == timings["ours, cpu_flash"].flops
+    assert not any("ring_flash_attn" in line for line in gpu_kernels.available(CPU).missing)
 
 
-# ---- kernels at hand ----
+# ---- available kernels ----
 
 
 def libraries(monkeypatch, of_version_2, of_version_3, capability):
-    """The two libraries with these backward functions, on a GPU of this capability."""
+    """Stand-ins for both libraries with these backward functions, on a GPU of this capability."""
     for name, function, implementation in (
         ("flash_attn", "", None),
         ("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward", of_version_2),
@@ -343,8 +346,8 @@ def libraries(monkeypatch, of_version_2, of_version_3, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
 
-def test_kernels_at_hand_on_cuda(monkeypatch):
-    """The libraries replaced: there, for another GPU, too old, broken. Nothing raises."""
+def test_old_and_broken_libraries_are_listed_with_a_reason(monkeypatch):
+    """Stand-ins: usable, for another GPU, too old, broken."""
 
     def old(q, window_size): ...
 
@@ -352,33 +355,33 @@ def test_kernels_at_hand_on_cuda(monkeypatch):
 
     cuda = torch.device("cuda")
     libraries(monkeypatch, new, new, (9, 0))
-    assert gpu_kernels.at_hand(cuda).names == ("flash_attn_3", "flash_attn", "torch_varlen")
+    assert gpu_kernels.available(cuda).names == ("flash_attn_3", "flash_attn", "torch_varlen")
     libraries(monkeypatch, new, new, (8, 0))
-    assert gpu_kernels.at_hand(cuda).names == ("flash_attn", "torch_varlen")
-    assert gpu_kernels.at_hand(cuda).missing[0] == "not importable: flash_attn_3 (runs on Hopper GPUs alone)"
+    assert gpu_kernels.available(cuda).names == ("flash_attn", "torch_varlen")
+    assert gpu_kernels.available(cuda).missing[0] == "not importable: flash_attn_3 (runs on Hopper GPUs alone)"
     libraries(monkeypatch, old, old, (9, 0))
-    hand = gpu_kernels.at_hand(cuda)
-    assert hand.names == ("torch_varlen",)
-    assert hand.missing[1] == "not importable: flash_attn (too old: its _flash_attn_varlen_backward has no window_size_left)"
+    found = gpu_kernels.available(cuda)
+    assert found.names == ("torch_varlen",)
+    assert found.missing[1] == "not importable: flash_attn (too old: its _flash_attn_varlen_backward has no window_size_left)"
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it raises
     monkeypatch.delitem(sys.modules, "flash_attn.flash_attn_interface")
-    assert gpu_kernels.at_hand(cuda).missing[1].startswith("not importable: flash_attn (")
+    assert gpu_kernels.available(cuda).missing[1].startswith("not importable: flash_attn (")
 
 
-def test_a_kernel_can_be_asked_for():
+def test_a_kernel_can_be_forced():
     with gpu_kernels.using("torch_varlen"):
         assert kernel.kernel_name("cuda") == ("torch_varlen", "asked for on cuda")
     assert kernel.kernel_name("cpu")[0] == "cpu_flash"
 
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
-    """flash-attn's, of rows [B, T, H, D]; version 2 and 3 share these names."""
+    """Stand-in for flash-attn's function on [B, T, H, D]; versions 2 and 3 share these names."""
     spans = ((0, q.shape[1]),)
     return attend_explicitly(q[0], k[0], v[0], spans, softmax_scale, causal)[0][None].to(q.dtype)
 
 
 def varlen_stand_in(*args, **kwargs):
-    """torch's varlen_attn: held to the signature of the installed one."""
+    """Stand-in for torch's varlen_attn, with the signature of the installed function."""
     given = inspect.signature(varlen_attn).bind(*args, **kwargs).arguments
     q = given["query"]
     assert given["cu_seq_q"].tolist() == [0, given["max_q"]] == [0, len(q)]
@@ -390,7 +393,7 @@ def varlen_stand_in(*args, **kwargs):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", sorted(gpu_kernels.PLAIN))
-def test_plain_kernels_are_called_as_they_are_documented(name, causal, monkeypatch):
+def test_plain_calls_keep_to_the_libraries_signatures(name, causal, monkeypatch):
     for module in ("flash_attn", "flash_attn_interface"):
         library = ModuleType(module)
         library.flash_attn_func = (
@@ -425,7 +428,7 @@ def test_peaks_by_name(name, peak):
 # ---- timing ----
 
 
-def test_a_failing_rival_leaves_the_race():
+def test_a_failing_pass_is_not_run_again():
     leaf = torch.ones(4, requires_grad=True)
     calls = []
 
@@ -437,21 +440,21 @@ def test_a_failing_rival_leaves_the_race():
         gpu_timing.Pass("works", lambda: [leaf * 2], (leaf,), FLOPS, [torch.ones(4)]),
         gpu_timing.Pass("fails", fails, (), FLOPS),
     ]
-    lanes = gpu_timing.race(passes, CPU, rounds=3, warm_ups=2)
+    timings = gpu_timing.time_in_turn(passes, CPU, rounds=3, warm_ups=2)
     assert len(calls) == 1
-    assert lanes["fails"].figures() == {"error": "ValueError: no GQA here"}
-    assert len(lanes["works"].rounds_s) == 3
-    assert leaf.grad.tolist() == [2.0] * 4, "gradients are not added up over rounds"
-    assert math.isnan(lanes["fails"].over(lanes["works"]))
-    assert math.isnan(lanes["works"].over(lanes["fails"]))
+    assert timings["fails"].figures() == {"error": "ValueError: no GQA here"}
+    assert len(timings["works"].rounds_s) == 3
+    assert leaf.grad.tolist() == [2.0] * 4, "gradients are not summed over rounds"
+    assert math.isnan(timings["fails"].over(timings["works"]))
+    assert math.isnan(timings["works"].over(timings["fails"]))
 
 
-def test_figures_of_a_lane():
-    lane = gpu_timing.Lane(FLOPS, [1.0, 2.0, 9.0], [2.0, 3.0, 1.0])
-    assert lane.rounds_s == [3.0, 5.0, 10.0]
-    assert list(lane.figures().values()) == [2000.0, 2000.0, 1.0, 2.0, 6 / 5]
-    assert lane.over(gpu_timing.Lane(FLOPS, [1.0, 1.0, 1.0], [1.0, 1.5, 1.0])) == 2.0, "the median of ratios"
+def test_figures_are_medians_over_rounds():
+    timing = gpu_timing.Timing(FLOPS, [1.0, 2.0, 9.0], [2.0, 3.0, 1.0])
+    assert timing.rounds_s == [3.0, 5.0, 10.0]
+    assert list(timing.figures().values()) == [2000.0, 2000.0, 1.0, 2.0, 6 / 5]
+    assert timing.over(gpu_timing.Timing(FLOPS, [1.0, 1.0, 1.0], [1.0, 1.5, 1.0])) == 2.0, "the median of ratios"
 
 
-def test_clocks_are_empty_where_there_is_no_gpu():
+def test_clocks_are_empty_without_a_gpu():
     assert gpu_timing.clocks(CPU) == {}

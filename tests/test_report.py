@@ -1,4 +1,4 @@
-"""report: a page from whatever is there, complete in itself, safe against its data."""
+"""The report page: one file without references, built from the files that exist, with all data escaped."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from reporting.searches import L0, SPECTRUM, L, make_search, write_jsonl
 
 from lr2train.config import UserError
 from lr2train.io import read_json, write_json
-from lr2train.report import render, report
+from lr2train.report import main, render, report
 from lr2train.reporting import charts, inputs
-from lr2train.reporting.heatmap import color_of, short_count
+from lr2train.reporting.heatmap import color_of
+from lr2train.reporting.numbers import amount, context_length, duration, perplexity
 from lr2train.rope.methods import METHODS
 from lr2train.run import provenance
 
@@ -28,7 +29,7 @@ EVIL = '<script>alert("x")</script>'
 
 
 class _Parsed(HTMLParser):
-    """Open tags and their attributes; refuses a document whose tags do not close in order."""
+    """Tags and references of a document; refuses a document whose tags do not close in order."""
 
     def __init__(self, markup: str) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class _Parsed(HTMLParser):
 
 
 def make_corpus(folder: Path) -> None:
-    """runs/corpus: the manifest alone."""
+    """``runs/corpus`` with its manifest alone."""
     sources = [
         {
             "name": "stdlib",
@@ -117,7 +118,13 @@ def metrics(steps: int, windows: tuple[str, ...], seed: int = 0) -> list[dict]:
             "lr": lr,
             "window_mix": 0.7,
         }
-        of_time = {"tokens_per_s": 3000 + rng.normal(0, 150), "mfu": None, "peak_gib": 1.4, "data_wait_s": 0.01, "step_s": 2.7}
+        of_time = {
+            "tokens_per_s": 3000 + rng.normal(0, 150),
+            "mfu": None,
+            "peak_gib": 1.4,
+            "data_wait_s": 0.01,
+            "step_s": 2.7,
+        }
         lines.append({"step": step, **of_loss, **of_work, **of_time})
     return lines
 
@@ -126,7 +133,13 @@ def row(label: str, attention_factor: float, reach: float, sharp: float) -> dict
     """A row of evaluate.json whose accuracy falls with length and with distance from the end."""
     accuracy = {(n, d): float(np.clip(1 / (1 + math.exp(sharp * (math.log2(n) - reach - d))), 0, 1)) for n in LENGTHS for d in DEPTHS}
     cells = [
-        {"length_tokens": n, "depth": d, "accuracy": round(a * 4) / 4, "perplexity": 1.02 + 60 * (1 - a) ** 2, "documents": 4}
+        {
+            "length_tokens": n,
+            "depth": d,
+            "accuracy": round(a * 4) / 4,
+            "perplexity": 1.02 + 60 * (1 - a) ** 2,
+            "documents": 4,
+        }
         for (n, d), a in accuracy.items()
     ]
     by_length = []
@@ -144,7 +157,7 @@ def row(label: str, attention_factor: float, reach: float, sharp: float) -> dict
 
 
 def make_run(runs: Path, name: str = "first") -> Path:
-    """A finished run with all its relatives under ``runs``."""
+    """A finished run under ``runs``, with its search, corpus and base run."""
     folder = runs / name
     make_search(runs / "factors")
     made = read_json(runs / "factors" / "factors.json")
@@ -177,9 +190,21 @@ def make_run(runs: Path, name: str = "first") -> Path:
             "corpus": "runs/corpus",
         },
     )
-    knobs = {"none": (1.0, 9.2, 6), "pi": (1.0, 8.4, 2.5), "ntk": (1.0, 10.3, 3), "yarn": (1.21, 10.9, 3), "longrope2": (1.25, 11.6, 4)}
-    rows = [*(row(f"{method} untrained", *values) for method, values in knobs.items()), row("longrope2 trained", 1.25, 14.5, 4)]
-    write_json(folder / "evaluate.json", {"original_window_tokens": L0, "target_window_tokens": L, "lengths_tokens": LENGTHS, "rows": rows})
+    methods = {
+        "none": (1.0, 9.2, 6),
+        "pi": (1.0, 8.4, 2.5),
+        "ntk": (1.0, 10.3, 3),
+        "yarn": (1.21, 10.9, 3),
+        "longrope2": (1.25, 11.6, 4),
+    }
+    rows = [
+        *(row(f"{method} untrained", *values) for method, values in methods.items()),
+        row("longrope2 trained", 1.25, 14.5, 4),
+    ]
+    write_json(
+        folder / "evaluate.json",
+        {"original_window_tokens": L0, "target_window_tokens": L, "lengths_tokens": LENGTHS, "rows": rows},
+    )
     write_json(
         folder / "export.json",
         {
@@ -210,12 +235,12 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run) -> str:
-    # The run recorded its relatives as runs/…, and somebody's own runs may lie where the tests are started.
+    # The run recorded runs/… as relative paths. The directory where pytest starts may hold other runs of those names.
     with contextlib.chdir(run.parent.parent):
         return report([run]).read_text()
 
 
-def test_page_is_complete_in_itself(page):
+def test_the_page_refers_to_no_other_file(page):
     parsed = _Parsed(page)
     assert [one for one in parsed.references if not one.startswith(("#", "data:image/png;base64,"))] == []
     assert "script" not in parsed.tags
@@ -226,7 +251,7 @@ def test_page_is_complete_in_itself(page):
     assert parsed.tags.count("svg") == 6 + 2 + 5 + 4 + 1  # needle maps, factors, search, training, base
 
 
-def test_every_section_is_filled(page):
+def test_a_finished_run_fills_every_section(page):
     assert 'class="missing"' not in page
     for words in (
         "0%",
@@ -256,21 +281,25 @@ def test_charts_follow_the_theme(page):
     assert "var(--s0)" in page
 
 
-def test_relatives_are_found_by_what_was_recorded(run, tmp_path, monkeypatch):
+def test_related_runs_are_found_by_their_recorded_paths(run, monkeypatch):
     found = inputs.gather([run])
-    assert [folder.name for folder in (found.search_folder, found.corpus_folder, found.base_folder)] == ["factors", "corpus", "base"]
+    assert [folder.name for folder in (found.search_folder, found.corpus_folder, found.base_folder)] == [
+        "factors",
+        "corpus",
+        "base",
+    ]
     monkeypatch.chdir(run.parent.parent)
     assert inputs.gather([Path("runs/first")]).search_folder == Path("runs/factors")
 
 
-def test_named_folders_take_their_place(run, tmp_path):
+def test_a_named_folder_replaces_a_recorded_run(run, tmp_path):
     make_search(tmp_path / "other")
     found = inputs.gather([run, tmp_path / "other"])
     assert found.search_folder == tmp_path / "other"
     assert found.corpus_folder.name == "corpus"
 
 
-def test_an_empty_run_says_which_verbs_to_run(tmp_path):
+def test_the_page_of_an_empty_run_names_the_verbs_to_run(tmp_path):
     folder = tmp_path / "new"
     folder.mkdir()
     page = report([folder], tmp_path / "out" / "page.html").read_text()
@@ -280,7 +309,7 @@ def test_an_empty_run_says_which_verbs_to_run(tmp_path):
     _Parsed(page)
 
 
-def test_a_search_alone_has_a_page(tmp_path):
+def test_a_search_without_training_has_a_page(tmp_path):
     runs = tmp_path / "runs"
     make_search(runs / "factors")
     make_corpus(runs / "corpus")
@@ -306,34 +335,45 @@ def test_a_search_alone_has_a_page(tmp_path):
     assert parsed.tags.count("svg") == 2 + 5
 
 
-def test_a_search_for_text_says_so(tmp_path):
+def test_the_page_of_a_text_search_calls_its_perplexity_text(tmp_path):
     make_search(tmp_path / "factors")
     search = read_json(tmp_path / "factors" / "search.json")
-    write_json(tmp_path / "factors" / "search.json", search | {"settings": {"objective": "text", "top_k": 6}, "scored_documents": 12})
+    write_json(
+        tmp_path / "factors" / "search.json",
+        search | {"settings": {"objective": "text", "top_k": 6}, "scored_documents": 12},
+    )
     page = report([tmp_path / "factors"]).read_text()
     assert "all tokens of plain documents" in page
     assert "needle perplexity" not in page
     assert "over 12 documents" in page
 
 
-def test_a_run_that_still_trains(tmp_path):
+def test_a_running_training_with_a_half_written_line_has_a_page(tmp_path):
     folder = tmp_path / "running"
     write_jsonl(folder / "metrics.jsonl", metrics(1, ("long",)))
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "loss"')  # the line being written
+        file.write('{"step": 2, "loss"')  # a line being written
     page = report([folder]).read_text()
     assert "In training, step 1 reached" in page
     assert "Loss by window" in page
 
 
-def test_data_is_escaped(tmp_path):
+def test_data_is_escaped_everywhere(tmp_path):
     folder = make_run(tmp_path / "runs", f"a&{'b'}")
     evaluation = json.loads((folder / "evaluate.json").read_text())
     evaluation["rows"][-1]["label"] = EVIL
     write_json(folder / "evaluate.json", evaluation)
     for name in ("generate.json", "export.json", "train.provenance.jsonl", "train.config.json"):
         values = json.loads((folder / name).read_text())
-        values |= {"text": EVIL, "prompt": EVIL, "folder": EVIL, "command": [EVIL], "commit": EVIL, "host": EVIL, "name": EVIL}
+        values |= {
+            "text": EVIL,
+            "prompt": EVIL,
+            "folder": EVIL,
+            "command": [EVIL],
+            "commit": EVIL,
+            "host": EVIL,
+            "name": EVIL,
+        }
         write_json(folder / name, values)
     manifest = json.loads((tmp_path / "runs" / "corpus" / "corpus.json").read_text())
     manifest["sources"][0]["name"] = manifest["fingerprint"] = EVIL
@@ -345,42 +385,59 @@ def test_data_is_escaped(tmp_path):
     _Parsed(page)
 
 
-def test_same_inputs_same_page(run):
-    assert render(inputs.gather([run])) == render(inputs.gather([run]))
+def test_the_same_inputs_give_the_same_page(run, page):
+    with contextlib.chdir(run.parent.parent):
+        again = render(inputs.gather([run]))
+    assert _without_time(again) == _without_time(page)
 
 
-def test_factor_curves_without_a_critical_index():
+def _without_time(page: str) -> str:
+    return re.sub(r"written \d{4}-\d\d-\d\d \d\d:\d\d\.", "", page)
+
+
+def test_factors_without_a_critical_index_are_drawn():
     assert "tcd" in charts.factor_curves(METHODS["yarn"](SPECTRUM, L), None).svg()
 
 
-def test_smooth_keeps_lines_and_ends():
+def test_a_moving_average_keeps_lines_and_ends():
     assert charts.smooth(np.arange(9.0), 3)[1:-1] == pytest.approx(np.arange(1.0, 8.0))
     assert charts.smooth([5.0], 1) == pytest.approx([5.0])
     assert charts.smooth([2.0] * 7, 100) == pytest.approx([2.0] * 7)
 
 
-def test_heat_map_text_is_readable():
+def test_heat_map_text_contrasts_with_its_cell():
     assert color_of(0.0)[1] == "#fff"
     assert color_of(1.0)[1] == "#111"
-    assert [short_count(n) for n in (512, 1024, 131072, 1000)] == ["512", "1k", "128k", "1000"]
 
 
-def test_missing_and_damaged_folders(run, tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
+def test_numbers_are_short():
+    assert [context_length(n) for n in (512, 1024, 131072, 1000)] == ["512", "1k", "128k", "1000"]
+    assert [amount(n) for n in (12, 1_500_000, 2e9)] == ["12", "1.5M", "2B"]
+    assert amount(983_040, 3) == "983k"
+    assert [perplexity(p) for p in (1.00421, 1.5, 25.51, 12_345.0)] == ["1.0042", "1.500", "25.5", "1.2e+04"]
+    assert perplexity(None) == perplexity(math.inf) == "not finite"
+    assert [duration(s) for s in (59, 750, 5400)] == ["59 s", "12.5 min", "1.5 h"]
+
+
+def test_a_missing_folder_and_a_damaged_file_are_refused(tmp_path):
+    with pytest.raises(UserError, match="nowhere is no folder"):
         report([tmp_path / "nowhere"])
     (tmp_path / "evaluate.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match=r"evaluate\.json.*not valid JSON"):
         report([tmp_path])
 
 
-def test_command_line(run, tmp_path):
-    command = [sys.executable, "-m", "lr2train.report"]
-    done = subprocess.run(
-        [*command, str(run), "--out", str(tmp_path / "page.html")], capture_output=True, text=True, cwd=Path(__file__).parent.parent
-    )
+def test_the_command_writes_a_page(run, tmp_path):
+    command = [sys.executable, "-m", "lr2train.report", str(run), "--out", str(tmp_path / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").stat().st_size > 50_000
-    wrong = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert wrong.returncode == 2
-    assert wrong.stderr.count("\n") == 1
-    assert wrong.stderr.startswith("report: ")
+
+
+def test_the_command_refuses_a_missing_folder_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main([str(tmp_path / "nowhere")])
+    assert refused.value.code == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("report: ")

@@ -1,1 +1,1 @@
-"""What a run will need: memory, floating-point operations, hours. Arithmetic only: no weights, no GPU."""
+"""Cost estimates: memory, FLOPs, GPU hours. Arithmetic alone: no weights, no GPU."""

@@ -1,55 +1,60 @@
-"""Floating-point operations of training and of the search, and the hours they take.
+"""FLOPs, speed and GPU hours of training and of the search.
 
-Choice: model FLOPs utilisation (MFU) counts what the mathematics needs, 6 N + causal attention a token, and not what checkpointing
-recomputes; so the same hours follow whether activations are recomputed or not, and recomputation is shown apart as overhead. Cost: an MFU
-quoted elsewhere with recomputation inside (HFU) must not be put into ``hardware.mfu``.
+Choice: model FLOPs utilisation (MFU) counts what the mathematics needs (``model.flops``). Recomputed activations are
+shown apart, as overhead: hours are the same with and without activation checkpointing. Cost: a utilisation quoted with
+recomputation inside (HFU) is too high for ``hardware.mfu``.
 
-The paper's 10B tokens in 54 h on 64 A100 (312 TFLOP/s) are 804 tokens/s/GPU. With its 3B short and 7B long tokens, LLaMA3-8B needs 119
-GFLOP a token, so that is an MFU of 0.31; Phi3-mini's 39 h are 1113 tokens/s/GPU and an MFU of 0.27.
+The default of ``hardware.mfu`` can be compared with the paper: 10B tokens on 64 A100 (312 TFLOP/s), 3B of them short.
+
+    LLaMA3-8B    54 h    804 tokens/s/GPU    119 GFLOP a token    MFU 0.31
+    Phi3-mini    39 h   1113 tokens/s/GPU                         MFU 0.27
 """
 
 from __future__ import annotations
 
-from lr2train.planning.shape import Shape
+from lr2train.model.flops import TRAINING, attention_flops, causal_pairs_per_token, linear_flops
+from lr2train.planning.counts import ModelCounts
 
 
-def attention_flops_per_token(shape: Shape, span_tokens: float) -> float:
-    """Causal attention of one token, forward: 2 * layers * Hq * Dh * span.
-
-    A token attends to span / 2 others on average; q k^T and p v are two FLOPs each for every one of them and every dimension.
-    """
-    return 2.0 * shape.layers * shape.heads * shape.head_dim * span_tokens
+def attention_flops_per_token(counts: ModelCounts, span_tokens: float) -> float:
+    """Causal attention of one token, forward: 2 * layers * Hq * Dh * span."""
+    return attention_flops(counts.layers * counts.heads * causal_pairs_per_token(span_tokens), counts.head_dim)
 
 
-def forward_flops_per_token(shape: Shape, span_tokens: float) -> float:
-    """One token, forward: 2 N' + attention, with N' the parameters that it is multiplied with."""
-    return 2.0 * shape.multiplied_parameters + attention_flops_per_token(shape, span_tokens)
+def forward_flops_per_token(counts: ModelCounts, span_tokens: float) -> float:
+    """One token, forward: 2 N' + attention. N' counts the parameters that a token is multiplied with."""
+    return linear_flops(counts.multiplied_parameters, 1) + attention_flops_per_token(counts, span_tokens)
 
 
-def training_flops_per_token(shape: Shape, span_tokens: float) -> float:
+def training_flops_per_token(counts: ModelCounts, span_tokens: float) -> float:
     """One token, forward and backward: 3 * forward = 6 N' + 6 * layers * Hq * Dh * span."""
-    return 3.0 * forward_flops_per_token(shape, span_tokens)
+    return TRAINING * forward_flops_per_token(counts, span_tokens)
 
 
-def recomputed_flops_per_token(shape: Shape, span_tokens: float, checkpointing: bool) -> float:
-    """What is computed twice: the head's logits always (chunked loss), the layers' forward under activation checkpointing."""
-    head = 2.0 * shape.vocabulary * shape.hidden
-    return head + (2.0 * shape.layers * shape.layer_parameters + attention_flops_per_token(shape, span_tokens) if checkpointing else 0.0)
+def recomputed_flops_per_token(counts: ModelCounts, span_tokens: float, checkpointing: bool) -> float:
+    """FLOPs that one token costs a second time.
+
+    The chunked loss always computes the logits again. Activation checkpointing computes the layers' forward pass again.
+    """
+    logits = linear_flops(counts.vocabulary * counts.hidden, 1)
+    if not checkpointing:
+        return logits
+    layers = linear_flops(counts.layers * counts.layer_parameters, 1)
+    return logits + (layers + attention_flops_per_token(counts, span_tokens))
 
 
-def scoring_flops(shape: Shape, document_tokens: int) -> float:
-    """One needle document in the search: t * (2 * body + attention); logits exist at the answer alone, so the head costs nothing."""
-    return document_tokens * (2.0 * shape.body_parameters + attention_flops_per_token(shape, document_tokens))
+def scoring_flops(counts: ModelCounts, document_tokens: int) -> float:
+    """One needle document in the search: t * (2 * body + attention).
+
+    The head is left out: logits exist at the answer's tokens alone.
+    """
+    body = linear_flops(counts.body_parameters, 1)
+    return document_tokens * (body + attention_flops_per_token(counts, document_tokens))
 
 
 def tokens_per_s(tflops: float, mfu: float, flops_per_token: float) -> float:
     """Tokens a second of one GPU: peak * MFU / FLOPs a token."""
     return tflops * 1e12 * mfu / flops_per_token
-
-
-def mfu(tokens_per_s_per_gpu: float, flops_per_token: float, tflops: float) -> float:
-    """The share of the peak that a measured speed reaches: the inverse of ``tokens_per_s``."""
-    return tokens_per_s_per_gpu * flops_per_token / (tflops * 1e12)
 
 
 def gpu_hours(flops: float, tflops: float, mfu: float) -> float:

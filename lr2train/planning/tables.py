@@ -1,4 +1,4 @@
-"""The plan as tables for a terminal."""
+"""A cost estimate as tables on a terminal; ``plan.json`` holds the same figures unrounded."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 110  # where the output is no terminal
+WIDTH = 110  # columns, where the output is no terminal
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a plan to stdout."""
+    """Print the result of ``plan`` to stdout."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     console.print(_facts("model and mesh", _model(result["model"]) + _mesh(result["parallel"])))
     console.print(_memory(result["memory"]))
@@ -27,7 +27,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def amount(value: float) -> str:
-    """A number with a letter for thousands: 8030261248 -> 8.03B."""
+    """A count with k, M, B or T: 8030261248 -> 8.03B."""
     for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.2f}{letter}"
@@ -43,7 +43,7 @@ def flops(value: float) -> str:
 
 
 def hours(value: float) -> str:
-    """Hours, or what is readable below one."""
+    """A duration given in hours; below one hour in minutes or seconds."""
     return f"{value:,.1f} h" if value >= 1 else f"{value * 60:.1f} min" if value * 60 >= 1 else f"{value * 3600:.2g} s"
 
 
@@ -66,7 +66,8 @@ def _model(model: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "parameters",
-            f"{amount(model['parameters'])} ({model['parameters']:,}): embedding {amount(model['embedding_parameters'])}, head "
+            f"{amount(model['parameters'])} ({model['parameters']:,}): embedding "
+            f"{amount(model['embedding_parameters'])}, head "
             f"{head}, {model['layers']} layers of {amount(model['layer_parameters'])}",
         ),
         ("window", f"{model['original_window_tokens']:,} -> {model['target_window_tokens']:,} tokens"),
@@ -77,7 +78,8 @@ def _mesh(mesh: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "mesh",
-            f"{mesh['gpus']} GPUs on {mesh['nodes']} node{'s' * (mesh['nodes'] > 1)} = dp {mesh['dp']} x sp {mesh['sp']}, "
+            f"{mesh['gpus']} GPUs on {mesh['nodes']} node{'s' * (mesh['nodes'] > 1)} = dp {mesh['dp']} x sp "
+            f"{mesh['sp']}, "
             f"accumulation {mesh['accumulation']}, ZeRO-{mesh['zero_stage']}",
         ),
         ("segment", f"{mesh['segment_tokens']:,} tokens, {mesh['tokens_per_gpu']:,} on each GPU"),
@@ -86,7 +88,7 @@ def _mesh(mesh: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _sent(part: dict[str, Any]) -> str:
-    sent = f"{part['sent_gib']:.2f} GiB sent by a GPU for a segment, recomputation aside" if part["sent_gib"] else "nothing is sent"
+    sent = f"a GPU sends {part['sent_gib']:.2f} GiB a segment, without recomputation" if part["sent_gib"] else "sends nothing"
     return f"{part['strategy']}: {sent}"
 
 
@@ -94,7 +96,7 @@ def _memory(memory: dict[str, Any]) -> Table:
     table = Table(title="memory of one GPU in training", title_justify="left", title_style="bold", show_footer=True)
     table.add_column("item", footer="total on the GPU")
     table.add_column("GiB", justify="right", footer=f"{memory['total_gib']:.2f}")
-    table.add_column("how", style="dim", footer=f"of {memory['gpu_gib']:g}, {memory['reserve_gib']:.1f} kept free")
+    table.add_column("formula", style="dim", footer=f"of {memory['gpu_gib']:g}; {memory['reserve_gib']:.1f} stay free")
     for item in memory["items"]:
         table.add_row(item["name"] + ("" if item["on_gpu"] else " (host memory)"), f"{item['gib']:.2f}", item["formula"])
     return table
@@ -105,11 +107,13 @@ def _verdict(memory: dict[str, Any]) -> str:
     disk = f" A checkpoint takes {memory['checkpoint_gib']:.2f} GiB of disk, and {memory['checkpoints_kept']} are kept."
     if memory["fits"]:
         return (
-            f"[bold green]fits[/bold green], {memory['gpu_gib'] - memory['reserve_gib'] - memory['total_gib']:.1f} GiB to "
+            f"[bold green]fits[/bold green], {memory['gpu_gib'] - memory['reserve_gib'] - memory['total_gib']:.1f} "
+            "GiB to "
             f"spare.{host}{disk}\n"
         )
     return (
-        "[bold red]does not fit[/bold red]: raise hardware.gpus (shards states) or parallel.sp (shards activations), set "
+        "[bold red]does not fit[/bold red]: raise hardware.gpus (divides states) or parallel.sp (divides "
+        "activations), set "
         "engine.activation_checkpointing=true, "
         f"lower engine.loss_chunk_tokens, or take engine=zero3_offload.{host}{disk}\n"
     )
@@ -117,7 +121,15 @@ def _verdict(memory: dict[str, Any]) -> str:
 
 def _windows(cost: dict[str, Any]) -> Table:
     table = Table(title="training FLOPs (forward and backward)", title_justify="left", title_style="bold")
-    for name in ("window", "attends back", "share", "a token", "of it attention", "recomputed besides", "tokens/s/GPU"):
+    for name in (
+        "window",
+        "longest span",
+        "share of segments",
+        "FLOPs a token",
+        "attention",
+        "recomputed",
+        "tokens/s/GPU",
+    ):
         table.add_column(name, justify="left" if name == "window" else "right")
     for part in cost["parts"]:
         again = part["recomputed_flops_per_token"] / part["flops_per_token"]
@@ -135,33 +147,50 @@ def _windows(cost: dict[str, Any]) -> Table:
 
 def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [
-        ("a step", f"{work['segments_per_step']} segments = {amount(work['tokens_per_step'])} tokens, {hours(cost['step_s'] / 3600)}"),
+        (
+            "one step",
+            f"{work['segments_per_step']} segments = {amount(work['tokens_per_step'])} tokens, {hours(cost['step_s'] / 3600)}",
+        ),
         (
             "speed",
-            f"{cost['tokens_per_s_per_gpu']:,.0f} tokens/s/GPU; {cost['recompute_share']:.0%} of the work is done once more and "
-            "not counted as useful",
+            f"{cost['tokens_per_s_per_gpu']:,.0f} tokens/s/GPU; recomputation adds {cost['recompute_share']:.0%}, "
+            "which is not "
+            "counted as useful",
         ),
     ]
     if work["steps"] is None:
-        return [*facts, ("steps", "unknown: set optim.steps, data.short_tokens and data.long_tokens, or data.path to a prepared corpus")]
+        return [
+            *facts,
+            (
+                "steps",
+                "unknown: set optim.steps, data.short_tokens and data.long_tokens, or data.path to a prepared corpus",
+            ),
+        ]
     return [
         (
             "steps",
-            f"{work['steps']:,} (from {work['origin']}) = {work['segments']:,} segments = {amount(work['tokens'])} tokens, "
+            f"{work['steps']:,} (from {work['origin']}) = {work['segments']:,} segments = {amount(work['tokens'])} "
+            "tokens, "
             f"{work['short_share']:.0%} short",
         ),
         *facts,
-        ("time", f"[bold]{hours(cost['hours'])}[/bold] = {hours(cost['gpu_hours'])} of one GPU, {flops(cost['total_flops'])}"),
+        (
+            "time",
+            f"[bold]{hours(cost['hours'])}[/bold] = {hours(cost['gpu_hours'])} of one GPU, {flops(cost['total_flops'])}",
+        ),
         ("price", f"[bold]{money(cost['price_usd'])}[/bold]"),
     ]
 
 
 def _search(search: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        ("a document", f"{flops(search['flops_per_document'])}, {search['gpu_gib']:.1f} GiB on one GPU"),
+        ("one document", f"{flops(search['flops_per_document'])}, {search['gpu_gib']:.1f} GiB on one GPU"),
         (
-            "forwards",
-            f"{search['document_forwards']:,} at most" + (", before racing drops anybody" if search["racing"] else ""),
+            "document-forwards",
+            f"{search['document_forwards']:,} at most" + (", as if racing dropped no candidate" if search["racing"] else ""),
         ),
-        ("time", f"[bold]{hours(search['hours'])}[/bold] = {hours(search['gpu_hours'])} of one GPU, {money(search['price_usd'])}"),
+        (
+            "time",
+            f"[bold]{hours(search['hours'])}[/bold] = {hours(search['gpu_hours'])} of one GPU, {money(search['price_usd'])}",
+        ),
     ]

@@ -1,1 +1,1 @@
-"""Parts of the report: what it reads, its charts, its page, its sections."""
+"""Parts of the report page and the pictures of searches and corpora: inputs, charts, sections, page."""

@@ -1,8 +1,9 @@
-"""One drawing, two renderings: inline SVG that follows the page's theme, and a PNG file on white.
+"""One matplotlib drawing, two renderings: inline SVG in the page's theme, and a PNG file on white.
 
-Choice: a drawing asks its ``Look`` for every colour. The page's look holds placeholder colours, and each is replaced in the SVG by a CSS
-variable of the page, so the same picture is right in light and dark; text stays text, in the page's font. The file's look holds the page's
-light colours. Cost: matplotlib measures the page's labels in its own font, a little wider than most.
+Choice: a drawing takes every colour from its ``Look``. The page's look holds placeholder colours, which are replaced in
+the SVG by CSS variables of the page: one picture serves the light and the dark theme. Text stays text, in the page's
+font. The PNG's look holds the page's light colours. Cost: matplotlib lays out labels in its own font, which is a little
+wider than the page's.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from matplotlib.figure import Figure, FigureBase
 from lr2train.io import replacing
 from lr2train.reporting.style import LIGHT
 
-HALF, WIDE = (4.8, 2.9), (9.6, 4.0)  # inches of 72 units
+HALF, WIDE = (4.8, 2.9), (9.6, 4.0)  # inches; 72 SVG units an inch
 DOTS_PER_INCH = 150
 P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
 class Look:
-    """The colours that a drawing may use."""
+    """Colours of a drawing."""
 
     ink: str
     muted: str
@@ -37,7 +38,8 @@ class Look:
     series: tuple[str, ...]
 
 
-N_SERIES = 6
+N_SERIES = 6  # series colours of both themes
+# colours that occur nowhere else, so that each can be replaced in the SVG
 THEMED = Look("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", tuple(f"#0a0b1{i}" for i in range(N_SERIES)))
 PAPER = Look(LIGHT["ink"], LIGHT["muted"], LIGHT["line"], LIGHT["card"], tuple(LIGHT[f"s{i}"] for i in range(N_SERIES)))
 _VARIABLES = {
@@ -51,43 +53,45 @@ _VARIABLES = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing that is not yet drawn.
+    """A drawing, rendered on demand.
 
     Attributes:
-        draw: draws into a figure with a look's colours, and returns what is to be seen, for whoever cannot see it.
-        size: inches.
+        draw: draws into a figure in a look's colours; returns a description for screen readers.
+        size: width and height, inches.
     """
 
     draw: Callable[[FigureBase, Look], str]
     size: tuple[float, float]
 
     def svg(self) -> str:
-        """Themed markup for the page."""
+        """SVG markup for the page."""
         with matplotlib.rc_context(_style(THEMED)):
             figure = Figure(figsize=self.size, layout="constrained")
             return _markup(figure, self.draw(figure, THEMED))
 
     def png(self, path: Path, title: str) -> Path:
-        """The file, whole or not at all."""
+        """Write the PNG file under a title; a failure leaves the former file."""
         return side_by_side([self], path, title)
 
 
-def chart(size: tuple[float, float] = HALF) -> Callable[[Callable[Concatenate[FigureBase, Look, P], str]], Callable[P, Chart]]:
-    """Make a function that draws into its first argument with the colours of its second into one that returns a ``Chart``."""
+def chart(
+    size: tuple[float, float] = HALF,
+) -> Callable[[Callable[Concatenate[FigureBase, Look, P], str]], Callable[P, Chart]]:
+    """Decorator: ``draw(figure, look, *args)`` becomes ``make(*args) -> Chart``."""
 
     def decorate(draw: Callable[Concatenate[FigureBase, Look, P], str]) -> Callable[P, Chart]:
         @wraps(draw)
         def make(*args: P.args, **kwargs: P.kwargs) -> Chart:
             return Chart(lambda figure, look: draw(figure, look, *args, **kwargs), size)
 
-        del make.__wrapped__  # type: ignore[attr-defined]  # its signature is another
+        del make.__wrapped__  # type: ignore[attr-defined]  # the signature differs
         return make
 
     return decorate
 
 
 def side_by_side(charts: Sequence[Chart], path: Path, title: str) -> Path:
-    """Draw charts beside each other into one PNG under a title; whole or not at all: somebody may be looking at the one before it."""
+    """Draw charts beside each other into one PNG under a title; a failure leaves the former file."""
     width, height = sum(one.size[0] for one in charts), max(one.size[1] for one in charts)
     with matplotlib.rc_context(_style(PAPER)):
         figure = Figure(figsize=(width, height + 0.35), layout="constrained", facecolor=PAPER.card)
@@ -133,14 +137,15 @@ def _style(look: Look) -> dict[Any, Any]:
 
 
 def _markup(figure: Figure, description: str) -> str:
-    """The figure as themed markup; its description keeps the ids of one page apart."""
+    """The figure as markup of the page; the description salts its ids, which must differ within a page."""
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": description}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
+    # the page sets the size; ids of groups recur in other pictures of the page, and nothing refers to them
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' width="[^"]*pt" height="[^"]*pt"', "", svg, count=1)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
-    for color, variable in _VARIABLES.items():
+    for color, variable in _VARIABLES.items():  # placeholder colour -> CSS variable of the theme
         svg = svg.replace(color, f"var({variable})")
     return svg

@@ -1,7 +1,8 @@
-"""What a report reads: the run's own files and those of the runs that it was made from.
+"""Inputs of a report: files of the run, and of the search, corpus and base run that it was made from.
 
-Choice: everything is optional. A file that is not there leaves its section out, so the same page serves a run that has just begun and one
-that is done. Related runs are found by the paths that the verbs recorded, looked up from where the verbs ran and from beside the run.
+Choice: every file is optional. A missing file leaves its section out, so one page serves running and finished runs.
+Related runs are found by the paths that the verbs recorded. A relative path is tried from the working directory, from
+the folder above ``runs`` and beside the run.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from lr2train.rope.factors import Factors
 from lr2train.training.metrics import read_jsonl
 
 Json = dict[str, Any]
-MAKERS = ("train", "search", "prepare")  # verbs that write <verb>.config.json and <verb>.provenance.jsonl
+RECORDING_VERBS = ("train", "search", "prepare")  # they write <verb>.config.json and <verb>.provenance.jsonl
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that the sections draw from; None, empty or missing where there is none.
+    """Contents of all files; None or empty where a file is missing.
 
     Attributes:
-        folder: the run that the report is of.
-        search_folder, corpus_folder, base_folder: the runs that it was made from.
-        model_folder: the trained model, or the one that a search searched for.
-        origins: (run, verb, config, provenance) of every verb that left them.
+        folder: the run that the report is about.
+        search_folder, corpus_folder, base_folder: runs that it was made from.
+        model_folder: the trained model, or the model of a search.
+        origins: (run, verb, config, provenance) of every verb that recorded its config.
     """
 
     folder: Path
@@ -54,37 +55,37 @@ class Inputs:
 
     @property
     def critical_index(self) -> int | None:
-        """rcd of the run's factors, where the search or the config says it; None too where the search knew no border (it then writes 0)."""
+        """rcd of the run's factors, from the search or the config; None where every dimension was searched."""
         rope = self.config.get("rope", {})
         searched = self.search is not None and (not self.config or rope.get("factors") is not None)
         return (self.search["critical_index"] if self.search and searched else rope.get("critical_index")) or None
 
     @property
     def has_border(self) -> bool:
-        """Whether the candidates of the search have critical indices (a search of every dimension has none, and writes 0)."""
+        """Whether candidates have critical indices; a search of every dimension writes 0 for each."""
         return any(any(line["critical_indices"]) for line in self.generations)
 
     @property
     def search_settings(self) -> Json:
-        """Of the search; empty where they were not recorded."""
+        """The ``search`` group of the search's config; empty where it was not recorded."""
         return (self.search or {}).get("settings") or self.search_config.get("search", {})
 
     @property
     def top_k(self) -> int:
-        """How many candidates of a generation are parents of the next; a quarter of the population where the search did not say."""
+        """Parents of a generation; a quarter of the population where the search did not record them."""
         return self.search_settings.get("top_k") or max(1, len(self.generations[-1]["perplexities"]) // 4)
 
     @property
     def objective(self) -> str:
-        """Whose perplexity the search lowered: needle | text."""
+        """Perplexity that the search lowered: needle | text."""
         return "text" if self.search_settings.get("objective") == "text" else "needle"
 
 
 def gather(folders: Sequence[Path]) -> Inputs:
-    """Read a run and its relatives.
+    """Read a run and its related runs.
 
     Args:
-        folders: the run first; further ones take the place of the relatives that would be found (a search, a corpus, a base run).
+        folders: the run first. Each further folder (a search, corpus or base run) replaces the related run of its kind.
 
     Raises:
         UserError: a folder is missing, or one of its files is damaged.
@@ -96,10 +97,12 @@ def gather(folders: Sequence[Path]) -> Inputs:
     config, trained = _json(run / "train.config.json") or {}, _json(run / "train.json")
     search = _pick(given, "generations.jsonl") or _search_of(run, config)
     searched = (_json(search / "search.config.json") or {}) if search else {}
-    told = config or (searched if search == run else {})  # a search's page tells of what the search was made from
-    corpus = _pick(given, "corpus.json") or _related(run, (trained or {}).get("corpus") or told.get("data", {}).get("path"), "corpus.json")
-    base = _pick(given, "train.json") or _base_of(run, (trained or {}).get("base") or told.get("model", {}).get("path"))
-    model = run / "model" if (run / "model").is_dir() else _related(run, told.get("model", {}).get("path"), "config.json")
+    recorded = config or (searched if search == run else {})  # for a search: its own config
+    trained_on = (trained or {}).get("corpus") or recorded.get("data", {}).get("path")
+    corpus = _pick(given, "corpus.json") or _related(run, trained_on, "corpus.json")
+    model_path = recorded.get("model", {}).get("path")
+    base = _pick(given, "train.json") or _base_of(run, (trained or {}).get("base") or model_path)
+    model = run / "model" if (run / "model").is_dir() else _related(run, model_path, "config.json")
     return Inputs(
         folder=run,
         train=trained,
@@ -143,7 +146,11 @@ def _search_of(run: Path, config: Json) -> Path | None:
     if (run / "generations.jsonl").is_file():
         return run
     factors = config.get("rope", {}).get("factors")
-    return _related(run, factors and (factors if Path(factors).suffix != ".json" else str(Path(factors).parent)), "generations.jsonl")
+    return _related(
+        run,
+        factors and (factors if Path(factors).suffix != ".json" else str(Path(factors).parent)),
+        "generations.jsonl",
+    )
 
 
 def _base_of(run: Path, model: str | None) -> Path | None:
@@ -152,7 +159,7 @@ def _base_of(run: Path, model: str | None) -> Path | None:
 
 
 def _related(run: Path, recorded: str | None, name: str) -> Path | None:
-    """The folder that a verb recorded, where it holds ``name``: from here, from the folder above ``runs``, or beside the run."""
+    """The recorded folder that holds ``name``: from here, from the folder above ``runs``, or beside the run."""
     if not recorded:
         return None
     path = Path(recorded)
@@ -165,6 +172,6 @@ def _origins(folders: Sequence[Path | None]) -> list[tuple[Path, str, Json, Json
     return [
         (folder, verb, _json(folder / f"{verb}.config.json") or {}, starts[-1])
         for folder in distinct.values()
-        for verb in MAKERS
+        for verb in RECORDING_VERBS
         if (starts := read_jsonl(folder / f"{verb}.provenance.jsonl"))
     ]

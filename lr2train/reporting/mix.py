@@ -1,8 +1,7 @@
-"""Pictures of a plan: document lengths with the borders of the buckets, the mix that was asked for beside the one that came out, documents a
-segment.
+"""Pictures of a corpus's segment table: document lengths, target and planned mix, documents per segment.
 
-Choice: drawn from ``plan.json`` alone, in which stage 2 has counted everything. Cost: a picture cannot be finer than its histograms (four
-bins an octave).
+Choice: drawn from the corpus's ``plan.json`` alone, which holds all counts. Cost: pictures are as coarse as its
+histograms, four bins an octave.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lr2train.io import read_json
 from lr2train.reporting.canvas import N_SERIES, Chart, Look, chart, side_by_side
+from lr2train.reporting.numbers import amount, context_length
 
 PICTURES = ("lengths", "mix", "segments")
 _OTHERS = "others"
@@ -25,10 +25,10 @@ Json = dict[str, Any]
 
 
 def ensure_mix_pictures(folder: Path) -> list[Path]:
-    """Draw the plan of a corpus into ``folder/pictures``, unless its pictures are there and newer than it.
+    """Draw ``folder/plan.json`` into ``folder/pictures``, unless all pictures are newer than the file.
 
     Args:
-        folder: of a corpus, with its plan.json.
+        folder: of a corpus.
 
     Returns:
         lengths.png, mix.png, segments.png.
@@ -43,18 +43,24 @@ def ensure_mix_pictures(folder: Path) -> list[Path]:
         del rows[2]  # the buckets are the windows
     drawn: list[tuple[str, list[Chart]]] = [
         (
-            "Tokens by document length: what the sources hold, and what is planned",
+            "Tokens by document length: held by the sources, and planned",
             [lengths(report, "tokens"), lengths(report, "planned_tokens")],
         ),
-        ("The mix: asked for, and planned", [marginals(row) for row in rows if row] or [lengths(report, "planned_tokens")]),
-        ("Documents a segment", [documents_per_segment(report["windows"][window], window) for window in ("short", "long")]),
+        (
+            "Mix: target and planned",
+            [marginals(row) for row in rows if row] or [lengths(report, "planned_tokens")],
+        ),
+        (
+            "Documents per segment",
+            [documents_per_segment(report["windows"][window], window) for window in ("short", "long")],
+        ),
     ]
     return [side_by_side(charts, path, title) for path, (title, charts) in zip(paths, drawn, strict=True)]
 
 
 @chart((5.6, 3.4))
 def lengths(figure: FigureBase, look: Look, report: Json, key: str) -> str:
-    """Tokens by document length, sources stacked; dotted lines are the borders of the buckets."""
+    """Tokens by document length, sources stacked; dotted lines are borders of buckets."""
     axes, histograms = figure.add_subplot(), report["histograms"]["lengths"]
     stacked = _grouped({name: np.array(one[key], float) for name, one in histograms["sources"].items()})
     edges = 2.0 ** (np.arange(len(next(iter(stacked.values()))) + 1) / histograms["per_octave"])
@@ -68,13 +74,13 @@ def lengths(figure: FigureBase, look: Look, report: Json, key: str) -> str:
         if low < border < high:
             axes.axvline(border, color=look.ink, linestyle=":", linewidth=1.0)
     axes.set(xlabel="document length (tokens, log scale)", ylabel="tokens held" if key == "tokens" else "tokens planned")
-    axes.yaxis.set_major_formatter(FuncFormatter(_short))
+    axes.yaxis.set_major_formatter(FuncFormatter(_amount))
     axes.legend(loc="upper left")
     return f"{key.replace('_', ' ')} by document length and source"
 
 
 def _grouped(by_source: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """As many sources as there are colours, the largest ones; the rest together."""
+    """The largest sources, one for each colour; the others are summed."""
     if len(by_source) <= N_SERIES:
         return by_source
     largest = sorted(by_source, key=lambda name: -by_source[name].sum())[: N_SERIES - 1]
@@ -83,19 +89,22 @@ def _grouped(by_source: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _cut_to(axes: Axes, edges: np.ndarray, there: np.ndarray) -> None:
-    """Log scale over the lengths that occur."""
+    """Log scale over the lengths that occur; ``there`` holds tokens by bin."""
     axes.set_xscale("log", base=2)
     used = np.flatnonzero(there)
     if len(used):
         axes.set_xlim(float(edges[used[0]]), float(edges[used[-1] + 1]))
-    axes.xaxis.set_major_formatter(FuncFormatter(_short_binary))
+    axes.xaxis.set_major_formatter(FuncFormatter(_window))
 
 
 @chart((4.2, 3.4))
 def marginals(figure: FigureBase, look: Look, rows: Sequence[Json]) -> str:
-    """Bars of what was asked for and what is planned, with the error."""
+    """Target and planned tokens as bars, with the relative error."""
     axes, places = figure.add_subplot(), np.arange(len(rows))[::-1]
-    for key, offset, color, label in (("target_tokens", 0.2, look.muted, "asked for"), ("planned_tokens", -0.2, look.series[0], "planned")):
+    for key, offset, color, label in (
+        ("target_tokens", 0.2, look.muted, "target"),
+        ("planned_tokens", -0.2, look.series[0], "planned"),
+    ):
         axes.barh(places + offset, [row[key] for row in rows], 0.38, color=color, label=label)
     for place, row in zip(places, rows, strict=True):
         axes.text(row["planned_tokens"], place - 0.2, f" {row['error']:+.2%}", va="center", fontsize=7.5, color=look.ink)
@@ -105,34 +114,34 @@ def marginals(figure: FigureBase, look: Look, rows: Sequence[Json]) -> str:
         ylim=(min(len(rows) - 4, 0) - 0.7, len(rows) - 0.3),
         xlim=(0, 1.25 * max(max(row["target_tokens"], row["planned_tokens"]) for row in rows)),
     )
-    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.xaxis.set_major_formatter(FuncFormatter(_amount))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=2)
-    return "tokens asked for and planned"
+    return "target and planned tokens"
 
 
 @chart((4.8, 3.0))
 def documents_per_segment(figure: FigureBase, look: Look, plan: Json, window: str) -> str:
-    """How many pieces of documents share a segment."""
+    """Histogram of documents, or parts of documents, in a segment."""
     axes, each = figure.add_subplot(), plan["documents_per_segment"]
     if each["edges"]:
-        edges = np.array(each["edges"]) - 0.5  # whole numbers stand in the middle of their bars
+        edges = np.array(each["edges"]) - 0.5  # each whole number lies in the middle of its bar
         axes.stairs(each["segments"], edges, fill=True, color=look.series[0 if window == "short" else 1])
         axes.set_xlim(edges[0], edges[-1])
-    axes.set(xlabel=f"documents or parts of them in a {window} segment", ylabel="segments")
-    axes.set_title(f"{plan['segments']:,} segments, {plan['padding_share']:.3%} padding", fontsize=8.5, color=look.muted, loc="left")
+    axes.set(xlabel=f"documents or parts of documents in a {window} segment", ylabel="segments")
+    axes.set_title(
+        f"{plan['segments']:,} segments, {plan['padding_share']:.3%} padding",
+        fontsize=8.5,
+        color=look.muted,
+        loc="left",
+    )
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return f"documents in a {window} segment"
 
 
-def _short(value: float, _: object) -> str:
-    """1500000 as 1.5M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
+def _amount(value: float, _: object) -> str:
+    return amount(value)
 
 
-def _short_binary(value: float, _: object) -> str:
-    """131072 as 128k."""
-    return f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
+def _window(value: float, _: object) -> str:
+    return context_length(int(value))

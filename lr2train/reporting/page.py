@@ -1,12 +1,12 @@
-"""HTML by hand: a page without scripts and without anything from elsewhere, light or dark as the reader's system is.
+"""HTML building blocks of the report: one page without scripts or external files, in the reader's light or dark theme.
 
-Choice: small functions that return strings. Whatever comes from data passes through ``text``; only this package's own markup does not.
+Choice: small functions return strings, so no template engine is needed. Cost: nothing is escaped by itself. Every
+value that comes from data passes through ``text``; markup of this package does not.
 """
 
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,57 +19,48 @@ def text(value: object) -> str:
 
 
 def page(title: str, header: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
-    """The whole document from (anchor, name, content) sections."""
+    """The whole document; ``sections`` holds (anchor, name, content), ``header``, content and ``footer`` are HTML."""
     links = "".join(f'<a href="#{anchor}">{text(name)}</a>' for anchor, name, _ in sections)
     body = "".join(f'<section id="{anchor}">{content}</section>' for anchor, _, content in sections)
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head><body><header>{header}</header><nav><div>{links}</div></nav>"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{STYLE}</style></head><body>"
+        f"<header>{header}</header><nav><div>{links}</div></nav>"
         f"<main>{body}</main><footer>{footer}</footer></body></html>\n"
     )
 
 
 def heading(name: str, sentence: str = "") -> str:
-    """A section's title and the sentence that says what it shows; ``sentence`` is HTML."""
+    """A section's title and an introducing sentence; ``sentence`` is HTML."""
     return f"<h2>{text(name)}</h2>" + (f'<p class="sub">{sentence}</p>' if sentence else "")
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A section that has nothing to show: why, and the command that makes it."""
+    """A section without content: the reason, and the command that produces the content."""
 
     why: str
     command: str
 
 
 def wanting(sections: Sequence[tuple[str, Missing]]) -> str:
-    """The sections that are left out, a line each."""
+    """The missing sections as a list."""
     lines = "".join(f"<li><strong>{text(name)}</strong> {text(one.why)} <code>{text(one.command)}</code></li>" for name, one in sections)
     return f'{heading("Not here yet")}<ul class="missing">{lines}</ul>'
 
 
 def card(name: str, value: str, note: str, hero: bool = False, extra: str = "", long: bool = False) -> str:
-    """A figure in large type; ``value``, ``note`` and ``extra`` are HTML; ``long``: the value needs smaller type."""
+    """A figure in large type; ``value``, ``note`` and ``extra`` are HTML. ``long`` takes smaller type."""
     return (
-        f'<div class="card{" hero" * hero}{" long" * long}"><div class="name">{text(name)}</div><div class="value">{value}</div><div '
+        f'<div class="card{" hero" * hero}{" long" * long}"><div class="name">{text(name)}</div><div '
+        f'class="value">{value}</div><div '
         f'class="note">{note}</div>{extra}</div>'
     )
 
 
-def count(number: int, noun: str) -> str:
-    """1 rank, 2 ranks."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def number(value: float | None) -> str:
-    """A perplexity or a loss: four digits after the point near 1, where perplexities of good searches lie. None is one that was not finite."""
-    if value is None or not math.isfinite(value):
-        return "not finite"
-    return f"{value:.4f}" if 1 <= value < 1.1 else f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.1e}"
-
-
 def change(before: str, after: str) -> str:
-    """before -> after."""
+    """before → after."""
     return f'{text(before)}<span class="arrow">→</span><span class="after">{text(after)}</span>'
 
 
@@ -82,10 +73,11 @@ def figure(name: str, svg: str, caption: str, wide: bool = False) -> str:
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], last: bool = False) -> str:
-    """A table that scrolls sideways by itself; cells are HTML ``<td>…`` or plain HTML, the first of a row is its header."""
+    """A table that scrolls sideways. Cells are HTML, with or without ``<td>``; a row's first cell is its header."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(_row(row, last and i == len(rows) - 1) for i, row in enumerate(rows))
-    return f'<div class="sheet"><p>{caption}</p><div><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div></div>'
+    rows_html = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="sheet"><p>{caption}</p><div>{rows_html}</div></div>'
 
 
 def _row(row: Sequence[str], last: bool) -> str:
@@ -94,10 +86,10 @@ def _row(row: Sequence[str], last: bool) -> str:
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
-    """Names and values; values are HTML."""
+    """A list of (name, value); values are HTML."""
     return "<dl>" + "".join(f"<dt>{text(name)}</dt><dd>{value}</dd>" for name, value in pairs) + "</dl>"
 
 
 def fold(summary: str, content: str) -> str:
-    """A block that opens on a click; both are HTML."""
+    """A block that opens on a click; ``summary`` and ``content`` are HTML."""
     return f"<details><summary>{summary}</summary>{content}</details>"

@@ -1,6 +1,7 @@
-"""Pictures of a search for people who have its folder and no browser: factors, fitness, critical indices, temperature.
+"""Pictures of a search as PNG files in its run folder: factors, fitness, critical indices, attention factor, documents.
 
-Choice: the page's own drawings on white. What the folder cannot tell yet (a search that still runs has no factors) has no picture.
+Choice: the drawings are the report page's own. A picture whose data is missing is left out: a running search has no
+factors yet.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lr2train.config import UserError
-from lr2train.reporting import charts
+from lr2train.reporting import charts, search_charts
 from lr2train.reporting.canvas import Chart, side_by_side
 from lr2train.reporting.inputs import Inputs, gather
 
@@ -18,39 +19,42 @@ SIZE = (6.6, 4.0)  # inches
 
 
 def write_search_pictures(folder: Path) -> list[Path]:
-    """Draw a search into ``folder/pictures``, each picture whole or not at all.
+    """Draw a search into ``folder/pictures``; a failure leaves the former picture.
 
     Args:
-        folder: a search's run folder, finished or running.
+        folder: run folder of a search, finished or running.
 
     Returns:
-        The files written, of: factors.png (rescale factors, and periods beside both windows), fitness.png, rcd.png (unless every dimension
-        was searched, which leaves no critical index), temperature.png, documents.png.
+        The files written: factors.png (rescale factors, periods), fitness.png, rcd.png (not where every dimension was
+        searched, which leaves no critical index), temperature.png, documents.png.
 
     Raises:
-        UserError: the folder is missing, holds no generation, or one of its files is damaged.
+        UserError: the folder is missing, holds no generation, or holds a damaged file.
     """
     inputs = gather([folder])
     if not inputs.generations or inputs.search_folder != folder:
-        raise UserError(f"{folder} holds no generations.jsonl of a search; name the run folder of one, such as runs/factors")
+        raise UserError(f"{folder} holds no generations.jsonl of a search; name the run folder of a search, such as runs/factors")
     return [side_by_side(drawn, folder / "pictures" / f"{name}.png", title) for name, title, drawn in _pictures(inputs)]
 
 
 def _pictures(inputs: Inputs) -> Iterator[tuple[str, str, list[Chart]]]:
-    """File name, title and charts of each."""
+    """(file name, title, charts) of each picture."""
     lines, index, of = inputs.generations, inputs.critical_index, inputs.objective
     if inputs.factors and inputs.search:
         drawn = [charts.factor_curves(inputs.factors, index), charts.periods(inputs.factors, index)]
-        yield "factors", "Rescale factors, and the periods that they make", [_sized(drawn[0]), _sized(drawn[1], 0.9)]
-    yield "fitness", f"{of.capitalize()} perplexity by generation", [_sized(charts.search_progress(lines, of))]
+        yield "factors", "Rescale factors and rescaled periods", [_sized(drawn[0]), _sized(drawn[1], 0.9)]
+    yield "fitness", f"{of.capitalize()} perplexity by generation", [_sized(search_charts.search_progress(lines, of))]
     if inputs.has_border:
         spectrum = inputs.factors.spectrum if inputs.factors else None
-        drawn = [charts.critical_index_histogram(lines, inputs.search, inputs.top_k, spectrum), charts.critical_indices(lines, spectrum)]
+        drawn = [
+            search_charts.critical_index_histogram(lines, inputs.search, inputs.top_k, spectrum),
+            search_charts.critical_indices(lines, spectrum),
+        ]
         yield "rcd", "Critical index", [_sized(drawn[0]), _sized(drawn[1], 0.8)]
-    title = f"{of.capitalize()} perplexity by attention factor (temperature)"
-    yield "temperature", title, [_sized(charts.attention_factors(lines, inputs.search, of))]
+    title = f"{of.capitalize()} perplexity by attention factor"
+    yield "temperature", title, [_sized(search_charts.attention_factors(lines, inputs.search, of))]
     if inputs.journal:
-        yield "documents", "How hard the documents are", [_sized(charts.documents(inputs.journal))]
+        yield "documents", "Loss by document", [_sized(search_charts.documents(inputs.journal))]
 
 
 def _sized(chart: Chart, share: float = 1.0) -> Chart:

@@ -1,7 +1,7 @@
-"""What a search's generations say about its candidates: each of them once, the winner, the parents at the end.
+"""Candidates of a search, read from generations.jsonl: each candidate once, the winner, the last parents.
 
-A line of generations.jsonl holds parallel lists over the population, best first. Where the search drops hopeless candidates early, a list
-``documents`` says on how many documents each was scored; the most that occur are all of them.
+A line of generations.jsonl holds parallel lists over the population, best first. Under racing, a further list
+``documents`` says on how many documents each candidate was scored. The largest number that occurs is all documents.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-HOPELESS = 1e6  # perplexities beyond are all the same
+HOPELESS = 1e6  # worse perplexities are not told apart
 Json = dict[str, Any]
 Point = tuple[float, float, int, bool]  # attention factor, perplexity, critical index, complete
 
@@ -23,8 +23,9 @@ class Candidates:
     """Candidates in the order of their generations.
 
     Attributes:
-        generation, attention_factor, perplexity, critical_index, complete: arrays [candidates]; perplexity is at most ``HOPELESS``,
-            complete says that every document was scored.
+        generation, attention_factor, critical_index: arrays [candidates].
+        perplexity: array [candidates], at most ``HOPELESS``.
+        complete: bool array [candidates]; True where every document was scored.
     """
 
     generation: np.ndarray
@@ -38,14 +39,15 @@ class Candidates:
 
 
 def bounded(perplexity: float | None) -> float:
-    """At most ``HOPELESS``; nan and infinity are as bad."""
-    return perplexity if perplexity is not None and perplexity < HOPELESS else HOPELESS  # None: it was not finite
+    """At most ``HOPELESS``; nan, infinity and None (not finite when written) become ``HOPELESS``."""
+    return perplexity if perplexity is not None and perplexity < HOPELESS else HOPELESS
 
 
 def candidates(generations: Sequence[Json]) -> Candidates:
-    """Every candidate once: parents stay in the population."""
+    """Every candidate once, although parents stay in the population."""
     rows, before = [], []
     for line, points in zip(generations, _points(generations), strict=True):
+        # a multiset difference: two equal children are two candidates
         rows += [(line["generation"], *point) for point in (Counter(points) - _parents(before, points)).elements()]
         before = points
     generation, factor, perplexity, index, complete = (np.array(column) for column in zip(*rows, strict=True))
@@ -56,10 +58,11 @@ def winner(generations: Sequence[Json], search: Json | None = None) -> tuple[flo
     """Attention factor, perplexity and critical index of the best candidate so far.
 
     Args:
-        generations: of which the last is looked at.
-        search: the finished search, whose winner may have been chosen among the best on further documents; its perplexity on those is not
-            comparable, so that of the last generation is returned.
+        generations: lines of generations.jsonl; the last one is read.
+        search: search.json of a finished search. It names the winner, which a final on further documents may have
+            chosen. The returned perplexity is the last generation's, as perplexities on other documents do not compare.
     """
+    # complete candidates first: a dropped one may look better on its few documents
     last = sorted(_points(generations)[-1], key=lambda point: (not point[3], point[1]))
     if search is not None:
         chosen = (search["attention_factor"], search["critical_index"])
@@ -69,16 +72,16 @@ def winner(generations: Sequence[Json], search: Json | None = None) -> tuple[flo
 
 
 def last_parents(generations: Sequence[Json], top_k: int) -> list[int]:
-    """Critical indices of the best ``top_k`` complete candidates at the end."""
+    """Critical indices of the ``top_k`` best complete candidates of the last generation."""
     complete = [point for point in _points(generations)[-1] if point[3]]
     return [index for _, _, index, _ in sorted(complete, key=lambda point: point[1])[:top_k]]
 
 
 def _parents(before: Sequence[Point], now: Sequence[Point]) -> Counter[Point]:
-    """The best complete candidates of the generation before, as many as this one still has.
+    """The best complete candidates of the generation before that this generation still holds.
 
-    Files know no names of candidates. Two that broke the model and share critical index and attention factor look the same, so it is the
-    longest row of the best that is looked for, and not everyone who seems to be there again.
+    The file names no candidates. Two candidates that broke the model look the same when they share critical index and
+    attention factor. So the longest unbroken row of the best is taken, and not every candidate that seems to recur.
     """
     left, parents = Counter(now), Counter()
     for point in sorted((point for point in before if point[3]), key=lambda point: point[1]):
@@ -90,7 +93,7 @@ def _parents(before: Sequence[Point], now: Sequence[Point]) -> Counter[Point]:
 
 
 def _points(generations: Sequence[Json]) -> list[list[Point]]:
-    """Of every generation, in the order of its lists."""
+    """The candidates of each generation, in the order of the file."""
     most = max((documents for line in generations for documents in line.get("documents") or ()), default=0)
     return [
         list(

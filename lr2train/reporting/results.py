@@ -1,4 +1,4 @@
-"""Sections on what came out: headline, comparison, needle maps, sample, export."""
+"""Report sections on results: headline, comparison, needle maps, sample, export, provenance."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from lr2train.reporting.heatmap import gradient, heatmap, short_count
+from lr2train.reporting.heatmap import gradient, heatmap
 from lr2train.reporting.inputs import Inputs, Json
-from lr2train.reporting.page import Missing, card, change, count, facts, fold, heading, number, table, text
+from lr2train.reporting.numbers import amount, context_length, count, duration, perplexity
+from lr2train.reporting.page import Missing, card, change, facts, fold, heading, table, text
 from lr2train.reporting.population import candidates, winner
 
 MEASURES = (
-    ("accuracy", "Needle accuracy", "share of documents whose answer greedy decoding says exactly; higher is better", max),
-    ("answer_perplexity", "Answer perplexity", "over the answer's tokens; 1 is certain, lower is better", min),
-    ("text_perplexity", "Text perplexity", "of held-out documents, every token; lower is better", min),
+    (
+        "accuracy",
+        "Needle accuracy",
+        "share of documents that greedy decoding answers exactly; higher is better",
+        max,
+    ),
+    ("answer_perplexity", "Answer perplexity", "over the answer's tokens; 1 is certainty, lower is better", min),
+    ("text_perplexity", "Text perplexity", "over every token of held-out documents; lower is better", min),
 )
-SHOWN_CHARACTERS = 1200  # of a prompt's end
+SHOWN_CHARACTERS = 1200  # the end of a prompt
 
 
 def before_and_after(evaluation: Json) -> tuple[Json, Json]:
-    """The first row (the model as it was, where that was evaluated) and the last (the trained one)."""
+    """The first row (the untrained model, where evaluated) and the last row (the trained model)."""
     return evaluation["rows"][0], evaluation["rows"][-1]
 
 
@@ -31,7 +37,7 @@ def at_length(row: Json, length: int) -> Json:
 
 
 def header(inputs: Inputs) -> str:
-    """Title, one sentence, and the figures that matter."""
+    """Title, lead sentence and headline figures."""
     windows = _windows(inputs)
     title = f"{windows[0]:,} → {windows[1]:,} tokens" if windows and windows[1] > windows[0] else inputs.folder.resolve().name
     cards = [*_improvements(inputs), *_facts(inputs)]
@@ -57,8 +63,8 @@ def _sentence(inputs: Inputs) -> str:
         parts.append(f"extended {inputs.factors.scale:g} times by <strong>{text(inputs.factors.method)}</strong> factors")
     if inputs.train:
         parts.append(
-            f"trained for {inputs.train['steps']:,} steps on {_tokens(inputs.train['tokens_seen'])} tokens in "
-            f"{_duration(inputs.train['seconds'])} on {count(inputs.train['world'], 'rank')}"
+            f"trained for {inputs.train['steps']:,} steps on {amount(inputs.train['tokens_seen'], 3)} tokens in "
+            f"{duration(inputs.train['seconds'])} on {count(inputs.train['world'], 'rank')}"
         )
     elif inputs.metrics:
         parts.append(f"{'in training' if parts else 'In training'}, step {inputs.metrics[-1]['step']:,} reached")
@@ -69,12 +75,12 @@ def _sentence(inputs: Inputs) -> str:
 
 
 def _searched(inputs: Inputs) -> str:
-    """What a page about a search alone says of it."""
-    last, knobs = inputs.generations[-1], inputs.search_settings
+    """The lead sentence about a search without training."""
+    last, settings = inputs.generations[-1], inputs.search_settings
     if inputs.search is None:
-        total = f" of {text(knobs['generations'])}" if "generations" in knobs else ""
+        total = f" of {text(settings['generations'])}" if "generations" in settings else ""
         return f"in search, generation {last['generation']}{total} reached"
-    took = f" in {_duration(inputs.search['seconds'])}" if "seconds" in inputs.search else ""
+    took = f" in {duration(inputs.search['seconds'])}" if "seconds" in inputs.search else ""
     return f"found in {last['generation']} generations of {len(last['perplexities'])} candidates{took}, not trained yet"
 
 
@@ -90,13 +96,14 @@ def _model(inputs: Inputs) -> str:
 
 
 def _parameters(folder: Path) -> str:
-    """Counted in the headers of the safetensors files; empty where there are none."""
+    """Parameter count from the headers of the safetensors files; empty where the folder has none."""
     count = 0
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as stream:
+            # safetensors: 8 bytes of length, then a JSON header {tensor: {shape, …}}, then the data
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    return f"{_tokens(count)} parameters" if count else ""
+    return f"{amount(count, 3)} parameters" if count else ""
 
 
 def _improvements(inputs: Inputs) -> list[str]:
@@ -112,8 +119,8 @@ def _improvements(inputs: Inputs) -> list[str]:
     cards = [card(f"Needle accuracy at {target:,} tokens", value, note, hero=True, extra=_bars(evaluation, target))]
     cards.append(
         card(
-            f"Text perplexity at {short_count(target)}",
-            change(number(old["text_perplexity"]), number(new["text_perplexity"])),
+            f"Text perplexity at {context_length(target)}",
+            change(perplexity(old["text_perplexity"]), perplexity(new["text_perplexity"])),
             "held-out text, long window",
         )
     )
@@ -121,8 +128,8 @@ def _improvements(inputs: Inputs) -> list[str]:
         old, new = at_length(before, short), at_length(after, short)
         cards.append(
             card(
-                f"Kept at {short_count(short)}",
-                change(number(old["text_perplexity"]), number(new["text_perplexity"])),
+                f"Kept at {context_length(short)}",
+                change(perplexity(old["text_perplexity"]), perplexity(new["text_perplexity"])),
                 f"text perplexity in the original window; needles {old['accuracy']:.0%} → {new['accuracy']:.0%}",
             )
         )
@@ -130,7 +137,7 @@ def _improvements(inputs: Inputs) -> list[str]:
 
 
 def _bars(evaluation: Json, target: int) -> str:
-    """Every row's accuracy at the target length as a bar."""
+    """Accuracy of every row at the target length, as bars."""
     rows = [(row["label"], at_length(row, target)["accuracy"]) for row in evaluation["rows"]]
     lines = "".join(
         f'<span>{text(label)}</span><i><b style="width:{100 * share:.1f}%"></b></i><span>{share:.0%}</span>' for label, share in rows
@@ -144,14 +151,22 @@ def _facts(inputs: Inputs) -> list[str]:
         first, last = (inputs.generations[i]["best_perplexity"] for i in (0, -1))
         note = f"best of generation 0 → {inputs.generations[-1]['generation']}, before any training"
         alone = not inputs.evaluation and not inputs.metrics
-        cards.append(card(f"Search: {inputs.objective} perplexity", change(number(first), number(last)), note, hero=alone, long=True))
+        cards.append(
+            card(
+                f"Search: {inputs.objective} perplexity",
+                change(perplexity(first), perplexity(last)),
+                note,
+                hero=alone,
+                long=True,
+            )
+        )
         cards += _winner(inputs) if alone else []
     if inputs.metrics:
         losses = [line["loss"] for line in inputs.metrics]
         cards.append(
             card(
                 "Training loss",
-                change(number(losses[0]), number(losses[-1])),
+                change(perplexity(losses[0]), perplexity(losses[-1])),
                 f"nats per target token, step {inputs.metrics[0]['step']} → {inputs.metrics[-1]['step']:,}",
             )
         )
@@ -159,9 +174,9 @@ def _facts(inputs: Inputs) -> list[str]:
 
 
 def _winner(inputs: Inputs) -> list[str]:
-    """Of a search alone: what was found, and at what cost."""
+    """Cards of a search without training: winner and cost."""
     factor, _, index = winner(inputs.generations, inputs.search)
-    cards = [card("Attention factor", f"{factor:g}", "of the long window, where the best candidate has it")]
+    cards = [card("Attention factor", f"{factor:g}", "of the best candidate, in the long window")]
     if inputs.has_border:
         spectrum = inputs.factors.spectrum if inputs.factors else None
         note = (
@@ -173,24 +188,35 @@ def _winner(inputs: Inputs) -> list[str]:
     every = candidates(inputs.generations)
     dropped = len(every) - int(every.complete.sum())
     cards.append(
-        card("Candidates", f"{len(every):,}", "all scored on every document" if not dropped else f"{dropped:,} of them dropped early")
+        card(
+            "Candidates",
+            f"{len(every):,}",
+            "all scored on every document" if not dropped else f"{dropped:,} dropped early",
+        )
     )
-    cards.append(card("Document-forwards", f"{inputs.generations[-1]['document_forwards']:,}", "one candidate on one document each"))
+    cards.append(
+        card(
+            "Document-forwards",
+            f"{inputs.generations[-1]['document_forwards']:,}",
+            "each scores one candidate on one document",
+        )
+    )
     return cards
 
 
 def comparison(inputs: Inputs) -> str | Missing:
-    """Every row of the evaluation by length, one table a measure."""
+    """Every row of the evaluation by length, one table per measure."""
     if not inputs.evaluation:
         return Missing(
-            "How the trained model compares with other methods is not measured yet.",
+            "The trained model has not been compared with other methods.",
             f"python -m lr2train.evaluate run={inputs.folder.resolve().name}",
         )
     tables = "".join(_table(inputs.evaluation, *measure) for measure in MEASURES)
     sentence = (
-        "The untrained rows are the model before training under each method's factors; the last row is the trained one. "
-        f"Lengths up to {inputs.evaluation['original_window_tokens']:,} tokens lie in the original window. The best of each "
-        "column is green."
+        "Untrained rows are the base model under each method's factors; the last row is the trained model. "
+        f"Lengths up to {inputs.evaluation['original_window_tokens']:,} tokens lie in the original window. The best "
+        "figure "
+        "of each column is green."
     )
     return heading("Comparison", sentence) + tables
 
@@ -210,21 +236,21 @@ def _table(evaluation: Json, key: str, name: str, what: str, better: Callable[..
 
 
 def _figure(value: float, best: float, key: str) -> str:
-    shown = f"{value:.0%}" if key == "accuracy" else number(value)
+    shown = f"{value:.0%}" if key == "accuracy" else perplexity(value)
     bar = f'<span class="bar" style="width:{100 * value:.0f}%"></span>' if key == "accuracy" else ""
     return f"<td{' class=best' * (value == best)}>{shown}{bar}</td>"
 
 
 def needles(inputs: Inputs) -> str | Missing:
-    """A heat map a row, the trained model's last."""
+    """A heat map per row of the evaluation; the trained model comes last."""
     if not inputs.evaluation:
-        return Missing("No needle was hidden yet.", f"python -m lr2train.evaluate run={inputs.folder.resolve().name}")
+        return Missing("Needles have not been evaluated.", f"python -m lr2train.evaluate run={inputs.folder.resolve().name}")
     rows = inputs.evaluation["rows"]
     panels = "".join(_panel(row, last=i == len(rows) - 1) for i, row in enumerate(rows))
     documents = max(cell["documents"] for row in rows for cell in row["cells"])
     sentence = (
-        f"A fact is hidden at a depth of a document (0 % is its beginning) and asked for at its end; {documents} documents a cell. "
-        "Numbers are percent answered exactly."
+        "A fact is hidden at some depth of a document (0 % is the beginning), and asked for at the end. "
+        f"Numbers are percent of documents answered exactly; {documents} documents per cell."
     )
     scale = f'<div class="scale">0 %<i style="background:{gradient()}"></i>100 %</div>'
     return heading("Needles by length and depth", sentence) + scale + f'<div class="panels">{panels}</div>'
@@ -232,48 +258,58 @@ def needles(inputs: Inputs) -> str | Missing:
 
 def _panel(row: Json, last: bool) -> str:
     mean = sum(cell["accuracy"] for cell in row["cells"]) / len(row["cells"])
-    return f"<figure{' class=last' * last}><h3>{text(row['label'])}<span>mean {mean:.0%}</span></h3>{heatmap(row['cells'])}</figure>"
+    title = f"<h3>{text(row['label'])}<span>mean {mean:.0%}</span></h3>"
+    return f"<figure{' class=last' * last}>{title}{heatmap(row['cells'])}</figure>"
 
 
 def sample(inputs: Inputs) -> str | Missing:
-    """What the model wrote."""
+    """A prompt and the generated text."""
     if not inputs.sample:
-        return Missing("No text was generated yet.", f"python -m lr2train.generate run={inputs.folder.resolve().name} generate.prompt=…")
+        return Missing(
+            "No text has been generated.",
+            f"python -m lr2train.generate run={inputs.folder.resolve().name} generate.prompt=…",
+        )
     one = inputs.sample
     prompt, cut = one["prompt"][-SHOWN_CHARACTERS:], len(one["prompt"]) > SHOWN_CHARACTERS
     switch = (
-        ", the original window until the text outgrew it, then the long one with a cache computed anew"
-        if one["switched"]
-        else f", {one['window']} window"
+        "; the original window at first, then the long window with a recomputed cache" if one["switched"] else f", {one['window']} window"
     )
     sentence = f"{one['prompt_tokens']:,} tokens of prompt, {one['new_tokens']:,} new{text(switch)}; {one['seconds']:.1f} s."
     return heading("Sample", sentence) + f"<pre>{'… ' * cut}{text(prompt)}<mark>{text(one['text'])}</mark></pre>"
 
 
 def exported(inputs: Inputs) -> str | Missing:
-    """The exported folder and its check."""
+    """The exported folder and the check of its logits."""
     if not inputs.export:
-        return Missing("There is no folder for other runtimes yet.", f"python -m lr2train.export run={inputs.folder.resolve().name}")
+        return Missing(
+            "The model has not been exported.",
+            f"python -m lr2train.export run={inputs.folder.resolve().name}",
+        )
     one = inputs.export
-    pairs = [("folder", f"<code>{text(one['folder'])}</code>"), ("size", f"{one['bytes'] / 1e6:,.1f} MB, {text(one['dtype'])}")]
+    pairs = [
+        ("folder", f"<code>{text(one['folder'])}</code>"),
+        ("size", f"{one['bytes'] / 1e6:,.1f} MB, {text(one['dtype'])}"),
+    ]
     for window in ("long", "short"):
         pairs.append((f"{window} window", f"largest logit difference {one[f'{window}_logit_difference']:.2e}"))
     sentence = (
-        "The folder was loaded again with plain transformers and its logits compared with ours. Its format has one attention "
-        "factor for both windows, so with a factor "
-        "other than 1 the short window differs there by design; the model card says how to serve it."
+        "Plain transformers loaded the folder, and its logits were compared with lr2train's. The format has one "
+        "attention "
+        "factor for both windows. With a factor other than 1, the short window differs by design; the model card "
+        "says how "
+        "to serve it."
     )
     return heading("Export", sentence) + facts(pairs)
 
 
 def provenance(inputs: Inputs) -> str | Missing:
-    """Commands, versions and configs of every run that took part."""
+    """Commands, versions and configs of all runs involved."""
     if not inputs.origins:
         return Missing(
-            "No verb has recorded its config here.",
+            "No verb has recorded its config.",
             f"python -m lr2train.train experiment=… name={inputs.folder.resolve().name}",
         )
-    return heading("Provenance", "What was run, with which code. Every config is complete: the same command makes the same run.") + "".join(
+    return heading("Provenance", "Commands, code and configs. Configs are complete: the same command repeats the run.") + "".join(
         _origin(*one) for one in inputs.origins
     )
 
@@ -288,16 +324,6 @@ def _origin(folder: Path, verb: str, config: Json, record: Json) -> str:
         ("versions", text(f"python {record.get('python', '?')}, {versions}")),
     ]
     return fold(
-        f"<strong>{text(verb)}</strong> <span>{text(folder)}</span>", facts(pairs) + f"<pre>{text(json.dumps(config, indent=1))}</pre>"
+        f"<strong>{text(verb)}</strong> <span>{text(folder)}</span>",
+        facts(pairs) + f"<pre>{text(json.dumps(config, indent=1))}</pre>",
     )
-
-
-def _tokens(value: float) -> str:
-    for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{letter}"
-    return f"{value:g}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,7 +1,8 @@
-"""How needle perplexities are spread over an axis or a colour bar.
+"""The scale of a perplexity axis or colour bar.
 
-Choice: where the best is near 1, over the logarithm of the loss, ``ln ln p``: 1.004 and 1.03 differ as much as 1.4 and 12 do, and a good
-search ends among such numbers. Elsewhere over ``ln p``, as usual. Cost: the unusual axis has to say so.
+Choice: where the best perplexity is near 1, the scale is the logarithm of the loss, ln ln p. There 1.004 and 1.03
+differ as much as 1.4 and 12, and a good search ends among such numbers. Elsewhere the scale is ln p. Cost: the unusual
+axis needs a label.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-NEAR_ONE = 1.2  # from a best perplexity below on, the scale is that of the loss
-CEILING = 1e4  # times the best: perplexities beyond are drawn at the end
-_LEAST = 1e-7  # of a perplexity above 1: a loss of 0 has no logarithm
-_STEPS = 8  # ticks that a scale bears
+NEAR_ONE = 1.2  # a best perplexity below it: the scale is that of the loss
+CEILING = 1e4  # times the best; worse perplexities are drawn at the end of the scale
+_LEAST = 1e-7  # least perplexity minus 1: a loss of 0 has no logarithm
+_STEPS = 8  # ticks at most
 
 
 @dataclass(frozen=True)
 class PerplexityScale:
-    """A scale between the best of some perplexities and the worst, at most ``CEILING`` times it.
+    """A scale from the best perplexity to the worst, which is at most ``CEILING`` times the best.
 
     Attributes:
-        low, high: its ends; with room around the numbers where that was asked for.
-        best, worst: of the numbers; worse ones are shown at ``worst``.
-        of_loss: over ln ln p; over ln p otherwise.
-        beyond: whether there are worse ones.
+        low, high: ends of the scale, room included.
+        best, worst: ends of the perplexities; a worse one is drawn at ``worst``.
+        of_loss: True for ln ln p, False for ln p.
+        beyond: whether perplexities worse than ``worst`` exist.
     """
 
     low: float
@@ -39,7 +40,7 @@ class PerplexityScale:
 
     @classmethod
     def over(cls, perplexities: np.ndarray, room: float = 0.0) -> PerplexityScale:
-        """Fit the ends to numbers, all at least 1 and finite; ``room`` widens both, as a share of the range."""
+        """Fit a scale to finite perplexities of at least 1; ``room`` widens both ends by this share of the range."""
         best, highest = max(float(np.min(perplexities)), 1.0 + _LEAST), float(np.max(perplexities))
         worst = max(best, min(highest, best * CEILING))
         bare = cls(best, worst, best, worst, best < NEAR_ONE, highest > worst)
@@ -49,24 +50,24 @@ class PerplexityScale:
         return replace(bare, low=max(float(low), 1.0 + _LEAST), high=float(high))
 
     def label(self, of: str) -> str:
-        """What the axis says of a perplexity of this kind."""
+        """The axis label; ``of`` is needle or text."""
         return f"{of} perplexity ({'log of loss' if self.of_loss else 'log scale'})"
 
     def forward(self, perplexity: np.ndarray) -> np.ndarray:
-        """Place on the scale."""
+        """Perplexity -> place on the scale."""
         logarithm = np.log(np.maximum(perplexity, 1.0 + _LEAST))
         return np.log(logarithm) if self.of_loss else logarithm
 
     def inverse(self, place: np.ndarray) -> np.ndarray:
-        """Perplexity at a place."""
+        """Place on the scale -> perplexity."""
         return np.exp(np.exp(np.minimum(place, 6.0))) if self.of_loss else np.exp(place)
 
     def clip(self, perplexity: np.ndarray | list[float]) -> np.ndarray:
-        """What lies beyond the worst that is shown, there."""
+        """Perplexities worse than ``worst`` become ``worst``."""
         return np.clip(perplexity, self.best, self.worst)
 
     def ticks(self) -> list[float]:
-        """Round numbers inside, spread over the scale: decades of the loss (or of the perplexity) first, then what fits between."""
+        """Round numbers on the scale: decades of the loss (or of the perplexity) first, then numbers between them."""
         decades = [1 + 10.0**power for power in range(-6, 0)] if self.of_loss else [1.0]
         decades += [2.0, *(10.0**power for power in range(1, 7))] if self.of_loss else [10.0**power for power in range(1, 7)]
         between = [1 + digit * 10.0**power for power in range(-6, 0) for digit in (2, 5, 3, 4, 7)] if self.of_loss else []
@@ -82,7 +83,7 @@ class PerplexityScale:
         return sorted(kept)
 
     def on_y(self, axes: Axes, of: str) -> None:
-        """Make it the axes' y scale, for a perplexity of this kind."""
+        """Set the y axis of ``axes`` to this scale."""
         axes.set_yscale("function", functions=(self.forward, self.inverse))
         axes.set_ylim(self.low, self.high)
         axes.yaxis.set_major_locator(FixedLocator(self.ticks()))
@@ -91,6 +92,6 @@ class PerplexityScale:
         axes.set_ylabel(self.label(of))
 
     def name(self, tick: float, _: object = None) -> str:
-        """What stands at a tick."""
-        digits = 2 + math.ceil(math.log10(self.high / (self.high - self.low)))  # that tell ticks apart
+        """The label of a tick."""
+        digits = 2 + math.ceil(math.log10(self.high / (self.high - self.low)))  # enough to tell ticks apart
         return "beyond" if self.beyond and tick == self.worst else f"{tick:.{max(7, digits)}g}"

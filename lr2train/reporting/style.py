@@ -1,4 +1,7 @@
-"""The page's style sheet: two sets of colours, one layout that folds on a phone. Series colours are Okabe and Ito's."""
+"""The report page's style sheet: a light and a dark theme, one layout that folds on a phone.
+
+Series colours s0 … s5 follow Okabe and Ito, whose palette colour-blind readers can tell apart.
+"""
 
 LIGHT = {
     "paper": "#faf9f6",

@@ -21,6 +21,7 @@ from lr2train import io, progress
 from lr2train.config import Config
 from lr2train.data.batch import Loader
 from lr2train.data.feed.prefetch import prefetched
+from lr2train.model.flops import training_flops
 from lr2train.training.bad_steps import BadSteps
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.engine import Engine, StepStats
@@ -138,7 +139,8 @@ def step_flops(stats: StepStats, parameters: int, hf_config: Any) -> float:
     Pairs are causal. Recomputation (activation checkpointing) is overhead and not counted.
     """
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    return 6.0 * parameters * stats.n_tokens + 12.0 * stats.n_pairs * hf_config.num_hidden_layers * hf_config.num_attention_heads * head_dim
+    pairs = stats.n_pairs * hf_config.num_hidden_layers * hf_config.num_attention_heads
+    return training_flops(parameters, stats.n_tokens, pairs, head_dim)
 
 
 def _figures(

@@ -7,7 +7,7 @@ import pytest
 
 from lr2train.config import ModelConfig, UserError
 from lr2train.model import load
-from lr2train.planning.shape import shape_of
+from lr2train.planning.counts import counts_of
 from lr2train.rope import hf as rope_hf
 
 LONGROPE = {"type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8, "original_max_position_embeddings": 64}
@@ -30,7 +30,7 @@ def everything(model: ModelConfig) -> None:
     hf_config = load.config_of(model)
     load.spectrum_of(hf_config, model)
     rope_hf.factors_of(load.plain_config(hf_config))
-    shape_of(hf_config, model)
+    counts_of(hf_config, model)
 
 
 def outcome(model: ModelConfig) -> str:

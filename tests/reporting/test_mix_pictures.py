@@ -1,4 +1,4 @@
-"""Pictures of a plan: they appear whole, are drawn again when the plan changes, and serve many sources."""
+"""Pictures of a corpus's segment table: written whole, redrawn when plan.json changes, with any number of sources."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from lr2train.data.plan.report import report_of
 from lr2train.reporting import mix
 
 
-def write_plan(folder: Path, n_sources: int = 2, buckets: list[BucketConfig] | None = None, **knobs) -> None:
-    data = DataConfig(sources=[SourceConfig(name=f"s{i}") for i in range(n_sources)], segment_tokens=512, buckets=buckets or [], **knobs)
+def write_plan(folder: Path, n_sources: int = 2, buckets: list[BucketConfig] | None = None, **settings) -> None:
+    data = DataConfig(
+        sources=[SourceConfig(name=f"s{i}") for i in range(n_sources)],
+        segment_tokens=512,
+        buckets=buckets or [],
+        **settings,
+    )
     lengths = [np.random.default_rng(i).lognormal(4, 1, 300).astype(np.int32).clip(2) for i in range(n_sources)]
     masks = [None] * n_sources
     report = report_of(data, lengths, masks, compose_segments(data, lengths, masks, 128, 0))
@@ -26,10 +31,14 @@ def write_plan(folder: Path, n_sources: int = 2, buckets: list[BucketConfig] | N
 
 @pytest.mark.parametrize(
     "plan",
-    [{}, {"n_sources": 9, "buckets": [BucketConfig(name="a", to_tokens=300), BucketConfig(name="b", above_tokens=300)]}, {"segment_tokens_more": True}],
+    [
+        {},
+        {"n_sources": 9, "buckets": [BucketConfig(name="a", to_tokens=300), BucketConfig(name="b", above_tokens=300)]},
+        {"segment_tokens_more": True},
+    ],
     ids=["plain", "many", "no_segment"],
-)  # fmt: skip
-def test_three_pictures_appear(tmp_path, plan):
+)
+def test_every_corpus_has_three_pictures(tmp_path, plan):
     if plan.pop("segment_tokens_more", False):
         data = DataConfig(sources=[SourceConfig(name="s")], segment_tokens=1 << 20)
         lengths = [np.array([300, 5], np.int32)]
@@ -45,7 +54,7 @@ def test_three_pictures_appear(tmp_path, plan):
     assert not list((tmp_path / "pictures").glob(".*")), "a temporary file is left"
 
 
-def test_pictures_are_drawn_again_only_for_another_plan(tmp_path):
+def test_pictures_are_redrawn_when_plan_json_is_newer(tmp_path):
     write_plan(tmp_path)
     paths = mix.ensure_mix_pictures(tmp_path)
     before = [path.stat().st_mtime_ns for path in paths]
@@ -55,7 +64,7 @@ def test_pictures_are_drawn_again_only_for_another_plan(tmp_path):
     assert all(path.stat().st_mtime_ns > old for path, old in zip(mix.ensure_mix_pictures(tmp_path), before, strict=True))
 
 
-def test_the_smallest_of_many_sources_share_a_colour_and_no_token_is_lost():
+def test_the_smallest_of_many_sources_are_summed_without_loss():
     tokens = {f"s{i}": np.full(4, float(i)) for i in range(9)}
     grouped = mix._grouped(tokens)
     assert list(grouped) == ["s4", "s5", "s6", "s7", "s8", "others"]

@@ -1,4 +1,4 @@
-"""Pictures of a search: what they count, what they leave out, that they appear whole; the same drawings serve the page."""
+"""Pictures of a search: candidates, scales, files; one drawing serves the page as SVG and the folder as PNG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reporting.searches import SPECTRUM, L, history, line, make_search
 
 from lr2train.config import UserError
 from lr2train.report import report
-from lr2train.reporting import canvas, charts
+from lr2train.reporting import canvas, charts, search_charts
 from lr2train.reporting.pictures import write_search_pictures
 from lr2train.reporting.population import HOPELESS, candidates, last_parents, winner
 from lr2train.reporting.scales import CEILING, PerplexityScale
@@ -23,20 +23,22 @@ ALL = ["factors.png", "fitness.png", "rcd.png", "temperature.png", "documents.pn
 
 
 def lines(generations, racing: bool = True) -> list[dict]:
-    return [line(index, everyone, racing) for index, everyone in enumerate(generations)]
+    return [line(index, ranked, racing) for index, ranked in enumerate(generations)]
 
 
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-# ---- what generations say ----
+# ---- candidates ----
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_candidate_is_counted_once(seed):
     generations = history(seed=seed)
-    true = {one.number: (index, one) for index, everyone in reversed([*enumerate(generations)]) for one in everyone}  # where it came first
+    true = {
+        one.number: (index, one) for index, ranked in reversed([*enumerate(generations)]) for one in ranked
+    }  # the generation in which it first occurs
     found = candidates(lines(generations))
     assert len(found) == len(true) == 24 + 5 * 18
     assert sum(found.perplexity == HOPELESS) == sum(math.isinf(one.perplexity) for _, one in true.values()) > 1
@@ -46,11 +48,11 @@ def test_every_candidate_is_counted_once(seed):
     assert 0 < sum(~found.complete) == sum(one.documents < 10 for _, one in true.values())
 
 
-def test_without_racing_everyone_is_complete():
+def test_without_racing_every_candidate_is_complete():
     assert candidates(lines(history(), racing=False)).complete.all()
 
 
-def test_the_winner_is_complete_even_where_a_dropped_one_looked_better():
+def test_a_dropped_candidate_is_never_the_winner():
     made = lines(history())
     made[-1]["perplexities"][-1] = 1.0001
     assert made[-1]["documents"][-1] == 2
@@ -58,11 +60,15 @@ def test_the_winner_is_complete_even_where_a_dropped_one_looked_better():
     assert len(last_parents(made, 6)) == 6
 
 
-def test_the_winner_of_a_final_is_the_one_that_the_search_names():
+def test_a_finished_search_names_its_winner():
     made = lines(history())
     last = made[-1]
     named = next(i for i, index in enumerate(last["critical_indices"]) if index != last["critical_indices"][0])
-    search = {"critical_index": last["critical_indices"][named], "attention_factor": last["attention_factors"][named], "perplexity": 1.5}
+    search = {
+        "critical_index": last["critical_indices"][named],
+        "attention_factor": last["attention_factors"][named],
+        "perplexity": 1.5,
+    }
     assert winner(made, search) == (search["attention_factor"], last["perplexities"][named], search["critical_index"])
 
 
@@ -84,7 +90,7 @@ def test_a_scale_holds_its_numbers_and_has_ticks(best, factor):
     assert ("beyond" in map(scale.name, ticks)) == scale.beyond
 
 
-def test_a_scale_can_be_turned_back():
+def test_the_inverse_of_a_scale_restores_perplexities():
     for numbers in ([1.002, 30.0], [3.0, 2e4]):
         scale = PerplexityScale.over(np.array(numbers))
         between = np.geomspace(*numbers, 7)
@@ -98,7 +104,7 @@ def test_a_scale_can_be_turned_back():
 # ---- pictures ----
 
 
-def test_pictures_of_a_finished_search(tmp_path):
+def test_a_finished_search_has_every_picture(tmp_path):
     make_search(tmp_path / "s")
     files = write_search_pictures(tmp_path / "s")
     assert [file.name for file in files] == ALL
@@ -108,10 +114,14 @@ def test_pictures_of_a_finished_search(tmp_path):
         assert min(seen.shape[:2]) >= 600
         assert (seen[0, 0] == 255).all()
         assert (seen > 240).all(-1).mean() > 0.5 or file.name == "rcd.png"
-        assert (seen == [0x00, 0x72, 0xB2]).all(-1).any() or file.name in ("temperature.png", "documents.png", "rcd.png")
+        assert (seen == [0x00, 0x72, 0xB2]).all(-1).any() or file.name in (
+            "temperature.png",
+            "documents.png",
+            "rcd.png",
+        )
 
 
-def test_pictures_of_a_search_of_all_dimensions_mark_no_rcd(tmp_path):
+def test_a_search_of_all_dimensions_shows_no_rcd(tmp_path):
     make_search(tmp_path / "s", all_dims=True)
     assert [file.name for file in write_search_pictures(tmp_path / "s")] == [name for name in ALL if name != "rcd.png"]
     made = METHODS["longrope"](SPECTRUM, L)
@@ -126,15 +136,15 @@ def test_pictures_of_a_search_of_all_dimensions_mark_no_rcd(tmp_path):
     assert "critical index 0" not in page
 
 
-def test_pictures_of_a_search_that_runs(tmp_path):
+def test_a_running_search_has_every_picture_but_the_factors(tmp_path):
     make_search(tmp_path / "s", finished=False, n_generations=0)
     for name in ("generations.jsonl", "journal.jsonl"):
         with (tmp_path / "s" / name).open("a") as file:
-            file.write('{"generation": 1, "best')  # the line being written
+            file.write('{"generation": 1, "best')  # a line being written
     assert [file.name for file in write_search_pictures(tmp_path / "s")] == [name for name in ALL if name != "factors.png"]
     page = report([tmp_path / "s"]).read_text()
     assert "In search, generation 0 reached" in page
-    assert "it still runs" in page
+    assert "the search still runs" in page
 
 
 @pytest.mark.parametrize(("perplexity", "fixed"), [(math.inf, False), (math.nan, False), (1.0, True), (1e300, True)])
@@ -147,33 +157,33 @@ def test_hopeless_perfect_and_narrow_searches_can_be_drawn(tmp_path, perplexity,
         if fixed:
             one["attention_factors"] = [1.0] * len(one["attention_factors"])
     for chart in (
-        charts.search_progress(made),
-        charts.attention_factors(made),
-        charts.critical_indices(made, None),
-        charts.critical_index_histogram(made, None, 2, None),
+        search_charts.search_progress(made),
+        search_charts.attention_factors(made),
+        search_charts.critical_indices(made, None),
+        search_charts.critical_index_histogram(made, None, 2, None),
     ):
         assert "<svg" in chart.svg()
         assert chart.png(tmp_path / "one.png", "title").stat().st_size > 1000
 
 
-def test_dropped_candidates_are_named_where_there_are_some():
+def test_the_legend_names_dropped_candidates_under_racing_alone():
     for racing in (True, False):
         made = lines(history(racing=racing), racing)
         for chart in (
-            charts.search_progress(made),
-            charts.attention_factors(made),
-            charts.critical_index_histogram(made, None, 6, SPECTRUM),
+            search_charts.search_progress(made),
+            search_charts.attention_factors(made),
+            search_charts.critical_index_histogram(made, None, 6, SPECTRUM),
         ):
             assert ("dropped early" in chart.svg()) == racing
 
 
-def test_the_perplexity_is_called_by_its_objective():
+def test_the_axis_names_the_objective():
     made = lines(history())
-    assert "text perplexity" in charts.search_progress(made, "text").svg()
-    assert "needle perplexity" in charts.attention_factors(made).svg()
+    assert "text perplexity" in search_charts.search_progress(made, "text").svg()
+    assert "needle perplexity" in search_charts.attention_factors(made).svg()
 
 
-def test_a_picture_is_whole_or_the_one_before(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_former_picture(tmp_path, monkeypatch):
     make_search(tmp_path / "s")
     before = {file: file.read_bytes() for file in write_search_pictures(tmp_path / "s")}
 
@@ -190,12 +200,12 @@ def test_a_picture_is_whole_or_the_one_before(tmp_path, monkeypatch):
 def test_a_folder_without_a_search_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no generations\.jsonl"):
         write_search_pictures(tmp_path)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="nowhere is no folder"):
         write_search_pictures(tmp_path / "nowhere")
 
 
-def test_one_drawing_two_renderings(tmp_path):
-    chart = charts.search_progress(lines(history()))
+def test_svg_takes_the_page_s_colours_and_png_the_light_theme(tmp_path):
+    chart = search_charts.search_progress(lines(history()))
     svg, png = chart.svg(), chart.png(tmp_path / "a.png", "title")
     assert "#0a0b" not in svg, "a placeholder colour was not replaced"
     assert "var(--s1)" in svg

@@ -1,6 +1,8 @@
-"""What sequence-parallel attention sends, balances, rounds and costs:  python -m tools.bench.attention bytes|balance|error|overhead [--quick]
+"""Sequence-parallel attention: bytes sent, balance over ranks, rounding error, step time.
 
-Figures last, one a line as ``name: value``; exits with 1 where a bound is missed. Each command is a module of this folder.
+    python -m tools.bench.attention bytes|balance|error|overhead [--quick]
+
+The last lines read ``name: value``. Exits with 1 where a bound is missed. Each command is a module of this folder.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Attention work of each rank, in pairs of tokens: how much more the busiest rank has than the mean.
+"""Imbalance of attention over ranks: (query, key) pairs of the rank with most pairs over the mean, minus 1.
 
-A long window is one document over the segment. Short windows are documents of real-looking lengths (``data_plan``), packed as ``prepare``
-packs them, aligned to shards: ``local`` then leaves each rank its own documents, and how even that is, is the packer's doing; it is shown
-for single segments and for the step of 64 segments, over which ranks' work adds up (ranks wait for each other in each micro-step, so the
-first is what a step feels). Long windows of packed documents, of which a ring cuts each by itself, are bounded as those of one are. A layout
-and a ring are planned anew for each segment, before its step: what that takes is bounded for many documents on many ranks.
+- One document over the segment, and long segments of packed documents: bounded for every strategy but ``gather``.
+- Short segments: documents of realistic lengths (``data_plan``), packed as ``prepare`` packs them, aligned to sequence
+  shards. Under ``local`` each rank attends within its own documents, so the packer decides the balance. The figure is
+  given for single segments and for the sum over a step of 64 segments. Ranks wait for each other in each micro-batch,
+  so the first figure decides the step time.
+- Layout and ring schedule are computed for each segment: their time is bounded for many documents on many ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ RINGS = {8: 2, 16: 2, 64: 8}
 
 
 def measure(quick: bool) -> Iterator[Figure]:
-    """Imbalance (busiest over mean, minus 1) by strategy and ranks (quick: fewer documents)."""
+    """Imbalance by strategy and ranks (quick: fewer documents)."""
     lengths = np.random.default_rng(0).permutation(np.concatenate(list(lengths_of(20_000 if quick else 200_000).values())))
     for sp in SIZES:
         for name in ("ulysses", "ring", "ulysses_ring", "gather"):
@@ -44,7 +45,7 @@ def measure(quick: bool) -> Iterator[Figure]:
 
 
 def _short(lengths: np.ndarray) -> Iterator[Figure]:
-    for sp in (8, 16):  # a shard must hold the longest document
+    for sp in (8, 16):  # a sequence shard must hold the longest document
         rows = _pairs("local", pack_short(_documents(lengths), T, sp, np.random.default_rng(0)), sp)
         yield Figure(f"imbalance_short_{sp}_ranks_local_mean_of_segments", mean(max(row) / mean(row) - 1 for row in rows))
         step = np.sum(rows, axis=0)
@@ -60,15 +61,15 @@ def _long_documents(lengths: np.ndarray) -> Iterator[Figure]:
 
 
 def _bound(name: str) -> float | None:
-    return None if name == "gather" else AT_MOST  # its docstring says that it is not even here
+    return None if name == "gather" else AT_MOST  # uneven by design: see its docstring
 
 
 def _planning_s(sp: int, n_documents: int) -> float:
-    """Of a ring over documents of drawn lengths: the work and bytes of all ranks, by which it may be chosen, and the plan of one of them."""
+    """CPU seconds for a ring over random documents: pairs and bytes of all ranks, and the schedule of one rank."""
     borders = np.sort(np.random.default_rng(0).choice(np.arange(1, T), n_documents - 1, replace=False)).tolist()
     spans = tuple(pairwise([0, *borders, T]))
     work = _work(spans, 64).on(sp)
-    start = time.process_time()  # of this process alone: how busy the machine is must not count
+    start = time.process_time()  # CPU time of this process: other load must not count
     RING.imbalance(work)
     RING.bytes_sent(work)
     ring.plan(spans, T, sp // 2, sp)

@@ -1,9 +1,9 @@
-"""Bytes that a rank sends for one attention layer at 128k: each strategy's formula, beside what its code hands to torch.distributed.
+"""Bytes that a rank sends for one attention layer at 128k: each strategy's formula beside the bytes of its code.
 
-Every rank of 8, 16 and 64 runs alone over torch's fake process group (``gpu_one_rank``), on the whole segment, with heads of one number and a
-kernel that computes nothing: the head size times what it sends is what the model would send, exactly. Counted are the arguments of the calls
-into torch.distributed, and by ``comm.counting``; both must equal ``Strategy.traffic``, and for one span the closed form of the strategy's
-docstring. The table shows the rank that sends most.
+Every rank of 8, 16 and 64 runs alone over torch's fake process group (``gpu.one_rank``), on the whole segment. Heads
+have size 1 and the kernel computes nothing, so the counted bytes times the head size are exactly the model's bytes. Two
+counts must equal ``Strategy.traffic``: arguments of calls into torch.distributed, and ``comm.counting``. For one
+document, the closed form of the strategy's docstring must agree too. The table shows the rank that sends most.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tools.bench.figures import Figure
 from tools.gpu.one_rank import one_rank
 
 T = 131072
-RINGS = {8: 2, 16: 2, 64: 8}  # ranks on the ring axis of ulysses_ring: nodes of 4, 8 and 8
+RINGS = {8: 2, 16: 2, 64: 8}  # sp -> ranks on the ring axis of ulysses_ring
 MODELS = {"llama3_8b": (32, 8, 128), "phi3_mini": (32, 32, 96)}
 NAMES = ("local", "ulysses", "ring", "gather", "ulysses_ring")
 MIB = 2**20
 
 
-class Case(NamedTuple):
-    """A row of the table: the rank that sends most, and how far counts are from the formula over all ranks."""
+class TrafficRow(NamedTuple):
+    """A row of the table. ``most``: the rank that sends most; ``off``: bytes between counts and formula, all ranks."""
 
     model: str
     documents: str
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 def measure(quick: bool) -> Iterator[Figure]:
-    """The table, then for each row the bytes of the busiest rank, and how far counts and formulas are apart (quick: 8 ranks)."""
+    """Print the table; figures are the bytes of each row, and bytes between counts and formulas (quick: 8 ranks)."""
     torch.set_num_threads(1)
     cases = [case for sp in ((8,) if quick else RINGS) for model in MODELS for case in _cases(model, sp)]
     print(f"{'model':12}{'documents':12}{'ranks':>6} {'strategy':14}{'forward MiB':>12}{'backward MiB':>13}{'counted - formula':>19}")
@@ -61,31 +61,31 @@ def measure(quick: bool) -> Iterator[Figure]:
     yield Figure("counted_minus_formula_bytes", sum(case.off for case in cases), at_most=0)
 
 
-def _cases(model: str, sp: int) -> Iterator[Case]:
+def _cases(model: str, sp: int) -> Iterator[TrafficRow]:
     n_heads, n_kv_heads, head_size = MODELS[model]
     for documents, spans in (("one", ((0, T),)), ("packed", _packed()), ("aligned", _aligned(sp))):
         for name in NAMES:
             work = Work(spans, T, n_heads, n_kv_heads, head_size, 2, sp, RINGS[sp])
-            with contextlib.suppress(UserError):  # what a strategy cannot serve has no row
+            with contextlib.suppress(UserError):  # a case that the strategy refuses has no row
                 STRATEGIES[name].refuse(work)
                 off = sum(_off(name, work, rank, documents == "one") for rank in range(sp))
-                yield Case(model, documents, sp, name, STRATEGIES[name].bytes_sent(work), off)
+                yield TrafficRow(model, documents, sp, name, STRATEGIES[name].bytes_sent(work), off)
 
 
 def _packed() -> Spans:
-    """Documents of 200 to 40k tokens, end to end, over borders of shards as they come: of two the length divides among no ranks."""
+    """Documents of 200 to 40k tokens that cross borders of sequence shards; two lengths are odd."""
     lengths = (2560, 40961, 3583, 15872, 200, 5432, 26624, 9728, 23552, 2560)
     assert sum(lengths) == T
     return tuple(pairwise([0, *accumulate(lengths)]))
 
 
 def _aligned(sp: int) -> Spans:
-    """One document to a shard."""
+    """One document per sequence shard."""
     return tuple((rank * T // sp, (rank + 1) * T // sp) for rank in range(sp))
 
 
 def _off(name: str, work: Work, rank: int, one_span: bool) -> int:
-    """How many bytes the formula, its closed form and the two counts differ by, for one rank."""
+    """Bytes between the formula, its closed form and both counts, for one rank."""
     formula = STRATEGIES[name].traffic(work, rank)
     counts = [formula, *_counted(name, work, rank)]
     if one_span and name in CLOSED_FORMS:
@@ -94,7 +94,7 @@ def _off(name: str, work: Work, rank: int, one_span: bool) -> int:
 
 
 def _counted(name: str, work: Work, rank: int) -> tuple[Traffic, Traffic]:
-    """What one rank sends by the arguments of torch.distributed's calls, and by ``comm.counting``; times the size of a head."""
+    """Bytes of one rank by the arguments of torch.distributed and by ``comm.counting``, times the head size."""
     n_rows, size = work.n_tokens // work.sp, work.head_size
     heads = (work.n_heads, work.n_kv_heads, work.n_kv_heads)
     q, k, v = (torch.zeros(n_rows, n, 1, dtype=torch.bfloat16, requires_grad=True) for n in heads)
@@ -107,7 +107,7 @@ def _counted(name: str, work: Work, rank: int) -> tuple[Traffic, Traffic]:
 
 
 def _idle_kernel() -> Any:
-    """Blocks of attention answer zeros of the right shapes, as quickly as can be: what is sent does not depend on them."""
+    """Attention blocks return zeros of the right shapes; the bytes sent do not depend on values."""
 
     def forward(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros_like(q), torch.zeros(q.shape[:2])
@@ -123,12 +123,16 @@ def _idle_kernel() -> Any:
 
 @contextlib.contextmanager
 def _watching(rank: int) -> Iterator[list[int]]:
-    """Bytes of every call that leaves this rank, from its arguments."""
+    """Bytes that leave this rank, by the arguments of each call."""
     sizes: list[int] = []
     all_to_all_single, batch_isend_irecv = dist.all_to_all_single, dist.batch_isend_irecv
 
     def watch_all_to_all(
-        output: torch.Tensor, input: torch.Tensor, output_splits: Any = None, input_splits: Sequence[int] | None = None, **options: Any
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_splits: Any = None,
+        input_splits: Sequence[int] | None = None,
+        **options: Any,
     ) -> Any:
         me, size = dist.get_rank(options["group"]), dist.get_world_size(options["group"])
         rows = list(input_splits) if input_splits is not None else [len(input) // size] * size
@@ -139,11 +143,14 @@ def _watching(rank: int) -> Iterator[list[int]]:
         sizes.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
         return batch_isend_irecv(list(operations))
 
-    with mock.patch.object(dist, "all_to_all_single", watch_all_to_all), mock.patch.object(dist, "batch_isend_irecv", watch_transfers):
+    with (
+        mock.patch.object(dist, "all_to_all_single", watch_all_to_all),
+        mock.patch.object(dist, "batch_isend_irecv", watch_transfers),
+    ):
         yield sizes
 
 
-# ---- the docstrings' closed forms for one span ----
+# ---- closed forms for one document, from the strategies' docstrings ----
 
 
 def _ulysses(work: Work, rank: int) -> Traffic:

@@ -1,8 +1,8 @@
-"""Rounding of bf16 attention on 1, 2, 4 and 8 ranks: root mean square error of out, dq, dk and dv against float64, over that of one rank.
+"""Rounding error of bf16 attention on 2, 4 and 8 ranks over the error on one rank.
 
-The ranks run one after another in this process (``attention.simulation``), on the kernel of the device at hand; the reference is the same
-attention on one rank in float64. A ring merges as many partial results as it has ranks; because it does so in fp32 and rounds once, its
-error must not grow with them.
+Errors are root mean squares of out, dq, dk and dv against one rank in float64. Ranks run one after another in this
+process (``attention.simulation``), on the device's kernel. A ring merges one partial result per rank in fp32 and rounds
+once, so its error must not grow with the ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GRADIENTS = ("out", "dq", "dk", "dv")
 
 
 def measure(quick: bool) -> Iterator[Figure]:
-    """The worst ratio of the four tensors, by strategy, ranks and documents (quick: a shorter segment)."""
+    """The largest ratio over the four tensors, by strategy, ranks and documents (quick: a shorter segment)."""
     n_tokens = 512 if quick else 4096
     for documents, spans in (("one", ((0, n_tokens),)), ("packed", _packed(n_tokens))):
         segment, exact = _segment(n_tokens, spans)
@@ -39,7 +39,7 @@ def _packed(n_tokens: int) -> tuple[tuple[int, int], ...]:
 
 
 def _segment(n_tokens: int, spans: tuple[tuple[int, int], ...]) -> tuple[Segment, list[torch.Tensor]]:
-    """Inputs in bf16, and (out, dq, dk, dv) of those inputs in float64."""
+    """A segment in bf16, and its (out, dq, dk, dv) in float64."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad_out = (torch.randn(n_tokens, heads, 64, generator=generator).bfloat16() for heads in (8, 4, 4, 8))
     segment = Segment(q, k, v, grad_out, spans, 64**-0.5)

@@ -1,14 +1,14 @@
-"""What each strategy costs a step (forward and backward of a whole model) on two CPU ranks, beside DeepSpeed's own UlyssesSPAttentionHF.
+"""Step time of each strategy on two CPU ranks, beside DeepSpeed's own UlyssesSPAttentionHF.
 
-The same model with the same weights and the same tokens on the same two ranks. DeepSpeed's step is run between any two of ours, and a figure
-is the median over rounds of the ratio to the mean of DeepSpeed's steps right before and right after, so that whatever else the machine does
-meets both. Twice: by the clock, where a step takes as long as its slower rank, and by the CPU time of both ranks, which other processes
-disturb less and waiting does not show in.
+A step is the forward and backward pass of one model, with the same weights and tokens on both sides. DeepSpeed's step
+runs between any two of ours. A figure is the median over rounds of our time over the mean of DeepSpeed's steps right
+before and right after, so other load on the machine affects both sides. Each figure is taken twice: by wall-clock time
+of the slower rank, and by CPU time of both ranks. Other processes disturb CPU time less; waiting does not show in it.
 
-Noise is the same figure of DeepSpeed beside itself: how far the median is from 1, and half the width of its 95 % interval (1.57 interquartile
-ranges / sqrt(n), McGill, Tukey and Larsen 1978). The bounds allow for it.
+Noise is the figure of DeepSpeed beside itself: the distance of the median from 1, plus half the width of its 95 %
+interval (1.57 interquartile ranges / sqrt(n), McGill, Tukey and Larsen 1978). The bounds allow for noise.
 
-DeepSpeed attends to the whole segment, whatever documents are packed in it (under sdpa it knows no spans), so it has one step.
+DeepSpeed under sdpa knows no document spans and attends over the whole segment, so it has one step for all windows.
 """
 
 from __future__ import annotations
@@ -36,32 +36,38 @@ REFERENCE = "deepspeed"
 MEASURES = ("clock", "cpu")
 
 
-class Size(NamedTuple):
-    """Of the model, its segment and the measurement."""
+class StepSize(NamedTuple):
+    """Size of the model, of its segment and of the measurement."""
 
     n_tokens: int
     layers: int
     rounds: int
 
 
-WHOLE, QUICK = Size(1024, 2, 20), Size(512, 2, 8)
-DOCUMENTS = (3, 5, 6, 2)  # lengths of a short segment's documents, in 16ths of a shard: they end at its border and at no other
+WHOLE, QUICK = StepSize(1024, 2, 20), StepSize(512, 2, 8)
+DOCUMENTS = (
+    3,
+    5,
+    6,
+    2,
+)  # document lengths of a short segment, in 16ths of a sequence shard; the last ends at its border
 
 Seconds = tuple[float, ...]
-"""Of one step, one for each of MEASURES."""
+"""Seconds of one step, by MEASURES."""
 
 
 def measure(quick: bool) -> Iterable[Figure]:
-    """Ratios to DeepSpeed's step by strategy, window and measure, the noise, and the bounds on them."""
+    """Ratios to DeepSpeed's step by strategy, window and measure, with noise and bounds."""
     taken = _on_ranks(QUICK if quick else WHOLE)
     for index, by in enumerate(MEASURES):
         yield from _figures(
-            {name: [(own[index], (before[index] + after[index]) / 2) for before, own, after in rows] for name, rows in taken.items()}, by
+            {name: [(own[index], (before[index] + after[index]) / 2) for before, own, after in rows] for name, rows in taken.items()},
+            by,
         )
 
 
 def _figures(pairs: dict[str, list[tuple[float, float]]], by: str) -> Iterable[Figure]:
-    """Of (seconds, DeepSpeed's seconds) by what was run, DeepSpeed itself among it."""
+    """Figures of (seconds, DeepSpeed's seconds) by step; DeepSpeed itself is one of the steps."""
     ratios = {name: [own / other for own, other in rows] for name, rows in pairs.items()}
     medians = {name: statistics.median(rows) for name, rows in ratios.items()}
     print(f"{'step, by ' + by:<24} {'median ms':>10} {'of DeepSpeed':>13}")
@@ -71,9 +77,13 @@ def _figures(pairs: dict[str, list[tuple[float, float]]], by: str) -> Iterable[F
     yield Figure(f"noise_{by}", noise)
     for name, median in medians.items():
         if name != REFERENCE:
-            yield Figure(f"{name.replace(', ', '_')}_over_deepspeed_{by}", median, at_most=1 + noise if name == "ulysses, long" else None)
+            yield Figure(
+                f"{name.replace(', ', '_')}_over_deepspeed_{by}",
+                median,
+                at_most=1 + noise if name == "ulysses, long" else None,
+            )
     cheapest = min(median for name, median in medians.items() if name.endswith(", short"))
-    # a ratio of two figures, each as noisy as one; on two ranks what documents of this size send hardly shows beside their computation
+    # a ratio of two noisy figures; on two ranks, communication is small beside the computation of such documents
     yield Figure(f"local_short_over_cheapest_{by}", medians["local, short"] / cheapest, at_most=1 + 2 * noise)
 
 
@@ -82,8 +92,8 @@ def _half_width(ratios: list[float]) -> float:
     return 1.57 * (high - low) / math.sqrt(len(ratios))
 
 
-def _on_ranks(size: Size) -> dict[str, list[tuple[Seconds, Seconds, Seconds]]]:
-    """By what was run, for every round: DeepSpeed's step before, its own, DeepSpeed's step after."""
+def _on_ranks(size: StepSize) -> dict[str, list[tuple[Seconds, Seconds, Seconds]]]:
+    """Step -> for each round: (DeepSpeed before, the step itself, DeepSpeed after)."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         queue = context.SimpleQueue()
@@ -97,7 +107,7 @@ def _on_ranks(size: Size) -> dict[str, list[tuple[Seconds, Seconds, Seconds]]]:
         return queue.get()
 
 
-def _rank(rank: int, folder: Path, size: Size, queue: Any) -> None:
+def _rank(rank: int, folder: Path, size: StepSize, queue: Any) -> None:
     from lr2train.training.deepspeed.start import start_deepspeed
 
     torch.set_num_threads(1)
@@ -112,7 +122,7 @@ def _rank(rank: int, folder: Path, size: Size, queue: Any) -> None:
 
 def _rounds(steps: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, list[tuple[Seconds, Seconds, Seconds]]]:
     taken: dict[str, list[tuple[Seconds, Seconds, Seconds]]] = {name: [] for name in steps}
-    for step in steps.values():  # the first calls are slower: memory is laid out, kernels are chosen
+    for step in steps.values():  # first calls are slower: memory is allocated, kernels are chosen
         step()
     before = _seconds(steps[REFERENCE])
     for _ in range(rounds):
@@ -124,7 +134,7 @@ def _rounds(steps: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, li
 
 
 def _seconds(step: Callable[[], Tensor]) -> Seconds:
-    """By the clock, of the slower rank; of CPU time, of all ranks together."""
+    """(wall-clock seconds of the slower rank, CPU seconds of all ranks)."""
     dist.barrier()
     clock, cpu = time.perf_counter(), time.process_time()
     step()
@@ -134,8 +144,8 @@ def _seconds(step: Callable[[], Tensor]) -> Seconds:
     return tuple(taken.tolist())
 
 
-def _steps(size: Size) -> dict[str, Callable[[], Tensor]]:
-    """One step of everything that is compared, by name; checked to compute the same where they should."""
+def _steps(size: StepSize) -> dict[str, Callable[[], Tensor]]:
+    """All steps by name; steps over the same documents must compute the same loss."""
     from lr2train.parallel.mesh import make_mesh
 
     plain = _model(size)
@@ -149,7 +159,7 @@ def _steps(size: Size) -> dict[str, Callable[[], Tensor]]:
     losses = {name: _total(step()) for name, step in steps.items()}
     for name, loss in losses.items():
         other = losses[REFERENCE if name.endswith("long") or name == REFERENCE else "local, short"]
-        assert math.isclose(loss, other, rel_tol=1e-4), f"{name} computes {loss}, its like {other}"
+        assert math.isclose(loss, other, rel_tol=1e-4), f"{name} computes {loss}, and not {other}"
     return steps
 
 
@@ -159,18 +169,18 @@ def _total(loss: Tensor) -> float:
     return total.item()
 
 
-def _model(size: Size) -> Any:
+def _model(size: StepSize) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "llama", vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=size.layers, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=size.n_tokens, attn_implementation="sdpa",
+        "llama", vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=size.layers,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=size.n_tokens, attn_implementation="sdpa",
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _spans(window: str, size: Size) -> tuple[tuple[int, int], ...]:
+def _spans(window: str, size: StepSize) -> tuple[tuple[int, int], ...]:
     if window == "long":
         return ((0, size.n_tokens),)
     borders = [0, *accumulate(part * size.n_tokens // RANKS // 16 for part in RANKS * DOCUMENTS)]
@@ -178,12 +188,12 @@ def _spans(window: str, size: Size) -> tuple[tuple[int, int], ...]:
 
 
 def _inputs(spans: tuple[tuple[int, int], ...], n_tokens: int) -> tuple[Tensor, Tensor]:
-    """(token ids, positions that restart in each span), [T] each."""
+    """(token ids, positions that restart in each document), [T] each."""
     ids = torch.randint(256, (n_tokens,), generator=torch.Generator().manual_seed(1))
     return ids, torch.cat([torch.arange(stop - start) for start, stop in spans])
 
 
-def _our_step(model: Any, strategy: str, mesh: Any, spans: tuple[tuple[int, int], ...], size: Size) -> Callable[[], Tensor]:
+def _our_step(model: Any, strategy: str, mesh: Any, spans: tuple[tuple[int, int], ...], size: StepSize) -> Callable[[], Tensor]:
     from lr2train.attention.hf import install
 
     layout = install(model, mesh, strategy).layout(spans, size.n_tokens)
@@ -191,18 +201,26 @@ def _our_step(model: Any, strategy: str, mesh: Any, spans: tuple[tuple[int, int]
     return lambda: _forward_backward(model, ids, positions, spans=spans)
 
 
-def _deepspeed_step(model: Any, size: Size) -> Callable[[], Tensor]:
+def _deepspeed_step(model: Any, size: StepSize) -> Callable[[], Tensor]:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     UlyssesSPAttentionHF.register_with_transformers(
-        model, "sdpa", sequence_parallel_size=RANKS, micro_batch_size=1, seq_length=size.n_tokens, seq_length_is_variable=False
+        model,
+        "sdpa",
+        sequence_parallel_size=RANKS,
+        micro_batch_size=1,
+        seq_length=size.n_tokens,
+        seq_length_is_variable=False,
     )
     ids, positions = (x.chunk(RANKS)[dist.get_rank()][None] for x in _inputs(_spans("long", size), size.n_tokens))
     return lambda: _forward_backward(model, ids, positions)
 
 
 def _forward_backward(model: Any, ids: Tensor, positions: Tensor, **options: Any) -> Tensor:
-    """All layers, and no head that would drown them. The loss: fourth powers of the last hidden states, whose squares are normed."""
+    """All layers without the head, whose time would hide theirs.
+
+    The loss sums fourth powers of the last hidden states: the last norm fixes the sum of squares.
+    """
     model.zero_grad()
     loss = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **options).last_hidden_state.pow(4).sum()
     loss.backward()

@@ -1,8 +1,11 @@
-"""What checking a checkpoint costs beside reading it:  python -m tools.bench.checkpoint [--rounds 5] [--hidden 768]
+"""Time to load a checkpoint with checksums, over the time without.
 
-Two CPU ranks write a ZeRO-3 checkpoint of a Llama of random weights and AdamW moments. Each round times a load without the comparison with the
-manifest and one with it: first with the files in memory, then with the file cache dropped before each load (where the process may do so). Figures
-last, one a line as ``name: value``; exits with 1 where a bound is missed.
+    python -m tools.bench.checkpoint [--rounds 5] [--hidden 768]
+
+Two CPU ranks write a ZeRO-3 checkpoint of a Llama with random weights and AdamW moments. Each round times one load
+without the comparison with the manifest and one load with it. Files are first in the page cache; then the cache is
+dropped before each load, where the process may do so. The last lines read ``name: value``. Exits with 1 where a bound
+is missed.
 """
 
 from __future__ import annotations
@@ -15,11 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
-RANKS, BOUND = 2, 1.1  # a load with the check takes at most a tenth longer
+RANKS, BOUND = 2, 1.1  # a checked load takes at most 10 % longer
 
 
 def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold: bool) -> list[tuple[float, float]]:
-    """Seconds of a load without the check and of one with it, by round."""
+    """(seconds of an unchecked load, seconds of a checked load) by round."""
     import torch
     import torch.distributed as dist
 
@@ -35,13 +38,14 @@ def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold
 
     start_deepspeed(torch.device("cpu"))
     architecture = {
-        "model_type": "llama", "vocab_size": 32000, "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": 8,
-        "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "head_dim": 64, "max_position_embeddings": 512,
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": hidden, "intermediate_size": 3 * hidden,
+        "num_hidden_layers": 8, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64,
+        "head_dim": 64, "max_position_embeddings": 512,
     }  # fmt: skip
     config = Config(name="bench", model=ModelConfig(architecture=architecture), optim=OptimConfig(), engine=EngineConfig())
     factors = METHODS["none"](Spectrum(64, 10000.0, 512), 512)
     engine = Engine(config, make_mesh(1), factors, load.config_of(config.model), torch.device("cpu"))
-    for parameter in engine._engine.optimizer.fp32_partitioned_groups_flat:  # AdamW's moments exist once a gradient was there
+    for parameter in engine._engine.optimizer.fp32_partitioned_groups_flat:  # AdamW creates its moments at the first gradient
         parameter.grad = torch.zeros_like(parameter)
     engine._engine.optimizer.optimizer.param_groups[0]["params"] = list(engine._engine.optimizer.fp32_partitioned_groups_flat)
     engine._engine.optimizer.optimizer.step()
@@ -73,7 +77,7 @@ def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold
 
 
 def main() -> int:
-    """Run warm, and cold where the file cache can be dropped; returns the exit status."""
+    """Measure with a warm cache, and with a cold one where permitted; the exit status."""
     from tests.ranks import run_ranks
     from tools.bench.figures import Figure, conclude
 
@@ -84,9 +88,16 @@ def main() -> int:
     figures = []
     for name, cold in (("warm", False), ("cold", True)):
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(PermissionError):
-            rounds = run_ranks(measured, RANKS, Path(folder) / "c", given.rounds, given.hidden, cold, tmp_path=Path(folder), timeout_s=600)[
-                0
-            ]
+            rounds = run_ranks(
+                measured,
+                RANKS,
+                Path(folder) / "c",
+                given.rounds,
+                given.hidden,
+                cold,
+                tmp_path=Path(folder),
+                timeout_s=600,
+            )[0]
             without, checked = (statistics.median(times) for times in zip(*rounds, strict=True))
             figures += [
                 Figure(f"{name}_load_s", without),

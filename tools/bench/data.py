@@ -1,6 +1,8 @@
-"""How fast and how exact the data path is:  python -m tools.bench.data plan|loader|tokenize [--quick]
+"""The data path: segment table at full size, loader throughput, tokenizer throughput.
 
-Figures last, one a line as ``name: value``; exits with 1 where a bound is missed. Each command is a module of this folder.
+    python -m tools.bench.data plan|loader|tokenize [--quick]
+
+The last lines read ``name: value``. Exits with 1 where a bound is missed. Each command is a module of this folder.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""How fast the loader reads beside a plain ``np.memmap`` over the same files, whether its memory stays flat, and how long ranks wait.
+"""Loader throughput beside a plain ``np.memmap`` over the same files; memory growth; waiting of ranks.
 
-The plain side reads 131,072 tokens at a random place of a mapped file and keeps nothing of documents, positions and windows. Both sides
-alternate, a few segments at a time; a figure is the median of the rounds' ratios of throughput, the loader's over the plain side's. Warm
-sides are timed by the processor time of their thread, which other work on the machine disturbs less, and cold ones by the clock.
+The plain side reads 131,072 tokens at a random place of a mapped file, without documents, positions and windows. Both
+sides alternate, a few segments at a time. A figure is the median over rounds of the loader's throughput over the plain
+side's. Warm sides are timed by the CPU time of their thread, which other load disturbs less; cold sides by wall clock.
 
-A batch of the loader holds ids as they are stored and is widened, shifted and numbered on the device; the plain sides differ in what they make.
+A batch of the loader holds ids as stored; labels and positions are made on the device. Plain sides make:
 
-``warm_long``           files in the page cache; the plain side makes int64 tokens and next tokens, as nanoGPT's and Megatron's readers do
-``warm_tokens_alone``   the plain side makes int64 tokens and nothing else
-``warm_short``          segments of many documents, against as many plain reads of the same lengths that make int64 tokens and next tokens
-``cold_copy``           files dropped from the page cache before every round; the plain side only copies what it reads, two bytes a token
-``warm_copy``           no bound: the same in memory, where the copy takes 20 microseconds and finding documents is not free
+``warm_long``           int64 tokens and next tokens, as nanoGPT's and Megatron's readers do; files in the page cache
+``warm_tokens_alone``   int64 tokens alone
+``warm_short``          int64 tokens and next tokens of as many pieces as the loader's short segment has documents
+``cold_copy``           a copy, two bytes a token; files are dropped from the page cache before every round
+``warm_copy``           a copy of cached files; no bound: the copy takes 20 us, and finding documents takes time
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def _throughput(corpus: Corpus, files: list[Path], rounds: int) -> Iterator[Figu
 
 
 def _warm_sides(corpus: Corpus, rng: np.random.Generator) -> dict[str, Callable[[], object]]:
-    """Each with mappings of its own: a page costs its first reader more."""
+    """Each side has its own mappings: the first reader of a page pays more."""
     loader, lengths = _loader(corpus), _lengths(corpus, rng)
-    pair, tokens, copied, short = (Plain(_files(corpus, source), rng) for source in (LONG, LONG, LONG, SHORT))
+    pair, tokens, copied, short = (PlainReader(_files(corpus, source), rng) for source in (LONG, LONG, LONG, SHORT))
     n_long, n_short = loader.n_segments(LONG), loader.n_segments(SHORT)
     return {
         "loader_long": lambda: loader.load([(LONG, int(rng.integers(n_long)))]),
@@ -84,7 +84,7 @@ def _warm_sides(corpus: Corpus, rng: np.random.Generator) -> dict[str, Callable[
 
 
 def _cold(corpus: Corpus, files: list[Path], rounds: int, rng: np.random.Generator) -> Iterator[Figure]:
-    """A step's segments; both sides open anew after the files were dropped: pages that are mapped would stay."""
+    """A step's segments. Both sides reopen the files after the cache was dropped: mapped pages would stay."""
     took: dict[str, list[float]] = {"loader": [], "plain": []}
     for _ in range(rounds):
         for name, open_side in (("loader", _open_loader), ("plain", _open_plain)):
@@ -103,11 +103,11 @@ def _open_loader(corpus: Corpus, rng: np.random.Generator) -> Callable[[], objec
 
 
 def _open_plain(corpus: Corpus, rng: np.random.Generator) -> Callable[[], object]:
-    opened = Plain(_files(corpus, LONG), rng)
+    opened = PlainReader(_files(corpus, LONG), rng)
     return lambda: [opened.copied(SEGMENT_TOKENS) for _ in range(_DP_SIZE)]
 
 
-class Plain:
+class PlainReader:
     """Reads at random places of mapped files."""
 
     def __init__(self, files: list[Path], rng: np.random.Generator) -> None:
@@ -162,7 +162,7 @@ def _alternating(sides: dict[str, Callable[[], object]], rounds: int, n: int) ->
     for _ in range(rounds + 1):
         for name, read in sides.items():
             took[name].append(_seconds_each(read, n, time.thread_time))
-    return {name: times[1:] for name, times in took.items()}  # the first round maps pages
+    return {name: times[1:] for name, times in took.items()}  # the first round maps the pages
 
 
 def _seconds_each(read: Callable[[], object], n: int, clock: Callable[[], float]) -> float:
@@ -173,12 +173,12 @@ def _seconds_each(read: Callable[[], object], n: int, clock: Callable[[], float]
 
 
 def _ratio(plain: list[float], ours: list[float]) -> float:
-    """Median over rounds of our throughput over the plain one's."""
+    """Median over rounds of the loader's throughput over the plain side's."""
     return float(np.median(np.array(plain) / np.array(ours)))
 
 
 def _memory(corpus: Corpus) -> Iterator[Figure]:
-    """Memory that is not a mapped file's, between the first tenth of an epoch and its end."""
+    """Growth of anonymous memory between the first tenth and the end of an epoch."""
     loader = _loader(corpus)
     grown, steps = [], loader.steps_per_epoch
     for step in range(steps):
@@ -197,9 +197,9 @@ def _anonymous_mib() -> float:
 
 
 def _waiting(corpus: Corpus) -> Iterator[Figure]:
-    """Share of their attention's time that the ranks of a micro-step wait for its dearest segment, in a plain permutation and in ours.
+    """Share of attention time that ranks wait for the costliest segment of a micro-batch, in random order and in ours.
 
-    Over short segments, and over long ones whose documents do not see each other.
+    Segments are short, or long with a document mask.
     """
     for window in (SHORT, LONG):
         table = corpus.segment_table(window)
@@ -213,5 +213,5 @@ def _waiting(corpus: Corpus) -> Iterator[Figure]:
         yield Figure(f"attention_wait_{window}", _waited(costs[ours].reshape(-1, _DP_SIZE)), at_most=0.1)
 
 
-def _waited(micro_steps: np.ndarray) -> float:
-    return float(1 - micro_steps.mean() / micro_steps.max(axis=1).mean())
+def _waited(micro_batches: np.ndarray) -> float:
+    return float(1 - micro_batches.mean() / micro_batches.max(axis=1).mean())

@@ -1,9 +1,9 @@
-"""Stage 2 at full size: the paper's mix of 10B tokens planned from five million synthetic document lengths, in a process of its own.
+"""The segment table at full size: the paper's mix of 10B tokens from five million synthetic document lengths.
 
-Prints the plan's table, then seconds, peak memory, error of the mix by source and bucket, and padding of short segments by sequence-parallel
-size: for the documents of the paper's sources, for the released example's short mix (half of whose tokens are documents of 4k to 8k), and for
-documents of the upper half of the window alone, which nothing can fill up. Lengths are lognormal mixtures: web pages around a kilotoken,
-papers around 14k, books around 110k.
+Prints the mix, then seconds, peak memory, error of the mix by source and bucket, and padding of short segments by
+sequence-parallel size. Padding is measured for three sets of documents: the paper's sources; the released example's
+short mix, half of it documents of 4k to 8k tokens; and documents of the upper half of the window alone, which leave
+gaps that no document fills. Lengths are lognormal mixtures: web pages around 1k tokens, papers 14k, books 110k.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHAPES = {  # source: (share of all documents, ((share of its documents, median 
     "starcoder": (0.08, ((0.90, 800, 1.5), (0.10, 30_000, 1.0))),
     "fineweb_edu": (0.40, ((1.0, 700, 0.9),)),
 }
-SIZES = (1, 2, 4, 8, 16)  # sp 16 makes shards of 8192 tokens, as long as the longest short document
+SIZES = (1, 2, 4, 8, 16)  # sp 16: sequence shards of 8192 tokens, the longest short document
 OTHER = ((2048, 16), (2048, 64), (4096, 32))  # (L0, sp) of further models, all at 128k
 SECONDS, GIB, ERROR, PADDING = 60.0, 4.0, 0.005, 0.01
 
@@ -45,7 +45,7 @@ def lengths_of(n_documents: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def measure(quick: bool) -> Iterator[Figure]:
-    """Figures of the plan of 10B tokens (quick: 500M)."""
+    """Figures of a segment table of 10B tokens (quick: 500M)."""
     result = _in_a_process("whole", quick)
     print(result["table"], flush=True)
     yield Figure("planned_tokens", result["planned_tokens"])
@@ -58,12 +58,12 @@ def measure(quick: bool) -> Iterator[Figure]:
         for one in result[f"by_{what}"]:
             yield Figure(f"mix_error_{what}_{one[what]}", abs(one["error"]), at_most=ERROR)
     yield Figure("most_repeats", result["most_repeats"], at_most=4.0)
-    for name, share in _in_a_process("padding", quick=False)["padding"].items():  # fewer documents would measure the last segment
+    for name, share in _in_a_process("padding", quick=False)["padding"].items():  # with fewer documents, the last segment would dominate
         yield Figure(name, share, at_most=None if "upper_half" in name else PADDING)
 
 
 def _in_a_process(what: str, quick: bool) -> dict[str, Any]:
-    """Run this module as a program, so that its peak of memory is its own."""
+    """Run this module in a process, whose peak memory is then the module's own."""
     command = [sys.executable, "-m", "tools.bench.data_plan", what, "quick" if quick else "full"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
@@ -100,7 +100,7 @@ def _whole(n_documents: int, share: float) -> dict[str, Any]:
 
 
 def _padding(n_documents: int) -> dict[str, Any]:
-    """Padding of short segments of 131072 tokens, a tenth of the documents for each size."""
+    """Padding of short segments of 131072 tokens, from a tenth of the documents."""
     made = lengths_of(n_documents // 10, seed=1)
     everything = np.concatenate(list(made.values()))
     shares = {f"padding_l0_{window}_sp_{sp}": _padding_of(everything[everything <= window], sp) for window, sp in OTHER}
@@ -112,7 +112,7 @@ def _padding(n_documents: int) -> dict[str, Any]:
 
 
 def _released_mix(lengths: np.ndarray) -> np.ndarray:
-    """Documents of 64-2k, 2k-4k and 4k-9k (cut at 8192) with tokens as 1 : 1 : 2."""
+    """Documents of 64-2k, 2k-4k and 4k-9k tokens (cut at 8192), their tokens as 1 : 1 : 2."""
     rng, parts = np.random.default_rng(2), []
     middle = [lengths[(lengths > low) & (lengths <= high)].clip(0, 8192) for low, high in ((63, 2048), (2048, 4096), (4096, 9216))]
     budget = min(part.sum() / weight for part, weight in zip(middle, (1, 1, 2), strict=True))

@@ -1,11 +1,12 @@
-"""MB of text per CPU second from a .jsonl file to finished stores, beside ``datasets.map`` with the same tokenizer on the same file.
+"""Tokenizing: MB of text per CPU second from a .jsonl file to finished stores, beside ``datasets.map``.
 
-Each side runs in a process of its own, on one core's worth of threads, and is charged its CPU seconds (user and system, children
-included), so that a busy machine blurs little; the sides are interleaved and the medians compared. Ours includes reading, checking, hashing,
-writing and checksums; ``datasets.map`` includes reading and its cache file. The ids of all sides must be the same.
+Each side runs in its own process with single-threaded libraries. Speed counts CPU seconds (user and system, children
+included), which other load disturbs little. Sides are interleaved, and medians compared. Our sides include reading,
+checking, hashing, writing and checksums; ``datasets.map`` includes reading and its cache file. All sides must produce
+the same ids.
 
-Text and tokenizer are those of the environment, LR2TRAIN_BENCH_TEXT (a folder of .txt files, repeated) and LR2TRAIN_BENCH_TOKENIZER (a
-tokenizer.json); else Python's standard library and a BPE of 8192 entries trained on it.
+LR2TRAIN_BENCH_TEXT names a folder of .txt files, which are repeated. LR2TRAIN_BENCH_TOKENIZER names a tokenizer.json.
+The defaults are Python's standard library and a BPE of 8192 entries trained on it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ROUNDS = 3
 
 
 def measure(quick: bool) -> Iterable[Any]:
-    """The figures of ``tools/bench/data.py tokenize``."""
+    """MB per CPU second of each side (quick: less text, one round)."""
     from tools.bench.figures import Figure
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,7 +55,7 @@ def measure(quick: bool) -> Iterable[Any]:
 
 
 def write_text(folder: Path, size: int) -> int:
-    """``documents.jsonl`` and ``tokenizer.json``; returns the bytes of text."""
+    """Write ``documents.jsonl`` and ``tokenizer.json``; returns the bytes of text."""
     texts = list(_texts(os.environ.get("LR2TRAIN_BENCH_TEXT")))
     given = os.environ.get("LR2TRAIN_BENCH_TOKENIZER")
     if given:
@@ -72,7 +73,7 @@ def write_text(folder: Path, size: int) -> int:
 
 
 def _train(texts: list[str]) -> Any:
-    """A byte-level BPE that cuts words as GPT-2 does, which both sides know (they know not our own rule for digits)."""
+    """A byte-level BPE with GPT-2's word splitting; gigatoken does not know lr2train's own rule for digits."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer(models.BPE())
@@ -81,7 +82,8 @@ def _train(texts: list[str]) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "</s>"]
     core.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=8192, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=8192, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     return core
 
@@ -96,7 +98,7 @@ def _texts(path: str | None) -> Iterator[str]:
 
 
 def _documents(texts: list[str]) -> Iterator[str]:
-    """Texts cut into documents, over and over."""
+    """Texts cut into documents, repeated without end."""
     number = 0
     while True:
         for text in texts:
@@ -109,9 +111,16 @@ def _documents(texts: list[str]) -> Iterator[str]:
 
 
 def _run(side: str, folder: Path, size: int) -> dict[str, Any]:
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, side, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "tools.bench.data_tokenize", side, str(folder)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{side} failed:\n{done.stderr}")
     result = json.loads(done.stdout.splitlines()[-1])
@@ -124,15 +133,22 @@ def _cpu_s() -> float:
 
 
 def _map_side(folder: Path) -> tuple[float, float, Iterator[Any]]:
-    """As users do it: a fast tokenizer of transformers in a batched map with one process."""
+    """The usual way: a fast tokenizer of transformers in a batched map with one process."""
     from datasets import load_dataset
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     before, started = _cpu_s(), time.monotonic()
-    data = load_dataset("json", data_files=str(folder / "documents.jsonl"), split="train", cache_dir=str(folder / f"cache-{os.getpid()}"))
+    data = load_dataset(
+        "json",
+        data_files=str(folder / "documents.jsonl"),
+        split="train",
+        cache_dir=str(folder / f"cache-{os.getpid()}"),
+    )
     made = data.map(
-        lambda rows: {"ids": tokenizer(rows["text"], add_special_tokens=False)["input_ids"]}, batched=True, remove_columns=["text"]
+        lambda rows: {"ids": tokenizer(rows["text"], add_special_tokens=False)["input_ids"]},
+        batched=True,
+        remove_columns=["text"],
     )
     return _cpu_s() - before, time.monotonic() - started, iter(made.with_format("numpy")["ids"])
 

@@ -1,4 +1,4 @@
-"""Benchmarks by command: figures printed last, one a line as ``name: value``, and the exit status that says whether all bounds hold."""
+"""Figures of benchmarks: printed last, one ``name: value`` a line; the exit status says whether all bounds hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Figure(NamedTuple):
-    """One measured number; ``at_most`` and ``at_least`` are the bounds that it is held to, if any."""
+    """One measured number; ``at_most`` and ``at_least`` are its bounds, if any."""
 
     name: str
     value: float
@@ -18,14 +18,14 @@ class Figure(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the value keeps its bounds (nan keeps none)."""
+        """Whether the value keeps its bounds; nan keeps none."""
         below = self.at_most is None or self.value <= self.at_most
         above = self.at_least is None or self.value >= self.at_least
         return below and above
 
 
 def conclude(figures: Iterable[Figure]) -> int:
-    """Print the figures, say which bounds are missed, and return the exit status: 1 where one is, else 0."""
+    """Print missed bounds, then all figures; the exit status is 1 where a bound is missed, else 0."""
     figures = list(figures)
     for figure in figures:
         if not figure.holds:
@@ -37,9 +37,10 @@ def conclude(figures: Iterable[Figure]) -> int:
 
 
 def main(doc: str | None, subject: str, commands: Sequence[str]) -> int:
-    """The command line of a benchmark whose commands are modules ``tools.bench.<subject>_<command>`` with ``measure(quick) -> figures``."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line over modules ``tools.bench.<subject>_<command>``, each with ``measure(quick) -> figures``."""
+    prog = f"python -m tools.bench.{subject}"
+    parser = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands)
-    parser.add_argument("--quick", action="store_true", help="a smaller input, for a look; the bounds are meant for the whole one")
+    parser.add_argument("--quick", action="store_true", help="a smaller input; the bounds are meant for the full one")
     arguments = parser.parse_args()
     return conclude(importlib.import_module(f"tools.bench.{subject}_{arguments.command}").measure(arguments.quick))

@@ -1,13 +1,15 @@
-"""Racing, its parts and CMA-ES beside the paper's plain loop: document-forwards, and perplexity on needles that no search has seen.
+"""Search algorithms beside the paper's plain loop: document-forwards, and perplexity on held-out needles.
 
     python -m tools.bench.search [--quick]
 
-Every search is a run of `python -m lr2train.search` on the demo's tiny model, one process each, as many at a time as --processes. Whatever has been
-finished is not run again. Plain and racing searches of a seed have the same population, iterations and operators and start from the
-same candidates. Winners are then scored on documents that nobody has seen, the same for all: over source files of an installed package
-that is in no corpus, each another file, in the paper's form (one question, needle at the start) with distractors, and the same with the
-needle at five depths. A quick run has too few seeds to tell alike searches apart: it takes them for alike within a standard error.
-Figures last, one a line as ``name: value``; exits with 1 where a bound is missed.
+Every search is a run of ``python -m lr2train.search`` on the demo's tiny model, in its own process. Finished searches
+are not run again. Plain and racing searches of a seed share population size, iterations, operators and the first
+candidates.
+
+All winners are scored on the same held-out documents, which no corpus holds: each is a source file of an installed
+package. Documents have the paper's form (one question, needle at the start) with distractors; a second set has the
+needle at five depths. A quick run has too few seeds to tell similar searches apart, so its bound allows one standard
+error. The last lines read ``name: value``. Exits with 1 where a bound is missed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lr2train import config, progress, run
+from lr2train import progress, run
+from lr2train.cli.composition import compose
+from lr2train.config import NeedleConfig
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import NeedleDocument, NeedleMaker
 from lr2train.model import load, rotary
@@ -38,10 +42,10 @@ from lr2train.rope import METHODS, Factors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-BOUND = "surrogate"  # the search that is held to the bounds: what `search=` is by default
+BOUND = "surrogate"  # the search with bounds: the default of ``search=``
 COST_BOUND = 0.25  # of the plain loop's document-forwards
-LICENSE_CHARACTERS = 2000  # what stands at the top of every file
-NEEDLES = 21  # in every document, asked for or not: a lone needle is found by every good candidate
+LICENSE_CHARACTERS = 2000  # the license at the top of every file is skipped
+NEEDLES = 21  # in every document, asked for or not: every good candidate finds a single needle
 ONE = ["search.questions=1", f"search.distractors={NEEDLES - 1}"]
 FOUR = ["search.questions=4", f"search.distractors={NEEDLES - 4}"]
 PLAIN = ["search.racing=false", "search.documents=10", "search.final_documents=0", *ONE]
@@ -53,30 +57,42 @@ VARIANTS = {
     "cmaes": [*RACING, "search.algorithm=cmaes"],
     "surrogate": [*ONE, "search.algorithm=surrogate", "search.documents=20", "search.final_documents=24"],
 }
-WHAT = {
-    "plain": "the paper's loop: everyone on 10 documents of one question",
+COLUMNS = (
+    "variant",
+    "seed",
+    "document-forwards",
+    "rcd",
+    "attention factor",
+    "search perplexity",
+    "held-out: start",
+    "held-out: depths",
+)
+DESCRIPTIONS = {
+    "plain": "the paper's loop: every candidate on 10 documents of one question",
     "racing_only": "the same documents, hopeless candidates dropped",
     "racing": "3 documents of 4 questions, racing, the last top_k on 24 further documents",
-    "cmaes": "CMA-ES in the place of evolution, on racing's documents",
-    "surrogate": "20 documents of one question and 24 further ones; a Gaussian process over all evaluations says who is evaluated on which",
+    "cmaes": "CMA-ES instead of evolution, on racing's documents",
+    "surrogate": (
+        "20 documents of one question and 24 further documents; a Gaussian process over all evaluations chooses candidates and documents"
+    ),
 }
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much is run."""
+class SearchSize:
+    """Extent of the benchmark."""
 
     seeds: int
     population: int
     generations: int
     top_k: int
     variants: tuple[str, ...]
-    held_out: int  # documents with the needle at the start, and as many at five depths
-    margin: float  # standard errors by which a search may be worse and still pass for as good
+    held_out: int  # documents with the needle at the start, and as many with needles at five depths
+    margin: float  # standard errors by which a search may be worse and still count as equal
 
 
-FULL = Size(5, 32, 8, 8, ("plain", "racing_only", "racing", "cmaes", "surrogate"), 120, 0.0)
-QUICK = Size(4, 16, 4, 4, ("plain", "surrogate"), 40, 1.0)  # too few seeds to tell more
+FULL = SearchSize(5, 32, 8, 8, ("plain", "racing_only", "racing", "cmaes", "surrogate"), 120, 0.0)
+QUICK = SearchSize(4, 16, 4, 4, ("plain", "surrogate"), 40, 1.0)  # too few seeds for a smaller margin
 
 
 def main() -> int:
@@ -93,10 +109,10 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small search, plain and surrogate alone; less than ten minutes")
-    parser.add_argument("--model", default="runs/base/model", help="made by the demo's first two steps where it is missing")
-    parser.add_argument("--corpus", default="runs/corpus", help="made likewise")
-    parser.add_argument("--out", default="runs/bench_search", help="where the searches lie; finished ones are not run again")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="searches at a time, one thread each")
+    parser.add_argument("--model", default="runs/base/model", help="where missing, the demo's first two steps make it")
+    parser.add_argument("--corpus", default="runs/corpus", help="where missing, the demo's first step makes it")
+    parser.add_argument("--out", default="runs/bench_search", help="folder of the searches; finished searches are not run again")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="concurrent searches, one thread each")
     return parser.parse_args()
 
 
@@ -108,7 +124,15 @@ def _make_model(arguments: argparse.Namespace) -> None:
         progress.say("bench_search", f"no model at {arguments.model}: training the demo's base, about five minutes")
         where = _where(Path(arguments.model).parent)
         subprocess.run(
-            ["bash", str(ROOT / "launch" / "run.sh"), "2", "train", "experiment=tiny_base", f"data.path={arguments.corpus}", *where],
+            [
+                "bash",
+                str(ROOT / "launch" / "run.sh"),
+                "2",
+                "train",
+                "experiment=tiny_base",
+                f"data.path={arguments.corpus}",
+                *where,
+            ],
             check=True,
         )
 
@@ -127,31 +151,32 @@ def _call(module: str, *overrides: str) -> None:
 # ---- searches ----
 
 
-def _overrides(arguments: argparse.Namespace, size: Size, variant: str, seed: int) -> list[str]:
+def _overrides(arguments: argparse.Namespace, size: SearchSize, variant: str, seed: int) -> list[str]:
     return [
-        "experiment=tiny_4k", f"model.path={arguments.model}", f"data.path={arguments.corpus}", "device=cpu", "threads=1", f"seed={seed}",
-        f"search.population={size.population}", f"search.generations={size.generations}", f"search.top_k={size.top_k}", *VARIANTS[variant],
+        "experiment=tiny_4k", f"model.path={arguments.model}", f"data.path={arguments.corpus}", "device=cpu",
+        "threads=1", f"seed={seed}", f"search.population={size.population}",
+        f"search.generations={size.generations}", f"search.top_k={size.top_k}", *VARIANTS[variant],
     ]  # fmt: skip
 
 
-def _search_all(arguments: argparse.Namespace, size: Size, folder: Path, jobs: Sequence[tuple[str, int]]) -> None:
+def _search_all(arguments: argparse.Namespace, size: SearchSize, folder: Path, jobs: Sequence[tuple[str, int]]) -> None:
     def one(job: tuple[str, int]) -> None:
         variant, seed = job
-        home = folder / f"{variant}_{seed}"
-        _call("lr2train.search", *_overrides(arguments, size, variant, seed), *_where(home))
+        run_folder = folder / f"{variant}_{seed}"
+        _call("lr2train.search", *_overrides(arguments, size, variant, seed), *_where(run_folder))
 
     _in_order("searches", [job for job in jobs if job[0] != "racing_only"], one, arguments.processes)
     again = [job for job in jobs if job[0] == "racing_only"]
     for variant, seed in again:
-        _lend_journal(folder / f"plain_{seed}", folder / f"{variant}_{seed}")
+        _copy_journal(folder / f"plain_{seed}", folder / f"{variant}_{seed}")
     _in_order("searches over the plain loop's journal", again, one, arguments.processes)
 
 
-def _lend_journal(plain: Path, home: Path) -> None:
-    """The same documents: what the plain loop has evaluated need not be evaluated anew, and counts nevertheless."""
-    if not home.exists():
-        home.mkdir(parents=True)
-        (home / "journal.jsonl").write_text((plain / "journal.jsonl").read_text())
+def _copy_journal(plain: Path, run_folder: Path) -> None:
+    """Reuse the plain loop's evaluations of the same documents; they count as document-forwards all the same."""
+    if not run_folder.exists():
+        run_folder.mkdir(parents=True)
+        (run_folder / "journal.jsonl").write_text((plain / "journal.jsonl").read_text())
 
 
 def _in_order(what: str, jobs: Sequence[Any], one: Callable[[Any], None], processes: int) -> None:
@@ -171,10 +196,10 @@ Task = tuple[str, str, list[NeedleDocument], Factors, str]  # model, name, docum
 
 
 def _score_all(
-    arguments: argparse.Namespace, size: Size, folder: Path, jobs: Sequence[tuple[str, int]]
+    arguments: argparse.Namespace, size: SearchSize, folder: Path, jobs: Sequence[tuple[str, int]]
 ) -> dict[tuple[str, str], list[float]]:
-    """(subject, kind) -> losses per token of every held-out document."""
-    settings = config.compose("search", [*_overrides(arguments, size, "plain", 0), "name=held_out"])
+    """(subject, kind) -> loss per answer token of every held-out document."""
+    settings = compose("search", [*_overrides(arguments, size, "plain", 0), "name=held_out"])
     corpus, length = Corpus.open(arguments.corpus), settings.rope.target_window_tokens
     kinds = {"start": [0.0], "depths": [0.0, 0.25, 0.5, 0.75, 1.0]}
     texts = _unseen_texts(corpus, 2 * size.held_out, length)
@@ -197,7 +222,7 @@ def _score_all(
 
 
 def _unseen_texts(corpus: Corpus, n_texts: int, length: int) -> list[np.ndarray]:
-    """Token ids of the start of so many long source files of transformers: Python as the model knows it, but none of the standard library's."""
+    """Token ids of ``n_texts`` long source files of transformers, which no corpus of the demo holds."""
     import transformers
 
     files = sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"))
@@ -213,7 +238,12 @@ def _unseen_texts(corpus: Corpus, n_texts: int, length: int) -> list[np.ndarray]
 
 
 def _held_out(
-    corpus: Corpus, needles: config.NeedleConfig, texts: Sequence[np.ndarray], length: int, depths: Sequence[float], kind: str
+    corpus: Corpus,
+    needles: NeedleConfig,
+    texts: Sequence[np.ndarray],
+    length: int,
+    depths: Sequence[float],
+    kind: str,
 ) -> list[NeedleDocument]:
     rng, tokenizer = run.stream(20_000, "held_out", kind), corpus.tokenizer
     maker = NeedleMaker(tokenizer.encode, needles.wording, needles.digits, tokenizer.bos, None)
@@ -229,10 +259,10 @@ def _losses(task: Task) -> tuple[tuple[str, str], list[float]]:
     return (name, kind), [score(model, table, "long", one.tokens, one.answer_spans).nll / one.n_answer_tokens for one in documents]
 
 
-# ---- what came out ----
+# ---- report ----
 
 
-def _report(size: Size, folder: Path, held_out: dict[tuple[str, str], list[float]]) -> int:
+def _report(size: SearchSize, folder: Path, held_out: dict[tuple[str, str], list[float]]) -> int:
     results = {
         (variant, seed): json.loads((folder / f"{variant}_{seed}" / "search.json").read_text())
         for variant in size.variants
@@ -240,21 +270,38 @@ def _report(size: Size, folder: Path, held_out: dict[tuple[str, str], list[float
     }
     print(f"P = {size.population}, {size.generations} iterations, top_k = {size.top_k}, {size.seeds} seeds, {NEEDLES} needles a document\n")
     for variant in size.variants:
-        print(f"{variant}: {WHAT[variant]}")
-    print("\nvariant      seed  forwards   rcd  att.factor  its own perplexity   held-out: needle at start   at five depths")
+        print(f"{variant}: {DESCRIPTIONS[variant]}")
+    print()
+    print(_row(*COLUMNS))
     for (variant, seed), one in results.items():
-        start, depths = (_perplexity(held_out[f"{variant}_{seed}", kind]) for kind in ("start", "depths"))
-        print(
-            f"{variant:12} {seed:4} {one['document_forwards']:9} {one['critical_index']:5} {one['attention_factor']:11.3f} "
-            f"{one['perplexity']:19.4f} {start:27.4f} {depths:16.4f}"
+        found = (
+            one["document_forwards"],
+            one["critical_index"],
+            f"{one['attention_factor']:.3f}",
+            f"{one['perplexity']:.4f}",
         )
+        print(_row(variant, seed, *found, *_held_out_perplexities(held_out, f"{variant}_{seed}")))
     for name in ("ntk", "yarn"):
-        start, depths = (_perplexity(held_out[name, kind]) for kind in ("start", "depths"))
-        print(f"{name:12} {'':36} {'':19} {start:14.4f} {depths:16.4f}")
+        print(_row(name, "", "", "", "", "", *_held_out_perplexities(held_out, name)))
     return _figures(size, folder, results, held_out)
 
 
-def _figures(size: Size, folder: Path, results: dict[tuple[str, int], dict[str, Any]], held_out: dict[tuple[str, str], list[float]]) -> int:
+def _held_out_perplexities(held_out: dict[tuple[str, str], list[float]], subject: str) -> list[str]:
+    return [f"{_perplexity(held_out[subject, kind]):.4f}" for kind in ("start", "depths")]
+
+
+def _row(*cells: object) -> str:
+    """A line of the table; each column is as wide as its heading."""
+    first, *others = (f"{cell}" for cell in cells)
+    return f"{first:12}" + "".join(f"  {cell:>{len(head)}}" for cell, head in zip(others, COLUMNS[1:], strict=True))
+
+
+def _figures(
+    size: SearchSize,
+    folder: Path,
+    results: dict[tuple[str, int], dict[str, Any]],
+    held_out: dict[tuple[str, str], list[float]],
+) -> int:
     print()
     seeds, forwards, perplexity = range(size.seeds), {}, {}
     for variant in size.variants:
@@ -286,7 +333,7 @@ def _figures(size: Size, folder: Path, results: dict[tuple[str, int], dict[str, 
 
 
 def _standard_error(differences: np.ndarray) -> float:
-    """Of the mean of differences [seeds, documents], were other seeds and other documents drawn: by a bootstrap over both."""
+    """Standard error of the mean of differences [seeds, documents], by a bootstrap over seeds and documents."""
     rng, (n_seeds, n_documents) = run.stream(0, "bootstrap"), differences.shape
     drawn = (differences[np.ix_(rng.integers(n_seeds, size=n_seeds), rng.integers(n_documents, size=n_documents))] for _ in range(1000))
     return float(np.std([one.mean() for one in drawn]))

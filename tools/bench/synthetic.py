@@ -1,4 +1,4 @@
-"""A corpus of random tokens, written and planned as ``prepare`` would: for benchmarks that need size and not sense."""
+"""A corpus of random tokens with stores and segment tables as ``prepare`` writes them, for benchmarks."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from lr2train.data.plan import packing, segment_table
 from lr2train.io import seal, write_json
 
 ORIGINAL_WINDOW_TOKENS = 8192
-_SHARDS = 2  # of each source
+_SHARDS = 2  # token shards of each source
 
 
 def make(
     folder: Path, tokens: int, segment_tokens: int, original_window_tokens: int = ORIGINAL_WINDOW_TOKENS, seed: int = 0
 ) -> corpus.Corpus:
-    """A corpus of two sources, each of half the tokens: short documents (median an eighth of the original window) and long ones.
+    """A corpus of two sources with half of the tokens each: short and long documents.
 
-    Long ones have a median of three quarters of a segment, and at most three segments.
+    The median short document is an eighth of the original window. The median long document is three quarters of a
+    segment; the longest is three segments.
     """
     rng = np.random.default_rng(seed)
     vocabulary = tokenizer.train(["a"], tokenizer.SMALLEST_VOCABULARY)
     vocabulary.save(folder / corpus.TOKENIZER)
     borders = {SHORT: (2, original_window_tokens), LONG: (original_window_tokens + 1, 3 * segment_tokens)}
-    medians = {SHORT: original_window_tokens / 8, LONG: segment_tokens * 0.75}  # long: near the middle of the paper's Table 1
+    medians = {
+        SHORT: original_window_tokens / 8,
+        LONG: segment_tokens * 0.75,
+    }  # long: near the middle of the paper's Table 1
     pieces = {}
     for source, window in enumerate(borders):
         lengths = _lengths(rng, tokens // 2, medians[window], *borders[window])
@@ -42,7 +46,7 @@ def make(
 
 
 def _lengths(rng: np.random.Generator, tokens: int, median: float, low: int, high: int) -> np.ndarray:
-    """Lognormal lengths that sum up to about ``tokens``."""
+    """Lognormal lengths that sum to about ``tokens``."""
     drawn = np.clip(rng.lognormal(np.log(median), 1.0, max(16, int(tokens / median))), low, high).astype(np.int32)
     return drawn[: max(1, int(np.searchsorted(drawn.cumsum(dtype=np.int64), tokens)))]
 

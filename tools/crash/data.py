@@ -1,8 +1,11 @@
-"""kill -9 at random moments: of stage 1 of ``prepare`` (real processes, two workers), and of a training epoch.
+"""kill -9 at random moments: of tokenizing in ``prepare`` (real processes, two workers), and of a training epoch.
 
-Stage 1: the job is killed at a random moment after its first shard was begun and started again, over and over, until it has been killed as
-often as asked; a job that got through is compared with one that nobody disturbed, and the next begins anew. A finished shard must never be
-made again: its manifest keeps its time and inode over the restart. Text as in ``data_tokenize``.
+    python -m tools.crash.data [--quick]
+
+Tokenizing: the job is killed at a random moment after it has begun a token shard, and is started again. A job that ends
+before its kill is compared with an undisturbed one, and the next job begins anew. A finished token shard must not be
+made again: its manifest keeps time and inode over the restart. Text as in ``bench.data_tokenize``; the epoch is in
+``data_epoch``. The last lines read ``name: value``. Exits with 1 where a bound is missed.
 """
 
 from __future__ import annotations
@@ -28,34 +31,33 @@ KILLS, QUICK_KILLS = 20, 4
 TEXT_BYTES = 12_000_000
 SHARD_BYTES = 300_000
 WORKERS = 2
-LATEST_S = 4.0  # after the first shard was begun
+LATEST_S = 4.0  # latest kill, after the job has begun a token shard
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATA = (".bin", ".idx", ".lengths.npy", ".targets.npy", ".hashes.npy", ".origins.txt")
 
 
 def measure(quick: bool) -> Iterable[Any]:
-    """The figures of stage 1 and of an epoch."""
+    """Figures of tokenizing and of an epoch."""
     yield from _stage_1(QUICK_KILLS if quick else KILLS)
     yield from data_epoch.measure(quick)
 
 
 def _stage_1(kills: int) -> Iterable[Any]:
-
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_text(folder, TEXT_BYTES)
         _finish(_start(folder, "undisturbed"))
         wanted = _contents(folder / "undisturbed")
-        struck = _strike(folder, kills, wanted)
-    print(f"stage 1: {len(wanted) // len(DATA) // 2} shards; killed with so many finished: {', '.join(map(str, struck['finished']))}")
-    yield Figure("stage_1_kills", len(struck["finished"]), at_least=kills)
-    yield Figure("stage_1_finished_shards_made_again", struck["again"], at_most=0)
-    yield Figure("stage_1_most_shards_in_hand_lost", max(struck["lost"]), at_most=WORKERS)
-    yield Figure("stage_1_corpora_compared", struck["compared"], at_least=1)
-    yield Figure("stage_1_corpora_that_differ", struck["differ"], at_most=0)
+        found = _kill_repeatedly(folder, kills, wanted)
+    print(f"stage 1: {len(wanted) // len(DATA) // 2} shards; killed with so many finished: {', '.join(map(str, found['finished']))}")
+    yield Figure("stage_1_kills", len(found["finished"]), at_least=kills)
+    yield Figure("stage_1_finished_shards_made_again", found["again"], at_most=0)
+    yield Figure("stage_1_most_shards_in_hand_lost", max(found["lost"]), at_most=WORKERS)
+    yield Figure("stage_1_corpora_compared", found["compared"], at_least=1)
+    yield Figure("stage_1_corpora_that_differ", found["differ"], at_most=0)
 
 
-def _strike(folder: Path, kills: int, wanted: dict[str, bytes]) -> dict[str, Any]:
+def _kill_repeatedly(folder: Path, kills: int, wanted: dict[str, bytes]) -> dict[str, Any]:
     moment = random.Random(0)
     found: dict[str, Any] = {"finished": [], "lost": [], "again": 0, "compared": 0, "differ": 0}
     done: dict[str, tuple[int, int]] = {}
@@ -82,8 +84,9 @@ def _strike(folder: Path, kills: int, wanted: dict[str, bytes]) -> dict[str, Any
 
 def _start(folder: Path, name: str) -> subprocess.Popen[bytes]:
     overrides = [
-        f"data.sources=[{{name: text, path: {folder / 'documents.jsonl'}}}]", f"data.tokenizer={folder / 'tokenizer.json'}",
-        "data.segment_tokens=16384", "model.original_window_tokens=2048", f"data.shard_bytes={SHARD_BYTES}", f"data.workers={WORKERS}",
+        f"data.sources=[{{name: text, path: {folder / 'documents.jsonl'}}}]",
+        f"data.tokenizer={folder / 'tokenizer.json'}", "data.segment_tokens=16384",
+        "model.original_window_tokens=2048", f"data.shard_bytes={SHARD_BYTES}", f"data.workers={WORKERS}",
         f"runs_folder={folder}", f"name={name}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "lr2train.prepare", *overrides]
@@ -97,7 +100,7 @@ def _finish(job: subprocess.Popen[bytes]) -> None:
 
 
 def _kill_at(job: subprocess.Popen[bytes], folder: Path, leftovers: set[str], delay_s: float) -> bool:
-    """Kill so long after this job has begun a shard; False where it was through before."""
+    """Kill the job ``delay_s`` after it has begun a token shard; False where it ended before."""
     while job.poll() is None and not _partial(folder) - leftovers:
         time.sleep(0.01)
     try:
@@ -108,27 +111,27 @@ def _kill_at(job: subprocess.Popen[bytes], folder: Path, leftovers: set[str], de
 
 
 def _finished(folder: Path) -> dict[str, tuple[int, int]]:
-    """Finished shards, with what changes where one is made again."""
+    """Finished token shards -> (inode, time), which change where a shard is made again."""
     files = {file.name: file.stat() for file in folder.glob("store/text/train-*.json")}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in files.items()}
 
 
 def _begun(folder: Path) -> int:
-    """Shards that were in hand."""
+    """Token shards that were unfinished."""
     return len({name.split(".")[1].split("-")[1] for name in _partial(folder)})
 
 
 def _partial(folder: Path) -> set[str]:
-    """Files that are being written, or were when their writer died."""
+    """Temporary files of token shards, of a running or a killed writer."""
     return {file.name for file in folder.glob("store/text/.*-*.bin.*.tmp")}
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """The corpus' data, by file."""
+    """File name -> content of the corpus's data files."""
     return {file.name: file.read_bytes() for file in folder.glob("store/text/*") if file.name.endswith(DATA)}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer kills, for a look")
+    parser.add_argument("--quick", action="store_true", help="fewer kills")
     sys.exit(conclude(measure(parser.parse_args().quick)))

@@ -1,12 +1,12 @@
-"""kill -9 at random moments of an epoch: do the steps that survive hold every planned token once?
+"""kill -9 at random moments of an epoch: every planned token must be read exactly once.
 
-A process reads step after step as a training would, on as many data-parallel ranks as it is told, with threads ahead; notes what each step
-held in a journal, and every few steps a checkpoint. It is killed again and again, in its start as in its work, and started again on another
-number of ranks. What comes after the last checkpoint is dropped and read again, as a training does. In the end every step has to stand in
-the journal once, holding what an undisturbed process on one rank would have read, and every segment's tokens have to be those of its
-documents, put together here piece by piece without the loader.
+A process reads step after step as a training does, on a given number of data-parallel ranks, with threads ahead. It
+writes the segments of each step to a journal, and a checkpoint every few steps. The process is killed repeatedly, while
+it starts or reads, and is started again on another number of ranks. As in training, steps after the last checkpoint are
+dropped and read again. In the end the journal must hold every step once, with the segments that an undisturbed process
+on one rank reads. The tokens of each segment must be those of its documents, assembled here without the loader.
 
-``python -m tools.crash.data`` runs it. As a module this file is the process that is killed.
+``python -m tools.crash.data`` runs the measurement. Run as a module, this file is the process that is killed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _CHECKPOINT_EVERY = 5
 
 
 def measure(quick: bool) -> Iterator[Figure]:
-    """Kill and compare."""
+    """Read an epoch under kills and compare (quick: fewer kills, a smaller corpus)."""
     kills = 4 if quick else 20
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -61,14 +61,14 @@ def measure(quick: bool) -> Iterator[Figure]:
 
 
 def _disturb(folder: Path, kills: int, steps: int) -> list[int]:
-    """Read an epoch with kills; returns the steps that stood in the journal at each."""
+    """Read an epoch under kills; returns the steps in the journal at each kill."""
     rng, killed = random.Random(0), list[int]()
     while len(killed) < kills:
         process = _start(folder, rng)
         assert process.stdout is not None
-        if rng.random() < 0.8:  # the others die while they start
+        if rng.random() < 0.8:  # the other processes are killed while they start
             left = steps - _checkpoint(folder / "disturbed")
-            for _ in range(rng.randrange(max(1, left // (kills - len(killed))))):  # the child runs on while its lines are read
+            for _ in range(rng.randrange(max(1, left // (kills - len(killed))))):  # the child continues while its lines are read
                 process.stdout.readline()
         try:
             process.wait(timeout=rng.uniform(0, 0.02))
@@ -85,13 +85,21 @@ def _disturb(folder: Path, kills: int, steps: int) -> list[int]:
 
 def _start(folder: Path, rng: random.Random) -> subprocess.Popen:
     size, threads = rng.choice([1, 2, 4, 8]), rng.choice([1, 3])
-    command = [sys.executable, "-m", "tools.crash.data_epoch", str(folder / "corpus"), str(folder / "disturbed"), str(size), str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.crash.data_epoch",
+        str(folder / "corpus"),
+        str(folder / "disturbed"),
+        str(size),
+        str(threads),
+    ]
     root = str(Path(__file__).resolve().parents[2])
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root})
 
 
 def read_epoch(corpus_folder: Path, folder: Path, dp_size: int, threads: int) -> None:
-    """Go on from the last checkpoint to the end of the epoch."""
+    """Read from the last checkpoint to the end of the epoch."""
     ranks = [_loader(corpus_folder, rank, dp_size) for rank in range(dp_size)]
     done = _checkpoint(folder)
     kept = [line for line in _journal(folder) if line["step"] < done]
@@ -109,7 +117,7 @@ def read_epoch(corpus_folder: Path, folder: Path, dp_size: int, threads: int) ->
 
 
 def _checkpoint(folder: Path) -> int:
-    """Steps that are done for good."""
+    """Steps up to the last checkpoint."""
     return read_json(folder / "checkpoint.json")["step"] if (folder / "checkpoint.json").exists() else 0
 
 
@@ -121,7 +129,7 @@ def _loader(corpus_folder: Path, rank: int, dp_size: int) -> SegmentLoader:
 
 
 def _read(ranks: list[SegmentLoader], step: int) -> list[tuple[str, int, str]]:
-    """Window, number and a digest of the tokens of all ranks' segments."""
+    """(window, number, digest of the tokens) of all ranks' segments."""
     read = []
     for loader in ranks:
         for (window, number), batch in zip(loader.segments(step), loader.batches(step), strict=True):
@@ -140,7 +148,7 @@ def _write_lines(path: Path, lines: list[dict]) -> None:
 
 
 def _journal(folder: Path) -> list[dict]:
-    """The whole lines of a journal; a kill may have cut the last one short."""
+    """Complete lines of the journal; a kill may cut the last line."""
     path = folder / "journal.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
 
@@ -151,7 +159,7 @@ def _expected(corpus: Corpus) -> list[list[tuple[str, int, str]]]:
 
 
 def _missing(corpus: Corpus, lines: list[dict]) -> int:
-    """Planned segments that no step held, and those that were held more often than groups at an epoch's end can borrow."""
+    """Planned segments that no step held, plus repetitions beyond those that fill the groups at an epoch's end."""
     seen = Counter((window, number) for line in lines for window, number, _ in line["segments"])
     wrong = 0
     for window in WINDOWS:
@@ -175,7 +183,7 @@ def _wrong_tokens(corpus: Corpus, lines: list[dict]) -> int:
 
 
 def _runs(values: list[int]) -> str:
-    """Values without their repetitions in a row."""
+    """Values, without repetitions in a row."""
     return ", ".join(str(value) for number, value in enumerate(values) if number == 0 or value != values[number - 1])
 
 

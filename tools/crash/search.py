@@ -1,10 +1,11 @@
-"""Kill -9 a search again and again, on one, two and four ranks in turn, and see that it ends like an undisturbed one.
+"""kill -9 a search repeatedly, on one, two and four ranks in turn: it must end as an undisturbed search does.
 
-    python -m tools.crash.search [--kills 6] [--seed 0] [search=surrogate ...]        needs runs/corpus and runs/base (bash launch/demo.sh makes them)
+    python -m tools.crash.search [--kills 6] [--seed 0] [search=surrogate …]
 
-Every second kill strikes one rank alone: the job has to end by itself with the reason, within a minute, its journal intact. The others strike all
-processes at once. Then the same search is started again on another number of ranks. Figures last, one a line as ``name: value``; exits with 1 where
-a bound is missed.
+Needs runs/corpus and runs/base, which ``bash launch/demo.sh`` makes. Every second kill hits one rank alone; then the
+job must end by itself within a minute, with its journal intact. The other kills hit all processes at once. After each
+kill the same search is started on another number of ranks. The last lines read ``name: value``. Exits with 1 where a
+bound is missed.
 """
 
 import argparse
@@ -18,37 +19,43 @@ import time
 from pathlib import Path
 
 from lr2train.rope.factors import Factors
-from tools.crash.striking import seconds_to_its_end
+from tools.crash.killing import seconds_to_its_end
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 END_BOUND_S = 60.0  # within which the death of a rank has to end the job
 NAME = "crash_search"
 OVERRIDES = [
-    "experiment=tiny_4k", "rope.target_window_tokens=1024", "search.population=16", "search.top_k=4", "search.generations=5", "search.documents=3",
-    "search.questions=8", "search.distractors=4", "search.final_documents=4", "device=cpu", "threads=1",
+    "experiment=tiny_4k", "rope.target_window_tokens=1024", "search.population=16", "search.top_k=4",
+    "search.generations=5", "search.documents=3", "search.questions=8", "search.distractors=4",
+    "search.final_documents=4", "device=cpu", "threads=1",
 ]  # fmt: skip
 
 
 def start(name: str, world: int, overrides: list[str]) -> subprocess.Popen:
-    """The search on so many ranks, in a process group of its own; what it says goes to a file."""
+    """Start the search on ``world`` ranks in its own process group; its output goes to ``runs/<name>.log``."""
     verb = [sys.executable, "-m", "lr2train.search"] if world == 1 else ["bash", "launch/run.sh", str(world), "search"]
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     with (ROOT / "runs" / f"{name}.log").open("a") as log:
         return subprocess.Popen(
-            [*verb, *OVERRIDES, *overrides, f"name={name}"], cwd=ROOT, env=environ, start_new_session=True, stdout=log, stderr=log
+            [*verb, *OVERRIDES, *overrides, f"name={name}"],
+            cwd=ROOT,
+            env=environ,
+            start_new_session=True,
+            stdout=log,
+            stderr=log,
         )
 
 
 def evaluations() -> list[dict]:
-    """The journal's whole lines; a cut last one is no damage."""
+    """Complete lines of the journal; a kill may cut the last line."""
     file = ROOT / "runs" / NAME / "journal.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def wait_for(process: subprocess.Popen, lines: int) -> bool:
-    """Until the journal has so many lines; False where the search ended before."""
+    """Wait until the journal has so many lines; False where the search ended before."""
     while process.poll() is None:
         if len(evaluations()) >= lines:
             return True
@@ -57,10 +64,15 @@ def wait_for(process: subprocess.Popen, lines: int) -> bool:
 
 
 def one_round(number: int, world: int, rng: random.Random, overrides: list[str]) -> float | None:
-    """Start, kill, and see how the job ends; the seconds to its end where one rank was killed, None where the search came through."""
+    """Start and kill the search.
+
+    Returns:
+        Seconds from the death of one rank to the end of the job; 0 where all processes were killed; None where the
+        search ended before the kill.
+    """
     process, alone = start(NAME, world, overrides), number % 2 == 1 and world > 1
-    struck = wait_for(process, len(evaluations()) + rng.randint(1, 12))
-    if not struck:
+    reached = wait_for(process, len(evaluations()) + rng.randint(1, 12))
+    if not reached:
         assert process.returncode == 0, f"the search on {world} ranks ended with {process.returncode}: see runs/{NAME}.log"
         return None
     seconds = seconds_to_its_end(process, NAME, rng.randrange(world) if alone else None, 4 * END_BOUND_S)
@@ -72,11 +84,11 @@ def one_round(number: int, world: int, rng: random.Random, overrides: list[str])
 
 
 def main() -> int:
-    """Run, kill, compare."""
+    """Run, kill and compare; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("overrides", nargs="*", help="of the search's config")
+    parser.add_argument("overrides", nargs="*", help="overrides of the search's config")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     for name in (NAME, f"{NAME}_reference"):
@@ -94,7 +106,7 @@ def main() -> int:
 
 
 def report(ends: list[float]) -> int:
-    """Compare with the undisturbed search and print the figures."""
+    """Compare with the undisturbed search and print the figures; the exit status."""
     folders = [ROOT / "runs" / name for name in (NAME, f"{NAME}_reference")]
     same_winner = Factors.load(folders[0] / "factors.json") == Factors.load(folders[1] / "factors.json")
     keys = ("best", "best_perplexity", "perplexities", "documents", "document_forwards")
@@ -104,7 +116,8 @@ def report(ends: list[float]) -> int:
     entries = evaluations()
     twice = len(entries) - len({(entry["candidate"], entry["document"]) for entry in entries})
     print(
-        f"kills: {len(ends)}\nevaluations: {len(entries)}\nevaluated_twice: {twice}\nslowest_end_after_the_death_of_a_rank_s: {max(ends, default=0.0):.1f}"
+        f"kills: {len(ends)}\nevaluations: {len(entries)}\nevaluated_twice: "
+        f"{twice}\nslowest_end_after_the_death_of_a_rank_s: {max(ends, default=0.0):.1f}"
     )
     print(f"same_generations: {histories[0] == histories[1]}\nsame_winner: {same_winner}")
     return int(not (same_winner and histories[0] == histories[1] and twice == 0 and max(ends, default=0.0) < END_BOUND_S))

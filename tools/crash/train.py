@@ -1,10 +1,11 @@
-"""Kill -9 a ZeRO-3 training again and again, on one, two and four ranks in turn, and see that it ends like an undisturbed one.
+"""kill -9 a ZeRO-3 training repeatedly, on one, two and four ranks in turn: it must end as an undisturbed one does.
 
-    python -m tools.crash.train [--kills 6] [--seed 0] [data.path=... model.path=...]    needs runs/corpus and runs/base (bash launch/demo.sh makes them)
+    python -m tools.crash.train [--kills 6] [--seed 0] [data.path=… model.path=…]
 
-Kills strike in a step, while a checkpoint is written, and when one has just been read (reading writes nothing). Every second one strikes one rank alone:
-the job has to end by itself. Then the same training is started again on another number of ranks, which share segments otherwise (`parallel.sp`).
-Figures last, one a line as ``name: value``; exits with 1 where a bound is missed.
+Needs runs/corpus and runs/base, which ``bash launch/demo.sh`` makes. Kills hit during a step, while a checkpoint is
+written, and right after a checkpoint was read on other ranks. Every second kill hits one rank alone; then the job must
+end by itself. After each kill the same training is started with other ranks and another ``parallel.sp``. The last lines
+read ``name: value``. Exits with 1 where a bound is missed.
 """
 
 import argparse
@@ -17,22 +18,23 @@ import sys
 import time
 from pathlib import Path
 
-from tools.crash.striking import seconds_to_its_end
+from tools.crash.killing import seconds_to_its_end
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 24
-BOUND = 1e-5  # relative; fp32 sums in another order on other ranks, carried on by 24 steps of AdamW
+BOUND = 1e-5  # relative; other ranks sum fp32 in another order, over 24 steps of AdamW
 END_BOUND_S = 60.0  # within which the death of a rank has to end the job
 NAME = "crash_train"
-PLACES = [(2, 1), (4, 2), (1, 1), (2, 2), (4, 4)]  # ranks, and how many of them share a segment
+PLACES = [(2, 1), (4, 2), (1, 1), (2, 2), (4, 4)]  # (ranks, parallel.sp)
 OVERRIDES = [
-    "experiment=tiny_4k", "rope.factors=null", "rope.critical_index=12", "rope.tail=[12.8]", "rope.attention_factor=1.155", f"optim.steps={STEPS}",
-    "data.group_segments=2", "engine.checkpoint_every_steps=2", "logger=jsonl", "device=cpu", "threads=1",
+    "experiment=tiny_4k", "rope.factors=null", "rope.critical_index=12", "rope.tail=[12.8]",
+    "rope.attention_factor=1.155", f"optim.steps={STEPS}", "data.group_segments=2",
+    "engine.checkpoint_every_steps=2", "logger=jsonl", "device=cpu", "threads=1",
 ]  # fmt: skip
 
 
 def start(name: str, world: int, sp: int, overrides: list[str]) -> subprocess.Popen:
-    """The training on so many ranks, in a process group of its own; what it says goes to a file."""
+    """Start the training on ``world`` ranks in its own process group; its output goes to ``runs/<name>.log``."""
     verb = [sys.executable, "-m", "lr2train.train"] if world == 1 else ["bash", "launch/run.sh", str(world), "train"]
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     with (ROOT / "runs" / f"{name}.log").open("a") as log:
@@ -41,16 +43,16 @@ def start(name: str, world: int, sp: int, overrides: list[str]) -> subprocess.Po
 
 
 def losses(name: str) -> dict[int, float]:
-    """step -> loss of a run's metrics.jsonl, but for a cut last line; every step once."""
+    """step -> loss from metrics.jsonl, without a cut last line; each step must occur once."""
     file = ROOT / "runs" / name / "metrics.jsonl"
     text = file.read_text().splitlines(keepends=True) if file.exists() else []
     lines = [json.loads(line) for line in text if line.endswith("\n")]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "a step is missing or stands twice"
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "a step is missing or recorded twice"
     return {line["step"]: line["loss"] for line in lines}
 
 
 def written_by() -> int | None:
-    """How many ranks wrote the latest checkpoint."""
+    """Ranks that wrote the latest checkpoint; None without a checkpoint."""
     folder = ROOT / "runs" / NAME / "checkpoints"
     latest = folder.with_name("checkpoints.latest.json")
     if not latest.exists():
@@ -60,12 +62,12 @@ def written_by() -> int | None:
 
 
 def divided_anew() -> int:
-    """How often a checkpoint was read on other ranks than wrote it."""
+    """Checkpoints so far that were read on another number of ranks, from the log."""
     return (ROOT / "runs" / f"{NAME}.log").read_text().count("was divided anew")
 
 
 def wait_for(process: subprocess.Popen, condition) -> bool:
-    """Until something is seen from outside; False where the training ended before."""
+    """Wait until ``condition()``; False where the training ended before."""
     while process.poll() is None:
         if condition():
             return True
@@ -74,7 +76,7 @@ def wait_for(process: subprocess.Popen, condition) -> bool:
 
 
 def moment(kind: str, rng: random.Random):
-    """A condition that comes true once: when a step is done, when a checkpoint has been begun, when one has been read on other ranks."""
+    """A condition: some steps later, at the begin of a checkpoint, or after one was read on other ranks."""
     folder, before, begun = ROOT / "runs" / NAME, len(losses(NAME)), divided_anew()
     if kind == "step":
         further = rng.randint(2, 5)
@@ -86,18 +88,24 @@ def moment(kind: str, rng: random.Random):
 
 
 def one_round(number: int, rng: random.Random, overrides: list[str]) -> float | None:
-    """Start, kill, and see how the job ends; the seconds to its end where one rank was killed, None where the training came through."""
+    """Start and kill the training.
+
+    Returns:
+        Seconds from the death of one rank to the end of the job; 0 where all processes were killed; None where the
+        training ended before the kill.
+    """
     (world, sp), alone = PLACES[number % len(PLACES)], number % 2 == 1
     kind = ("writing", "step", "read")[number % 3]
     if kind == "read" and written_by() in (None, world):
-        kind = "step"  # nothing is divided anew
+        kind = "step"  # the same ranks divide nothing anew
     process = start(NAME, world, sp, overrides)
     if not wait_for(process, moment(kind, rng)):
         assert process.returncode == 0, f"the training on {world} ranks ended with {process.returncode}: see runs/{NAME}.log"
         return None
     seconds = seconds_to_its_end(process, NAME, rng.randrange(world) if alone else None, 4 * END_BOUND_S)
     print(
-        f"kill {number}: {'one rank' if alone else 'everything'} of {world} (sp {sp}), moment: {kind}, {len(losses(NAME))} steps in metrics.jsonl, "
+        f"kill {number}: {'one rank' if alone else 'everything'} of {world} (sp {sp}), moment: {kind}, "
+        f"{len(losses(NAME))} steps in metrics.jsonl, "
         f"ended after {seconds:.1f} s",
         file=sys.stderr,
     )
@@ -105,11 +113,11 @@ def one_round(number: int, rng: random.Random, overrides: list[str]) -> float | 
 
 
 def main() -> int:
-    """Run, kill, compare."""
+    """Run, kill and compare; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("overrides", nargs="*", help="of the training's config")
+    parser.add_argument("overrides", nargs="*", help="overrides of the training's config")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     for name in (NAME, f"{NAME}_reference"):
@@ -130,7 +138,7 @@ def main() -> int:
 
 
 def report(ends: list[float]) -> int:
-    """Compare with the undisturbed training and print the figures."""
+    """Compare with the undisturbed training and print the figures; the exit status."""
     expected, found = losses(f"{NAME}_reference"), losses(NAME)
     worst = max(abs(found[step] - expected[step]) / expected[step] for step in expected)
     last = abs(found[STEPS] - expected[STEPS]) / expected[STEPS]

@@ -1,19 +1,23 @@
-"""Are attention's kernels right on this GPU, and how close to its limits is one rank's work?  python -m tools.gpu.check [--quick]
+"""Check attention kernels on this GPU: are they correct, and how fast is the work of one rank?
 
-Three parts with their details, then one table that sums them up, and one JSON (--out):
+    python -m tools.gpu.check [--quick]
 
-  parity     every kernel that can be imported (flash-attn 3 and 2, torch's varlen; the CPU's), forward and backward, against attention
-             written out in float64: head sizes to 256, MHA/GQA/MQA, packed spans, sliding windows, bf16 and fp16, whole rows, blocks with
-             merged log-sum-exp, and the strategies on simulated ranks. Errors are ratios to plain attention's in the same dtype.
-  attention  what one rank of LLaMA3-8B at 128k and sp=8 computes in a layer, under ulysses and on the ring, forward and backward, beside
-             plain calls of the same kernel on the same work, torch's attention and ring-flash-attn where importable; TFLOP/s, causal count.
-             Target: at most 5 % longer than the plain kernel.
-  layer      that rank's whole decoder layer (projections, MLP, norms, recomputation as overhead) and chunked loss: TFLOP/s and share of
-             the bf16 peak. Target: 55 % or more.
+Three parts print details. A summary table and one JSON file (--out) follow.
 
-Exits with 1 where a kernel is wrong, one of ours fails or a target is missed, with 2 where it cannot start. --device cpu runs the same code
-on small shapes and asserts parity alone, and --quick shortens everything and asserts no speed: both are for a look. Nothing is downloaded
-and no setting of the GPU is changed. A part that does not fit into memory goes on with half the tokens and says so.
+  parity     Every importable kernel (flash-attn 3 and 2, torch's varlen, the CPU kernel), forward and backward, beside
+             attention written out in float64. Cases: head sizes up to 256, MHA/GQA/MQA, packed spans, sliding windows,
+             bf16 and fp16, whole segments, blocks with merged log-sum-exp, strategies on simulated ranks. An error is
+             a ratio to the error of plain attention in the same dtype.
+  attention  One layer's attention on one rank of LLaMA3-8B at 128k and sp=8, under ulysses and on the ring, beside
+             plain calls of the same kernel on the same pairs, torch's attention, and ring-flash-attn where importable.
+             TFLOP/s count causal pairs. Target: at most 5 % longer than the plain kernel.
+  layer      The same rank's whole decoder layer (projections, MLP, norms; recomputation is overhead) and the chunked
+             loss: TFLOP/s and share of the bf16 peak. Target: at least 55 %.
+
+Exit codes: 1 where a kernel is wrong, one of our calls fails or a target is missed; 2 where the check cannot start.
+--device cpu runs the same code on small shapes and asserts parity alone. --quick shortens every part and asserts no
+speed. Nothing is downloaded, and no setting of the GPU changes. A part that does not fit into memory continues with
+half the tokens, and says so.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from tools.gpu import layer as gpu_layer
 from tools.gpu import parity as gpu_parity
 from tools.gpu import slice as gpu_slice
 from tools.gpu import timing as gpu_timing
-from tools.gpu.kernels import at_hand
+from tools.gpu.kernels import available
 from tools.gpu.peaks import peak_tflops
 from tools.gpu.tables import Line, show_parity, show_speed, show_summary
 
@@ -55,14 +59,14 @@ T = TypeVar("T")
 
 @dataclass
 class Findings:
-    """What was found so far: the JSON, and the figures that decide how the check ends."""
+    """Results so far: the JSON, and the figures that decide the exit status."""
 
     out: Path
     json: dict[str, Any]
     figures: list[Figure] = field(default_factory=list)
 
     def add(self, part: str, rows: Any, figures: Sequence[Figure]) -> None:
-        """Take in a part, and write the file anew: what was measured stays when a later part breaks."""
+        """Add a part and rewrite the file, so that results survive a crash of a later part."""
         self.figures += figures
         self.json[part] = rows
         self.json["figures"] = [{**figure._asdict(), "holds": figure.holds} for figure in self.figures]
@@ -79,19 +83,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(setting, arguments)
 
 
-def run(setting: gpu_slice.Setting, arguments: argparse.Namespace) -> int:
-    """All parts asked for; the exit status."""
-    hand = at_hand(setting.device)
-    about = {"machine": _machine(setting.device), "setting": _plain(setting), "kernels": hand.names, "not_importable": hand.missing}
+def run(setting: gpu_slice.SliceSetting, arguments: argparse.Namespace) -> int:
+    """Run the parts of ``--only``; the exit status."""
+    found = available(setting.device)
+    about = {
+        "machine": _machine(setting.device),
+        "setting": _plain(setting),
+        "kernels": found.names,
+        "not_importable": found.missing,
+    }
     findings = Findings(Path(arguments.out), {"format": 1, **about})
-    for line in hand.missing:
+    for line in found.missing:
         print(line)
     print(_described(setting, findings.json["machine"]))
     asserted = setting.device.type == "cuda" and not arguments.quick
     if "parity" in arguments.only:
-        _parity(findings, setting, hand.names, arguments.quick)
+        _parity(findings, setting, found.names, arguments.quick)
     if "attention" in arguments.only:
-        _attention(findings, setting, hand.names, asserted)
+        _attention(findings, setting, found.names, asserted)
     if "layer" in arguments.only:
         _layer(findings, setting, arguments.peak, asserted)
     show_summary(findings.figures)
@@ -102,57 +111,64 @@ def run(setting: gpu_slice.Setting, arguments: argparse.Namespace) -> int:
 # ---- the parts ----
 
 
-def _parity(findings: Findings, setting: gpu_slice.Setting, kernels: Sequence[str], quick: bool) -> None:
+def _parity(findings: Findings, setting: gpu_slice.SliceSetting, kernels: Sequence[str], quick: bool) -> None:
     cpu = setting.device.type == "cpu"
     dtypes = (torch.float32, torch.bfloat16) if cpu else (torch.bfloat16, torch.float16)
     rows = []
     for row in gpu_parity.check(kernels, setting.device, dtypes, quick or cpu):
-        say("gpu_check", f"parity: {row.kernel}, {row.level}, {row.dtype}: {'passes' if row.passes else 'FAILS'} {row.error or ''}")
+        say(
+            "gpu_check",
+            f"parity: {row.kernel}, {row.level}, {row.dtype}: {'passes' if row.passes else 'FAILS'} {row.error or ''}",
+        )
         rows.append(row)
     show_parity(rows)
     failures = sum(not row.passes for row in rows)
-    findings.add("parity", [{**asdict(row), "passes": row.passes} for row in rows], [Figure("parity_failures", failures, at_most=0)])
+    findings.add(
+        "parity",
+        [{**asdict(row), "passes": row.passes} for row in rows],
+        [Figure("parity_failures", failures, at_most=0)],
+    )
 
 
-def _attention(findings: Findings, setting: gpu_slice.Setting, kernels: Sequence[str], asserted: bool) -> None:
+def _attention(findings: Findings, setting: gpu_slice.SliceSetting, kernels: Sequence[str], asserted: bool) -> None:
     before = gpu_timing.clocks(setting.device)
-    races = {name: _fitting(setting, f"attention, {name}", partial(_race_attention, name, kernels)) for name in STRATEGIES}
-    failures = sum(len(kernels) if race is None else race.failures for race in races.values())
-    slices = [race for race in races.values() if race is not None]
+    slices = {name: _fitting(setting, f"attention, {name}", partial(_time_attention, name, kernels)) for name in STRATEGIES}
+    failures = sum(len(kernels) if one is None else one.failures for one in slices.values())
+    measured = [one for one in slices.values() if one is not None]
     bound = OVER_PLAIN if asserted else None
-    figures = [Figure(f"attention_{one.strategy}_{name}_over_plain", one.ratio(ours), bound) for one in slices for name, ours in one.ours]
-    lines = [Line(one.strategy, one.n_tokens, name, lane, one.beside(name)) for one in slices for name, lane in one.lanes.items()]
+    figures = [Figure(f"attention_{one.strategy}_{name}_over_plain", one.ratio(ours), bound) for one in measured for name, ours in one.ours]
+    lines = [Line(one.strategy, one.n_tokens, name, timing, one.beside(name)) for one in measured for name, timing in one.timings.items()]
     clocks = {"before": before, "after": gpu_timing.clocks(setting.device)}
     show_speed(f"attention of rank {setting.rank} of {setting.sp}, one layer of {setting.model.name}", lines, clocks)
     rows = {"rows": [line.json() for line in lines], "clocks": clocks}
     findings.add("attention", rows, [*figures, Figure("attention_failures", failures, at_most=0)])
 
 
-def _race_attention(strategy: str, kernels: Sequence[str], setting: gpu_slice.Setting) -> gpu_slice.Rivals:
-    return gpu_slice.race_attention(setting, strategy, kernels)
+def _time_attention(strategy: str, kernels: Sequence[str], setting: gpu_slice.SliceSetting) -> gpu_slice.SliceTimings:
+    return gpu_slice.time_attention(setting, strategy, kernels)
 
 
-def _layer(findings: Findings, setting: gpu_slice.Setting, peak: float | None, asserted: bool) -> None:
+def _layer(findings: Findings, setting: gpu_slice.SliceSetting, peak: float | None, asserted: bool) -> None:
     if peak is None and setting.device.type == "cuda":
-        print(f"no bf16 peak is known for {torch.cuda.get_device_name(setting.device)}: give --peak TFLOPS; the layer has no target now")
+        print(f"the bf16 peak of {torch.cuda.get_device_name(setting.device)} is unknown, so the layer has no target; give --peak TFLOPS")
     before = gpu_timing.clocks(setting.device)
-    steps = {name: _fitting(setting, f"layer, {name}", partial(_race_layer, name)) for name in STRATEGIES}
+    steps = {name: _fitting(setting, f"layer, {name}", partial(_time_layer, name)) for name in STRATEGIES}
     failures = sum(step is None or step.failed for step in steps.values())
     measured = [step for step in steps.values() if step is not None]
     figures = [figure for step in measured for figure in _layer_figures(step, setting, peak, asserted)]
-    lines = [Line(step.strategy, step.n_tokens, name, lane) for step in measured for name, lane in step.lanes.items()]
+    lines = [Line(step.strategy, step.n_tokens, name, timing) for step in measured for name, timing in step.timings.items()]
     clocks = {"before": before, "after": gpu_timing.clocks(setting.device)}
     show_speed(f"decoder layer of rank {setting.rank} of {setting.sp}, {setting.model.name}", lines, clocks)
     rows = {"rows": [line.json() for line in lines], "clocks": clocks, "peak_tflops": peak}
     findings.add("layer", rows, [*figures, Figure("layer_failures", failures, at_most=0)])
 
 
-def _race_layer(strategy: str, setting: gpu_slice.Setting) -> gpu_layer.Step:
-    chunk_tokens = min(LOSS_CHUNK_TOKENS, max(1, setting.n_tokens // setting.sp // 2))  # two chunks at least
-    return gpu_layer.race_layer(setting, strategy, chunk_tokens)
+def _time_layer(strategy: str, setting: gpu_slice.SliceSetting) -> gpu_layer.LayerStep:
+    chunk_tokens = min(LOSS_CHUNK_TOKENS, max(1, setting.n_tokens // setting.sp // 2))  # at least two chunks
+    return gpu_layer.time_layer(setting, strategy, chunk_tokens)
 
 
-def _layer_figures(step: gpu_layer.Step, setting: gpu_slice.Setting, peak: float | None, asserted: bool) -> list[Figure]:
+def _layer_figures(step: gpu_layer.LayerStep, setting: gpu_slice.SliceSetting, peak: float | None, asserted: bool) -> list[Figure]:
     name = f"layer_{step.strategy}"
     figures = [
         Figure(f"{name}_tflops_per_s", step.tflops_per_s),
@@ -161,35 +177,52 @@ def _layer_figures(step: gpu_layer.Step, setting: gpu_slice.Setting, peak: float
     ]
     if peak is None:
         return figures
-    return [Figure(f"{name}_share_of_peak", step.tflops_per_s / peak, at_least=SHARE_OF_PEAK if asserted else None), *figures]
+    return [
+        Figure(f"{name}_share_of_peak", step.tflops_per_s / peak, at_least=SHARE_OF_PEAK if asserted else None),
+        *figures,
+    ]
 
 
-def _fitting(setting: gpu_slice.Setting, what: str, measure: Callable[[gpu_slice.Setting], T]) -> T | None:
-    """``measure(setting)`` with as many of its tokens as fit; None, said, where not even the fewest do."""
+def _fitting(setting: gpu_slice.SliceSetting, what: str, measure: Callable[[gpu_slice.SliceSetting], T]) -> T | None:
+    """``measure(setting)`` with as many tokens as fit; None, with a message, where the last halving does not fit."""
     sizes = [setting.n_tokens >> halvings for halvings in range(4) if setting.n_tokens % (2 * setting.sp << halvings) == 0]
     say("gpu_check", f"{what}: {setting.n_tokens} tokens; {_free(setting.device)}")
     try:
         return gpu_timing.fitting(
-            lambda n_tokens: measure(setting.on(n_tokens)), sizes, "tokens", lambda line: print(f"{what}: {line}", flush=True)
+            lambda n_tokens: measure(setting.on(n_tokens)),
+            sizes,
+            "tokens",
+            lambda line: print(f"{what}: {line}", flush=True),
         )
     except torch.OutOfMemoryError as error:
         print(f"{what}: {sizes[-1]} tokens do not fit either: {' '.join(str(error).split())[:200]}")
         return None
 
 
-# ---- what it starts from ----
+# ---- arguments ----
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 … or cpu (small shapes, no targets for speed); default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: minutes become seconds, no targets for speed")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}; default all")
-    parser.add_argument("--out", default="runs/gpu_check.json", help="the JSON; default %(default)s")
-    parser.add_argument("--peak", type=_positive_float, metavar="TFLOPS", help="dense bf16 peak of the GPU; default by its name")
-    parser.add_argument("--tokens", type=_positive, help="of the segment; default 131072 (8192 with --quick, 1024 on cpu)")
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        help="cuda, cuda:1 … or cpu (small shapes, no speed targets); default %(default)s",
+    )
+    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: seconds, without speed targets")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help=f"parts to run, of {', '.join(PARTS)}; default all",
+    )
+    parser.add_argument("--out", default="runs/gpu_check.json", help="path of the JSON; default %(default)s")
+    parser.add_argument("--peak", type=_positive_float, metavar="TFLOPS", help="dense bf16 peak of the GPU; default: by its name")
+    parser.add_argument("--tokens", type=_positive, help="tokens of the segment; default 131072 (8192 with --quick, 1024 on cpu)")
     parser.add_argument("--sp", type=_positive, help="ranks that share the segment; default 8 (4 on cpu)")
-    parser.add_argument("--rank", type=int, help="which of them; default the last, whose ring merges most")
+    parser.add_argument("--rank", type=int, help="the measured rank; default: the last, which merges most on the ring")
     parser.add_argument("--rounds", type=_positive, help="timed rounds after 2 warm-ups; default 7 (2 with --quick or on cpu)")
     return parser
 
@@ -206,8 +239,12 @@ def _positive_float(text: str) -> float:
     return number
 
 
-def _setting(arguments: argparse.Namespace) -> gpu_slice.Setting:
-    """What to measure. Fills ``arguments.peak``. Raises UserError for a device that is not there, and sizes that do not fit together."""
+def _setting(arguments: argparse.Namespace) -> gpu_slice.SliceSetting:
+    """The setting to measure; fills ``arguments.peak``.
+
+    Raises:
+        UserError: the device does not exist, or the sizes do not divide each other.
+    """
     device = _device(arguments.device)
     cpu, short = device.type == "cpu", device.type == "cpu" or arguments.quick
     model = gpu_slice.SMALL if cpu else gpu_slice.LLAMA3_8B
@@ -216,13 +253,14 @@ def _setting(arguments: argparse.Namespace) -> gpu_slice.Setting:
     rank = sp - 1 if arguments.rank is None else arguments.rank
     if not 0 <= rank < sp or model.heads % sp or n_tokens % (2 * sp):
         raise UserError(
-            f"--rank {rank} --sp {sp} --tokens {n_tokens}: --rank must be below --sp, --sp divide the {model.heads} query heads of "
-            f"{model.name}, and 2*sp divide --tokens"
+            f"--rank {rank} --sp {sp} --tokens {n_tokens}: --rank must be below --sp, --sp must divide the "
+            f"{model.heads} "
+            f"query heads of {model.name}, and 2*sp must divide --tokens"
         )
     if not cpu and arguments.peak is None:
         arguments.peak = peak_tflops(torch.cuda.get_device_name(device))
     dtype = torch.float32 if cpu else torch.bfloat16
-    return gpu_slice.Setting(model, n_tokens, sp, rank, device, dtype, arguments.rounds or (2 if short else 7), 1 if cpu else 2)
+    return gpu_slice.SliceSetting(model, n_tokens, sp, rank, device, dtype, arguments.rounds or (2 if short else 7), 1 if cpu else 2)
 
 
 def _device(name: str) -> torch.device:
@@ -235,9 +273,7 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda":
         n_devices = torch.cuda.device_count()
         if (device.index or 0) >= n_devices:
-            raise UserError(
-                f"--device {name}: torch {torch.__version__} sees {n_devices} CUDA devices; --device cpu runs the same code, small"
-            )
+            raise UserError(f"--device {name}: torch {torch.__version__} sees {n_devices} CUDA devices; give --device cpu for small shapes")
         torch.cuda.set_device(device)
     return device
 
@@ -264,13 +300,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _plain(setting: gpu_slice.Setting) -> dict[str, Any]:
+def _plain(setting: gpu_slice.SliceSetting) -> dict[str, Any]:
     return {**asdict(setting), "device": str(setting.device), "dtype": str(setting.dtype)}
 
 
-def _described(setting: gpu_slice.Setting, machine: dict[str, Any]) -> str:
+def _described(setting: gpu_slice.SliceSetting, machine: dict[str, Any]) -> str:
     name, reason = machine["kernel"]
-    return f"{machine['device']}: training would run {name} ({reason}); {_free(setting.device)}"
+    return f"{machine['device']}: training would use {name} ({reason}); {_free(setting.device)}"
 
 
 def _free(device: torch.device) -> str:
@@ -281,7 +317,7 @@ def _free(device: torch.device) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no nan: None stands for what was not measured."""
+    """None for nan, which JSON does not have: a figure that was not measured."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

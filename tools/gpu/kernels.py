@@ -1,7 +1,7 @@
-"""Attention kernels at hand on a machine: which can be imported, how ours is made to use one of them, and how each is called plainly.
+"""Attention kernels of a machine: which can be imported, how lr2train is made to use one, a plain call of each.
 
-Choice: a *plain* call is the library's own public function with its own autograd, over one row of queries and one of keys. It is what our
-kernel door is compared with: same kernel, nothing around it.
+Choice: a *plain* call is the library's public function with its own autograd, over one sequence of queries and one of
+keys. It is the baseline for our kernel interface: the same kernel with nothing around it.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from lr2train.attention.ring_flash_attn import zigzag_function
 from lr2train.config import UserError
 
 
-class Plain(Protocol):
+class PlainKernel(Protocol):
     """q [Tq, Hq, D], k and v [Tk, Hkv, D], scale, causal (Tq = Tk) or full -> out [Tq, Hq, D], differentiable."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor: ...
 
 
-class AtHand(NamedTuple):
-    """Kernels that can be called on a device, by the names of ``attention.kernel``, and a line about each that cannot."""
+class Available(NamedTuple):
+    """Kernels that a device can run, named as in ``attention.kernel``, and a line about each other kernel."""
 
     names: tuple[str, ...]
     missing: tuple[str, ...]
 
 
-MODULES = {  # and the function that the kernel door calls of a library, whose signature tells old versions
+MODULES = {  # kernel: (module, function whose signature tells old versions)
     "flash_attn_3": ("flash_attn_interface", "_flash_attn_backward"),
     "flash_attn": ("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward"),
     "torch_varlen": ("torch.nn.attention.varlen", None),
 }
 
 
-def at_hand(device: torch.device) -> AtHand:
-    """What ``device`` has. On CPU that is torch's flash kernel alone; a missing package is a line and no error."""
+def available(device: torch.device) -> Available:
+    """Kernels of ``device``; on CPU torch's flash kernel alone. A missing package is a line, not an error."""
     cpu = device.type == "cpu"
     reasons = {name: "needs CUDA" if cpu else _refusal(name, device) for name in MODULES}
     names = ("cpu_flash",) if cpu else tuple(name for name, reason in reasons.items() if not reason)
     reasons["ring_flash_attn"] = _ring_refusal()
-    return AtHand(names, tuple(f"not importable: {name} ({reason})" for name, reason in reasons.items() if reason))
+    return Available(names, tuple(f"not importable: {name} ({reason})" for name, reason in reasons.items() if reason))
 
 
 def _ring_refusal() -> str | None:
@@ -62,12 +62,16 @@ def _ring_refusal() -> str | None:
 
 
 def _refusal(name: str, device: torch.device) -> str | None:
-    """Why a kernel cannot be used, or None."""
+    """The reason why a kernel cannot be used, or None."""
     module, function = MODULES[name]
     try:
         library = importlib.import_module(module)
         called = getattr(library, function) if function else None
-    except (ImportError, OSError, AttributeError) as error:  # OSError: built for another torch, its library does not load
+    except (
+        ImportError,
+        OSError,
+        AttributeError,
+    ) as error:  # OSError: a library built for another torch
         return str(error)
     if name == "flash_attn_3" and torch.cuda.get_device_capability(device)[0] != 9:
         return "runs on Hopper GPUs alone"
@@ -77,7 +81,7 @@ def _refusal(name: str, device: torch.device) -> str | None:
 
 @contextlib.contextmanager
 def using(name: str) -> Iterator[None]:
-    """Our kernel door goes through kernel ``name``, whichever it would choose itself."""
+    """lr2train's attention uses kernel ``name`` inside this context."""
 
     def chosen(device: torch.device | str) -> tuple[str, str]:
         return name, f"asked for on {device}"
@@ -104,7 +108,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tens
 
     rows = (_bounds(len(q), q.device), _bounds(len(k), k.device), len(q), len(k))
     out = varlen_attn(q, k, v, *rows, scale=scale, window_size=(-1, 0 if causal else -1), enable_gqa=q.shape[1] != k.shape[1])
-    assert isinstance(out, Tensor)  # no lse was asked for
+    assert isinstance(out, Tensor)  # a tuple only where lse is requested
     return out
 
 
@@ -114,11 +118,17 @@ def _bounds(n_tokens: int, device: torch.device) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
-    """torch's public attention without its fallback that holds every score."""
+    """torch's public attention, without the fallback that stores every score."""
     q_rows, k_rows, v_rows = (x.transpose(0, 1)[None] for x in (q, k, v))
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         out = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
 
 
-PLAIN: dict[str, Plain] = {"flash_attn_3": _flash3, "flash_attn": _flash2, "torch_varlen": _varlen, "cpu_flash": _sdpa, "torch_sdpa": _sdpa}
+PLAIN: dict[str, PlainKernel] = {
+    "flash_attn_3": _flash3,
+    "flash_attn": _flash2,
+    "torch_varlen": _varlen,
+    "cpu_flash": _sdpa,
+    "torch_sdpa": _sdpa,
+}

@@ -1,11 +1,11 @@
-"""A whole decoder layer of one rank on one GPU, and its share of the head: TFLOP/s, and the share of the GPU's bf16 peak.
+"""One rank's decoder layer and chunked loss on one GPU: TFLOP/s, and the share of the GPU's bf16 peak.
 
-The layer is transformers' own, with our attention in it and recomputed in the backward as the engine has it; the loss is our chunked one.
-A step of the model is ``layers`` of it, then the last norm and the loss once; its speed follows from the two. Left out are what a single
-GPU cannot show: exchanges, ZeRO's gathers and the optimizer.
+The layer is transformers' own, with our attention, and is recomputed in the backward pass as the engine does. A
+model's step is ``layers`` such layers, then the last norm and the loss. A single GPU cannot show exchanges between
+ranks, ZeRO's gathers and the optimizer; they are left out.
 
-FLOPs are the mathematics: 2 for a weight and token and 4 D for a causal pair and head, forward; twice that backward. What is computed again
-(the layer's forward, scores in the kernel's backward, logits in the loss's) counts as time and not as work.
+FLOPs follow ``model.flops``: recomputation (the layer's forward pass, scores in the kernel's backward pass, logits in
+the loss's) is time and no work.
 """
 
 from __future__ import annotations
@@ -19,72 +19,78 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lr2train.attention.hf import install
+from lr2train.model.flops import BACKWARD, attention_flops, linear_flops
 from lr2train.model.loss import LossHead
 from lr2train.parallel.mesh import Mesh
 from tools.gpu.one_rank import one_rank
-from tools.gpu.slice import Setting, attention_flops, slice_pairs
-from tools.gpu.timing import Flops, Lane, Pass, race
+from tools.gpu.slice import SliceSetting, slice_pairs
+from tools.gpu.timing import Flops, Pass, Timing, time_in_turn
 
-LAYER, KEPT, LOSS, PRODUCT = "layer, recomputed", "layer, nothing recomputed", "last norm and loss", "one matrix product"
+LAYER, KEPT, LOSS, PRODUCT = (
+    "layer, recomputed",
+    "layer, nothing recomputed",
+    "last norm and loss",
+    "one matrix product",
+)
 
 
 @dataclass(frozen=True)
-class Step:
-    """What was measured with one strategy, and a whole model's step put together from it."""
+class LayerStep:
+    """Timings of one strategy, and a model's step composed of them."""
 
     strategy: str
     n_tokens: int
     layers: int
-    lanes: dict[str, Lane]
+    timings: dict[str, Timing]
 
     @property
     def failed(self) -> bool:
-        """Whether any of it did not run."""
-        return any(lane.error is not None for lane in self.lanes.values())
+        """Whether any timing failed."""
+        return any(timing.error is not None for timing in self.timings.values())
 
     @property
     def seconds(self) -> float:
-        """Forward and backward of all layers, the last norm and the loss; nan where one failed."""
-        return self.layers * self.lanes[LAYER].median_s + self.lanes[LOSS].median_s
+        """Forward and backward pass of all layers, last norm and loss; nan where a timing failed."""
+        return self.layers * self.timings[LAYER].median_s + self.timings[LOSS].median_s
 
     @property
     def tflops_per_s(self) -> float:
-        """Of a layer with its share of the loss; recomputation is time and no work."""
-        return (self.layers * self.lanes[LAYER].flops.total + self.lanes[LOSS].flops.total) / self.seconds / 1e12
+        """TFLOP/s of the step; recomputation is time and no work."""
+        return (self.layers * self.timings[LAYER].flops.total + self.timings[LOSS].flops.total) / self.seconds / 1e12
 
     @property
     def recomputed(self) -> float:
-        """The share of a layer's time that goes into recomputing it."""
-        return 1 - self.lanes[KEPT].over(self.lanes[LAYER])
+        """Share of a layer's time spent on recomputation."""
+        return 1 - self.timings[KEPT].over(self.timings[LAYER])
 
 
-def matmul_flops(weights: int, rows: int) -> Flops:
-    """``rows`` tokens through ``weights`` parameters of linear layers: 2 each forward, 4 backward."""
-    return Flops(2.0 * weights * rows, 4.0 * weights * rows)
+def matrix_flops(weights: int, rows: int) -> Flops:
+    """``rows`` tokens through linear layers of ``weights`` parameters."""
+    return Flops(linear_flops(weights, rows), linear_flops(weights, rows, BACKWARD))
 
 
-def layer_flops(setting: Setting, strategy: str, weights: int) -> Flops:
-    """A layer with ``weights`` parameters in its linear maps: those, and attention counted as forward and twice forward."""
-    linear = matmul_flops(weights, setting.n_tokens // setting.sp)
-    attention = attention_flops(slice_pairs(setting, strategy), setting.model.head_size).forward
-    return Flops(linear.forward + attention, linear.backward + 2 * attention)
+def layer_flops(setting: SliceSetting, strategy: str, weights: int) -> Flops:
+    """A layer with ``weights`` parameters in its linear layers, and attention. Nothing is counted twice."""
+    linear = matrix_flops(weights, setting.n_tokens // setting.sp)
+    pairs, size = slice_pairs(setting, strategy), setting.model.head_size
+    return Flops(linear.forward + attention_flops(pairs, size), linear.backward + attention_flops(pairs, size, BACKWARD))
 
 
-def race_layer(setting: Setting, strategy: str, chunk_tokens: int) -> Step:
-    """Time a layer of ``setting``'s rank under ``strategy``, and the loss in chunks of ``chunk_tokens``.
+def time_layer(setting: SliceSetting, strategy: str, chunk_tokens: int) -> LayerStep:
+    """Time one layer of the rank under ``strategy``, and the loss in chunks of ``chunk_tokens``.
 
     Raises:
-        torch.OutOfMemoryError: it does not fit.
+        torch.OutOfMemoryError: layer or loss do not fit into memory.
     """
     with one_rank(setting.rank, setting.sp) as mesh:
         lm = _build(setting, strategy, mesh)
         passes = [*_layer_passes(setting, strategy, lm), _loss_pass(setting, lm, chunk_tokens), _product_pass(setting)]
-        lanes = race(passes, setting.device, setting.rounds, setting.warm_ups)
-    return Step(strategy, setting.n_tokens, setting.model.layers, lanes)
+        timings = time_in_turn(passes, setting.device, setting.rounds, setting.warm_ups)
+    return LayerStep(strategy, setting.n_tokens, setting.model.layers, timings)
 
 
-def _build(setting: Setting, strategy: str, mesh: Mesh) -> Any:
-    """A Llama of one layer with drawn weights, as the engine makes it: our attention in it, its layer recomputed in the backward."""
+def _build(setting: SliceSetting, strategy: str, mesh: Mesh) -> Any:
+    """A Llama of one layer with random weights, our attention and activation checkpointing."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     model = setting.model
@@ -105,13 +111,13 @@ def _build(setting: Setting, strategy: str, mesh: Mesh) -> Any:
     return lm.train()
 
 
-def _hidden(setting: Setting) -> Tensor:
+def _hidden(setting: SliceSetting) -> Tensor:
     rows = setting.n_tokens // setting.sp
     return torch.randn(1, rows, setting.model.hidden, device=setting.device, dtype=setting.dtype)
 
 
-def _layer_passes(setting: Setting, strategy: str, lm: Any) -> Iterator[Pass]:
-    """The layer as the engine has it, and with all its activations kept. Positions turn all layers alike and are made before."""
+def _layer_passes(setting: SliceSetting, strategy: str, lm: Any) -> Iterator[Pass]:
+    """The layer with recomputation, and with all activations kept. All layers share the RoPE angles: not timed."""
     hidden, grad = _hidden(setting).requires_grad_(), _hidden(setting)
     layer = lm.base_model.layers[0]
     positions = torch.arange(hidden.shape[1], device=setting.device)[None]
@@ -126,19 +132,19 @@ def _layer_passes(setting: Setting, strategy: str, lm: Any) -> Iterator[Pass]:
         yield Pass(name, forward, (hidden, *layer.parameters()), flops, [grad])
 
 
-def _loss_pass(setting: Setting, lm: Any, chunk_tokens: int) -> Pass:
-    """Every position has a target."""
+def _loss_pass(setting: SliceSetting, lm: Any, chunk_tokens: int) -> Pass:
+    """Last norm and loss, with a target at every position."""
     hidden, norm = _hidden(setting).requires_grad_(), lm.base_model.norm
     head: nn.Linear = lm.get_output_embeddings()
     loss_head = LossHead(head, chunk_tokens)
     labels = torch.randint(setting.model.vocabulary, (hidden.shape[1],), device=setting.device)
-    flops = matmul_flops(head.weight.numel(), hidden.shape[1])
+    flops = matrix_flops(head.weight.numel(), hidden.shape[1])
     return Pass(LOSS, lambda: [loss_head(norm(hidden)[0], labels)], (hidden, norm.weight, head.weight), flops)
 
 
-def _product_pass(setting: Setting) -> Pass:
-    """The layer's largest matrix product alone: what torch reaches on this GPU at best."""
+def _product_pass(setting: SliceSetting) -> Pass:
+    """The layer's largest matrix product alone: the upper limit of torch on this GPU."""
     hidden = _hidden(setting)[0].requires_grad_()
     weight = torch.randn(setting.model.intermediate, setting.model.hidden, device=setting.device, dtype=setting.dtype, requires_grad=True)
     grad = torch.randn(len(hidden), len(weight), device=setting.device, dtype=setting.dtype)
-    return Pass(PRODUCT, lambda: [F.linear(hidden, weight)], (hidden, weight), matmul_flops(weight.numel(), len(hidden)), [grad])
+    return Pass(PRODUCT, lambda: [F.linear(hidden, weight)], (hidden, weight), matrix_flops(weight.numel(), len(hidden)), [grad])

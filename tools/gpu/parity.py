@@ -1,11 +1,14 @@
-"""Every kernel at hand against attention written out in float64: out, lse and gradients, of whole rows, of blocks and of simulated ranks.
+"""Errors of attention kernels beside attention written out in float64: out, lse and gradients.
 
-How wrong a kernel may be is asked of plain attention: the same expression written out in the kernel's own dtype, every score, every weight
-and every gradient rounded to it. An error is the largest difference to float64; its *ratio* is to plain attention's largest difference plus
-a fraction of a rounding of the largest value. FlashAttention's own tests use the same measure and the same limits (Dao, flash-attention,
-tests/test_flash_attn.py): 2 for out, 3 for gradients. What strategies do on simulated ranks is also measured by the same kernel on one
-rank: where that errs more than plain attention, up to twice as much is forgiven. lse has no plain counterpart in bf16; its limit is
-absolute, in nats.
+Kernels are called at several levels: whole segments, blocks, and strategies on simulated ranks.
+
+The limit of an error comes from *plain attention*: the same expression written out in the kernel's dtype, with every
+score, weight and gradient rounded. An error is the largest difference to float64. Its *ratio* divides by plain
+attention's largest difference plus a fraction of a rounding of the largest value. Measure and limits are those of
+FlashAttention's own tests (Dao, flash-attention, tests/test_flash_attn.py): 2 for out, 3 for gradients.
+
+On simulated ranks, the error of the same kernel on one rank may exceed plain attention's. Then the divisor is the
+one-rank error, up to twice the plain divisor. lse has no plain counterpart in bf16; its limit is absolute, in nats.
 """
 
 from __future__ import annotations
@@ -25,15 +28,15 @@ from lr2train.attention.tiles import Spans, Tile
 from tools.gpu.kernels import using
 
 LIMITS = {"out": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0}
-LSE_LIMIT_NATS = 1e-3  # the kernels sum in fp32; scores of up to 2^4 in fp32 are exact to 2^-19
-_FLOOR = 1 / 8  # of a unit in the last place of the largest value; four in fp32, where plain attention may by luck have no error at all
+LSE_LIMIT_NATS = 1e-3  # kernels sum in fp32; a score of 2^4 in fp32 is exact to 2^-19
+_FLOOR = 1 / 8  # rounding units of the largest value (in fp32: 4); plain attention may have no error by luck
 
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
 HEAD_SIZES = (32, 64, 80, 96, 128, 192, 256)
 
 
-class Case(NamedTuple):
-    """One input: heads (of queries, of keys), head size, dtype, spans of a row of ``n_tokens``, a sliding window or None."""
+class ParityCase(NamedTuple):
+    """One input: (query, key) heads, head size, dtype, document spans of ``n_tokens``, a sliding window or None."""
 
     heads: tuple[int, int]
     head_size: int
@@ -44,14 +47,14 @@ class Case(NamedTuple):
 
     @property
     def title(self) -> str:
-        """For the table."""
+        """The case in the table."""
         window = f", window {self.window_tokens}" if self.window_tokens else ""
         return f"{self.heads[0]}/{self.heads[1]} heads of {self.head_size}, {len(self.spans)} spans{window}"
 
 
 @dataclass
 class Row:
-    """The worst of many cases: of one kernel, one level (rows, blocks, a strategy on so many ranks) and one dtype."""
+    """The worst errors of one kernel, level (rows, blocks, a strategy on ranks) and dtype."""
 
     kernel: str
     level: str
@@ -64,15 +67,15 @@ class Row:
 
     @property
     def passes(self) -> bool:
-        """Whether all its cases kept their limits (nan keeps none)."""
+        """Whether all cases keep their limits; nan keeps none."""
         kept = all(self.ratios.get(name, float("nan")) <= limit for name, limit in LIMITS.items())
         return self.error is None and kept and self.lse_nats <= LSE_LIMIT_NATS
 
-    def add(self, case: Case, ratios: dict[str, float], lse_nats: float) -> None:
-        """Take in one more case."""
+    def add(self, case: ParityCase, ratios: dict[str, float], lse_nats: float) -> None:
+        """Add the errors of one case."""
         self.cases += 1
         for name, ratio in ratios.items():
-            if not ratio <= max(self.ratios.values(), default=-1.0):  # nan is worse than anything
+            if not ratio <= max(self.ratios.values(), default=-1.0):  # nan is the worst
                 self.worst = f"{name}: {case.title}"
             self.ratios[name] = _worse(self.ratios.get(name, 0.0), ratio)
         self.lse_nats = _worse(self.lse_nats, lse_nats)
@@ -82,7 +85,7 @@ Compute = Callable[[Segment], "Answer"]
 
 
 class Level(NamedTuple):
-    """Where in the house a kernel is called from: how it computes, on how many (simulated) ranks, and whether every token is in a span."""
+    """A way to call a kernel: its name, the call, simulated ranks, and whether every token belongs to a span."""
 
     name: str
     compute: Compute
@@ -91,7 +94,7 @@ class Level(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """out [T, Hq, D], lse [T, Hq] (None where it is not handed out) and the gradients of q, k and v."""
+    """out [T, Hq, D], lse [T, Hq] (None where the level returns none), gradients of q, k and v."""
 
     out: Tensor
     lse: Tensor | None
@@ -108,7 +111,7 @@ def check(kernels: Sequence[str], device: torch.device, dtypes: Sequence[torch.d
                     row.add(case, *_compare(case, level, device))
                 except torch.OutOfMemoryError:
                     raise
-                except Exception as error:  # a kernel that cannot run is a finding, and the other kernels are checked still
+                except Exception as error:  # a kernel that cannot run is a result; the check continues
                     row.error = f"{case.title}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
                     break
         yield row
@@ -123,18 +126,18 @@ def _levels(quick: bool) -> Iterable[Level]:
     yield Level("ulysses_ring on 2x2", _ranks("ulysses_ring", 4, 2), 4)
 
 
-def _cases(dtype: torch.dtype, quick: bool, level: Level) -> Iterator[Case]:
+def _cases(dtype: torch.dtype, quick: bool, level: Level) -> Iterator[ParityCase]:
     n_tokens = 64 if quick else 512
     whole, packed = ((0, n_tokens),), _packed(n_tokens, level.no_gaps)
     head_sizes = ((40, 256) if quick else HEAD_SIZES) if level.ranks == 1 else (64,) if quick else (96, 128)
     for (n_heads, n_kv_heads), head_size in itertools.product(HEADS.values(), head_sizes):
-        heads = math.lcm(n_heads, level.ranks), n_kv_heads  # as many as ulysses can share
+        heads = math.lcm(n_heads, level.ranks), n_kv_heads  # ulysses divides query heads by ranks
         for spans, window_tokens in ((whole, None), (packed, None), (whole, n_tokens // 3), (packed, n_tokens // 7)):
-            yield Case(heads, head_size, dtype, spans, n_tokens, window_tokens)
+            yield ParityCase(heads, head_size, dtype, spans, n_tokens, window_tokens)
 
 
 def _packed(n_tokens: int, no_gaps: bool) -> Spans:
-    """Lengths 1, 2, odd and long, two alike, across every border of shards; with a gap in the row unless that is forbidden."""
+    """Documents of 1, 2, odd and many tokens that cross every border of sequence shards; a gap unless ``no_gaps``."""
     share = n_tokens // 8
     lengths = [1, 2, share - 1, share, share, 2 * share + 3]
     borders = [0, *itertools.accumulate(lengths), n_tokens]
@@ -142,8 +145,8 @@ def _packed(n_tokens: int, no_gaps: bool) -> Spans:
     return spans if no_gaps else (*spans[:2], *spans[3:])
 
 
-def _compare(case: Case, level: Level, device: torch.device) -> tuple[dict[str, float], float]:
-    """Ratios of errors by tensor, and the largest error of lse in nats."""
+def _compare(case: ParityCase, level: Level, device: torch.device) -> tuple[dict[str, float], float]:
+    """(error ratio by tensor, largest error of lse in nats)."""
     segment = draw(case, device)
     exact, plain, ours = _written_out(segment, torch.float64), _written_out(segment, case.dtype), level.compute(segment)
     one_rank = alone(segment) if level.ranks > 1 else _tensors(plain)
@@ -156,8 +159,8 @@ def _tensors(answer: Answer) -> tuple[Tensor, ...]:
     return answer.out, *answer.grads
 
 
-def draw(case: Case, device: torch.device) -> Segment:
-    """A segment of numbers that follow from the case alone."""
+def draw(case: ParityCase, device: torch.device) -> Segment:
+    """A random segment that the case alone determines."""
     generator = torch.Generator().manual_seed(case.head_size + case.heads[0])
     (n_heads, n_kv_heads), size = case.heads, case.head_size
     drawn = (torch.randn(case.n_tokens, heads, size, generator=generator) for heads in (n_heads, n_kv_heads, n_kv_heads, n_heads))
@@ -166,13 +169,11 @@ def draw(case: Case, device: torch.device) -> Segment:
 
 
 def error_ratio(x: Tensor, exact: Tensor, plain: Tensor, one_rank: Tensor) -> float:
-    """The largest error of ``x`` over what is forgiven: plain attention's and a floor, or that of one rank up to twice as much. nan where
-    ``x`` has one.
-    """
+    """The largest error of ``x`` over the allowed error (see the module's docstring); nan where ``x`` holds nan."""
     floor = max(_FLOOR * torch.finfo(plain.dtype).eps, 4 * torch.finfo(torch.float32).eps)
-    wrong, forgiven, alone = ((other.double() - exact).abs().max().item() for other in (x, plain, one_rank))
-    forgiven += max(floor * exact.abs().max().item(), torch.finfo(torch.float32).tiny)
-    return wrong / max(forgiven, min(alone, 2 * forgiven))
+    error, allowed, alone_error = ((other.double() - exact).abs().max().item() for other in (x, plain, one_rank))
+    allowed += max(floor * exact.abs().max().item(), torch.finfo(torch.float32).tiny)
+    return error / max(allowed, min(alone_error, 2 * allowed))
 
 
 def _lse_error(lse: Tensor, exact: Tensor | None) -> float:
@@ -191,7 +192,7 @@ def _worse(a: float, b: float) -> float:
 
 
 def mask_of(spans: Spans, n_tokens: int, window_tokens: int | None) -> Tensor:
-    """bool [T, T]: may query i look at key j."""
+    """bool [T, T]: whether query i may attend to key j."""
     document = torch.full((n_tokens,), -1)
     for number, (start, stop) in enumerate(spans):
         document[start:stop] = number
@@ -201,7 +202,10 @@ def mask_of(spans: Spans, n_tokens: int, window_tokens: int | None) -> Tensor:
 
 
 def _written_out(segment: Segment, dtype: torch.dtype) -> Answer:
-    """softmax(scale q k^T) v with an explicit mask, every step in ``dtype``; a token outside every span has out 0, lse -inf, gradient 0."""
+    """softmax(scale q k^T) v with an explicit mask, every step in ``dtype``.
+
+    A token outside every span has out 0, lse -inf and gradient 0.
+    """
     leaves = [x.detach().to(dtype).requires_grad_() for x in (segment.q, segment.k, segment.v)]
     q, readers = leaves[0], leaves[0].shape[1] // leaves[1].shape[1]
     k, v = (x.repeat_interleave(readers, 1) for x in leaves[1:])
@@ -214,11 +218,11 @@ def _written_out(segment: Segment, dtype: torch.dtype) -> Answer:
     return Answer(out.detach(), lse, [leaf.grad for leaf in leaves if leaf.grad is not None])
 
 
-# ---- ours, at each level ----
+# ---- our attention at each level ----
 
 
 def _rows(segment: Segment) -> Answer:
-    """The door that models go through."""
+    """The call that models make."""
     q, k, v = (x.detach().requires_grad_() for x in (segment.q, segment.k, segment.v))
     out, lse = attend(q, k, v, segment.spans, segment.scale, window_tokens=segment.window_tokens)
     out.backward(segment.grad_out)
@@ -226,8 +230,9 @@ def _rows(segment: Segment) -> Answer:
 
 
 def _blocks(segment: Segment) -> Answer:
-    """As a ring computes: each document's keys are cut in two, so that queries and keys of a block differ in number; partial results are
-    merged, and each block's backward is given the merged out and lse.
+    """Blocks as on a ring: each document's keys are cut in two, so a block's queries and keys differ in number.
+
+    Partial results are merged. The backward pass of each block takes the merged out and lse.
     """
     parts = [tuple(tile for tile in tiles if tile.n_queries and tile.n_keys) for tiles in _cut_keys(segment.spans)]
     q, k, v, scale, window_tokens = segment.q, segment.k, segment.v, segment.scale, segment.window_tokens
@@ -241,7 +246,7 @@ def _blocks(segment: Segment) -> Answer:
 
 
 def _cut_keys(spans: Spans) -> tuple[list[Tile], list[Tile], list[Tile]]:
-    """Each span's triangle as three tiles: its second part over its first (full), its first over itself, its second over itself."""
+    """Each span as three lists of tiles: second part over first part (full), first over itself, second over itself."""
     full, first, second = [], [], []
     for start, stop in spans:
         cut = start + (stop - start + 2) // 3

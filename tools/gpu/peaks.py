@@ -1,10 +1,10 @@
-"""Dense bf16 peaks of GPUs by the name that torch gives them, TFLOP/s, from NVIDIA's and AMD's data sheets (without sparsity)."""
+"""Dense bf16 peaks of GPUs in TFLOP/s, by torch's device name; from the makers' data sheets, without sparsity."""
 
 from __future__ import annotations
 
 import re
 
-PEAKS_TFLOPS = (  # the first name that occurs as a word wins: variants stand before what they vary
+PEAKS_TFLOPS = (  # the first name that occurs as a word wins: variants come before the plain model
     ("GB200", 2500.0),
     ("B200", 2250.0),
     ("GH200", 989.4),
@@ -35,5 +35,5 @@ PEAKS_TFLOPS = (  # the first name that occurs as a word wins: variants stand be
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """The peak of a GPU, or None where its name is not known."""
+    """The peak of a GPU; None where the name is unknown."""
     return next((peak for name, peak in PEAKS_TFLOPS if re.search(rf"\b{name}\b", device_name, re.IGNORECASE)), None)

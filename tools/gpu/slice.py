@@ -1,13 +1,12 @@
-"""The attention of one rank of a large model over a long segment, on one GPU: TFLOP/s, beside plain kernels on the same work.
+"""One layer's attention on one rank, over a long segment on one GPU: TFLOP/s, beside plain kernels on the same pairs.
 
-A *slice* is what one rank of a sequence-parallel group computes for one layer. Under ``ulysses`` that is a share of the heads over the
-whole segment; on the ``ring``, this rank's queries against the blocks of the zigzag that they see, step by step, merged. The strategies' own
-code runs (``gpu_one_rank``): the copies before and after an exchange are inside, the wire is not.
+A *slice* is the attention that one rank of a sequence-parallel group computes for one layer. Under ``ulysses`` a slice
+is a share of the heads over the whole segment. On the ``ring`` a slice is the rank's queries against the zigzag blocks
+that they see, step by step, merged. The strategies' own code runs (``one_rank``): copies before and after an exchange
+are timed, the network is not.
 
-Plain kernels get the same (query, key) pairs: one causal call over the rank's heads, or one call for each tile of the ring, unmerged.
-
-FLOPs are those of causal pairs: forward q k^T and p v, 4 D for a pair and head; backward five products, 10 D (Dao, FlashAttention-2, arXiv
-2307.08691, section 4.1 counts so).
+A plain kernel gets the same (query, key) pairs: one causal call over the rank's heads, or one call for each tile of the
+ring, without a merge. FLOPs count causal pairs, as in FlashAttention-2 (Dao, arXiv 2307.08691, section 4.1).
 """
 
 from __future__ import annotations
@@ -27,15 +26,16 @@ from lr2train.attention.strategy import Work
 from lr2train.attention.tiles import Spans, Tile, diagonal
 from lr2train.attention.ulysses import spread_kv_heads
 from lr2train.config import UserError
+from lr2train.model.flops import FLASH_BACKWARD, attention_flops
 from lr2train.parallel.mesh import Mesh
 from tools.gpu.kernels import PLAIN, using
 from tools.gpu.one_rank import one_rank
-from tools.gpu.timing import Flops, Lane, Pass, race
+from tools.gpu.timing import Flops, Pass, Timing, time_in_turn
 
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a Llama that a rank's work follows from."""
+    """Sizes of a Llama model."""
 
     name: str
     hidden: int
@@ -52,8 +52,8 @@ SMALL = Model("a small Llama", 128, 2, 8, 4, 16, 256, 512)
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A rank of a sequence-parallel group, and the one span over the whole segment that it works on."""
+class SliceSetting:
+    """A rank of a sequence-parallel group; one document fills the segment."""
 
     model: Model
     n_tokens: int  # of the segment
@@ -71,59 +71,59 @@ class Setting:
 
     @property
     def work(self) -> Work:
-        """What strategies are asked about it."""
+        """The slice as attention strategies describe it."""
         model = self.model
         return Work(self.spans, self.n_tokens, model.heads, model.kv_heads, model.head_size, self.dtype.itemsize, self.sp)
 
-    def on(self, n_tokens: int) -> Setting:
-        """The same over a shorter segment."""
+    def on(self, n_tokens: int) -> SliceSetting:
+        """The same setting over another segment length."""
         return replace(self, n_tokens=n_tokens)
 
 
 @dataclass(frozen=True)
-class Rivals:
-    """One strategy's slice: lanes by name; ours and the plain one of the same kernel are compared."""
+class SliceTimings:
+    """Timings of one strategy's slice by name; our timing and the plain timing of a kernel are compared."""
 
     strategy: str
     n_tokens: int
-    lanes: dict[str, Lane]
+    timings: dict[str, Timing]
     kernels: tuple[str, ...]
 
     @property
     def ours(self) -> list[tuple[str, str]]:
-        """(kernel, lane that goes through it by our door)."""
+        """(kernel, name of our timing that uses it)."""
         return [(name, _our_name(name)) for name in self.kernels]
 
     @property
     def failures(self) -> int:
-        """How many of ours did not run."""
-        return sum(self.lanes[lane].error is not None for _, lane in self.ours)
+        """Our timings that failed."""
+        return sum(self.timings[timing].error is not None for _, timing in self.ours)
 
-    def ratio(self, lane: str) -> float:
-        """How many times as long one of ours takes as its plain kernel on the same work; nan where either failed."""
-        kernel = {ours: name for name, ours in self.ours}[lane]
-        return self.lanes[lane].over(self.lanes[_plain_name(kernel)])
+    def ratio(self, timing: str) -> float:
+        """Time of our timing over the time of its plain kernel; nan where either failed."""
+        kernel = {ours: name for name, ours in self.ours}[timing]
+        return self.timings[timing].over(self.timings[_plain_name(kernel)])
 
-    def beside(self, lane: str) -> float | None:
-        """``ratio`` of one of ours, None for the others."""
-        return self.ratio(lane) if lane in dict(self.ours).values() else None
-
-
-def attention_flops(pairs: int, head_size: int) -> Flops:
-    """Of ``pairs`` (query, key) pairs, summed over query heads: 4 D forward, 10 D backward."""
-    return Flops(4.0 * head_size * pairs, 10.0 * head_size * pairs)
+    def beside(self, timing: str) -> float | None:
+        """``ratio`` for our timings, None for other timings."""
+        return self.ratio(timing) if timing in dict(self.ours).values() else None
 
 
-def slice_pairs(setting: Setting, strategy: str) -> int:
-    """Pairs of the rank, summed over its query heads."""
+def kernel_flops(n_pairs: int, head_size: int) -> Flops:
+    """Flash attention over ``n_pairs`` (query, key) pairs, summed over query heads: 4 D forward, 10 D backward."""
+    return Flops(attention_flops(n_pairs, head_size), attention_flops(n_pairs, head_size, FLASH_BACKWARD))
+
+
+def slice_pairs(setting: SliceSetting, strategy: str) -> int:
+    """(query, key) pairs of the rank, summed over its query heads."""
     return STRATEGIES[strategy].pairs(setting.work, setting.rank)
 
 
-def race_attention(setting: Setting, strategy: str, kernels: Sequence[str]) -> Rivals:
-    """Time the slice of ``strategy`` (ulysses | ring) through each of ``kernels``, each beside its plain self, and what else is at hand.
+def time_attention(setting: SliceSetting, strategy: str, kernels: Sequence[str]) -> SliceTimings:
+    """Time the slice of ``strategy`` (ulysses | ring) with each of ``kernels``, beside plain calls and libraries.
 
     Raises:
-        torch.OutOfMemoryError: the slice does not fit.
+        torch.OutOfMemoryError: the slice does not fit into memory.
     """
     others = ["torch_sdpa"] if setting.device.type == "cuda" else []
     with one_rank(setting.rank, setting.sp) as mesh:
@@ -132,8 +132,8 @@ def race_attention(setting: Setting, strategy: str, kernels: Sequence[str]) -> R
             *(_plain(setting, strategy, name) for name in [*kernels, *others]),
             *(_library(setting, mesh) if strategy == "ring" else ()),
         ]
-        lanes = race(passes, setting.device, setting.rounds, setting.warm_ups)
-    return Rivals(strategy, setting.n_tokens, lanes, tuple(kernels))
+        timings = time_in_turn(passes, setting.device, setting.rounds, setting.warm_ups)
+    return SliceTimings(strategy, setting.n_tokens, timings, tuple(kernels))
 
 
 def _our_name(name: str) -> str:
@@ -144,24 +144,24 @@ def _plain_name(name: str) -> str:
     return f"plain {name}"
 
 
-def _draw(setting: Setting, rows: int, *heads: int) -> list[Tensor]:
-    """Normal numbers [rows, heads, D], one for each number of heads."""
+def _draw(setting: SliceSetting, rows: int, *heads: int) -> list[Tensor]:
+    """Random tensors [rows, heads, D], one for each number of heads."""
     return [torch.randn(rows, n, setting.model.head_size, device=setting.device, dtype=setting.dtype) for n in heads]
 
 
-def _ours(setting: Setting, strategy: str, name: str, mesh: Mesh) -> Pass:
-    """The rank's shard through a strategy, and through kernel ``name``."""
+def _ours(setting: SliceSetting, strategy: str, name: str, mesh: Mesh) -> Pass:
+    """The rank's sequence shard through a strategy that uses kernel ``name``."""
     return replace(_through(setting, strategy, mesh), name=_our_name(name), around=partial(using, name))
 
 
-def _library(setting: Setting, mesh: Mesh) -> Iterator[Pass]:
-    """The same shard through the library ring-flash-attn, where it can be imported."""
+def _library(setting: SliceSetting, mesh: Mesh) -> Iterator[Pass]:
+    """The same sequence shard through ring-flash-attn, where importable."""
     with contextlib.suppress(UserError):
         zigzag_function()
         yield replace(_through(setting, "ring_flash_attn", mesh), name="ring-flash-attn")
 
 
-def _through(setting: Setting, strategy: str, mesh: Mesh) -> Pass:
+def _through(setting: SliceSetting, strategy: str, mesh: Mesh) -> Pass:
     model, rows = setting.model, setting.n_tokens // setting.sp
     *leaves, grad = _draw(setting, rows, model.heads, model.kv_heads, model.kv_heads, model.heads)
     q, k, v = (x.requires_grad_() for x in leaves)
@@ -169,11 +169,11 @@ def _through(setting: Setting, strategy: str, mesh: Mesh) -> Pass:
     def forward() -> list[Tensor]:
         return [STRATEGIES[strategy].attend(q, k, v, setting.spans, setting.model.head_size**-0.5, mesh)]
 
-    return Pass(strategy, forward, (q, k, v), attention_flops(slice_pairs(setting, strategy), model.head_size), [grad])
+    return Pass(strategy, forward, (q, k, v), kernel_flops(slice_pairs(setting, strategy), model.head_size), [grad])
 
 
-def _plain(setting: Setting, strategy: str, name: str) -> Pass:
-    """Kernel ``name`` over the same pairs: a call for each tile, whose rows are its own, so that nothing is added up between calls."""
+def _plain(setting: SliceSetting, strategy: str, name: str) -> Pass:
+    """Kernel ``name`` over the same pairs, one call per tile. Tiles share no tensors, so no gradients are summed."""
     tiles, heads, kv_heads = plain_tiles(setting, strategy)
     drawn = [(_draw(setting, tile.n_queries, heads, heads), _draw(setting, tile.n_keys, kv_heads, kv_heads)) for tile in tiles]
     rows = [[x.requires_grad_() for x in (q, k, v)] for (q, _), (k, v) in drawn]
@@ -184,11 +184,17 @@ def _plain(setting: Setting, strategy: str, name: str) -> Pass:
 
     pairs = heads * sum(tile.pairs() for tile in tiles)
     grads = [grad for (_, grad), _ in drawn]
-    return Pass(_plain_name(name), forward, [x for qkv in rows for x in qkv], attention_flops(pairs, setting.model.head_size), grads)
+    return Pass(
+        _plain_name(name),
+        forward,
+        [x for qkv in rows for x in qkv],
+        kernel_flops(pairs, setting.model.head_size),
+        grads,
+    )
 
 
-def plain_tiles(setting: Setting, strategy: str) -> tuple[list[Tile], int, int]:
-    """(tiles, query heads, key heads) of the rank's work. Causal tiles are squares, so it does not matter where a mask is aligned to."""
+def plain_tiles(setting: SliceSetting, strategy: str) -> tuple[list[Tile], int, int]:
+    """(tiles, query heads, key heads) of the rank's slice. Causal tiles are square: mask alignment does not matter."""
     model, sp = setting.model, setting.sp
     if strategy == "ulysses":
         return list(diagonal(setting.spans)), model.heads // sp, spread_kv_heads(model.kv_heads, sp) // sp

@@ -1,4 +1,4 @@
-"""What ``gpu_check`` found, as tables: details of errors and of speeds, and one summary. In colour on a terminal, plain text elsewhere."""
+"""Tables of ``gpu.check``: errors, speeds, summary; in colour on a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rich.table import Table
 
 from tools.bench.figures import Figure
 from tools.gpu.parity import LIMITS, LSE_LIMIT_NATS, Row
-from tools.gpu.timing import Lane
+from tools.gpu.timing import Timing
 
-WIDTH = 150  # where the output is no terminal
+WIDTH = 150  # columns, where the output is no terminal
 
 
 class Line(NamedTuple):
@@ -22,24 +22,29 @@ class Line(NamedTuple):
     strategy: str
     n_tokens: int  # of the segment
     name: str
-    lane: Lane
-    over_plain: float | None = None  # how many times as long as its plain rival takes
+    timing: Timing
+    over_plain: float | None = None  # time over the time of the plain kernel
 
     def json(self) -> dict[str, Any]:
-        """What is written of it."""
-        named = {"strategy": self.strategy, "segment_tokens": self.n_tokens, "name": self.name, "over_plain": self.over_plain}
-        return {**named, **self.lane.figures(), "rounds_ms": [1e3 * seconds for seconds in self.lane.rounds_s]}
+        """The row in the JSON file."""
+        named = {
+            "strategy": self.strategy,
+            "segment_tokens": self.n_tokens,
+            "name": self.name,
+            "over_plain": self.over_plain,
+        }
+        return {**named, **self.timing.figures(), "rounds_ms": [1e3 * seconds for seconds in self.timing.rounds_s]}
 
 
 def show_parity(rows: Sequence[Row]) -> None:
-    """Errors of every kernel at every level, as ratios to plain attention's in the same dtype."""
+    """Errors of every kernel at every level, as ratios to the error of plain attention in the same dtype."""
     bounds = ", ".join(f"{name} {limit:g}" for name, limit in LIMITS.items())
     table = Table(title=f"parity with float64: error over plain attention's, at most {bounds}; lse within {LSE_LIMIT_NATS:g} nats")
     for name in ("kernel", "level", "dtype"):
         table.add_column(name)
     for name in ("cases", *LIMITS, "lse"):
         table.add_column(name, justify="right")
-    table.add_column("worst, or why it failed", overflow="fold")
+    table.add_column("worst case, or reason of failure", overflow="fold")
     for row in rows:
         ratios = [f"{row.ratios[name]:.2f}" if name in row.ratios else "" for name in LIMITS]
         comment = row.worst if row.passes else f"FAILS  {row.error or row.worst}"
@@ -52,11 +57,11 @@ def show_speed(title: str, lines: Sequence[Line], clocks: dict[str, dict[str, st
     """Milliseconds and TFLOP/s, and the GPU's clocks before and after."""
     table = Table(title=f"{title}: medians, TFLOP/s of causal pairs")
     table.add_column("slice")
-    table.add_column("what")
+    table.add_column("timed")
     for name in ("forward ms", "backward ms", "forward TFLOP/s", "backward TFLOP/s", "TFLOP/s", "over plain"):
         table.add_column(name, justify="right")
     for line in lines:
-        where, figures = f"{line.strategy}, {line.n_tokens} tokens", line.lane.figures()
+        where, figures = f"{line.strategy}, {line.n_tokens} tokens", line.timing.figures()
         if "error" in figures:
             table.add_row(where, f"{line.name}: {figures['error']}", style="red")
             continue
@@ -70,8 +75,8 @@ def show_speed(title: str, lines: Sequence[Line], clocks: dict[str, dict[str, st
 
 
 def show_summary(figures: Sequence[Figure]) -> None:
-    """Every figure with its target and whether it is met: what the check comes to."""
-    table = Table(title="summary: what this machine comes to")
+    """Every figure with its target, and whether the target is met."""
+    table = Table(title="summary: figures and targets")
     table.add_column("figure")
     for name in ("value", "target"):
         table.add_column(name, justify="right")

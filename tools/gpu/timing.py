@@ -1,7 +1,7 @@
-"""Forward and backward passes timed against each other: in turn, warmed up, by CUDA events; medians over rounds.
+"""Forward and backward passes timed in turn: warm-up, CUDA events, medians over rounds.
 
-Choice: rivals run within one round, one after another, and a comparison is the median of the rounds' ratios, so a clock that sinks as the
-GPU warms meets all of them. Cost: a pass never finds its own data in the cache, as in training.
+Choice: each round runs every pass once. A comparison is the median over rounds of the ratio, so a clock that falls
+while the GPU warms affects all passes alike. Cost: a pass never finds its own data in the cache, as in training.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class Flops:
 
 @dataclass(frozen=True)
 class Pass:
-    """Something to time. ``leaves`` lose their gradients before each run; the backward is that of all outputs, with ``grads``."""
+    """Work to time. Gradients of ``leaves`` are cleared before each run; ``grads`` start the backward pass."""
 
     name: str
     forward: Callable[[], Sequence[Tensor]]
     leaves: Sequence[Tensor]
     flops: Flops
     grads: Sequence[Tensor] | None = None  # None: the outputs are scalars
-    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # in force in forward and backward
+    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # entered around forward and backward
 
 
 @dataclass
-class Lane:
-    """What became of a pass: seconds of each round, or the error that ended it."""
+class Timing:
+    """Timings of a pass: seconds of each round, or the error that ended it."""
 
     flops: Flops
     forward_s: list[float] = field(default_factory=list)
@@ -55,16 +55,16 @@ class Lane:
 
     @property
     def rounds_s(self) -> list[float]:
-        """Forward and backward of each round."""
+        """Seconds of forward and backward together, by round."""
         return [a + b for a, b in zip(self.forward_s, self.backward_s, strict=True)]
 
     @property
     def median_s(self) -> float:
-        """Of forward and backward; nan where it failed."""
+        """Median of ``rounds_s``; nan where the pass failed."""
         return statistics.median(self.rounds_s) if self.rounds_s else float("nan")
 
-    def over(self, other: Lane) -> float:
-        """How many times as long as another it takes: the median of the rounds' ratios; nan where either failed."""
+    def over(self, other: Timing) -> float:
+        """Time over the time of another timing: median of the rounds' ratios; nan where either failed."""
         ratios = [a / b for a, b in zip(self.rounds_s, other.rounds_s, strict=False)]
         return statistics.median(ratios) if ratios else float("nan")
 
@@ -82,36 +82,36 @@ class Lane:
         }
 
 
-def race(passes: Sequence[Pass], device: torch.device, rounds: int, warm_ups: int) -> dict[str, Lane]:
-    """Time all passes in turn, ``rounds`` times after ``warm_ups``. A pass that fails is left out of the rest and says why.
+def time_in_turn(passes: Sequence[Pass], device: torch.device, rounds: int, warm_ups: int) -> dict[str, Timing]:
+    """Time all passes in turn, ``rounds`` times after ``warm_ups``. A pass that fails is not run again.
 
     Raises:
-        torch.OutOfMemoryError: the work is too large for the device.
+        torch.OutOfMemoryError: a pass does not fit into the device's memory.
     """
-    lanes = {one.name: Lane(one.flops) for one in passes}
+    timings = {one.name: Timing(one.flops) for one in passes}
     for number in range(warm_ups + rounds):
         for one in passes:
-            lane = lanes[one.name]
-            if lane.error is None:
-                _run(one, lane, device, counts=number >= warm_ups)
-    return lanes
+            timing = timings[one.name]
+            if timing.error is None:
+                _run(one, timing, device, counts=number >= warm_ups)
+    return timings
 
 
-def _run(one: Pass, lane: Lane, device: torch.device, counts: bool) -> None:
+def _run(one: Pass, timing: Timing, device: torch.device, counts: bool) -> None:
     for leaf in one.leaves:
         leaf.grad = None
     try:
         forward_s, backward_s = _seconds(one, device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a library raises: it is out of the race, and the others go on
-        lane.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        lane.forward_s.clear()
-        lane.backward_s.clear()
+    except Exception as error:  # of any kind: the other passes continue
+        timing.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        timing.forward_s.clear()
+        timing.backward_s.clear()
         return
     if counts:
-        lane.forward_s.append(forward_s)
-        lane.backward_s.append(backward_s)
+        timing.forward_s.append(forward_s)
+        timing.backward_s.append(backward_s)
 
 
 def _seconds(one: Pass, device: torch.device) -> tuple[float, float]:
@@ -128,7 +128,7 @@ def _seconds(one: Pass, device: torch.device) -> tuple[float, float]:
 
 
 def _mark(device: torch.device) -> Any:
-    """A point in time: an event on the GPU's stream, or the clock."""
+    """A point in time: an event on the GPU's stream, or the CPU's clock."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -137,10 +137,10 @@ def _mark(device: torch.device) -> Any:
 
 
 def fitting(work: Callable[[int], Any], sizes: Sequence[int], unit: str, say: Callable[[str], None]) -> Any:
-    """``work(size)`` for the first of ``sizes`` that fits into memory; each that does not is said.
+    """``work(size)`` for the first of ``sizes`` that fits into memory; ``say`` reports each size that does not.
 
     Raises:
-        torch.OutOfMemoryError: not even the last fits.
+        torch.OutOfMemoryError: the last size does not fit.
     """
     for size, smaller in _steps(sizes):
         try:
@@ -161,7 +161,7 @@ _CLOCKS = ("clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "temperatu
 
 
 def clocks(device: torch.device) -> dict[str, str]:
-    """What nvidia-smi says of the GPU's clocks, power and heat right now; empty where it cannot be asked. Nothing is changed."""
+    """Clocks, power and temperature from nvidia-smi; empty where nvidia-smi fails. Nothing is changed."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return {}
     uuid = str(torch.cuda.get_device_properties(device).uuid)

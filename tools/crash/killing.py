@@ -1,4 +1,4 @@
-"""kill -9 for jobs of several processes, which the launchers put into sessions of their own."""
+"""kill -9 for jobs of several processes, which launchers start in sessions of their own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 
-def strike(name: str, rank: int | None) -> None:
-    """SIGKILL to every process with the override ``name=<name>``, or to one rank of them."""
+def kill(name: str, rank: int | None) -> None:
+    """SIGKILL every process with the override ``name=<name>``, or one rank of them."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             line = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -22,14 +22,17 @@ def strike(name: str, rank: int | None) -> None:
 
 
 def seconds_to_its_end(process: subprocess.Popen, name: str, rank: int | None, patience_s: float) -> float:
-    """Strike a job and wait until it has ended by itself; all of it is killed after ``patience_s``. It must not end as if it were done."""
+    """Kill a rank (None: all processes) and wait for the job's end; after ``patience_s`` the whole job is killed.
+
+    The job must not end with exit code 0.
+    """
     begin = time.monotonic()
-    strike(name, rank)
+    kill(name, rank)
     try:
         process.wait(timeout=patience_s)
     except subprocess.TimeoutExpired:
-        strike(name, None)
+        kill(name, None)
     seconds = time.monotonic() - begin
-    strike(name, None)
-    assert process.wait() != 0, "a killed job said that it had done its work"
+    kill(name, None)
+    assert process.wait() != 0, "a killed job ended with exit code 0"
     return seconds

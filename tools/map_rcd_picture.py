@@ -1,4 +1,7 @@
-"""Needle perplexity over the critical index and the scale of the tail, as a heat map; other rules stand beside, in the same colours."""
+"""The picture of ``map_rcd``: needle perplexity over critical index and tail scale as a heat map.
+
+The fixed methods (YaRN, NTK, PI) stand beside the map, in the same colours.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from lr2train.reporting.scales import PerplexityScale
 from lr2train.rope.spectrum import Spectrum
 
 NAMES = {"yarn": "YaRN", "ntk": "NTK", "pi": "PI"}
-COLORS = colormaps["cividis_r"]  # good is bright
+COLORS = colormaps["cividis_r"]  # a low perplexity is bright
 CELL = (0.6, 0.48)  # inches
 Json = dict[str, Any]
 Place = tuple[int, int]  # column, row
@@ -32,8 +35,9 @@ def rcd_map(lines: Sequence[Json], spectrum: Spectrum) -> Chart:
     """The map of one attention factor.
 
     Args:
-        lines: ``method, critical_index, scale, perplexity`` each; at least one with a scale. Those without are the rules beside.
-        spectrum: knows d10 and tcd.
+        lines: ``method, critical_index, scale, perplexity`` each. A line without a scale is a fixed method; at least
+            one line has a scale.
+        spectrum: for d10 and tcd.
     """
     n_columns = len({line["critical_index"] for line in lines if line["scale"] is not None})
     n_rows = max(3, len({line["scale"] for line in lines if line["scale"] is not None}))
@@ -51,29 +55,55 @@ def _map(figure: FigureBase, look: Look, lines: Sequence[Json], spectrum: Spectr
     _cells(left, look, places, scale)
     best = min(places, key=lambda place: places[place])
     left.add_patch(
-        Rectangle((best[0] - 0.5, best[1] - 0.5), 1, 1, fill=False, edgecolor=look.series[1], linewidth=2.4, zorder=3, clip_on=False)
+        Rectangle(
+            (best[0] - 0.5, best[1] - 0.5),
+            1,
+            1,
+            fill=False,
+            edgecolor=look.series[1],
+            linewidth=2.4,
+            zorder=3,
+            clip_on=False,
+        )
     )
-    left.set(xlim=(-0.5, len(indices) - 0.5), ylim=(-0.5, len(scales) - 0.5), xlabel="critical index rcd", ylabel="tail, multiples of s")
+    left.set(
+        xlim=(-0.5, len(indices) - 0.5),
+        ylim=(-0.5, len(scales) - 0.5),
+        xlabel="critical index rcd",
+        ylabel="tail, multiples of s",
+    )
     left.set_xticks(range(len(indices)), [str(index) for index in indices])
     left.set_yticks(range(len(scales)), [f"{one:g} s" for one in scales])
     for name, index in {"d10": spectrum.lowest_critical_index, "tcd": spectrum.critical_index}.items():
         if index in indices:
             at = (indices.index(index), len(scales) - 0.5)
-            left.annotate(f"{name}\n▾", at, (0, 1), textcoords="offset points", ha="center", fontsize=8, linespacing=0.9, weight="bold")
+            left.annotate(
+                f"{name}\n▾",
+                at,
+                (0, 1),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                linespacing=0.9,
+                weight="bold",
+            )
     _beside(right, look, beside, max(len(scales), len(beside)), scale)
     _bar(figure, bar, scale)
     return "needle perplexity by critical index and scale of the tail"
 
 
 def _beside(axes: Axes, look: Look, lines: Sequence[Json], rows: int, scale: PerplexityScale) -> None:
-    """The other rules from the top, in cells of the same height."""
+    """The fixed methods from the top, in cells of the map's height."""
     _cells(axes, look, {(0, rows - 1 - i): bounded(line["perplexity"]) for i, line in enumerate(lines)}, scale)
     axes.set(xlim=(-0.5, 0.5), ylim=(-0.5, rows - 0.5), xticks=[])
-    axes.set_yticks([rows - 1 - i for i in range(len(lines))], [NAMES.get(str(line["method"]), str(line["method"])) for line in lines])
+    axes.set_yticks(
+        [rows - 1 - i for i in range(len(lines))],
+        [NAMES.get(str(line["method"]), str(line["method"])) for line in lines],
+    )
 
 
 def _cells(axes: Axes, look: Look, places: dict[Place, float], scale: PerplexityScale) -> None:
-    """Squares with their numbers; colour by place on the scale."""
+    """Squares with numbers, coloured by their place on the scale."""
     norm = _norm(scale)
     axes.grid(False)
     axes.spines[:].set_visible(False)
