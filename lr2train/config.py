@@ -422,8 +422,6 @@ class SearchConfig:
     tail_high: float = number(2.0, above=0)
     # Fix rcd instead of searching d10 … tcd.
     critical_index: int | None = number(None, least=1)
-    # Choices of how many first tokens keep the original RoPE (longrope space).
-    original_tokens: list[int] = number([0], least=0)
     # Of the long window; the paper has none.
     search_attention_factor: bool = True
     # Of every candidate where it is not searched.

@@ -160,7 +160,6 @@ class Fitness:
             "critical_index": candidate.critical_index,
             "attention_factor": candidate.attention_factor,
             "tail": candidate.tail,
-            "original_tokens": candidate.original_tokens,
             "document": document,
             "nll": scored.nll,
             "answers": scored.nlls,

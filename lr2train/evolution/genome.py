@@ -1,8 +1,7 @@
 """What the search searches: rescale factors within their bounds, and the long window's attention factor.
 
 Two spaces. ``longrope2``: a critical index and the tail of factors from it on; everything left of it follows by the NTK rule (METHOD:
-``lambda_rcd^(i/rcd)``). ``longrope``: every factor is free, as in LongRoPE v1 (the paper's ablation "all dimensions"), and the first tokens may
-keep the original RoPE.
+``lambda_rcd^(i/rcd)``). ``longrope``: every factor is free, as in LongRoPE v1 (the paper's ablation "all dimensions").
 
 Choice: a candidate holds only what is free, on a grid, so that equal candidates are equal and are never evaluated twice. Paper, Algorithms 1
 and 2; what they leave open is a knob of ``SearchConfig``.
@@ -33,13 +32,11 @@ class Candidate:
     critical_index: int  # rcd, zero-based cosine index; ALL where every factor is free
     tail: tuple[float, ...]  # lambda_i for i >= rcd, non-decreasing
     attention_factor: float
-    original_tokens: int = 0  # positions below it keep the original RoPE (LongRoPE v1)
 
     @cached_property
     def key(self) -> str:
         """Equal for equal candidates; what the journal files evaluations under."""
-        start = f"|{self.original_tokens}" if self.original_tokens else ""
-        return f"{self.critical_index}|{self.attention_factor!r}|{','.join(map(repr, self.tail))}{start}"
+        return f"{self.critical_index}|{self.attention_factor!r}|{','.join(map(repr, self.tail))}"
 
 
 @dataclass(frozen=True)
@@ -88,20 +85,6 @@ class Space:
                 f"children; set search.top_k to {max(1, self.knobs.population // 4)}, or raise search.population"
             )
 
-        self._refuse_original_tokens()
-
-    def _refuse_original_tokens(self) -> None:
-        counts = self.knobs.original_tokens
-        if not counts or min(counts) < 0 or max(counts) > self.spectrum.window_tokens:
-            raise UserError(
-                f"search.original_tokens={counts} are not counts between 0 and the original window of {self.spectrum.window_tokens}; "
-                "set it to a list of such counts, or to [0] for none"
-            )
-        if set(counts) != {0} and not self.all_dims:
-            raise UserError(
-                f"search.original_tokens={counts} belongs to LongRoPE v1's space; set search.space=longrope, or search.original_tokens=[0]"
-            )
-
     def _refuse_bounds(self, name: str) -> None:
         low, high = getattr(self.knobs, f"{name}_low"), getattr(self.knobs, f"{name}_high")
         if not 0 < low <= high < math.inf:
@@ -135,7 +118,7 @@ class Space:
     def factors(self, candidate: Candidate) -> Factors:
         """The candidate as factors that a model can use."""
         if candidate.critical_index == ALL:
-            made = METHODS["longrope"](self.spectrum, self.target_tokens, rescale=candidate.tail, original_tokens=candidate.original_tokens)
+            made = METHODS["longrope"](self.spectrum, self.target_tokens, rescale=candidate.tail)
             return replace(made, attention_factor=candidate.attention_factor)
         return METHODS["longrope2"](
             self.spectrum,
@@ -161,10 +144,7 @@ class Space:
 
     def _like(self, method: str, rng: np.random.Generator) -> Candidate:
         table = METHODS[method](self.spectrum, self.target_tokens).rescale
-        return Candidate(ALL, tuple(self.on_grid(value) for value in table), self._draw_attention_factor(rng), self._draw_start(rng))
-
-    def _draw_start(self, rng: np.random.Generator) -> int:
-        return int(rng.choice(self.knobs.original_tokens)) if self.all_dims else 0
+        return Candidate(ALL, tuple(self.on_grid(value) for value in table), self._draw_attention_factor(rng))
 
     def _constant(self, critical_index: int, rng: np.random.Generator) -> Candidate:
         value = self.on_grid(rng.uniform(*self.bounds))
@@ -199,8 +179,6 @@ class Space:
             indices = self.critical_indices
             moved = child.critical_index + int(rng.choice([-2, -1, 1, 2]))
             child = self._with_critical_index(child, min(max(moved, indices[0]), indices[-1]))
-        if self.all_dims and rng.random() < self.knobs.mutation_probability:
-            child = replace(child, original_tokens=self._draw_start(rng))
         return replace(
             child, tail=self._mutate_tail(child.tail, rng), attention_factor=self._mutate_attention_factor(child.attention_factor, rng)
         )
@@ -214,7 +192,6 @@ class Space:
             first,
             tail=tuple(np.sort(tail).tolist()),
             attention_factor=(first if rng.random() < 0.5 else second).attention_factor,
-            original_tokens=(first if rng.random() < 0.5 else second).original_tokens,
         )
 
     def _with_critical_index(self, candidate: Candidate, critical_index: int) -> Candidate:

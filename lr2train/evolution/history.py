@@ -85,9 +85,8 @@ class History:
 
 def described(candidate: Candidate) -> str:
     """A candidate in a few words."""
-    start = f", first {candidate.original_tokens} tokens original" if candidate.original_tokens else ""
     where = "all factors" if candidate.critical_index == ALL else f"rcd {candidate.critical_index}, tail"
-    return f"{where} {candidate.tail[0]:g} … {candidate.tail[-1]:g}, attention factor {candidate.attention_factor:g}{start}"
+    return f"{where} {candidate.tail[0]:g} … {candidate.tail[-1]:g}, attention factor {candidate.attention_factor:g}"
 
 
 def _plain(candidate: Candidate) -> dict[str, Any]:

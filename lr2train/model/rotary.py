@@ -5,9 +5,6 @@ Choice: the rotary module of a Hugging Face model is swapped for ``WindowRotary`
 largest position instead, which disagrees between the ranks of one sequence and flips on packed restarts. Cost: whoever calls the model
 names the window.
 
-The first ``Factors.original_tokens`` positions of the long window keep the original frequencies (LongRoPE v1). Cost: with them a token's
-angle to another depends on where both stand, no longer on their distance alone; without them nothing is computed.
-
 The tables are plain attributes, not buffers: nothing that casts a module to bfloat16 can touch them, and at 128k a bfloat16 frequency is
 noise.
 """
@@ -35,26 +32,14 @@ class Table(NamedTuple):
     Attributes:
         inv_freq: fp32 [D], radians per token.
         attention_factor: multiplies cos and sin.
-        original_tokens: positions below it turn by ``original_inv_freq`` in the place of ``inv_freq``.
-        original_inv_freq: fp32 [D]; None where ``original_tokens`` is 0.
     """
 
     inv_freq: torch.Tensor
     attention_factor: float
-    original_tokens: int = 0
-    original_inv_freq: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Table:
         """The same on a device."""
-        original = None if self.original_inv_freq is None else self.original_inv_freq.to(device)
-        return self._replace(inv_freq=self.inv_freq.to(device), original_inv_freq=original)
-
-    def inv_freq_at(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Frequencies at each position, [D] or [B, T, D]."""
-        if not self.original_tokens:
-            return self.inv_freq
-        assert self.original_inv_freq is not None
-        return torch.where(position_ids[..., None] < self.original_tokens, self.original_inv_freq, self.inv_freq)
+        return self._replace(inv_freq=self.inv_freq.to(device))
 
 
 class WindowRotary(nn.Module):
@@ -81,15 +66,14 @@ class WindowRotary(nn.Module):
         table = self.tables[self.window]
         if table.inv_freq.device != x.device:
             table = self.tables[self.window] = table.to(x.device)
-        half = position_ids[..., None].float() * table.inv_freq_at(position_ids)
+        half = position_ids[..., None].float() * table.inv_freq
         angles = torch.cat((half, half), dim=-1)
         return (angles.cos() * table.attention_factor).to(x.dtype), (angles.sin() * table.attention_factor).to(x.dtype)
 
 
 def long_table(factors: Factors) -> Table:
-    """The long window of some factors, on the CPU; equal to transformers' ``longrope`` bit for bit where no first tokens are kept."""
-    original = _inv_freq(factors.spectrum, (1.0,) * factors.spectrum.n_dims) if factors.original_tokens else None
-    return Table(_inv_freq(factors.spectrum, factors.rescale), factors.attention_factor, factors.original_tokens, original)
+    """The long window of some factors, on the CPU; equal to transformers' ``longrope`` bit for bit."""
+    return Table(_inv_freq(factors.spectrum, factors.rescale), factors.attention_factor)
 
 
 def _inv_freq(spectrum: Spectrum, rescale: Sequence[float]) -> torch.Tensor:

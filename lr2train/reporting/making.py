@@ -36,8 +36,6 @@ def factors(inputs: Inputs) -> str | Missing:
         "The original RoPE crosses the original window L0 at <em>tcd</em>; below that line whole turns were seen in training. Where a rule "
         "crosses the target window L, its own border lies."
     )
-    if made.original_tokens:
-        sentence += f" The first {made.original_tokens:,} tokens keep the original RoPE."
     return (
         heading("RoPE factors", sentence)
         + f'<div class="figures">{figure("Rescale factors", charts.factor_curves(made, index).svg(), caption, wide=True)}'

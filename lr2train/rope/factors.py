@@ -24,6 +24,8 @@ from lr2train.config import UserError
 from lr2train.io import write_json
 from lr2train.rope.spectrum import Spectrum
 
+NOTES = "search"  # key of factors.json under which a search says where the factors come from
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -37,11 +39,9 @@ class Factors:
         method: name of the rule that made them (a name of METHODS, or what a search calls itself).
         short_rescale: of the window up to L0; None stands for all ones.
         short_attention_factor: of the window up to L0.
-        original_tokens: n: in the long window, positions 0 ... n-1 keep the original frequencies theta_i, all others have theta_i / lambda_i
-            (LongRoPE v1, arXiv 2402.13753); 0 ... L. The attention factor multiplies all of them alike.
 
     Raises:
-        UserError: wrong length, a number that is not positive and finite, L below L0, n outside 0 ... L.
+        UserError: wrong length, a number that is not positive and finite, L below L0.
     """
 
     rescale: tuple[float, ...]
@@ -51,7 +51,6 @@ class Factors:
     method: str
     short_rescale: tuple[float, ...] | None = None
     short_attention_factor: float = 1.0
-    original_tokens: int = 0
 
     def __post_init__(self) -> None:
         extension_ratio(self.spectrum, self.target_window_tokens)
@@ -62,7 +61,6 @@ class Factors:
             short = _checked_table("short_rescale", self.short_rescale, self.spectrum)
             # one spelling of the original RoPE, so that == works
             object.__setattr__(self, "short_rescale", None if set(short) == {1.0} else short)
-        object.__setattr__(self, "original_tokens", _checked_count(self.original_tokens, self.target_window_tokens))
 
     @property
     def scale(self) -> float:
@@ -71,7 +69,7 @@ class Factors:
 
     @property
     def inv_freq(self) -> np.ndarray:
-        """theta_i / lambda_i of the long window (from position `original_tokens` on), radians per token, float64 [D] (paper, Eq. 8)."""
+        """theta_i / lambda_i of the long window, radians per token, float64 [D] (paper, Eq. 8)."""
         return self.spectrum.inv_freq / np.asarray(self.rescale)
 
     @property
@@ -84,20 +82,24 @@ class Factors:
         data: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         if self.spectrum.attention_factor == 1.0:
             del data["spectrum"]["attention_factor"]
-        if not self.original_tokens:
-            del data["original_tokens"]
         return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Factors:
-        """The inverse of `to_json`. Keys that are not ours are ignored, so a search may keep notes beside the factors.
+        """The inverse of `to_json`. The notes that a search keeps beside the factors (key `search`) are passed over.
 
         Raises:
-            UserError: a key is missing or has another shape.
+            UserError: a key is missing, unknown, or has another shape.
         """
+        unknown = [key for key in data if key not in cls.__dataclass_fields__ and key != NOTES]
+        if unknown:
+            raise UserError(
+                f"the factors given by rope.factors hold {unknown[0]}={data[unknown[0]]!r}, which is no key of factors; "
+                "set rope.factors to a factors.json that a search of this version wrote"
+            )
         try:
-            known = {k: data[k] for k in cls.__dataclass_fields__ if k in data}
-            return cls(**{**known, "spectrum": Spectrum(**data["spectrum"])})
+            given = {key: value for key, value in data.items() if key != NOTES}
+            return cls(**{**given, "spectrum": Spectrum(**data["spectrum"])})
         except UserError:
             raise
         except (KeyError, TypeError, ValueError) as error:
@@ -177,12 +179,3 @@ def _checked_factor(name: str, value: float) -> float:
             f"{name}={value} is not a positive finite number; set rope.attention_factor to one such as 1.2, or mend rope.factors"
         )
     return float(value)
-
-
-def _checked_count(value: int, target_tokens: int) -> int:
-    if int(value) != value or not 0 <= value <= target_tokens:
-        raise UserError(
-            f"original_tokens={value} is not a whole number between 0 and the target window of {target_tokens} tokens; "
-            "set rope.options.original_tokens to how many first tokens keep the original RoPE (0: none)"
-        )
-    return int(value)

@@ -179,14 +179,8 @@ def write(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
     The long window is that of the factors. The short window is the config's own, as in training.
 
     Raises:
-        UserError: the factors were made for another rotary dimension or base than the config's, or keep the original RoPE for first tokens,
-            which no runtime's config can say.
+        UserError: the factors were made for another rotary dimension or base than the config's.
     """
-    if factors.original_tokens:
-        raise UserError(
-            f"the factors keep the original RoPE for the first {factors.original_tokens} tokens (rope.options.original_tokens), which no key of "
-            "a Hugging Face config can say, so no runtime would compute what was measured; set rope.options.original_tokens=0"
-        )
     own, made_for = spectrum_of(config), factors.spectrum
     if (own.rotary_dim, own.base) != (made_for.rotary_dim, made_for.base):
         raise UserError(

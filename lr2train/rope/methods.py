@@ -4,8 +4,7 @@ Choice: a method is a plain function whose keyword-only parameters are its optio
 named here and forgotten there. Everything is float64. A parameter that only a search can find (critical index, tail) has no default: an
 invented one would train for days before anybody noticed. Cost: the searched methods do not run without their numbers.
 
-What a rule says in terms of bases is written as factors: a base b' instead of b is lambda_i = (b'/b)^(2i/d). LongRoPE v1's option of the
-original RoPE for the first n tokens depends on the position and is no factor: it travels beside them as `Factors.original_tokens`.
+What a rule says in terms of bases is written as factors: a base b' instead of b is lambda_i = (b'/b)^(2i/d).
 """
 
 from __future__ import annotations
@@ -116,7 +115,6 @@ def longrope(
     target_tokens: int,
     *,
     rescale: Sequence[float] | None = None,
-    original_tokens: int = 0,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
 ) -> Factors:
@@ -125,14 +123,11 @@ def longrope(
     Args:
         rescale: the D factors, searched in [1, 1.25 s] in steps of 0.01, non-decreasing. None gives the curve that its search starts from,
             (1 - ramp_i) + s ramp_i over YaRN's ramp: the *factors* are blended linearly, which is not YaRN's own curve.
-        original_tokens: its n: positions below it keep the original RoPE; 0 for none. (In the authors' code these positions go without the
-            attention factor as well; here it is one number of the window.)
         beta_fast, beta_slow: ends of that ramp.
     """
     scale = extension_ratio(spectrum, target_tokens)
     table = lambda_linear(yarn_ramp(spectrum, beta_fast, beta_slow), scale) if rescale is None else rescale
-    made = _made("longrope", spectrum, target_tokens, table, longrope_attention_factor(scale, spectrum.window_tokens))
-    return replace(made, original_tokens=original_tokens)
+    return _made("longrope", spectrum, target_tokens, table, longrope_attention_factor(scale, spectrum.window_tokens))
 
 
 def longrope2(

@@ -151,7 +151,7 @@ def test_crossover_mixes_the_traits_of_two_parents():
 
 
 def everything_free(**knobs) -> Space:
-    return default_space(space="longrope", tail_high=1.25, original_tokens=[0, 4, 64], **knobs)
+    return default_space(space="longrope", tail_high=1.25, **knobs)
 
 
 def test_longrope_starts_from_pi_ntk_and_the_yarn_like_curve():
@@ -174,10 +174,8 @@ def test_longrope_candidates_stay_inside(seed, crossover):
         assert (np.diff(tail) >= 0).all()
         assert tail[0] >= 1.0
         assert tail[-1] <= 10.0
-        assert member.original_tokens in (0, 4, 64)
         factors = space.factors(member)
         assert factors.rescale == member.tail
-        assert factors.original_tokens == member.original_tokens
         assert factors.attention_factor == member.attention_factor
 
 
@@ -197,9 +195,6 @@ def test_longrope_candidates_stay_inside(seed, crossover):
             r"search\.algorithm=cmaes has a form for the tail alone; set search\.space=longrope2",
         ),
         ({"space": "longrope", "critical_index": 9}, r"search\.critical_index=9 has no meaning"),
-        ({"original_tokens": [0, 4]}, r"search\.original_tokens=\[0, 4\] belongs to LongRoPE v1's space; set search\.space=longrope"),
-        ({"space": "longrope", "original_tokens": [513]}, r"search\.original_tokens=\[513\] are not counts between 0 and .* 512"),
-        ({"space": "longrope", "original_tokens": []}, r"search\.original_tokens=\[\]"),
         ({"top_k": 0}, r"search\.top_k=0 is outside"),
     ],
 )

@@ -274,11 +274,6 @@ def test_factors_of_another_model_are_not_written():
         write(plain_config(), made(12))
 
 
-def test_factors_that_keep_their_first_tokens_are_not_written():
-    with pytest.raises(UserError, match=r"original RoPE for the first 4 tokens .*set rope\.options\.original_tokens=0"):
-        write(plain_config(), made(16, original_tokens=4))
-
-
 @pytest.mark.parametrize("name", ["none", "pi", "ntk_aware", "ntk", "dynamic_ntk", "yarn", "llama3", "longrope"])
 def test_every_method_is_served_through_longrope(name):
     factors = METHODS[name](Spectrum(16, 1e4, L0), L)

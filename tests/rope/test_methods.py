@@ -1,6 +1,5 @@
 """Methods against transformers where it has them, against their formulas where it does not, and what they promise for any model."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -142,12 +141,6 @@ def test_longrope_starts_from_another_curve_than_yarn(model):
         np.testing.assert_allclose(METHODS["longrope"](*model).rescale, 1 + (scale - 1) * share, rtol=1e-12)
     if scale > 1 and np.any((ramp > 0) & (ramp < 1)):
         assert np.any(lambda_linear(ramp, scale) > 1.1 * frequency_linear(ramp, scale))
-
-
-def test_longrope_keeps_first_tokens_and_nothing_else_changes(model):
-    kept = METHODS["longrope"](*model, original_tokens=16)
-    assert kept.original_tokens == 16
-    assert dataclasses.replace(kept, original_tokens=0) == METHODS["longrope"](*model)
 
 
 def test_rcd_variants_at_the_theoretical_index_are_their_parents():
