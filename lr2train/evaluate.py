@@ -24,7 +24,7 @@ from lr2train.cli.door import main
 from lr2train.config import Config, RopeConfig, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import NeedleDocument, needle_set, text_set
-from lr2train.evaluation import niah, of_run, perplexity
+from lr2train.evaluation import niah, perplexity, trained_run
 from lr2train.evaluation.subject import Subject, open_model
 from lr2train.model import load
 from lr2train.model.score import Score
@@ -78,10 +78,10 @@ def inputs(config: Config) -> tuple[Config, list[Subject]]:
                 "run is empty; set run=<name of a finished training run>, or model.path, rope and data.path for a model of your own"
             )
         return config, _before(config, load.folder_of(config.model))
-    folder = of_run.folder_of(config)
+    folder = trained_run.run_folder(config)
     io.read_json(folder / "train.json")  # refuses a run that is not finished
     factors = Factors.load(folder / "factors.json")
-    config = of_run.completed(config)
+    config = trained_run.completed(config)
     extended = factors.target_window_tokens > factors.spectrum.window_tokens
     after = Subject(f"{factors.method} trained" if extended else "base", folder / "model", factors, True)
     if config.model.path is None:
@@ -122,17 +122,17 @@ def _lengths(config: Config, target: int) -> list[int]:
 
 def _documents(config: Config, corpus: Corpus, lengths: list[int]) -> tuple[list[NeedleDocument], list[np.ndarray]]:
     """Needle documents and plain text of every length; the same for every subject, whatever other lengths there are."""
-    knobs, needles, texts = config.eval, [], []
-    if not knobs.depths or knobs.text_documents < 1:
+    settings, needles, texts = config.eval, [], []
+    if not settings.depths or settings.text_documents < 1:
         raise UserError(
-            f"eval.depths={knobs.depths} and eval.text_documents={knobs.text_documents} leave nothing to measure; set at least one of each"
+            f"eval.depths={settings.depths} and eval.text_documents={settings.text_documents} leave nothing to measure; set at least one of each"
         )
-    if not all(0.0 <= depth <= 1.0 for depth in knobs.depths):
-        raise UserError(f"eval.depths={knobs.depths} are not all between 0 (start) and 1 (end); set eval.depths inside these limits")
+    if not all(0.0 <= depth <= 1.0 for depth in settings.depths):
+        raise UserError(f"eval.depths={settings.depths} are not all between 0 (start) and 1 (end); set eval.depths inside these limits")
     for length in lengths:
-        rng = run.stream(knobs.seed, "evaluate", "needles", length)
-        needles += needle_set(corpus, config.data.needles, knobs.samples, length, knobs.depths, rng, distractors=knobs.distractors)
-        texts += text_set(corpus, knobs.text_documents, length, run.stream(knobs.seed, "evaluate", "text", length))
+        rng = run.stream(settings.seed, "evaluate", "needles", length)
+        needles += needle_set(corpus, config.data.needles, settings.samples, length, settings.depths, rng, distractors=settings.distractors)
+        texts += text_set(corpus, settings.text_documents, length, run.stream(settings.seed, "evaluate", "text", length))
     return needles, texts
 
 
@@ -154,7 +154,7 @@ def _settings(subject: Subject, config: Config, corpus: Corpus, lengths: list[in
         "lengths_tokens": lengths,
         "needles": asdict(config.data.needles),
         "corpus": corpus.fingerprint,
-        "model": load.fingerprint(subject.folder),
+        "model": load.folder_fingerprint(subject.folder),
         "dtype": config.model.dtype,
         "overrides": dict(subject.overrides),
         "factors": subject.factors.to_json(),

@@ -18,9 +18,9 @@ import torch
 from lr2train import io, run
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
-from lr2train.evaluation import of_run
+from lr2train.evaluation import trained_run
 from lr2train.model import load, rotary
-from lr2train.model.folder import TALK
+from lr2train.model.folder import GENERATION_FILES
 from lr2train.parallel import processes
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
@@ -57,7 +57,7 @@ def export(config: Config) -> dict[str, Any]:
             computes logits that are not finite; nothing is replaced then, unless plain transformers alone finds such logits.
     """
     run.refuse_ranks("export")
-    job = run.Run(of_run.folder_of(config), "export")
+    job = run.Run(trained_run.run_folder(config), "export")
     if config.export.dtype not in (None, *load.DTYPES):
         raise UserError(f"export.dtype={config.export.dtype} is not one of {', '.join(load.DTYPES)}; set one of them, or leave it empty")
     io.read_json(job.folder / "train.json")  # refuses a run that is not finished
@@ -70,7 +70,7 @@ def export(config: Config) -> dict[str, Any]:
 
 
 def _export(config: Config, job: run.Run, factors: Factors, folder: Path) -> dict[str, Any]:
-    config = of_run.completed(config)
+    config = trained_run.completed(config)
     dtype = config.export.dtype or io.read_json(job.folder / "model" / "config.json")["dtype"]
     device = str(processes.pick_device(config.device))
     ours = _write(job, folder, factors, dtype, device, config)
@@ -113,10 +113,10 @@ def _refuse_unwritable(folder: Path) -> None:
 
 def _companions(config: Config, job: run.Run) -> list[Path]:
     """What goes beside the weights: how the base model samples and talks, and the tokenizer that the run was trained with."""
-    trained, base = job.folder / "model", load.talk_of(config.model)
-    talk = base or [trained / name for name in TALK]
+    trained, base = job.folder / "model", load.generation_files_of(config.model)
+    talk = base or [trained / name for name in GENERATION_FILES]
     if config.model.path and not Path(config.model.path).expanduser().is_dir() and not any(file.is_file() for file in talk):
-        _log(job, f"the base model {config.model.path} is not here any more; its {' and '.join(TALK)}, if any, are left out")
+        _log(job, f"the base model {config.model.path} is not here any more; its {' and '.join(GENERATION_FILES)}, if any, are left out")
     return [*talk, *sorted(file for pattern in OF_TOKENIZERS for file in trained.glob(pattern))]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from lr2train import io, run
 from lr2train.cli.door import main
 from lr2train.config import Config, GenerateConfig, UserError
-from lr2train.evaluation import of_run
+from lr2train.evaluation import trained_run
 from lr2train.model import decode, load, rotary
 from lr2train.model.folder import values_in
 from lr2train.parallel import processes
@@ -34,9 +34,9 @@ def generate(config: Config) -> dict[str, Any]:
         UserError: no model, no prompt, a text longer than the target window, or logits that are not finite.
     """
     run.refuse_ranks("generate")
-    _refuse_bad_knobs(config.generate)
+    _refuse_bad_settings(config.generate)
     folder = _folder(config)
-    config = of_run.completed(config) if config.run else config
+    config = trained_run.completed(config) if config.run else config
     prompt = _prompt(config)
     factors = factors_of(folder, config)
     tokenizer = load.load_tokenizer(folder)
@@ -46,17 +46,17 @@ def generate(config: Config) -> dict[str, Any]:
     model = load.load_whole(folder, config.model.dtype, str(device), _overrides(config))
     _refuse_unknown(tokens, model.get_input_embeddings().num_embeddings, folder)
     table = rotary.install(model, factors)
-    original, knobs = factors.spectrum.window_tokens, config.generate
-    how = {"window": knobs.window, "temperature": knobs.temperature, "top_p": knobs.top_p, "seed": config.seed}
+    original, settings = factors.spectrum.window_tokens, config.generate
+    how = {"window": settings.window, "temperature": settings.temperature, "top_p": settings.top_p, "seed": config.seed}
     start = time.monotonic()
-    new = _show(decode.generate(model, table, tokens, knobs.max_new_tokens, original, stop=_stops(folder, tokenizer), **how), tokenizer)
+    new = _show(decode.generate(model, table, tokens, settings.max_new_tokens, original, stop=_stops(folder, tokenizer), **how), tokenizer)
     result = {
         "prompt": prompt,
         "prompt_tokens": len(tokens),
         "new_tokens": len(new),
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "window": table.window,
-        "switched": knobs.window == "auto" and len(tokens) <= original and table.window == "long",
+        "switched": settings.window == "auto" and len(tokens) <= original and table.window == "long",
         "seconds": time.monotonic() - start,
         "provenance": run.provenance(),
     }
@@ -95,11 +95,11 @@ def _show(tokens: Iterator[int], tokenizer: Any) -> list[int]:
     return new
 
 
-def _refuse_bad_knobs(knobs: GenerateConfig) -> None:
+def _refuse_bad_settings(settings: GenerateConfig) -> None:
     for key, value, good, limit in (
-        ("max_new_tokens", knobs.max_new_tokens, knobs.max_new_tokens >= 1, "at least 1"),
-        ("temperature", knobs.temperature, knobs.temperature >= 0, "at least 0 (greedy)"),
-        ("top_p", knobs.top_p, 0 < knobs.top_p <= 1, "above 0 and at most 1"),
+        ("max_new_tokens", settings.max_new_tokens, settings.max_new_tokens >= 1, "at least 1"),
+        ("temperature", settings.temperature, settings.temperature >= 0, "at least 0 (greedy)"),
+        ("top_p", settings.top_p, 0 < settings.top_p <= 1, "above 0 and at most 1"),
     ):
         if not good:
             raise UserError(f"generate.{key}={value} is out of its limits; set generate.{key} to {limit}")

@@ -20,13 +20,13 @@ from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.evolution.cma import evolve_cmaes
-from lr2train.evolution.documents import Document, digest, documents
+from lr2train.evolution.documents import SearchDocument, digest, draw_documents
 from lr2train.evolution.fitness import Fitness
 from lr2train.evolution.genome import Space
 from lr2train.evolution.history import History, described
 from lr2train.evolution.loop import evolve
-from lr2train.evolution.race import Judge, Scored
-from lr2train.evolution.surrogate import Evidence, evolve_surrogate
+from lr2train.evolution.race import CandidateScorer, Scored
+from lr2train.evolution.surrogate import Observations, evolve_surrogate
 from lr2train.model import load, rotary
 from lr2train.parallel import control, processes
 from lr2train.parallel.inputs import identities
@@ -35,7 +35,11 @@ from lr2train.rope.methods import METHODS
 
 GROUPS = ("name", "seed", "device", "threads", "model", "rope", "data", "search")  # threads: sums by more of them differ in the last bits
 PICTURES = ("factors.png", "fitness.png", "temperature.png", "documents.png")
-ALGORITHMS: dict[str, Any] = {"evolution": (evolve, Judge), "surrogate": (evolve_surrogate, Evidence), "cmaes": (evolve_cmaes, Judge)}
+ALGORITHMS: dict[str, Any] = {
+    "evolution": (evolve, CandidateScorer),
+    "surrogate": (evolve_surrogate, Observations),
+    "cmaes": (evolve_cmaes, CandidateScorer),
+}
 
 
 def search(config: Config) -> dict[str, Any]:
@@ -55,12 +59,12 @@ def search(config: Config) -> dict[str, Any]:
     control.together(lambda: corpus.verify(full=config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0))  # once a machine
     if device.type == "cpu" and not config.threads:
         torch.set_num_threads(1)  # by default as many as cores have ranks: then the losses' last bits would depend on the number of ranks
-    model, knobs = _model(config, device), config.search
+    model, settings = _model(config, device), config.search
     table = rotary.install(model, METHODS["none"](space.spectrum, space.target_tokens))
     job.claim(found)
     journal = job.folder / "journal.jsonl"
-    fitness = Fitness(model, table, space, scored_on, journal, chunk_tokens=knobs.chunk_tokens, lockstep=knobs.shard)
-    history = History(knobs, fitness, job.folder / "generations.jsonl")
+    fitness = Fitness(model, table, space, scored_on, journal, chunk_tokens=settings.chunk_tokens, lockstep=settings.shard)
+    history = History(settings, fitness, job.folder / "generations.jsonl")
     _announce(job, space, fitness)
     start = time.monotonic()
     finalists = _run(job, space, history)
@@ -85,7 +89,7 @@ def _finished(job: run.Run) -> dict[str, Any]:
     return io.read_json(job.folder / "search.json")
 
 
-def inputs(config: Config) -> tuple[Space, list[Document], Corpus]:
+def inputs(config: Config) -> tuple[Space, list[SearchDocument], Corpus]:
     """The search space, the documents (those of the generations, then those of the final) and their corpus, before any weight exists."""
     hf_config = load.config_of(config.model)
     if config.model.path is None:
@@ -101,7 +105,7 @@ def inputs(config: Config) -> tuple[Space, list[Document], Corpus]:
     space = Space(spectrum, target, config.search)
     corpus = Corpus.open(Path(config.data.path))
     corpus.refuse_other_tokenizer(hf_config.vocab_size, load.folder_of(config.model))
-    return space, documents(config, corpus), corpus
+    return space, draw_documents(config, corpus), corpus
 
 
 def _model(config: Config, device: torch.device) -> Any:
@@ -113,12 +117,16 @@ def _model(config: Config, device: torch.device) -> Any:
 
 
 def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
-    knobs, (low, high), indices = space.knobs, space.bounds, space.critical_indices
+    settings, (low, high), indices = space.settings, space.bounds, space.critical_indices
     what = "all factors" if space.all_dims else f"rcd in {indices[0]} … {indices[-1]}, tail"
-    asked = f" with {knobs.questions} of {knobs.questions + knobs.distractors} needles asked for" if knobs.objective == "needle" else ""
+    asked = (
+        f" with {settings.questions} of {settings.questions + settings.distractors} needles asked for"
+        if settings.objective == "needle"
+        else ""
+    )
     job.log(
-        f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}], {knobs.population} candidates x "
-        f"{knobs.generations} generations x {knobs.documents} documents{asked}, {'racing' if knobs.racing else 'no racing'}"
+        f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}], {settings.population} candidates x "
+        f"{settings.generations} generations x {settings.documents} documents{asked}, {'racing' if settings.racing else 'no racing'}"
         + (f"; {fitness.recovered} evaluations found in the journal" if fitness.recovered else "")
         + (f"; damaged lines taken out of it: {fitness.damaged}" if fitness.damaged else "")
     )
@@ -126,16 +134,16 @@ def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
 
 def _run(job: run.Run, space: Space, history: History) -> list[Scored]:
     """All generations and the final; the finalists, best first."""
-    knobs, fitness, finalists = space.knobs, history.fitness, []
-    generations, judge_by = ALGORITHMS[knobs.algorithm]
-    judge = judge_by(space, fitness)
+    settings, fitness, finalists = space.settings, history.fitness, []
+    generations, make_scorer = ALGORITHMS[settings.algorithm]
+    scorer = make_scorer(space, fitness)
     with run.meter("search, document-forwards", fitness.recovered) as tick:
         fitness.tell = lambda: tick(fitness.computed, history.expected_evaluations, history.note)
-        for generation in generations(space, judge, knobs.seed):
-            finalists = list(generation.population[: knobs.top_k])
+        for generation in generations(space, scorer, settings.seed):
+            finalists = list(generation.population[: settings.top_k])
             fitness.refuse_broken_model()
             job.log(history.add(generation))
-        return judge.final([one.candidate for one in finalists]) if knobs.final_documents else finalists
+        return scorer.final([one.candidate for one in finalists]) if settings.final_documents else finalists
 
 
 def _write(job: run.Run, space: Space, best: Scored, result: dict[str, Any], where_from: dict[str, Any]) -> None:
@@ -145,7 +153,7 @@ def _write(job: run.Run, space: Space, best: Scored, result: dict[str, Any], whe
     if run.rank() == 0:
         write_search_pictures(job.folder)
     job.log(
-        f"done: {space.knobs.objective} perplexity {best.perplexity:.4f} on {best.documents} documents, {described(best.candidate)}, "
+        f"done: {space.settings.objective} perplexity {best.perplexity:.4f} on {best.documents} documents, {described(best.candidate)}, "
         f"{result['document_forwards']} document-forwards; factors in {job.folder / 'factors.json'}, pictures beside"
     )
 

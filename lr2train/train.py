@@ -172,7 +172,7 @@ def _write_model(job: run.Run, engine: Engine, factors: Factors, hf_config: Any,
     config = load.plain_config(hf_config)
     if factors.target_window_tokens > factors.spectrum.window_tokens:
         config = rope_hf.write(config, factors)
-    companions = [*load.talk_of(model), *sorted(corpus.tokenizer_folder.iterdir())]
+    companions = [*load.generation_files_of(model), *sorted(corpus.tokenizer_folder.iterdir())]
     window = factors.target_window_tokens
     engine.write_model(job.folder / "model", config, lambda folder: load.copy_companions(companions, folder, window))
 

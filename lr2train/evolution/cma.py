@@ -12,14 +12,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from lr2train.evolution.genome import Candidate, Space
-from lr2train.evolution.loop import Generation, Judgement, ranked
+from lr2train.evolution.loop import Generation, ScoreCandidates, ranked
 from lr2train.evolution.race import Scored
 from lr2train.run import stream
 
 SIGMA = 0.3  # of the first samples, in shares of each range: they cover the space
 
 
-def evolve_cmaes(space: Space, judge: Judgement, seed: int) -> Iterator[Generation]:
+def evolve_cmaes(space: Space, scorer: ScoreCandidates, seed: int) -> Iterator[Generation]:
     """Yield ``generations`` + 1 generations of ``population - top_k`` samples; as many as the paper's algorithm makes children.
 
     Args, and what is yielded, as ``loop.evolve``; ``population`` holds the ``top_k`` best so far and this generation's samples.
@@ -27,26 +27,26 @@ def evolve_cmaes(space: Space, judge: Judgement, seed: int) -> Iterator[Generati
     from cmaes import CMAwM
 
     assert not space.all_dims, "refused by Space"
-    knobs, n_indices = space.knobs, len(space.critical_indices)
+    settings, n_indices = space.settings, len(space.critical_indices)
     bounds = np.array([[0.0, 1.0]] * 4 + [[0.0, max(n_indices - 1, 1)]])
     steps = np.array([0.0] * 4 + [1.0])
     optimizer = CMAwM(
         mean=bounds.mean(1), sigma=SIGMA, bounds=bounds, steps=steps, cov=np.diag((bounds[:, 1] - bounds[:, 0]) ** 2),
-        population_size=knobs.population - knobs.top_k, seed=int(stream(seed, "cmaes").integers(2**31)),
+        population_size=settings.population - settings.top_k, seed=int(stream(seed, "cmaes").integers(2**31)),
     )  # fmt: skip
     best: tuple[Scored, ...] = ()
     seen: set[str] = set()
-    for index in range(knobs.generations + 1):
+    for index in range(settings.generations + 1):
         asked = [optimizer.ask() for _ in range(optimizer.population_size)]
         samples = [candidate_of(space, point) for point, _ in asked]
         known = {one.candidate.key: one for one in best}
         new = list({sample.key: sample for sample in samples if sample.key not in known}.values())
-        scored = [*judge(new, [one.candidate for one in best]), *best]
+        scored = [*scorer(new, [one.candidate for one in best]), *best]
         place = {one.candidate.key: number for number, one in enumerate(_places(scored))}
         optimizer.tell([(told, float(place[sample.key])) for (_, told), sample in zip(asked, samples, strict=True)])
         seen.update(place)
         population = ranked([one for one in scored if not one.dropped])
-        best = population[: knobs.top_k]
+        best = population[: settings.top_k]
         yield Generation(index, population, ranked([one for one in scored if one.dropped]), len(seen))
 
 

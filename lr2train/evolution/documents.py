@@ -18,7 +18,7 @@ TEXT_PIECES = 16  # spans that plain text is scored in: a race compares them one
 
 
 @dataclass(frozen=True)
-class Document:
+class SearchDocument:
     """Tokens, of which those at ``spans`` are scored, each span (an answer) for itself.
 
     Attributes:
@@ -35,32 +35,32 @@ class Document:
         return sum(stop - start for start, stop in self.spans)
 
 
-def documents(config: Config, corpus: Corpus) -> list[Document]:
+def draw_documents(config: Config, corpus: Corpus) -> list[SearchDocument]:
     """``search.documents`` for the generations, then ``search.final_documents`` for the final; each of the target window's length.
 
     Raises:
         UserError: nothing is held out, the length has no room for the needles, or there are more needles than names.
     """
-    knobs = config.search
-    if knobs.objective == "needle" and knobs.questions + knobs.distractors > N_KEYS:
+    settings = config.search
+    if settings.objective == "needle" and settings.questions + settings.distractors > N_KEYS:
         raise UserError(
-            f"search.questions={knobs.questions} and search.distractors={knobs.distractors} make more needles than there are names "
-            f"({N_KEYS}); set search.distractors to {max(0, N_KEYS - knobs.questions)} or less"
+            f"search.questions={settings.questions} and search.distractors={settings.distractors} make more needles than there are names "
+            f"({N_KEYS}); set search.distractors to {max(0, N_KEYS - settings.questions)} or less"
         )
     n_documents, length, rng = (
-        knobs.documents + knobs.final_documents,
+        settings.documents + settings.final_documents,
         config.rope.target_window_tokens,
-        stream(knobs.seed, "search", "needles"),
+        stream(settings.seed, "search", "needles"),
     )
-    if knobs.objective == "text":
+    if settings.objective == "text":
         borders = np.linspace(1, length, TEXT_PIECES + 1).astype(int).tolist()
         pieces = tuple((start, stop) for start, stop in pairwise(borders) if start < stop)
-        return [Document(tokens, pieces) for tokens in text_set(corpus, n_documents, length, rng)]
-    made = needle_set(corpus, config.data.needles, n_documents, length, [knobs.depth], rng, knobs.questions, knobs.distractors)
-    return [Document(one.tokens, one.answer_spans) for one in made]
+        return [SearchDocument(tokens, pieces) for tokens in text_set(corpus, n_documents, length, rng)]
+    made = needle_set(corpus, config.data.needles, n_documents, length, [settings.depth], rng, settings.questions, settings.distractors)
+    return [SearchDocument(one.tokens, one.answer_spans) for one in made]
 
 
-def digest(documents: Sequence[Document]) -> str:
+def digest(documents: Sequence[SearchDocument]) -> str:
     """Of what candidates are scored on: a journal tells nothing of other documents."""
     facts = hashlib.sha256()
     for one in documents:

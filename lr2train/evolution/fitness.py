@@ -20,7 +20,7 @@ import numpy as np
 
 from lr2train import io
 from lr2train.config import UserError
-from lr2train.evolution.documents import Document
+from lr2train.evolution.documents import SearchDocument
 from lr2train.evolution.genome import Candidate, Space
 from lr2train.model.rotary import WindowRotary
 from lr2train.model.score import score
@@ -59,7 +59,7 @@ class Fitness:
         model: Any,
         rotary: WindowRotary,
         space: Space,
-        documents: Sequence[Document],
+        documents: Sequence[SearchDocument],
         journal: Path,
         *,
         chunk_tokens: int = 0,
@@ -182,7 +182,7 @@ class _EnoughMissing(Exception):
 class _Attempt:
     """One run of a decision: what it asked for, and what of it is missing."""
 
-    def __init__(self, known: dict[tuple[str, int], np.ndarray], documents: Sequence[Document], room: int):
+    def __init__(self, known: dict[tuple[str, int], np.ndarray], documents: Sequence[SearchDocument], room: int):
         self._known, self._documents, self._room = known, documents, room
         self._guesses: dict[tuple[str, int], np.ndarray] = {}
         self.asked: set[tuple[str, int]] = set()

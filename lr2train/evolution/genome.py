@@ -46,15 +46,15 @@ class Space:
     Args:
         spectrum: of the original model.
         target_tokens: L.
-        knobs: probabilities, bounds (in multiples of s = L / L0) and grid.
+        settings: probabilities, bounds (in multiples of s = L / L0) and grid.
     """
 
     spectrum: Spectrum
     target_tokens: int
-    knobs: SearchConfig
+    settings: SearchConfig
 
     def __post_init__(self) -> None:
-        fixed = self.knobs.critical_index
+        fixed = self.settings.critical_index
         if fixed is not None and self.all_dims:
             raise UserError(
                 f"search.critical_index={fixed} has no meaning where search.space=longrope sets every factor free; leave one of them out"
@@ -63,30 +63,30 @@ class Space:
             raise UserError(
                 f"search.critical_index={fixed} is outside 1 … {self.spectrum.n_dims - 1}; set it inside, or leave it empty to search it"
             )
-        if self.knobs.algorithm == "cmaes" and self.all_dims:
+        if self.settings.algorithm == "cmaes" and self.all_dims:
             raise UserError(
                 "search.algorithm=cmaes has a form for the tail alone; set search.space=longrope2, or search.algorithm=evolution"
             )
-        if self.knobs.algorithm == "cmaes" and self.knobs.population - self.knobs.top_k < MIN_SAMPLES:
+        if self.settings.algorithm == "cmaes" and self.settings.population - self.settings.top_k < MIN_SAMPLES:
             raise UserError(
-                f"search.population={self.knobs.population} leaves fewer than {MIN_SAMPLES} samples beside search.top_k={self.knobs.top_k}, "
+                f"search.population={self.settings.population} leaves fewer than {MIN_SAMPLES} samples beside search.top_k={self.settings.top_k}, "
                 "which search.algorithm=cmaes cannot learn from; raise search.population"
             )
         self._refuse_bounds("tail")
         self._refuse_bounds("attention_factor")
         for name, example in (("mutation_step", 0.01), ("mutation_spread", 0.25), ("attention_factor", 1.0)):
-            if not 1e-6 <= getattr(self.knobs, name) < math.inf:
+            if not 1e-6 <= getattr(self.settings, name) < math.inf:
                 raise UserError(
-                    f"search.{name}={getattr(self.knobs, name)} is not a finite number of 1e-6 or more; set it to such as {example}"
+                    f"search.{name}={getattr(self.settings, name)} is not a finite number of 1e-6 or more; set it to such as {example}"
                 )
-        if not 1 <= self.knobs.top_k < self.knobs.population:
+        if not 1 <= self.settings.top_k < self.settings.population:
             raise UserError(
-                f"search.top_k={self.knobs.top_k} is outside 1 … {self.knobs.population - 1}, which leaves no parent or no room for "
-                f"children; set search.top_k to {max(1, self.knobs.population // 4)}, or raise search.population"
+                f"search.top_k={self.settings.top_k} is outside 1 … {self.settings.population - 1}, which leaves no parent or no room for "
+                f"children; set search.top_k to {max(1, self.settings.population // 4)}, or raise search.population"
             )
 
     def _refuse_bounds(self, name: str) -> None:
-        low, high = getattr(self.knobs, f"{name}_low"), getattr(self.knobs, f"{name}_high")
+        low, high = getattr(self.settings, f"{name}_low"), getattr(self.settings, f"{name}_high")
         if not 0 < low <= high < math.inf:
             raise UserError(
                 f"search.{name}_low={low} and search.{name}_high={high} are no range; set 0 < search.{name}_low <= search.{name}_high"
@@ -100,17 +100,17 @@ class Space:
     @property
     def all_dims(self) -> bool:
         """Whether every factor is free, not only the tail."""
-        return self.knobs.space == "longrope"
+        return self.settings.space == "longrope"
 
     @property
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest free factor; a fast dimension, where those are free too, may stay as it was."""
-        return 1.0 if self.all_dims else self.knobs.tail_low * self.scale, self.knobs.tail_high * self.scale
+        return 1.0 if self.all_dims else self.settings.tail_low * self.scale, self.settings.tail_high * self.scale
 
     @property
     def critical_indices(self) -> range:
         """d10 … tcd (paper, Algorithm 1, line 3), or the fixed one."""
-        fixed = ALL if self.all_dims else self.knobs.critical_index
+        fixed = ALL if self.all_dims else self.settings.critical_index
         if fixed is not None:
             return range(fixed, fixed + 1)
         return range(self.spectrum.lowest_critical_index, self.spectrum.critical_index + 1)
@@ -134,13 +134,13 @@ class Space:
         Where every factor is free: PI, NTK-aware and the lambda-linear YaRN curve, as LongRoPE v1 starts, and mutations of them.
         """
         if self.all_dims:
-            members = [self._like(name, rng) for name in ("pi", "ntk_aware", "longrope")][: self.knobs.population]
+            members = [self._like(name, rng) for name in ("pi", "ntk_aware", "longrope")][: self.settings.population]
         else:
             indices = np.array(self.critical_indices)
-            if len(indices) > self.knobs.population:
-                indices = indices[np.linspace(0, len(indices) - 1, self.knobs.population).round().astype(int)]
+            if len(indices) > self.settings.population:
+                indices = indices[np.linspace(0, len(indices) - 1, self.settings.population).round().astype(int)]
             members = [self._constant(int(index), rng) for index in indices]
-        return self.fill(members, members, self.knobs.population, rng)
+        return self.fill(members, members, self.settings.population, rng)
 
     def _like(self, method: str, rng: np.random.Generator) -> Candidate:
         table = METHODS[method](self.spectrum, self.target_tokens).rescale
@@ -173,9 +173,9 @@ class Space:
     def mutate(self, parent: Candidate, rng: np.random.Generator, mates: list[Candidate]) -> Candidate:
         """Algorithm 2, lines 4-8: each tail entry moves with probability p, under the bounds and the non-decreasing order."""
         child = parent
-        if rng.random() < self.knobs.crossover:
+        if rng.random() < self.settings.crossover:
             child = self._cross(child, mates[rng.integers(len(mates))], rng)
-        if rng.random() < self.knobs.move_critical_index and not self.all_dims:
+        if rng.random() < self.settings.move_critical_index and not self.all_dims:
             indices = self.critical_indices
             moved = child.critical_index + int(rng.choice([-2, -1, 1, 2]))
             child = self._with_critical_index(child, min(max(moved, indices[0]), indices[-1]))
@@ -204,31 +204,31 @@ class Space:
         """A moved entry keeps its place and pushes its neighbours: entries before it are lowered to it, entries after it raised to it."""
         low, high = self.bounds
         values = np.array(tail)
-        for i in np.flatnonzero(rng.random(len(values)) < self.knobs.mutation_probability):
-            values[i] = self.on_grid(rng.normal(values[i], self.knobs.mutation_spread * (high - low)))
+        for i in np.flatnonzero(rng.random(len(values)) < self.settings.mutation_probability):
+            values[i] = self.on_grid(rng.normal(values[i], self.settings.mutation_spread * (high - low)))
             values[:i] = np.minimum(values[:i], values[i])
             values[i:] = np.maximum(values[i:], values[i])
         return tuple(map(float, values))
 
     def _mutate_attention_factor(self, value: float, rng: np.random.Generator) -> float:
-        if not self.knobs.search_attention_factor or rng.random() >= self.knobs.mutation_probability:
+        if not self.settings.search_attention_factor or rng.random() >= self.settings.mutation_probability:
             return value
-        low, high = self.knobs.attention_factor_low, self.knobs.attention_factor_high
-        return self._attention_on_grid(rng.normal(value, self.knobs.mutation_spread * (high - low)))
+        low, high = self.settings.attention_factor_low, self.settings.attention_factor_high
+        return self._attention_on_grid(rng.normal(value, self.settings.mutation_spread * (high - low)))
 
     def on_grid(self, value: float) -> float:
         """The nearest factor that a candidate may have."""
-        return _nearest(value, self.knobs.mutation_step, *self.bounds)
+        return _nearest(value, self.settings.mutation_step, *self.bounds)
 
     def attention_factor_at(self, share: float) -> float:
         """The attention factor at a share 0 … 1 of its range; the fixed one where it is not searched."""
-        if not self.knobs.search_attention_factor:
-            return self.knobs.attention_factor
-        low, high = self.knobs.attention_factor_low, self.knobs.attention_factor_high
+        if not self.settings.search_attention_factor:
+            return self.settings.attention_factor
+        low, high = self.settings.attention_factor_low, self.settings.attention_factor_high
         return self._attention_on_grid(low + share * (high - low))
 
     def _attention_on_grid(self, value: float) -> float:
-        return _nearest(value, ATTENTION_GRID, self.knobs.attention_factor_low, self.knobs.attention_factor_high)
+        return _nearest(value, ATTENTION_GRID, self.settings.attention_factor_low, self.settings.attention_factor_high)
 
 
 def _nearest(value: float, step: float, low: float, high: float) -> float:

@@ -21,13 +21,13 @@ class History:
     """The generations so far.
 
     Attributes:
-        knobs: of the search.
+        settings: of the search.
         fitness: whose evaluations are counted.
         file: generations.jsonl, written anew: a resumed search replays its generations from the journal.
         lines: what stands in the file.
     """
 
-    knobs: SearchConfig
+    settings: SearchConfig
     fitness: Fitness
     file: Path
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -39,15 +39,15 @@ class History:
             with self.file.open("w" if len(self.lines) == 1 else "a") as file:
                 file.write(json.dumps(self.lines[-1]) + "\n")
         return (
-            f"generation {generation.index}/{self.knobs.generations}: {self.knobs.objective} perplexity {generation.best.perplexity:.4f}, "
+            f"generation {generation.index}/{self.settings.generations}: {self.settings.objective} perplexity {generation.best.perplexity:.4f}, "
             f"{described(generation.best.candidate)}, {len(generation.dropped)} dropped, {self.fitness.document_forwards} document-forwards"
         )
 
     @property
     def note(self) -> str:
         """What is going on, for the progress bar."""
-        done, knobs = len(self.lines), self.knobs
-        following = "final" if done > knobs.generations else f"generation {done}/{knobs.generations}"
+        done, settings = len(self.lines), self.settings
+        following = "final" if done > settings.generations else f"generation {done}/{settings.generations}"
         if not self.lines:
             return following
         index = self.lines[-1]["best"]["critical_index"]
@@ -56,12 +56,12 @@ class History:
     @property
     def expected_evaluations(self) -> int:
         """That the search will take, judged by the generations so far; at first as many as there are without racing."""
-        knobs = self.knobs
-        if not self.lines or knobs.algorithm == "surrogate":  # its budget is fixed
-            return knobs.most_forwards
-        final = knobs.top_k * knobs.final_documents
+        settings = self.settings
+        if not self.lines or settings.algorithm == "surrogate":  # its budget is fixed
+            return settings.most_forwards
+        final = settings.top_k * settings.final_documents
         by_generation = self.lines[-1]["document_forwards"] / len(self.lines)
-        expected = by_generation * (knobs.generations + 1) + final / (2 if knobs.racing else 1)
+        expected = by_generation * (settings.generations + 1) + final / (2 if settings.racing else 1)
         return max(round(expected), self.fitness.computed)
 
     def result(self, finalists: Sequence[Scored]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class History:
             "document_forwards": self.fitness.document_forwards,
             "evaluations": self.fitness.computed,
             "finalists": [{"perplexity": one.perplexity, "documents": one.documents, **_plain(one.candidate)} for one in finalists],
-            "settings": asdict(self.knobs),
+            "settings": asdict(self.settings),
         }
 
     def brief(self) -> list[dict[str, Any]]:

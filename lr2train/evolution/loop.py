@@ -13,7 +13,7 @@ from lr2train.evolution.genome import Candidate, Space
 from lr2train.evolution.race import Scored
 from lr2train.run import stream
 
-Judgement = Callable[[Sequence[Candidate], Sequence[Candidate]], list[Scored]]
+ScoreCandidates = Callable[[Sequence[Candidate], Sequence[Candidate]], list[Scored]]
 """(candidates, those kept so far) -> the candidates in their order, scored."""
 
 
@@ -39,24 +39,24 @@ class Generation:
         return self.population[0]
 
 
-def evolve(space: Space, judge: Judgement, seed: int) -> Iterator[Generation]:
+def evolve(space: Space, scorer: ScoreCandidates, seed: int) -> Iterator[Generation]:
     """Yield generation 0 (Algorithm 1), then one generation of Algorithm 2 after another, ``generations`` of them.
 
     Args:
-        space: bounds and knobs.
-        judge: scores candidates; pure. At least ``top_k`` of all that it meets it scores on everything.
+        space: bounds and settings.
+        scorer: scores candidates; pure. At least ``top_k`` of all that it meets it scores on everything.
         seed: of every random choice.
     """
-    knobs = space.knobs
+    settings = space.settings
     seen: set[str] = set()
     parents: tuple[Scored, ...] = ()
-    for index in range(knobs.generations + 1):
+    for index in range(settings.generations + 1):
         kept = [parent.candidate for parent in parents]
         rng = stream(seed, "search", index)
-        children = space.fill([], kept, knobs.population - len(kept), rng, frozenset(seen)) if kept else space.initial(rng)
+        children = space.fill([], kept, settings.population - len(kept), rng, frozenset(seen)) if kept else space.initial(rng)
         seen.update(child.key for child in children)
-        generation = _generation(index, parents, judge(children, kept), len(seen))
-        parents = generation.population[: knobs.top_k]
+        generation = _generation(index, parents, scorer(children, kept), len(seen))
+        parents = generation.population[: settings.top_k]
         yield generation
 
 

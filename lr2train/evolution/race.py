@@ -40,40 +40,40 @@ class Scored:
         return math.exp(min(self.loss, 700.0))
 
 
-class Judge:
-    """Scores the candidates of a generation against those that were kept, under the knobs of the space.
+class CandidateScorer:
+    """Scores the candidates of a generation against those that were kept, under the settings of the space.
 
     Args:
-        space: its knobs say whether there is racing, and how daring.
+        space: its settings say whether there is racing, and how daring.
         fitness: whose first ``search.documents`` documents the generations are scored on, and the further ones the finalists.
     """
 
     def __init__(self, space: Space, fitness: Fitness):
-        self._fitness, self._knobs = fitness, space.knobs
+        self._fitness, self._knobs = fitness, space.settings
 
     def __call__(self, candidates: Sequence[Candidate], kept: Sequence[Candidate]) -> list[Scored]:
         """The candidates in their order, dropped ones among them. ``kept`` have been scored on everything before."""
-        knobs = self._knobs
+        settings = self._knobs
 
         def decide(losses: Losses) -> list[list[int]]:
-            order = _hardest_first(losses, kept, knobs.documents)
-            if knobs.racing:
-                return race(losses, candidates, kept, knobs.top_k, order, knobs.racing_z, knobs.racing_answers)
-            return everything(losses, candidates, order)
+            order = _hardest_first(losses, kept, settings.documents)
+            if settings.racing:
+                return race(losses, candidates, kept, settings.top_k, order, settings.racing_z, settings.racing_answers)
+            return without_racing(losses, candidates, order)
 
-        return self._scored(candidates, self._fitness.settle(decide), knobs.documents)
+        return self._scored(candidates, self._fitness.settle(decide), settings.documents)
 
     def final(self, finalists: Sequence[Candidate]) -> list[Scored]:
         """The finalists, best first, on the further documents alone: on those of the generations they were chosen, luck included.
 
         They race for the first place.
         """
-        knobs, order = self._knobs, range(self._knobs.documents, len(self._fitness.documents))
+        settings, order = self._knobs, range(self._knobs.documents, len(self._fitness.documents))
 
         def decide(losses: Losses) -> list[list[int]]:
-            if knobs.racing:
-                return race(losses, finalists, [], 1, order, knobs.racing_z, knobs.racing_answers)
-            return everything(losses, finalists, order)
+            if settings.racing:
+                return race(losses, finalists, [], 1, order, settings.racing_z, settings.racing_answers)
+            return without_racing(losses, finalists, order)
 
         scored = self._scored(finalists, self._fitness.settle(decide), len(order))
         return sorted(scored, key=lambda one: (one.dropped, -one.documents, one.loss, one.candidate.key))
@@ -85,7 +85,7 @@ class Judge:
         ]
 
 
-def everything(losses: Losses, candidates: Sequence[Candidate], order: Sequence[int]) -> list[list[int]]:
+def without_racing(losses: Losses, candidates: Sequence[Candidate], order: Sequence[int]) -> list[list[int]]:
     """No racing: every candidate on every document. Pure."""
     for candidate in candidates:
         for document in order:

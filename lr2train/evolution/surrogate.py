@@ -37,56 +37,58 @@ _OWN, _DOCUMENT = 0.05, 0.5  # variances of u_c and b_d, as shares of all
 _DIGITS = 9  # estimates are compared so far: less than what another processor's last bit can move
 
 
-def evolve_surrogate(space: Space, evidence: Evidence, seed: int) -> Iterator[Generation]:
+def evolve_surrogate(space: Space, observations: Observations, seed: int) -> Iterator[Generation]:
     """Yield generation 0 and ``generations`` more, of as many children as ``loop.evolve`` makes.
 
     ``Generation.population`` is this generation's children and its parents, by estimated loss; nobody is ``dropped``.
     """
-    knobs = space.knobs
+    settings = space.settings
     seen: set[str] = set()
     parents: list[Candidate] = []
-    for index in range(knobs.generations + 1):
+    for index in range(settings.generations + 1):
         rng = stream(seed, "search", index)
-        children = _promising(space, evidence, parents, seen, rng) if parents else space.initial(rng)
+        children = _promising(space, observations, parents, seen, rng) if parents else space.initial(rng)
         seen.update(child.key for child in children)
-        turn = itertools.cycle(rng.permutation(knobs.documents).tolist())
-        evidence.look([(child, next(turn)) for child in children])
-        evidence.look_again([*children, *parents], round((knobs.looks - 1) * len(children)), knobs.documents, rng)
-        population = ranked(evidence.estimates([*children, *parents]))
-        parents = [one.candidate for one in population[: knobs.top_k]]
+        turn = itertools.cycle(rng.permutation(settings.documents).tolist())
+        observations.observe([(child, next(turn)) for child in children])
+        observations.observe_promising([*children, *parents], round((settings.looks - 1) * len(children)), settings.documents, rng)
+        population = ranked(observations.estimates([*children, *parents]))
+        parents = [one.candidate for one in population[: settings.top_k]]
         yield Generation(index, population, (), len(seen))
 
 
-def _promising(space: Space, evidence: Evidence, parents: Sequence[Candidate], seen: set[str], rng: np.random.Generator) -> list[Candidate]:
+def _promising(
+    space: Space, observations: Observations, parents: Sequence[Candidate], seen: set[str], rng: np.random.Generator
+) -> list[Candidate]:
     """Children of the parents: of ``search.proposals`` for every place those with the lowest estimates, and a share as they come."""
-    places = space.knobs.population - len(parents)
-    proposed = space.fill([], list(parents), places * space.knobs.proposals, rng, frozenset(seen))
+    places = space.settings.population - len(parents)
+    proposed = space.fill([], list(parents), places * space.settings.proposals, rng, frozenset(seen))
     free = math.ceil(_UNSCREENED * places)
-    best = evidence.by_promise(proposed[free:], deviations=0.5)
+    best = observations.by_lower_bound(proposed[free:], deviations=0.5)
     return [*proposed[:free], *best[: places - free]]
 
 
-class Evidence:
+class Observations:
     """All evaluations so far and what they say of candidates. Decisions are rank 0's: another processor's last bits must not divide the ranks."""
 
     def __init__(self, space: Space, fitness: Fitness) -> None:
         self.space, self._fitness = space, fitness
         self._met: dict[str, list[int]] = {}
-        self._looks: list[tuple[Candidate, int, float]] = []
-        self._process: Process | None = None
+        self._observed: list[tuple[Candidate, int, float]] = []
+        self._process: GaussianProcess | None = None
 
-    def look(self, pairs: Sequence[tuple[Candidate, int]]) -> None:
+    def observe(self, pairs: Sequence[tuple[Candidate, int]]) -> None:
         """Evaluate (candidate, document) pairs, spread over the ranks."""
         self._fitness.settle(lambda losses: [losses(candidate, document) for candidate, document in pairs])
         for candidate, document in pairs:
             self._met.setdefault(candidate.key, []).append(document)
-            self._looks.append((candidate, document, self._fitness.loss(candidate, [document])))
+            self._observed.append((candidate, document, self._fitness.loss(candidate, [document])))
         self._process = None
 
-    def look_again(self, field: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> None:
+    def observe_promising(self, field: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> None:
         """``n`` evaluations of the most promising of the field, each on one of the first ``documents`` that it has not met."""
         while n > 0 and (pairs := self._unmet(field, min(n, max(2, len(field) // 8)), documents, rng)):
-            self.look(pairs)
+            self.observe(pairs)
             n -= len(pairs)
 
     def final(self, finalists: Sequence[Candidate]) -> list[Scored]:
@@ -94,9 +96,9 @@ class Evidence:
 
         It takes ``SearchConfig.final_looks`` evaluations.
         """
-        knobs = self.space.knobs
-        rng = stream(knobs.seed, "search", "final")
-        self.look_again(finalists, knobs.final_looks(len(self._looks)), len(self._fitness.documents), rng)
+        settings = self.space.settings
+        rng = stream(settings.seed, "search", "final")
+        self.observe_promising(finalists, settings.final_looks(len(self._observed)), len(self._fitness.documents), rng)
         return list(ranked(self.estimates(finalists)))
 
     def estimates(self, candidates: Sequence[Candidate]) -> list[Scored]:
@@ -107,7 +109,7 @@ class Evidence:
             for one, mean in zip(candidates, means, strict=True)
         ]
 
-    def by_promise(self, candidates: Sequence[Candidate], deviations: float) -> list[Candidate]:
+    def by_lower_bound(self, candidates: Sequence[Candidate], deviations: float) -> list[Candidate]:
         """Lowest estimate minus so many standard deviations first; ties by key."""
         means, spreads = self._predicted(candidates)
         promise = {one.key: mean - deviations * spread for one, mean, spread in zip(candidates, means, spreads, strict=True)}
@@ -115,7 +117,7 @@ class Evidence:
 
     def _unmet(self, field: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> list[tuple[Candidate, int]]:
         pairs = []
-        for one in self.by_promise(field, deviations=1.0):
+        for one in self.by_lower_bound(field, deviations=1.0):
             left = sorted(set(range(documents)) - set(self._met.get(one.key, ())))
             if left and len(pairs) < n:
                 pairs.append((one, left[rng.integers(len(left))]))
@@ -127,10 +129,10 @@ class Evidence:
 
     def _of_process(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
         if self._process is None:
-            recent = self._looks[-MOST:]
+            recent = self._observed[-MOST:]
             known = {candidate.key: candidate for candidate, _, _ in recent}
             rows = {key: row for row, key in enumerate(known)}
-            self._process = Process(
+            self._process = GaussianProcess(
                 self._features(list(known.values())),
                 np.array([rows[candidate.key] for candidate, _, _ in recent]),
                 np.array([document for _, document, _ in recent]),
@@ -148,13 +150,13 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Hyperparameters:
     length: float
     attention_length: float
     noise_share: float
 
 
-class Process:
+class GaussianProcess:
     """The Gaussian process of the module's formula; its shape is the likeliest of a small grid (Rasmussen and Williams 2006, algorithm 2.1).
 
     Args:
@@ -168,7 +170,7 @@ class Process:
         self._features, self._candidate, self._rows = features, candidate, rows
         self._mean, self._variance = float(values.mean()), max(float(values.var()), 1e-6)
         same_document = document[:, None] == document[None]
-        grid = (_Shape(*choice) for choice in itertools.product(_LENGTHS, _ATTENTION_LENGTHS, _NOISE_SHARES))
+        grid = (_Hyperparameters(*choice) for choice in itertools.product(_LENGTHS, _ATTENTION_LENGTHS, _NOISE_SHARES))
         fits = ((shape, *self._fit(shape, same_document, values - self._mean)) for shape in grid)
         self._shape, _, self._inverse, self._weights = max(fits, key=lambda fit: fit[1])
 
@@ -183,7 +185,7 @@ class Process:
         left = prior - ((cross @ self._inverse) ** 2).sum(1)
         return self._mean + cross @ self._weights, np.sqrt(np.maximum(left, 0.0))
 
-    def _fit(self, shape: _Shape, same_document: np.ndarray, values: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    def _fit(self, shape: _Hyperparameters, same_document: np.ndarray, values: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """(log likelihood, transposed inverse of the Cholesky factor, weights). The constant 1 in the covariance leaves the mean open."""
         between = self._smooth(self._features, self._features, shape) + self._variance * _OWN * np.eye(len(self._features))
         covariance = between[np.ix_(self._candidate, self._candidate)]
@@ -194,7 +196,7 @@ class Process:
         likelihood = -0.5 * whitened @ whitened - np.log(np.diag(factor)).sum()
         return float(likelihood), inverse.T, inverse.T @ whitened
 
-    def _smooth(self, a: np.ndarray, b: np.ndarray, shape: _Shape) -> np.ndarray:
+    def _smooth(self, a: np.ndarray, b: np.ndarray, shape: _Hyperparameters) -> np.ndarray:
         """Covariance of f: a Gaussian of the distance in factors and attention factor."""
         scale = np.array([shape.length] * (a.shape[1] - 1) + [shape.attention_length])
         a, b = a / scale, b / scale

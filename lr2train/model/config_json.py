@@ -39,11 +39,11 @@ def read(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no JSON object; set model.path to a Hugging Face model folder")
-    refuse_odd(values, str(file))
+    refuse_wrong_values(values, str(file))
     return values
 
 
-def refuse_odd(values: Mapping[str, Any], where: str) -> None:
+def refuse_wrong_values(values: Mapping[str, Any], where: str) -> None:
     """Refuse values that no model can be built from; what only transformers can judge is left to transformers.
 
     Raises:
@@ -51,13 +51,13 @@ def refuse_odd(values: Mapping[str, Any], where: str) -> None:
     """
     for key, number in _floats(values, ""):
         if not math.isfinite(number):
-            raise rope_hf.odd(where, key, number, "a finite number")
+            raise rope_hf.wrong_value(where, key, number, "a finite number")
     for key in _OBJECTS:
         if not isinstance(values.get(key, {}), (dict, type(None))):
-            raise rope_hf.odd(where, key, values[key], "an object")
+            raise rope_hf.wrong_value(where, key, values[key], "an object")
     for key, bounds in _COUNTS.items():
-        rope_hf.refuse_odd_count(values, key, where, bounds=bounds)
-    rope_hf.refuse_odd(values, where)
+        rope_hf.refuse_wrong_count(values, key, where, bounds=bounds)
+    rope_hf.refuse_wrong_values(values, where)
     _refuse_quantized(values, where)
 
 
@@ -126,7 +126,7 @@ def _overridden(hf_config: Any, values: Mapping[str, Any], overrides: Mapping[st
     if unknown:
         raise UserError(f"model.overrides names {unknown[0]}, which {type(hf_config).__name__} does not have; correct model.overrides")
     merged = {key: value for key, value in {**values, **overrides}.items() if not key.endswith("_implementation")}
-    refuse_odd(merged, "model.overrides")
+    refuse_wrong_values(merged, "model.overrides")
     return guarded("model.overrides", lambda: type(hf_config).from_dict(merged))
 
 
@@ -153,7 +153,7 @@ def from_architecture(architecture: Mapping[str, Any]) -> Any:
             "model.path is empty and model.architecture has no model_type; set model.path to a folder, or choose experiment=tiny_base to "
             "train from scratch"
         )
-    refuse_odd(values, "model.architecture")
+    refuse_wrong_values(values, "model.architecture")
     hf_config = guarded("model.architecture", lambda: AutoConfig.for_model(values.pop("model_type"), **values))
     _refuse_other_tasks(hf_config, "model.architecture")
     return hf_config

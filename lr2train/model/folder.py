@@ -23,7 +23,11 @@ from lr2train.model.weights import Gather, whole
 from lr2train.run import rank
 
 SHARD_BYTES = 4 * 2**30
-TALK = ("generation_config.json", "chat_template.jinja", "chat_template.json")  # how a model samples and talks, beside its tokenizer
+GENERATION_FILES = (
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)  # how a model samples and talks, beside its tokenizer
 _CODE = ("auto_map",)  # points to code of the base's folder, which is not shipped
 _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")  # of the machine that wrote them
 

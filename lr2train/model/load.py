@@ -24,14 +24,31 @@ from torch import nn
 
 from lr2train.config import ModelConfig, UserError
 from lr2train.model import config_json
-from lr2train.model.folder import TALK, copy_companions, write_folder
-from lr2train.model.weights import Gather, Part, Stored, files_of, fill, owners, parts_of, safetensors_of, whole
+from lr2train.model.folder import GENERATION_FILES, copy_companions, write_folder
+from lr2train.model.weights import Conversion, Gather, StoredTensor, conversions_of, files_of, fill, owners, safetensors_of, whole
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.spectrum import Spectrum
 
 __all__ = [
-    "DTYPES", "Gather", "Stored", "assembled", "build_empty", "config_of", "copy_companions", "files_of", "fingerprint", "folder_of", "load_tokenizer",
-    "load_whole", "plain_config", "safetensors_of", "scratch_weights", "spectrum_of", "talk_of", "whole", "write_folder",
+    "DTYPES",
+    "Gather",
+    "StoredTensor",
+    "assembled",
+    "build_empty",
+    "config_of",
+    "copy_companions",
+    "files_of",
+    "folder_fingerprint",
+    "folder_of",
+    "generation_files_of",
+    "load_tokenizer",
+    "load_whole",
+    "plain_config",
+    "safetensors_of",
+    "scratch_weights",
+    "spectrum_of",
+    "whole",
+    "write_folder",
 ]  # fmt: skip
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +62,7 @@ def config_of(model: ModelConfig) -> Any:
         UserError: neither is given, the folder is missing, a hub id is given without ``model.allow_download``, its config.json is unreadable
             or odd, its weights are quantized, it is no causal LM, or an override is no key of the model's config.
     """
-    hush_transformers()
+    silence_transformers()
     if model.path is None:
         return config_json.from_architecture(model.architecture)
     return config_json.parsed(folder_of(model), model.overrides)
@@ -67,10 +84,10 @@ def folder_of(model: ModelConfig) -> Path:
     return _download(model)
 
 
-def talk_of(model: ModelConfig) -> list[Path]:
+def generation_files_of(model: ModelConfig) -> list[Path]:
     """Files of the base that say how it samples and talks; empty where there is no base, or its folder is gone."""
     try:
-        return [file for name in TALK if (file := folder_of(model) / name).is_file()] if model.path else []
+        return [file for name in GENERATION_FILES if (file := folder_of(model) / name).is_file()] if model.path else []
     except UserError:
         return []
 
@@ -88,7 +105,7 @@ def _download(model: ModelConfig) -> Path:
         ) from error
 
 
-def assembled(hf_config: Any, dtype: str, tensors: Mapping[str, Stored], init_context: InitContext, gather: Gather = whole) -> Any:
+def assembled(hf_config: Any, dtype: str, tensors: Mapping[str, StoredTensor], init_context: InitContext, gather: Gather = whole) -> Any:
     """A Hugging Face causal LM with its weights.
 
     Everything that names, shapes and dtypes tell is checked first, on a twin without storage, the same on every rank. Embeddings that the
@@ -114,12 +131,12 @@ def assembled(hf_config: Any, dtype: str, tensors: Mapping[str, Stored], init_co
     return model
 
 
-def _planned(hf_config: Any, dtype: str, tensors: Mapping[str, Stored]) -> tuple[Any, list[Part]]:
+def _planned(hf_config: Any, dtype: str, tensors: Mapping[str, StoredTensor]) -> tuple[Any, list[Conversion]]:
     twin = build_empty(hf_config, dtype, lambda: torch.device("meta"))
-    return twin, parts_of(twin, tensors)
+    return twin, conversions_of(twin, tensors)
 
 
-def _two_heads(twin: nn.Module, parts: Sequence[Part], tensors: Mapping[str, Stored]) -> bool:
+def _two_heads(twin: nn.Module, parts: Sequence[Conversion], tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether one parameter of the model is stored under two names with two values."""
     owner = owners(twin.state_dict(keep_vars=True))
     stored: dict[str, list[str]] = {}
@@ -174,17 +191,17 @@ def _refuse_mixed_dtypes(model: Any, dtype: torch.dtype) -> None:
         )
 
 
-def scratch_weights(hf_config: Any, seed: int) -> dict[str, Stored]:
+def scratch_weights(hf_config: Any, seed: int) -> dict[str, StoredTensor]:
     """Freshly initialised weights: the same for a seed on any number of ranks. Only for models small enough to be trained from scratch."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=torch.float32, trust_remote_code=False)
-    return {name: Stored.of(tensor) for name, tensor in model.state_dict().items()}
+    return {name: StoredTensor.of(tensor) for name, tensor in model.state_dict().items()}
 
 
-def hush_transformers() -> None:
+def silence_transformers() -> None:
     """No bar for every load of weights, and no warning about the two keys that vLLM reads in our `longrope` dict; errors are still said."""
     from transformers.utils import logging as transformers_logging
 
@@ -237,7 +254,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         ) from error
 
 
-def fingerprint(folder: Path) -> str:
+def folder_fingerprint(folder: Path) -> str:
     """Of a model folder's config and weights, by name, size and time: sees that a folder was written anew without reading gigabytes."""
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(folder)]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

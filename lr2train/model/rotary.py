@@ -26,7 +26,7 @@ from lr2train.rope.spectrum import Spectrum
 WINDOWS = ("short", "long")
 
 
-class Table(NamedTuple):
+class RopeTable(NamedTuple):
     """One window's RoPE.
 
     Attributes:
@@ -37,7 +37,7 @@ class Table(NamedTuple):
     inv_freq: torch.Tensor
     attention_factor: float
 
-    def to(self, device: torch.device) -> Table:
+    def to(self, device: torch.device) -> RopeTable:
         """The same on a device."""
         return self._replace(inv_freq=self.inv_freq.to(device))
 
@@ -52,7 +52,7 @@ class WindowRotary(nn.Module):
 
     def __init__(self, short_inv_freq: torch.Tensor, short_attention_factor: float, factors: Factors):
         super().__init__()
-        self.tables = {"short": Table(short_inv_freq, short_attention_factor)}
+        self.tables = {"short": RopeTable(short_inv_freq, short_attention_factor)}
         self.use(factors)
         self.window = "short"
 
@@ -71,9 +71,9 @@ class WindowRotary(nn.Module):
         return (angles.cos() * table.attention_factor).to(x.dtype), (angles.sin() * table.attention_factor).to(x.dtype)
 
 
-def long_table(factors: Factors) -> Table:
+def long_table(factors: Factors) -> RopeTable:
     """The long window of some factors, on the CPU; equal to transformers' ``longrope`` bit for bit."""
-    return Table(_inv_freq(factors.spectrum, factors.rescale), factors.attention_factor)
+    return RopeTable(_inv_freq(factors.spectrum, factors.rescale), factors.attention_factor)
 
 
 def _inv_freq(spectrum: Spectrum, rescale: Sequence[float]) -> torch.Tensor:

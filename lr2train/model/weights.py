@@ -1,6 +1,6 @@
 """The weights of a model folder: which files count, what they hold, and which parameter each stored tensor becomes.
 
-Choice: one path for every verb, whether a model is whole or divided over ranks. The plan (``parts_of``) is made from names, shapes and dtypes
+Choice: one path for every verb, whether a model is whole or divided over ranks. The plan (``conversions_of``) is made from names, shapes and dtypes
 alone, on every rank, with the conversions that transformers itself applies: published tensors are renamed, stacked or cut as
 ``from_pretrained`` does. What does not fit is refused by name before a number is read. Then tensors are read group by group, so no rank ever
 holds the whole model on its way in. Cost: every number is looked at once (9 GB/s on one core, a quarter of a warm load), and only after the
@@ -44,7 +44,7 @@ _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor that is read when it is called.
 
     Attributes:
@@ -63,7 +63,7 @@ class Stored:
         return self.read()
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Stored:
+    def of(cls, tensor: torch.Tensor) -> StoredTensor:
         """One in memory."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
@@ -85,13 +85,13 @@ def files_of(folder: Path) -> list[Path]:
     return [folder / config_json.NAME, *(folder / name for name in _weight_files(folder))]
 
 
-def safetensors_of(folder: Path) -> dict[str, Stored]:
+def safetensors_of(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a model folder by name (memory-mapped: a tensor is read when it is asked for).
 
     Raises:
         UserError: as ``files_of``; a file is missing or damaged, a tensor is in two files, or in another one than the index says.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name in _weight_files(folder):
         for tensor, stored in _contents(folder / name).items():
             if tensor in tensors:
@@ -145,7 +145,7 @@ def _inside(name: str) -> bool:
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def _contents(file: Path) -> dict[str, Stored]:
+def _contents(file: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -158,7 +158,7 @@ def _contents(file: Path) -> dict[str, Stored]:
     for name in opened.keys():  # noqa: SIM118 (no mapping)
         part = opened.get_slice(name)
         dtype = _KNOWN.get(part.get_dtype()) or str(part.get_dtype())
-        tensors[name] = Stored(tuple(part.get_shape()), dtype, partial(opened.get_tensor, name), file.name)
+        tensors[name] = StoredTensor(tuple(part.get_shape()), dtype, partial(opened.get_tensor, name), file.name)
     return tensors
 
 
@@ -166,8 +166,8 @@ def _contents(file: Path) -> dict[str, Stored]:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Stored tensors that become some of a model's own together.
+class Conversion:
+    """StoredTensor tensors that become some of a model's own together.
 
     Attributes:
         targets: parameters and buffers of the model, by name.
@@ -180,7 +180,7 @@ class Part:
     make: Callable[[Callable[[str], torch.Tensor]], dict[str, torch.Tensor]]
 
 
-def parts_of(model: nn.Module, tensors: Mapping[str, Stored]) -> list[Part]:
+def conversions_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> list[Conversion]:
     """How stored tensors become the model, in the model's order; the same on every rank, and nothing is read.
 
     A parameter that has two names in the model (a tied head) may be stored under one of them, or under both.
@@ -221,8 +221,8 @@ def owners(wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
 Collected = dict[str, tuple[list[str], Any]]  # target -> (stored names, transformers' WeightConverter or None)
 
 
-def _collected(model: Any, tensors: Mapping[str, Stored], wanted: dict[str, torch.Tensor]) -> tuple[Collected, dict[str, str]]:
-    """Stored names by what they become, and those that become nothing (stored name -> its name in the model's words).
+def _collected(model: Any, tensors: Mapping[str, StoredTensor], wanted: dict[str, torch.Tensor]) -> tuple[Collected, dict[str, str]]:
+    """StoredTensor names by what they become, and those that become nothing (stored name -> its name in the model's words).
 
     The rules and their order are those of ``transformers.core_model_loading.convert_and_load_state_dict_in_model``.
     """
@@ -269,8 +269,8 @@ def _refuse_left_over(model: Any, left_over: Mapping[str, str]) -> None:
 
 
 def _part(
-    model: Any, wanted: Mapping[str, torch.Tensor], target: str, sources: list[str], converter: Any, tensors: Mapping[str, Stored]
-) -> Part:
+    model: Any, wanted: Mapping[str, torch.Tensor], target: str, sources: list[str], converter: Any, tensors: Mapping[str, StoredTensor]
+) -> Conversion:
     """A part whose values are known to fit the model."""
     for name in sources:
         _refuse_other_kind(name, tensors[name].dtype, wanted[target].dtype)
@@ -292,7 +292,7 @@ def _part(
         if name not in wanted or shape != tuple(wanted[name].shape):  # copy_ would broadcast
             found = list(wanted[name].shape) if name in wanted else "no place"
             raise UserError(f"{name} has shape {list(shape)} in the weights and {found} in the model; {_OTHER}")
-    return Part(tuple(shapes), tuple(sources), make)
+    return Conversion(tuple(shapes), tuple(sources), make)
 
 
 _OTHER = "set model.path to a folder whose config.json belongs to its weights"
@@ -311,12 +311,12 @@ def _some(names: Sequence[str]) -> str:
 # ---- reading ----
 
 
-def fill(model: nn.Module, parts: Sequence[Part], tensors: Mapping[str, Stored], gather: Gather = whole) -> None:
+def fill(model: nn.Module, parts: Sequence[Conversion], tensors: Mapping[str, StoredTensor], gather: Gather = whole) -> None:
     """Copy stored tensors into a built model, group by group.
 
     Args:
         model: of the same architecture as the one that ``parts`` were made with.
-        parts: of ``parts_of``.
+        parts: of ``conversions_of``.
         tensors: by published name, the same on every rank; read on rank 0 only when ``gather`` broadcasts, else on every rank.
         gather: context manager over a list of parameters that makes them whole and, on exit, spreads rank 0's values.
 
@@ -324,7 +324,7 @@ def fill(model: nn.Module, parts: Sequence[Part], tensors: Mapping[str, Stored],
         UserError: a tensor cannot be read or holds a number that is not finite; on every rank, after all of them were read.
     """
     own = model.state_dict(keep_vars=True)
-    reading = _Reading(tensors)
+    reading = _TensorReader(tensors)
     for group in _groups(parts, own):
         parameters = {id(own[target]): own[target] for part in group for target in part.targets}
         gathered = [one for one in parameters.values() if isinstance(one, nn.Parameter)]
@@ -337,8 +337,8 @@ def fill(model: nn.Module, parts: Sequence[Part], tensors: Mapping[str, Stored],
         raise UserError(refusal)
 
 
-def _groups(parts: Iterable[Part], own: Mapping[str, Any]) -> Iterator[list[Part]]:
-    group: list[Part] = []
+def _groups(parts: Iterable[Conversion], own: Mapping[str, Any]) -> Iterator[list[Conversion]]:
+    group: list[Conversion] = []
     size = 0
     for part in parts:
         size += sum(bytes_of(own[target]) for target in part.targets)
@@ -355,15 +355,15 @@ def bytes_of(tensor: Any) -> int:
     return getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
 
 
-class _Reading:
+class _TensorReader:
     """Reads tensors and remembers what was wrong, so that no rank leaves the others alone in the middle of a gather."""
 
-    def __init__(self, tensors: Mapping[str, Stored]):
+    def __init__(self, tensors: Mapping[str, StoredTensor]):
         self._tensors = tensors
         self._error = ""
         self._odd: dict[str, str] = {}
 
-    def copy(self, part: Part, own: Mapping[str, torch.Tensor]) -> None:
+    def copy(self, part: Conversion, own: Mapping[str, torch.Tensor]) -> None:
         """Put the part's values into ``own``."""
         from safetensors import SafetensorError
 
@@ -380,9 +380,9 @@ class _Reading:
         """The tensor in the model's dtype, as transformers casts before it stacks."""
         stored = self._tensors[name]()
         value = stored.to(dtype)
-        if not finite(value):
+        if not all_finite(value):
             odd = int((~torch.isfinite(value)).sum())
-            cast = f" in {str(dtype).removeprefix('torch.')}, which is too narrow" if finite(stored) else ""
+            cast = f" in {str(dtype).removeprefix('torch.')}, which is too narrow" if all_finite(stored) else ""
             self._odd[name] = f"{odd} of the {value.numel()} numbers of {name} {'is' if odd == 1 else 'are'} not finite{cast}"
         return value
 
@@ -397,7 +397,7 @@ class _Reading:
         return f"{first}{others}; {remedy}"
 
 
-def finite(tensor: torch.Tensor) -> bool:
+def all_finite(tensor: torch.Tensor) -> bool:
     """Whether every number of a tensor is finite. A finite sum proves it in one pass; only an infinite one leaves it open."""
     if not tensor.is_floating_point() or not tensor.numel() or bool(torch.isfinite(tensor.sum())):
         return True

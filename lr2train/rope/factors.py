@@ -115,7 +115,7 @@ class Factors:
     @classmethod
     def load(cls, path: str | Path) -> Factors:
         """Read what `save` wrote. Raises UserError when the file is missing, no JSON, or not factors."""
-        return cls.from_json(read_json(Path(path)))
+        return cls.from_json(read_factors_json(Path(path)))
 
 
 def extension_ratio(spectrum: Spectrum, target_tokens: int) -> float:
@@ -138,7 +138,7 @@ def longrope_attention_factor(scale: float, window_tokens: int) -> float:
     return math.sqrt(1.0 + math.log(scale) / math.log(window_tokens)) if scale > 1.0 else 1.0
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_factors_json(path: Path) -> dict[str, Any]:
     """The dict in a JSON file that rope.factors leads to. Raises UserError when there is none."""
     try:
         data = json.loads(path.read_text())

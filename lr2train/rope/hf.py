@@ -45,7 +45,7 @@ _DICTS = ("rope_scaling", "rope_parameters")
 _TEXTS = ("rope_type", "type")
 
 
-def refuse_odd(config: Mapping[str, Any], where: str) -> None:
+def refuse_wrong_values(config: Mapping[str, Any], where: str) -> None:
     """Refuse a value that is of another JSON type or outside the limits of its key, before anything computes with it.
 
     Args:
@@ -55,42 +55,42 @@ def refuse_odd(config: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: names the file, the key, the value and what is wanted.
     """
-    _refuse_odd_keys(config, where, "")
+    _refuse_wrong_keys(config, where, "")
     for name in _DICTS:
         rope = config.get(name)
         if rope is None:
             continue
         if not isinstance(rope, dict):
-            raise odd(where, name, rope, "an object")
+            raise wrong_value(where, name, rope, "an object")
         by_layer_type = bool(rope) and all(isinstance(part, dict) for part in rope.values())
         parts = {f"{name}.{kind}.": part for kind, part in rope.items()} if by_layer_type else {f"{name}.": rope}
         for prefix, part in parts.items():
-            _refuse_odd_keys(part, where, prefix)
-            _refuse_odd_tables(part, config, where, prefix)
+            _refuse_wrong_keys(part, where, prefix)
+            _refuse_wrong_tables(part, config, where, prefix)
 
 
-def _refuse_odd_keys(keys: Mapping[str, Any], where: str, prefix: str) -> None:
+def _refuse_wrong_keys(keys: Mapping[str, Any], where: str, prefix: str) -> None:
     for name in _COUNTS:
-        refuse_odd_count(keys, name, where, prefix)
+        refuse_wrong_count(keys, name, where, prefix)
     for name in _NUMBERS:
         if (value := keys.get(name)) is not None and not _positive(value):
-            raise odd(where, f"{prefix}{name}", value, "a positive finite number")
+            raise wrong_value(where, f"{prefix}{name}", value, "a positive finite number")
     for name in _SHARES:
         if (value := keys.get(name)) is not None and not (_positive(value) and value <= 1):
-            raise odd(where, f"{prefix}{name}", value, "a number above 0 and up to 1")
+            raise wrong_value(where, f"{prefix}{name}", value, "a number above 0 and up to 1")
     if prefix:
         for name in _TEXTS:
             if (value := keys.get(name)) is not None and not isinstance(value, str):
-                raise odd(where, f"{prefix}{name}", value, "a text")
+                raise wrong_value(where, f"{prefix}{name}", value, "a text")
 
 
-def _refuse_odd_tables(rope: Mapping[str, Any], config: Mapping[str, Any], where: str, prefix: str) -> None:
+def _refuse_wrong_tables(rope: Mapping[str, Any], config: Mapping[str, Any], where: str, prefix: str) -> None:
     for name in _TABLES:
         table = rope.get(name)
         if table is None:
             continue
         if not isinstance(table, list) or not all(_positive(value) for value in table):
-            raise odd(where, f"{prefix}{name}", table, "a list of positive finite numbers")
+            raise wrong_value(where, f"{prefix}{name}", table, "a list of positive finite numbers")
         sized = config.get("head_dim") or (config.get("hidden_size") and config.get("num_attention_heads"))
         if sized and len(table) != (wanted := _rotary_dim(dict(config)) // 2):
             raise UserError(
@@ -99,16 +99,16 @@ def _refuse_odd_tables(rope: Mapping[str, Any], config: Mapping[str, Any], where
             )
 
 
-def refuse_odd_count(
+def refuse_wrong_count(
     keys: Mapping[str, Any], name: str, where: str, prefix: str = "", bounds: tuple[int, int] = (1, LARGEST_COUNT)
 ) -> None:
     """Raises UserError where ``keys`` holds a value under ``name`` that is no whole number within ``bounds``; null is allowed."""
     value, (least, most) = keys.get(name), bounds
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most):
-        raise odd(where, f"{prefix}{name}", value, f"a whole number from {least} to {most}")
+        raise wrong_value(where, f"{prefix}{name}", value, f"a whole number from {least} to {most}")
 
 
-def odd(where: str, key: str, value: Any, wanted: str) -> UserError:
+def wrong_value(where: str, key: str, value: Any, wanted: str) -> UserError:
     """The error of a value in a file that is not what its key wants."""
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
     return UserError(f"{where}: {key}={shown} is not {wanted}; correct {key} there")

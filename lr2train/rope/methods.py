@@ -20,7 +20,7 @@ import numpy as np
 
 from lr2train.config import RopeConfig, UserError
 from lr2train.rope import hf
-from lr2train.rope.factors import Factors, extension_ratio, longrope_attention_factor, read_json
+from lr2train.rope.factors import Factors, extension_ratio, longrope_attention_factor, read_factors_json
 from lr2train.rope.spectrum import Spectrum
 
 
@@ -247,9 +247,9 @@ def _from_file(rope: RopeConfig, spectrum: Spectrum) -> Factors:
     path = Path(rope.factors)
     if path.is_dir():  # a search's run folder, or a model folder
         path = path / "factors.json" if (path / "factors.json").exists() else path / "config.json"
-    data = read_json(path)
+    data = read_factors_json(path)
     if "rescale" not in data:
-        hf.refuse_odd(data, f"rope.factors: {path}")
+        hf.refuse_wrong_values(data, f"rope.factors: {path}")
     factors = Factors.from_json(data) if "rescale" in data else hf.factors_of(data)
     if factors is None:
         raise UserError(

@@ -14,11 +14,10 @@ from lr2train.config import ModelConfig, NeedleConfig, SearchConfig, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import needle_set
 from lr2train.evolution import fitness as fitness_module
-from lr2train.evolution.documents import Document
-from lr2train.evolution.documents import documents as documents_of
+from lr2train.evolution.documents import SearchDocument, draw_documents
 from lr2train.evolution.fitness import WORST, Fitness
 from lr2train.evolution.genome import Space
-from lr2train.evolution.race import Judge, everything
+from lr2train.evolution.race import CandidateScorer, without_racing
 from lr2train.model import load, rotary
 from lr2train.model.score import Score
 from lr2train.rope import METHODS
@@ -41,11 +40,11 @@ def space() -> Space:
     return Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2))
 
 
-def documents(folder) -> list[Document]:
+def documents(folder) -> list[SearchDocument]:
     """Two of three needles are asked for."""
     needles = NeedleConfig(wording="code", digits=4)
     made = needle_set(Corpus.open(folder / "corpus"), needles, N_DOCUMENTS, tiny.L, [0.0], np.random.default_rng(0), 2, 1)
-    return [Document(one.tokens, one.answer_spans) for one in made]
+    return [SearchDocument(one.tokens, one.answer_spans) for one in made]
 
 
 def fitness_over(folder, journal, sharded: bool = False) -> Fitness:
@@ -57,7 +56,7 @@ def fitness_over(folder, journal, sharded: bool = False) -> Fitness:
 def losses_of(fitness: Fitness) -> list[float]:
     """Mean loss of every candidate over every document: what a search without racing asks for."""
     every = candidates()
-    fitness.settle(lambda losses: everything(losses, every, range(N_DOCUMENTS)))
+    fitness.settle(lambda losses: without_racing(losses, every, range(N_DOCUMENTS)))
     return [fitness.loss(candidate, range(N_DOCUMENTS)) for candidate in every]
 
 
@@ -152,7 +151,7 @@ def test_a_candidate_that_breaks_the_model_is_the_worst(folder, tmp_path, monkey
     monkeypatch.setattr(fitness_module, "score", lambda *_: Score(next(scores), 1, False))
     fitness = fitness_over(folder, tmp_path / "journal.jsonl")
     every = candidates()[:3]
-    fitness.settle(lambda losses: everything(losses, every, [0]))
+    fitness.settle(lambda losses: without_racing(losses, every, [0]))
     (start, stop), _ = fitness.documents[0].spans
     broken = WORST * (stop - start) + 1.0
     tokens = fitness.documents[0].n_scored_tokens
@@ -164,7 +163,7 @@ def test_plain_text_is_scored_as_it_is(folder, tmp_path):
     config = tiny.config(
         "search", folder, "name=x", f"model.path={folder}/base", "search.objective=text", "search.documents=1", "search.final_documents=0"
     )
-    (document,) = documents_of(config, Corpus.open(folder / "corpus"))
+    (document,) = draw_documents(config, Corpus.open(folder / "corpus"))
     assert document.n_scored_tokens == tiny.L - 1
     model = load.load_whole(folder / "base")
     table = rotary.install(model, METHODS["none"](tiny.SPECTRUM, tiny.L))
@@ -194,9 +193,9 @@ def test_the_final_is_decided_on_further_documents_alone(folder, tmp_path, monke
             "answers": [losses[candidate.key][document]] * 2,
         },
     )
-    judge = Judge(Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2, documents=2, final_documents=1)), fitness)
-    assert [one.candidate for one in sorted(judge([first, second], []), key=lambda one: one.loss)] == [first, second]
-    final = judge.final([first, second])
+    scorer = CandidateScorer(Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2, documents=2, final_documents=1)), fitness)
+    assert [one.candidate for one in sorted(scorer([first, second], []), key=lambda one: one.loss)] == [first, second]
+    final = scorer.final([first, second])
     assert [(one.candidate, one.documents) for one in final] == [(second, 1), (first, 1)]
 
 
@@ -218,12 +217,12 @@ def test_a_decision_is_run_until_it_misses_nothing_and_counts_what_it_asked_for(
 
 def racing_search(folder, journal, sharded: bool = False, algorithm: str = "evolution") -> tuple:
     """A whole search; what it found and what it cost."""
-    knobs = SearchConfig(population=6, top_k=2, generations=3, documents=2, final_documents=1, racing_answers=2)
-    fitness, space = fitness_over(folder, journal, sharded), Space(tiny.SPECTRUM, tiny.L, knobs)
-    evolution, judge_by = ALGORITHMS[algorithm]
-    judge = judge_by(space, fitness)
-    generations = list(evolution(space, judge, 0))
-    final = judge.final([one.candidate for one in generations[-1].population[:2]])
+    settings = SearchConfig(population=6, top_k=2, generations=3, documents=2, final_documents=1, racing_answers=2)
+    fitness, space = fitness_over(folder, journal, sharded), Space(tiny.SPECTRUM, tiny.L, settings)
+    evolution, make_scorer = ALGORITHMS[algorithm]
+    scorer = make_scorer(space, fitness)
+    generations = list(evolution(space, scorer, 0))
+    final = scorer.final([one.candidate for one in generations[-1].population[:2]])
     return generations, final, fitness.document_forwards, fitness.computed
 
 

@@ -18,7 +18,7 @@ def spaces(draw) -> Space:
     window = draw(st.sampled_from([64, 500, 512, 8192]))
     spectrum = Spectrum(draw(st.sampled_from([8, 16, 64, 128])), draw(st.sampled_from([100.0, 1e4, 5e5])), window)
     low, attention_low = draw(st.floats(0.8, 1.2)), draw(st.floats(0.9, 1.2))
-    knobs = SearchConfig(
+    options = SearchConfig(
         population=draw(st.integers(2, 24)),
         top_k=1,
         mutation_probability=draw(st.sampled_from([0.05, 0.3, 1.0])),
@@ -34,7 +34,7 @@ def spaces(draw) -> Space:
         attention_factor_low=attention_low,
         attention_factor_high=attention_low + draw(st.floats(0.0, 0.4)),
     )
-    return Space(spectrum, draw(st.integers(window, 64 * window)), knobs)
+    return Space(spectrum, draw(st.integers(window, 64 * window)), options)
 
 
 def on_grid(value: float, step: float, low: float, high: float) -> bool:
@@ -42,18 +42,18 @@ def on_grid(value: float, step: float, low: float, high: float) -> bool:
 
 
 def check(space: Space, candidate: Candidate) -> None:
-    knobs, tail = space.knobs, np.array(candidate.tail)
-    low, high = knobs.tail_low * space.scale, knobs.tail_high * space.scale
+    options, tail = space.settings, np.array(candidate.tail)
+    low, high = options.tail_low * space.scale, options.tail_high * space.scale
     d10, tcd = space.spectrum.lowest_critical_index, space.spectrum.critical_index
-    allowed = range(d10, tcd + 1) if knobs.critical_index is None else [knobs.critical_index]
+    allowed = range(d10, tcd + 1) if options.critical_index is None else [options.critical_index]
     assert candidate.critical_index in allowed
     assert len(tail) == space.spectrum.n_dims - candidate.critical_index
     assert (low <= tail).all()
     assert (tail <= high).all()
     assert (np.diff(tail) >= 0).all()
-    assert all(on_grid(value, knobs.mutation_step, low, high) for value in candidate.tail)
-    if knobs.search_attention_factor:
-        bounds = knobs.attention_factor_low, knobs.attention_factor_high
+    assert all(on_grid(value, options.mutation_step, low, high) for value in candidate.tail)
+    if options.search_attention_factor:
+        bounds = options.attention_factor_low, options.attention_factor_high
         assert bounds[0] <= candidate.attention_factor <= bounds[1]
         assert on_grid(candidate.attention_factor, ATTENTION_GRID, *bounds)
     else:
@@ -72,7 +72,7 @@ def check(space: Space, candidate: Candidate) -> None:
 def test_initial_members_and_chains_of_mutations_stay_inside(space, seed):
     rng = np.random.default_rng(seed)
     members = space.initial(rng)
-    assert 1 <= len(members) <= space.knobs.population
+    assert 1 <= len(members) <= space.settings.population
     assert len({member.key for member in members}) == len(members)
     for member in members:
         check(space, member)
@@ -95,8 +95,8 @@ def test_keys_are_equal_iff_candidates_are(tail, other, attention, index):
     assert (a.key == b.key) == (a == b)
 
 
-def default_space(**knobs) -> Space:
-    return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**knobs))
+def default_space(**options) -> Space:
+    return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**options))
 
 
 def test_the_initial_population_covers_every_critical_index_with_constant_tails():
@@ -150,8 +150,8 @@ def test_crossover_mixes_the_traits_of_two_parents():
     assert between == pytest.approx((10.5 + 16.0) / 2, abs=0.2), "no parent is preferred"
 
 
-def everything_free(**knobs) -> Space:
-    return default_space(space="longrope", tail_high=1.25, **knobs)
+def everything_free(**options) -> Space:
+    return default_space(space="longrope", tail_high=1.25, **options)
 
 
 def test_longrope_starts_from_pi_ntk_and_the_yarn_like_curve():
@@ -180,7 +180,7 @@ def test_longrope_candidates_stay_inside(seed, crossover):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "words"),
+    ("options", "words"),
     [
         ({"critical_index": 32}, r"search\.critical_index=32 is outside 1 … 31"),
         ({"critical_index": 0}, r"search\.critical_index=0 is outside"),
@@ -198,6 +198,6 @@ def test_longrope_candidates_stay_inside(seed, crossover):
         ({"top_k": 0}, r"search\.top_k=0 is outside"),
     ],
 )
-def test_an_empty_space_is_refused(knobs, words):
+def test_an_empty_space_is_refused(options, words):
     with pytest.raises(UserError, match=words):
-        default_space(**knobs)
+        default_space(**options)

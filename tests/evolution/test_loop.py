@@ -42,13 +42,13 @@ class Racing(Bowl):
         return [Scored(one.candidate, one.loss, 1, dropped=one.loss > losses[5]) for one in scored]
 
 
-def space(**knobs) -> Space:
-    values = {"population": 24, "top_k": 6, "generations": 15, **knobs}
+def space(**settings) -> Space:
+    values = {"population": 24, "top_k": 6, "generations": 15, **settings}
     return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**values))
 
 
-def run(seed: int = 0, judge=None, algorithm=evolve, **knobs) -> list[Generation]:
-    return list(algorithm(space(**knobs), judge or Bowl(), seed))
+def run(seed: int = 0, scorer=None, algorithm=evolve, **settings) -> list[Generation]:
+    return list(algorithm(space(**settings), scorer or Bowl(), seed))
 
 
 def test_it_depends_on_the_seed_alone():
@@ -78,7 +78,7 @@ def test_parents_survive_and_the_rest_is_new():
 
 def test_nothing_is_evaluated_twice():
     bowl = Bowl()
-    last = run(judge=bowl)[-1]
+    last = run(scorer=bowl)[-1]
     assert len({candidate.key for candidate in bowl.asked}) == len(bowl.asked) == last.evaluated == 24 + 15 * 18
 
 
@@ -95,23 +95,23 @@ def test_it_finds_the_neighbourhood_of_the_optimum(seed):
 
 
 def test_ties_are_broken_by_the_candidate_and_not_by_the_order_of_evaluation():
-    first = run(generations=1, judge=lambda candidates, kept: [Scored(one, 0.0, 1) for one in candidates])[0]
+    first = run(generations=1, scorer=lambda candidates, kept: [Scored(one, 0.0, 1) for one in candidates])[0]
     keys = [member.candidate.key for member in first.population]
     assert keys == sorted(keys)
 
 
 def test_a_space_that_is_used_up_ends_quietly():
     """Eleven attention factors and nothing else to search."""
-    knobs = {"critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_low": 1.0, "attention_factor_high": 1.05}
+    settings = {"critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_low": 1.0, "attention_factor_high": 1.05}
     bowl = Bowl()
-    generations = run(generations=6, mutation_probability=1.0, judge=bowl, **knobs)
+    generations = run(generations=6, mutation_probability=1.0, scorer=bowl, **settings)
     assert generations[-1].evaluated == len(bowl.asked) == 11
     assert generations[-1].best.candidate.attention_factor == 1.05
 
 
 def test_a_race_that_keeps_the_best_leads_to_the_same_winner():
     """What is dropped could not have been a parent."""
-    plain, racing = run(), run(judge=Racing())
+    plain, racing = run(), run(scorer=Racing())
     assert [one.population[:6] for one in racing] == [one.population[:6] for one in plain]
     assert all(len(one.population) + len(one.dropped) == 24 for one in racing)
     assert sum(len(one.dropped) for one in racing) > 100
@@ -131,7 +131,7 @@ def test_cmaes_finds_the_neighbourhood_of_the_optimum(seed):
 
 
 def test_cmaes_learns_from_dropped_candidates_too():
-    best = run(algorithm=evolve_cmaes, judge=Racing(), generations=25)[-1].best
+    best = run(algorithm=evolve_cmaes, scorer=Racing(), generations=25)[-1].best
     assert best.perplexity < 1.01
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lr2train.evolution.loop import evolve
-from lr2train.evolution.race import Judge
-from lr2train.evolution.surrogate import _DOCUMENT, _OWN, Evidence, Process, evolve_surrogate
+from lr2train.evolution.race import CandidateScorer
+from lr2train.evolution.surrogate import _DOCUMENT, _OWN, GaussianProcess, Observations, evolve_surrogate
 from lr2train.run import stream
 from tests.evolution.test_loop import Bowl, space
 
@@ -37,7 +37,7 @@ def test_the_process_is_the_conditional_of_a_normal_distribution():
     rng = np.random.default_rng(0)
     features, candidate, document = rng.normal(0, 0.1, (6, 4)), np.array([0, 1, 2, 2, 3, 4, 4, 5]), np.array([0, 1, 0, 1, 2, 2, 0, 1])
     values = rng.normal(-3, 1, 8)
-    process = Process(features, candidate, document, values, {str(row): row for row in range(6)})
+    process = GaussianProcess(features, candidate, document, values, {str(row): row for row in range(6)})
     asked, names = np.vstack([features[2], rng.normal(0, 0.1, 4)]), ["2", "new"]
     means, deviations = process.predict(asked, names)
 
@@ -65,26 +65,29 @@ def test_documents_of_unlike_hardness_do_not_decide():
     one = space(documents=8)
     landscape = Landscape(8, noise=0.0)
     easy, hard = int(landscape._hardness.argmin()), int(landscape._hardness.argmax())
-    evidence, drawn = Evidence(one, landscape), one.initial(stream(0, "members"))
+    observations, drawn = Observations(one, landscape), one.initial(stream(0, "members"))
     better, worse = sorted(drawn, key=Bowl.value)[:: len(drawn) - 1]
-    evidence.look([(other, document) for other in drawn if other not in (better, worse) for document in (easy, hard)])
-    evidence.look([(better, hard), (worse, easy)])
+    observations.observe([(other, document) for other in drawn if other not in (better, worse) for document in (easy, hard)])
+    observations.observe([(better, hard), (worse, easy)])
     assert landscape.loss(better, [hard]) > landscape.loss(worse, [easy])
-    assert [scored.candidate for scored in sorted(evidence.estimates([worse, better]), key=lambda scored: scored.loss)] == [better, worse]
+    assert [scored.candidate for scored in sorted(observations.estimates([worse, better]), key=lambda scored: scored.loss)] == [
+        better,
+        worse,
+    ]
 
 
-def searched(seed: int, landscape: Landscape, evolution=evolve_surrogate, judge_by=Evidence, **knobs):
-    one = space(documents=10, final_documents=4, generations=8, seed=seed, **knobs)
-    judge = judge_by(one, landscape)
-    generations = list(evolution(one, judge, seed))
-    return generations, judge.final([scored.candidate for scored in generations[-1].population[: one.knobs.top_k]])
+def searched(seed: int, landscape: Landscape, evolution=evolve_surrogate, make_scorer=Observations, **settings):
+    one = space(documents=10, final_documents=4, generations=8, seed=seed, **settings)
+    scorer = make_scorer(one, landscape)
+    generations = list(evolution(one, scorer, seed))
+    return generations, scorer.final([scored.candidate for scored in generations[-1].population[: one.settings.top_k]])
 
 
 def test_it_finds_what_everything_on_every_document_finds_at_a_quarter_of_the_cost():
     """Over 4 seeds; the candidate's true value, which no search sees, is what counts."""
     plain, pooled = [Landscape(14) for _ in range(4)], [Landscape(14) for _ in range(4)]
     found = [searched(seed, pooled[seed])[1][0].candidate for seed in range(4)]
-    wanted = [searched(seed, plain[seed], evolve, Judge, racing=False)[1][0].candidate for seed in range(4)]
+    wanted = [searched(seed, plain[seed], evolve, CandidateScorer, racing=False)[1][0].candidate for seed in range(4)]
     assert sum(len(one.asked) for one in pooled) <= 0.25 * sum(len(one.asked) for one in plain)
     assert np.mean([Bowl.value(one) for one in found]) <= np.mean([Bowl.value(one) for one in wanted])
 
@@ -110,10 +113,10 @@ def test_every_child_is_looked_at_and_lies_in_the_space():
 
 def test_a_space_that_is_used_up_ends_quietly():
     """Eleven attention factors and nothing else to search; then one candidate in all."""
-    knobs = {"critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_high": 1.05, "mutation_probability": 1.0}
-    generations, _ = searched(0, landscape := Landscape(14), **knobs)
+    settings = {"critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_high": 1.05, "mutation_probability": 1.0}
+    generations, _ = searched(0, landscape := Landscape(14), **settings)
     assert generations[-1].evaluated == len({key for key, _ in landscape.asked}) == 11
-    alone, final = searched(0, Landscape(14), search_attention_factor=False, **knobs)
+    alone, final = searched(0, Landscape(14), search_attention_factor=False, **settings)
     assert [one.evaluated for one in alone] == [1] * 9
     assert len(final) == 1
 
@@ -121,8 +124,8 @@ def test_a_space_that_is_used_up_ends_quietly():
 def test_a_perfect_candidate_and_a_broken_one_can_be_told_apart():
     """A loss of 0 and one of a million nats do not break the arithmetic."""
     one = space(documents=2)
-    evidence, (first, second, *_) = Evidence(one, Landscape(2)), one.initial(stream(0, "members"))
-    evidence._fitness.look_up = lambda candidate, document: np.array([0.0 if candidate == first else 1e6])
-    evidence.look([(first, 0), (second, 0), (first, 1)])
-    good, bad = evidence.estimates([first, second])
+    observations, (first, second, *_) = Observations(one, Landscape(2)), one.initial(stream(0, "members"))
+    observations._fitness.look_up = lambda candidate, document: np.array([0.0 if candidate == first else 1e6])
+    observations.observe([(first, 0), (second, 0), (first, 1)])
+    good, bad = observations.estimates([first, second])
     assert 0 <= good.loss < bad.loss < math.inf

@@ -249,7 +249,7 @@ def test_the_original_window_can_be_named():
 
 def test_a_fingerprint_sees_a_folder_written_anew(tmp_path):
     written(tmp_path / "m")
-    first = load.fingerprint(tmp_path / "m")
-    assert load.fingerprint(tmp_path / "m") == first
+    first = load.folder_fingerprint(tmp_path / "m")
+    assert load.folder_fingerprint(tmp_path / "m") == first
     written(tmp_path / "m", seed=1)
-    assert load.fingerprint(tmp_path / "m") != first
+    assert load.folder_fingerprint(tmp_path / "m") != first

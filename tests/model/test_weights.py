@@ -300,10 +300,10 @@ def test_a_finite_weight_that_the_dtype_cannot_hold_is_said_to_be_so(llama):
 
 
 def test_large_numbers_whose_sum_is_infinite_are_finite():
-    assert weights.finite(torch.full((1000,), 3e38))
-    assert weights.finite(torch.full((1000,), 6e4, dtype=torch.float16))
-    assert not weights.finite(torch.tensor([3e38] * 1000 + [float("nan")]))
-    assert weights.finite(torch.empty(0))
+    assert weights.all_finite(torch.full((1000,), 3e38))
+    assert weights.all_finite(torch.full((1000,), 6e4, dtype=torch.float16))
+    assert not weights.all_finite(torch.tensor([3e38] * 1000 + [float("nan")]))
+    assert weights.all_finite(torch.empty(0))
 
 
 def on_ranks(rank: int, world: int, folder) -> list[str]:

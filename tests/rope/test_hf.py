@@ -15,7 +15,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from lr2train.config import UserError
 from lr2train.rope import METHODS, Factors, Spectrum
-from lr2train.rope.hf import factors_of, refuse_odd, spectrum_of, write
+from lr2train.rope.hf import factors_of, refuse_wrong_values, spectrum_of, write
 
 HEADS, L0, L = 4, 128, 1024
 
@@ -150,11 +150,11 @@ ODD = {
 def test_a_value_of_another_kind_is_named_with_its_file_and_key(key, value):
     scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": L0}
     config = plain_config(old=True, window=L) | {"rope_scaling": scaling}
-    refuse_odd(config, "x/config.json")
+    refuse_wrong_values(config, "x/config.json")
     outer, _, inner = key.partition(".")
     changed = config | ({outer: scaling | {inner: value}} if inner else {outer: value})
     with pytest.raises(UserError) as error:
-        refuse_odd(changed, "x/config.json")
+        refuse_wrong_values(changed, "x/config.json")
     said = str(error.value)
     assert said.startswith(f"x/config.json: {key}")
     assert "7 numbers" in said if value == [1.0] * 7 else f"={value!r}"[:57] in said

@@ -17,7 +17,7 @@ from lr2train.config import Config, UserError
 T = TypeVar("T")
 
 
-def folder_of(config: Config) -> Path:
+def run_folder(config: Config) -> Path:
     """The folder of the run that ``run=`` names.
 
     Raises:
@@ -36,7 +36,7 @@ def completed(config: Config) -> Config:
     Raises:
         UserError: the run has no saved config, or no model yet.
     """
-    folder = folder_of(config)
+    folder = run_folder(config)
     saved = io.read_json(folder / "train.config.json")
     dtype = io.read_json(folder / "model" / "config.json")["dtype"]
     model = _laid_over(config.model, {**saved["model"], "dtype": dtype})
