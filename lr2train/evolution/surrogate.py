@@ -1,14 +1,17 @@
-"""Evolution with a surrogate: what every evaluation tells of all candidates decides who is made, who is looked at again, and who stays.
+"""Surrogate-assisted evolution: a Gaussian process over all evaluations proposes children, assigns evaluations and ranks candidates.
 
-Choice: one Gaussian process over everything evaluated so far,
+The model. For candidate c on document d:
 
-    log(loss + FLOOR) of candidate c on document d  =  mean + f(x_c) + u_c + b_d + noise,
+    log(loss + FLOOR)  =  mean + f(x_c) + u_c + b_d + noise
 
-with f smooth in the candidate's factors (their logarithms, root mean square over dimensions) and its attention factor, u_c the candidate's own, b_d how
-hard the document is. So a candidate that saw one document is compared with another that saw another one, neighbours vouch for each other,
-and of many mutations only those that promise something are evaluated (Jin, "Surrogate-assisted evolutionary computation", 2011; documents as blocks
-as in F-race). A generation's budget goes to each child once, then to whoever may yet be among the best (the lowest estimate minus its deviation).
-Cost: ``loss`` is an estimate, and a few covariance matrices are inverted per generation, of at most ``MOST`` evaluations.
+f is smooth in x_c: the logarithms of the rescale factors (root mean square over dimensions) and the attention factor. u_c belongs to the
+candidate alone, b_d to the document (its difficulty).
+
+Choice: documents are random effects, like the blocks of F-race, so candidates that were scored on different documents can be compared.
+Neighbouring candidates share what is known of either. Many mutations are proposed, and only the promising ones are evaluated (Jin,
+"Surrogate-assisted evolutionary computation", 2011). Each child is evaluated once; the rest of a generation's budget goes to the candidates
+with the lowest confidence bounds. Cost: a reported loss is an estimate, and every round of evaluations factorises a few covariance matrices
+of at most ``MOST`` rows. Generations go to ``search``, as those of ``loop.evolve`` do.
 """
 
 from __future__ import annotations
@@ -27,20 +30,22 @@ from lr2train.evolution.race import Scored
 from lr2train.parallel import control
 from lr2train.run import stream
 
-FLOOR = 0.01  # nats: answers known better than this are all alike
-MOST = 1500  # evaluations that the process looks at, the latest: a matrix of so many takes a tenth of a second
-_UNSCREENED = 0.25  # of the children are evaluated whatever the process thinks of them
-_LENGTHS = (0.09, 0.18, 0.36)  # root mean square log-ratio of factors over which losses are alike; the likelihood chooses
-_ATTENTION_LENGTHS = (0.05, 0.15)
-_NOISE_SHARES = (0.25, 0.5)  # of the variance that documents and candidates do not explain
-_OWN, _DOCUMENT = 0.05, 0.5  # variances of u_c and b_d, as shares of all
-_DIGITS = 9  # estimates are compared so far: less than what another processor's last bit can move
+FLOOR = 0.01  # nats; losses below it count as equal
+MOST = 1500  # the latest evaluations enter the process: a Cholesky factor of this size takes a tenth of a second
+_UNSCREENED = 0.25  # share of the children that are evaluated without regard to their estimates: the process may be wrong
+# Grids of hyperparameters; the likelihood chooses.
+_LENGTHS = (0.09, 0.18, 0.36)  # length scale: root mean square log-ratio of the factors
+_ATTENTION_LENGTHS = (0.05, 0.15)  # length scale of the attention factor
+_NOISE_SHARES = (0.25, 0.5)  # share of the total variance that is noise
+_OWN, _DOCUMENT = 0.05, 0.5  # variances of u_c and b_d, as shares of the total variance
+_DIGITS = 9  # decimals that estimates are rounded to before they are compared: another processor changes only later ones
+_BLOCK = 64  # rows of a forward substitution at one time
 
 
 def evolve_surrogate(space: Space, observations: Observations, seed: int) -> Iterator[Generation]:
-    """Yield generation 0 and ``generations`` more, of as many children as ``loop.evolve`` makes.
+    """Yield generation 0 and ``search.generations`` more, with as many children as ``loop.evolve`` makes.
 
-    ``Generation.population`` is this generation's children and its parents, by estimated loss; nobody is ``dropped``.
+    ``Generation.population`` holds the generation's children and its parents, by estimated loss; no candidate is ``dropped``.
     """
     settings = space.settings
     seen: set[str] = set()
@@ -60,7 +65,7 @@ def evolve_surrogate(space: Space, observations: Observations, seed: int) -> Ite
 def _promising(
     space: Space, observations: Observations, parents: Sequence[Candidate], seen: set[str], rng: np.random.Generator
 ) -> list[Candidate]:
-    """Children of the parents: of ``search.proposals`` for every place those with the lowest estimates, and a share as they come."""
+    """Children of the parents: a quarter as they were drawn, the others by the lowest bound among ``search.proposals`` mutations a place."""
     places = space.settings.population - len(parents)
     proposed = space.fill([], list(parents), places * space.settings.proposals, rng, frozenset(seen))
     free = math.ceil(_UNSCREENED * places)
@@ -69,11 +74,14 @@ def _promising(
 
 
 class Observations:
-    """All evaluations so far and what they say of candidates. Decisions are rank 0's: another processor's last bits must not divide the ranks."""
+    """All evaluations so far, and the estimates that follow from them.
+
+    Rank 0 computes the estimates for all ranks: another processor's last bits would lead the ranks to different decisions.
+    """
 
     def __init__(self, space: Space, fitness: Fitness) -> None:
         self.space, self._fitness = space, fitness
-        self._met: dict[str, list[int]] = {}
+        self._documents_of: dict[str, list[int]] = {}
         self._observed: list[tuple[Candidate, int, float]] = []
         self._process: GaussianProcess | None = None
 
@@ -81,53 +89,53 @@ class Observations:
         """Evaluate (candidate, document) pairs, spread over the ranks."""
         self._fitness.settle(lambda losses: [losses(candidate, document) for candidate, document in pairs])
         for candidate, document in pairs:
-            self._met.setdefault(candidate.key, []).append(document)
+            self._documents_of.setdefault(candidate.key, []).append(document)
             self._observed.append((candidate, document, self._fitness.loss(candidate, [document])))
         self._process = None
 
-    def observe_promising(self, field: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> None:
-        """``n`` evaluations of the most promising of the field, each on one of the first ``documents`` that it has not met."""
-        while n > 0 and (pairs := self._unmet(field, min(n, max(2, len(field) // 8)), documents, rng)):
+    def observe_promising(self, candidates: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> None:
+        """Spend ``n`` evaluations on the most promising candidates, each on one of the first ``documents`` that is new to the candidate.
+
+        Bounds are computed anew after every eighth of the candidates.
+        """
+        while n > 0 and (pairs := self._new_pairs(candidates, min(n, max(2, len(candidates) // 8)), documents, rng)):
             self.observe(pairs)
             n -= len(pairs)
 
     def final(self, finalists: Sequence[Candidate]) -> list[Scored]:
-        """The finalists, best first, once the most promising of them were evaluated on all documents, the further ones among them.
-
-        It takes ``SearchConfig.final_looks`` evaluations.
-        """
+        """The finalists, best first, after ``SearchConfig.final_looks`` more evaluations, on the final's documents too."""
         settings = self.space.settings
         rng = stream(settings.seed, "search", "final")
         self.observe_promising(finalists, settings.final_looks(len(self._observed)), len(self._fitness.documents), rng)
         return list(ranked(self.estimates(finalists)))
 
     def estimates(self, candidates: Sequence[Candidate]) -> list[Scored]:
-        """Each with its estimated loss over all documents, nats."""
+        """Each candidate with its estimated loss on a document of mean difficulty, nats."""
         means, _ = self._predicted(candidates)
         return [
-            Scored(one, max(math.exp(mean) - FLOOR, 0.0), len(self._met.get(one.key, ())))
-            for one, mean in zip(candidates, means, strict=True)
+            Scored(candidate, max(math.exp(mean) - FLOOR, 0.0), len(self._documents_of.get(candidate.key, ())))
+            for candidate, mean in zip(candidates, means, strict=True)
         ]
 
     def by_lower_bound(self, candidates: Sequence[Candidate], deviations: float) -> list[Candidate]:
-        """Lowest estimate minus so many standard deviations first; ties by key."""
+        """Sorted by the lower confidence bound, the estimate minus ``deviations`` standard deviations; ties by key."""
         means, spreads = self._predicted(candidates)
-        promise = {one.key: mean - deviations * spread for one, mean, spread in zip(candidates, means, spreads, strict=True)}
-        return sorted(candidates, key=lambda one: (round(promise[one.key], _DIGITS), one.key))
+        bounds = {one.key: mean - deviations * spread for one, mean, spread in zip(candidates, means, spreads, strict=True)}
+        return sorted(candidates, key=lambda one: (round(bounds[one.key], _DIGITS), one.key))
 
-    def _unmet(self, field: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> list[tuple[Candidate, int]]:
+    def _new_pairs(self, candidates: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> list[tuple[Candidate, int]]:
         pairs = []
-        for one in self.by_lower_bound(field, deviations=1.0):
-            left = sorted(set(range(documents)) - set(self._met.get(one.key, ())))
+        for candidate in self.by_lower_bound(candidates, deviations=1.0):
+            left = sorted(set(range(documents)) - set(self._documents_of.get(candidate.key, ())))
             if left and len(pairs) < n:
-                pairs.append((one, left[rng.integers(len(left))]))
+                pairs.append((candidate, left[rng.integers(len(left))]))
         return pairs
 
     def _predicted(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
-        """Means and standard deviations, as rank 0 has them."""
-        return control.from_rank_0(self._of_process(candidates) if control.rank() == 0 else ([], []))
+        """Means and standard deviations of log(loss + FLOOR), computed on rank 0."""
+        return control.from_rank_0(self._predicted_here(candidates) if control.rank() == 0 else ([], []))
 
-    def _of_process(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
+    def _predicted_here(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
         if self._process is None:
             recent = self._observed[-MOST:]
             known = {candidate.key: candidate for candidate, _, _ in recent}
@@ -145,7 +153,7 @@ class Observations:
     def _features(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """[candidates, D + 1]: log factors over sqrt(D), so that a distance is their root mean square; the attention factor."""
         factors, n_dims = [self.space.factors(one) for one in candidates], self.space.spectrum.n_dims
-        logs = np.log([one.rescale for one in factors]).reshape(-1, n_dims) / math.sqrt(n_dims)  # a space that is used up proposes nobody
+        logs = np.log([one.rescale for one in factors]).reshape(-1, n_dims) / math.sqrt(n_dims)  # also of no candidates
         return np.column_stack([logs, [one.attention_factor for one in factors]])
 
 
@@ -157,13 +165,16 @@ class _Hyperparameters:
 
 
 class GaussianProcess:
-    """The Gaussian process of the module's formula; its shape is the likeliest of a small grid (Rasmussen and Williams 2006, algorithm 2.1).
+    """The Gaussian process of the module's formula (Rasmussen and Williams 2006, algorithm 2.1).
+
+    The hyperparameters are those of a small grid with the largest likelihood.
 
     Args:
-        features: [candidates, F + 1], the last of them the attention factor.
-        candidate, document: int [evaluations].
+        features: [candidates, D + 1], log factors over sqrt(D), then the attention factor.
+        candidate: int [evaluations], row of ``features``.
+        document: int [evaluations].
         values: float [evaluations], log(loss + FLOOR).
-        rows: row of ``features`` by the candidate's key.
+        rows: the candidate's key -> its row of ``features``.
     """
 
     def __init__(self, features: np.ndarray, candidate: np.ndarray, document: np.ndarray, values: np.ndarray, rows: dict[str, int]) -> None:
@@ -171,34 +182,42 @@ class GaussianProcess:
         self._mean, self._variance = float(values.mean()), max(float(values.var()), 1e-6)
         same_document = document[:, None] == document[None]
         grid = (_Hyperparameters(*choice) for choice in itertools.product(_LENGTHS, _ATTENTION_LENGTHS, _NOISE_SHARES))
-        fits = ((shape, *self._fit(shape, same_document, values - self._mean)) for shape in grid)
-        self._shape, _, self._inverse, self._weights = max(fits, key=lambda fit: fit[1])
+        factors = ((hyper, self._factor(hyper, same_document)) for hyper in grid)
+        self._hyper, factor = max(factors, key=lambda fit: _log_likelihood(fit[1], values - self._mean))
+        inverse = np.linalg.inv(factor)  # only of the chosen one: it costs six times as much as the factor
+        self._inverse, self._weights = inverse.T, inverse.T @ (inverse @ (values - self._mean))
 
     def predict(self, features: np.ndarray, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, standard deviation) of ``log(loss + FLOOR)`` on a document of mean hardness, each [candidates]."""
-        cross = self._smooth(features, self._features, self._shape)
+        """(mean, standard deviation) of ``log(loss + FLOOR)`` on a document of mean difficulty, each [candidates]."""
+        cross = self._smooth(features, self._features, self._hyper)
         for row, key in enumerate(keys):
             if key in self._rows:
                 cross[row, self._rows[key]] += self._variance * _OWN
         cross = cross[:, self._candidate] + self._variance
-        prior = self._variance * (1.0 - self._shape.noise_share + _OWN + 1.0)
+        prior = self._variance * (1.0 - self._hyper.noise_share + _OWN + 1.0)
         left = prior - ((cross @ self._inverse) ** 2).sum(1)
         return self._mean + cross @ self._weights, np.sqrt(np.maximum(left, 0.0))
 
-    def _fit(self, shape: _Hyperparameters, same_document: np.ndarray, values: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """(log likelihood, transposed inverse of the Cholesky factor, weights). The constant 1 in the covariance leaves the mean open."""
-        between = self._smooth(self._features, self._features, shape) + self._variance * _OWN * np.eye(len(self._features))
-        covariance = between[np.ix_(self._candidate, self._candidate)]
-        covariance += self._variance * (_DOCUMENT * same_document + 1.0 + shape.noise_share * np.eye(len(values)))
-        factor = np.linalg.cholesky(covariance)
-        inverse = np.linalg.inv(factor)
-        whitened = inverse @ values
-        likelihood = -0.5 * whitened @ whitened - np.log(np.diag(factor)).sum()
-        return float(likelihood), inverse.T, inverse.T @ whitened
+    def _factor(self, hyper: _Hyperparameters, same_document: np.ndarray) -> np.ndarray:
+        """Cholesky factor [evaluations, evaluations] of the covariance. Its constant 1 is a wide prior of the mean."""
+        between = self._smooth(self._features, self._features, hyper) + self._variance * _OWN * np.eye(len(self._features))
+        covariance = between[np.ix_(self._candidate, self._candidate)]  # [evaluations, evaluations]
+        covariance += self._variance * (_DOCUMENT * same_document + 1.0 + hyper.noise_share * np.eye(len(covariance)))
+        return np.linalg.cholesky(covariance)
 
-    def _smooth(self, a: np.ndarray, b: np.ndarray, shape: _Hyperparameters) -> np.ndarray:
-        """Covariance of f: a Gaussian of the distance in factors and attention factor."""
-        scale = np.array([shape.length] * (a.shape[1] - 1) + [shape.attention_length])
+    def _smooth(self, a: np.ndarray, b: np.ndarray, hyper: _Hyperparameters) -> np.ndarray:
+        """Covariance of f between the rows of ``a`` and ``b``: squared exponential in factors and attention factor."""
+        scale = np.array([hyper.length] * (a.shape[1] - 1) + [hyper.attention_length])
         a, b = a / scale, b / scale
         distance = np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2.0 * a @ b.T, 0.0)
-        return self._variance * (1.0 - shape.noise_share) * np.exp(-0.5 * distance)
+        return self._variance * (1.0 - hyper.noise_share) * np.exp(-0.5 * distance)
+
+
+def _log_likelihood(factor: np.ndarray, values: np.ndarray) -> float:
+    """Log likelihood of ``values`` [n], but for a constant, from the Cholesky factor [n, n] of their covariance."""
+    whitened = values.copy()
+    for start in range(0, len(values), _BLOCK):  # forward substitution: solves factor @ whitened = values in O(n^2)
+        block = slice(start, start + _BLOCK)
+        whitened[block] = np.linalg.solve(factor[block, block], whitened[block])
+        whitened[start + _BLOCK :] -= factor[start + _BLOCK :, block] @ whitened[block]
+    return float(-0.5 * whitened @ whitened - np.log(np.diag(factor)).sum())
