@@ -1,9 +1,11 @@
-"""search: find RoPE factors by needle-driven evolutionary search with racing (paper, Section 3.2).
+"""search: find RoPE factors by needle-driven evolutionary search (paper, Section 3.2).
 
-    deepspeed --no_local_rank --module lr2train.search experiment=tiny_4k name=factors        (or plain python, or torchrun)
+    deepspeed --no_local_rank --module lr2train.search experiment=tiny_4k name=factors
 
-Killed or interrupted, the same command goes on from its journal. Writes ``runs/<name>/``: journal.jsonl (every evaluation), generations.jsonl,
-factors.json (with where it comes from), search.json and pictures/.
+Plain python and torchrun start it too.
+
+The same command resumes a killed or interrupted search from its journal. Writes ``runs/<name>/``: journal.jsonl (every
+evaluation), generations.jsonl, factors.json (with its provenance), search.json and pictures/.
 """
 
 from __future__ import annotations
@@ -31,9 +33,12 @@ from lr2train.model import load, rotary
 from lr2train.parallel import control, processes
 from lr2train.parallel.inputs import identities
 from lr2train.reporting.pictures import write_search_pictures
+from lr2train.rope.factors import NOTES
 from lr2train.rope.methods import METHODS
 
-GROUPS = ("name", "seed", "device", "threads", "model", "rope", "data", "search")  # threads: sums by more of them differ in the last bits
+# The config groups that decide the result. Threads are among them: sums by another number of threads differ in the last
+# bits.
+GROUPS = ("name", "seed", "device", "threads", "model", "rope", "data", "search")
 PICTURES = ("factors.png", "fitness.png", "temperature.png", "documents.png")
 ALGORITHMS: dict[str, Any] = {
     "evolution": (evolve, CandidateScorer),
@@ -43,10 +48,10 @@ ALGORITHMS: dict[str, Any] = {
 
 
 def search(config: Config) -> dict[str, Any]:
-    """Run the verb; returns what ``search.json`` holds.
+    """Run the verb; returns the contents of ``search.json``.
 
     Raises:
-        UserError: bad input, on every rank.
+        UserError: bad input, or a folder that another job uses; raised on every rank.
     """
     job = run.open_run(config, "search", GROUPS)
     space, scored_on, corpus = inputs(config)
@@ -56,9 +61,10 @@ def search(config: Config) -> dict[str, Any]:
     found = identities(job, known, {"model": load.files_of(load.folder_of(config.model))})
     if control.from_rank_0((job.folder / "search.json").exists() if run.rank() == 0 else False):
         return _finished(job)
-    control.together(lambda: corpus.verify(full=config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0))  # once a machine
+    # once a machine
+    control.together(lambda: corpus.verify(full=config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0))
     if device.type == "cpu" and not config.threads:
-        torch.set_num_threads(1)  # by default as many as cores have ranks: then the losses' last bits would depend on the number of ranks
+        torch.set_num_threads(1)  # the default depends on the number of ranks, and so would the last bits of the losses
     model, settings = _model(config, device), config.search
     table = rotary.install(model, METHODS["none"](space.spectrum, space.target_tokens))
     job.claim(found)
@@ -68,7 +74,7 @@ def search(config: Config) -> dict[str, Any]:
     _announce(job, space, fitness)
     start = time.monotonic()
     finalists = _run(job, space, history)
-    result = {**history.result(finalists), "seconds": time.monotonic() - start, **_read(job)}
+    result = {**history.result(finalists), "seconds": time.monotonic() - start, **_input_paths(job)}
     contents = {name: run.content_of(one) for name, one in found.items()}
     _write(job, space, finalists[0], result, {"inputs": contents, **run.provenance(), "history": history.brief()})
     processes.stop()
@@ -77,20 +83,25 @@ def search(config: Config) -> dict[str, Any]:
     return result
 
 
-def _read(job: run.Run) -> dict[str, Any]:
-    """Where the model and the corpus lie."""
+def _input_paths(job: run.Run) -> dict[str, Any]:
     return {"model": job.values["model"]["path"], "corpus": job.values["data"]["path"]}
 
 
 def _finished(job: run.Run) -> dict[str, Any]:
     job.log(f"already finished: {job.folder / 'search.json'}")
-    if run.rank() == 0 and not all((job.folder / "pictures" / name).exists() for name in PICTURES):  # killed while they were drawn
+    # A kill came after search.json and before the pictures.
+    if run.rank() == 0 and not all((job.folder / "pictures" / name).exists() for name in PICTURES):
         write_search_pictures(job.folder)
     return io.read_json(job.folder / "search.json")
 
 
 def inputs(config: Config) -> tuple[Space, list[SearchDocument], Corpus]:
-    """The search space, the documents (those of the generations, then those of the final) and their corpus, before any weight exists."""
+    """The search space, the documents (of the generations, then of the final) and their corpus; no weight is read.
+
+    Raises:
+        UserError: a path is empty, the target window is not longer than the original window, or a setting of the search
+            is out of its limits.
+    """
     hf_config = load.config_of(config.model)
     if config.model.path is None:
         raise UserError("model.path is empty; set model.path to the pretrained model whose factors are searched")
@@ -100,7 +111,9 @@ def inputs(config: Config) -> tuple[Space, list[SearchDocument], Corpus]:
     target = config.rope.target_window_tokens
     if target <= spectrum.window_tokens:
         raise UserError(
-            f"rope.target_window_tokens={target} does not exceed the model's window of {spectrum.window_tokens}; set a longer target"
+            f"rope.target_window_tokens={target} does not exceed the model's window of {spectrum.window_tokens} "
+            "tokens; "
+            "set rope.target_window_tokens to a longer window"
         )
     space = Space(spectrum, target, config.search)
     corpus = Corpus.open(Path(config.data.path))
@@ -110,7 +123,7 @@ def inputs(config: Config) -> tuple[Space, list[SearchDocument], Corpus]:
 
 def _model(config: Config, device: torch.device) -> Any:
     if config.search.shard:
-        from lr2train.training.deepspeed.engine import load_sharded  # DeepSpeed is not for whoever has no need of it
+        from lr2train.training.deepspeed.engine import load_sharded  # here: DeepSpeed takes seconds to import
 
         return load_sharded(config.model, device)
     return load.load_whole(load.folder_of(config.model), config.model.dtype, str(device), config.model.overrides)
@@ -125,15 +138,17 @@ def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
         else ""
     )
     job.log(
-        f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}], {settings.population} candidates x "
-        f"{settings.generations} generations x {settings.documents} documents{asked}, {'racing' if settings.racing else 'no racing'}"
+        f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}], "
+        f"{settings.population} candidates x {settings.generations} generations x {settings.documents} "
+        f"documents{asked}, "
+        f"{'racing' if settings.racing else 'no racing'}"
         + (f"; {fitness.recovered} evaluations found in the journal" if fitness.recovered else "")
         + (f"; damaged lines taken out of it: {fitness.damaged}" if fitness.damaged else "")
     )
 
 
 def _run(job: run.Run, space: Space, history: History) -> list[Scored]:
-    """All generations and the final; the finalists, best first."""
+    """Run all generations and the final; returns the finalists, best first."""
     settings, fitness, finalists = space.settings, history.fitness, []
     generations, make_scorer = ALGORITHMS[settings.algorithm]
     scorer = make_scorer(space, fitness)
@@ -146,14 +161,15 @@ def _run(job: run.Run, space: Space, history: History) -> list[Scored]:
         return scorer.final([one.candidate for one in finalists]) if settings.final_documents else finalists
 
 
-def _write(job: run.Run, space: Space, best: Scored, result: dict[str, Any], where_from: dict[str, Any]) -> None:
+def _write(job: run.Run, space: Space, best: Scored, result: dict[str, Any], origin: dict[str, Any]) -> None:
     kept = {key: result[key] for key in ("model", "corpus", "settings", "perplexity", "scored_documents", "document_forwards")}
-    job.write_json("factors.json", {**space.factors(best.candidate).to_json(), "search": {**kept, **where_from}})
+    job.write_json("factors.json", {**space.factors(best.candidate).to_json(), NOTES: {**kept, **origin}})
     job.write_json("search.json", result)
     if run.rank() == 0:
         write_search_pictures(job.folder)
     job.log(
-        f"done: {space.settings.objective} perplexity {best.perplexity:.4f} on {best.documents} documents, {described(best.candidate)}, "
+        f"done: {space.settings.objective} perplexity {best.perplexity:.4f} on {best.documents} documents, "
+        f"{described(best.candidate)}, "
         f"{result['document_forwards']} document-forwards; factors in {job.folder / 'factors.json'}, pictures beside"
     )
 

@@ -1,10 +1,14 @@
-"""What the search searches: rescale factors within their bounds, and the long window's attention factor.
+"""The search space: rescale factors within bounds, and the attention factor of the long window.
 
-Two spaces. ``longrope2``: a critical index and the tail of factors from it on; everything left of it follows by the NTK rule (METHOD:
-``lambda_rcd^(i/rcd)``). ``longrope``: every factor is free, as in LongRoPE v1 (the paper's ablation "all dimensions").
+Source: paper, Section 3.2, Algorithms 1 and 2.
 
-Choice: a candidate holds only what is free, on a grid, so that equal candidates are equal and are never evaluated twice. Paper, Algorithms 1
-and 2; what they leave open is a knob of ``SearchConfig``.
+``longrope2``: a critical index rcd and the tail, the factors lambda_i of i >= rcd. The factors below follow by the NTK
+rule, lambda_i = lambda_rcd^(i / rcd). ``longrope``: every factor is free, as in LongRoPE v1 (arXiv 2402.13753); under
+the needle fitness this is the paper's ablation "all dimensions".
+
+Choice: a candidate holds only free values, on a grid. So equal candidates compare equal and are never evaluated twice.
+The paper leaves step size, crossover and mutation of rcd open; these are keys of ``SearchConfig``. Cost: values between
+two grid points cannot be found.
 """
 
 from __future__ import annotations
@@ -20,22 +24,28 @@ from lr2train.rope.factors import Factors
 from lr2train.rope.methods import METHODS
 from lr2train.rope.spectrum import Spectrum
 
-ATTENTION_GRID = 0.005
-MIN_SAMPLES = 4  # a generation of CMA-ES
-ALL = 0  # the critical index of a candidate whose factors are all free: its tail is the whole table
+ATTENTION_GRID = 0.005  # step of the attention factor
+MIN_SAMPLES = 4  # of a generation of CMA-ES
+ALL = 0  # stands for the critical index where every factor is free: the tail is the whole table
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point of the search space."""
+    """A point of the search space.
 
-    critical_index: int  # rcd, zero-based cosine index; ALL where every factor is free
-    tail: tuple[float, ...]  # lambda_i for i >= rcd, non-decreasing
+    Attributes:
+        critical_index: rcd, zero-based cosine index; ``ALL`` where every factor is free.
+        tail: lambda_i for i >= rcd, D - rcd numbers, non-decreasing.
+        attention_factor: of the long window.
+    """
+
+    critical_index: int
+    tail: tuple[float, ...]
     attention_factor: float
 
     @cached_property
     def key(self) -> str:
-        """Equal for equal candidates; what the journal files evaluations under."""
+        """Identifies the candidate in the journal: equal candidates have equal keys."""
         return f"{self.critical_index}|{self.attention_factor!r}|{','.join(map(repr, self.tail))}"
 
 
@@ -47,6 +57,9 @@ class Space:
         spectrum: of the original model.
         target_tokens: L.
         settings: probabilities, bounds (in multiples of s = L / L0) and grid.
+
+    Raises:
+        UserError: the settings contradict each other or leave nothing to search.
     """
 
     spectrum: Spectrum
@@ -57,11 +70,13 @@ class Space:
         fixed = self.settings.critical_index
         if fixed is not None and self.all_dims:
             raise UserError(
-                f"search.critical_index={fixed} has no meaning where search.space=longrope sets every factor free; leave one of them out"
+                f"search.critical_index={fixed} has no meaning where search.space=longrope sets every factor free; "
+                "unset search.critical_index"
             )
         if fixed is not None and not 1 <= fixed < self.spectrum.n_dims:
             raise UserError(
-                f"search.critical_index={fixed} is outside 1 … {self.spectrum.n_dims - 1}; set it inside, or leave it empty to search it"
+                f"search.critical_index={fixed} is outside 1 … {self.spectrum.n_dims - 1}; "
+                "set search.critical_index inside, or to null to search it"
             )
         if self.settings.algorithm == "cmaes" and self.all_dims:
             raise UserError(
@@ -69,19 +84,22 @@ class Space:
             )
         if self.settings.algorithm == "cmaes" and self.settings.population - self.settings.top_k < MIN_SAMPLES:
             raise UserError(
-                f"search.population={self.settings.population} leaves fewer than {MIN_SAMPLES} samples beside search.top_k={self.settings.top_k}, "
-                "which search.algorithm=cmaes cannot learn from; raise search.population"
+                f"search.population={self.settings.population} leaves fewer than {MIN_SAMPLES} samples beside "
+                f"search.top_k={self.settings.top_k}, which search.algorithm=cmaes cannot learn from; "
+                f"set search.population to {self.settings.top_k + MIN_SAMPLES} or more"
             )
         self._refuse_bounds("tail")
         self._refuse_bounds("attention_factor")
         for name, example in (("mutation_step", 0.01), ("mutation_spread", 0.25), ("attention_factor", 1.0)):
             if not 1e-6 <= getattr(self.settings, name) < math.inf:
                 raise UserError(
-                    f"search.{name}={getattr(self.settings, name)} is not a finite number of 1e-6 or more; set it to such as {example}"
+                    f"search.{name}={getattr(self.settings, name)} is not a finite number of 1e-6 or more; "
+                    f"set search.{name} to a number such as {example}"
                 )
         if not 1 <= self.settings.top_k < self.settings.population:
             raise UserError(
-                f"search.top_k={self.settings.top_k} is outside 1 … {self.settings.population - 1}, which leaves no parent or no room for "
+                f"search.top_k={self.settings.top_k} is outside 1 … {self.settings.population - 1}, "
+                "which leaves no parent or no room for "
                 f"children; set search.top_k to {max(1, self.settings.population // 4)}, or raise search.population"
             )
 
@@ -89,7 +107,8 @@ class Space:
         low, high = getattr(self.settings, f"{name}_low"), getattr(self.settings, f"{name}_high")
         if not 0 < low <= high < math.inf:
             raise UserError(
-                f"search.{name}_low={low} and search.{name}_high={high} are no range; set 0 < search.{name}_low <= search.{name}_high"
+                f"search.{name}_low={low} and search.{name}_high={high} are no range; "
+                f"set search.{name}_high above search.{name}_low, and both above 0"
             )
 
     @property
@@ -104,7 +123,10 @@ class Space:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest free factor; a fast dimension, where those are free too, may stay as it was."""
+        """Lowest and highest free factor.
+
+        Where every factor is free the lowest is 1: fast dimensions may keep their frequencies.
+        """
         return 1.0 if self.all_dims else self.settings.tail_low * self.scale, self.settings.tail_high * self.scale
 
     @property
@@ -116,7 +138,7 @@ class Space:
         return range(self.spectrum.lowest_critical_index, self.spectrum.critical_index + 1)
 
     def factors(self, candidate: Candidate) -> Factors:
-        """The candidate as factors that a model can use."""
+        """The candidate as rescale factors of all D dimensions."""
         if candidate.critical_index == ALL:
             made = METHODS["longrope"](self.spectrum, self.target_tokens, rescale=candidate.tail)
             return replace(made, attention_factor=candidate.attention_factor)
@@ -129,9 +151,11 @@ class Space:
         )
 
     def initial(self, rng: np.random.Generator) -> list[Candidate]:
-        """Algorithm 1: one member a critical index with a constant tail drawn from the bounds; then mutations of them until there are P.
+        """The initial population of P = ``search.population`` members (Algorithm 1).
 
-        Where every factor is free: PI, NTK-aware and the lambda-linear YaRN curve, as LongRoPE v1 starts, and mutations of them.
+        Each critical index gets one member, whose tail is constant and drawn from the bounds; mutations of these
+        members fill the rest. Where every factor is free, LongRoPE v1's start takes the place of these members: PI,
+        NTK-aware and the lambda-linear YaRN curve.
         """
         if self.all_dims:
             members = [self._like(name, rng) for name in ("pi", "ntk_aware", "longrope")][: self.settings.population]
@@ -156,9 +180,10 @@ class Space:
     def fill(
         self, members: list[Candidate], parents: list[Candidate], size: int, rng: np.random.Generator, seen: frozenset[str] = frozenset()
     ) -> list[Candidate]:
-        """Append children of ``parents`` in turn until there are ``size`` distinct members; a child in ``seen`` is not taken.
+        """``size`` distinct candidates: ``members``, then children of ``parents`` in turn. Keys in ``seen`` are left
+        out.
 
-        In a space too small for them it gives up after 20 attempts a member.
+        In a small space fewer candidates come out: it gives up after 20 attempts a member.
         """
         out, keys = list(members), {member.key for member in members} | seen
         for attempt in range(20 * size):
@@ -171,7 +196,11 @@ class Space:
         return out
 
     def mutate(self, parent: Candidate, rng: np.random.Generator, mates: list[Candidate]) -> Candidate:
-        """Algorithm 2, lines 4-8: each tail entry moves with probability p, under the bounds and the non-decreasing order."""
+        """A child of ``parent`` (Algorithm 2, lines 4-8).
+
+        Each tail entry moves with probability p = ``search.mutation_probability``, inside the bounds and in
+        non-decreasing order.
+        """
         child = parent
         if rng.random() < self.settings.crossover:
             child = self._cross(child, mates[rng.integers(len(mates))], rng)
@@ -184,7 +213,10 @@ class Space:
         )
 
     def _cross(self, a: Candidate, b: Candidate, rng: np.random.Generator) -> Candidate:
-        """Each trait from either parent, tail entries one by one and then put in order: as many low ones as high ones stay."""
+        """Each value comes from either parent, tail entries one by one.
+
+        The tail is sorted, not clipped into order: clipping would favour one of the parents.
+        """
         first, second = (a, b) if rng.random() < 0.5 else (b, a)
         other = self._with_critical_index(second, first.critical_index)
         tail = np.where(rng.random(len(first.tail)) < 0.5, first.tail, other.tail)
@@ -195,13 +227,19 @@ class Space:
         )
 
     def _with_critical_index(self, candidate: Candidate, critical_index: int) -> Candidate:
-        """Move the border; a longer tail repeats its first entry, a shorter one loses it."""
-        moved = candidate.critical_index - critical_index
+        """The candidate with another critical index.
+
+        A longer tail repeats its first entry, a shorter tail loses its first entries.
+        """
+        moved = candidate.critical_index - critical_index  # > 0: the tail grows
         tail = (candidate.tail[0],) * moved + candidate.tail if moved > 0 else candidate.tail[-moved:]
         return replace(candidate, critical_index=critical_index, tail=tail)
 
     def _mutate_tail(self, tail: tuple[float, ...], rng: np.random.Generator) -> tuple[float, ...]:
-        """A moved entry keeps its place and pushes its neighbours: entries before it are lowered to it, entries after it raised to it."""
+        """Move entries of the tail and keep the order.
+
+        Entries before a moved entry are lowered to it, and entries after it are raised to it.
+        """
         low, high = self.bounds
         values = np.array(tail)
         for i in np.flatnonzero(rng.random(len(values)) < self.settings.mutation_probability):
@@ -217,11 +255,11 @@ class Space:
         return self._attention_on_grid(rng.normal(value, self.settings.mutation_spread * (high - low)))
 
     def on_grid(self, value: float) -> float:
-        """The nearest factor that a candidate may have."""
+        """The nearest allowed factor."""
         return _nearest(value, self.settings.mutation_step, *self.bounds)
 
     def attention_factor_at(self, share: float) -> float:
-        """The attention factor at a share 0 … 1 of its range; the fixed one where it is not searched."""
+        """The attention factor at a share 0 … 1 of its range; ``search.attention_factor`` where it is not searched."""
         if not self.settings.search_attention_factor:
             return self.settings.attention_factor
         low, high = self.settings.attention_factor_low, self.settings.attention_factor_high
@@ -232,5 +270,5 @@ class Space:
 
 
 def _nearest(value: float, step: float, low: float, high: float) -> float:
-    """The multiple of ``step`` nearest to the value, or the bound that it would cross."""
+    """The nearest multiple of ``step``, clipped to the bounds, which need not lie on the grid."""
     return float(min(max(round(round(value / step) * step, 10), low), high))

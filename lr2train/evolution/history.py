@@ -1,4 +1,4 @@
-"""What a search has to say of itself: a line a generation, how much is left, what came out."""
+"""The report of a search: a line a generation (generations.jsonl), the progress, and the result (search.json)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class History:
 
     Attributes:
         settings: of the search.
-        fitness: whose evaluations are counted.
-        file: generations.jsonl, written anew: a resumed search replays its generations from the journal.
-        lines: what stands in the file.
+        fitness: counts the evaluations.
+        file: generations.jsonl; written anew at each start, as a resumed search replays its generations from the
+            journal.
+        lines: contents of the file.
     """
 
     settings: SearchConfig
@@ -33,19 +34,21 @@ class History:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, generation: Generation) -> str:
-        """Write the generation's line; returns what to tell of it."""
+        """Write the generation's line; returns a sentence for the log."""
         self.lines.append(_line(generation, self.fitness))
         if rank() == 0:
             with self.file.open("w" if len(self.lines) == 1 else "a") as file:
                 file.write(json.dumps(self.lines[-1]) + "\n")
         return (
-            f"generation {generation.index}/{self.settings.generations}: {self.settings.objective} perplexity {generation.best.perplexity:.4f}, "
-            f"{described(generation.best.candidate)}, {len(generation.dropped)} dropped, {self.fitness.document_forwards} document-forwards"
+            f"generation {generation.index}/{self.settings.generations}: "
+            f"{self.settings.objective} perplexity {generation.best.perplexity:.4f}, "
+            f"{described(generation.best.candidate)}, {len(generation.dropped)} dropped, "
+            f"{self.fitness.document_forwards} document-forwards"
         )
 
     @property
     def note(self) -> str:
-        """What is going on, for the progress bar."""
+        """The current stage, for the progress bar."""
         done, settings = len(self.lines), self.settings
         following = "final" if done > settings.generations else f"generation {done}/{settings.generations}"
         if not self.lines:
@@ -55,9 +58,12 @@ class History:
 
     @property
     def expected_evaluations(self) -> int:
-        """That the search will take, judged by the generations so far; at first as many as there are without racing."""
+        """Evaluations of the whole search, extrapolated from the generations so far.
+
+        Before the first generation it is the number without racing.
+        """
         settings = self.settings
-        if not self.lines or settings.algorithm == "surrogate":  # its budget is fixed
+        if not self.lines or settings.algorithm == "surrogate":  # the surrogate's budget is fixed
             return settings.most_forwards
         final = settings.top_k * settings.final_documents
         by_generation = self.lines[-1]["document_forwards"] / len(self.lines)
@@ -65,7 +71,7 @@ class History:
         return max(round(expected), self.fitness.computed)
 
     def result(self, finalists: Sequence[Scored]) -> dict[str, Any]:
-        """What came out; the winner first among the finalists."""
+        """The contents of search.json; ``finalists`` are best first."""
         best = finalists[0]
         return {
             "perplexity": best.perplexity,
@@ -79,7 +85,7 @@ class History:
         }
 
     def brief(self) -> list[dict[str, Any]]:
-        """The best of each generation and what it had cost by then."""
+        """Each generation's best candidate and the evaluations until then, for factors.json."""
         return [{key: line[key] for key in ("generation", "best_perplexity", "best", "document_forwards")} for line in self.lines]
 
 

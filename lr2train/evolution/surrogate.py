@@ -1,17 +1,18 @@
-"""Surrogate-assisted evolution: a Gaussian process over all evaluations proposes children, assigns evaluations and ranks candidates.
+"""Surrogate-assisted evolution: a Gaussian process over all evaluations chooses children, documents and parents.
 
 The model. For candidate c on document d:
 
     log(loss + FLOOR)  =  mean + f(x_c) + u_c + b_d + noise
 
-f is smooth in x_c: the logarithms of the rescale factors (root mean square over dimensions) and the attention factor. u_c belongs to the
-candidate alone, b_d to the document (its difficulty).
+f is smooth in x_c: the logarithms of the rescale factors (root mean square over dimensions) and the attention factor.
+u_c belongs to the candidate alone, b_d to the document (its difficulty).
 
-Choice: documents are random effects, like the blocks of F-race, so candidates that were scored on different documents can be compared.
-Neighbouring candidates share what is known of either. Many mutations are proposed, and only the promising ones are evaluated (Jin,
-"Surrogate-assisted evolutionary computation", 2011). Each child is evaluated once; the rest of a generation's budget goes to the candidates
-with the lowest confidence bounds. Cost: a reported loss is an estimate, and every round of evaluations factorises a few covariance matrices
-of at most ``MOST`` rows. Generations go to ``search``, as those of ``loop.evolve`` do.
+Choice: documents are random effects, like the blocks of F-race, so candidates that were scored on different documents
+can be compared. Neighbouring candidates share what is known of either. Many mutations are proposed, and only the
+promising ones are evaluated (Jin, "Surrogate-assisted evolutionary computation", 2011). Each child is evaluated once;
+the rest of a generation's budget goes to the candidates with the lowest confidence bounds. Cost: a reported loss is an
+estimate, and every round of evaluations factorises a few covariance matrices of at most ``MOST`` rows. Generations go
+to ``search``, as those of ``loop.evolve`` do.
 """
 
 from __future__ import annotations
@@ -32,20 +33,23 @@ from lr2train.run import stream
 
 FLOOR = 0.01  # nats; losses below it count as equal
 MOST = 1500  # the latest evaluations enter the process: a Cholesky factor of this size takes a tenth of a second
-_UNSCREENED = 0.25  # share of the children that are evaluated without regard to their estimates: the process may be wrong
+# Share of the children that are evaluated whatever their estimates: the process may be wrong.
+_UNSCREENED = 0.25
 # Grids of hyperparameters; the likelihood chooses.
 _LENGTHS = (0.09, 0.18, 0.36)  # length scale: root mean square log-ratio of the factors
 _ATTENTION_LENGTHS = (0.05, 0.15)  # length scale of the attention factor
 _NOISE_SHARES = (0.25, 0.5)  # share of the total variance that is noise
 _OWN, _DOCUMENT = 0.05, 0.5  # variances of u_c and b_d, as shares of the total variance
-_DIGITS = 9  # decimals that estimates are rounded to before they are compared: another processor changes only later ones
+# Decimals to which estimates are rounded before they are compared: another processor changes only later decimals.
+_DIGITS = 9
 _BLOCK = 64  # rows of a forward substitution at one time
 
 
 def evolve_surrogate(space: Space, observations: Observations, seed: int) -> Iterator[Generation]:
     """Yield generation 0 and ``search.generations`` more, with as many children as ``loop.evolve`` makes.
 
-    ``Generation.population`` holds the generation's children and its parents, by estimated loss; no candidate is ``dropped``.
+    ``Generation.population`` holds the generation's children and its parents, by estimated loss; no candidate is
+    ``dropped``.
     """
     settings = space.settings
     seen: set[str] = set()
@@ -65,7 +69,10 @@ def evolve_surrogate(space: Space, observations: Observations, seed: int) -> Ite
 def _promising(
     space: Space, observations: Observations, parents: Sequence[Candidate], seen: set[str], rng: np.random.Generator
 ) -> list[Candidate]:
-    """Children of the parents: a quarter as they were drawn, the others by the lowest bound among ``search.proposals`` mutations a place."""
+    """Children of the parents, chosen among ``search.proposals`` mutations a place.
+
+    A quarter is taken as it was drawn, the others by the lowest confidence bound.
+    """
     places = space.settings.population - len(parents)
     proposed = space.fill([], list(parents), places * space.settings.proposals, rng, frozenset(seen))
     free = math.ceil(_UNSCREENED * places)
@@ -76,7 +83,8 @@ def _promising(
 class Observations:
     """All evaluations so far, and the estimates that follow from them.
 
-    Rank 0 computes the estimates for all ranks: another processor's last bits would lead the ranks to different decisions.
+    Rank 0 computes the estimates for all ranks: another processor's last bits would lead the ranks to different
+    decisions.
     """
 
     def __init__(self, space: Space, fitness: Fitness) -> None:
@@ -94,9 +102,10 @@ class Observations:
         self._process = None
 
     def observe_promising(self, candidates: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> None:
-        """Spend ``n`` evaluations on the most promising candidates, each on one of the first ``documents`` that is new to the candidate.
+        """Spend ``n`` evaluations on the most promising candidates.
 
-        Bounds are computed anew after every eighth of the candidates.
+        Each is on one of the first ``documents`` documents that is new to the candidate. Bounds are computed anew after
+        every eighth of the candidates.
         """
         while n > 0 and (pairs := self._new_pairs(candidates, min(n, max(2, len(candidates) // 8)), documents, rng)):
             self.observe(pairs)
@@ -151,7 +160,9 @@ class Observations:
         return np.round(means, _DIGITS).tolist(), spreads.tolist()
 
     def _features(self, candidates: Sequence[Candidate]) -> np.ndarray:
-        """[candidates, D + 1]: log factors over sqrt(D), so that a distance is their root mean square; the attention factor."""
+        """[candidates, D + 1]: log factors over sqrt(D), whose distance is a root mean square, and the attention
+        factor.
+        """
         factors, n_dims = [self.space.factors(one) for one in candidates], self.space.spectrum.n_dims
         logs = np.log([one.rescale for one in factors]).reshape(-1, n_dims) / math.sqrt(n_dims)  # also of no candidates
         return np.column_stack([logs, [one.attention_factor for one in factors]])
