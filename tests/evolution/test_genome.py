@@ -1,4 +1,4 @@
-"""Candidates stay inside their space, whatever is drawn."""
+"""The search space: every drawn, mutated or crossed candidate stays inside the bounds and on the grid."""
 
 import math
 
@@ -69,7 +69,7 @@ def check(space: Space, candidate: Candidate) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(spaces(), st.integers(0, 2**32 - 1))
-def test_initial_members_and_chains_of_mutations_stay_inside(space, seed):
+def test_initial_members_and_chains_of_mutations_stay_inside_the_space(space, seed):
     rng = np.random.default_rng(seed)
     members = space.initial(rng)
     assert 1 <= len(members) <= space.settings.population
@@ -100,7 +100,7 @@ def default_space(**options) -> Space:
 
 
 def test_the_initial_population_covers_every_critical_index_with_constant_tails():
-    """Algorithm 1: one member an index from d10 = 8 to tcd = 16 (METHOD's tiny model), the rest mutations of them."""
+    """Algorithm 1: one member for each index from d10 = 8 to tcd = 16; the others are mutations of these."""
     members = default_space(population=20).initial(np.random.default_rng(0))
     first = members[:9]
     assert [member.critical_index for member in first] == list(range(8, 17))
@@ -109,12 +109,12 @@ def test_the_initial_population_covers_every_critical_index_with_constant_tails(
     assert len(members) == 20
 
 
-def test_a_small_population_is_spread_over_the_indices():
+def test_a_small_population_is_spread_over_the_critical_indices():
     members = default_space(population=3, top_k=1).initial(np.random.default_rng(0))
     assert [member.critical_index for member in members] == [8, 12, 16]
 
 
-def test_a_population_larger_than_the_space_does_not_hang():
+def test_a_population_larger_than_the_space_ends_with_the_whole_space():
     space = default_space(population=64, tail_low=1.0, tail_high=1.0, critical_index=12, search_attention_factor=False)
     only = Candidate(12, (8.0,) * 20, 1.0)
     assert space.initial(np.random.default_rng(0)) == [only]
@@ -122,7 +122,7 @@ def test_a_population_larger_than_the_space_does_not_hang():
 
 
 def test_mutations_reach_the_whole_space():
-    """A chain visits every critical index and both ends of both ranges: nothing inside the bounds is out of reach."""
+    """A chain of mutations visits every critical index and both ends of both ranges."""
     space, rng = default_space(move_critical_index=0.5), np.random.default_rng(0)
     candidate = space.initial(rng)[0]
     seen = [candidate := space.mutate(candidate, rng, [candidate]) for _ in range(600)]
@@ -150,12 +150,12 @@ def test_crossover_mixes_the_traits_of_two_parents():
     assert between == pytest.approx((10.5 + 16.0) / 2, abs=0.2), "no parent is preferred"
 
 
-def everything_free(**options) -> Space:
+def longrope_space(**options) -> Space:
     return default_space(space="longrope", tail_high=1.25, **options)
 
 
 def test_longrope_starts_from_pi_ntk_and_the_yarn_like_curve():
-    members = everything_free(population=8, top_k=2).initial(np.random.default_rng(0))
+    members = longrope_space(population=8, top_k=2).initial(np.random.default_rng(0))
     assert [member.critical_index for member in members] == [ALL] * 8
     spectrum = Spectrum(64, 10000.0, 512)
     for member, name in zip(members, ("pi", "ntk_aware", "longrope"), strict=False):
@@ -164,8 +164,8 @@ def test_longrope_starts_from_pi_ntk_and_the_yarn_like_curve():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.0]))
-def test_longrope_candidates_stay_inside(seed, crossover):
-    space, rng = everything_free(crossover=crossover), np.random.default_rng(seed)
+def test_longrope_candidates_stay_inside_the_space(seed, crossover):
+    space, rng = longrope_space(crossover=crossover), np.random.default_rng(seed)
     members = space.initial(rng)
     for member in [*members, *(space.mutate(members[i % len(members)], rng, members) for i in range(30))]:
         tail = np.array(member.tail)
@@ -198,6 +198,6 @@ def test_longrope_candidates_stay_inside(seed, crossover):
         ({"top_k": 0}, r"search\.top_k=0 is outside"),
     ],
 )
-def test_an_empty_space_is_refused(options, words):
+def test_settings_that_leave_nothing_to_search_are_refused(options, words):
     with pytest.raises(UserError, match=words):
         default_space(**options)
