@@ -191,9 +191,10 @@ class GaussianProcess:
     def __init__(self, features: np.ndarray, candidate: np.ndarray, document: np.ndarray, values: np.ndarray, rows: dict[str, int]) -> None:
         self._features, self._candidate, self._rows = features, candidate, rows
         self._mean, self._variance = float(values.mean()), max(float(values.var()), 1e-6)
-        same_document = document[:, None] == document[None]
+        # What candidates do not decide, [evaluations, evaluations]: a wide prior of the mean (1), and the documents.
+        shared = _DOCUMENT * (document[:, None] == document[None]) + 1.0
         grid = (_Hyperparameters(*choice) for choice in itertools.product(_LENGTHS, _ATTENTION_LENGTHS, _NOISE_SHARES))
-        factors = ((hyper, self._factor(hyper, same_document)) for hyper in grid)
+        factors = ((hyper, self._factor(hyper, shared)) for hyper in grid)
         self._hyper, factor = max(factors, key=lambda fit: _log_likelihood(fit[1], values - self._mean))
         inverse = np.linalg.inv(factor)  # only of the chosen one: it costs six times as much as the factor
         self._inverse, self._weights = inverse.T, inverse.T @ (inverse @ (values - self._mean))
@@ -209,12 +210,13 @@ class GaussianProcess:
         left = prior - ((cross @ self._inverse) ** 2).sum(1)
         return self._mean + cross @ self._weights, np.sqrt(np.maximum(left, 0.0))
 
-    def _factor(self, hyper: _Hyperparameters, same_document: np.ndarray) -> np.ndarray:
-        """Cholesky factor [evaluations, evaluations] of the covariance. Its constant 1 is a wide prior of the mean."""
-        between = self._smooth(self._features, self._features, hyper) + self._variance * _OWN * np.eye(len(self._features))
-        covariance = between[np.ix_(self._candidate, self._candidate)]  # [evaluations, evaluations]
-        covariance += self._variance * (_DOCUMENT * same_document + 1.0 + hyper.noise_share * np.eye(len(covariance)))
-        return np.linalg.cholesky(covariance)
+    def _factor(self, hyper: _Hyperparameters, shared: np.ndarray) -> np.ndarray:
+        """Cholesky factor [evaluations, evaluations] of the covariance."""
+        between = self._smooth(self._features, self._features, hyper)  # [candidates, candidates]
+        between[np.diag_indices_from(between)] += self._variance * _OWN
+        others = shared.copy()
+        others[np.diag_indices_from(others)] += hyper.noise_share
+        return np.linalg.cholesky(between[np.ix_(self._candidate, self._candidate)] + self._variance * others)
 
     def _smooth(self, a: np.ndarray, b: np.ndarray, hyper: _Hyperparameters) -> np.ndarray:
         """Covariance of f between the rows of ``a`` and ``b``: squared exponential in factors and attention factor."""

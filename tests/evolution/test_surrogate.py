@@ -78,8 +78,8 @@ def test_the_difficulty_of_a_document_is_not_counted_against_a_candidate():
 
 
 def searched(seed: int, landscape: Landscape, evolution=evolve_surrogate, make_scorer=Observations, **settings):
-    """(generations, final) of a search; the default has 8 generations."""
-    one = space(**{"documents": 10, "final_documents": 4, "generations": 8, "seed": seed, **settings})
+    """(generations, final) of a search; the default has 6 generations."""
+    one = space(**{"documents": 10, "final_documents": 4, "generations": 6, "seed": seed, **settings})
     scorer = make_scorer(one, landscape)
     generations = list(evolution(one, scorer, seed))
     return generations, scorer.final([scored.candidate for scored in generations[-1].population[: one.settings.top_k]])
@@ -110,8 +110,8 @@ def test_the_result_depends_on_the_seed_alone():
 
 def test_the_budget_is_kept():
     generations, _, landscape = surrogate_search(1)
-    children = 24 + 8 * 18
-    assert [one.evaluated for one in generations] == [24 + 18 * index for index in range(9)]
+    children = 24 + 6 * 18
+    assert [one.evaluated for one in generations] == [24 + 18 * index for index in range(7)]
     assert len(landscape.asked) == pytest.approx(2.25 * children + 2 * 4, abs=9), "a rounding a generation"
     assert all(len(one.population) == 24 for one in generations[1:])
 
@@ -126,10 +126,13 @@ def test_every_child_is_evaluated_and_lies_in_the_space():
 
 def test_a_space_with_fewer_candidates_than_the_population_is_searched_whole():
     """Eleven attention factors and nothing else to search; then a single candidate."""
-    settings = {"critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_high": 1.05, "mutation_probability": 1.0}
-    generations, _ = searched(0, landscape := Landscape(14), **settings, generations=3)
+    settings = {
+        "critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_high": 1.05, "mutation_probability": 1.0,
+        "population": 12, "top_k": 3, "generations": 3,
+    }  # fmt: skip
+    generations, _ = searched(0, landscape := Landscape(14), **settings)
     assert generations[-1].evaluated == len({key for key, _ in landscape.asked}) == 11
-    alone, final = searched(0, Landscape(14), search_attention_factor=False, **settings, generations=3)
+    alone, final = searched(0, Landscape(14), search_attention_factor=False, **settings)
     assert [one.evaluated for one in alone] == [1] * 4
     assert len(final) == 1
 
