@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -16,18 +15,19 @@ from unittest import mock
 import pytest
 import tiny
 import torch
-from ranks import run_ranks
+from ranks import forking, run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lr2train import config as config_module
 from lr2train import evaluate as evaluate_module
 from lr2train import export as export_module
 from lr2train import io, run
 from lr2train.cli import door as cli
+from lr2train.cli.composition import compose
 from lr2train.config import UserError
 from lr2train.evaluate import evaluate
 from lr2train.evaluation.subject import open_model
+from lr2train.evolution.fitness import Fitness
 from lr2train.export import export
 from lr2train.generate import generate
 from lr2train.model import load
@@ -36,7 +36,6 @@ from lr2train.rope import Factors
 from lr2train.rope import hf as rope_hf
 from lr2train.search import search
 
-ROOT = Path(__file__).resolve().parent.parent
 SEARCH = [
     "search=racing",
     "search.questions=2",
@@ -78,7 +77,7 @@ def lines(file: Path) -> list[dict]:
 
 
 def search_config(world, tmp_path, *more: str):
-    return config_module.compose("search", overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, *more))
+    return compose("search", overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, *more))
 
 
 def test_search_writes_factors_that_a_model_can_use(world, tmp_path):
@@ -154,30 +153,62 @@ def test_a_journal_of_another_model_under_the_same_path_is_refused(world, tmp_pa
         search(search_config(world, tmp_path, *settings))
 
 
-@pytest.mark.parametrize(("algorithm", "generations"), [("evolution", 40), ("surrogate", 12)])
-def test_a_search_killed_with_kill_9_ends_like_one_that_was_not(world, tmp_path, algorithm, generations):
-    settings = [f"search.generations={generations}", f"search.algorithm={algorithm}"]
-    arguments = overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, *settings, "name=killed")
-    command = [sys.executable, "-m", "lr2train.search", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    journal = tmp_path / "killed" / "journal.jsonl"
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=0.005)
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGKILL, errors
-    evaluated = journal.read_bytes().count(b"\n")
-    assert 0 < evaluated < 2 * (6 + generations * 4)
-    assert not (tmp_path / "killed" / "factors.json").exists()
+def killed_after(n_evaluations: int, arguments: list[str]) -> None:
+    """The verb from its command line, in a process that kills itself as soon as the journal holds ``n_evaluations``."""
+    write = Fitness._write
 
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert again.returncode == 0, again.stderr
-    assert f"{evaluated} evaluations found in the journal" in again.stderr
-    undisturbed = search(search_config(world, tmp_path, *settings, "name=undisturbed"))
-    assert (tmp_path / "killed" / "generations.jsonl").read_bytes() == (tmp_path / "undisturbed" / "generations.jsonl").read_bytes()
-    assert Factors.load(tmp_path / "killed" / "factors.json") == Factors.load(tmp_path / "undisturbed" / "factors.json")
-    pairs = [(entry["candidate"], entry["document"]) for entry in lines(journal)]
+    def write_and_die(self, entries):
+        write(self, entries)
+        if self.computed >= n_evaluations:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Fitness._write = write_and_die
+    sys.argv = ["search", *arguments]
+    cli.main("search", search)
+
+
+KILLS = (3, 14)  # evaluations in the journal at each kill: in generation 0, and later
+
+
+def kill_searches(folder: Path, commands: dict[str, list[str]]) -> None:
+    """Start and kill each search twice, and note what each kill leaves. One process imports for all of them: they are forked from it."""
+    noted = []
+    for name, arguments in commands.items():
+        for n_evaluations in KILLS:
+            if (pid := os.fork()) == 0:
+                killed_after(n_evaluations, arguments)
+            _, status = os.waitpid(pid, 0)
+            left = {file.name for file in (folder / name).iterdir()}
+            noted.append([name, os.WTERMSIG(status), len(lines(folder / name / "journal.jsonl")), "factors.json" in left])
+    (folder / "kills.json").write_text(json.dumps(noted))
+
+
+@pytest.fixture(scope="module")
+def killed(world, tmp_path_factory):
+    """(runs folder, command lines by algorithm) of searches that were killed twice."""
+    folder = tmp_path_factory.mktemp("killed")
+    commands = {
+        algorithm: overrides(world, folder, f"model.path={world}/base", *SEARCH, f"search.algorithm={algorithm}", f"name={algorithm}")
+        for algorithm in ("evolution", "surrogate")
+    }
+    process = forking().Process(target=kill_searches, args=(folder, commands))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert json.loads((folder / "kills.json").read_text()) == [[name, signal.SIGKILL, n, False] for name in commands for n in KILLS]
+    return folder, commands
+
+
+@pytest.mark.parametrize("algorithm", ["evolution", "surrogate"])
+def test_a_search_killed_with_kill_9_is_resumed_to_the_same_result(world, tmp_path, killed, algorithm):
+    folder, commands = killed
+    search(compose("search", commands[algorithm]))
+    assert "14 evaluations found in the journal" in (folder / algorithm / "log.txt").read_text()
+    undisturbed = search(search_config(world, tmp_path, f"search.algorithm={algorithm}", "name=undisturbed"))
+    found, expected = folder / algorithm, tmp_path / "undisturbed"
+    assert (found / "generations.jsonl").read_bytes() == (expected / "generations.jsonl").read_bytes()
+    assert Factors.load(found / "factors.json") == Factors.load(expected / "factors.json")
+    pairs = [(entry["candidate"], entry["document"]) for entry in lines(found / "journal.jsonl")]
     assert len(set(pairs)) == len(pairs) == undisturbed["document_forwards"]
 
 
@@ -207,13 +238,13 @@ def test_bad_input_of_a_search_is_refused_before_weights_are_read(world, tmp_pat
 
 def at_a_folder_in_use(rank: int, ranks: int, settings: list[str]) -> str:
     with mock.patch.dict(os.environ, RANK=str(rank)), pytest.raises(UserError) as raised:
-        search(config_module.compose("search", settings))
+        search(compose("search", settings))
     return str(raised.value)
 
 
 def test_a_folder_in_use_is_refused_on_every_rank(world, tmp_path):
     settings = overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, "name=s")
-    lock = run.open_run(config_module.compose("search", settings), "search", ()).lock()
+    lock = run.open_run(compose("search", settings), "search", ()).lock()
     said = run_ranks(at_a_folder_in_use, 2, settings, tmp_path=tmp_path)
     assert (
         said
@@ -239,7 +270,7 @@ EVAL = ["eval.lengths_tokens=[64,128,256,512]", "eval.depths=[0.0,1.0]", "eval.s
 
 
 def evaluate_config(world, runs, *more: str):
-    return config_module.compose("evaluate", [*tiny.arguments(world, f"runs_folder={runs}"), *EVAL, "eval.methods=[none,pi]", *more])
+    return compose("evaluate", [*tiny.arguments(world, f"runs_folder={runs}"), *EVAL, "eval.methods=[none,pi]", *more])
 
 
 @pytest.fixture
@@ -274,12 +305,12 @@ def test_evaluate_compares_before_and_after(world, capsys):
 def test_a_run_is_measured_as_it_was_trained_without_being_told(world):
     tiny.make_run(world, "alone", dtype=torch.bfloat16)
     bare = [f"runs_folder={world}", "run=alone"]
-    config, subjects = evaluate_module.inputs(config_module.compose("evaluate", bare))
+    config, subjects = evaluate_module.inputs(compose("evaluate", bare))
     assert (config.model.dtype, config.model.path, config.data.path) == ("bfloat16", f"{world}/base", f"{world}/corpus")
     assert (config.data.needles.wording, config.data.needles.digits) == ("code", 4)
     assert subjects[-2].folder == world / "base"
     told = [*bare, "model.dtype=float16", "data.needles.digits=5", "model.path=/elsewhere", "data.path=/other"]
-    config, _ = evaluate_module.inputs(config_module.compose("evaluate", told))
+    config, _ = evaluate_module.inputs(compose("evaluate", told))
     assert (config.model.dtype, config.model.path, config.data.path) == ("float16", f"{world}/base", "/other")
     assert (config.data.needles.wording, config.data.needles.digits) == ("code", 5)
 
@@ -289,7 +320,7 @@ def test_overrides_of_a_run_are_laid_over_its_base_alone(world):
     values = json.loads((folder / "train.config.json").read_text())
     values["model"]["overrides"] = {"rms_norm_eps": 0.5}
     (folder / "train.config.json").write_text(json.dumps(values))
-    _, subjects = evaluate_module.inputs(config_module.compose("evaluate", [f"runs_folder={world}", "run=overridden"]))
+    _, subjects = evaluate_module.inputs(compose("evaluate", [f"runs_folder={world}", "run=overridden"]))
     models = [open_model(subject, "float32", "cpu")[0] for subject in subjects[-2:]]
     assert [model.config.rms_norm_eps for model in models] == [0.5, 1e-6]
     assert all(subject.overrides == {"rms_norm_eps": 0.5} for subject in subjects[:-1])
@@ -344,7 +375,7 @@ def test_bad_input_of_evaluate_is_refused(world, more, words):
 
 
 def export_config(world, *more: str):
-    return config_module.compose("export", tiny.arguments(world, *more))
+    return compose("export", tiny.arguments(world, *more))
 
 
 @pytest.mark.parametrize("attention_factor", [1.0, 1.2])
@@ -567,7 +598,7 @@ def test_bad_input_of_export_is_refused(world, more, words):
 
 
 def generate_config(world, *more: str):
-    return config_module.compose("generate", tiny.arguments(world, "generate.max_new_tokens=12", *more))
+    return compose("generate", tiny.arguments(world, "generate.max_new_tokens=12", *more))
 
 
 @pytest.fixture(scope="module")
@@ -712,7 +743,7 @@ def test_every_verb_reads_weights_by_the_one_loader(world, monkeypatch, verb):
     save_file({**tensors, "model.layers.9.mlp.up_proj.weight": torch.ones(2)}, folder / "model" / "model.safetensors", {"format": "pt"})
     path = f"model.path={folder}/model"
     verbs = {
-        "search": lambda: search(config_module.compose("search", [*tiny.arguments(world, path, *SEARCH, "name=alike_s")])),
+        "search": lambda: search(compose("search", [*tiny.arguments(world, path, *SEARCH, "name=alike_s")])),
         "evaluate": lambda: evaluate(evaluate_config(world, world, "name=alike_e", path, "rope=pi")),
         "generate": lambda: generate(generate_config(world, path, "generate.prompt=ab")),
         "export": lambda: export(export_config(world, "run=alike")),
