@@ -80,6 +80,12 @@ def search_config(world, tmp_path, *more: str):
     return compose("search", overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, *more))
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For tests of the result: pictures take most of the time of so small a search."""
+    monkeypatch.setattr("lr2train.search.write_search_pictures", lambda folder: None)
+
+
 def test_search_writes_factors_that_a_model_can_use(world, tmp_path):
     result = search(search_config(world, tmp_path, "name=s"))
     factors = Factors.load(tmp_path / "s" / "factors.json")
@@ -102,13 +108,13 @@ def test_search_writes_factors_that_a_model_can_use(world, tmp_path):
     assert {"factors.png", "fitness.png", "rcd.png", "temperature.png"} <= pictures
 
 
-def test_without_racing_everyone_is_scored_on_everything(world, tmp_path):
+def test_without_racing_every_candidate_is_scored_on_every_document(world, tmp_path, no_pictures):
     result = search(search_config(world, tmp_path, "name=plain", "search.racing=false"))
     assert result["document_forwards"] == 2 * (6 + 3 * 4) + 2
     assert {line["documents"][0] for line in lines(tmp_path / "plain" / "generations.jsonl")} == {2}
 
 
-def test_dropping_only_the_certain_losers_finds_what_no_racing_finds(world, tmp_path):
+def test_dropping_only_certain_losers_ends_as_without_racing(world, tmp_path, no_pictures):
     plain = search(search_config(world, tmp_path, "name=plain", "search.racing=false", "search.documents=4"))
     exact = search(search_config(world, tmp_path, "name=exact", "search.racing_z=inf", "search.documents=4"))
     assert exact["document_forwards"] <= plain["document_forwards"]
@@ -127,7 +133,7 @@ def test_dropping_only_the_certain_losers_finds_what_no_racing_finds(world, tmp_
         ["search.chunk_tokens=100"],
     ],
 )
-def test_other_spaces_objectives_and_algorithms_run(world, tmp_path, more):
+def test_every_space_objective_and_algorithm_ends_with_factors_and_pictures(world, tmp_path, more):
     result = search(search_config(world, tmp_path, "name=s", *more))
     factors = Factors.load(tmp_path / "s" / "factors.json")
     assert factors.rescale[-len(result["tail"]) :] == tuple(result["tail"])
@@ -135,7 +141,7 @@ def test_other_spaces_objectives_and_algorithms_run(world, tmp_path, more):
     assert (tmp_path / "s" / "pictures" / "factors.png").exists()
 
 
-def test_a_finished_search_is_not_run_again_and_belongs_to_its_config(world, tmp_path, monkeypatch):
+def test_a_finished_search_is_not_run_again_and_refuses_another_config(world, tmp_path, monkeypatch):
     first = search(search_config(world, tmp_path, "name=s", "search.generations=1"))
     monkeypatch.setattr(load, "load_whole", lambda *_: pytest.fail("must not load the model"))
     assert search(search_config(world, tmp_path, "name=s", "search.generations=1")) == first
@@ -143,7 +149,7 @@ def test_a_finished_search_is_not_run_again_and_belongs_to_its_config(world, tmp
         search(search_config(world, tmp_path, "name=s", "search.generations=2"))
 
 
-def test_a_journal_of_another_model_under_the_same_path_is_refused(world, tmp_path):
+def test_a_journal_of_another_model_under_the_same_path_is_refused(world, tmp_path, no_pictures):
     base = tiny.make_model(tmp_path / "base")
     settings = ["name=s", f"model.path={base}", "search.generations=1"]
     search(search_config(world, tmp_path, *settings))
@@ -200,7 +206,7 @@ def killed(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("algorithm", ["evolution", "surrogate"])
-def test_a_search_killed_with_kill_9_is_resumed_to_the_same_result(world, tmp_path, killed, algorithm):
+def test_a_search_killed_with_kill_9_is_resumed_to_the_same_result(world, tmp_path, killed, no_pictures, algorithm):
     folder, commands = killed
     search(compose("search", commands[algorithm]))
     assert "14 evaluations found in the journal" in (folder / algorithm / "log.txt").read_text()
