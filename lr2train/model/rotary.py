@@ -1,12 +1,13 @@
-"""RoPE with two tables, chosen by a tag and never by a length.
+"""RoPE with two tables: ``WindowRotary`` takes the place of a Hugging Face model's rotary module.
 
-Choice: the rotary module of a Hugging Face model is swapped for ``WindowRotary``, which computes the same expression in the same precision.
-"short" is the model's own table, bit for bit; "long" is the table of the rescaled frequencies. transformers' own ``longrope`` reads the
-largest position instead, which disagrees between the ranks of one sequence and flips on packed restarts. Cost: whoever calls the model
-names the window.
+Choice: a tag ("short" or "long") selects the table, never a length. "short" is the model's own table, bit for bit;
+"long" has the rescaled frequencies theta_i / lambda_i (paper, Eq. 8). The expression and its precision are
+transformers' own. transformers' ``longrope`` selects by the largest position instead: the ranks of one sequence then
+disagree, and position restarts of packed documents flip the table. Cost: the caller of the model has to name the
+window.
 
-The tables are plain attributes, not buffers: nothing that casts a module to bfloat16 can touch them, and at 128k a bfloat16 frequency is
-noise.
+The tables are plain attributes and no buffers, so a cast of the module to bfloat16 leaves them in float32. At 128k
+positions a bfloat16 frequency is noise.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ WINDOWS = ("short", "long")
 
 
 class RopeTable(NamedTuple):
-    """One window's RoPE.
+    """The RoPE of one window.
 
     Attributes:
         inv_freq: fp32 [D], radians per token.
@@ -38,16 +39,16 @@ class RopeTable(NamedTuple):
     attention_factor: float
 
     def to(self, device: torch.device) -> RopeTable:
-        """The same on a device."""
+        """The table on a device."""
         return self._replace(inv_freq=self.inv_freq.to(device))
 
 
 class WindowRotary(nn.Module):
-    """cos and sin of ``position * inv_freq[window]``, times the window's attention factor (paper, Eq. 1 and Figure 10).
+    """cos and sin of ``position * inv_freq``, times the attention factor, for the selected window (paper, Eq. 5 and 8).
 
     Attributes:
-        window: "short" or "long"; the table that the next forward uses.
-        tables: both, by window.
+        window: "short" | "long", the table of the next forward pass.
+        tables: window -> table.
     """
 
     def __init__(self, short_inv_freq: torch.Tensor, short_attention_factor: float, factors: Factors):
@@ -57,12 +58,12 @@ class WindowRotary(nn.Module):
         self.window = "short"
 
     def use(self, factors: Factors) -> None:
-        """Put other factors into the long table; the short one stays the model's own."""
+        """Replace the long table by the table of other factors; the short table stays the model's own."""
         self.tables["long"] = long_table(factors)
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin of shape [B, T, rotary_dim] in x's dtype, for position_ids [B, T]; angles are always computed in fp32."""
+        """cos and sin, each [B, T, rotary_dim] in x's dtype, for position_ids [B, T]; angles are computed in fp32."""
         table = self.tables[self.window]
         if table.inv_freq.device != x.device:
             table = self.tables[self.window] = table.to(x.device)
@@ -72,7 +73,7 @@ class WindowRotary(nn.Module):
 
 
 def long_table(factors: Factors) -> RopeTable:
-    """The long window of some factors, on the CPU; equal to transformers' ``longrope`` bit for bit."""
+    """The long window's table on the CPU; equal to transformers' ``longrope`` bit for bit."""
     return RopeTable(_inv_freq(factors.spectrum, factors.rescale), factors.attention_factor)
 
 
@@ -83,10 +84,14 @@ def _inv_freq(spectrum: Spectrum, rescale: Sequence[float]) -> torch.Tensor:
 
 
 def install(model: Any, factors: Factors) -> WindowRotary:
-    """Swap the rotary module of a Hugging Face causal LM. The factors decide the long window; the short one stays the model's own.
+    """Put a ``WindowRotary`` in the place of the model's rotary module.
+
+    Args:
+        model: a Hugging Face causal LM.
+        factors: of the long window; the short window stays the model's own.
 
     Raises:
-        UserError: the model has no standard ``rotary_emb``, or its table has another size than the factors.
+        UserError: the model has no standard ``rotary_emb``, or its table and the factors differ in size.
     """
     base = model.base_model
     own = getattr(base, "rotary_emb", None)
@@ -105,10 +110,11 @@ def install(model: Any, factors: Factors) -> WindowRotary:
 
 
 def _own_table(own: nn.Module, config: Any) -> tuple[torch.Tensor, float]:
-    """inv_freq [D] and attention factor of the model's own short window, whatever dtype, device or partition its module was first built in.
+    """inv_freq [D] and attention factor of the model's own short window.
 
-    A `longrope` module starts with its short table. Its attention factor is the long window's too in transformers; the config may name the
-    short window's own (ours does: 1).
+    The module is built anew in fp32 on the CPU: the model's may have been built in another dtype or divided over ranks.
+    A ``longrope`` module starts with its short table. Its attention factor serves both windows in transformers; a
+    config with ``short_mscale`` names the short window's own.
     """
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
