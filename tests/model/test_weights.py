@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lr2train.config import ModelConfig, UserError
-from lr2train.model import load, weights
+from lr2train.model import load, weight_files, weights
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -74,9 +74,9 @@ def llama(tmp_path):
 
 def changed(folder, change):
     """The folder with ``change`` applied to the dict of its tensors."""
-    tensors = load_file(folder / weights.FILE)
+    tensors = load_file(folder / weight_files.FILE)
     change(tensors)
-    save_file(tensors, folder / weights.FILE, {"format": "pt"})
+    save_file(tensors, folder / weight_files.FILE, {"format": "pt"})
     return folder
 
 
@@ -153,7 +153,7 @@ def test_buffers_of_older_versions_are_passed_over(llama):
 
 def test_a_base_model_without_prefix_is_loaded(tmp_path, llama):
     changed(llama, lambda tensors: [tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)])
-    assert "layers.0.mlp.up_proj.weight" in load_file(llama / weights.FILE)
+    assert "layers.0.mlp.up_proj.weight" in load_file(llama / weight_files.FILE)
     assert_same(load.load_whole(llama), theirs(llama))
 
 
@@ -162,20 +162,20 @@ def test_a_base_model_without_prefix_is_loaded(tmp_path, llama):
 
 def indexed(folder):
     """The folder in two shards with an index."""
-    tensors = load_file(folder / weights.FILE)
-    (folder / weights.FILE).unlink()
+    tensors = load_file(folder / weight_files.FILE)
+    (folder / weight_files.FILE).unlink()
     names = sorted(tensors)
     parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
     listed = {name: file for file, part in parts.items() for name in part}
-    (folder / weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    (folder / weight_files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": listed}))
     return folder
 
 
 def test_a_shard_that_the_index_does_not_name_is_not_read_and_said(llama, capsys):
     expected = theirs(llama)
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(llama / weights.FILE).items()}
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(llama / weight_files.FILE).items()}
     indexed(llama)
     save_file(zeros, llama / "model-00003-of-00003.safetensors", {"format": "pt"})
     assert_same(load.load_whole(llama), expected)
@@ -190,9 +190,9 @@ def test_files_of_a_single_file(llama):
 
 
 def test_an_index_beside_a_file_that_it_does_not_name_is_refused(llama):
-    copy = (llama / weights.FILE).read_bytes()
+    copy = (llama / weight_files.FILE).read_bytes()
     indexed(llama)
-    (llama / weights.FILE).write_bytes(copy)
+    (llama / weight_files.FILE).write_bytes(copy)
     assert "model.safetensors beside model.safetensors.index.json" in refusal(llama)
 
 
@@ -217,13 +217,13 @@ def test_a_tensor_in_two_shards_is_named(llama):
 )
 def test_an_index_that_is_wrong_is_refused(llama, index, words):
     indexed(llama)
-    (llama / weights.INDEX).write_text(index)
+    (llama / weight_files.INDEX).write_text(index)
     assert words in refusal(llama)
 
 
 def test_pickled_weights_are_never_read(llama, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("must not unpickle"))
-    (llama / weights.FILE).rename(llama / "pytorch_model.bin")
+    (llama / weight_files.FILE).rename(llama / "pytorch_model.bin")
     assert "holds pickled weights (pytorch_model.bin)" in refusal(llama)
 
 
@@ -274,7 +274,7 @@ def test_quantized_weights_are_refused_with_the_remedy(llama, change):
 def test_a_config_that_says_quantized_is_refused_before_weights_are_looked_at(llama):
     values = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    (llama / weights.FILE).unlink()
+    (llama / weight_files.FILE).unlink()
     assert "quant_method gptq); dequantize the model" in refusal(llama)
 
 
@@ -325,8 +325,8 @@ def test_a_divided_model_is_refused_alike_on_every_rank(tmp_path, llama):
         shutil.copytree(llama, tmp_path / name)
     changed(tmp_path / "spoilt", lambda tensors: tensors[LAST].fill_(float("nan")))
     changed(tmp_path / "fewer", lambda tensors: tensors.pop(LAST))
-    content = (tmp_path / "cut" / weights.FILE).read_bytes()
-    (tmp_path / "cut" / weights.FILE).write_bytes(content[:-8])
+    content = (tmp_path / "cut" / weight_files.FILE).read_bytes()
+    (tmp_path / "cut" / weight_files.FILE).write_bytes(content[:-8])
     first, second = run_ranks(on_ranks, 2, tmp_path, tmp_path=tmp_path, timeout_s=120)
     assert first == second
     good, spoilt, fewer, cut = first
