@@ -177,7 +177,9 @@ KILLS = (3, 14)  # evaluations in the journal at each kill: in generation 0, and
 
 
 def kill_searches(folder: Path, commands: dict[str, list[str]]) -> None:
-    """Start and kill each search twice, and note what each kill leaves. One process imports for all of them: they are forked from it."""
+    """Start and kill each search twice, and note what each kill leaves. One process imports for all of them: they are
+    forked from it.
+    """
     noted = []
     for name, arguments in commands.items():
         for n_evaluations in KILLS:
@@ -255,7 +257,8 @@ def test_a_folder_in_use_is_refused_on_every_rank(world, tmp_path):
     assert (
         said
         == [
-            f"rank 0: run folder {tmp_path}/s is in use by search, process {os.getpid()} on {platform.node()}; wait until it has ended, or choose another name="
+            f"rank 0: run folder {tmp_path}/s is in use by search, process {os.getpid()} on {platform.node()}; wait "
+            "until it has ended, or choose another name="
         ]
         * 2
     )
@@ -308,7 +311,7 @@ def test_evaluate_compares_before_and_after(world, capsys):
     assert result["provenance"]["packages"]["torch"]
 
 
-def test_a_run_is_measured_as_it_was_trained_without_being_told(world):
+def test_a_run_is_evaluated_with_the_settings_of_its_training(world):
     tiny.make_run(world, "alone", dtype=torch.bfloat16)
     bare = [f"runs_folder={world}", "run=alone"]
     config, subjects = evaluate_module.inputs(compose("evaluate", bare))
@@ -421,7 +424,7 @@ def test_an_export_keeps_the_trained_dtype_unless_told(world):
         assert {tensor.dtype for tensor in stored.values()} == {load.DTYPES[name]}
 
 
-def test_an_export_replaces_nothing_but_an_export(world, tmp_path):
+def test_an_export_replaces_only_an_earlier_export(world, tmp_path):
     tiny.make_run(world, "careful", 1.0)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years")
@@ -449,7 +452,7 @@ def test_an_export_cut_short_leaves_the_old_one_and_can_be_repeated(world, monke
     assert export(export_config(world, "run=cut", "export.dtype=bfloat16"))["dtype"] == "bfloat16"
 
 
-def test_an_export_takes_the_base_models_way_of_talking_along(world, tmp_path):
+def test_an_export_copies_the_base_models_sampling_settings_and_templates(world, tmp_path):
     folder = tiny.make_run(world, "talks")
     base = tiny.make_model(tmp_path / "base")
     settings = {"eos_token_id": [1, 7], "temperature": 0.6, "do_sample": True}
@@ -466,7 +469,7 @@ def test_an_export_takes_the_base_models_way_of_talking_along(world, tmp_path):
     assert "is not here any more" in (folder / "log.txt").read_text()
 
 
-def test_the_check_holds_one_model_at_a_time(world, monkeypatch):
+def test_the_check_of_an_export_holds_one_model_at_a_time(world, monkeypatch):
     tiny.make_run(world, "frugal")
     models = []
 
@@ -485,7 +488,7 @@ def test_the_check_holds_one_model_at_a_time(world, monkeypatch):
     assert len(models) == 2
 
 
-def test_an_export_follows_the_new_window_and_names_nothing_of_this_machine(world, tmp_path):
+def test_an_export_has_the_new_window_and_no_path_of_this_machine(world, tmp_path):
     folder = tiny.make_run(world, "window")
     base = tiny.make_model(tmp_path / "base")
     (base / "generation_config.json").write_text(json.dumps({"max_length": tiny.L0, "eos_token_id": [1, 7]}))
@@ -535,7 +538,7 @@ def test_an_export_is_on_the_disk_before_it_has_its_name(world, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 3e38])
-def test_a_model_of_no_use_replaces_no_export(world, bad):
+def test_a_model_with_logits_that_are_not_finite_replaces_no_export(world, bad):
     """A weight that is not finite is refused at load; finite ones whose products are not are found by the logits."""
     folder = tiny.make_run(world, "useless")
     export(export_config(world, "run=useless"))
@@ -565,7 +568,7 @@ def refused_to(monkeypatch, folder: Path) -> None:
     )
 
 
-def test_a_run_of_another_user_is_exported_and_spoken_with(world, tmp_path, monkeypatch, capsys):
+def test_a_run_in_a_folder_without_write_access_is_exported_and_generates(world, tmp_path, monkeypatch, capsys):
     folder = tiny.make_run(world, "theirs")
     elsewhere = f"export.folder={tmp_path}/mine"
     with monkeypatch.context() as patch:
@@ -579,7 +582,7 @@ def test_a_run_of_another_user_is_exported_and_spoken_with(world, tmp_path, monk
     assert not (folder / "export.json").exists()
 
 
-def test_a_folder_that_takes_no_files_is_refused_before_the_work(world, tmp_path, monkeypatch):
+def test_an_export_folder_that_cannot_be_written_is_refused_before_the_work(world, tmp_path, monkeypatch):
     tiny.make_run(world, "refusing")
     monkeypatch.setattr(load, "load_whole", lambda *_: pytest.fail("must not load the model"))
     (tmp_path / "file").write_text("no folder")
@@ -637,37 +640,38 @@ def expected_text(folder: Path, prompt: str, n: int) -> str:
 
 
 @pytest.mark.parametrize(("n_tokens", "window", "switched"), [(20, "short", False), (60, "long", True), (90, "long", False)])
-def test_generate_speaks_across_the_switch(served, world, tmp_path, capsys, n_tokens, window, switched):
+def test_generated_text_equals_the_reference_across_the_switch(served, world, tmp_path, capsys, n_tokens, window, switched):
     prompt = text_of(served, n_tokens)
     (tmp_path / "prompt.txt").write_text(prompt)
     result = generate(generate_config(world, "run=served", f"generate.prompt_file={tmp_path}/prompt.txt"))
     assert (result["prompt_tokens"], result["window"], result["switched"]) == (n_tokens, window, switched)
     assert result["text"] == expected_text(served, prompt, 12)
-    assert capsys.readouterr().out.rstrip("\n�") == result["text"].rstrip("\n�"), "what streamed is what came out"
+    assert capsys.readouterr().out.rstrip("\n�") == result["text"].rstrip("\n�"), "the streamed text is the returned text"
     assert result["prompt"] == prompt
     assert json.loads((served / "generate.json").read_text()) == result
 
 
-def spoken(result: dict) -> dict:
+def without_times(result: dict) -> dict:
     return {key: value for key, value in result.items() if key not in ("seconds", "provenance")}
 
 
-def test_generate_from_a_folder_says_the_same_as_from_its_run(served, world):
+def test_generate_from_an_export_equals_generate_from_its_run(served, world):
     prompt = text_of(served, 60)
     (world / "prompt.txt").write_text(prompt)
     file = f"generate.prompt_file={world}/prompt.txt"
     of_run = generate(generate_config(world, "run=served", file))
     of_folder = generate(generate_config(world, f"model.path={served}/export", "name=elsewhere", file))
-    assert spoken(of_folder) == spoken(of_run)
+    assert without_times(of_folder) == without_times(of_run)
     assert json.loads((world / "elsewhere" / "generate.json").read_text()) == of_folder
-    (served / "export" / "factors.json").rename(world / "aside.json")  # an export that lost our file still has its config
+    # an export that lost our file still has its config
+    (served / "export" / "factors.json").rename(world / "aside.json")
     try:
-        assert spoken(generate(generate_config(world, f"model.path={served}/export", file))) == spoken(of_run)
+        assert without_times(generate(generate_config(world, f"model.path={served}/export", file))) == without_times(of_run)
     finally:
         (world / "aside.json").rename(served / "export" / "factors.json")
 
 
-def test_a_base_run_speaks_without_being_told_its_rope(world):
+def test_a_base_run_generates_with_the_factors_of_its_folder(world):
     """Its config has plain RoPE; the factors stand in its run folder."""
     from lr2train.rope import METHODS
 
@@ -700,7 +704,7 @@ def test_each_of_several_end_tokens_ends_a_text(served, world, tmp_path, file):
     assert generate(generate_config(world, *settings))["new_tokens"] == spoken.index(spoken[2]) + 1 < words["new_tokens"]
 
 
-def test_a_held_window_is_no_switch(served, world):
+def test_a_named_window_is_not_reported_as_a_switch(served, world):
     result = generate(generate_config(world, "run=served", "generate.prompt=ab", "generate.window=long"))
     assert (result["window"], result["switched"]) == ("long", False)
 
@@ -742,7 +746,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_refused(world, tmp
 
 
 @pytest.mark.parametrize("verb", ["search", "evaluate", "generate", "export"])
-def test_every_verb_reads_weights_by_the_one_loader(world, monkeypatch, verb):
+def test_every_verb_refuses_weights_that_the_loader_refuses(world, monkeypatch, verb):
     """`train` and a sharded search call it too (tests/training)."""
     folder = tiny.make_run(world, "alike")
     tensors = load_file(folder / "model" / "model.safetensors")

@@ -94,7 +94,9 @@ def test_the_loss_is_that_of_whole_logits_in_plain_transformers(folder, tmp_path
 
 
 def counting(monkeypatch) -> list:
-    """The documents that are scored, in order. A document under the same factors goes through the model once and is then remembered."""
+    """The documents that are scored, in order. A document under the same factors goes through the model once and is
+    then remembered.
+    """
     calls, remembered, score = [], {}, fitness_module.score
 
     def counted(model, table, window, tokens, *rest):

@@ -1,4 +1,6 @@
-"""Surrogate-assisted evolution: the Gaussian process against its formula, the search against the plain one where the optimum is known."""
+"""Surrogate-assisted evolution: the Gaussian process against its formula, the search against the plain one where the
+optimum is known.
+"""
 
 import functools
 import math
@@ -14,7 +16,9 @@ from tests.evolution.test_loop import Bowl, space
 
 
 class Landscape:
-    """Stands for ``Fitness``: the bowl's value times the document's difficulty, disturbed for each pair of document and candidate."""
+    """Stands for ``Fitness``: the bowl's value times the document's difficulty, disturbed for each pair of document and
+    candidate.
+    """
 
     def __init__(self, n_documents: int, noise: float = 0.3):
         self.documents, self._noise = range(n_documents), noise

@@ -113,7 +113,7 @@ class DefaultDtypeRotary(LlamaRotaryEmbedding):
         self.inv_freq = 1.0 / (10000.0 ** (torch.arange(0, 32, 2, dtype=torch.get_default_dtype()) / 32))
 
 
-def test_a_table_that_was_built_in_bfloat16_is_built_again_in_float32():
+def test_a_table_that_was_built_in_bfloat16_is_rebuilt_in_float32():
     model = model_of()
     expected = model.base_model.rotary_emb(torch.zeros(1), POSITIONS)
     torch.set_default_dtype(torch.bfloat16)
@@ -127,7 +127,7 @@ def test_a_table_that_was_built_in_bfloat16_is_built_again_in_float32():
     assert same_bits(table(torch.zeros(1), POSITIONS), expected)
 
 
-def test_the_tag_decides_and_never_the_positions():
+def test_the_window_tag_selects_the_table_whatever_the_positions():
     model = model_of()
     table = rotary.install(model, factors_for(model))
     x, near, far = torch.zeros(1), torch.arange(4)[None], torch.arange(L - 4, L)[None]
@@ -138,7 +138,7 @@ def test_the_tag_decides_and_never_the_positions():
         assert same_bits([t[:, 4:] for t in together], table(x, far))
 
 
-def test_the_model_computes_with_the_table_that_the_tag_names():
+def test_the_model_computes_with_the_table_of_the_window_tag():
     model, plain = model_of().eval(), model_of().eval()
     factors = factors_for(model)
     values = rope_hf.write(plain_config(plain.config), factors)
@@ -161,8 +161,10 @@ PHI4 = {
 
 
 @pytest.mark.parametrize("kind", ["longrope", "yarn"])
-def test_phi4_the_whole_way(kind):
-    """Its published form (no attention factor: transformers takes LongRoPE's, for both windows), read, installed, and run in both windows."""
+def test_a_published_phi4_config_is_read_installed_and_run_as_in_transformers(kind):
+    """Its published form (no attention factor: transformers takes LongRoPE's, for both windows), read, installed, and
+    run in both windows.
+    """
     config = copy.deepcopy(PHI4) | {"rope_scaling": {**PHI4["rope_scaling"], "type": kind}}
     model, plain = model_of("phi3", **copy.deepcopy(config)).eval(), model_of("phi3", **copy.deepcopy(config)).eval()
     assert rope_hf.spectrum_of(plain_config(model.config)) == rope_hf.spectrum_of(SIZES | config) == Spectrum(96, 10000.0, 4096)
@@ -184,7 +186,9 @@ def test_phi4_the_whole_way(kind):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_phi4_extended_by_us_is_the_same_in_transformers(old):
-    """Plain RoPE of 96 of 128 dimensions -> longrope2 factors -> a config -> transformers' own model; exact on both sides with factor 1."""
+    """Plain RoPE of 96 of 128 dimensions -> longrope2 factors -> a config -> transformers' own model; exact on both
+    sides with factor 1.
+    """
     rope = {"rope_theta": 10000.0, "partial_rotary_factor": 0.75}
     changes = {"hidden_size": 256} | (rope if old else {"rope_parameters": {"rope_type": "default", **rope}})
     model = model_of("phi3", **copy.deepcopy(changes), original_max_position_embeddings=L0).eval()
@@ -211,7 +215,9 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_long_table_is_the_same_wherever_positions_begin(place):
-    """transformers enters its long window by the largest position, so one far position is added and left out of the comparison."""
+    """transformers enters its long window by the largest position, so one far position is added and left out of the
+    comparison.
+    """
     model, positions, x = model_of(), PLACES[place], torch.zeros(1)
     factors = factors_for(model)
     far = torch.cat([positions, torch.full((len(positions), 1), L - 1)], dim=1)
@@ -234,7 +240,9 @@ def test_other_factors_replace_the_long_table_and_can_come_back():
 
 
 def test_a_published_longrope_model_keeps_its_own_short_window():
-    """Its short factors and its temperature; one that we exported says itself that its short temperature is 1."""
+    """Its short factors and its attention factor; a model that we exported names the short window's attention factor,
+    1.
+    """
     published = {
         "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": L0, "factor": L / L0,
         "short_factor": [1.0 + 0.01 * i for i in range(16)], "long_factor": [1.0 + i for i in range(16)],

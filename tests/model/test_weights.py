@@ -1,4 +1,4 @@
-"""Weights of a folder become a model as plain transformers makes it, bit for bit, or are refused by name."""
+"""The weights of a folder become the model that plain transformers makes, bit for bit, or are refused by name."""
 
 import contextlib
 import json
@@ -28,7 +28,8 @@ FAMILIES = {
     "phi3": {"model_type": "phi3", "num_key_value_heads": 4, "max_position_embeddings": 256, "original_max_position_embeddings": 64,
              "rope_scaling": LONGROPE, "rope_theta": 1e4},
     "qwen3": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 12, "num_experts_per_tok": 2},  # more than ten: 10 comes after 9
+    # more than ten: 10 comes after 9
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 12, "num_experts_per_tok": 2},
     "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 8, "num_experts": 4, **EXPERTS},
     "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
 }  # fmt: skip
@@ -37,7 +38,9 @@ LAST = "model.layers.1.mlp.up_proj.weight"
 
 
 def publish(folder, family: str = "llama", one_file: bool = False):
-    """A folder as its owner publishes it, by transformers' own ``save_pretrained``; Llamas in one file, others in several."""
+    """A folder as its owner publishes it, by transformers' own ``save_pretrained``; Llamas in one file, others in
+    several.
+    """
     torch.manual_seed(0)
     values = {**SIZES, **FAMILIES[family]}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.float32)
@@ -123,7 +126,7 @@ def test_a_head_that_a_tied_config_stores_again_stays_tied(tmp_path):
     assert_same(ours, theirs(base))
 
 
-def test_a_head_of_its_own_under_a_tied_config_is_its_own_as_in_transformers(tmp_path):
+def test_a_head_with_values_of_its_own_stays_untied_under_a_tied_config(tmp_path):
     base = publish(tmp_path / "m")
     values = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**values, "tie_word_embeddings": True}))
@@ -135,7 +138,7 @@ def test_a_head_of_its_own_under_a_tied_config_is_its_own_as_in_transformers(tmp
     assert json.loads((tmp_path / "written" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_an_untied_head_that_is_missing_is_not_drawn_and_not_tied(llama):
+def test_a_missing_untied_head_is_refused(llama):
     changed(llama, lambda tensors: tensors.pop("lm_head.weight"))
     assert r"lack 1 tensors of the model (lm_head.weight)" in refusal(llama)
 
@@ -146,7 +149,7 @@ def test_only_the_head_of_a_tied_model_is_enough(tmp_path):
     assert_same(load.load_whole(base), theirs(base))
 
 
-def test_buffers_of_older_versions_are_passed_over(llama):
+def test_buffers_of_older_versions_are_ignored(llama):
     changed(llama, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     assert_same(load.load_whole(llama), theirs(llama))
 
@@ -271,7 +274,7 @@ def test_quantized_weights_are_refused_with_the_remedy(llama, change):
     assert "dequantize the model with transformers" in refusal(changed(llama, change))
 
 
-def test_a_config_that_says_quantized_is_refused_before_weights_are_looked_at(llama):
+def test_a_config_that_says_quantized_is_refused_before_weights_are_read(llama):
     values = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
     (llama / weight_files.FILE).unlink()
@@ -292,7 +295,7 @@ def test_a_weight_that_is_not_finite_is_named(llama, bad, dtype):
     assert f"2 of the 768 numbers of {LAST} are not finite (1 more tensors hold such numbers)" in said
 
 
-def test_a_finite_weight_that_the_dtype_cannot_hold_is_said_to_be_so(llama):
+def test_a_finite_weight_that_the_dtype_cannot_hold_is_refused_with_another_dtype(llama):
     changed(llama, lambda tensors: tensors[LAST].__setitem__((0, 0), 1e6))
     assert_same(load.load_whole(llama, "bfloat16"), theirs(llama, "bfloat16"))
     said = refusal(llama, dtype="float16")
@@ -307,7 +310,7 @@ def test_large_numbers_whose_sum_is_infinite_are_finite():
 
 
 def on_ranks(rank: int, world: int, folder) -> list[str]:
-    """What a divided load says of each folder, and of a model in training."""
+    """The result of a divided load of each folder: the number of parameters, or the error."""
     from lr2train.training.deepspeed.engine import load_sharded
 
     said = []

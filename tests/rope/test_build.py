@@ -1,4 +1,6 @@
-"""From a RopeConfig to Factors: the presets of conf/rope, the released LLaMA3-8B numbers, and a sentence for whatever a user gets wrong."""
+"""From a RopeConfig to Factors: the presets of conf/rope, the released LLaMA3-8B numbers, and refusals of wrong
+settings.
+"""
 
 import json
 import math
@@ -145,12 +147,12 @@ def test_a_published_set_out_of_order_and_with_a_short_table(tmp_path):
         (small("pi", factors="/nowhere/factors.json"), "rope.factors: /nowhere/factors.json does not exist"),
     ],
 )
-def test_mistakes_are_named(rope, words):
+def test_a_wrong_setting_is_refused_with_its_key(rope, words):
     with pytest.raises(UserError, match=words):
         build(rope, SMALL)
 
 
-def test_factors_of_another_model_or_target_show_both(tmp_path, searched):
+def test_factors_of_another_model_or_target_are_refused_with_both_values(tmp_path, searched):
     searched.save(tmp_path / "factors.json")
     rope = small("yarn", factors=str(tmp_path))
     with pytest.raises(

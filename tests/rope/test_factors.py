@@ -1,4 +1,4 @@
-"""The value object: what it refuses, and that its JSON form loses nothing."""
+"""Factors: the values that it refuses, and an exact JSON form."""
 
 import json
 import math
