@@ -1,10 +1,11 @@
-"""evaluate: needle retrieval and perplexity by length, before and after, beside other methods.
+"""evaluate: needle retrieval and perplexity by length, of the untrained and the trained model, beside other methods.
 
     python -m lr2train.evaluate run=tiny_4k                                    a finished training run
     python -m lr2train.evaluate name=other model.path=… rope.factors=… data.path=runs/corpus     any model folder
 
-A run is measured as it was trained (its dtype, corpus and needles) unless told otherwise. Writes ``evaluate.json`` into the run's folder,
-each row of the comparison under ``evaluation/`` as soon as it is done (interrupted, the same command goes on), and the printed table.
+A run is evaluated with the dtype, corpus and needles of its training, unless the command names others. Writes into the
+run's folder: ``evaluate.json``, the printed table, and each row of the comparison under ``evaluation/`` as soon as it
+is done. The same command resumes an interrupted evaluation.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lr2train.cli.door import main
 from lr2train.config import Config, RopeConfig, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import NeedleDocument, needle_set, text_set
-from lr2train.evaluation import niah, of_run, perplexity
+from lr2train.evaluation import figures, trained_run
 from lr2train.evaluation.subject import Subject, open_model
 from lr2train.model import load
 from lr2train.model.score import Score
@@ -34,7 +35,7 @@ from lr2train.rope.methods import build
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Run the verb; returns what ``evaluate.json`` holds.
+    """Run the verb; returns the contents of ``evaluate.json``.
 
     Raises:
         UserError: bad input.
@@ -47,7 +48,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     lengths = _lengths(config, factors.target_window_tokens)
     needles, texts = _documents(config, corpus, lengths)
     device = processes.start(config)
-    lock = control.on_rank_0(job.lock)  # also found here: a folder that may not be written
+    lock = control.on_rank_0(job.lock)  # also refuses a folder that may not be written, before the work
     corpus.verify(full=config.data.verify)
     rows = []
     for subject in subjects:
@@ -67,7 +68,10 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 def inputs(config: Config) -> tuple[Config, list[Subject]]:
-    """The config completed from the run's own, and what is compared: the untrained model under each method, and the trained one last.
+    """The config, completed from the run's own, and the models to compare.
+
+    These are the untrained model under each method of ``eval.methods``, the untrained model under the run's factors,
+    and the trained model last.
 
     Raises:
         UserError: neither a finished run nor a model is named.
@@ -78,10 +82,10 @@ def inputs(config: Config) -> tuple[Config, list[Subject]]:
                 "run is empty; set run=<name of a finished training run>, or model.path, rope and data.path for a model of your own"
             )
         return config, _before(config, load.folder_of(config.model))
-    folder = of_run.folder_of(config)
+    folder = trained_run.run_folder(config)
     io.read_json(folder / "train.json")  # refuses a run that is not finished
     factors = Factors.load(folder / "factors.json")
-    config = of_run.completed(config)
+    config = trained_run.completed(config)
     extended = factors.target_window_tokens > factors.spectrum.window_tokens
     after = Subject(f"{factors.method} trained" if extended else "base", folder / "model", factors, True)
     if config.model.path is None:
@@ -121,40 +125,45 @@ def _lengths(config: Config, target: int) -> list[int]:
 
 
 def _documents(config: Config, corpus: Corpus, lengths: list[int]) -> tuple[list[NeedleDocument], list[np.ndarray]]:
-    """Needle documents and plain text of every length; the same for every subject, whatever other lengths there are."""
-    knobs, needles, texts = config.eval, [], []
-    if not knobs.depths or knobs.text_documents < 1:
+    """Needle documents and plain texts of every length, the same for every model; each length has a random stream of
+    its own.
+    """
+    settings, needles, texts = config.eval, [], []
+    if not settings.depths or settings.text_documents < 1:
         raise UserError(
-            f"eval.depths={knobs.depths} and eval.text_documents={knobs.text_documents} leave nothing to measure; set at least one of each"
+            f"eval.depths={settings.depths} and eval.text_documents={settings.text_documents} leave nothing to "
+            "measure; set at least one of each"
         )
-    if not all(0.0 <= depth <= 1.0 for depth in knobs.depths):
-        raise UserError(f"eval.depths={knobs.depths} are not all between 0 (start) and 1 (end); set eval.depths inside these limits")
+    if not all(0.0 <= depth <= 1.0 for depth in settings.depths):
+        raise UserError(f"eval.depths={settings.depths} are not all between 0 (start) and 1 (end); set eval.depths inside these limits")
     for length in lengths:
-        rng = run.stream(knobs.seed, "evaluate", "needles", length)
-        needles += needle_set(corpus, config.data.needles, knobs.samples, length, knobs.depths, rng, distractors=knobs.distractors)
-        texts += text_set(corpus, knobs.text_documents, length, run.stream(knobs.seed, "evaluate", "text", length))
+        rng = run.stream(settings.seed, "evaluate", "needles", length)
+        needles += needle_set(corpus, config.data.needles, settings.samples, length, settings.depths, rng, distractors=settings.distractors)
+        texts += text_set(corpus, settings.text_documents, length, run.stream(settings.seed, "evaluate", "text", length))
     return needles, texts
 
 
 def _write_prompt(config: Config, corpus: Corpus, original_window_tokens: int, job: run.Run) -> dict[str, str]:
-    """A needle document cut before its answer, which lies across the original window's end: what `generate` shows the switch with."""
+    """Write a needle document that ends before its answer, for ``generate``: the answer crosses the original window's
+    end.
+    """
     rng = run.stream(config.eval.seed, "evaluate", "prompt")
     needle = needle_set(corpus, config.data.needles, 1, original_window_tokens + 2, [0.0], rng)[0]
     tokens = needle.tokens[: needle.answer_spans[0][0]]
-    borders = 0 if corpus.tokenizer.bos is None else 1  # the tokenizer puts BOS before a prompt by itself
+    borders = 0 if corpus.tokenizer.bos is None else 1  # without BOS: the tokenizer puts it before a prompt itself
     file = job.folder / "evaluation" / "prompt.txt"
     io.write_text(file, corpus.tokenizer.decode(tokens[borders:]))
     return {"file": str(file), "answer": needle.answers[0]}
 
 
 def _settings(subject: Subject, config: Config, corpus: Corpus, lengths: list[int]) -> dict[str, Any]:
-    """Everything that decides a row's figures, as JSON gives it back; which other rows there are does not."""
+    """Everything that decides a row's figures, as JSON returns it. Other rows of the comparison do not."""
     settings = {
         "eval": {key: value for key, value in asdict(config.eval).items() if key != "methods"},
         "lengths_tokens": lengths,
         "needles": asdict(config.data.needles),
         "corpus": corpus.fingerprint,
-        "model": load.fingerprint(subject.folder),
+        "model": load.folder_fingerprint(subject.folder),
         "dtype": config.model.dtype,
         "overrides": dict(subject.overrides),
         "factors": subject.factors.to_json(),
@@ -164,7 +173,7 @@ def _settings(subject: Subject, config: Config, corpus: Corpus, lengths: list[in
 
 
 def _evaluated(subject: Subject, settings: dict[str, Any], job: run.Run, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """One row; read back where a former call has measured it under the same settings."""
+    """One row; read back where an earlier call has measured it under the same settings."""
     file = job.folder / "evaluation" / f"{re.sub(r'[^a-z0-9_]+', '_', subject.label)}.json"
     if file.exists() and (old := io.read_json(file))["settings"] == settings:
         return old["row"]
@@ -176,63 +185,51 @@ def _evaluated(subject: Subject, settings: dict[str, Any], job: run.Run, measure
 def _row(subject: Subject, config: Config, needles: list[NeedleDocument], texts: list[np.ndarray], device: str) -> dict[str, Any]:
     model, table = open_model(subject, config.model.dtype, device)
 
-    def everything() -> Iterator[tuple[Any, Score]]:
-        yield from niah.scores(model, table, subject, needles)
-        yield from perplexity.scores(model, table, subject, texts)
+    def scores() -> Iterator[Score]:
+        yield from (subject.score(model, table, one.tokens, one.answer_spans) for one in needles)
+        yield from (subject.score_text(model, table, tokens) for tokens in texts)
 
-    scored = list(progress.track(everything(), len(needles) + len(texts), subject.label))
-    _refuse_non_finite(subject, [one for _, one in scored], config.model.dtype)
-    of_needles, of_texts = scored[: len(needles)], scored[len(needles) :]
+    scored = list(progress.track(scores(), len(needles) + len(texts), subject.label))
+    _refuse_not_finite(subject, scored, config.model.dtype)
+    of_needles = list(zip(needles, scored[: len(needles)], strict=True))
+    of_texts = list(zip(texts, scored[len(needles) :], strict=True))
     return {
         "label": subject.label,
         "attention_factor": subject.factors.attention_factor,
-        "cells": niah.cells(of_needles),
-        "by_length": _by_length([(len(document.tokens), one) for document, one in of_needles], of_texts),
+        "cells": figures.cells(of_needles),
+        "by_length": figures.by_length(
+            [(len(document.tokens), one) for document, one in of_needles], [(len(tokens), one) for tokens, one in of_texts]
+        ),
     }
 
 
-def _refuse_non_finite(subject: Subject, scores: Sequence[Score], dtype: str) -> None:
-    """A mean over such losses would be no figure, and a table that hides them a lie."""
+def _refuse_not_finite(subject: Subject, scores: Sequence[Score], dtype: str) -> None:
     bad = sum(not math.isfinite(score.nll) for score in scores)
     if bad:
-        remedy = "set model.dtype=float32" if dtype != "float32" else "choose a model whose weights are sound"
+        remedy = "set model.dtype=float32" if dtype != "float32" else "set model.path to an intact copy of the model"
         raise UserError(f"{subject.label}: the losses of {bad} of {len(scores)} documents are not finite (model.dtype={dtype}); {remedy}")
 
 
-def _by_length(of_needles: Sequence[tuple[int, Score]], of_texts: Sequence[tuple[int, Score]]) -> list[dict[str, Any]]:
-    """Figures of all depths together, from (length, score) pairs."""
-    rows = []
-    for length in sorted({length for length, _ in of_needles}):
-        answers = [one for size, one in of_needles if size == length]
-        text = [one for size, one in of_texts if size == length]
-        rows.append(
-            {
-                "length_tokens": length,
-                "accuracy": niah.accuracy(answers),
-                "answer_perplexity": niah.perplexity(answers),
-                "text_perplexity": niah.perplexity(text),
-            }
-        )
-    return rows
-
-
 def _summary(row: dict[str, Any]) -> str:
-    figures = (f"{one['length_tokens']}: {one['accuracy']:.0%} (answer ppl {one['answer_perplexity']:.2f})" for one in row["by_length"])
-    return f"{row['label']}: {', '.join(figures)}"
+    lengths = (f"{one['length_tokens']}: {one['accuracy']:.0%} (answer ppl {one['answer_perplexity']:.2f})" for one in row["by_length"])
+    return f"{row['label']}: {', '.join(lengths)}"
 
 
 def table(result: dict[str, Any]) -> str:
-    """The comparison as text: a row a model and method, a column a length; needle accuracy / answer perplexity / text perplexity."""
+    """The comparison as text: a row for each model and method; the attention factor, then a column for each length.
+
+    A cell holds needle accuracy, answer perplexity and text perplexity.
+    """
     width = max(len(row["label"]) for row in result["rows"]) + 2
     lines = [
         "needle accuracy | answer ppl | text ppl",
-        " " * width + "  att.f." + "".join(f"{length:>24}" for length in result["lengths_tokens"]),
+        " " * width + f"{'attention factor':>18}" + "".join(f"{length:>24}" for length in result["lengths_tokens"]),
     ]
     for row in result["rows"]:
-        figures = (
+        cells = (
             f"{one['accuracy']:.0%} | {_short(one['answer_perplexity'])} | {_short(one['text_perplexity'])}" for one in row["by_length"]
         )
-        lines.append(f"{row['label']:<{width}}{row['attention_factor']:>8.3f}" + "".join(f"{figure:>24}" for figure in figures))
+        lines.append(f"{row['label']:<{width}}{row['attention_factor']:>18.3f}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -1,9 +1,9 @@
-"""export: a folder that other runtimes load: weights, config with the `longrope` dict, tokenizer, model card.
+"""export: a folder that other runtimes load, with weights, config (``longrope``), tokenizer and model card.
 
     python -m lr2train.export run=tiny_4k [export.dtype=bfloat16] [export.folder=…]
 
-The folder is loaded with plain transformers and its logits are compared in both windows with those of the model that was written; the
-figures stand in ``export.json`` of the run's folder, where that may be written.
+Plain transformers loads the folder, and its logits are compared in both windows with those of the exported model. The
+differences are in ``export.json`` of the run's folder, where that may be written.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
-from lr2train.evaluation import of_run
+from lr2train.evaluation import trained_run
 from lr2train.model import load, rotary
-from lr2train.model.folder import TALK
+from lr2train.model.folder import GENERATION_FILES
 from lr2train.parallel import processes
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 
-OF_TOKENIZERS = ("*token*", "*.model", "vocab.json", "merges.txt")
+TOKENIZER_FILES = ("*token*", "*.model", "vocab.json", "merges.txt")
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -44,20 +44,22 @@ tags: [long-context, longrope2, lr2train]
 """
 EXACT = "They are the same, so transformers, vLLM and SGLang are exact in both windows."
 SCALED = (
-    "transformers has one attention_factor for both windows: below {original} tokens its logits differ from the trained model's. "
+    "transformers has one attention_factor for both windows: below {original} tokens its logits differ from the "
+    "trained model's. "
     "To serve short texts exactly, load with `rope_parameters={{'rope_type': 'default', 'rope_theta': {theta:g}}}`."
 )
 
 
 def export(config: Config) -> dict[str, Any]:
-    """Run the verb; returns what ``export.json`` holds.
+    """Run the verb; returns the contents of ``export.json``.
 
     Raises:
-        UserError: the run is not finished, the dtype is unknown, the folder holds something else or cannot be written, or the model
-            computes logits that are not finite; nothing is replaced then, unless plain transformers alone finds such logits.
+        UserError: the run is not finished; the dtype is unknown; the folder holds other files or cannot be written; or
+            the model computes logits that are not finite. Nothing is replaced then, unless such logits come from plain
+            transformers alone.
     """
     ranks.refuse_ranks("export")
-    job = run.Run(of_run.folder_of(config), "export")
+    job = run.Run(trained_run.run_folder(config), "export")
     if config.export.dtype not in (None, *load.DTYPES):
         raise UserError(f"export.dtype={config.export.dtype} is not one of {', '.join(load.DTYPES)}; set one of them, or leave it empty")
     io.read_json(job.folder / "train.json")  # refuses a run that is not finished
@@ -70,7 +72,7 @@ def export(config: Config) -> dict[str, Any]:
 
 
 def _export(config: Config, job: run.Run, factors: Factors, folder: Path) -> dict[str, Any]:
-    config = of_run.completed(config)
+    config = trained_run.completed(config)
     dtype = config.export.dtype or io.read_json(job.folder / "model" / "config.json")["dtype"]
     device = str(processes.pick_device(config.device))
     ours = _write(job, folder, factors, dtype, device, config)
@@ -81,27 +83,28 @@ def _export(config: Config, job: run.Run, factors: Factors, folder: Path) -> dic
         progress.say("export", f"{job.folder / 'export.json'} is not written ({reason})")
     _log(
         job,
-        f"{folder}: largest logit difference between transformers and lr2train: long window {result['long_logit_difference']:.2e}, "
+        f"{folder}: largest logit difference between transformers and lr2train: long window "
+        f"{result['long_logit_difference']:.2e}, "
         f"short window {result['short_logit_difference']:.2e}",
     )
     return result
 
 
 def _log(job: run.Run, message: str) -> None:
-    """To the terminal, and to the run's log where that may be written."""
+    """Write to the terminal, and to the run's log where that may be written."""
     with contextlib.suppress(OSError):
         job.log(message)
 
 
 def _refuse_to_overwrite(folder: Path) -> None:
-    """An export replaces a whole folder: only one that an export wrote, or an empty one."""
+    """Raises UserError unless the folder is missing, empty or an earlier export: an export replaces the whole folder."""
     ours = (folder / "config.json").exists() and (folder / "factors.json").exists()
     if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"export.folder={folder} exists and is no former export, and would be replaced; set export.folder to a new folder")
 
 
 def _refuse_unwritable(folder: Path) -> None:
-    """Find out before the work: the export is made beside its place, so the folder above has to take files."""
+    """Raises UserError before the work: the export is made beside its place, so the parent folder has to take files."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder.parent).close()
@@ -112,16 +115,16 @@ def _refuse_unwritable(folder: Path) -> None:
 
 
 def _companions(config: Config, job: run.Run) -> list[Path]:
-    """What goes beside the weights: how the base model samples and talks, and the tokenizer that the run was trained with."""
-    trained, base = job.folder / "model", load.talk_of(config.model)
-    talk = base or [trained / name for name in TALK]
-    if config.model.path and not Path(config.model.path).expanduser().is_dir() and not any(file.is_file() for file in talk):
-        _log(job, f"the base model {config.model.path} is not here any more; its {' and '.join(TALK)}, if any, are left out")
-    return [*talk, *sorted(file for pattern in OF_TOKENIZERS for file in trained.glob(pattern))]
+    """The files beside the weights: the base model's sampling settings and templates, and the tokenizer of the run."""
+    trained, base = job.folder / "model", load.generation_files_of(config.model)
+    generation_files = base or [trained / name for name in GENERATION_FILES]
+    if config.model.path and not Path(config.model.path).expanduser().is_dir() and not any(file.is_file() for file in generation_files):
+        _log(job, f"the base model {config.model.path} is not here any more; its {' and '.join(GENERATION_FILES)}, if any, are left out")
+    return [*generation_files, *sorted(file for pattern in TOKENIZER_FILES for file in trained.glob(pattern))]
 
 
 def _write(job: run.Run, folder: Path, factors: Factors, dtype: str, device: str, config: Config) -> dict[str, torch.Tensor]:
-    """Write the folder; returns the last logits of the model that was written, by window. One that is not finite stops it before."""
+    """Write the folder; returns the model's last logits by window. Logits that are not finite stop it before it writes."""
     model = load.load_whole(job.folder / "model", dtype, device)
     values = load.plain_config(model.config)
     if factors.target_window_tokens > factors.spectrum.window_tokens:
@@ -159,13 +162,13 @@ def _card(name: str, factors: Factors, short_factor: float, base: str | None) ->
 
 
 def _lengths(factors: Factors, extra_tokens: int = 64) -> dict[str, int]:
-    """Tokens of a text in each window."""
+    """Length in tokens of the compared text, by window."""
     original = factors.spectrum.window_tokens
     return {"short": min(original, 2048), "long": min(original + extra_tokens, factors.target_window_tokens)}
 
 
 def _their_logits(folder: Path, factors: Factors, device: str) -> dict[str, torch.Tensor]:
-    """Of the folder in plain transformers, by window."""
+    """The last logits of the folder in plain transformers, by window."""
     from transformers import AutoModelForCausalLM
 
     load_model: Any = AutoModelForCausalLM.from_pretrained
@@ -174,7 +177,7 @@ def _their_logits(folder: Path, factors: Factors, device: str) -> dict[str, torc
 
 
 def _differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], folder: Path, dtype: str) -> dict[str, float]:
-    """Largest absolute difference in each window."""
+    """The largest absolute difference in each window."""
     for window, logits in theirs.items():
         _refuse_not_finite(logits, f"{folder} in plain transformers", window, dtype)
     return {f"{window}_logit_difference": (theirs[window] - ours[window]).abs().max().item() for window in ours}
@@ -183,12 +186,14 @@ def _differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
 def _refuse_not_finite(logits: torch.Tensor, of: str, window: str, dtype: str) -> None:
     if not torch.isfinite(logits).all():
         remedy = "" if dtype == "float32" else "; set export.dtype=float32, as the model's own numbers may be too large for less"
-        raise UserError(f"{of} in {dtype} computes logits that are not finite in the {window} window, so nothing is claimed of it{remedy}")
+        raise UserError(
+            f"{of} in {dtype} computes logits that are not finite in the {window} window, so the export cannot be checked{remedy}"
+        )
 
 
 @torch.inference_mode()
 def _last_logits(model: Any, length: int) -> torch.Tensor:
-    """[1, 16, V] after the last tokens of a text of ``length``."""
+    """Logits [1, 16, V] at the last 16 positions of a text of ``length`` tokens."""
     tokens = torch.arange(length, device=model.device)[None] * 7919 % model.config.vocab_size
     return model(tokens, use_cache=False, logits_to_keep=16).logits.float().cpu()
 

@@ -3,8 +3,8 @@
     python -m lr2train.generate run=tiny_4k generate.prompt='import os'
     python -m lr2train.generate model.path=runs/tiny_4k/export generate.prompt_file=book.txt
 
-Below the original window the original RoPE serves; the moment the text grows beyond it, the cache is computed anew under the rescaled
-RoPE. The new text goes to stdout as it comes.
+Up to the original window the original RoPE serves. When the text grows beyond it, the cache is computed anew under the
+rescaled RoPE. New text goes to stdout as it comes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
 from lr2train.config import Config, GenerateConfig, UserError
-from lr2train.evaluation import of_run
+from lr2train.evaluation import trained_run
 from lr2train.model import decode, load, rotary
 from lr2train.model.folder import values_in
 from lr2train.parallel import processes
@@ -28,15 +28,16 @@ from lr2train.rope.methods import build
 
 
 def generate(config: Config) -> dict[str, Any]:
-    """Run the verb; returns what ``generate.json`` of the run's folder (without ``run=``: of ``runs/<name>``) holds.
+    """Run the verb; returns the contents of ``generate.json`` in the run's folder (without ``run=``: in
+    ``runs/<name>``).
 
     Raises:
-        UserError: no model, no prompt, a text longer than the target window, or logits that are not finite.
+        UserError: there is no model or no prompt, the text is longer than the target window, or a logit is not finite.
     """
     ranks.refuse_ranks("generate")
-    _refuse_bad_knobs(config.generate)
+    _refuse_bad_settings(config.generate)
     folder = _folder(config)
-    config = of_run.completed(config) if config.run else config
+    config = trained_run.completed(config) if config.run else config
     prompt = _prompt(config)
     factors = factors_of(folder, config)
     tokenizer = load.load_tokenizer(folder)
@@ -46,17 +47,17 @@ def generate(config: Config) -> dict[str, Any]:
     model = load.load_whole(folder, config.model.dtype, str(device), _overrides(config))
     _refuse_unknown(tokens, model.get_input_embeddings().num_embeddings, folder)
     table = rotary.install(model, factors)
-    original, knobs = factors.spectrum.window_tokens, config.generate
-    how = {"window": knobs.window, "temperature": knobs.temperature, "top_p": knobs.top_p, "seed": config.seed}
+    original, settings = factors.spectrum.window_tokens, config.generate
+    how = {"window": settings.window, "temperature": settings.temperature, "top_p": settings.top_p, "seed": config.seed}
     start = time.monotonic()
-    new = _show(decode.generate(model, table, tokens, knobs.max_new_tokens, original, stop=_stops(folder, tokenizer), **how), tokenizer)
+    new = _show(decode.generate(model, table, tokens, settings.max_new_tokens, original, stop=_stops(folder, tokenizer), **how), tokenizer)
     result = {
         "prompt": prompt,
         "prompt_tokens": len(tokens),
         "new_tokens": len(new),
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "window": table.window,
-        "switched": knobs.window == "auto" and len(tokens) <= original and table.window == "long",
+        "switched": settings.window == "auto" and len(tokens) <= original and table.window == "long",
         "seconds": time.monotonic() - start,
         "provenance": run.provenance(),
     }
@@ -68,13 +69,13 @@ def generate(config: Config) -> dict[str, Any]:
 
 
 def _encoded(prompt: str, tokenizer: Any) -> list[int]:
-    """Token ids of the prompt, with one BOS where the prompt begins with the text of BOS and the tokenizer adds its own."""
+    """Token ids of the prompt, with a single BOS where both the prompt and the tokenizer bring one."""
     tokens = tokenizer(prompt)["input_ids"]
     return tokens[1:] if tokenizer.bos_token_id is not None and tokens[:2] == [tokenizer.bos_token_id] * 2 else tokens
 
 
 def _stops(folder: Path, tokenizer: Any) -> set[int]:
-    """Ids that end a text, by the tokenizer, config.json and generation_config.json: chat models have several."""
+    """Token ids that end a text, from tokenizer, config.json and generation_config.json: chat models have several."""
     named = [tokenizer.eos_token_id]
     for name in ("config.json", "generation_config.json"):
         said = values_in(folder / name).get("eos_token_id")
@@ -83,23 +84,23 @@ def _stops(folder: Path, tokenizer: Any) -> set[int]:
 
 
 def _show(tokens: Iterator[int], tokenizer: Any) -> list[int]:
-    """Print text as its tokens come, whole characters only; returns the tokens."""
+    """Print the text as tokens come, in whole characters; returns the tokens."""
     new, shown = [], ""
     for token in tokens:
         new.append(token)
         text = tokenizer.decode(new, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character that is not complete yet
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the character is not complete yet
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print()
     return new
 
 
-def _refuse_bad_knobs(knobs: GenerateConfig) -> None:
+def _refuse_bad_settings(settings: GenerateConfig) -> None:
     for key, value, good, limit in (
-        ("max_new_tokens", knobs.max_new_tokens, knobs.max_new_tokens >= 1, "at least 1"),
-        ("temperature", knobs.temperature, knobs.temperature >= 0, "at least 0 (greedy)"),
-        ("top_p", knobs.top_p, 0 < knobs.top_p <= 1, "above 0 and at most 1"),
+        ("max_new_tokens", settings.max_new_tokens, settings.max_new_tokens >= 1, "at least 1"),
+        ("temperature", settings.temperature, settings.temperature >= 0, "at least 0 (greedy)"),
+        ("top_p", settings.top_p, 0 < settings.top_p <= 1, "above 0 and at most 1"),
     ):
         if not good:
             raise UserError(f"generate.{key}={value} is out of its limits; set generate.{key} to {limit}")
@@ -121,7 +122,7 @@ def _run_folder(config: Config) -> Path:
 
 
 def _overrides(config: Config) -> dict[str, Any]:
-    """Of a model that we did not write; the config of a trained one has them already."""
+    """``model.overrides`` for a base model; the config of a trained model has them already."""
     return {} if config.run else config.model.overrides
 
 
@@ -147,7 +148,11 @@ def _not_empty(piped: str) -> str:
 
 
 def factors_of(folder: Path, config: Config) -> Factors:
-    """The factors of a model folder or its run (exact in both windows), else its config's `longrope` dict, else the ``rope`` group."""
+    """The factors of a model folder.
+
+    The first of these that exists: factors.json of the folder, factors.json of its run, the ``longrope`` dict of its
+    config, the ``rope`` group.
+    """
     for written in (folder / "factors.json", *([_run_folder(config) / "factors.json"] if config.run else [])):
         if written.exists():
             return Factors.load(written)
@@ -156,10 +161,11 @@ def factors_of(folder: Path, config: Config) -> Factors:
 
 
 def _refuse_unknown(tokens: list[int], n_ids: int, folder: Path) -> None:
-    """Tokens were added to the tokenizer and not to the model."""
+    """Raises UserError where the tokenizer has tokens that the model does not know."""
     if max(tokens, default=0) >= n_ids:
         raise UserError(
-            f"the tokenizer in {folder} gives the prompt the token id {max(tokens)}, and the model knows {n_ids} ids; put the model's own "
+            f"the tokenizer in {folder} gives the prompt the token id {max(tokens)}, and the model knows {n_ids} "
+            "ids; put the model's own "
             "tokenizer into its folder"
         )
 
@@ -168,7 +174,8 @@ def _refuse_too_long(prompt_tokens: int, config: Config, factors: Factors) -> No
     total = prompt_tokens + config.generate.max_new_tokens
     if total > factors.target_window_tokens:
         raise UserError(
-            f"the prompt's {prompt_tokens} tokens and generate.max_new_tokens={config.generate.max_new_tokens} make {total}, beyond the "
+            f"the prompt's {prompt_tokens} tokens and generate.max_new_tokens={config.generate.max_new_tokens} make "
+            f"{total}, beyond the "
             f"model's window of {factors.target_window_tokens}; shorten the prompt or lower generate.max_new_tokens"
         )
 

@@ -1,9 +1,11 @@
-"""search: find RoPE factors by needle-driven evolutionary search with racing (paper, Section 3.2).
+"""search: find RoPE factors by needle-driven evolutionary search (paper, Section 3.2).
 
-    deepspeed --no_local_rank --module lr2train.search experiment=tiny_4k name=factors        (or plain python, or torchrun)
+    deepspeed --no_local_rank --module lr2train.search experiment=tiny_4k name=factors
 
-Killed or interrupted, the same command goes on from its journal. Writes ``runs/<name>/``: journal.jsonl (every evaluation), generations.jsonl,
-factors.json (with where it comes from), search.json and pictures/.
+Plain python and torchrun start it too.
+
+The same command resumes a killed or interrupted search from its journal. Writes ``runs/<name>/``: journal.jsonl (every
+evaluation), generations.jsonl, factors.json (with its provenance), search.json and pictures/.
 """
 
 from __future__ import annotations
@@ -20,29 +22,36 @@ from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.evolution.cma import evolve_cmaes
-from lr2train.evolution.documents import Document, digest, documents
+from lr2train.evolution.documents import SearchDocument, digest, draw_documents
 from lr2train.evolution.fitness import Fitness
 from lr2train.evolution.genome import Space
 from lr2train.evolution.history import History, described
 from lr2train.evolution.loop import evolve
-from lr2train.evolution.race import Judge, Scored
-from lr2train.evolution.surrogate import Evidence, evolve_surrogate
+from lr2train.evolution.race import CandidateScorer, Scored
+from lr2train.evolution.surrogate import Observations, evolve_surrogate
 from lr2train.model import load, rotary
 from lr2train.parallel import control, processes
 from lr2train.parallel.inputs import identities
 from lr2train.reporting.pictures import write_search_pictures
+from lr2train.rope.factors import NOTES
 from lr2train.rope.methods import METHODS
 
-GROUPS = ("name", "seed", "device", "threads", "model", "rope", "data", "search")  # threads: sums by more of them differ in the last bits
+# The config groups that decide the result. Threads are among them: sums by another number of threads differ in the last
+# bits.
+GROUPS = ("name", "seed", "device", "threads", "model", "rope", "data", "search")
 PICTURES = ("factors.png", "fitness.png", "temperature.png", "documents.png")
-ALGORITHMS: dict[str, Any] = {"evolution": (evolve, Judge), "surrogate": (evolve_surrogate, Evidence), "cmaes": (evolve_cmaes, Judge)}
+ALGORITHMS: dict[str, Any] = {
+    "evolution": (evolve, CandidateScorer),
+    "surrogate": (evolve_surrogate, Observations),
+    "cmaes": (evolve_cmaes, CandidateScorer),
+}
 
 
 def search(config: Config) -> dict[str, Any]:
-    """Run the verb; returns what ``search.json`` holds.
+    """Run the verb; returns the contents of ``search.json``.
 
     Raises:
-        UserError: bad input, on every rank.
+        UserError: bad input, or a folder that another job uses; raised on every rank.
     """
     job = run.open_run(config, "search", GROUPS)
     space, scored_on, corpus = inputs(config)
@@ -52,19 +61,20 @@ def search(config: Config) -> dict[str, Any]:
     found = identities(job, known, {"model": load.files_of(load.folder_of(config.model))})
     if control.from_rank_0((job.folder / "search.json").exists() if ranks.rank() == 0 else False):
         return _finished(job)
-    control.together(lambda: corpus.verify(full=config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0))  # once a machine
+    # once a machine
+    control.together(lambda: corpus.verify(full=config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0))
     if device.type == "cpu" and not config.threads:
-        torch.set_num_threads(1)  # by default as many as cores have ranks: then the losses' last bits would depend on the number of ranks
-    model, knobs = _model(config, device), config.search
+        torch.set_num_threads(1)  # the default depends on the number of ranks, and so would the last bits of the losses
+    model, settings = _model(config, device), config.search
     table = rotary.install(model, METHODS["none"](space.spectrum, space.target_tokens))
     job.claim(found)
     journal = job.folder / "journal.jsonl"
-    fitness = Fitness(model, table, space, scored_on, journal, chunk_tokens=knobs.chunk_tokens, lockstep=knobs.shard)
-    history = History(knobs, fitness, job.folder / "generations.jsonl")
+    fitness = Fitness(model, table, space, scored_on, journal, chunk_tokens=settings.chunk_tokens, lockstep=settings.shard)
+    history = History(settings, fitness, job.folder / "generations.jsonl")
     _announce(job, space, fitness)
     start = time.monotonic()
     finalists = _run(job, space, history)
-    result = {**history.result(finalists), "seconds": time.monotonic() - start, **_read(job)}
+    result = {**history.result(finalists), "seconds": time.monotonic() - start, **_input_paths(job)}
     contents = {name: run.content_of(one) for name, one in found.items()}
     _write(job, space, finalists[0], result, {"inputs": contents, **run.provenance(), "history": history.brief()})
     processes.stop()
@@ -73,20 +83,25 @@ def search(config: Config) -> dict[str, Any]:
     return result
 
 
-def _read(job: run.Run) -> dict[str, Any]:
-    """Where the model and the corpus lie."""
+def _input_paths(job: run.Run) -> dict[str, Any]:
     return {"model": job.values["model"]["path"], "corpus": job.values["data"]["path"]}
 
 
 def _finished(job: run.Run) -> dict[str, Any]:
     job.log(f"already finished: {job.folder / 'search.json'}")
-    if ranks.rank() == 0 and not all((job.folder / "pictures" / name).exists() for name in PICTURES):  # killed while they were drawn
+    # A kill came after search.json and before the pictures.
+    if ranks.rank() == 0 and not all((job.folder / "pictures" / name).exists() for name in PICTURES):
         write_search_pictures(job.folder)
     return io.read_json(job.folder / "search.json")
 
 
-def inputs(config: Config) -> tuple[Space, list[Document], Corpus]:
-    """The search space, the documents (those of the generations, then those of the final) and their corpus, before any weight exists."""
+def inputs(config: Config) -> tuple[Space, list[SearchDocument], Corpus]:
+    """The search space, the documents (of the generations, then of the final) and their corpus; no weight is read.
+
+    Raises:
+        UserError: a path is empty, the target window is not longer than the original window, or a setting of the search
+            is out of its limits.
+    """
     hf_config = load.config_of(config.model)
     if config.model.path is None:
         raise UserError("model.path is empty; set model.path to the pretrained model whose factors are searched")
@@ -96,56 +111,65 @@ def inputs(config: Config) -> tuple[Space, list[Document], Corpus]:
     target = config.rope.target_window_tokens
     if target <= spectrum.window_tokens:
         raise UserError(
-            f"rope.target_window_tokens={target} does not exceed the model's window of {spectrum.window_tokens}; set a longer target"
+            f"rope.target_window_tokens={target} does not exceed the model's window of {spectrum.window_tokens} "
+            "tokens; "
+            "set rope.target_window_tokens to a longer window"
         )
     space = Space(spectrum, target, config.search)
     corpus = Corpus.open(Path(config.data.path))
     corpus.refuse_other_tokenizer(hf_config.vocab_size, load.folder_of(config.model))
-    return space, documents(config, corpus), corpus
+    return space, draw_documents(config, corpus), corpus
 
 
 def _model(config: Config, device: torch.device) -> Any:
     if config.search.shard:
-        from lr2train.training.deepspeed.scoring import load_sharded  # DeepSpeed is not for whoever has no need of it
+        from lr2train.training.deepspeed.scoring import load_sharded  # here: DeepSpeed takes seconds to import
 
         return load_sharded(config.model, device)
     return load.load_whole(load.folder_of(config.model), config.model.dtype, str(device), config.model.overrides)
 
 
 def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
-    knobs, (low, high), indices = space.knobs, space.bounds, space.critical_indices
+    settings, (low, high), indices = space.settings, space.bounds, space.critical_indices
     what = "all factors" if space.all_dims else f"rcd in {indices[0]} … {indices[-1]}, tail"
-    asked = f" with {knobs.questions} of {knobs.questions + knobs.distractors} needles asked for" if knobs.objective == "needle" else ""
+    asked = (
+        f" with {settings.questions} of {settings.questions + settings.distractors} needles asked for"
+        if settings.objective == "needle"
+        else ""
+    )
     job.log(
-        f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}], {knobs.population} candidates x "
-        f"{knobs.generations} generations x {knobs.documents} documents{asked}, {'racing' if knobs.racing else 'no racing'}"
+        f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}], "
+        f"{settings.population} candidates x {settings.generations} generations x {settings.documents} "
+        f"documents{asked}, "
+        f"{'racing' if settings.racing else 'no racing'}"
         + (f"; {fitness.recovered} evaluations found in the journal" if fitness.recovered else "")
         + (f"; damaged lines taken out of it: {fitness.damaged}" if fitness.damaged else "")
     )
 
 
 def _run(job: run.Run, space: Space, history: History) -> list[Scored]:
-    """All generations and the final; the finalists, best first."""
-    knobs, fitness, finalists = space.knobs, history.fitness, []
-    generations, judge_by = ALGORITHMS[knobs.algorithm]
-    judge = judge_by(space, fitness)
+    """Run all generations and the final; returns the finalists, best first."""
+    settings, fitness, finalists = space.settings, history.fitness, []
+    generations, make_scorer = ALGORITHMS[settings.algorithm]
+    scorer = make_scorer(space, fitness)
     with progress.meter("search, document-forwards", fitness.recovered) as tick:
         fitness.tell = lambda: tick(fitness.computed, history.expected_evaluations, history.note)
-        for generation in generations(space, judge, knobs.seed):
-            finalists = list(generation.population[: knobs.top_k])
+        for generation in generations(space, scorer, settings.seed):
+            finalists = list(generation.population[: settings.top_k])
             fitness.refuse_broken_model()
             job.log(history.add(generation))
-        return judge.final([one.candidate for one in finalists]) if knobs.final_documents else finalists
+        return scorer.final([one.candidate for one in finalists]) if settings.final_documents else finalists
 
 
-def _write(job: run.Run, space: Space, best: Scored, result: dict[str, Any], where_from: dict[str, Any]) -> None:
+def _write(job: run.Run, space: Space, best: Scored, result: dict[str, Any], origin: dict[str, Any]) -> None:
     kept = {key: result[key] for key in ("model", "corpus", "settings", "perplexity", "scored_documents", "document_forwards")}
-    job.write_json("factors.json", {**space.factors(best.candidate).to_json(), "search": {**kept, **where_from}})
+    job.write_json("factors.json", {**space.factors(best.candidate).to_json(), NOTES: {**kept, **origin}})
     job.write_json("search.json", result)
     if ranks.rank() == 0:
         write_search_pictures(job.folder)
     job.log(
-        f"done: {space.knobs.objective} perplexity {best.perplexity:.4f} on {best.documents} documents, {described(best.candidate)}, "
+        f"done: {space.settings.objective} perplexity {best.perplexity:.4f} on {best.documents} documents, "
+        f"{described(best.candidate)}, "
         f"{result['document_forwards']} document-forwards; factors in {job.folder / 'factors.json'}, pictures beside"
     )
 

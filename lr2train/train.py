@@ -258,7 +258,7 @@ def _write_model(job: run.Run, training: Training, inputs: Inputs) -> None:
     config = load.plain_config(hf_config)
     if _extends(factors):
         config = rope_hf.write(config, factors)
-    companions = [*load.talk_of(training.config.model), *sorted(corpus.tokenizer_folder.iterdir())]
+    companions = [*load.generation_files_of(training.config.model), *sorted(corpus.tokenizer_folder.iterdir())]
     window = factors.target_window_tokens
     training.engine.write_model(job.folder / "model", config, lambda folder: load.copy_companions(companions, folder, window))
 

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -16,18 +15,19 @@ from unittest import mock
 import pytest
 import tiny
 import torch
-from ranks import run_ranks
+from ranks import forking, run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lr2train import config as config_module
 from lr2train import evaluate as evaluate_module
 from lr2train import export as export_module
 from lr2train import io, run
 from lr2train.cli import door as cli
+from lr2train.cli.composition import compose
 from lr2train.config import UserError
 from lr2train.evaluate import evaluate
 from lr2train.evaluation.subject import open_model
+from lr2train.evolution.fitness import Fitness
 from lr2train.export import export
 from lr2train.generate import generate
 from lr2train.model import load
@@ -36,7 +36,6 @@ from lr2train.rope import Factors
 from lr2train.rope import hf as rope_hf
 from lr2train.search import search
 
-ROOT = Path(__file__).resolve().parent.parent
 SEARCH = [
     "search=racing",
     "search.questions=2",
@@ -78,7 +77,13 @@ def lines(file: Path) -> list[dict]:
 
 
 def search_config(world, tmp_path, *more: str):
-    return config_module.compose("search", overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, *more))
+    return compose("search", overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, *more))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For tests of the result: pictures take most of the time of so small a search."""
+    monkeypatch.setattr("lr2train.search.write_search_pictures", lambda folder: None)
 
 
 def test_search_writes_factors_that_a_model_can_use(world, tmp_path):
@@ -103,13 +108,13 @@ def test_search_writes_factors_that_a_model_can_use(world, tmp_path):
     assert {"factors.png", "fitness.png", "rcd.png", "temperature.png"} <= pictures
 
 
-def test_without_racing_everyone_is_scored_on_everything(world, tmp_path):
+def test_without_racing_every_candidate_is_scored_on_every_document(world, tmp_path, no_pictures):
     result = search(search_config(world, tmp_path, "name=plain", "search.racing=false"))
     assert result["document_forwards"] == 2 * (6 + 3 * 4) + 2
     assert {line["documents"][0] for line in lines(tmp_path / "plain" / "generations.jsonl")} == {2}
 
 
-def test_dropping_only_the_certain_losers_finds_what_no_racing_finds(world, tmp_path):
+def test_dropping_only_certain_losers_ends_as_without_racing(world, tmp_path, no_pictures):
     plain = search(search_config(world, tmp_path, "name=plain", "search.racing=false", "search.documents=4"))
     exact = search(search_config(world, tmp_path, "name=exact", "search.racing_z=inf", "search.documents=4"))
     assert exact["document_forwards"] <= plain["document_forwards"]
@@ -128,18 +133,15 @@ def test_dropping_only_the_certain_losers_finds_what_no_racing_finds(world, tmp_
         ["search.chunk_tokens=100"],
     ],
 )
-def test_other_spaces_objectives_and_algorithms_run(world, tmp_path, more):
-    result = search(
-        search_config(world, tmp_path, "name=s", *more, "search.original_tokens=[0,4]" if more == ["search=longrope"] else "seed=0")
-    )
+def test_every_space_objective_and_algorithm_ends_with_factors_and_pictures(world, tmp_path, more):
+    result = search(search_config(world, tmp_path, "name=s", *more))
     factors = Factors.load(tmp_path / "s" / "factors.json")
     assert factors.rescale[-len(result["tail"]) :] == tuple(result["tail"])
-    assert factors.original_tokens == result["original_tokens"]
     assert (result["critical_index"] == 0) == (more == ["search=longrope"])
     assert (tmp_path / "s" / "pictures" / "factors.png").exists()
 
 
-def test_a_finished_search_is_not_run_again_and_belongs_to_its_config(world, tmp_path, monkeypatch):
+def test_a_finished_search_is_not_run_again_and_refuses_another_config(world, tmp_path, monkeypatch):
     first = search(search_config(world, tmp_path, "name=s", "search.generations=1"))
     monkeypatch.setattr(load, "load_whole", lambda *_: pytest.fail("must not load the model"))
     assert search(search_config(world, tmp_path, "name=s", "search.generations=1")) == first
@@ -147,7 +149,7 @@ def test_a_finished_search_is_not_run_again_and_belongs_to_its_config(world, tmp
         search(search_config(world, tmp_path, "name=s", "search.generations=2"))
 
 
-def test_a_journal_of_another_model_under_the_same_path_is_refused(world, tmp_path):
+def test_a_journal_of_another_model_under_the_same_path_is_refused(world, tmp_path, no_pictures):
     base = tiny.make_model(tmp_path / "base")
     settings = ["name=s", f"model.path={base}", "search.generations=1"]
     search(search_config(world, tmp_path, *settings))
@@ -157,30 +159,64 @@ def test_a_journal_of_another_model_under_the_same_path_is_refused(world, tmp_pa
         search(search_config(world, tmp_path, *settings))
 
 
-@pytest.mark.parametrize(("algorithm", "generations"), [("evolution", 40), ("surrogate", 12)])
-def test_a_search_killed_with_kill_9_ends_like_one_that_was_not(world, tmp_path, algorithm, generations):
-    settings = [f"search.generations={generations}", f"search.algorithm={algorithm}"]
-    arguments = overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, *settings, "name=killed")
-    command = [sys.executable, "-m", "lr2train.search", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    journal = tmp_path / "killed" / "journal.jsonl"
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=0.005)
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGKILL, errors
-    evaluated = journal.read_bytes().count(b"\n")
-    assert 0 < evaluated < 2 * (6 + generations * 4)
-    assert not (tmp_path / "killed" / "factors.json").exists()
+def killed_after(n_evaluations: int, arguments: list[str]) -> None:
+    """The verb from its command line, in a process that kills itself as soon as the journal holds ``n_evaluations``."""
+    write = Fitness._write
 
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert again.returncode == 0, again.stderr
-    assert f"{evaluated} evaluations found in the journal" in again.stderr
-    undisturbed = search(search_config(world, tmp_path, *settings, "name=undisturbed"))
-    assert (tmp_path / "killed" / "generations.jsonl").read_bytes() == (tmp_path / "undisturbed" / "generations.jsonl").read_bytes()
-    assert Factors.load(tmp_path / "killed" / "factors.json") == Factors.load(tmp_path / "undisturbed" / "factors.json")
-    pairs = [(entry["candidate"], entry["document"]) for entry in lines(journal)]
+    def write_and_die(self, entries):
+        write(self, entries)
+        if self.computed >= n_evaluations:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Fitness._write = write_and_die
+    sys.argv = ["search", *arguments]
+    cli.main("search", search)
+
+
+KILLS = (3, 14)  # evaluations in the journal at each kill: in generation 0, and later
+
+
+def kill_searches(folder: Path, commands: dict[str, list[str]]) -> None:
+    """Start and kill each search twice, and note what each kill leaves. One process imports for all of them: they are
+    forked from it.
+    """
+    noted = []
+    for name, arguments in commands.items():
+        for n_evaluations in KILLS:
+            if (pid := os.fork()) == 0:
+                killed_after(n_evaluations, arguments)
+            _, status = os.waitpid(pid, 0)
+            left = {file.name for file in (folder / name).iterdir()}
+            noted.append([name, os.WTERMSIG(status), len(lines(folder / name / "journal.jsonl")), "factors.json" in left])
+    (folder / "kills.json").write_text(json.dumps(noted))
+
+
+@pytest.fixture(scope="module")
+def killed(world, tmp_path_factory):
+    """(runs folder, command lines by algorithm) of searches that were killed twice."""
+    folder = tmp_path_factory.mktemp("killed")
+    commands = {
+        algorithm: overrides(world, folder, f"model.path={world}/base", *SEARCH, f"search.algorithm={algorithm}", f"name={algorithm}")
+        for algorithm in ("evolution", "surrogate")
+    }
+    process = forking().Process(target=kill_searches, args=(folder, commands))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert json.loads((folder / "kills.json").read_text()) == [[name, signal.SIGKILL, n, False] for name in commands for n in KILLS]
+    return folder, commands
+
+
+@pytest.mark.parametrize("algorithm", ["evolution", "surrogate"])
+def test_a_search_killed_with_kill_9_is_resumed_to_the_same_result(world, tmp_path, killed, no_pictures, algorithm):
+    folder, commands = killed
+    search(compose("search", commands[algorithm]))
+    assert "14 evaluations found in the journal" in (folder / algorithm / "log.txt").read_text()
+    undisturbed = search(search_config(world, tmp_path, f"search.algorithm={algorithm}", "name=undisturbed"))
+    found, expected = folder / algorithm, tmp_path / "undisturbed"
+    assert (found / "generations.jsonl").read_bytes() == (expected / "generations.jsonl").read_bytes()
+    assert Factors.load(found / "factors.json") == Factors.load(expected / "factors.json")
+    pairs = [(entry["candidate"], entry["document"]) for entry in lines(found / "journal.jsonl")]
     assert len(set(pairs)) == len(pairs) == undisturbed["document_forwards"]
 
 
@@ -210,18 +246,19 @@ def test_bad_input_of_a_search_is_refused_before_weights_are_read(world, tmp_pat
 
 def at_a_folder_in_use(rank: int, ranks: int, settings: list[str]) -> str:
     with mock.patch.dict(os.environ, RANK=str(rank)), pytest.raises(UserError) as raised:
-        search(config_module.compose("search", settings))
+        search(compose("search", settings))
     return str(raised.value)
 
 
 def test_a_folder_in_use_is_refused_on_every_rank(world, tmp_path):
     settings = overrides(world, tmp_path, f"model.path={world}/base", *SEARCH, "name=s")
-    lock = run.open_run(config_module.compose("search", settings), "search", ()).lock()
+    lock = run.open_run(compose("search", settings), "search", ()).lock()
     said = run_ranks(at_a_folder_in_use, 2, settings, tmp_path=tmp_path)
     assert (
         said
         == [
-            f"rank 0: run folder {tmp_path}/s is in use by search, process {os.getpid()} on {platform.node()}; wait until it has ended, or choose another name="
+            f"rank 0: run folder {tmp_path}/s is in use by search, process {os.getpid()} on {platform.node()}; wait "
+            "until it has ended, or choose another name="
         ]
         * 2
     )
@@ -242,7 +279,7 @@ EVAL = ["eval.lengths_tokens=[64,128,256,512]", "eval.depths=[0.0,1.0]", "eval.s
 
 
 def evaluate_config(world, runs, *more: str):
-    return config_module.compose("evaluate", [*tiny.arguments(world, f"runs_folder={runs}"), *EVAL, "eval.methods=[none,pi]", *more])
+    return compose("evaluate", [*tiny.arguments(world, f"runs_folder={runs}"), *EVAL, "eval.methods=[none,pi]", *more])
 
 
 @pytest.fixture
@@ -274,15 +311,15 @@ def test_evaluate_compares_before_and_after(world, capsys):
     assert result["provenance"]["packages"]["torch"]
 
 
-def test_a_run_is_measured_as_it_was_trained_without_being_told(world):
+def test_a_run_is_evaluated_with_the_settings_of_its_training(world):
     tiny.make_run(world, "alone", dtype=torch.bfloat16)
     bare = [f"runs_folder={world}", "run=alone"]
-    config, subjects = evaluate_module.inputs(config_module.compose("evaluate", bare))
+    config, subjects = evaluate_module.inputs(compose("evaluate", bare))
     assert (config.model.dtype, config.model.path, config.data.path) == ("bfloat16", f"{world}/base", f"{world}/corpus")
     assert (config.data.needles.wording, config.data.needles.digits) == ("code", 4)
     assert subjects[-2].folder == world / "base"
     told = [*bare, "model.dtype=float16", "data.needles.digits=5", "model.path=/elsewhere", "data.path=/other"]
-    config, _ = evaluate_module.inputs(config_module.compose("evaluate", told))
+    config, _ = evaluate_module.inputs(compose("evaluate", told))
     assert (config.model.dtype, config.model.path, config.data.path) == ("float16", f"{world}/base", "/other")
     assert (config.data.needles.wording, config.data.needles.digits) == ("code", 5)
 
@@ -292,7 +329,7 @@ def test_overrides_of_a_run_are_laid_over_its_base_alone(world):
     values = json.loads((folder / "train.config.json").read_text())
     values["model"]["overrides"] = {"rms_norm_eps": 0.5}
     (folder / "train.config.json").write_text(json.dumps(values))
-    _, subjects = evaluate_module.inputs(config_module.compose("evaluate", [f"runs_folder={world}", "run=overridden"]))
+    _, subjects = evaluate_module.inputs(compose("evaluate", [f"runs_folder={world}", "run=overridden"]))
     models = [open_model(subject, "float32", "cpu")[0] for subject in subjects[-2:]]
     assert [model.config.rms_norm_eps for model in models] == [0.5, 1e-6]
     assert all(subject.overrides == {"rms_norm_eps": 0.5} for subject in subjects[:-1])
@@ -347,7 +384,7 @@ def test_bad_input_of_evaluate_is_refused(world, more, words):
 
 
 def export_config(world, *more: str):
-    return config_module.compose("export", tiny.arguments(world, *more))
+    return compose("export", tiny.arguments(world, *more))
 
 
 @pytest.mark.parametrize("attention_factor", [1.0, 1.2])
@@ -387,7 +424,7 @@ def test_an_export_keeps_the_trained_dtype_unless_told(world):
         assert {tensor.dtype for tensor in stored.values()} == {load.DTYPES[name]}
 
 
-def test_an_export_replaces_nothing_but_an_export(world, tmp_path):
+def test_an_export_replaces_only_an_earlier_export(world, tmp_path):
     tiny.make_run(world, "careful", 1.0)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years")
@@ -415,7 +452,7 @@ def test_an_export_cut_short_leaves_the_old_one_and_can_be_repeated(world, monke
     assert export(export_config(world, "run=cut", "export.dtype=bfloat16"))["dtype"] == "bfloat16"
 
 
-def test_an_export_takes_the_base_models_way_of_talking_along(world, tmp_path):
+def test_an_export_copies_the_base_models_sampling_settings_and_templates(world, tmp_path):
     folder = tiny.make_run(world, "talks")
     base = tiny.make_model(tmp_path / "base")
     settings = {"eos_token_id": [1, 7], "temperature": 0.6, "do_sample": True}
@@ -432,7 +469,7 @@ def test_an_export_takes_the_base_models_way_of_talking_along(world, tmp_path):
     assert "is not here any more" in (folder / "log.txt").read_text()
 
 
-def test_the_check_holds_one_model_at_a_time(world, monkeypatch):
+def test_the_check_of_an_export_holds_one_model_at_a_time(world, monkeypatch):
     tiny.make_run(world, "frugal")
     models = []
 
@@ -451,7 +488,7 @@ def test_the_check_holds_one_model_at_a_time(world, monkeypatch):
     assert len(models) == 2
 
 
-def test_an_export_follows_the_new_window_and_names_nothing_of_this_machine(world, tmp_path):
+def test_an_export_has_the_new_window_and_no_path_of_this_machine(world, tmp_path):
     folder = tiny.make_run(world, "window")
     base = tiny.make_model(tmp_path / "base")
     (base / "generation_config.json").write_text(json.dumps({"max_length": tiny.L0, "eos_token_id": [1, 7]}))
@@ -501,7 +538,7 @@ def test_an_export_is_on_the_disk_before_it_has_its_name(world, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 3e38])
-def test_a_model_of_no_use_replaces_no_export(world, bad):
+def test_a_model_with_logits_that_are_not_finite_replaces_no_export(world, bad):
     """A weight that is not finite is refused at load; finite ones whose products are not are found by the logits."""
     folder = tiny.make_run(world, "useless")
     export(export_config(world, "run=useless"))
@@ -531,7 +568,7 @@ def refused_to(monkeypatch, folder: Path) -> None:
     )
 
 
-def test_a_run_of_another_user_is_exported_and_spoken_with(world, tmp_path, monkeypatch, capsys):
+def test_a_run_in_a_folder_without_write_access_is_exported_and_generates(world, tmp_path, monkeypatch, capsys):
     folder = tiny.make_run(world, "theirs")
     elsewhere = f"export.folder={tmp_path}/mine"
     with monkeypatch.context() as patch:
@@ -545,7 +582,7 @@ def test_a_run_of_another_user_is_exported_and_spoken_with(world, tmp_path, monk
     assert not (folder / "export.json").exists()
 
 
-def test_a_folder_that_takes_no_files_is_refused_before_the_work(world, tmp_path, monkeypatch):
+def test_an_export_folder_that_cannot_be_written_is_refused_before_the_work(world, tmp_path, monkeypatch):
     tiny.make_run(world, "refusing")
     monkeypatch.setattr(load, "load_whole", lambda *_: pytest.fail("must not load the model"))
     (tmp_path / "file").write_text("no folder")
@@ -570,7 +607,7 @@ def test_bad_input_of_export_is_refused(world, more, words):
 
 
 def generate_config(world, *more: str):
-    return config_module.compose("generate", tiny.arguments(world, "generate.max_new_tokens=12", *more))
+    return compose("generate", tiny.arguments(world, "generate.max_new_tokens=12", *more))
 
 
 @pytest.fixture(scope="module")
@@ -603,37 +640,38 @@ def expected_text(folder: Path, prompt: str, n: int) -> str:
 
 
 @pytest.mark.parametrize(("n_tokens", "window", "switched"), [(20, "short", False), (60, "long", True), (90, "long", False)])
-def test_generate_speaks_across_the_switch(served, world, tmp_path, capsys, n_tokens, window, switched):
+def test_generated_text_equals_the_reference_across_the_switch(served, world, tmp_path, capsys, n_tokens, window, switched):
     prompt = text_of(served, n_tokens)
     (tmp_path / "prompt.txt").write_text(prompt)
     result = generate(generate_config(world, "run=served", f"generate.prompt_file={tmp_path}/prompt.txt"))
     assert (result["prompt_tokens"], result["window"], result["switched"]) == (n_tokens, window, switched)
     assert result["text"] == expected_text(served, prompt, 12)
-    assert capsys.readouterr().out.rstrip("\n�") == result["text"].rstrip("\n�"), "what streamed is what came out"
+    assert capsys.readouterr().out.rstrip("\n�") == result["text"].rstrip("\n�"), "the streamed text is the returned text"
     assert result["prompt"] == prompt
     assert json.loads((served / "generate.json").read_text()) == result
 
 
-def spoken(result: dict) -> dict:
+def without_times(result: dict) -> dict:
     return {key: value for key, value in result.items() if key not in ("seconds", "provenance")}
 
 
-def test_generate_from_a_folder_says_the_same_as_from_its_run(served, world):
+def test_generate_from_an_export_equals_generate_from_its_run(served, world):
     prompt = text_of(served, 60)
     (world / "prompt.txt").write_text(prompt)
     file = f"generate.prompt_file={world}/prompt.txt"
     of_run = generate(generate_config(world, "run=served", file))
     of_folder = generate(generate_config(world, f"model.path={served}/export", "name=elsewhere", file))
-    assert spoken(of_folder) == spoken(of_run)
+    assert without_times(of_folder) == without_times(of_run)
     assert json.loads((world / "elsewhere" / "generate.json").read_text()) == of_folder
-    (served / "export" / "factors.json").rename(world / "aside.json")  # an export that lost our file still has its config
+    # an export that lost our file still has its config
+    (served / "export" / "factors.json").rename(world / "aside.json")
     try:
-        assert spoken(generate(generate_config(world, f"model.path={served}/export", file))) == spoken(of_run)
+        assert without_times(generate(generate_config(world, f"model.path={served}/export", file))) == without_times(of_run)
     finally:
         (world / "aside.json").rename(served / "export" / "factors.json")
 
 
-def test_a_base_run_speaks_without_being_told_its_rope(world):
+def test_a_base_run_generates_with_the_factors_of_its_folder(world):
     """Its config has plain RoPE; the factors stand in its run folder."""
     from lr2train.rope import METHODS
 
@@ -666,7 +704,7 @@ def test_each_of_several_end_tokens_ends_a_text(served, world, tmp_path, file):
     assert generate(generate_config(world, *settings))["new_tokens"] == spoken.index(spoken[2]) + 1 < words["new_tokens"]
 
 
-def test_a_held_window_is_no_switch(served, world):
+def test_a_named_window_is_not_reported_as_a_switch(served, world):
     result = generate(generate_config(world, "run=served", "generate.prompt=ab", "generate.window=long"))
     assert (result["window"], result["switched"]) == ("long", False)
 
@@ -708,14 +746,14 @@ def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_refused(world, tmp
 
 
 @pytest.mark.parametrize("verb", ["search", "evaluate", "generate", "export"])
-def test_every_verb_reads_weights_by_the_one_loader(world, monkeypatch, verb):
+def test_every_verb_refuses_weights_that_the_loader_refuses(world, monkeypatch, verb):
     """`train` and a sharded search call it too (tests/training)."""
     folder = tiny.make_run(world, "alike")
     tensors = load_file(folder / "model" / "model.safetensors")
     save_file({**tensors, "model.layers.9.mlp.up_proj.weight": torch.ones(2)}, folder / "model" / "model.safetensors", {"format": "pt"})
     path = f"model.path={folder}/model"
     verbs = {
-        "search": lambda: search(config_module.compose("search", [*tiny.arguments(world, path, *SEARCH, "name=alike_s")])),
+        "search": lambda: search(compose("search", [*tiny.arguments(world, path, *SEARCH, "name=alike_s")])),
         "evaluate": lambda: evaluate(evaluate_config(world, world, "name=alike_e", path, "rope=pi")),
         "generate": lambda: generate(generate_config(world, path, "generate.prompt=ab")),
         "export": lambda: export(export_config(world, "run=alike")),

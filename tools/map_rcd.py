@@ -124,7 +124,7 @@ def cells_of(given: argparse.Namespace, spectrum: Spectrum) -> list[MapCell]:
 def settings_of(config: Config, documents: Sequence[NeedleDocument], spectrum: Spectrum) -> Json:
     """Settings that decide the value of a cell; finished cells of other settings are refused."""
     return {
-        "model": load.fingerprint(load.folder_of(config.model)),
+        "model": load.folder_fingerprint(load.folder_of(config.model)),
         "corpus": Corpus.open(config.data.path).fingerprint,
         "spectrum": asdict(spectrum),
         "target_window_tokens": config.rope.target_window_tokens,

@@ -465,8 +465,6 @@ class SearchConfig:
     tail_high: float = number(2.0, above=0)
     # Fixes the critical index. null: searched between d10 and tcd.
     critical_index: int | None = number(None, least=1)
-    # Choices of how many first tokens keep the original RoPE (longrope space).
-    original_tokens: list[int] = number([0], least=0)
     # Whether the attention factor of the long window is searched. The paper has none.
     search_attention_factor: bool = True
     # Attention factor of every candidate where it is not searched.

@@ -1,1 +1,1 @@
-"""What came out: needle retrieval and perplexity by length."""
+"""Evaluation of a model: needle retrieval and perplexity by length."""

@@ -1,4 +1,4 @@
-"""What candidates are scored on, drawn from a corpus' held-out documents."""
+"""The documents that candidates are scored on, drawn from a corpus' held-out text."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lr2train.data.corpus import Corpus
 from lr2train.data.needles import N_KEYS, needle_set, text_set
 from lr2train.run import stream
 
-TEXT_PIECES = 16  # spans that plain text is scored in: a race compares them one by one
+TEXT_PIECES = 16  # scored spans of a plain text: racing compares span by span
 
 
 @dataclass(frozen=True)
-class Document:
-    """Tokens, of which those at ``spans`` are scored, each span (an answer) for itself.
+class SearchDocument:
+    """A document and its scored spans.
 
     Attributes:
-        tokens: int64 [length_tokens].
-        spans: half-open token ranges, in order.
+        tokens: int64 [L], L the target window.
+        spans: half-open token ranges in order; each is one answer (or piece of text) and gets a loss of its own.
     """
 
     tokens: np.ndarray
@@ -31,39 +31,37 @@ class Document:
 
     @property
     def n_scored_tokens(self) -> int:
-        """Tokens that are scored."""
+        """Number of tokens in all spans."""
         return sum(stop - start for start, stop in self.spans)
 
 
-def documents(config: Config, corpus: Corpus) -> list[Document]:
-    """``search.documents`` for the generations, then ``search.final_documents`` for the final; each of the target window's length.
+def draw_documents(config: Config, corpus: Corpus) -> list[SearchDocument]:
+    """``search.documents`` documents for the generations, then ``search.final_documents`` for the final; L tokens each.
 
     Raises:
-        UserError: nothing is held out, the length has no room for the needles, or there are more needles than names.
+        UserError: no text is held out, the length has no room for the needles, or there are more needles than names.
     """
-    knobs = config.search
-    if knobs.objective == "needle" and knobs.questions + knobs.distractors > N_KEYS:
+    settings = config.search
+    if settings.objective == "needle" and settings.questions + settings.distractors > N_KEYS:
         raise UserError(
-            f"search.questions={knobs.questions} and search.distractors={knobs.distractors} make more needles than there are names "
-            f"({N_KEYS}); set search.distractors to {max(0, N_KEYS - knobs.questions)} or less"
+            f"search.questions={settings.questions} and search.distractors={settings.distractors} make more needles "
+            f"than there are names ({N_KEYS}); set search.distractors to {max(0, N_KEYS - settings.questions)} or less"
         )
-    n_documents, length, rng = (
-        knobs.documents + knobs.final_documents,
-        config.rope.target_window_tokens,
-        stream(knobs.seed, "search", "needles"),
-    )
-    if knobs.objective == "text":
+    n_documents, length = settings.documents + settings.final_documents, config.rope.target_window_tokens
+    rng = stream(settings.seed, "search", "needles")
+    if settings.objective == "text":
+        # From 1: nothing comes before the first token to predict it from.
         borders = np.linspace(1, length, TEXT_PIECES + 1).astype(int).tolist()
         pieces = tuple((start, stop) for start, stop in pairwise(borders) if start < stop)
-        return [Document(tokens, pieces) for tokens in text_set(corpus, n_documents, length, rng)]
-    made = needle_set(corpus, config.data.needles, n_documents, length, [knobs.depth], rng, knobs.questions, knobs.distractors)
-    return [Document(one.tokens, one.answer_spans) for one in made]
+        return [SearchDocument(tokens, pieces) for tokens in text_set(corpus, n_documents, length, rng)]
+    made = needle_set(corpus, config.data.needles, n_documents, length, [settings.depth], rng, settings.questions, settings.distractors)
+    return [SearchDocument(one.tokens, one.answer_spans) for one in made]
 
 
-def digest(documents: Sequence[Document]) -> str:
-    """Of what candidates are scored on: a journal tells nothing of other documents."""
+def digest(documents: Sequence[SearchDocument]) -> str:
+    """Hash of tokens and spans: the evaluations of a journal hold for these documents alone."""
     facts = hashlib.sha256()
-    for one in documents:
-        facts.update(one.tokens.tobytes())
-        facts.update(repr(one.spans).encode())
+    for document in documents:
+        facts.update(document.tokens.tobytes())
+        facts.update(repr(document.spans).encode())
     return facts.hexdigest()[:16]

@@ -1,10 +1,13 @@
-"""Losses of candidates on documents: computed once, dealt to the ranks, kept in a journal.
+"""The losses of candidates on documents: each is computed once, on one of the ranks, and kept in a journal.
 
-Choice: whoever decides what a search does next (a race, a loop over everything) is a pure function of losses that it looks up. ``settle`` runs
-it on what is known, collects the first losses that it misses, has the ranks compute them, and runs it again, until it misses nothing. So the
-outcome cannot depend on the number of ranks, nor on a kill between two of them; and no rank idles, because a decision that waits for one loss is
-carried on with a guess to find out which losses it will want next. Cost: on many ranks some of those are computed in vain. Perplexity is exp(mean
-negative log-likelihood over the answer tokens of all documents) (paper, Section 3.2).
+Fitness is the needle-driven perplexity exp(mean negative log-likelihood over the answer tokens of all documents)
+(paper, Section 3.2).
+
+Choice: a decision of the search (a race, a loop over all candidates) is a pure function of losses that it looks up.
+``Fitness.settle`` runs the decision on the known losses, lets the ranks compute the first losses that are missing, and
+runs it again, until none is missing. So neither the number of ranks nor a kill can change the result. While a loss is
+missing the decision continues with a guess, to find work for the other ranks. Cost: on many ranks some of these losses
+are computed in vain.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy as np
 
 from lr2train import io, ranks
 from lr2train.config import UserError
-from lr2train.evolution.documents import Document
+from lr2train.evolution.documents import SearchDocument
 from lr2train.evolution.genome import Candidate, Space
 from lr2train.model.rotary import WindowRotary
 from lr2train.model.score import score
@@ -30,8 +33,8 @@ T = TypeVar("T")
 Losses = Callable[[Candidate, int], np.ndarray]
 """(candidate, document) -> negative log-likelihood of each answer of the document, nats, float64 [answers]."""
 
-_HOPELESS = 8  # losses that are not finite, and none that is: then the model is at fault and no candidate
-WORST = 50.0  # nats a token: what a candidate gets that breaks the model (nan, infinite)
+_HOPELESS = 8  # evaluations after which a model without any finite loss is refused: no candidate is to blame
+WORST = 50.0  # nats a token, in the place of a loss that is not finite
 
 
 class Fitness:
@@ -39,19 +42,21 @@ class Fitness:
 
     Args:
         model: a Hugging Face causal LM whose rotary module is ``rotary``.
-        rotary: takes each candidate's factors in turn.
-        space: makes factors of a candidate.
-        documents: all that may be asked for.
-        journal: a file of one JSON line an evaluation, appended to.
-        chunk_tokens: of a forward pass; 0 is whole.
-        lockstep: the ranks share the model's weights, so each of them joins every forward pass.
+        rotary: gets the factors of each candidate before its forward pass.
+        space: turns a candidate into factors.
+        documents: of the generations, then of the final.
+        journal: a file with one JSON line an evaluation; new lines are appended.
+        chunk_tokens: length of a chunk of the forward pass; 0: the whole document at once.
+        lockstep: the weights are divided over the ranks (ZeRO-3), so every rank joins every forward pass.
         tell: called on every rank after every round of evaluations.
 
     Attributes:
-        recovered: evaluations that the journal held at the start.
-        damaged: its lines that were no evaluations, such as one that a kill cut short; they are computed again.
-        computed: evaluations in the journal now.
-        document_forwards: evaluations that were asked for so far; ``computed`` exceeds it by what many ranks computed ahead in vain.
+        recovered: number of evaluations in the journal at the start.
+        damaged: number of journal lines that were no evaluations, such as one that a kill cut short; these are computed
+            again.
+        computed: number of evaluations in the journal now.
+        document_forwards: number of evaluations that decisions have used; ``computed`` also counts those that were
+            computed in vain.
     """
 
     def __init__(
@@ -59,7 +64,7 @@ class Fitness:
         model: Any,
         rotary: WindowRotary,
         space: Space,
-        documents: Sequence[Document],
+        documents: Sequence[SearchDocument],
         journal: Path,
         *,
         chunk_tokens: int = 0,
@@ -86,12 +91,13 @@ class Fitness:
         return len(self._wanted)
 
     def settle(self, decide: Callable[[Losses], T]) -> T:
-        """``decide(losses)``, with every loss that it looks up computed first.
+        """Return ``decide(losses)`` once every loss that it looks up is computed.
 
-        ``decide`` must be pure. While a loss is missing it is run with guesses and its result is thrown away.
+        ``decide`` must be pure: it is run several times. A run that met a missing loss got a guess, and its result is
+        thrown away.
 
         Raises:
-            UserError, RuntimeError: what one rank raised while it evaluated, on every rank.
+            UserError, RuntimeError: one rank failed while it evaluated; raised on every rank.
         """
         while True:
             attempt = _Attempt(self._known, self.documents, ranks.world())
@@ -105,18 +111,18 @@ class Fitness:
             self._compute(attempt.missing)
 
     def loss(self, candidate: Candidate, documents: Sequence[int]) -> float:
-        """Mean negative log-likelihood of a scored token over these documents, which must be known; nats."""
+        """Mean negative log-likelihood of a scored token over these documents, nats; every loss must be known."""
         total = math.fsum(float(self._known[candidate.key, document].sum()) for document in documents)
         return total / sum(self.documents[document].n_scored_tokens for document in documents)
 
     def _compute(self, pairs: list[tuple[Candidate, int]]) -> None:
-        """One pair a rank, shared and journalled."""
+        """Compute one pair on each rank; all ranks get all losses, and rank 0 appends them to the journal."""
         mine = pairs[ranks.rank()] if ranks.rank() < len(pairs) else None
 
         def evaluate() -> dict[str, Any] | None:
             return self._evaluate(*(mine or pairs[-1]), keep=mine is not None)
 
-        # A rank that fails while the others wait for its share of the weights can only end, and so end them.
+        # In lockstep a failed rank must end at once, and so end the job: the others wait for its part of the weights.
         shared = control.from_all(evaluate()) if self._lockstep else control.together(evaluate)
         entries = [entry for entry in shared if entry is not None]
         self._remember(entries)
@@ -126,15 +132,16 @@ class Fitness:
         self.tell()
 
     def refuse_broken_model(self) -> None:
-        """Refuse a model of which no loss at all is finite, on every rank.
+        """Refuse a model without any finite loss.
 
         Raises:
-            UserError: every loss that was computed is infinite or not a number.
+            UserError: every computed loss is infinite or nan; raised on every rank.
         """
         if self._known and not self._some_finite:
             raise UserError(
-                f"none of {len(self._known)} losses is finite, whatever the factors: the model's weights or its dtype are broken; set model.path to "
-                "another copy of the model, or model.dtype=float32"
+                f"none of {len(self._known)} losses is finite, whatever the factors: "
+                "the model's weights or its dtype are broken; "
+                "set model.path to another copy of the model, or model.dtype=float32"
             )
 
     def _write(self, entries: Sequence[dict[str, Any]]) -> None:
@@ -143,10 +150,12 @@ class Fitness:
                 file.write("".join(line_of(entry) for entry in entries))
         except OSError as error:
             raise UserError(
-                f"{self._journal} cannot be written ({error.strerror}); free some room on that disk, and run the same command again to go on"
+                f"{self._journal} cannot be written ({error.strerror}); free some room on that disk, and run the "
+                "same command again to go on"
             ) from error
 
     def _evaluate(self, candidate: Candidate, document: int, keep: bool) -> dict[str, Any] | None:
+        """The journal's entry; None on a rank without a pair, which in lockstep joins the forward pass all the same."""
         if not (keep or self._lockstep):
             return None
         start = time.perf_counter()
@@ -160,7 +169,6 @@ class Fitness:
             "critical_index": candidate.critical_index,
             "attention_factor": candidate.attention_factor,
             "tail": candidate.tail,
-            "original_tokens": candidate.original_tokens,
             "document": document,
             "nll": scored.nll,
             "answers": scored.nlls,
@@ -170,33 +178,40 @@ class Fitness:
 
     def _remember(self, entries: Sequence[dict[str, Any]]) -> None:
         for entry in entries:
-            losses = np.asarray(entry["answers"], dtype=np.float64)  # null, where a loss was not finite, is read as nan
+            # JSON has null for a loss that was not finite; numpy reads nan.
+            losses = np.asarray(entry["answers"], dtype=np.float64)
             self._some_finite |= bool(np.isfinite(losses).any())
             worst = WORST * np.array([stop - start for start, stop in self.documents[entry["document"]].spans])
             self._known[entry["candidate"], entry["document"]] = np.where(np.isfinite(losses), losses, worst)
 
 
 class _EnoughMissing(Exception):
-    """Every rank has something to compute: there is no need to guess on."""
+    """As many losses are missing as there are ranks; the decision need not continue with guesses."""
 
 
 class _Attempt:
-    """One run of a decision: what it asked for, and what of it is missing."""
+    """One run of a decision.
 
-    def __init__(self, known: dict[tuple[str, int], np.ndarray], documents: Sequence[Document], room: int):
+    Attributes:
+        asked: (candidate key, document) pairs whose losses were known.
+        missing: pairs whose losses were guessed, at most one a rank.
+    """
+
+    def __init__(self, known: dict[tuple[str, int], np.ndarray], documents: Sequence[SearchDocument], room: int):
         self._known, self._documents, self._room = known, documents, room
         self._guesses: dict[tuple[str, int], np.ndarray] = {}
         self.asked: set[tuple[str, int]] = set()
         self.missing: list[tuple[Candidate, int]] = []
 
     def look_up(self, candidate: Candidate, document: int) -> np.ndarray:
-        """What is known, or a guess; raises _EnoughMissing when every rank has something to compute."""
+        """The known losses, or a guess. Raises _EnoughMissing as soon as there is a missing loss for every rank."""
         pair = candidate.key, document
         if pair in self._known:
             self.asked.add(pair)
             return self._known[pair]
         if pair not in self._guesses:
-            self._guesses[pair] = np.zeros(len(self._documents[document].spans))  # the candidate stays in the race until it is known
+            # No loss is smaller, so the race goes on with this candidate.
+            self._guesses[pair] = np.zeros(len(self._documents[document].spans))
             self.missing.append((candidate, document))
             if len(self.missing) == self._room:
                 raise _EnoughMissing
@@ -204,7 +219,10 @@ class _Attempt:
 
 
 def _read_journal(journal: Path) -> tuple[list[dict[str, Any]], int]:
-    """The evaluations, and how many lines are none; those are taken out of the file, so that the next append joins nothing."""
+    """The evaluations, and the number of damaged lines.
+
+    Damaged lines are removed from the file, so the next append starts on a line of its own.
+    """
     lines = journal.read_text(errors="replace").splitlines(keepends=True) if journal.exists() else []
     parsed = [(line, _parsed(line)) for line in lines]
     good = [(line, entry) for line, entry in parsed if entry is not None]
@@ -214,7 +232,7 @@ def _read_journal(journal: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def line_of(entry: dict[str, Any]) -> str:
-    """An evaluation as a line of the journal, with a checksum of its own: a changed loss would change what the search finds."""
+    """An evaluation as a line of the journal, with a checksum: a damaged loss would change the result of the search."""
     plain = io.finite(entry)
     return json.dumps({**plain, "check": io.fingerprint(plain)}, allow_nan=False) + "\n"
 

@@ -1,11 +1,14 @@
-"""What the search searches: rescale factors within their bounds, and the long window's attention factor.
+"""The search space: rescale factors within bounds, and the attention factor of the long window.
 
-Two spaces. ``longrope2``: a critical index and the tail of factors from it on; everything left of it follows by the NTK rule (METHOD:
-``lambda_rcd^(i/rcd)``). ``longrope``: every factor is free, as in LongRoPE v1 (the paper's ablation "all dimensions"), and the first tokens may
-keep the original RoPE.
+Source: paper, Section 3.2, Algorithms 1 and 2.
 
-Choice: a candidate holds only what is free, on a grid, so that equal candidates are equal and are never evaluated twice. Paper, Algorithms 1
-and 2; what they leave open is a knob of ``SearchConfig``.
+``longrope2``: a critical index rcd and the tail, the factors lambda_i of i >= rcd. The factors below follow by the NTK
+rule, lambda_i = lambda_rcd^(i / rcd). ``longrope``: every factor is free, as in LongRoPE v1 (arXiv 2402.13753); under
+the needle fitness this is the paper's ablation "all dimensions".
+
+Choice: a candidate holds only free values, on a grid. So equal candidates compare equal and are never evaluated twice.
+The paper leaves step size, crossover and mutation of rcd open; these are keys of ``SearchConfig``. Cost: values between
+two grid points cannot be found.
 """
 
 from __future__ import annotations
@@ -21,25 +24,29 @@ from lr2train.rope.factors import Factors
 from lr2train.rope.methods import METHODS
 from lr2train.rope.spectrum import Spectrum
 
-ATTENTION_GRID = 0.005
-MIN_SAMPLES = 4  # a generation of CMA-ES
-ALL = 0  # the critical index of a candidate whose factors are all free: its tail is the whole table
+ATTENTION_GRID = 0.005  # step of the attention factor
+MIN_SAMPLES = 4  # of a generation of CMA-ES
+ALL = 0  # stands for the critical index where every factor is free: the tail is the whole table
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point of the search space."""
+    """A point of the search space.
 
-    critical_index: int  # rcd, zero-based cosine index; ALL where every factor is free
-    tail: tuple[float, ...]  # lambda_i for i >= rcd, non-decreasing
+    Attributes:
+        critical_index: rcd, zero-based cosine index; ``ALL`` where every factor is free.
+        tail: lambda_i for i >= rcd, D - rcd numbers, non-decreasing.
+        attention_factor: of the long window.
+    """
+
+    critical_index: int
+    tail: tuple[float, ...]
     attention_factor: float
-    original_tokens: int = 0  # positions below it keep the original RoPE (LongRoPE v1)
 
     @cached_property
     def key(self) -> str:
-        """Equal for equal candidates; what the journal files evaluations under."""
-        start = f"|{self.original_tokens}" if self.original_tokens else ""
-        return f"{self.critical_index}|{self.attention_factor!r}|{','.join(map(repr, self.tail))}{start}"
+        """Identifies the candidate in the journal: equal candidates have equal keys."""
+        return f"{self.critical_index}|{self.attention_factor!r}|{','.join(map(repr, self.tail))}"
 
 
 @dataclass(frozen=True)
@@ -49,64 +56,59 @@ class Space:
     Args:
         spectrum: of the original model.
         target_tokens: L.
-        knobs: probabilities, bounds (in multiples of s = L / L0) and grid.
+        settings: probabilities, bounds (in multiples of s = L / L0) and grid.
+
+    Raises:
+        UserError: the settings contradict each other or leave nothing to search.
     """
 
     spectrum: Spectrum
     target_tokens: int
-    knobs: SearchConfig
+    settings: SearchConfig
 
     def __post_init__(self) -> None:
-        fixed = self.knobs.critical_index
+        fixed = self.settings.critical_index
         if fixed is not None and self.all_dims:
             raise UserError(
-                f"search.critical_index={fixed} has no meaning where search.space=longrope sets every factor free; leave one of them out"
+                f"search.critical_index={fixed} has no meaning where search.space=longrope sets every factor free; "
+                "unset search.critical_index"
             )
         if fixed is not None and not 1 <= fixed < self.spectrum.n_dims:
             raise UserError(
-                f"search.critical_index={fixed} is outside 1 … {self.spectrum.n_dims - 1}; set it inside, or leave it empty to search it"
+                f"search.critical_index={fixed} is outside 1 … {self.spectrum.n_dims - 1}; "
+                "set search.critical_index inside, or to null to search it"
             )
-        if self.knobs.algorithm == "cmaes" and self.all_dims:
+        if self.settings.algorithm == "cmaes" and self.all_dims:
             raise UserError(
                 "search.algorithm=cmaes has a form for the tail alone; set search.space=longrope2, or search.algorithm=evolution"
             )
-        if self.knobs.algorithm == "cmaes" and self.knobs.population - self.knobs.top_k < MIN_SAMPLES:
+        if self.settings.algorithm == "cmaes" and self.settings.population - self.settings.top_k < MIN_SAMPLES:
             raise UserError(
-                f"search.population={self.knobs.population} leaves fewer than {MIN_SAMPLES} samples beside search.top_k={self.knobs.top_k}, "
-                "which search.algorithm=cmaes cannot learn from; raise search.population"
+                f"search.population={self.settings.population} leaves fewer than {MIN_SAMPLES} samples beside "
+                f"search.top_k={self.settings.top_k}, which search.algorithm=cmaes cannot learn from; "
+                f"set search.population to {self.settings.top_k + MIN_SAMPLES} or more"
             )
         self._refuse_bounds("tail")
         self._refuse_bounds("attention_factor")
         for name, example in (("mutation_step", 0.01), ("mutation_spread", 0.25), ("attention_factor", 1.0)):
-            if not 1e-6 <= getattr(self.knobs, name) < math.inf:
+            if not 1e-6 <= getattr(self.settings, name) < math.inf:
                 raise UserError(
-                    f"search.{name}={getattr(self.knobs, name)} is not a finite number of 1e-6 or more; set it to such as {example}"
+                    f"search.{name}={getattr(self.settings, name)} is not a finite number of 1e-6 or more; "
+                    f"set search.{name} to a number such as {example}"
                 )
-        if not 1 <= self.knobs.top_k < self.knobs.population:
+        if not 1 <= self.settings.top_k < self.settings.population:
             raise UserError(
-                f"search.top_k={self.knobs.top_k} is outside 1 … {self.knobs.population - 1}, which leaves no parent or no room for "
-                f"children; set search.top_k to {max(1, self.knobs.population // 4)}, or raise search.population"
-            )
-
-        self._refuse_original_tokens()
-
-    def _refuse_original_tokens(self) -> None:
-        counts = self.knobs.original_tokens
-        if not counts or min(counts) < 0 or max(counts) > self.spectrum.window_tokens:
-            raise UserError(
-                f"search.original_tokens={counts} are not counts between 0 and the original window of {self.spectrum.window_tokens}; "
-                "set it to a list of such counts, or to [0] for none"
-            )
-        if set(counts) != {0} and not self.all_dims:
-            raise UserError(
-                f"search.original_tokens={counts} belongs to LongRoPE v1's space; set search.space=longrope, or search.original_tokens=[0]"
+                f"search.top_k={self.settings.top_k} is outside 1 … {self.settings.population - 1}, "
+                "which leaves no parent or no room for "
+                f"children; set search.top_k to {max(1, self.settings.population // 4)}, or raise search.population"
             )
 
     def _refuse_bounds(self, name: str) -> None:
-        low, high = getattr(self.knobs, f"{name}_low"), getattr(self.knobs, f"{name}_high")
+        low, high = getattr(self.settings, f"{name}_low"), getattr(self.settings, f"{name}_high")
         if not 0 < low <= high < math.inf:
             raise UserError(
-                f"search.{name}_low={low} and search.{name}_high={high} are no range; set 0 < search.{name}_low <= search.{name}_high"
+                f"search.{name}_low={low} and search.{name}_high={high} are no range; "
+                f"set search.{name}_high above search.{name}_low, and both above 0"
             )
 
     @property
@@ -117,25 +119,28 @@ class Space:
     @property
     def all_dims(self) -> bool:
         """Whether every factor is free, not only the tail."""
-        return self.knobs.space == "longrope"
+        return self.settings.space == "longrope"
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest free factor; a fast dimension, where those are free too, may stay as it was."""
-        return 1.0 if self.all_dims else self.knobs.tail_low * self.scale, self.knobs.tail_high * self.scale
+        """Lowest and highest free factor.
+
+        Where every factor is free the lowest is 1: fast dimensions may keep their frequencies.
+        """
+        return 1.0 if self.all_dims else self.settings.tail_low * self.scale, self.settings.tail_high * self.scale
 
     @property
     def critical_indices(self) -> range:
         """d10 … tcd (paper, Algorithm 1, line 3), or the fixed one."""
-        fixed = ALL if self.all_dims else self.knobs.critical_index
+        fixed = ALL if self.all_dims else self.settings.critical_index
         if fixed is not None:
             return range(fixed, fixed + 1)
         return range(self.spectrum.lowest_critical_index, self.spectrum.critical_index + 1)
 
     def factors(self, candidate: Candidate) -> Factors:
-        """The candidate as factors that a model can use."""
+        """The candidate as rescale factors of all D dimensions."""
         if candidate.critical_index == ALL:
-            made = METHODS["longrope"](self.spectrum, self.target_tokens, rescale=candidate.tail, original_tokens=candidate.original_tokens)
+            made = METHODS["longrope"](self.spectrum, self.target_tokens, rescale=candidate.tail)
             return replace(made, attention_factor=candidate.attention_factor)
         return METHODS["longrope2"](
             self.spectrum,
@@ -146,25 +151,24 @@ class Space:
         )
 
     def initial(self, rng: np.random.Generator) -> list[Candidate]:
-        """Algorithm 1: one member a critical index with a constant tail drawn from the bounds; then mutations of them until there are P.
+        """The initial population of P = ``search.population`` members (Algorithm 1).
 
-        Where every factor is free: PI, NTK-aware and the lambda-linear YaRN curve, as LongRoPE v1 starts, and mutations of them.
+        Each critical index gets one member, whose tail is constant and drawn from the bounds; mutations of these
+        members fill the rest. Where every factor is free, LongRoPE v1's start takes the place of these members: PI,
+        NTK-aware and the lambda-linear YaRN curve.
         """
         if self.all_dims:
-            members = [self._like(name, rng) for name in ("pi", "ntk_aware", "longrope")][: self.knobs.population]
+            members = [self._like(name, rng) for name in ("pi", "ntk_aware", "longrope")][: self.settings.population]
         else:
             indices = np.array(self.critical_indices)
-            if len(indices) > self.knobs.population:
-                indices = indices[np.linspace(0, len(indices) - 1, self.knobs.population).round().astype(int)]
+            if len(indices) > self.settings.population:
+                indices = indices[np.linspace(0, len(indices) - 1, self.settings.population).round().astype(int)]
             members = [self._constant(int(index), rng) for index in indices]
-        return self.fill(members, members, self.knobs.population, rng)
+        return self.fill(members, members, self.settings.population, rng)
 
     def _like(self, method: str, rng: np.random.Generator) -> Candidate:
         table = METHODS[method](self.spectrum, self.target_tokens).rescale
-        return Candidate(ALL, tuple(self.on_grid(value) for value in table), self._draw_attention_factor(rng), self._draw_start(rng))
-
-    def _draw_start(self, rng: np.random.Generator) -> int:
-        return int(rng.choice(self.knobs.original_tokens)) if self.all_dims else 0
+        return Candidate(ALL, tuple(self.on_grid(value) for value in table), self._draw_attention_factor(rng))
 
     def _constant(self, critical_index: int, rng: np.random.Generator) -> Candidate:
         value = self.on_grid(rng.uniform(*self.bounds))
@@ -176,9 +180,10 @@ class Space:
     def fill(
         self, members: list[Candidate], parents: list[Candidate], size: int, rng: np.random.Generator, seen: frozenset[str] = frozenset()
     ) -> list[Candidate]:
-        """Append children of ``parents`` in turn until there are ``size`` distinct members; a child in ``seen`` is not taken.
+        """``size`` distinct candidates: ``members``, then children of ``parents`` in turn. Keys in ``seen`` are left
+        out.
 
-        In a space too small for them it gives up after 20 attempts a member.
+        In a small space fewer candidates come out: it gives up after 20 attempts a member.
         """
         out, keys = list(members), {member.key for member in members} | seen
         for attempt in range(20 * size):
@@ -191,22 +196,27 @@ class Space:
         return out
 
     def mutate(self, parent: Candidate, rng: np.random.Generator, mates: list[Candidate]) -> Candidate:
-        """Algorithm 2, lines 4-8: each tail entry moves with probability p, under the bounds and the non-decreasing order."""
+        """A child of ``parent`` (Algorithm 2, lines 4-8).
+
+        Each tail entry moves with probability p = ``search.mutation_probability``, inside the bounds and in
+        non-decreasing order.
+        """
         child = parent
-        if rng.random() < self.knobs.crossover:
+        if rng.random() < self.settings.crossover:
             child = self._cross(child, mates[rng.integers(len(mates))], rng)
-        if rng.random() < self.knobs.move_critical_index and not self.all_dims:
+        if rng.random() < self.settings.move_critical_index and not self.all_dims:
             indices = self.critical_indices
             moved = child.critical_index + int(rng.choice([-2, -1, 1, 2]))
             child = self._with_critical_index(child, min(max(moved, indices[0]), indices[-1]))
-        if self.all_dims and rng.random() < self.knobs.mutation_probability:
-            child = replace(child, original_tokens=self._draw_start(rng))
         return replace(
             child, tail=self._mutate_tail(child.tail, rng), attention_factor=self._mutate_attention_factor(child.attention_factor, rng)
         )
 
     def _cross(self, a: Candidate, b: Candidate, rng: np.random.Generator) -> Candidate:
-        """Each trait from either parent, tail entries one by one and then put in order: as many low ones as high ones stay."""
+        """Each value comes from either parent, tail entries one by one.
+
+        The tail is sorted, not clipped into order: clipping would favour one of the parents.
+        """
         first, second = (a, b) if rng.random() < 0.5 else (b, a)
         other = self._with_critical_index(second, first.critical_index)
         tail = np.where(rng.random(len(first.tail)) < 0.5, first.tail, other.tail)
@@ -214,46 +224,51 @@ class Space:
             first,
             tail=tuple(np.sort(tail).tolist()),
             attention_factor=(first if rng.random() < 0.5 else second).attention_factor,
-            original_tokens=(first if rng.random() < 0.5 else second).original_tokens,
         )
 
     def _with_critical_index(self, candidate: Candidate, critical_index: int) -> Candidate:
-        """Move the border; a longer tail repeats its first entry, a shorter one loses it."""
-        moved = candidate.critical_index - critical_index
+        """The candidate with another critical index.
+
+        A longer tail repeats its first entry, a shorter tail loses its first entries.
+        """
+        moved = candidate.critical_index - critical_index  # > 0: the tail grows
         tail = (candidate.tail[0],) * moved + candidate.tail if moved > 0 else candidate.tail[-moved:]
         return replace(candidate, critical_index=critical_index, tail=tail)
 
     def _mutate_tail(self, tail: tuple[float, ...], rng: np.random.Generator) -> tuple[float, ...]:
-        """A moved entry keeps its place and pushes its neighbours: entries before it are lowered to it, entries after it raised to it."""
+        """Move entries of the tail and keep the order.
+
+        Entries before a moved entry are lowered to it, and entries after it are raised to it.
+        """
         low, high = self.bounds
         values = np.array(tail)
-        for i in np.flatnonzero(rng.random(len(values)) < self.knobs.mutation_probability):
-            values[i] = self.on_grid(rng.normal(values[i], self.knobs.mutation_spread * (high - low)))
+        for i in np.flatnonzero(rng.random(len(values)) < self.settings.mutation_probability):
+            values[i] = self.on_grid(rng.normal(values[i], self.settings.mutation_spread * (high - low)))
             values[:i] = np.minimum(values[:i], values[i])
             values[i:] = np.maximum(values[i:], values[i])
         return tuple(map(float, values))
 
     def _mutate_attention_factor(self, value: float, rng: np.random.Generator) -> float:
-        if not self.knobs.search_attention_factor or rng.random() >= self.knobs.mutation_probability:
+        if not self.settings.search_attention_factor or rng.random() >= self.settings.mutation_probability:
             return value
-        low, high = self.knobs.attention_factor_low, self.knobs.attention_factor_high
-        return self._attention_on_grid(rng.normal(value, self.knobs.mutation_spread * (high - low)))
+        low, high = self.settings.attention_factor_low, self.settings.attention_factor_high
+        return self._attention_on_grid(rng.normal(value, self.settings.mutation_spread * (high - low)))
 
     def on_grid(self, value: float) -> float:
-        """The nearest factor that a candidate may have."""
-        return _nearest(value, self.knobs.mutation_step, *self.bounds)
+        """The nearest allowed factor."""
+        return _nearest(value, self.settings.mutation_step, *self.bounds)
 
     def attention_factor_at(self, share: float) -> float:
-        """The attention factor at a share 0 … 1 of its range; the fixed one where it is not searched."""
-        if not self.knobs.search_attention_factor:
-            return self.knobs.attention_factor
-        low, high = self.knobs.attention_factor_low, self.knobs.attention_factor_high
+        """The attention factor at a share 0 … 1 of its range; ``search.attention_factor`` where it is not searched."""
+        if not self.settings.search_attention_factor:
+            return self.settings.attention_factor
+        low, high = self.settings.attention_factor_low, self.settings.attention_factor_high
         return self._attention_on_grid(low + share * (high - low))
 
     def _attention_on_grid(self, value: float) -> float:
-        return _nearest(value, ATTENTION_GRID, self.knobs.attention_factor_low, self.knobs.attention_factor_high)
+        return _nearest(value, ATTENTION_GRID, self.settings.attention_factor_low, self.settings.attention_factor_high)
 
 
 def _nearest(value: float, step: float, low: float, high: float) -> float:
-    """The multiple of ``step`` nearest to the value, or the bound that it would cross."""
+    """The nearest multiple of ``step``, clipped to the bounds, which need not lie on the grid."""
     return float(min(max(round(round(value / step) * step, 10), low), high))

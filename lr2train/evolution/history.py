@@ -1,4 +1,4 @@
-"""What a search has to say of itself: a line a generation, how much is left, what came out."""
+"""The report of a search: a line a generation (generations.jsonl), the progress, and the result (search.json)."""
 
 from __future__ import annotations
 
@@ -21,33 +21,36 @@ class History:
     """The generations so far.
 
     Attributes:
-        knobs: of the search.
-        fitness: whose evaluations are counted.
-        file: generations.jsonl, written anew: a resumed search replays its generations from the journal.
-        lines: what stands in the file.
+        settings: of the search.
+        fitness: counts the evaluations.
+        file: generations.jsonl; written anew at each start, as a resumed search replays its generations from the
+            journal.
+        lines: contents of the file.
     """
 
-    knobs: SearchConfig
+    settings: SearchConfig
     fitness: Fitness
     file: Path
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, generation: Generation) -> str:
-        """Write the generation's line; returns what to tell of it."""
+        """Write the generation's line; returns a sentence for the log."""
         self.lines.append(_line(generation, self.fitness))
         if rank() == 0:
             with self.file.open("w" if len(self.lines) == 1 else "a") as file:
                 file.write(json.dumps(self.lines[-1]) + "\n")
         return (
-            f"generation {generation.index}/{self.knobs.generations}: {self.knobs.objective} perplexity {generation.best.perplexity:.4f}, "
-            f"{described(generation.best.candidate)}, {len(generation.dropped)} dropped, {self.fitness.document_forwards} document-forwards"
+            f"generation {generation.index}/{self.settings.generations}: "
+            f"{self.settings.objective} perplexity {generation.best.perplexity:.4f}, "
+            f"{described(generation.best.candidate)}, {len(generation.dropped)} dropped, "
+            f"{self.fitness.document_forwards} document-forwards"
         )
 
     @property
     def note(self) -> str:
-        """What is going on, for the progress bar."""
-        done, knobs = len(self.lines), self.knobs
-        following = "final" if done > knobs.generations else f"generation {done}/{knobs.generations}"
+        """The current stage, for the progress bar."""
+        done, settings = len(self.lines), self.settings
+        following = "final" if done > settings.generations else f"generation {done}/{settings.generations}"
         if not self.lines:
             return following
         index = self.lines[-1]["best"]["critical_index"]
@@ -55,17 +58,20 @@ class History:
 
     @property
     def expected_evaluations(self) -> int:
-        """That the search will take, judged by the generations so far; at first as many as there are without racing."""
-        knobs = self.knobs
-        if not self.lines or knobs.algorithm == "surrogate":  # its budget is fixed
-            return knobs.most_forwards
-        final = knobs.top_k * knobs.final_documents
+        """Evaluations of the whole search, extrapolated from the generations so far.
+
+        Before the first generation it is the number without racing.
+        """
+        settings = self.settings
+        if not self.lines or settings.algorithm == "surrogate":  # the surrogate's budget is fixed
+            return settings.most_forwards
+        final = settings.top_k * settings.final_documents
         by_generation = self.lines[-1]["document_forwards"] / len(self.lines)
-        expected = by_generation * (knobs.generations + 1) + final / (2 if knobs.racing else 1)
+        expected = by_generation * (settings.generations + 1) + final / (2 if settings.racing else 1)
         return max(round(expected), self.fitness.computed)
 
     def result(self, finalists: Sequence[Scored]) -> dict[str, Any]:
-        """What came out; the winner first among the finalists."""
+        """The contents of search.json; ``finalists`` are best first."""
         best = finalists[0]
         return {
             "perplexity": best.perplexity,
@@ -75,19 +81,18 @@ class History:
             "document_forwards": self.fitness.document_forwards,
             "evaluations": self.fitness.computed,
             "finalists": [{"perplexity": one.perplexity, "documents": one.documents, **_plain(one.candidate)} for one in finalists],
-            "settings": asdict(self.knobs),
+            "settings": asdict(self.settings),
         }
 
     def brief(self) -> list[dict[str, Any]]:
-        """The best of each generation and what it had cost by then."""
+        """Each generation's best candidate and the evaluations until then, for factors.json."""
         return [{key: line[key] for key in ("generation", "best_perplexity", "best", "document_forwards")} for line in self.lines]
 
 
 def described(candidate: Candidate) -> str:
     """A candidate in a few words."""
-    start = f", first {candidate.original_tokens} tokens original" if candidate.original_tokens else ""
     where = "all factors" if candidate.critical_index == ALL else f"rcd {candidate.critical_index}, tail"
-    return f"{where} {candidate.tail[0]:g} … {candidate.tail[-1]:g}, attention factor {candidate.attention_factor:g}{start}"
+    return f"{where} {candidate.tail[0]:g} … {candidate.tail[-1]:g}, attention factor {candidate.attention_factor:g}"
 
 
 def _plain(candidate: Candidate) -> dict[str, Any]:

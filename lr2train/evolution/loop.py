@@ -1,7 +1,8 @@
-"""The search as a generator of generations.
+"""The evolutionary search as a generator of generations (paper, Algorithms 1 and 2).
 
-Choice: every generation's random stream depends on the seed and its number alone, and every evaluation is in a journal. A killed search is
-started again from generation 0 and finds its finished evaluations there: it takes the same way to the same winner, on any number of ranks.
+Choice: a generation's random stream depends on the seed and on the generation's number alone, and every evaluation is
+in a journal. A killed search starts again from generation 0 and finds its finished evaluations there. So it ends with
+the same winner, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from lr2train.evolution.genome import Candidate, Space
 from lr2train.evolution.race import Scored
 from lr2train.run import stream
 
-Judgement = Callable[[Sequence[Candidate], Sequence[Candidate]], list[Scored]]
-"""(candidates, those kept so far) -> the candidates in their order, scored."""
+ScoreCandidates = Callable[[Sequence[Candidate], Sequence[Candidate]], list[Scored]]
+"""(candidates, candidates kept so far) -> the candidates in their order, scored."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one generation left.
+    """The result of one generation.
 
     Attributes:
         index: 0 is the initial population.
         population: parents and children that were scored on all documents, best first.
         dropped: children that left the race, by their loss so far.
-        evaluated: candidates met so far.
+        evaluated: number of distinct candidates so far.
     """
 
     index: int
@@ -39,24 +40,24 @@ class Generation:
         return self.population[0]
 
 
-def evolve(space: Space, judge: Judgement, seed: int) -> Iterator[Generation]:
-    """Yield generation 0 (Algorithm 1), then one generation of Algorithm 2 after another, ``generations`` of them.
+def evolve(space: Space, score: ScoreCandidates, seed: int) -> Iterator[Generation]:
+    """Yield generation 0 (Algorithm 1), then ``search.generations`` generations of Algorithm 2.
 
     Args:
-        space: bounds and knobs.
-        judge: scores candidates; pure. At least ``top_k`` of all that it meets it scores on everything.
+        space: bounds and settings.
+        score: pure; scores at least ``top_k`` of all its candidates on every document.
         seed: of every random choice.
     """
-    knobs = space.knobs
+    settings = space.settings
     seen: set[str] = set()
     parents: tuple[Scored, ...] = ()
-    for index in range(knobs.generations + 1):
+    for index in range(settings.generations + 1):
         kept = [parent.candidate for parent in parents]
         rng = stream(seed, "search", index)
-        children = space.fill([], kept, knobs.population - len(kept), rng, frozenset(seen)) if kept else space.initial(rng)
+        children = space.fill([], kept, settings.population - len(kept), rng, frozenset(seen)) if kept else space.initial(rng)
         seen.update(child.key for child in children)
-        generation = _generation(index, parents, judge(children, kept), len(seen))
-        parents = generation.population[: knobs.top_k]
+        generation = _generation(index, parents, score(children, kept), len(seen))
+        parents = generation.population[: settings.top_k]
         yield generation
 
 
@@ -66,5 +67,5 @@ def _generation(index: int, parents: Sequence[Scored], children: Sequence[Scored
 
 
 def ranked(scored: Sequence[Scored]) -> tuple[Scored, ...]:
-    """Best first; ties by key, so that the order never depends on who was evaluated where."""
+    """Lowest loss first; ties by key, so the order does not depend on the ranks that evaluated."""
     return tuple(sorted(scored, key=lambda one: (one.loss, one.candidate.key)))

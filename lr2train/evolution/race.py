@@ -1,10 +1,12 @@
-"""Racing: who is scored on how many documents.
+"""Racing: how many documents each candidate of a generation is scored on.
 
-Choice: all candidates of a generation meet the documents in the same order, the hardest first. After each, a candidate outside the best
-``top_k`` so far is dropped if its losses already exceed what the ``top_k``-th best candidate has lost on all documents (it cannot enter any more: no loss is
-negative), or if a paired one-sided test over the answers seen says that it is worse than the ``top_k``-th best of the race (as F-race does it: Birattari et
-al. 2002, and irace after it). Whoever is not dropped is scored on everything, so survivors are compared on the same documents. Cost: with a finite
-``racing_z`` an unlucky candidate is dropped wrongly now and then; with ``inf`` the result is that of no racing at all.
+Choice: all candidates meet the documents in one order, the hardest first. After each document, a candidate outside the
+best ``top_k`` is dropped in two cases. Certain: its losses so far exceed the losses of the ``top_k``-th kept candidate
+on all documents, and no loss is negative. Likely: a paired one-sided test over the answers so far says that it is worse
+than the ``top_k``-th best of the race, as in F-race (Birattari et al. 2002) and irace. A candidate that is not dropped
+is scored on every document, so survivors are compared on equal terms. Cost: with a finite ``racing_z`` an unlucky
+candidate is dropped wrongly now and then. With ``inf`` only certain losers are dropped, and the best ``top_k`` are
+those of a search without racing.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from lr2train.evolution.genome import Candidate, Space
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate and what it lost.
+    """A candidate and its loss.
 
     Attributes:
         loss: mean negative log-likelihood of a scored token, nats.
-        documents: how many it was scored on.
-        dropped: it left the race before the last document; ``loss`` is over those that it met.
+        documents: number of documents that it was scored on.
+        dropped: it left the race before the last document; ``loss`` covers the documents before.
     """
 
     candidate: Candidate
@@ -37,56 +39,60 @@ class Scored:
     @property
     def perplexity(self) -> float:
         """exp(loss), lower is better."""
-        return math.exp(min(self.loss, 700.0))
+        return math.exp(min(self.loss, 700.0))  # float64 overflows at exp(710)
 
 
-class Judge:
-    """Scores the candidates of a generation against those that were kept, under the knobs of the space.
+class CandidateScorer:
+    """Scores the candidates of a generation, with racing or without it.
 
     Args:
-        space: its knobs say whether there is racing, and how daring.
-        fitness: whose first ``search.documents`` documents the generations are scored on, and the further ones the finalists.
+        space: ``space.settings`` switches racing on and sets its limits.
+        fitness: its first ``search.documents`` documents are for the generations, the further ones for the final.
     """
 
     def __init__(self, space: Space, fitness: Fitness):
-        self._fitness, self._knobs = fitness, space.knobs
+        self._fitness, self._settings = fitness, space.settings
 
     def __call__(self, candidates: Sequence[Candidate], kept: Sequence[Candidate]) -> list[Scored]:
-        """The candidates in their order, dropped ones among them. ``kept`` have been scored on everything before."""
-        knobs = self._knobs
+        """Score ``candidates``, in their order, against ``kept``, which were scored on all documents before."""
+        settings = self._settings
 
         def decide(losses: Losses) -> list[list[int]]:
-            order = _hardest_first(losses, kept, knobs.documents)
-            if knobs.racing:
-                return race(losses, candidates, kept, knobs.top_k, order, knobs.racing_z, knobs.racing_answers)
-            return everything(losses, candidates, order)
+            order = _hardest_first(losses, kept, settings.documents)
+            if settings.racing:
+                return race(losses, candidates, kept, settings.top_k, order, settings.racing_z, settings.racing_answers)
+            return without_racing(losses, candidates, order)
 
-        return self._scored(candidates, self._fitness.settle(decide), knobs.documents)
+        return self._scored(candidates, self._fitness.settle(decide), settings.documents)
 
     def final(self, finalists: Sequence[Candidate]) -> list[Scored]:
-        """The finalists, best first, on the further documents alone: on those of the generations they were chosen, luck included.
+        """The finalists, best first, scored on the final's documents alone; with racing, they race for the first place.
 
-        They race for the first place.
+        The finalists were chosen on the documents of the generations, so their losses there are too low.
         """
-        knobs, order = self._knobs, range(self._knobs.documents, len(self._fitness.documents))
+        settings, order = self._settings, range(self._settings.documents, len(self._fitness.documents))
 
         def decide(losses: Losses) -> list[list[int]]:
-            if knobs.racing:
-                return race(losses, finalists, [], 1, order, knobs.racing_z, knobs.racing_answers)
-            return everything(losses, finalists, order)
+            if settings.racing:
+                return race(losses, finalists, [], 1, order, settings.racing_z, settings.racing_answers)
+            return without_racing(losses, finalists, order)
 
-        scored = self._scored(finalists, self._fitness.settle(decide), len(order))
-        return sorted(scored, key=lambda one: (one.dropped, -one.documents, one.loss, one.candidate.key))
+        return by_place(self._scored(finalists, self._fitness.settle(decide), len(order)))
 
-    def _scored(self, candidates: Sequence[Candidate], seen: list[list[int]], of: int) -> list[Scored]:
+    def _scored(self, candidates: Sequence[Candidate], seen: list[list[int]], n_documents: int) -> list[Scored]:
         return [
-            Scored(candidate, self._fitness.loss(candidate, documents), len(documents), len(documents) < of)
+            Scored(candidate, self._fitness.loss(candidate, documents), len(documents), len(documents) < n_documents)
             for candidate, documents in zip(candidates, seen, strict=True)
         ]
 
 
-def everything(losses: Losses, candidates: Sequence[Candidate], order: Sequence[int]) -> list[list[int]]:
-    """No racing: every candidate on every document. Pure."""
+def by_place(scored: Sequence[Scored]) -> list[Scored]:
+    """Best first. Dropped candidates come last: the more documents, the better; then the lower loss, then the key."""
+    return sorted(scored, key=lambda one: (one.dropped, -one.documents, one.loss, one.candidate.key))
+
+
+def without_racing(losses: Losses, candidates: Sequence[Candidate], order: Sequence[int]) -> list[list[int]]:
+    """Look up every candidate on every document; returns the documents of each candidate. Pure."""
     for candidate in candidates:
         for document in order:
             losses(candidate, document)
@@ -96,18 +102,19 @@ def everything(losses: Losses, candidates: Sequence[Candidate], order: Sequence[
 def race(
     losses: Losses, candidates: Sequence[Candidate], kept: Sequence[Candidate], keep: int, order: Sequence[int], z: float, min_answers: int
 ) -> list[list[int]]:
-    """The documents that each candidate was scored on, in ``order``; all of them for whoever was not dropped. Pure.
+    """The documents that each candidate meets, in ``order``; all of them for a candidate that is not dropped. Pure.
 
     Args:
         losses: looks up the losses of (candidate, document).
-        candidates: racing.
+        candidates: race for the places.
         kept: known on all documents; never dropped.
-        keep: places to be won, by candidates and kept ones together.
+        keep: number of places, for candidates and kept ones together.
         order: of the documents.
-        z: standard errors of the mean difference to the ``keep``-th best by which a candidate must be worse to be dropped.
-        min_answers: compared before that.
+        z: a candidate is dropped where its mean difference to the ``keep``-th best exceeds ``z`` standard errors.
+        min_answers: the least number of answers for that comparison.
     """
     limit = _kth([_total([losses(one, document) for document in order]) for one in kept], keep)
+    # Losses so far, one array a document.
     runs: dict[Candidate, list[np.ndarray]] = {one: [] for one in (*kept, *candidates)}
     live = list(candidates)
     for document in order:
@@ -121,6 +128,7 @@ def race(
 
 
 def _is_worse(mine: list[np.ndarray], other: list[np.ndarray], z: float, min_answers: int) -> bool:
+    """Whether mean > z * s / sqrt(n) over the paired differences of n answers, s their standard deviation."""
     differences = np.concatenate(mine) - np.concatenate(other)
     if len(differences) < min_answers or math.isinf(z):
         return False
@@ -128,13 +136,16 @@ def _is_worse(mine: list[np.ndarray], other: list[np.ndarray], z: float, min_ans
 
 
 def _hardest_first(losses: Losses, kept: Sequence[Candidate], documents: int) -> list[int]:
-    """By the loss of those that were kept: where they lose most, others can lose most. As they are numbered while nobody is kept."""
+    """Documents by the total loss of the kept candidates, largest first; by number in generation 0.
+
+    Where the kept candidates lose most, other candidates can differ most.
+    """
     hardness = [-math.fsum(float(losses(one, document).sum()) for one in kept) for document in range(documents)]
     return sorted(range(documents), key=lambda document: (hardness[document], document))
 
 
 def _total(run: Sequence[np.ndarray]) -> float:
-    """Exactly rounded, so that it does not depend on the order of the documents."""
+    """Rounded once (fsum), so the order of the documents does not change the last bits."""
     return math.fsum(float(losses.sum()) for losses in run)
 
 

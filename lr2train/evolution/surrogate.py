@@ -1,14 +1,18 @@
-"""Evolution with a surrogate: what every evaluation tells of all candidates decides who is made, who is looked at again, and who stays.
+"""Surrogate-assisted evolution: a Gaussian process over all evaluations chooses children, documents and parents.
 
-Choice: one Gaussian process over everything evaluated so far,
+The model. For candidate c on document d:
 
-    log(loss + FLOOR) of candidate c on document d  =  mean + f(x_c) + u_c + b_d + noise,
+    log(loss + FLOOR)  =  mean + f(x_c) + u_c + b_d + noise
 
-with f smooth in the candidate's factors (their logarithms, root mean square over dimensions) and its attention factor, u_c the candidate's own, b_d how
-hard the document is. So a candidate that saw one document is compared with another that saw another one, neighbours vouch for each other,
-and of many mutations only those that promise something are evaluated (Jin, "Surrogate-assisted evolutionary computation", 2011; documents as blocks
-as in F-race). A generation's budget goes to each child once, then to whoever may yet be among the best (the lowest estimate minus its deviation).
-Cost: ``loss`` is an estimate, and a few covariance matrices are inverted per generation, of at most ``MOST`` evaluations.
+f is smooth in x_c: the logarithms of the rescale factors (root mean square over dimensions) and the attention factor.
+u_c belongs to the candidate alone, b_d to the document (its difficulty).
+
+Choice: documents are random effects, like the blocks of F-race, so candidates that were scored on different documents
+can be compared. Neighbouring candidates share what is known of either. Many mutations are proposed, and only the
+promising ones are evaluated (Jin, "Surrogate-assisted evolutionary computation", 2011). Each child is evaluated once;
+the rest of a generation's budget goes to the candidates with the lowest confidence bounds. Cost: a reported loss is an
+estimate, and every round of evaluations factorises a few covariance matrices of at most ``MOST`` rows. Generations go
+to ``search``, as those of ``loop.evolve`` do.
 """
 
 from __future__ import annotations
@@ -28,110 +32,125 @@ from lr2train.evolution.race import Scored
 from lr2train.parallel import control
 from lr2train.run import stream
 
-FLOOR = 0.01  # nats: answers known better than this are all alike
-MOST = 1500  # evaluations that the process looks at, the latest: a matrix of so many takes a tenth of a second
-_UNSCREENED = 0.25  # of the children are evaluated whatever the process thinks of them
-_LENGTHS = (0.09, 0.18, 0.36)  # root mean square log-ratio of factors over which losses are alike; the likelihood chooses
-_ATTENTION_LENGTHS = (0.05, 0.15)
-_NOISE_SHARES = (0.25, 0.5)  # of the variance that documents and candidates do not explain
-_OWN, _DOCUMENT = 0.05, 0.5  # variances of u_c and b_d, as shares of all
-_DIGITS = 9  # estimates are compared so far: less than what another processor's last bit can move
+FLOOR = 0.01  # nats; losses below it count as equal
+MOST = 1500  # the latest evaluations enter the process: a Cholesky factor of this size takes a tenth of a second
+# Share of the children that are evaluated whatever their estimates: the process may be wrong.
+_UNSCREENED = 0.25
+# Grids of hyperparameters; the likelihood chooses.
+_LENGTHS = (0.09, 0.18, 0.36)  # length scale: root mean square log-ratio of the factors
+_ATTENTION_LENGTHS = (0.05, 0.15)  # length scale of the attention factor
+_NOISE_SHARES = (0.25, 0.5)  # share of the total variance that is noise
+_OWN, _DOCUMENT = 0.05, 0.5  # variances of u_c and b_d, as shares of the total variance
+# Decimals to which estimates are rounded before they are compared: another processor changes only later decimals.
+_DIGITS = 9
+_BLOCK = 64  # rows of a forward substitution at one time
 
 
-def evolve_surrogate(space: Space, evidence: Evidence, seed: int) -> Iterator[Generation]:
-    """Yield generation 0 and ``generations`` more, of as many children as ``loop.evolve`` makes.
+def evolve_surrogate(space: Space, observations: Observations, seed: int) -> Iterator[Generation]:
+    """Yield generation 0 and ``search.generations`` more, with as many children as ``loop.evolve`` makes.
 
-    ``Generation.population`` is this generation's children and its parents, by estimated loss; nobody is ``dropped``.
+    ``Generation.population`` holds the generation's children and its parents, by estimated loss; no candidate is
+    ``dropped``.
     """
-    knobs = space.knobs
+    settings = space.settings
     seen: set[str] = set()
     parents: list[Candidate] = []
-    for index in range(knobs.generations + 1):
+    for index in range(settings.generations + 1):
         rng = stream(seed, "search", index)
-        children = _promising(space, evidence, parents, seen, rng) if parents else space.initial(rng)
+        children = _promising(space, observations, parents, seen, rng) if parents else space.initial(rng)
         seen.update(child.key for child in children)
-        turn = itertools.cycle(rng.permutation(knobs.documents).tolist())
-        evidence.look([(child, next(turn)) for child in children])
-        evidence.look_again([*children, *parents], round((knobs.looks - 1) * len(children)), knobs.documents, rng)
-        population = ranked(evidence.estimates([*children, *parents]))
-        parents = [one.candidate for one in population[: knobs.top_k]]
+        turn = itertools.cycle(rng.permutation(settings.documents).tolist())
+        observations.observe([(child, next(turn)) for child in children])
+        observations.observe_promising([*children, *parents], round((settings.looks - 1) * len(children)), settings.documents, rng)
+        population = ranked(observations.estimates([*children, *parents]))
+        parents = [one.candidate for one in population[: settings.top_k]]
         yield Generation(index, population, (), len(seen))
 
 
-def _promising(space: Space, evidence: Evidence, parents: Sequence[Candidate], seen: set[str], rng: np.random.Generator) -> list[Candidate]:
-    """Children of the parents: of ``search.proposals`` for every place those with the lowest estimates, and a share as they come."""
-    places = space.knobs.population - len(parents)
-    proposed = space.fill([], list(parents), places * space.knobs.proposals, rng, frozenset(seen))
+def _promising(
+    space: Space, observations: Observations, parents: Sequence[Candidate], seen: set[str], rng: np.random.Generator
+) -> list[Candidate]:
+    """Children of the parents, chosen among ``search.proposals`` mutations a place.
+
+    A quarter is taken as it was drawn, the others by the lowest confidence bound.
+    """
+    places = space.settings.population - len(parents)
+    proposed = space.fill([], list(parents), places * space.settings.proposals, rng, frozenset(seen))
     free = math.ceil(_UNSCREENED * places)
-    best = evidence.by_promise(proposed[free:], deviations=0.5)
+    best = observations.by_lower_bound(proposed[free:], deviations=0.5)
     return [*proposed[:free], *best[: places - free]]
 
 
-class Evidence:
-    """All evaluations so far and what they say of candidates. Decisions are rank 0's: another processor's last bits must not divide the ranks."""
+class Observations:
+    """All evaluations so far, and the estimates that follow from them.
+
+    Rank 0 computes the estimates for all ranks: another processor's last bits would lead the ranks to different
+    decisions.
+    """
 
     def __init__(self, space: Space, fitness: Fitness) -> None:
         self.space, self._fitness = space, fitness
-        self._met: dict[str, list[int]] = {}
-        self._looks: list[tuple[Candidate, int, float]] = []
-        self._process: Process | None = None
+        self._documents_of: dict[str, list[int]] = {}
+        self._observed: list[tuple[Candidate, int, float]] = []
+        self._process: GaussianProcess | None = None
 
-    def look(self, pairs: Sequence[tuple[Candidate, int]]) -> None:
+    def observe(self, pairs: Sequence[tuple[Candidate, int]]) -> None:
         """Evaluate (candidate, document) pairs, spread over the ranks."""
         self._fitness.settle(lambda losses: [losses(candidate, document) for candidate, document in pairs])
         for candidate, document in pairs:
-            self._met.setdefault(candidate.key, []).append(document)
-            self._looks.append((candidate, document, self._fitness.loss(candidate, [document])))
+            self._documents_of.setdefault(candidate.key, []).append(document)
+            self._observed.append((candidate, document, self._fitness.loss(candidate, [document])))
         self._process = None
 
-    def look_again(self, field: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> None:
-        """``n`` evaluations of the most promising of the field, each on one of the first ``documents`` that it has not met."""
-        while n > 0 and (pairs := self._unmet(field, min(n, max(2, len(field) // 8)), documents, rng)):
-            self.look(pairs)
+    def observe_promising(self, candidates: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> None:
+        """Spend ``n`` evaluations on the most promising candidates.
+
+        Each is on one of the first ``documents`` documents that is new to the candidate. Bounds are computed anew after
+        every eighth of the candidates.
+        """
+        while n > 0 and (pairs := self._new_pairs(candidates, min(n, max(2, len(candidates) // 8)), documents, rng)):
+            self.observe(pairs)
             n -= len(pairs)
 
     def final(self, finalists: Sequence[Candidate]) -> list[Scored]:
-        """The finalists, best first, once the most promising of them were evaluated on all documents, the further ones among them.
-
-        It takes ``SearchConfig.final_looks`` evaluations.
-        """
-        knobs = self.space.knobs
-        rng = stream(knobs.seed, "search", "final")
-        self.look_again(finalists, knobs.final_looks(len(self._looks)), len(self._fitness.documents), rng)
+        """The finalists, best first, after ``SearchConfig.final_looks`` more evaluations, on the final's documents too."""
+        settings = self.space.settings
+        rng = stream(settings.seed, "search", "final")
+        self.observe_promising(finalists, settings.final_looks(len(self._observed)), len(self._fitness.documents), rng)
         return list(ranked(self.estimates(finalists)))
 
     def estimates(self, candidates: Sequence[Candidate]) -> list[Scored]:
-        """Each with its estimated loss over all documents, nats."""
+        """Each candidate with its estimated loss on a document of mean difficulty, nats."""
         means, _ = self._predicted(candidates)
         return [
-            Scored(one, max(math.exp(mean) - FLOOR, 0.0), len(self._met.get(one.key, ())))
-            for one, mean in zip(candidates, means, strict=True)
+            Scored(candidate, max(math.exp(mean) - FLOOR, 0.0), len(self._documents_of.get(candidate.key, ())))
+            for candidate, mean in zip(candidates, means, strict=True)
         ]
 
-    def by_promise(self, candidates: Sequence[Candidate], deviations: float) -> list[Candidate]:
-        """Lowest estimate minus so many standard deviations first; ties by key."""
+    def by_lower_bound(self, candidates: Sequence[Candidate], deviations: float) -> list[Candidate]:
+        """Sorted by the lower confidence bound, the estimate minus ``deviations`` standard deviations; ties by key."""
         means, spreads = self._predicted(candidates)
-        promise = {one.key: mean - deviations * spread for one, mean, spread in zip(candidates, means, spreads, strict=True)}
-        return sorted(candidates, key=lambda one: (round(promise[one.key], _DIGITS), one.key))
+        bounds = {one.key: mean - deviations * spread for one, mean, spread in zip(candidates, means, spreads, strict=True)}
+        return sorted(candidates, key=lambda one: (round(bounds[one.key], _DIGITS), one.key))
 
-    def _unmet(self, field: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> list[tuple[Candidate, int]]:
+    def _new_pairs(self, candidates: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> list[tuple[Candidate, int]]:
         pairs = []
-        for one in self.by_promise(field, deviations=1.0):
-            left = sorted(set(range(documents)) - set(self._met.get(one.key, ())))
+        for candidate in self.by_lower_bound(candidates, deviations=1.0):
+            left = sorted(set(range(documents)) - set(self._documents_of.get(candidate.key, ())))
             if left and len(pairs) < n:
-                pairs.append((one, left[rng.integers(len(left))]))
+                pairs.append((candidate, left[rng.integers(len(left))]))
         return pairs
 
     def _predicted(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
-        """Means and standard deviations, as rank 0 has them."""
-        return control.from_rank_0(self._of_process(candidates) if ranks.rank() == 0 else ([], []))
+        """Means and standard deviations of log(loss + FLOOR), computed on rank 0."""
+        return control.from_rank_0(self._predicted_here(candidates) if ranks.rank() == 0 else ([], []))
 
-    def _of_process(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
+    def _predicted_here(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
         if self._process is None:
-            recent = self._looks[-MOST:]
+            recent = self._observed[-MOST:]
             known = {candidate.key: candidate for candidate, _, _ in recent}
             rows = {key: row for row, key in enumerate(known)}
-            self._process = Process(
+            self._process = GaussianProcess(
                 self._features(list(known.values())),
                 np.array([rows[candidate.key] for candidate, _, _ in recent]),
                 np.array([document for _, document, _ in recent]),
@@ -142,62 +161,77 @@ class Evidence:
         return np.round(means, _DIGITS).tolist(), spreads.tolist()
 
     def _features(self, candidates: Sequence[Candidate]) -> np.ndarray:
-        """[candidates, D + 1]: log factors over sqrt(D), so that a distance is their root mean square; the attention factor."""
+        """[candidates, D + 1]: log factors over sqrt(D), whose distance is a root mean square, and the attention
+        factor.
+        """
         factors, n_dims = [self.space.factors(one) for one in candidates], self.space.spectrum.n_dims
-        logs = np.log([one.rescale for one in factors]).reshape(-1, n_dims) / math.sqrt(n_dims)  # a space that is used up proposes nobody
+        logs = np.log([one.rescale for one in factors]).reshape(-1, n_dims) / math.sqrt(n_dims)  # also of no candidates
         return np.column_stack([logs, [one.attention_factor for one in factors]])
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Hyperparameters:
     length: float
     attention_length: float
     noise_share: float
 
 
-class Process:
-    """The Gaussian process of the module's formula; its shape is the likeliest of a small grid (Rasmussen and Williams 2006, algorithm 2.1).
+class GaussianProcess:
+    """The Gaussian process of the module's formula (Rasmussen and Williams 2006, algorithm 2.1).
+
+    The hyperparameters are those of a small grid with the largest likelihood.
 
     Args:
-        features: [candidates, F + 1], the last of them the attention factor.
-        candidate, document: int [evaluations].
+        features: [candidates, D + 1], log factors over sqrt(D), then the attention factor.
+        candidate: int [evaluations], row of ``features``.
+        document: int [evaluations].
         values: float [evaluations], log(loss + FLOOR).
-        rows: row of ``features`` by the candidate's key.
+        rows: the candidate's key -> its row of ``features``.
     """
 
     def __init__(self, features: np.ndarray, candidate: np.ndarray, document: np.ndarray, values: np.ndarray, rows: dict[str, int]) -> None:
         self._features, self._candidate, self._rows = features, candidate, rows
         self._mean, self._variance = float(values.mean()), max(float(values.var()), 1e-6)
-        same_document = document[:, None] == document[None]
-        grid = (_Shape(*choice) for choice in itertools.product(_LENGTHS, _ATTENTION_LENGTHS, _NOISE_SHARES))
-        fits = ((shape, *self._fit(shape, same_document, values - self._mean)) for shape in grid)
-        self._shape, _, self._inverse, self._weights = max(fits, key=lambda fit: fit[1])
+        # What candidates do not decide, [evaluations, evaluations]: a wide prior of the mean (1), and the documents.
+        shared = _DOCUMENT * (document[:, None] == document[None]) + 1.0
+        grid = (_Hyperparameters(*choice) for choice in itertools.product(_LENGTHS, _ATTENTION_LENGTHS, _NOISE_SHARES))
+        factors = ((hyper, self._factor(hyper, shared)) for hyper in grid)
+        self._hyper, factor = max(factors, key=lambda fit: _log_likelihood(fit[1], values - self._mean))
+        inverse = np.linalg.inv(factor)  # only of the chosen one: it costs six times as much as the factor
+        self._inverse, self._weights = inverse.T, inverse.T @ (inverse @ (values - self._mean))
 
     def predict(self, features: np.ndarray, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, standard deviation) of ``log(loss + FLOOR)`` on a document of mean hardness, each [candidates]."""
-        cross = self._smooth(features, self._features, self._shape)
+        """(mean, standard deviation) of ``log(loss + FLOOR)`` on a document of mean difficulty, each [candidates]."""
+        cross = self._smooth(features, self._features, self._hyper)
         for row, key in enumerate(keys):
             if key in self._rows:
                 cross[row, self._rows[key]] += self._variance * _OWN
         cross = cross[:, self._candidate] + self._variance
-        prior = self._variance * (1.0 - self._shape.noise_share + _OWN + 1.0)
+        prior = self._variance * (1.0 - self._hyper.noise_share + _OWN + 1.0)
         left = prior - ((cross @ self._inverse) ** 2).sum(1)
         return self._mean + cross @ self._weights, np.sqrt(np.maximum(left, 0.0))
 
-    def _fit(self, shape: _Shape, same_document: np.ndarray, values: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """(log likelihood, transposed inverse of the Cholesky factor, weights). The constant 1 in the covariance leaves the mean open."""
-        between = self._smooth(self._features, self._features, shape) + self._variance * _OWN * np.eye(len(self._features))
-        covariance = between[np.ix_(self._candidate, self._candidate)]
-        covariance += self._variance * (_DOCUMENT * same_document + 1.0 + shape.noise_share * np.eye(len(values)))
-        factor = np.linalg.cholesky(covariance)
-        inverse = np.linalg.inv(factor)
-        whitened = inverse @ values
-        likelihood = -0.5 * whitened @ whitened - np.log(np.diag(factor)).sum()
-        return float(likelihood), inverse.T, inverse.T @ whitened
+    def _factor(self, hyper: _Hyperparameters, shared: np.ndarray) -> np.ndarray:
+        """Cholesky factor [evaluations, evaluations] of the covariance."""
+        between = self._smooth(self._features, self._features, hyper)  # [candidates, candidates]
+        between[np.diag_indices_from(between)] += self._variance * _OWN
+        others = shared.copy()
+        others[np.diag_indices_from(others)] += hyper.noise_share
+        return np.linalg.cholesky(between[np.ix_(self._candidate, self._candidate)] + self._variance * others)
 
-    def _smooth(self, a: np.ndarray, b: np.ndarray, shape: _Shape) -> np.ndarray:
-        """Covariance of f: a Gaussian of the distance in factors and attention factor."""
-        scale = np.array([shape.length] * (a.shape[1] - 1) + [shape.attention_length])
+    def _smooth(self, a: np.ndarray, b: np.ndarray, hyper: _Hyperparameters) -> np.ndarray:
+        """Covariance of f between the rows of ``a`` and ``b``: squared exponential in factors and attention factor."""
+        scale = np.array([hyper.length] * (a.shape[1] - 1) + [hyper.attention_length])
         a, b = a / scale, b / scale
         distance = np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2.0 * a @ b.T, 0.0)
-        return self._variance * (1.0 - shape.noise_share) * np.exp(-0.5 * distance)
+        return self._variance * (1.0 - hyper.noise_share) * np.exp(-0.5 * distance)
+
+
+def _log_likelihood(factor: np.ndarray, values: np.ndarray) -> float:
+    """Log likelihood of ``values`` [n], but for a constant, from the Cholesky factor [n, n] of their covariance."""
+    whitened = values.copy()
+    for start in range(0, len(values), _BLOCK):  # forward substitution: solves factor @ whitened = values in O(n^2)
+        block = slice(start, start + _BLOCK)
+        whitened[block] = np.linalg.solve(factor[block, block], whitened[block])
+        whitened[start + _BLOCK :] -= factor[start + _BLOCK :, block] @ whitened[block]
+    return float(-0.5 * whitened @ whitened - np.log(np.diag(factor)).sum())

@@ -1,9 +1,10 @@
-"""Generation across the window switch (paper, Section 3.3: original RoPE up to L0, then rescaled RoPE with a one-time recomputation of the
-cache).
+"""Generation across the window switch (paper, Section 3.3).
 
-Choice: the moment prompt plus generated tokens exceed the original window, the cache is thrown away and the whole text is prefilled under
-the long table. Re-rotating cached keys would be cheaper and wrong: from the second layer on, keys and values depend on hidden states that
-were computed under the old table. Cost: one prefill of L0 tokens, once.
+The original RoPE serves up to L0 tokens, prompt and generated tokens together; the rescaled RoPE serves longer texts.
+
+Choice: at the switch the key-value cache is dropped, and the whole text is prefilled under the long table. Rotating the
+cached keys anew would be cheaper and wrong: from the second layer on, keys and values depend on hidden states under the
+old table. Cost: one prefill of L0 tokens, once.
 """
 
 from __future__ import annotations
@@ -36,19 +37,22 @@ def generate(
         model: a Hugging Face causal LM whose rotary module is ``rotary``.
         prompt: token ids, at least one.
         original_window_tokens: L0, where "auto" switches.
-        window: "auto", or "short" | "long" to hold one table throughout.
-        temperature: 0 is greedy.
-        stop: end after one of these ids (it is yielded).
+        window: "auto", or "short" | "long" for one table throughout.
+        temperature: of sampling; 0 is greedy.
+        top_p: sample from the smallest set of the most likely tokens whose probabilities reach ``top_p``.
+        stop: token ids that end the text; the last one is yielded too.
+        seed: of sampling.
 
     Raises:
-        UserError: the prompt is empty, or the model computes logits that are not finite.
+        UserError: the prompt is empty, or a logit is not finite.
     """
     if not prompt:
         raise UserError("the prompt is empty; set generate.prompt or generate.prompt_file to some text")
     generator = torch.Generator().manual_seed(seed)
     tokens, cache, cached_under = list(prompt), None, ""
     for _ in range(max_new_tokens):
-        rotary.window = window_of(len(tokens), original_window_tokens, window)  # each time: between two tokens the model may serve others
+        # set at every token: another caller may use the model in between
+        rotary.window = window_of(len(tokens), original_window_tokens, window)
         if rotary.window != cached_under:
             cache, cached_under = None, rotary.window
         logits, cache = _forward(model, tokens, cache)
@@ -61,20 +65,22 @@ def generate(
 
 
 def _refuse_not_finite(logits: torch.Tensor, n_tokens: int, dtype: torch.dtype) -> None:
-    if not torch.isfinite(logits.max()):  # the largest is nan where one is
+    if not torch.isfinite(logits.max()):  # max returns nan where any logit is nan
         remedy = "" if dtype == torch.float32 else "; set model.dtype=float32, as the model's own numbers may be too large for less"
         raise UserError(f"the logits after {n_tokens} tokens are not finite, so no token can be chosen{remedy}")
 
 
 def window_of(total_tokens: int, original_window_tokens: int, window: str = "auto") -> str:
-    """The table for a text of ``total_tokens`` (prompt and generated): original up to L0, rescaled beyond."""
+    """The window for a text of ``total_tokens``, prompt and generated tokens together: "short" up to L0, "long" beyond."""
     if window != "auto":
         return window
     return "short" if total_tokens <= original_window_tokens else "long"
 
 
 def _forward(model: Any, tokens: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
-    """Logits [V] after the last token; with a cache only the last token is new, without one everything is."""
+    """Logits [V] after the last token, and the cache. With a cache only the last token is computed, without one the
+    whole text.
+    """
     device = next(model.parameters()).device
     first = 0 if cache is None else len(tokens) - 1
     ids = torch.tensor([tokens[first:]], device=device)
@@ -84,9 +90,10 @@ def _forward(model: Any, tokens: list[int], cache: Any) -> tuple[torch.Tensor, A
 
 
 def _pick(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """The next token: the most likely one, or a sample from the nucleus of ``top_p``."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
-    outside = probabilities.cumsum(-1) - probabilities >= top_p
+    outside = probabilities.cumsum(-1) - probabilities >= top_p  # the more likely tokens reach top_p already
     probabilities[outside] = 0.0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,8 +1,10 @@
-"""Model folders that we write: published tensor names, a config that says what the weights are, and what else a runtime reads.
+"""Model folders that lr2train writes: weights under their published names, a config, and the companion files of a
+runtime.
 
-Choice: tensors leave in the names in which the family is published (transformers' own reverse conversion), so that every runtime finds them.
-A folder is written beside its place, flushed to the disk, and then renamed: it appears whole or not at all. Files get the permissions that
-the umask says. Nothing in them names a path of this machine or code that is not shipped.
+Choice: tensors get the names under which the model family is published (transformers' own reverse conversion), so every
+runtime finds them. A folder is written beside its place, flushed to the disk and then renamed: it appears whole or not
+at all. Files get the permissions of the umask. No file names a path of this machine, or code that is not shipped. Cost:
+the disk holds the old and the new folder for a moment.
 """
 
 from __future__ import annotations
@@ -18,14 +20,19 @@ from torch import nn
 
 from lr2train import io
 from lr2train.config import UserError
-from lr2train.model import weights
+from lr2train.model import weight_files, weights
 from lr2train.model.weights import Gather, whole
 from lr2train.ranks import rank
 
 SHARD_BYTES = 4 * 2**30
-TALK = ("generation_config.json", "chat_template.jinja", "chat_template.json")  # how a model samples and talks, beside its tokenizer
-_CODE = ("auto_map",)  # points to code of the base's folder, which is not shipped
-_PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")  # of the machine that wrote them
+GENERATION_FILES = (
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)  # sampling settings and chat templates
+_CODE = ("auto_map",)  # points to code in the base model's folder, which is not shipped
+# on the machine that wrote the file
+_PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 
 
 def write_folder(
@@ -36,25 +43,25 @@ def write_folder(
     dtype: torch.dtype | None = None,
     extras: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write config.json and safetensors shards; every rank calls it, rank 0 writes. The folder appears whole or not at all.
+    """Write config.json and safetensors files; every rank calls it, rank 0 writes. The folder appears whole or not at
+    all.
 
-    The config is completed by what the model itself is: its class, whether its head is tied, and the dtype of its weights, as loaders cast
-    to what it says.
+    Loaders trust config.json, so its class, tied embeddings and dtype are set from the model itself.
 
     Args:
-        model: a Hugging Face causal LM whose parameters are written.
-        config: for config.json.
+        model: a Hugging Face causal LM.
+        config: contents of config.json; the facts above replace its own.
         folder: is replaced.
-        gather: makes partitioned parameters whole.
-        dtype: of the written weights; None keeps each parameter's.
-        extras: called on rank 0 with the folder that is about to take its place, to write what else belongs into it.
+        gather: context manager that makes partitioned parameters whole.
+        dtype: of the written weights; None: each parameter keeps its own.
+        extras: called on rank 0 with the unfinished folder, to write further files into it.
     """
     temporary = folder.with_name(f".{folder.name}{io.TEMPORARY}")
     try:
         _write(model, config, temporary, gather, dtype, extras)
     except BaseException:
         if rank() == 0:
-            _remove(temporary)  # gigabytes, perhaps on a full disk
+            _remove(temporary)  # gigabytes, and the disk may be full
         raise
     if rank() == 0:
         _take_the_place_of(folder, temporary)
@@ -99,7 +106,10 @@ def _facts(model: Any, own: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _groups(model: Any, own: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
-    """Names of what is written, in groups of about ``GROUP_BYTES``; each once, and those that are published as one tensor together."""
+    """Names of the tensors to write, in groups of about ``GROUP_BYTES``.
+
+    Each tensor appears once. Tensors that are published as one tensor are in one group.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, apply_converters
 
@@ -121,13 +131,17 @@ def _groups(model: Any, own: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
 
 
 class _Shards:
-    """Tensors on their way into safetensors files of about ``SHARD_BYTES`` each."""
+    """Collects tensors and writes safetensors files of about ``SHARD_BYTES`` each.
+
+    Attributes:
+        dtype: of the first tensor, which is the embeddings'.
+    """
 
     def __init__(self, folder: Path):
-        self.dtype = ""  # of the first tensor, the embeddings
+        self.dtype = ""
         self._folder = folder
         self._held: dict[str, torch.Tensor] = {}
-        self._shards: list[list[str]] = []  # the tensors of each file
+        self._shards: list[list[str]] = []  # names of the tensors in each file
         self._held_bytes = self._total_bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -158,16 +172,16 @@ class _Shards:
         return f"model-{number + 1:05d}.safetensors"
 
     def close(self) -> None:
-        """Write what is left; one file alone gets the name that needs no index."""
+        """Write the rest. A single file gets the name that needs no index; several files get an index."""
         if self._held:
             self._write()
         count = len(self._shards)
-        names = [weights.FILE] if count == 1 else [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+        names = [weight_files.FILE] if count == 1 else [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
         for number, name in enumerate(names):
             (self._folder / self._name(number)).rename(self._folder / name)
         if count > 1:
             file_of = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
-            io.write_json(self._folder / weights.INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": file_of})
+            io.write_json(self._folder / weight_files.INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": file_of})
 
 
 def _take_the_place_of(folder: Path, complete: Path) -> None:
@@ -190,14 +204,14 @@ def _remove(folder: Path) -> None:
 
 
 def copy_companions(files: Iterable[Path], folder: Path, window_tokens: int) -> None:
-    """Copy what belongs to a tokenizer, sampling and templates into a model folder of another window.
+    """Copy tokenizer, sampling and template files into the folder of a model with another window.
 
-    The tokenizer's ``model_max_length`` becomes the window, and a ``max_length`` of generation is raised to it. Temporary files that a killed
-    writer left are passed over, and so is a JSON file that cannot be read.
+    The tokenizer's ``model_max_length`` becomes the window, and ``max_length`` of generation is raised to the window.
+    Temporary files of a killed writer and unreadable JSON files are left out.
 
     Args:
-        files: a later one takes the place of an earlier one of the same name.
-        folder: that they are written into.
+        files: a later file replaces an earlier file of the same name.
+        folder: the destination.
         window_tokens: of the model in ``folder``.
     """
     for file in files:
@@ -222,7 +236,9 @@ def _rewrite(file: Path, folder: Path, change: Callable[[dict[str, Any]], dict[s
 
 
 def values_in(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of somebody else's folder; empty where there is none, for what a model can be used without."""
+    """The object in a JSON file of a published folder; empty where the file is missing or unreadable: the model works
+    without it.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

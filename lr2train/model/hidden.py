@@ -1,15 +1,16 @@
-"""Last hidden states at chosen positions of one document, without what only other positions would need.
+"""Last hidden states at chosen positions of one document, without the work that only other positions need.
 
-Choice: three cuts, none of which changes a number beyond rounding. The document ends after the last chosen position (attention is causal);
-in the last layer only the chosen positions attend; and with ``chunk_tokens`` every layer runs over the document in chunks, so that what
-grows with the window is the residual stream (written in place) and the keys and values of *one* layer. In Llama-3-8B's shape and bfloat16
-that is 12 KiB a token, where a whole pass peaks at about 100 KiB in its MLP and a key-value cache of all layers alone would hold 128 KiB.
-Cost: from the second chunk on, attention reads a mask, of ``MASK_CELLS`` at a time (a byte each, and two to four more while a kernel runs),
-and no flash kernel of CUDA takes one: a chunked pass runs there on the slower memory-efficient kernel.
+Choice: three savings, none of which changes a number beyond rounding. The document ends after the last chosen position,
+because attention is causal. In the last layer only the chosen positions attend. With ``chunk_tokens`` every layer runs
+over the document in chunks, so only the residual stream (written in place) and the keys and values of *one* layer grow
+with the window. In Llama-3-8B's shape and bfloat16 this is 12 KiB a token; a whole pass peaks at about 100 KiB in its
+MLP, and a key-value cache of all layers alone would hold 128 KiB. Cost: from the second chunk on, attention reads a
+mask, of ``MASK_CELLS`` at a time (a byte each, and two to four more while a kernel runs). No flash kernel of CUDA takes
+a mask, so a chunked pass runs there on the slower memory-efficient kernel.
 
-The door to transformers is its attention interface, as in ``attention.hf``: for the time of a call the model's config names our function,
-which hands everything else on to transformers' own. Decoder layers are found where they are in every decoder of transformers, in
-``base_model.layers``.
+transformers' attention interface is the door, as in ``attention.hf``: during a call the model's config names our
+function, which calls transformers' own for all other cases. Decoder layers are found in ``base_model.layers``, where
+every decoder of transformers has them. The hidden states go to ``score``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from torch import Tensor, nn
 from lr2train.config import UserError
 
 NAME = "lr2train_rows"
-MASK_CELLS = {"cpu": 2**21, "cuda": 2**27}  # query-key pairs that a mask covers at one time; a GPU wants many queries to be busy
-FEW = 4  # a call for at most one row in so many computes only these; for more, all of them through the flash kernel are cheaper
+# Query-key pairs of one mask; a GPU needs many queries at a time to be busy.
+MASK_CELLS = {"cpu": 2**21, "cuda": 2**27}
+# Only the wanted rows attend where at most one row in FEW is wanted. For more, all rows through the flash kernel are
+# cheaper.
+FEW = 4
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -38,15 +42,15 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def hidden_rows(model: Any, ids: Tensor, rows: Tensor, chunk_tokens: int = 0) -> Tensor:
-    """Hidden states [n, hidden], after the final norm, at the positions ``rows`` (int64 [n]) of the document ``ids`` (int64 [T]).
+    """Hidden states [n, H], after the final norm, at the positions ``rows`` of one document.
 
-    A model whose attention implementation is not ``sdpa`` runs whole, as it is.
+    A model whose attention implementation is not ``sdpa`` runs whole and unchanged.
 
     Args:
         model: a Hugging Face causal LM in eval mode; call in inference mode.
-        ids: of one document; its positions count from 0.
-        rows: in any order, at least one.
-        chunk_tokens: of one pass through a layer; 0 is the whole document.
+        ids: int64 [T], one document; positions count from 0.
+        rows: int64 [n], in any order, at least one.
+        chunk_tokens: length of a chunk of one layer's pass; 0: the whole document at once.
 
     Raises:
         UserError: the model cannot run in chunks.
@@ -69,7 +73,7 @@ def hidden_rows(model: Any, ids: Tensor, rows: Tensor, chunk_tokens: int = 0) ->
 
 @dataclass(frozen=True)
 class _Rows:
-    """The positions that are wanted of a layer; all are wanted of the layers before it."""
+    """The positions that are wanted of one layer; the layers before it compute all positions."""
 
     positions: Tensor  # int64, ascending
     layer: int
@@ -98,7 +102,7 @@ def _our_attention(config: Any) -> Iterator[None]:
 
 
 def _mask_function(mask_function: MaskFunction, kv_length: int, local_size: int | None = None, **_: Any) -> MaskFunction | None:
-    """In the place of a mask [T, T]: the function that tells it, of which `_attention_forward` makes the rows it needs. None is causal."""
+    """Takes the place of a mask [T, T]: hands the mask function to ``_attention_forward``; None stands for causal."""
     from transformers.masking_utils import causal_mask_function
 
     plain = mask_function is causal_mask_function or (local_size is not None and kv_length <= local_size)
@@ -115,9 +119,13 @@ def _attention_forward(
     score_rows: _Rows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [1, Hq, q, D], key and value [1, Hkv, n, D], the queries being the last q of n tokens.
+    """Attention under transformers' interface, for the last q of n tokens; returns [1, q, Hq, D].
 
-    Returns [1, q, Hq, D]; in the layer of ``score_rows`` it holds zeros where no row is wanted.
+    In the layer of ``score_rows`` the result holds zeros where no row is wanted.
+
+    Args:
+        query: [1, Hq, q, D].
+        key, value: [1, Hkv, n, D].
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -144,9 +152,13 @@ def _attend_rows(
     scaling: float | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """Attention of the queries [1, Hq, b, D] at ``positions`` (ascending) over the keys of positions 0 … n - 1 -> [1, b, Hq, D].
+    """Attention of the queries at ``positions`` over the keys of positions 0 … n - 1; returns [1, b, Hq, D].
 
-    The query heads that share a key head stand below each other as further queries of it, so no key is repeated.
+    Query heads that share a key head are stacked as further queries of this key head, so no key is repeated.
+
+    Args:
+        query: [1, Hq, b, D].
+        positions: int64 [b], ascending.
     """
     for option in _UNSUPPORTED:
         if options.get(option) is not None:
@@ -188,7 +200,7 @@ def _refuse_chunks(model: Any) -> None:
 
 @contextmanager
 def _layers_in_chunks(layers: nn.ModuleList, chunk_tokens: int, wanted: Tensor) -> Iterator[None]:
-    """Have every layer run in chunks; the last one returns the wanted rows alone [1, n, hidden]."""
+    """Run every layer in chunks; the last layer returns the wanted rows alone [1, n, H]."""
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             rows = _Rows(wanted, index) if index == len(layers) - 1 else None
@@ -198,7 +210,10 @@ def _layers_in_chunks(layers: nn.ModuleList, chunk_tokens: int, wanted: Tensor) 
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Have a call of ``module`` run ``forward`` in place of its own, inside the same hooks (which gather the weights of a divided model)."""
+    """A call of ``module`` runs ``forward`` instead of its own, inside the same hooks.
+
+    Under ZeRO-3 these hooks gather the module's weights.
+    """
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -219,7 +234,7 @@ def _in_chunks(
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """One decoder layer over ``hidden`` [1, T, hidden], which its output replaces chunk by chunk."""
+    """One decoder layer over ``hidden`` [1, T, H]; its output replaces ``hidden`` chunk by chunk."""
     strange = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
     if strange:
         raise UserError(f"a decoder layer takes {strange[0]}, which is not known to be cut in chunks; set search.chunk_tokens=0")
@@ -240,7 +255,10 @@ def _in_chunks(
 
 
 class _KeysAndValues:
-    """Those of one layer so far, where the layer expects transformers' cache; laid out at once, as joining chunks would copy all each time."""
+    """Keys and values of one layer so far, in the place of transformers' cache.
+
+    All T tokens are allocated at once: joining chunks would copy all earlier ones each time.
+    """
 
     def __init__(self, n_tokens: int):
         self._n_tokens, self._done = n_tokens, 0

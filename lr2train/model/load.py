@@ -1,9 +1,10 @@
-"""Hugging Face models in and out: the one door through which every verb gets a model, its config and its tokenizer.
+"""Hugging Face models in and out: every verb gets its model, config and tokenizer from here.
 
-Choice: a model is built empty inside the caller's init context (the engine's divides parameters as they are made) and filled from the
-memory-mapped safetensors one group at a time, whole or divided alike. So no verb can read weights otherwise than another one, and no rank
-ever holds the whole model on its way in or out. Nothing of a folder is run, nothing is asked on the terminal, and nothing is fetched by
-surprise: a hub id is refused unless a download is allowed.
+Choice: a model is built empty inside the caller's init context (under ZeRO-3 parameters are divided as they are made)
+and filled from memory-mapped safetensors, one group at a time. So every verb reads weights alike, and no rank ever
+holds a whole divided model. No code of a folder is run, no question is asked on the terminal, and a hub id is refused
+unless ``model.allow_download`` is set. Cost: tensor names are converted by transformers' internal functions, whose form
+may change between releases.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from torch import nn
 
 from lr2train.config import ModelConfig, UserError
 from lr2train.model import config_json
-from lr2train.model.folder import TALK, copy_companions, write_folder
-from lr2train.model.weights import Gather, Part, Stored, files_of, fill, owners, parts_of, safetensors_of, whole
+from lr2train.model.folder import GENERATION_FILES, copy_companions, write_folder
+from lr2train.model.weight_files import StoredTensor, files_of, safetensors_of
+from lr2train.model.weights import Conversion, Gather, conversions_of, fill, owners, whole
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.spectrum import Spectrum
 
 __all__ = [
-    "DTYPES", "Gather", "Stored", "assembled", "build_empty", "config_of", "copy_companions", "files_of", "fingerprint", "folder_of", "load_tokenizer",
-    "load_whole", "plain_config", "safetensors_of", "scratch_weights", "spectrum_of", "talk_of", "whole", "write_folder",
+    "DTYPES", "Gather", "StoredTensor", "assembled", "build_empty", "config_of", "copy_companions", "files_of", "folder_fingerprint",
+    "folder_of", "generation_files_of", "load_tokenizer", "load_whole", "plain_config", "safetensors_of", "scratch_weights", "spectrum_of",
+    "whole", "write_folder",
 ]  # fmt: skip
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,17 +45,22 @@ def config_of(model: ModelConfig) -> Any:
     """The transformers config of ``model.path`` under ``model.overrides``, or of ``model.architecture``.
 
     Raises:
-        UserError: neither is given, the folder is missing, a hub id is given without ``model.allow_download``, its config.json is unreadable
-            or odd, its weights are quantized, it is no causal LM, or an override is no key of the model's config.
+        UserError: neither is set; the folder is missing; a hub id is given without ``model.allow_download``;
+            config.json is unreadable or holds a wrong value; the weights are quantized; the model is no causal LM; or
+            an override is no key of its config.
     """
-    hush_transformers()
+    silence_transformers()
     if model.path is None:
         return config_json.from_architecture(model.architecture)
     return config_json.parsed(folder_of(model), model.overrides)
 
 
 def folder_of(model: ModelConfig) -> Path:
-    """The local folder of a pretrained model; fetched from the hub only where ``model.allow_download`` says so."""
+    """The local folder of ``model.path``; a hub id is downloaded where ``model.allow_download`` is set.
+
+    Raises:
+        UserError: there is no such folder, or the download is not allowed or fails.
+    """
     path = Path(str(model.path)).expanduser()
     if path.is_dir():
         return path
@@ -61,16 +69,17 @@ def folder_of(model: ModelConfig) -> Path:
         raise UserError(f"model.path={model.path} is no folder; set model.path to a Hugging Face model folder")
     if not model.allow_download:
         raise UserError(
-            f"model.path={model.path} is no local folder and downloads are off; set model.path to a folder, or model.allow_download=true "
+            f"model.path={model.path} is no local folder and downloads are off; set model.path to a folder, or "
+            "model.allow_download=true "
             "to fetch it from the hub"
         )
     return _download(model)
 
 
-def talk_of(model: ModelConfig) -> list[Path]:
-    """Files of the base that say how it samples and talks; empty where there is no base, or its folder is gone."""
+def generation_files_of(model: ModelConfig) -> list[Path]:
+    """The base model's sampling settings and chat templates; empty where there is no base or its folder is gone."""
     try:
-        return [file for name in TALK if (file := folder_of(model) / name).is_file()] if model.path else []
+        return [file for name in GENERATION_FILES if (file := folder_of(model) / name).is_file()] if model.path else []
     except UserError:
         return []
 
@@ -83,57 +92,59 @@ def _download(model: ModelConfig) -> Path:
         return Path(snapshot_download(str(model.path), revision=model.revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises a dozen kinds; each means the same to the user
         raise UserError(
-            f"model.path={model.path} cannot be fetched ({type(error).__name__}: {config_json.brief(error)}); download it by hand and set model.path "
+            f"model.path={model.path} cannot be fetched ({type(error).__name__}: {config_json.brief(error)}); "
+            "download it by hand and set model.path "
             "to the folder"
         ) from error
 
 
-def assembled(hf_config: Any, dtype: str, tensors: Mapping[str, Stored], init_context: InitContext, gather: Gather = whole) -> Any:
+def assembled(hf_config: Any, dtype: str, tensors: Mapping[str, StoredTensor], init_context: InitContext, gather: Gather = whole) -> Any:
     """A Hugging Face causal LM with its weights.
 
-    Everything that names, shapes and dtypes tell is checked first, on a twin without storage, the same on every rank. Embeddings that the
-    config ties stay tied unless the weights hold two different ones, as in transformers; the model's own config then says so.
+    Names, shapes and dtypes are checked before anything is built, on a twin on the meta device, alike on every rank.
+    Embeddings that the config ties stay tied, unless the weights hold two different ones, as in transformers; the
+    model's own config then says so.
 
     Args:
         hf_config: from ``config_of``.
-        dtype: a name of ``DTYPES``.
+        dtype: a key of ``DTYPES``.
         tensors: from ``safetensors_of`` or ``scratch_weights``.
-        init_context: what the model is built in (ZeRO's, so that parameters are partitioned as they are made; or a device).
-        gather: makes partitioned parameters whole.
+        init_context: the model is built in it: ZeRO's, which divides parameters as they are made, or a device.
+        gather: context manager that makes partitioned parameters whole.
 
     Raises:
-        UserError: the weights are not those of this model, or hold numbers that are not finite; on every rank.
+        UserError: the weights do not belong to this model, or hold numbers that are not finite; raised on every rank.
     """
     hf_config = copy.deepcopy(hf_config)  # transformers writes dtype and attention into the config of a model
-    twin, parts = _planned(hf_config, dtype, tensors)
-    if _two_heads(twin, parts, tensors):
+    twin, conversions = _twin_of(hf_config, dtype, tensors)
+    if _two_heads(twin, conversions, tensors):
         hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = False
-        _, parts = _planned(hf_config, dtype, tensors)
+        _, conversions = _twin_of(hf_config, dtype, tensors)
     model = build_empty(hf_config, dtype, init_context)
-    fill(model, parts, tensors, gather)
+    fill(model, conversions, tensors, gather)
     return model
 
 
-def _planned(hf_config: Any, dtype: str, tensors: Mapping[str, Stored]) -> tuple[Any, list[Part]]:
+def _twin_of(hf_config: Any, dtype: str, tensors: Mapping[str, StoredTensor]) -> tuple[Any, list[Conversion]]:
     twin = build_empty(hf_config, dtype, lambda: torch.device("meta"))
-    return twin, parts_of(twin, tensors)
+    return twin, conversions_of(twin, tensors)
 
 
-def _two_heads(twin: nn.Module, parts: Sequence[Part], tensors: Mapping[str, Stored]) -> bool:
+def _two_heads(twin: nn.Module, conversions: Sequence[Conversion], tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether one parameter of the model is stored under two names with two values."""
     owner = owners(twin.state_dict(keep_vars=True))
     stored: dict[str, list[str]] = {}
-    for part in parts:
-        stored.setdefault(owner[part.targets[0]], []).append(part.sources[0])
+    for conversion in conversions:
+        stored.setdefault(owner[conversion.targets[0]], []).append(conversion.sources[0])
     pairs = [[tensors[name]() for name in names] for names in stored.values() if len(names) > 1]
     return any(not torch.equal(first, other) for first, *others in pairs for other in others)
 
 
 def build_empty(hf_config: Any, dtype: str, init_context: InitContext) -> Any:
-    """An architecture without weights, built inside ``init_context``.
+    """A model without weights, built inside ``init_context``.
 
     Raises:
-        UserError: transformers cannot build it, or it is one that is not computed here.
+        UserError: transformers cannot build it, or its head or dtypes are not supported.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -143,7 +154,8 @@ def build_empty(hf_config: Any, dtype: str, init_context: InitContext) -> Any:
             model = AutoModelForCausalLM.from_config(hf_config, dtype=DTYPES[dtype], trust_remote_code=False)
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
             raise UserError(
-                f"transformers cannot build a model of type {hf_config.model_type} from its config ({config_json.brief(error)}); correct "
+                f"transformers cannot build a model of type {hf_config.model_type} from its config "
+                f"({config_json.brief(error)}); correct "
                 "its config.json"
             ) from error
     model.tie_weights()
@@ -159,33 +171,39 @@ def _refuse_unusual_heads(model: Any) -> None:
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise UserError(
-                f"{type(model).__name__} scales its logits ({key}={getattr(config, key)}), which the chunked loss does not; set "
+                f"{type(model).__name__} scales its logits ({key}={getattr(config, key)}), which the chunked loss "
+                "does not; set "
                 "model.path to a model without it"
             )
 
 
 def _refuse_mixed_dtypes(model: Any, dtype: torch.dtype) -> None:
-    """Raise UserError for a model of which transformers holds some parameters in float32 whatever dtype is asked for."""
+    """Raises UserError for a model of which transformers keeps some parameters in float32 whatever dtype is asked for."""
     kept = [pattern for pattern, held in model._get_dtype_plan(dtype).items() if held != dtype]
     names = [name for name, _ in model.named_parameters() for pattern in kept if re.search(pattern.replace("*", ".*"), name)]
     if names:
         raise UserError(
-            f"{type(model).__name__} keeps {names[0]} in float32 whatever model.dtype says, and one dtype is held here; set model.dtype=float32"
+            f"{type(model).__name__} keeps {names[0]} in float32 whatever model.dtype says, and one dtype is held "
+            "here; set model.dtype=float32"
         )
 
 
-def scratch_weights(hf_config: Any, seed: int) -> dict[str, Stored]:
-    """Freshly initialised weights: the same for a seed on any number of ranks. Only for models small enough to be trained from scratch."""
+def scratch_weights(hf_config: Any, seed: int) -> dict[str, StoredTensor]:
+    """Freshly initialised weights, the same for a seed on any number of ranks. Each rank holds them whole: for small
+    models only.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=torch.float32, trust_remote_code=False)
-    return {name: Stored.of(tensor) for name, tensor in model.state_dict().items()}
+    return {name: StoredTensor.of(tensor) for name, tensor in model.state_dict().items()}
 
 
-def hush_transformers() -> None:
-    """No bar for every load of weights, and no warning about the two keys that vLLM reads in our `longrope` dict; errors are still said."""
+def silence_transformers() -> None:
+    """Switch off the progress bar of each load, and the warning about ``short_mscale`` and ``long_mscale``; errors
+    stay.
+    """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -193,13 +211,13 @@ def hush_transformers() -> None:
 
 
 def load_whole(folder: str | Path, dtype: str = "float32", device: str = "cpu", overrides: Mapping[str, Any] | None = None) -> Any:
-    """A complete model in one process, for the search, evaluation and generation; in eval mode, without gradients.
+    """A complete model in one process, in eval mode and without gradients, for search, evaluation and generation.
 
     Args:
         folder: of a Hugging Face model.
-        dtype: a name of ``DTYPES``.
+        dtype: a key of ``DTYPES``.
         device: of torch.
-        overrides: ``model.overrides`` of a base model; a trained folder's config has them already.
+        overrides: ``model.overrides`` of a base model; the config of a trained folder has them already.
 
     Raises:
         UserError: as ``config_of``, ``safetensors_of`` and ``assembled``.
@@ -211,12 +229,12 @@ def load_whole(folder: str | Path, dtype: str = "float32", device: str = "cpu", 
 
 
 def plain_config(hf_config: Any) -> dict[str, Any]:
-    """A transformers config as the dict that config.json holds."""
+    """A transformers config as a plain dict, the contents of config.json."""
     return json.loads(hf_config.to_json_string(use_diff=False))
 
 
 def spectrum_of(hf_config: Any, model: ModelConfig) -> Spectrum:
-    """The model's original RoPE spectrum; ``model.original_window_tokens`` overrides the window that its config states."""
+    """The model's original RoPE; ``model.original_window_tokens``, where set, replaces the window of its config."""
     spectrum = rope_hf.spectrum_of(plain_config(hf_config))
     return replace(spectrum, window_tokens=model.original_window_tokens) if model.original_window_tokens else spectrum
 
@@ -225,7 +243,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     """The fast tokenizer of a model folder.
 
     Raises:
-        UserError: there is none, or only one that needs code of the folder.
+        UserError: there is none, or it needs code of the folder.
     """
     from transformers import AutoTokenizer
 
@@ -237,7 +255,9 @@ def load_tokenizer(folder: str | Path) -> Any:
         ) from error
 
 
-def fingerprint(folder: Path) -> str:
-    """Of a model folder's config and weights, by name, size and time: sees that a folder was written anew without reading gigabytes."""
+def folder_fingerprint(folder: Path) -> str:
+    """Hash of name, size and time of config and weight files: changes when a folder is written anew, and reads no
+    weights.
+    """
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(folder)]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -1,9 +1,11 @@
-"""Cross-entropy of a linear head, a chunk of positions at a time.
+"""Cross-entropy of a linear head, over chunks of positions.
 
-Choice: the logits of a 128k segment (67 GB in fp32 for LLaMA3) never exist whole. Forward and backward walk the target positions in chunks
-and compute each chunk's logits afresh. Cost: one more head multiplication in the backward pass, a few percent of a step.
+Choice: the logits of a 128k segment (67 GB in fp32 for LLaMA3) never exist whole. Forward and backward pass walk the
+target positions in chunks and compute the logits of each chunk anew. Cost: one more product with the head in the
+backward pass, a few percent of a step.
 
-The result is a *sum* over target tokens; whoever knows the step divides by the step's count (never a mean of means).
+The result is a *sum* over target tokens. The caller divides by the target tokens of the whole global batch; a mean of
+means would weigh tokens unequally.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ IGNORE = -100
 
 
 class LossHead(nn.Module):
-    """Sum of ``-log softmax(h W^T)[label]`` over positions whose label is not -100; logits and sums are in fp32 at least.
+    """Sum of ``-log softmax(h W^T)[label]`` over positions whose label is not -100; logits and sums are in fp32 at
+    least.
 
-    It holds the same weight Parameter as the model's head, so that an engine that gathers a module's own parameters gathers it once a pass.
+    It holds the same weight Parameter as the model's head. Under ZeRO-3 a module's own parameters are gathered once a
+    forward or backward pass.
     """
 
     def __init__(self, head: nn.Linear, chunk_tokens: int):
@@ -33,7 +37,9 @@ class LossHead(nn.Module):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Logits of a chunk of rows at a time, in the forward pass and again in the backward pass; none are kept between."""
+    """Computes the logits of a chunk of positions at a time, in the forward pass and again in the backward pass; keeps
+    none.
+    """
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
@@ -47,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total: torch.Tensor):
-        """Gradient of the scalar -> those of hidden [T, H] and weight [V, H] in their dtypes: (softmax - one-hot) through the head."""
+        """Gradients of hidden [T, H] and weight [V, H] in their dtypes: (softmax - one-hot) through the head."""
         hidden, weight, labels = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=_wide(hidden), device=weight.device)
@@ -61,11 +67,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _wide(hidden: torch.Tensor) -> torch.dtype:
-    """What logits are held and summed in."""
+    """The dtype of logits and sums: fp32, or fp64 for fp64."""
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def _target_chunks(labels: torch.Tensor, chunk_tokens: int) -> tuple[torch.Tensor, ...]:
-    """Indices of the positions that have a target, in chunks; positions without one cost nothing."""
+    """Indices of the positions with a target, in chunks; positions without a target cost nothing."""
     rows = (labels != IGNORE).nonzero().flatten()
     return rows.split(chunk_tokens) if len(rows) else ()

@@ -1,15 +1,13 @@
-"""RoPE with two tables, chosen by a tag and never by a length.
+"""RoPE with two tables: ``WindowRotary`` takes the place of a Hugging Face model's rotary module.
 
-Choice: the rotary module of a Hugging Face model is swapped for ``WindowRotary``, which computes the same expression in the same precision.
-"short" is the model's own table, bit for bit; "long" is the table of the rescaled frequencies. transformers' own ``longrope`` reads the
-largest position instead, which disagrees between the ranks of one sequence and flips on packed restarts. Cost: whoever calls the model
-names the window.
+Choice: a tag ("short" or "long") selects the table, never a length. "short" is the model's own table, bit for bit;
+"long" has the rescaled frequencies theta_i / lambda_i (paper, Eq. 8). The expression and its precision are
+transformers' own. transformers' ``longrope`` selects by the largest position instead: the ranks of one sequence then
+disagree, and position restarts of packed documents flip the table. Cost: the caller of the model has to name the
+window.
 
-The first ``Factors.original_tokens`` positions of the long window keep the original frequencies (LongRoPE v1). Cost: with them a token's
-angle to another depends on where both stand, no longer on their distance alone; without them nothing is computed.
-
-The tables are plain attributes, not buffers: nothing that casts a module to bfloat16 can touch them, and at 128k a bfloat16 frequency is
-noise.
+The tables are plain attributes and no buffers, so a cast of the module to bfloat16 leaves them in float32. At 128k
+positions a bfloat16 frequency is noise.
 """
 
 from __future__ import annotations
@@ -29,67 +27,54 @@ from lr2train.rope.spectrum import Spectrum
 WINDOWS = ("short", "long")
 
 
-class Table(NamedTuple):
-    """One window's RoPE.
+class RopeTable(NamedTuple):
+    """The RoPE of one window.
 
     Attributes:
         inv_freq: fp32 [D], radians per token.
         attention_factor: multiplies cos and sin.
-        original_tokens: positions below it turn by ``original_inv_freq`` in the place of ``inv_freq``.
-        original_inv_freq: fp32 [D]; None where ``original_tokens`` is 0.
     """
 
     inv_freq: torch.Tensor
     attention_factor: float
-    original_tokens: int = 0
-    original_inv_freq: torch.Tensor | None = None
 
-    def to(self, device: torch.device) -> Table:
-        """The same on a device."""
-        original = None if self.original_inv_freq is None else self.original_inv_freq.to(device)
-        return self._replace(inv_freq=self.inv_freq.to(device), original_inv_freq=original)
-
-    def inv_freq_at(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Frequencies at each position, [D] or [B, T, D]."""
-        if not self.original_tokens:
-            return self.inv_freq
-        assert self.original_inv_freq is not None
-        return torch.where(position_ids[..., None] < self.original_tokens, self.original_inv_freq, self.inv_freq)
+    def to(self, device: torch.device) -> RopeTable:
+        """The table on a device."""
+        return self._replace(inv_freq=self.inv_freq.to(device))
 
 
 class WindowRotary(nn.Module):
-    """cos and sin of ``position * inv_freq[window]``, times the window's attention factor (paper, Eq. 1 and Figure 10).
+    """cos and sin of ``position * inv_freq``, times the attention factor, for the selected window (paper, Eq. 5 and 8).
 
     Attributes:
-        window: "short" or "long"; the table that the next forward uses.
-        tables: both, by window.
+        window: "short" | "long", the table of the next forward pass.
+        tables: window -> table.
     """
 
     def __init__(self, short_inv_freq: torch.Tensor, short_attention_factor: float, factors: Factors):
         super().__init__()
-        self.tables = {"short": Table(short_inv_freq, short_attention_factor)}
+        self.tables = {"short": RopeTable(short_inv_freq, short_attention_factor)}
         self.use(factors)
         self.window = "short"
 
     def use(self, factors: Factors) -> None:
-        """Put other factors into the long table; the short one stays the model's own."""
+        """Replace the long table by the table of other factors; the short table stays the model's own."""
         self.tables["long"] = long_table(factors)
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin of shape [B, T, rotary_dim] in x's dtype, for position_ids [B, T]; angles are always computed in fp32."""
+        """cos and sin, each [B, T, rotary_dim] in x's dtype, for position_ids [B, T]; angles are computed in fp32."""
         table = self.tables[self.window]
         if table.inv_freq.device != x.device:
             table = self.tables[self.window] = table.to(x.device)
-        half = position_ids[..., None].float() * table.inv_freq_at(position_ids)
+        half = position_ids[..., None].float() * table.inv_freq
         angles = torch.cat((half, half), dim=-1)
         return (angles.cos() * table.attention_factor).to(x.dtype), (angles.sin() * table.attention_factor).to(x.dtype)
 
 
-def long_table(factors: Factors) -> Table:
-    """The long window of some factors, on the CPU; equal to transformers' ``longrope`` bit for bit where no first tokens are kept."""
-    original = _inv_freq(factors.spectrum, (1.0,) * factors.spectrum.n_dims) if factors.original_tokens else None
-    return Table(_inv_freq(factors.spectrum, factors.rescale), factors.attention_factor, factors.original_tokens, original)
+def long_table(factors: Factors) -> RopeTable:
+    """The long window's table on the CPU; equal to transformers' ``longrope`` bit for bit."""
+    return RopeTable(_inv_freq(factors.spectrum, factors.rescale), factors.attention_factor)
 
 
 def _inv_freq(spectrum: Spectrum, rescale: Sequence[float]) -> torch.Tensor:
@@ -99,10 +84,14 @@ def _inv_freq(spectrum: Spectrum, rescale: Sequence[float]) -> torch.Tensor:
 
 
 def install(model: Any, factors: Factors) -> WindowRotary:
-    """Swap the rotary module of a Hugging Face causal LM. The factors decide the long window; the short one stays the model's own.
+    """Put a ``WindowRotary`` in the place of the model's rotary module.
+
+    Args:
+        model: a Hugging Face causal LM.
+        factors: of the long window; the short window stays the model's own.
 
     Raises:
-        UserError: the model has no standard ``rotary_emb``, or its table has another size than the factors.
+        UserError: the model has no standard ``rotary_emb``, or its table and the factors differ in size.
     """
     base = model.base_model
     own = getattr(base, "rotary_emb", None)
@@ -121,10 +110,11 @@ def install(model: Any, factors: Factors) -> WindowRotary:
 
 
 def _own_table(own: nn.Module, config: Any) -> tuple[torch.Tensor, float]:
-    """inv_freq [D] and attention factor of the model's own short window, whatever dtype, device or partition its module was first built in.
+    """inv_freq [D] and attention factor of the model's own short window.
 
-    A `longrope` module starts with its short table. Its attention factor is the long window's too in transformers; the config may name the
-    short window's own (ours does: 1).
+    The module is built anew in fp32 on the CPU: the model's may have been built in another dtype or divided over ranks.
+    A ``longrope`` module starts with its short table. Its attention factor serves both windows in transformers; a
+    config with ``short_mscale`` names the short window's own.
     """
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

@@ -1,7 +1,7 @@
-"""Negative log-likelihood of chosen tokens of one document, under one window's RoPE table.
+"""Negative log-likelihood of chosen tokens of one document, under the RoPE table of one window.
 
-Choice: one document a call; hidden states are kept (``hidden.py``) and logits exist at the scored positions only, a chunk of them at a time,
-so memory does not grow with the vocabulary times the window.
+Choice: one document a call. Hidden states come from ``hidden.py``; logits are computed at the scored positions only, a
+chunk of them at a time. So memory does not grow with vocabulary x window. Cost: documents are not batched.
 """
 
 from __future__ import annotations
@@ -21,20 +21,27 @@ from lr2train.config import UserError
 from lr2train.model.hidden import forward_replaced, hidden_rows
 from lr2train.model.rotary import WindowRotary
 
-CHUNK = 4096  # positions whose logits exist at one time
+CHUNK = 4096  # positions whose logits exist at a time
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model makes of the scored tokens."""
+    """The scores of one document.
 
-    nlls: tuple[float, ...]  # of each span, summed over its tokens, nats
+    Attributes:
+        nlls: negative log-likelihood of each span, summed over its tokens, nats.
+        n_tokens: number of scored tokens.
+        exact: every scored token is the most likely one after the true tokens before it, so greedy decoding produces
+            it.
+    """
+
+    nlls: tuple[float, ...]
     n_tokens: int
-    exact: bool  # greedy decoding would say every one of them
+    exact: bool
 
     @property
     def nll(self) -> float:
-        """Of all spans, nats."""
+        """Sum over all spans, nats."""
         return math.fsum(self.nlls)
 
 
@@ -42,19 +49,20 @@ class Score:
 def score(
     model: Any, rotary: WindowRotary, window: str, tokens: np.ndarray, spans: Sequence[tuple[int, int]], chunk_tokens: int = 0
 ) -> Score:
-    """Score the tokens at ``spans`` (half-open, no span may start at 0), each predicted from all before it.
+    """Score the tokens of ``spans``, each predicted from all tokens before it.
 
     Args:
         model: a Hugging Face causal LM whose rotary module is ``rotary``.
         window: "short" | "long".
         tokens: ids [T].
-        spans: which tokens count.
-        chunk_tokens: of the forward pass, for windows whose activations do not fit; 0 is the whole document at once.
+        spans: half-open token ranges; no span starts at 0, as the first token has no context.
+        chunk_tokens: length of a chunk of the forward pass, where the activations of a whole window do not fit; 0: the
+            whole document at once.
 
     Raises:
-        UserError: the spans select no token, or the model cannot run in chunks.
+        UserError: the spans hold no token, or the model cannot run in chunks.
     """
-    positions = [t - 1 for start, stop in spans for t in range(start, stop)]
+    positions = [t - 1 for start, stop in spans for t in range(start, stop)]  # the token before predicts each token
     if not positions:
         raise UserError("a document has no token to score (an empty answer mask would silently score ordinary text); check data.needles")
     assert min(positions) >= 0, "the first token of a document has nothing before it to be predicted from"
@@ -63,15 +71,16 @@ def score(
     ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(device)
     rows = torch.tensor(positions, device=device)
     losses, right = _predict(model.get_output_embeddings(), hidden_rows(model, ids, rows, chunk_tokens), ids[rows + 1])
-    ends = np.cumsum([stop - start for start, stop in spans])
+    ends = np.cumsum([stop - start for start, stop in spans])  # borders of the spans in ``losses``
     return Score(tuple(math.fsum(part) for part in np.split(losses, ends[:-1])), len(positions), right)
 
 
 def _predict(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, bool]:
-    """Negative log-likelihoods (float64 [n]) of ``targets`` [n] after ``hidden`` [n, hidden], and whether each is the likeliest token.
+    """Negative log-likelihoods (float64 [n]) of ``targets`` [n] given ``hidden`` [n, H], and whether all are the most
+    likely tokens.
 
-    The head is called once, whatever the chunks: its weights may be divided over ranks that score unlike numbers of tokens, and are
-    gathered at each call, by all ranks.
+    The head is called once, whatever the chunks. Under ZeRO-3 each call gathers the head's weights on all ranks, and
+    ranks may score different numbers of tokens.
     """
     with forward_replaced(head, partial(_losses, head.forward, targets)):
         losses, right = head(hidden)
@@ -79,7 +88,9 @@ def _predict(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> tu
 
 
 def _losses(head: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n] each: negative log-likelihoods of ``targets``, and which are the likeliest tokens; from the logits of ``CHUNK`` at one time."""
+    """Negative log-likelihoods of ``targets`` [n], and which are the most likely tokens [n]; logits of ``CHUNK``
+    positions at a time.
+    """
     losses, right = [], []
     for part, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
         logits = head(part)

@@ -1,178 +1,59 @@
-"""The weights of a model folder: which files count, what they hold, and which parameter each stored tensor becomes.
+"""The weights of a model: the parameter that each stored tensor becomes, and reading them into a built model.
 
-Choice: one path for every verb, whether a model is whole or divided over ranks. The plan (``parts_of``) is made from names, shapes and dtypes
-alone, on every rank, with the conversions that transformers itself applies: published tensors are renamed, stacked or cut as
-``from_pretrained`` does. What does not fit is refused by name before a number is read. Then tensors are read group by group, so no rank ever
-holds the whole model on its way in. Cost: every number is looked at once (9 GB/s on one core, a quarter of a warm load), and only after the
-last of them is read does one know that all are finite.
+Choice: one path for every verb, whether the model is whole or divided over ranks. ``conversions_of`` maps stored
+tensors to parameters from names, shapes and dtypes alone, alike on every rank, with transformers' own conversions:
+published tensors are renamed, stacked or cut as ``from_pretrained`` does. A tensor that does not fit is refused by name
+before any number is read. Then tensors are read group by group, so no rank ever holds a divided model whole. Cost:
+every number is checked once (9 GB/s on one core, a quarter of a warm load), and numbers that are not finite are
+reported after the whole read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lr2train import progress
 from lr2train.config import UserError
 from lr2train.model import config_json
+from lr2train.model.weight_files import StoredTensor, some_of
 from lr2train.parallel import control
 from lr2train.ranks import rank
 
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]]
 GROUP_BYTES = 512 * 2**20  # parameters gathered at one time while weights stream in or out
-FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLED = ("*.bin", "*.pt", "*.pth")
-_QUANTIZED = re.compile(  # names that GPTQ, AWQ, bitsandbytes, HQQ, compressed-tensors, fp8 and mxfp4 give to what they store beside a weight
-    r"(scale_inv|_scale|_scales|\.scales|qweight|qzeros|g_idx|absmax|quant_map|quant_state.*|\.SCB|weight_format|weight_packed|zero_point|_blocks)$"
+# Names of tensors that GPTQ, AWQ, bitsandbytes, HQQ, compressed-tensors, fp8 and mxfp4 store beside a quantized weight.
+_QUANTIZED = re.compile(
+    r"(scale_inv|_scale|_scales|\.scales|qweight|qzeros|g_idx|absmax|quant_map|quant_state.*|\.SCB|weight_format|"
+    r"weight_packed|zero_point|_blocks)$"
 )
-_KNOWN = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor that is read when it is called.
-
-    Attributes:
-        shape: known before it is read.
-        dtype: of torch; the code of safetensors where no model has such weights.
-        read: returns the tensor.
-        file: that holds it; empty for one in memory.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | str
-    read: Callable[[], torch.Tensor]
-    file: str = ""
-
-    def __call__(self) -> torch.Tensor:
-        return self.read()
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Stored:
-        """One in memory."""
-        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
 def whole(_: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
-    """The gather of a model that is not partitioned."""
+    """The ``gather`` of a model that is not partitioned: does nothing."""
     return contextlib.nullcontext()
-
-
-# ---- files ----
-
-
-def files_of(folder: Path) -> list[Path]:
-    """The files that decide what a model is: config.json, then those that hold its weights, by the index where there is one.
-
-    Raises:
-        UserError: there are no weights, only pickled ones, or two answers to which files count.
-    """
-    return [folder / config_json.NAME, *(folder / name for name in _weight_files(folder))]
-
-
-def safetensors_of(folder: Path) -> dict[str, Stored]:
-    """The tensors of a model folder by name (memory-mapped: a tensor is read when it is asked for).
-
-    Raises:
-        UserError: as ``files_of``; a file is missing or damaged, a tensor is in two files, or in another one than the index says.
-    """
-    tensors: dict[str, Stored] = {}
-    for name in _weight_files(folder):
-        for tensor, stored in _contents(folder / name).items():
-            if tensor in tensors:
-                raise UserError(
-                    f"{folder} holds {tensor} twice, in {tensors[tensor].file} and {name}; remove the file that does not belong to the model"
-                )
-            tensors[tensor] = stored
-    ignored = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in _weight_files(folder))
-    if ignored:
-        progress.say("model", f"{folder}: {_some(ignored)} not read, as {INDEX if _index(folder) else FILE} holds the model without")
-    lost = [tensor for tensor, name in _index(folder).items() if tensor not in tensors or tensors[tensor].file != name]
-    if lost:
-        raise UserError(f"{folder / INDEX} names {len(lost)} tensors that are not where it says ({_some(lost)}); fetch the folder again")
-    return tensors
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the files that count, in order."""
-    single, listed = (folder / FILE).exists(), sorted(set(_index(folder).values()))
-    if single and listed and listed != [FILE]:
-        raise UserError(f"{folder} holds {FILE} beside {INDEX}, which names other files, and loaders disagree; remove one of the two")
-    if not single and not listed:
-        pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
-        if pickled:
-            raise UserError(
-                f"{folder} holds pickled weights ({pickled[0]}), which could run code when they are read; save the model as safetensors with "
-                "transformers first"
-            )
-        raise UserError(
-            f"{folder} holds no .safetensors weights ({FILE}, or {INDEX} and the files that it names); set model.path to a complete folder"
-        )
-    return listed or [FILE]
-
-
-def _index(folder: Path) -> dict[str, str]:
-    """Tensor -> file; empty where there is no index."""
-    file = folder / INDEX
-    if not file.exists():
-        return {}
-    try:
-        listed = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        good = bool(listed) and all(isinstance(name, str) and _inside(name) for name in listed.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        good = False
-    if not good:
-        raise UserError(f"{file} has no readable weight_map of tensor names to file names in this folder; fetch the folder again")
-    return listed
-
-
-def _inside(name: str) -> bool:
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
-
-
-def _contents(file: Path) -> dict[str, Stored]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        opened = safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist, although {INDEX} names it; fetch the folder again") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or cannot be read ({error}); fetch it again") from error
-    tensors = {}
-    for name in opened.keys():  # noqa: SIM118 (no mapping)
-        part = opened.get_slice(name)
-        dtype = _KNOWN.get(part.get_dtype()) or str(part.get_dtype())
-        tensors[name] = Stored(tuple(part.get_shape()), dtype, partial(opened.get_tensor, name), file.name)
-    return tensors
 
 
 # ---- which stored tensor becomes which parameter ----
 
 
 @dataclass(frozen=True)
-class Part:
-    """Stored tensors that become some of a model's own together.
+class Conversion:
+    """Stored tensors that together become parameters or buffers of a model.
 
     Attributes:
-        targets: parameters and buffers of the model, by name.
-        sources: stored tensors, by name.
-        make: target -> its value, from a function that reads a stored tensor by name.
+        targets: names in the model.
+        sources: names of stored tensors.
+        make: from a function that reads a stored tensor by name, the values by target.
     """
 
     targets: tuple[str, ...]
@@ -180,40 +61,41 @@ class Part:
     make: Callable[[Callable[[str], torch.Tensor]], dict[str, torch.Tensor]]
 
 
-def parts_of(model: nn.Module, tensors: Mapping[str, Stored]) -> list[Part]:
-    """How stored tensors become the model, in the model's order; the same on every rank, and nothing is read.
+def conversions_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> list[Conversion]:
+    """How stored tensors become the model, in the model's order; alike on every rank, and no number is read.
 
-    A parameter that has two names in the model (a tied head) may be stored under one of them, or under both.
+    A parameter with two names in the model (a tied head) may be stored under one name or under both.
 
     Args:
         model: on any device, the meta device too; not partitioned.
         tensors: by published name.
 
     Raises:
-        UserError: a tensor of the model is missing or found twice, a stored one has no place in the model, or one has another shape or kind
-            of dtype than the model wants.
+        UserError: a tensor of the model is missing or found twice; a stored tensor has no place in the model, or
+            another shape or kind of dtype than the model wants.
     """
     wanted: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
     collected, left_over = _collected(model, tensors, wanted)
     _refuse_left_over(model, left_over)
-    parts = [_part(model, wanted, target, sources, converter, tensors) for target, (sources, converter) in collected.items()]
-    made = Counter(target for part in parts for target in part.targets)
+    conversions = [_conversion(model, wanted, target, sources, converter, tensors) for target, (sources, converter) in collected.items()]
+    made = Counter(target for conversion in conversions for target in conversion.targets)
     twice = [target for target, times in made.items() if times > 1]
     if twice:
-        raise UserError(f"the weights hold {_some(twice)} twice, under a former and a present name; keep one of the two")
+        raise UserError(f"the weights hold {some_of(twice)} twice, under a former and a present name; keep one of the two")
     owner = owners(wanted)
     missing = set(owner.values()) - {owner[target] for target in made}
     if missing:
         raise UserError(
-            f"the weights lack {len(missing)} tensors of the model ({_some([name for name in wanted if name in missing])}); set model.path "
+            f"the weights lack {len(missing)} tensors of the model "
+            f"({some_of([name for name in wanted if name in missing])}); set model.path "
             "to a complete folder of the same architecture"
         )
     position = {name: number for number, name in enumerate(wanted)}
-    return sorted(parts, key=lambda part: min(position[target] for target in part.targets))
+    return sorted(conversions, key=lambda conversion: min(position[target] for target in conversion.targets))
 
 
 def owners(wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """name -> the first name of the same tensor; another one where a head is tied."""
+    """Name -> the first name of the same tensor; the two differ where a head is tied."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in wanted.items()}
 
@@ -221,10 +103,11 @@ def owners(wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
 Collected = dict[str, tuple[list[str], Any]]  # target -> (stored names, transformers' WeightConverter or None)
 
 
-def _collected(model: Any, tensors: Mapping[str, Stored], wanted: dict[str, torch.Tensor]) -> tuple[Collected, dict[str, str]]:
-    """Stored names by what they become, and those that become nothing (stored name -> its name in the model's words).
+def _collected(model: Any, tensors: Mapping[str, StoredTensor], wanted: dict[str, torch.Tensor]) -> tuple[Collected, dict[str, str]]:
+    """Stored names by target, and the stored names without a target (stored name -> its name after transformers'
+    renaming).
 
-    The rules and their order are those of ``transformers.core_model_loading.convert_and_load_state_dict_in_model``.
+    Rules and order are those of ``transformers.core_model_loading.convert_and_load_state_dict_in_model``.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -252,7 +135,9 @@ def _collected(model: Any, tensors: Mapping[str, Stored], wanted: dict[str, torc
 
 
 def _refuse_left_over(model: Any, left_over: Mapping[str, str]) -> None:
-    """Raise UserError for stored tensors that have no place, but for those that transformers passes over (buffers of older versions)."""
+    """Raises UserError for stored tensors without a place, except those that transformers ignores (buffers of older
+    versions).
+    """
     from transformers.utils.loading_report import LoadStateDictInfo
 
     info = LoadStateDictInfo(set(), set(left_over.values()), set(), [], {}, set())
@@ -263,15 +148,16 @@ def _refuse_left_over(model: Any, left_over: Mapping[str, str]) -> None:
         raise UserError(config_json.quantized(f"the weights are quantized ({codes[0]})"))
     if strange:
         raise UserError(
-            f"the weights hold {len(strange)} tensors that have no place in the model ({_some(strange)}); set model.path to a folder whose "
+            f"the weights hold {len(strange)} tensors that have no place in the model ({some_of(strange)}); set "
+            "model.path to a folder whose "
             "config.json belongs to its weights"
         )
 
 
-def _part(
-    model: Any, wanted: Mapping[str, torch.Tensor], target: str, sources: list[str], converter: Any, tensors: Mapping[str, Stored]
-) -> Part:
-    """A part whose values are known to fit the model."""
+def _conversion(
+    model: Any, wanted: Mapping[str, torch.Tensor], target: str, sources: list[str], converter: Any, tensors: Mapping[str, StoredTensor]
+) -> Conversion:
+    """A conversion whose values are known to fit the model."""
     for name in sources:
         _refuse_other_kind(name, tensors[name].dtype, wanted[target].dtype)
 
@@ -287,12 +173,12 @@ def _part(
     try:
         shapes = {name: tuple(value.shape) for name, value in make(lambda name: torch.empty(tensors[name].shape, device="meta")).items()}
     except (RuntimeError, ValueError, IndexError) as error:
-        raise UserError(f"{_some(sources)} in the weights do not make up {target} ({config_json.brief(error)}); {_OTHER}") from error
+        raise UserError(f"{some_of(sources)} in the weights do not make up {target} ({config_json.brief(error)}); {_OTHER}") from error
     for name, shape in shapes.items():
         if name not in wanted or shape != tuple(wanted[name].shape):  # copy_ would broadcast
             found = list(wanted[name].shape) if name in wanted else "no place"
             raise UserError(f"{name} has shape {list(shape)} in the weights and {found} in the model; {_OTHER}")
-    return Part(tuple(shapes), tuple(sources), make)
+    return Conversion(tuple(shapes), tuple(sources), make)
 
 
 _OTHER = "set model.path to a folder whose config.json belongs to its weights"
@@ -304,45 +190,42 @@ def _refuse_other_kind(name: str, stored: torch.dtype | str, wanted: torch.dtype
         raise UserError(config_json.quantized(said) if wanted.is_floating_point else f"{said}; {_OTHER}")
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-
-
 # ---- reading ----
 
 
-def fill(model: nn.Module, parts: Sequence[Part], tensors: Mapping[str, Stored], gather: Gather = whole) -> None:
+def fill(model: nn.Module, conversions: Sequence[Conversion], tensors: Mapping[str, StoredTensor], gather: Gather = whole) -> None:
     """Copy stored tensors into a built model, group by group.
 
     Args:
-        model: of the same architecture as the one that ``parts`` were made with.
-        parts: of ``parts_of``.
-        tensors: by published name, the same on every rank; read on rank 0 only when ``gather`` broadcasts, else on every rank.
-        gather: context manager over a list of parameters that makes them whole and, on exit, spreads rank 0's values.
+        model: of the architecture that ``conversions`` were made for.
+        conversions: from ``conversions_of``.
+        tensors: by published name, the same on every rank; only rank 0 reads a partitioned parameter.
+        gather: context manager that makes a list of parameters whole and, on exit, sends rank 0's values to all ranks.
 
     Raises:
-        UserError: a tensor cannot be read or holds a number that is not finite; on every rank, after all of them were read.
+        UserError: a tensor cannot be read, or holds a number that is not finite; raised on every rank, after all
+            tensors were read.
     """
     own = model.state_dict(keep_vars=True)
-    reading = _Reading(tensors)
-    for group in _groups(parts, own):
-        parameters = {id(own[target]): own[target] for part in group for target in part.targets}
+    reader = _TensorReader(tensors)
+    for group in _groups(conversions, own):
+        parameters = {id(own[target]): own[target] for conversion in group for target in conversion.targets}
         gathered = [one for one in parameters.values() if isinstance(one, nn.Parameter)]
         with gather(gathered), torch.no_grad():
-            for part in group:  # buffers are on every rank, and small
-                if gather is whole or rank() == 0 or not isinstance(own[part.targets[0]], nn.Parameter):
-                    reading.copy(part, own)
-    refusal = reading.refusal() if gather is whole else control.from_rank_0(reading.refusal())
+            for conversion in group:  # buffers are on every rank, and small
+                if gather is whole or rank() == 0 or not isinstance(own[conversion.targets[0]], nn.Parameter):
+                    reader.copy(conversion, own)
+    refusal = reader.refusal() if gather is whole else control.from_rank_0(reader.refusal())
     if refusal:
         raise UserError(refusal)
 
 
-def _groups(parts: Iterable[Part], own: Mapping[str, Any]) -> Iterator[list[Part]]:
-    group: list[Part] = []
+def _groups(conversions: Iterable[Conversion], own: Mapping[str, Any]) -> Iterator[list[Conversion]]:
+    group: list[Conversion] = []
     size = 0
-    for part in parts:
-        size += sum(bytes_of(own[target]) for target in part.targets)
-        group.append(part)
+    for conversion in conversions:
+        size += sum(bytes_of(own[target]) for target in conversion.targets)
+        group.append(conversion)
         if size >= GROUP_BYTES:
             yield group
             group, size = [], 0
@@ -351,54 +234,58 @@ def _groups(parts: Iterable[Part], own: Mapping[str, Any]) -> Iterator[list[Part
 
 
 def bytes_of(tensor: Any) -> int:
-    """Of a parameter when it is whole."""
+    """Size in bytes of a parameter when it is whole."""
     return getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
 
 
-class _Reading:
-    """Reads tensors and remembers what was wrong, so that no rank leaves the others alone in the middle of a gather."""
+class _TensorReader:
+    """Reads tensors and collects errors instead of raising them: a rank that left in the middle of a gather would hang
+    the others.
+    """
 
-    def __init__(self, tensors: Mapping[str, Stored]):
+    def __init__(self, tensors: Mapping[str, StoredTensor]):
         self._tensors = tensors
         self._error = ""
-        self._odd: dict[str, str] = {}
+        self._not_finite: dict[str, str] = {}
 
-    def copy(self, part: Part, own: Mapping[str, torch.Tensor]) -> None:
-        """Put the part's values into ``own``."""
+    def copy(self, conversion: Conversion, own: Mapping[str, torch.Tensor]) -> None:
+        """Put the values of a conversion into ``own``."""
         from safetensors import SafetensorError
 
         if self._error:
             return
-        dtype = own[part.targets[0]].dtype
+        dtype = own[conversion.targets[0]].dtype
         try:
-            for target, value in part.make(lambda name: self._read(name, dtype)).items():
+            for target, value in conversion.make(lambda name: self._read(name, dtype)).items():
                 own[target].copy_(value)
         except (OSError, SafetensorError) as error:
-            self._error = f"{_some(part.sources)} cannot be read ({config_json.brief(error)}); fetch the model folder again"
+            self._error = f"{some_of(conversion.sources)} cannot be read ({config_json.brief(error)}); fetch the model folder again"
 
     def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor in the model's dtype, as transformers casts before it stacks."""
+        """The tensor in the model's dtype; it is cast before it is stacked, as in transformers."""
         stored = self._tensors[name]()
         value = stored.to(dtype)
-        if not finite(value):
-            odd = int((~torch.isfinite(value)).sum())
-            cast = f" in {str(dtype).removeprefix('torch.')}, which is too narrow" if finite(stored) else ""
-            self._odd[name] = f"{odd} of the {value.numel()} numbers of {name} {'is' if odd == 1 else 'are'} not finite{cast}"
+        if not all_finite(value):
+            count = int((~torch.isfinite(value)).sum())
+            cast = f" in {str(dtype).removeprefix('torch.')}, which is too narrow" if all_finite(stored) else ""
+            self._not_finite[name] = f"{count} of the {value.numel()} numbers of {name} {'is' if count == 1 else 'are'} not finite{cast}"
         return value
 
     def refusal(self) -> str:
-        """What was wrong, in a sentence; empty where nothing was."""
-        if self._error or not self._odd:
+        """The collected errors as a sentence; empty where there are none."""
+        if self._error or not self._not_finite:
             return self._error
-        first, *more = self._odd.values()
+        first, *more = self._not_finite.values()
         others = f" ({len(more)} more tensors hold such numbers)" if more else ""
         narrow = "set the dtype to bfloat16 (model.dtype, or export.dtype in export)"
         remedy = narrow if first.endswith("narrow") else "set model.path to an intact copy of the model"
         return f"{first}{others}; {remedy}"
 
 
-def finite(tensor: torch.Tensor) -> bool:
-    """Whether every number of a tensor is finite. A finite sum proves it in one pass; only an infinite one leaves it open."""
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether every number of a tensor is finite. A finite sum proves it in one pass; an infinite sum may be an
+    overflow.
+    """
     if not tensor.is_floating_point() or not tensor.numel() or bool(torch.isfinite(tensor.sum())):
         return True
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))

@@ -1,7 +1,7 @@
-"""A causal LM that is told its window: the module that the training engine wraps.
+"""A causal LM whose forward pass takes the window: the module that the training engine wraps.
 
-Choice: the Hugging Face model stays untouched inside. Three things are swapped around it: its rotary module (two tables), its attention
-function (sequence parallel, spans) and its head (chunked loss instead of logits).
+Choice: the Hugging Face model stays untouched inside. Three parts around it are replaced: the rotary module (two
+tables), the attention function (sequence parallel, document spans) and the head (chunked loss instead of logits).
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ class WindowLM(nn.Module):
     def __init__(self, lm: Any, factors: Factors, loss_chunk_tokens: int):
         super().__init__()
         self.lm = lm
-        self.rotary = [rotary.install(lm, factors)]  # in a list: it is the model's own sub-module, not a second child of ours
+        self.rotary = [rotary.install(lm, factors)]  # in a list, so that torch does not register the module twice
         self.loss_head = LossHead(lm.get_output_embeddings(), loss_chunk_tokens)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, spans: Spans, window: str) -> torch.Tensor:
-        """Summed loss of this rank's shard: tokens, labels, positions [T/sp]; spans of the whole segment; window "short" | "long"."""
+        """Summed loss of this rank's sequence shard.
+
+        Args:
+            tokens, labels, positions: int64 [T/sp].
+            spans: document spans of the whole segment.
+            window: "short" | "long".
+        """
         self.rotary[0].window = window
         hidden = self.lm.base_model(input_ids=tokens[None], position_ids=positions[None], spans=spans, use_cache=False).last_hidden_state
         return self.loss_head(hidden[0], labels)

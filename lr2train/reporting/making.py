@@ -38,8 +38,6 @@ def factors(inputs: Inputs) -> str | Missing:
         "The original RoPE crosses the original window L0 at <em>tcd</em>. Below that line, pretraining has seen whole "
         "periods. The index where a method's curve crosses the target window L is that method's own critical index."
     )
-    if made.original_tokens:
-        sentence += f" The first {made.original_tokens:,} tokens keep the original RoPE."
     return (
         heading("RoPE factors", sentence) + "<div "
         f'class="figures">{figure("Rescale factors", charts.factor_curves(made, index).svg(), caption, wide=True)}'

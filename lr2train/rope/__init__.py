@@ -1,4 +1,6 @@
-"""RoPE rescaling: spectra, factors, the methods behind them, their Hugging Face form. numpy only; knows no model, no process group."""
+"""RoPE rescaling: spectrum, factors, methods, and their form in Hugging Face configs. numpy only: no model, no process
+group.
+"""
 
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import METHODS, build

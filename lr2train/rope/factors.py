@@ -1,12 +1,11 @@
-"""The rescale factors of a long window: what a method computes, a search finds, a training run uses and an export writes.
+"""The rescale factors of a long window: made by a method or a search, used by a training run, written by an export.
 
-Choice: one frozen value object with its own JSON form, which carries the spectrum it was made for, so that factors cannot silently meet
-another model. It holds what is physically needed and refuses only what no rotary table can be built from. Order and bounds of the factors
-(non-decreasing, in [s, 2s]) are promises of the search and of single methods, not of this class: published sets break them and have to be
-read as they are.
+Choice: one frozen value object with a JSON form of its own. It carries the spectrum that it was made for, so factors of
+another model are recognised. Only tables that cannot be built are refused. Order and bounds (non-decreasing, in [s,
+2s]) are promises of the search and of single methods: published factors break them and have to be read as they are.
 
-The short window of our own training is always the model's own: all ones and attention factor 1 for plain RoPE. `short_rescale` and
-`short_attention_factor` exist for published sets that do otherwise.
+The short window of our training is always the model's own. For plain RoPE its factors are 1 and its attention factor is
+1. ``short_rescale`` and ``short_attention_factor`` exist for published models that differ.
 """
 
 from __future__ import annotations
@@ -24,24 +23,26 @@ from lr2train.config import UserError
 from lr2train.io import write_json
 from lr2train.rope.spectrum import Spectrum
 
+NOTES = "search"  # key of factors.json that holds the provenance of searched factors
+
 
 @dataclass(frozen=True)
 class Factors:
-    """Frequencies theta_i / lambda_i of the long window, and its temperature.
+    """Rescale factors lambda_i of the long window, and its attention factor.
 
     Attributes:
-        rescale: lambda_i, D numbers (any sequence is taken, a tuple of floats is kept); positive and finite.
-        attention_factor: multiplies cos and sin of the long window, so it scales attention logits by its square; positive and finite.
+        rescale: lambda_i, D positive finite numbers; the frequencies are theta_i / lambda_i. Any sequence is taken and
+            kept as a tuple.
+        attention_factor: multiplies cos and sin of the long window, so it scales attention logits by its square;
+            positive and finite.
         spectrum: of the original model, with the original window L0.
         target_window_tokens: L >= L0.
-        method: name of the rule that made them (a name of METHODS, or what a search calls itself).
-        short_rescale: of the window up to L0; None stands for all ones.
+        method: a name of METHODS.
+        short_rescale: factors of the window up to L0, D numbers; None: all are 1.
         short_attention_factor: of the window up to L0.
-        original_tokens: n: in the long window, positions 0 ... n-1 keep the original frequencies theta_i, all others have theta_i / lambda_i
-            (LongRoPE v1, arXiv 2402.13753); 0 ... L. The attention factor multiplies all of them alike.
 
     Raises:
-        UserError: wrong length, a number that is not positive and finite, L below L0, n outside 0 ... L.
+        UserError: a table has the wrong length, a number is not positive and finite, or L is below L0.
     """
 
     rescale: tuple[float, ...]
@@ -51,7 +52,6 @@ class Factors:
     method: str
     short_rescale: tuple[float, ...] | None = None
     short_attention_factor: float = 1.0
-    original_tokens: int = 0
 
     def __post_init__(self) -> None:
         extension_ratio(self.spectrum, self.target_window_tokens)
@@ -60,9 +60,8 @@ class Factors:
         object.__setattr__(self, "short_attention_factor", _checked_factor("short_attention_factor", self.short_attention_factor))
         if self.short_rescale is not None:
             short = _checked_table("short_rescale", self.short_rescale, self.spectrum)
-            # one spelling of the original RoPE, so that == works
+            # One form for the original RoPE, so that equal factors compare equal.
             object.__setattr__(self, "short_rescale", None if set(short) == {1.0} else short)
-        object.__setattr__(self, "original_tokens", _checked_count(self.original_tokens, self.target_window_tokens))
 
     @property
     def scale(self) -> float:
@@ -71,49 +70,55 @@ class Factors:
 
     @property
     def inv_freq(self) -> np.ndarray:
-        """theta_i / lambda_i of the long window (from position `original_tokens` on), radians per token, float64 [D] (paper, Eq. 8)."""
+        """theta_i / lambda_i of the long window, radians per token, float64 [D] (paper, Eq. 8)."""
         return self.spectrum.inv_freq / np.asarray(self.rescale)
 
     @property
     def short_inv_freq(self) -> np.ndarray:
-        """The frequencies up to L0: the original ones, unless a published set says otherwise; float64 [D]."""
+        """Frequencies of the window up to L0, radians per token, float64 [D]."""
         return self.spectrum.inv_freq if self.short_rescale is None else self.spectrum.inv_freq / np.asarray(self.short_rescale)
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict; floats survive json.dumps and json.loads exactly. What was added later stands in it where it is not its default."""
+        """A plain dict; json.dumps and json.loads keep every float exactly."""
         data: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        # Left out at its default: files and fingerprints stay those of the releases before the key existed.
         if self.spectrum.attention_factor == 1.0:
             del data["spectrum"]["attention_factor"]
-        if not self.original_tokens:
-            del data["original_tokens"]
         return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Factors:
-        """The inverse of `to_json`. Keys that are not ours are ignored, so a search may keep notes beside the factors.
+        """The inverse of `to_json`. The provenance that a search writes (key `search`) is ignored.
 
         Raises:
-            UserError: a key is missing or has another shape.
+            UserError: a key is missing, unknown, or has another shape.
         """
+        unknown = [key for key in data if key not in cls.__dataclass_fields__ and key != NOTES]
+        if unknown:
+            raise UserError(
+                f"the factors given by rope.factors hold {unknown[0]}={data[unknown[0]]!r}, which is no key of "
+                "factors; "
+                "set rope.factors to a factors.json that a search of this version wrote"
+            )
         try:
-            known = {k: data[k] for k in cls.__dataclass_fields__ if k in data}
-            return cls(**{**known, "spectrum": Spectrum(**data["spectrum"])})
+            given = {key: value for key, value in data.items() if key != NOTES}
+            return cls(**{**given, "spectrum": Spectrum(**data["spectrum"])})
         except UserError:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"the factors given by rope.factors are not in the form that a search writes ({error!r}); "
-                "write them again or set rope.method"
+                f"the factors given by rope.factors do not have the form that a search writes ({error!r}); "
+                "set rope.factors to a factors.json of a search, or set rope.factors=null and rope.method"
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Write JSON atomically: whoever reads sees the old file or the new one, never half of one."""
+        """Write JSON atomically: a reader sees the old file or the new file, never a part."""
         write_json(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Factors:
-        """Read what `save` wrote. Raises UserError when the file is missing, no JSON, or not factors."""
-        return cls.from_json(read_json(Path(path)))
+        """Read a file that `save` wrote. Raises UserError when it is missing, is no JSON, or holds no factors."""
+        return cls.from_json(read_factors_json(Path(path)))
 
 
 def extension_ratio(spectrum: Spectrum, target_tokens: int) -> float:
@@ -123,21 +128,26 @@ def extension_ratio(spectrum: Spectrum, target_tokens: int) -> float:
 
 
 def refuse_target(target_tokens: int, original_window_tokens: int) -> None:
-    """Raises UserError when L is below L0: there is nothing to extend."""
+    """Raises UserError when L is below L0."""
     if target_tokens < original_window_tokens:
         raise UserError(
-            f"rope.target_window_tokens={target_tokens} is below the original window of {original_window_tokens} tokens; "
-            "set rope.target_window_tokens to at least that, or correct model.original_window_tokens"
+            f"rope.target_window_tokens={target_tokens} is below the original window of {original_window_tokens} "
+            "tokens; "
+            f"set rope.target_window_tokens to {original_window_tokens} or more, or correct "
+            "model.original_window_tokens"
         )
 
 
 def longrope_attention_factor(scale: float, window_tokens: int) -> float:
-    """sqrt(1 + ln s / ln L0), 1 for s <= 1: LongRoPE's, and what runtimes use for both windows when a `longrope` config names none."""
+    """sqrt(1 + ln s / ln L0), 1 for s <= 1 (LongRoPE, arXiv 2402.13753).
+
+    Runtimes use this attention factor for both windows where a `longrope` config names none.
+    """
     return math.sqrt(1.0 + math.log(scale) / math.log(window_tokens)) if scale > 1.0 else 1.0
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The dict in a JSON file that rope.factors leads to. Raises UserError when there is none."""
+def read_factors_json(path: Path) -> dict[str, Any]:
+    """The object in the JSON file that rope.factors leads to. Raises UserError when there is none."""
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
@@ -150,8 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(data, dict):
         raise UserError(
-            f"rope.factors: {path} holds a {type(data).__name__} "
-            "in the place of a dict; set rope.factors to a factors.json or a model folder"
+            f"rope.factors: {path} holds a {type(data).__name__} and no object; set rope.factors to a factors.json or a model folder"
         )
     return data
 
@@ -160,13 +169,14 @@ def _checked_table(name: str, numbers: Sequence[float], spectrum: Spectrum) -> t
     table = tuple(float(x) for x in numbers)
     if len(table) != spectrum.n_dims:
         raise UserError(
-            f"{name} has {len(table)} numbers, but a rotary dimension of {spectrum.rotary_dim} needs {spectrum.n_dims}; "
-            "give rope.factors of this model"
+            f"{name} has {len(table)} numbers, but a rotary dimension of {spectrum.rotary_dim} needs "
+            f"{spectrum.n_dims}; "
+            "set rope.factors to factors of this model"
         )
     bad = [i for i, x in enumerate(table) if not 0.0 < x < math.inf]
     if bad:
         raise UserError(
-            f"{name}[{bad[0]}]={table[bad[0]]} is not a positive finite number; mend rope.factors, rope.tail or rope.options.rescale"
+            f"{name}[{bad[0]}]={table[bad[0]]} is not a positive finite number; correct rope.factors, rope.tail or rope.options.rescale"
         )
     return table
 
@@ -174,15 +184,6 @@ def _checked_table(name: str, numbers: Sequence[float], spectrum: Spectrum) -> t
 def _checked_factor(name: str, value: float) -> float:
     if not 0.0 < value < math.inf:
         raise UserError(
-            f"{name}={value} is not a positive finite number; set rope.attention_factor to one such as 1.2, or mend rope.factors"
+            f"{name}={value} is not a positive finite number; set rope.attention_factor to a number such as 1.2, or correct rope.factors"
         )
     return float(value)
-
-
-def _checked_count(value: int, target_tokens: int) -> int:
-    if int(value) != value or not 0 <= value <= target_tokens:
-        raise UserError(
-            f"original_tokens={value} is not a whole number between 0 and the target window of {target_tokens} tokens; "
-            "set rope.options.original_tokens to how many first tokens keep the original RoPE (0: none)"
-        )
-    return int(value)

@@ -1,22 +1,22 @@
-"""Factors <-> the rope keys of a Hugging Face config: the only file that knows those names and their versions.
+"""Factors <-> the RoPE keys of a Hugging Face config; the only file that knows these names and their versions.
 
-Configs are plain dicts (config.json, or `config.to_dict()`). Since version 5 transformers keeps everything in `rope_parameters`; before,
-`rope_theta`, `partial_rotary_factor` and `rope_scaling` stood apart, with "type" for "rope_type" and "su" (Phi-3, at times "yarn") for
-"longrope".
+Configs are plain dicts (config.json, or ``config.to_dict()``). transformers 5 keeps all RoPE keys in
+``rope_parameters``. Before, there were ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling``, with "type" for
+"rope_type" and "su" (Phi-3, at times "yarn") for "longrope".
 
-Choice: `write` gives one dict under both names, with every number written out, so that no runtime has anything to infer:
+Choice: ``write`` puts one dict under both names, with every number written out, so a runtime has nothing to infer:
 
-- transformers reads `attention_factor`, and applies that ONE number to both windows. Below the original window its model is therefore the
-  trained one only if the factor is 1; the config format has no way to say otherwise to it.
-- vLLM and SGLang do not read `attention_factor` but `short_mscale` and `long_mscale`, and fall back to sqrt(1 + ln s / ln L0) for both
-  windows without them. So we write them: 1 and the long factor. Cost: transformers logs one "Unrecognized keys" warning when it loads the
-  config, and ignores them.
+- transformers applies ``attention_factor`` to both windows. Below the original window its model is the trained one only
+  where this factor equals the short window's own. The config has no key that would say otherwise.
+- vLLM and SGLang read ``short_mscale`` and ``long_mscale`` instead, and fall back to sqrt(1 + ln s / ln L0) for both
+  windows. ``write`` gives the short window's own factor and the long factor. Cost: transformers logs one "Unrecognized
+  keys" warning and ignores both.
 - llama.cpp's converter computes sqrt(1 + ln s / ln L0) itself, whatever is written.
-- Phi-3 in transformers before version 5 accepts exactly three keys in `rope_scaling` and refuses ours: better than a temperature that it
-  would invent.
+- Phi-3 in transformers 4 accepts exactly three keys in ``rope_scaling`` and refuses these dicts; that is better than a
+  wrong attention factor.
 
-The short window of a model is its own, in training and in `write` alike. A base with plain RoPE has a short table of ones and the factor 1. A
-base of type `longrope` has its `short_factor` and its short attention factor, and both are kept.
+The short window is the model's own, in training and in ``write``. A base model with plain RoPE has short factors 1 and
+attention factor 1. A base model of type ``longrope`` keeps its ``short_factor`` and its short attention factor.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from lr2train.config import UserError
 from lr2train.rope.factors import Factors, longrope_attention_factor
 from lr2train.rope.spectrum import Spectrum
 
-DEFAULT_BASE = 10000.0  # transformers' own, for configs that name none
-SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")  # types that leave the original window as it is where their factor is 1
+DEFAULT_BASE = 10000.0  # of transformers, for configs that name none
+# Types that change no frequency where their factor is 1.
+SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 
 LARGEST_COUNT = 2**31 - 1
 
-# The keys that are read here, by the kind of their values.
+# The keys that are read here, by the type of their values.
 _COUNTS = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings")
 _NUMBERS = ("rope_theta", "factor", "attention_factor", "short_mscale", "long_mscale")
 _SHARES = ("partial_rotary_factor", "rotary_pct")
@@ -45,71 +46,72 @@ _DICTS = ("rope_scaling", "rope_parameters")
 _TEXTS = ("rope_type", "type")
 
 
-def refuse_odd(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a value that is of another JSON type or outside the limits of its key, before anything computes with it.
+def refuse_wrong_values(config: Mapping[str, Any], where: str) -> None:
+    """Check every RoPE key of a config before a number is computed from it.
 
     Args:
-        config: as it stands in config.json.
-        where: names the file in the message.
+        config: contents of config.json.
+        where: name of the file, for the message.
 
     Raises:
-        UserError: names the file, the key, the value and what is wanted.
+        UserError: a value has another JSON type than its key, or is outside the key's limits.
     """
-    _refuse_odd_keys(config, where, "")
+    _refuse_wrong_keys(config, where, "")
     for name in _DICTS:
         rope = config.get(name)
         if rope is None:
             continue
         if not isinstance(rope, dict):
-            raise odd(where, name, rope, "an object")
+            raise wrong_value(where, name, rope, "an object")
         by_layer_type = bool(rope) and all(isinstance(part, dict) for part in rope.values())
         parts = {f"{name}.{kind}.": part for kind, part in rope.items()} if by_layer_type else {f"{name}.": rope}
         for prefix, part in parts.items():
-            _refuse_odd_keys(part, where, prefix)
-            _refuse_odd_tables(part, config, where, prefix)
+            _refuse_wrong_keys(part, where, prefix)
+            _refuse_wrong_tables(part, config, where, prefix)
 
 
-def _refuse_odd_keys(keys: Mapping[str, Any], where: str, prefix: str) -> None:
+def _refuse_wrong_keys(keys: Mapping[str, Any], where: str, prefix: str) -> None:
     for name in _COUNTS:
-        refuse_odd_count(keys, name, where, prefix)
+        refuse_wrong_count(keys, name, where, prefix)
     for name in _NUMBERS:
         if (value := keys.get(name)) is not None and not _positive(value):
-            raise odd(where, f"{prefix}{name}", value, "a positive finite number")
+            raise wrong_value(where, f"{prefix}{name}", value, "a positive finite number")
     for name in _SHARES:
         if (value := keys.get(name)) is not None and not (_positive(value) and value <= 1):
-            raise odd(where, f"{prefix}{name}", value, "a number above 0 and up to 1")
+            raise wrong_value(where, f"{prefix}{name}", value, "a number above 0 and up to 1")
     if prefix:
         for name in _TEXTS:
             if (value := keys.get(name)) is not None and not isinstance(value, str):
-                raise odd(where, f"{prefix}{name}", value, "a text")
+                raise wrong_value(where, f"{prefix}{name}", value, "a text")
 
 
-def _refuse_odd_tables(rope: Mapping[str, Any], config: Mapping[str, Any], where: str, prefix: str) -> None:
+def _refuse_wrong_tables(rope: Mapping[str, Any], config: Mapping[str, Any], where: str, prefix: str) -> None:
     for name in _TABLES:
         table = rope.get(name)
         if table is None:
             continue
         if not isinstance(table, list) or not all(_positive(value) for value in table):
-            raise odd(where, f"{prefix}{name}", table, "a list of positive finite numbers")
+            raise wrong_value(where, f"{prefix}{name}", table, "a list of positive finite numbers")
         sized = config.get("head_dim") or (config.get("hidden_size") and config.get("num_attention_heads"))
         if sized and len(table) != (wanted := _rotary_dim(dict(config)) // 2):
             raise UserError(
-                f"{where}: {prefix}{name} has {len(table)} numbers, and a rotary dimension of {2 * wanted} needs {wanted}; correct "
+                f"{where}: {prefix}{name} has {len(table)} numbers, and a rotary dimension of {2 * wanted} needs "
+                f"{wanted}; correct "
                 f"{prefix}{name} there"
             )
 
 
-def refuse_odd_count(
+def refuse_wrong_count(
     keys: Mapping[str, Any], name: str, where: str, prefix: str = "", bounds: tuple[int, int] = (1, LARGEST_COUNT)
 ) -> None:
-    """Raises UserError where ``keys`` holds a value under ``name`` that is no whole number within ``bounds``; null is allowed."""
+    """Raises UserError unless ``keys[name]`` is missing, null or a whole number within ``bounds``."""
     value, (least, most) = keys.get(name), bounds
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most):
-        raise odd(where, f"{prefix}{name}", value, f"a whole number from {least} to {most}")
+        raise wrong_value(where, f"{prefix}{name}", value, f"a whole number from {least} to {most}")
 
 
-def odd(where: str, key: str, value: Any, wanted: str) -> UserError:
-    """The error of a value in a file that is not what its key wants."""
+def wrong_value(where: str, key: str, value: Any, wanted: str) -> UserError:
+    """The error for a value in a file that its key does not allow."""
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
     return UserError(f"{where}: {key}={shown} is not {wanted}; correct {key} there")
 
@@ -119,13 +121,14 @@ def _positive(value: Any) -> bool:
 
 
 def spectrum_of(config: dict[str, Any]) -> Spectrum:
-    """The original RoPE of a model: plain RoPE, or `longrope` of which it is the original.
+    """The original RoPE of a model of type default or ``longrope``.
 
-    rotary dimension = int(head_dim x partial_rotary_factor), head_dim = hidden_size // num_attention_heads when not named;
-    base = rope_theta; window = original_max_position_embeddings, else max_position_embeddings.
+    rotary dimension = int(head_dim x partial_rotary_factor), with head_dim = hidden_size // num_attention_heads where
+    no key names it; base = rope_theta; original window = original_max_position_embeddings, else
+    max_position_embeddings.
 
     Raises:
-        UserError: a key is missing, or the model already rescales its frequencies by another rule (linear, yarn, llama3 ...).
+        UserError: a key is missing, or the model rescales its frequencies by another rule (linear, yarn, llama3 ...).
     """
     rope = _rope_dict(config)
     kind = _kind(rope)
@@ -140,14 +143,15 @@ def spectrum_of(config: dict[str, Any]) -> Spectrum:
 
 
 def factors_of(config: dict[str, Any]) -> Factors | None:
-    """The long factors that a config carries; None for a model with plain RoPE. Read as they are, whatever their order and bounds.
+    """The factors that a ``longrope`` config carries, in any order and without bounds; None for a model with plain
+    RoPE.
 
-    Where no attention factor is written, the one that runtimes then use is recorded: sqrt(1 + ln s / ln L0), for *both* windows. One that
-    is written acts on both windows too, unless short_mscale says otherwise.
+    A config without an attention factor gets the default of the runtimes, sqrt(1 + ln s / ln L0), for *both* windows. A
+    written ``attention_factor`` acts on both windows too, unless there is a ``short_mscale``.
 
     Raises:
-        UserError: a key is missing (without an original window a `longrope` model never leaves its short table), or a table
-            has the wrong length.
+        UserError: a key is missing, or a table has the wrong length. The original window is needed: without it a
+            ``longrope`` model never leaves its short table.
     """
     rope = _rope_dict(config)
     if _kind(rope) != "longrope":
@@ -174,19 +178,13 @@ def _default_attention_factor(config: dict[str, Any], rope: dict[str, Any], spec
 
 
 def write(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
-    """A copy of the config with the factors in it, for transformers, vLLM, SGLang (the module's text says what each of them reads).
+    """A copy of the config with the factors in it, for transformers, vLLM and SGLang.
 
     The long window is that of the factors. The short window is the config's own, as in training.
 
     Raises:
-        UserError: the factors were made for another rotary dimension or base than the config's, or keep the original RoPE for first tokens,
-            which no runtime's config can say.
+        UserError: the factors were made for another rotary dimension or base than the config's.
     """
-    if factors.original_tokens:
-        raise UserError(
-            f"the factors keep the original RoPE for the first {factors.original_tokens} tokens (rope.options.original_tokens), which no key of "
-            "a Hugging Face config can say, so no runtime would compute what was measured; set rope.options.original_tokens=0"
-        )
     own, made_for = spectrum_of(config), factors.spectrum
     if (own.rotary_dim, own.base) != (made_for.rotary_dim, made_for.base):
         raise UserError(
@@ -199,7 +197,7 @@ def write(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
         rope["partial_rotary_factor"] = partial
     return copy.deepcopy(config) | {
         "max_position_embeddings": factors.target_window_tokens,
-        "original_max_position_embeddings": made_for.window_tokens,  # Phi-3 and converters look here
+        "original_max_position_embeddings": made_for.window_tokens,  # Phi-3 and converters read the outer key
         "rope_theta": made_for.base,
         "rope_parameters": rope,
         "rope_scaling": copy.deepcopy(rope),
@@ -207,7 +205,7 @@ def write(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
 
 
 def _longrope_dict(factors: Factors, own: Factors | None) -> dict[str, Any]:
-    """The keys of `longrope`; ``own`` are the factors that the config itself carries."""
+    """The keys of ``longrope``; ``own`` are the factors that the config carries already."""
     short = (own and own.short_rescale) or (1.0,) * factors.spectrum.n_dims
     return {
         "rope_type": "longrope",
@@ -224,15 +222,17 @@ def _longrope_dict(factors: Factors, own: Factors | None) -> dict[str, Any]:
 
 
 def _rope_dict(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` where it is filled, else `rope_parameters`: transformers 5 has the same preference."""
+    """``rope_scaling`` where it is filled, else ``rope_parameters``: the preference of transformers 5."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if any(isinstance(value, dict) for value in rope.values()):
-        raise UserError(f"the model has a RoPE per layer type ({', '.join(rope)}); set model.path to a model with one RoPE for all layers")
+        raise UserError(
+            f"the model has one RoPE per layer type ({', '.join(rope)}); set model.path to a model with one RoPE for all layers"
+        )
     return rope
 
 
 def _kind(rope: dict[str, Any]) -> str:
-    if "long_factor" in rope:  # whatever the type is called: Phi-3 has used su, yarn and longrope for the same thing
+    if "long_factor" in rope:  # whatever the type's name: Phi-3 has used su, yarn and longrope for one rule
         return "longrope"
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default" and "mrope_section" in rope:

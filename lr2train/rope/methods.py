@@ -1,11 +1,13 @@
-"""Every rule that turns (original spectrum, target window) into rescale factors, and the one door from a RopeConfig to Factors.
+"""The methods: rules that turn (original spectrum, target window) into rescale factors; ``build`` makes Factors from a
+RopeConfig.
 
-Choice: a method is a plain function whose keyword-only parameters are its options; `build` reads the signature, so an option cannot be
-named here and forgotten there. Everything is float64. A parameter that only a search can find (critical index, tail) has no default: an
-invented one would train for days before anybody noticed. Cost: the searched methods do not run without their numbers.
+Choice: a method is a plain float64 function, and its keyword-only parameters are its options. ``build`` reads the
+signature, so an option cannot be declared here and forgotten there. Parameters that only a search can find (critical
+index, tail) have no default: a wrong default would go unnoticed through days of training. Cost: the searched methods do
+not run without these parameters.
 
-What a rule says in terms of bases is written as factors: a base b' instead of b is lambda_i = (b'/b)^(2i/d). LongRoPE v1's option of the
-original RoPE for the first n tokens depends on the position and is no factor: it travels beside them as `Factors.original_tokens`.
+A rule that is published as another base b' is written as factors: lambda_i = (b'/b)^(2i/d). Symbols are those of
+``spectrum``; s = L / L0 is the extension ratio, L the target window.
 """
 
 from __future__ import annotations
@@ -21,32 +23,35 @@ import numpy as np
 
 from lr2train.config import RopeConfig, UserError
 from lr2train.rope import hf
-from lr2train.rope.factors import Factors, extension_ratio, longrope_attention_factor, read_json
+from lr2train.rope.factors import Factors, extension_ratio, longrope_attention_factor, read_factors_json
 from lr2train.rope.spectrum import Spectrum
 
 
 def none(spectrum: Spectrum, target_tokens: int) -> Factors:
-    """lambda_i = 1: the original RoPE, extrapolated."""
+    """lambda_i = 1: the original RoPE beyond its window."""
     return _made("none", spectrum, target_tokens, np.ones(spectrum.n_dims))
 
 
 def pi(spectrum: Spectrum, target_tokens: int) -> Factors:
-    """lambda_i = s: positional interpolation (Chen et al. 2023); `linear` in transformers."""
+    """lambda_i = s: positional interpolation (Chen et al. 2023, arXiv 2306.15595); `linear` in transformers."""
     scale = extension_ratio(spectrum, target_tokens)
     return _made("pi", spectrum, target_tokens, np.full(spectrum.n_dims, scale))
 
 
 def ntk_aware(spectrum: Spectrum, target_tokens: int) -> Factors:
-    """lambda_i = s^(2i/(d-2)), base b s^(d/(d-2)): the community's rule; 1 at the first index, exactly s at the last."""
+    """lambda_i = s^(2i/(d-2)), base b s^(d/(d-2)): the "NTK-aware" rule of bloc97 (2023); 1 at i = 0, exactly s at i =
+    D-1.
+    """
     scale = extension_ratio(spectrum, target_tokens)
     exponent = np.arange(spectrum.n_dims) / (spectrum.n_dims - 1)
     return _made("ntk_aware", spectrum, target_tokens, scale**exponent)
 
 
 def ntk(spectrum: Spectrum, target_tokens: int) -> Factors:
-    """lambda_i = (b'/b)^(2i/d), b' = b^(ln(L/2pi) / ln(L0/2pi)): Liu et al. 2023, the "NTK" of the paper (section 2.3).
+    """lambda_i = (b'/b)^(2i/d), b' = b^(ln(L/2pi) / ln(L0/2pi)): the paper's "NTK" (Section 2.3; Liu et al. 2023, arXiv
+    2310.05209).
 
-    Equals s at the real-valued critical index and exceeds it above.
+    lambda is s at the real-valued critical index, and larger at every higher index.
     """
     extension_ratio(spectrum, target_tokens)
     growth = math.log(target_tokens / (2 * math.pi)) / math.log(spectrum.window_tokens / (2 * math.pi))
@@ -54,10 +59,12 @@ def ntk(spectrum: Spectrum, target_tokens: int) -> Factors:
 
 
 def dynamic_ntk(spectrum: Spectrum, target_tokens: int, *, length_tokens: int | None = None) -> Factors:
-    """Base b ((s l / L0) - (s - 1))^(d/(d-2)), l = max(length, L0): NTK by the current length; `dynamic` in transformers.
+    """Base b ((s l / L0) - (s - 1))^(d/(d-2)), l = max(length, L0): NTK by the current length; `dynamic` in
+    transformers.
 
     Args:
-        length_tokens: the current length; the target window when None, since a fixed table has to serve all of it.
+        length_tokens: l, the current length. None: the target window, because a fixed table serves every length up to
+            L.
     """
     scale = extension_ratio(spectrum, target_tokens)
     length = max(target_tokens if length_tokens is None else length_tokens, spectrum.window_tokens)
@@ -67,24 +74,27 @@ def dynamic_ntk(spectrum: Spectrum, target_tokens: int, *, length_tokens: int | 
 
 
 def yarn(spectrum: Spectrum, target_tokens: int, *, beta_fast: float = 32.0, beta_slow: float = 1.0) -> Factors:
-    """lambda_i = 1 / ((1 - ramp_i) + ramp_i / s), attention factor 0.1 ln s + 1 (Peng et al. 2023): frequencies are blended linearly.
+    """lambda_i = 1 / ((1 - ramp_i) + ramp_i / s), attention factor (mscale) 0.1 ln s + 1 (YaRN, Peng et al. 2023, arXiv
+    2309.00071).
+
+    The ramp blends *frequencies* linearly between theta_i and theta_i / s.
 
     Args:
-        beta_fast: periods inside L0 above which an index is kept.
-        beta_slow: periods inside L0 below which it is interpolated by s.
+        beta_fast: with more periods than this inside L0, an index keeps its frequency.
+        beta_slow: with fewer periods than this inside L0, an index is interpolated by s.
     """
     return _yarn(spectrum, target_tokens, yarn_ramp(spectrum, beta_fast, beta_slow), "yarn")
 
 
 def yarn_rcd(spectrum: Spectrum, target_tokens: int, *, critical_index: int, beta_fast: float = 32.0) -> Factors:
-    """YaRN with the found critical index at the upper end of its ramp, where tcd stands otherwise (paper, section 4.3 and Figure 9)."""
+    """YaRN-rcd: YaRN whose ramp ends at the found critical index instead of tcd (paper, Section 4.3)."""
     high = _checked_index(spectrum, critical_index)
     low = min(max(math.floor(spectrum.index_of(beta_fast)), 0), high - 1)  # below `high`, so that s is reached there
     return _yarn(spectrum, target_tokens, _ramp(spectrum, low, high), "yarn_rcd")
 
 
 def ntk_rcd(spectrum: Spectrum, target_tokens: int, *, critical_index: int) -> Factors:
-    """lambda_i = s^(i / rcd): NTK that reaches s at the found critical index (paper, section 4.3 and Figure 9)."""
+    """NTK-rcd: lambda_i = s^(i / rcd), which is s at the found critical index (paper, Section 4.3)."""
     scale = extension_ratio(spectrum, target_tokens)
     exponent = np.arange(spectrum.n_dims) / _checked_index(spectrum, critical_index)
     return _made("ntk_rcd", spectrum, target_tokens, scale**exponent)
@@ -93,16 +103,18 @@ def ntk_rcd(spectrum: Spectrum, target_tokens: int, *, critical_index: int) -> F
 def llama3(
     spectrum: Spectrum, target_tokens: int, *, low_freq_factor: float = 1.0, high_freq_factor: float = 4.0, factor: float | None = None
 ) -> Factors:
-    """Meta's rule for LLaMA 3.1: keep periods below L0 / high, divide the frequencies of periods above L0 / low, blend linearly between.
+    """Meta's rule for LLaMA 3.1: keep periods below L0 / high, divide the frequencies of periods above L0 / low, blend
+    between.
 
     Args:
-        low_freq_factor: periods inside L0 below which a frequency is divided.
-        high_freq_factor: periods inside L0 above which it is kept.
-        factor: what frequencies are divided by; s when None.
+        low_freq_factor: low; with fewer periods than this inside L0, a frequency is divided by ``factor``.
+        high_freq_factor: high; with more periods than this inside L0, a frequency is kept.
+        factor: None: s.
     """
     if not 0.0 <= low_freq_factor < high_freq_factor:
         raise UserError(
-            f"rope.options.low_freq_factor={low_freq_factor} is not below rope.options.high_freq_factor={high_freq_factor}; "
+            f"rope.options.low_freq_factor={low_freq_factor} is not below "
+            f"rope.options.high_freq_factor={high_freq_factor}; "
             "set it below (Meta uses 1 and 4)"
         )
     factor = extension_ratio(spectrum, target_tokens) if factor is None else factor
@@ -116,41 +128,37 @@ def longrope(
     target_tokens: int,
     *,
     rescale: Sequence[float] | None = None,
-    original_tokens: int = 0,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
 ) -> Factors:
-    """LongRoPE (v1, Ding et al. 2024, arXiv 2402.13753), attention factor sqrt(1 + ln s / ln L0).
+    """LongRoPE v1 (Ding et al. 2024, arXiv 2402.13753), attention factor sqrt(1 + ln s / ln L0).
 
     Args:
-        rescale: the D factors, searched in [1, 1.25 s] in steps of 0.01, non-decreasing. None gives the curve that its search starts from,
-            (1 - ramp_i) + s ramp_i over YaRN's ramp: the *factors* are blended linearly, which is not YaRN's own curve.
-        original_tokens: its n: positions below it keep the original RoPE; 0 for none. (In the authors' code these positions go without the
-            attention factor as well; here it is one number of the window.)
-        beta_fast, beta_slow: ends of that ramp.
+        rescale: the D factors; its search keeps them in [1, 1.25 s], in steps of 0.01, non-decreasing. None: the curve
+            that the search starts from, (1 - ramp_i) + s ramp_i over YaRN's ramp. It blends *factors* linearly, so it
+            is not YaRN's own curve.
+        beta_fast, beta_slow: ends of the ramp, as in ``yarn``.
     """
     scale = extension_ratio(spectrum, target_tokens)
     table = lambda_linear(yarn_ramp(spectrum, beta_fast, beta_slow), scale) if rescale is None else rescale
-    made = _made("longrope", spectrum, target_tokens, table, longrope_attention_factor(scale, spectrum.window_tokens))
-    return replace(made, original_tokens=original_tokens)
+    return _made("longrope", spectrum, target_tokens, table, longrope_attention_factor(scale, spectrum.window_tokens))
 
 
 def longrope2(
     spectrum: Spectrum, target_tokens: int, *, critical_index: int, tail: Sequence[float] | float, attention_factor: float | None = None
 ) -> Factors:
-    """lambda_i = tail[i - rcd] for i >= rcd, lambda_rcd^(i / rcd) below (paper, section 3.2, Algorithms 1 and 2).
+    """lambda_i = tail[i - rcd] for i >= rcd, lambda_rcd^(i / rcd) below (paper, Section 3.2, Algorithms 1 and 2).
 
-    The left side is NTK with the base b lambda_rcd^(d / (2 rcd)), which meets the tail at the critical index.
+    Below rcd this is NTK with the base b lambda_rcd^(d / (2 rcd)): it meets the tail at the critical index.
 
     Args:
         critical_index: rcd, zero-based cosine index, 1 ... D-1.
-        tail: the D - rcd searched factors; one number stands for a constant tail. Any order: bounds belong to the search.
-        attention_factor: None is 1. The paper states none; runtimes that find none use LongRoPE's on both windows, and a search can do
-            better than either.
+        tail: the D - rcd searched factors in any order, or one number for a constant tail. Bounds are the search's own.
+        attention_factor: None: 1. The paper states none; the search finds one (``search.search_attention_factor``).
     """
-    left = _checked_index(spectrum, critical_index)
-    right = _full_tail(spectrum, left, tail)
-    table = np.concatenate([right[0] ** (np.arange(left) / left), right])
+    rcd = _checked_index(spectrum, critical_index)
+    right = _full_tail(spectrum, rcd, tail)  # [D - rcd]
+    table = np.concatenate([right[0] ** (np.arange(rcd) / rcd), right])  # [D]
     return _made("longrope2", spectrum, target_tokens, table, 1.0 if attention_factor is None else attention_factor)
 
 
@@ -160,7 +168,9 @@ METHODS: dict[str, Callable[..., Factors]] = {
 
 
 def yarn_ramp(spectrum: Spectrum, beta_fast: float = 32.0, beta_slow: float = 1.0) -> np.ndarray:
-    """clip((i - low) / (high - low), 0, 1), float64 [D], with (low, high) of `yarn_range`: 0 is kept, 1 is interpolated by s."""
+    """YaRN's ramp clip((i - low) / (high - low), 0, 1), float64 [D]; 0: kept, 1: interpolated by s. ``yarn_range``
+    gives low and high.
+    """
     if not 0.0 < beta_slow < beta_fast:
         raise UserError(
             f"rope.options.beta_slow={beta_slow} is not below rope.options.beta_fast={beta_fast}; set it below (YaRN uses 1 and 32)"
@@ -169,21 +179,22 @@ def yarn_ramp(spectrum: Spectrum, beta_fast: float = 32.0, beta_slow: float = 1.
 
 
 def yarn_range(spectrum: Spectrum, beta_fast: float = 32.0, beta_slow: float = 1.0) -> tuple[int, int]:
-    """(low, high) = max(floor(dim(beta_fast)), 0), min(ceil(dim(beta_slow)), d - 1); dim(r) has r periods inside L0.
+    """(low, high) = max(floor(dim(beta_fast)), 0), min(ceil(dim(beta_slow)), d - 1), with dim(r) =
+    ``Spectrum.index_of(r)``.
 
-    The bound is d - 1 and not D - 1, as in YaRN's own code.
+    The bound is d - 1, not D - 1, as in YaRN's own code.
     """
     low = max(math.floor(spectrum.index_of(beta_fast)), 0)
     return low, min(math.ceil(spectrum.index_of(beta_slow)), spectrum.rotary_dim - 1)
 
 
 def frequency_linear(ramp: np.ndarray, scale: float) -> np.ndarray:
-    """1 / ((1 - ramp) + ramp / s): factors whose frequencies lie linearly between theta and theta / s (YaRN, llama3)."""
+    """Factors 1 / ((1 - ramp) + ramp / s): frequencies are linear between theta and theta / s (YaRN, llama3)."""
     return 1.0 / ((1.0 - ramp) + ramp / scale)
 
 
 def lambda_linear(ramp: np.ndarray, scale: float) -> np.ndarray:
-    """(1 - ramp) + s ramp: factors that lie linearly between 1 and s (LongRoPE's starting population)."""
+    """Factors (1 - ramp) + s ramp: linear between 1 and s (LongRoPE v1's initial population)."""
     return (1.0 - ramp) + scale * ramp
 
 
@@ -197,7 +208,7 @@ def _yarn(spectrum: Spectrum, target_tokens: int, ramp: np.ndarray, name: str) -
 
 
 def _ramp(spectrum: Spectrum, low: int, high: int) -> np.ndarray:
-    width = high - low or 0.001  # as in YaRN's own code: an empty ramp becomes a step just above `low`
+    width = high - low or 0.001  # as in YaRN's own code: an empty ramp becomes a step above `low`
     return np.clip((np.arange(spectrum.n_dims) - low) / width, 0.0, 1.0)
 
 
@@ -222,26 +233,28 @@ def _full_tail(spectrum: Spectrum, critical_index: int, tail: Sequence[float] | 
         raise UserError(
             f"rope.tail has {len(numbers)} numbers, but rope.critical_index={critical_index} "
             f"of {spectrum.n_dims} cosine dimensions needs {needed}; "
-            f"give {needed}, or one for a constant tail"
+            f"set rope.tail to {needed} numbers, or to one number for a constant tail"
         )
     if not 0.0 < numbers[0] < math.inf:
-        raise UserError(f"rope.tail[0]={numbers[0]} is not a positive finite number; set it to at least the extension ratio")
+        raise UserError(
+            f"rope.tail[0]={numbers[0]} is not a positive finite number; set rope.tail to numbers of at least the extension ratio"
+        )
     return np.broadcast_to(numbers, needed) if len(numbers) == 1 else numbers
 
 
 def build(rope: RopeConfig, spectrum: Spectrum) -> Factors:
-    """The factors that a config asks for: those of `rope.factors` when set, else those of `rope.method`.
+    """The factors that a config names: ``rope.factors`` where it is set, else ``rope.method``.
 
-    `rope.attention_factor`, when set, replaces theirs in both cases. A method that leaves attention as it is (factor 1) keeps the factor that
-    the model has in its own window.
+    ``rope.attention_factor``, where it is set, replaces the attention factor of either. A method with attention factor
+    1 keeps the attention factor of the model's own window.
 
     Args:
-        rope: target window, and a factors file or a method with its parameters.
-        spectrum: of the model that will use them.
+        rope: target window, and a factors file or a method with its options.
+        spectrum: of the model that uses the factors.
 
     Raises:
-        UserError: naming the key to mend; a file that is missing or was made for another model or target, an unknown method, a parameter
-            that is missing, unknown to the method or of the wrong size.
+        UserError: the file is missing or was made for another model or target; the method is unknown; an option is
+            missing, unknown to the method or of the wrong size.
     """
     factors = _from_file(rope, spectrum) if rope.factors else _from_method(rope, spectrum)
     return factors if rope.attention_factor is None else replace(factors, attention_factor=rope.attention_factor)
@@ -252,22 +265,23 @@ def _from_file(rope: RopeConfig, spectrum: Spectrum) -> Factors:
     path = Path(rope.factors)
     if path.is_dir():  # a search's run folder, or a model folder
         path = path / "factors.json" if (path / "factors.json").exists() else path / "config.json"
-    data = read_json(path)
+    data = read_factors_json(path)
     if "rescale" not in data:
-        hf.refuse_odd(data, f"rope.factors: {path}")
+        hf.refuse_wrong_values(data, f"rope.factors: {path}")
     factors = Factors.from_json(data) if "rescale" in data else hf.factors_of(data)
     if factors is None:
         raise UserError(
             f"rope.factors: {path} carries no longrope factors; set rope.factors to a factors.json or to a model folder that has them"
         )
-    _refuse_strangers(factors, rope, spectrum, path)
+    _refuse_other_model_or_target(factors, rope, spectrum, path)
     return factors
 
 
-def _refuse_strangers(factors: Factors, rope: RopeConfig, spectrum: Spectrum, path: Path) -> None:
+def _refuse_other_model_or_target(factors: Factors, rope: RopeConfig, spectrum: Spectrum, path: Path) -> None:
     if factors.spectrum != spectrum:
         raise UserError(
-            f"rope.factors: {path} was made for a model with {_described(factors.spectrum)}, but this model has {_described(spectrum)}; "
+            f"rope.factors: {path} was made for a model with {_described(factors.spectrum)}, but this model has "
+            f"{_described(spectrum)}; "
             "set rope.factors to factors of this model, or correct model.original_window_tokens"
         )
     if factors.target_window_tokens != rope.target_window_tokens:
@@ -297,7 +311,9 @@ def _from_method(rope: RopeConfig, spectrum: Spectrum) -> Factors:
 
 
 def _arguments(rope: RopeConfig, method: Callable[..., Factors]) -> dict[str, Any]:
-    """The keyword arguments of a method, refused where it does not take one that was given or lacks one that it needs."""
+    """The keyword arguments of a method. Raises UserError for an option that the method does not take, or that it needs
+    and does not get.
+    """
     given = dict(rope.options)
     if rope.critical_index is not None:
         given["critical_index"] = rope.critical_index
@@ -310,7 +326,8 @@ def _arguments(rope: RopeConfig, method: Callable[..., Factors]) -> dict[str, An
         )
     for name in [n for n, p in options.items() if p.default is p.empty and n not in given]:
         raise UserError(
-            f"rope.method={rope.method} needs {_key(name)}, which a search finds; set rope.factors to its factors.json, or {_key(name)}"
+            f"rope.method={rope.method} needs {_key(name)}, which a search finds; "
+            f"set rope.factors to the search's factors.json, or set {_key(name)}"
         )
     return given
 

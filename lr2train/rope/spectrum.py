@@ -1,11 +1,12 @@
-"""The frequencies of a rotary embedding and the cosine indices at which its periods stop fitting into the original window.
+"""The frequencies of a rotary embedding, and the critical indices at which its periods no longer fit into the original
+window.
 
-Choice: one small value object of three numbers, everything else computed from them in float64 on demand. Cost: a property is recomputed
-at every read (microseconds); in return it can be compared, hashed and stored, and never disagrees with itself.
+Symbols: d rotary dimensions of a head; D = d/2 cosine dimensions; i = 0 ... D-1 the cosine index, zero-based; b the
+base; L0 the original window in tokens; theta_i = b^(-2i/d) (paper, Eq. 5). The paper mixes one-based and zero-based
+indices, and prints critical dimensions as twice the cosine index. Here every index is a zero-based cosine index.
 
-Symbols: d rotary dimensions of a head, D = d/2 cosine dimensions, i = 0 ... D-1 the cosine index (zero-based everywhere), b base, L0
-original window. The paper mixes one-based and zero-based indices and prints twice the cosine index for its critical dimensions; ours are
-cosine indices.
+Choice: one frozen value object of three numbers; all else is computed from these in float64 on demand. So a spectrum
+can be compared, hashed and stored. Cost: a property is computed again at each read (microseconds).
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ import numpy as np
 
 from lr2train.config import UserError
 
-LOWEST_CANDIDATE_PERIODS = 10  # periods inside L0 at which the search for the real critical index starts (paper, section 3.2)
+# the search for the real critical index starts where ten periods fit into L0 (paper, Section 3.2)
+LOWEST_CANDIDATE_PERIODS = 10
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Original RoPE of a model.
+    """The original RoPE of a model.
 
     Attributes:
         rotary_dim: d, rotated dimensions of one head (head size x partial rotary factor); even, at least 4.
         base: b (rope_theta), above 1.
-        window_tokens: L0, the original window; above 2 pi, since a shorter one holds no whole period.
-        attention_factor: multiplies cos and sin in the original window; 1 but for a model that is `longrope` already. Two spectra that differ
-            in nothing else are equal.
+        window_tokens: L0, the original window; at least 7: the shortest period is 2 pi tokens.
+        attention_factor: multiplies cos and sin in the original window; 1, unless the model is of type `longrope`
+            already. Comparison ignores the attention factor.
 
     Raises:
-        UserError: a value outside these limits.
+        UserError: a value is outside these limits.
     """
 
     rotary_dim: int
@@ -45,10 +47,10 @@ class Spectrum:
         if self.rotary_dim < 4 or self.rotary_dim % 2:
             raise UserError(
                 f"rotary dimension {self.rotary_dim} is not an even number of at least 4; "
-                "choose a model.path whose heads rotate such a number"
+                "set model.path to a model whose heads rotate such a number"
             )
         if not 1.0 < self.base < math.inf:
-            raise UserError(f"RoPE base {self.base} is not a finite number above 1; mend rope_theta in the config of model.path")
+            raise UserError(f"RoPE base {self.base} is not a finite number above 1; correct rope_theta in the config of model.path")
         if self.window_tokens < 7:
             raise UserError(
                 f"original window of {self.window_tokens} tokens is below 7, less than one period; set model.original_window_tokens"
@@ -61,34 +63,39 @@ class Spectrum:
 
     @property
     def inv_freq(self) -> np.ndarray:
-        """theta_i = b^(-2i/d), radians per token, float64 [D] (paper, Eq. 1)."""
+        """theta_i = b^(-2i/d), radians per token, float64 [D] (paper, Eq. 5)."""
         return self.base ** (-2.0 * np.arange(self.n_dims) / self.rotary_dim)
 
     @property
     def period_tokens(self) -> np.ndarray:
-        """T_i = 2 pi / theta_i, tokens, float64 [D]."""
+        """T_i = 2 pi / theta_i, tokens, float64 [D] (paper, Eq. 6)."""
         return 2.0 * math.pi / self.inv_freq
 
     def index_of(self, periods: float) -> float:
-        """Real-valued cosine index whose period fits `periods` times into L0: d ln(L0 / (2 pi periods)) / (2 ln b); YaRN's dim(r)."""
+        """Real-valued cosine index whose period fits `periods` times into L0: d ln(L0 / (2 pi periods)) / (2 ln b).
+
+        YaRN calls it dim(r) (Peng et al. 2023).
+        """
         return self.rotary_dim * math.log(self.window_tokens / (periods * 2.0 * math.pi)) / (2.0 * math.log(self.base))
 
     @property
     def critical_index_real(self) -> float:
-        """D log_b(L0 / 2 pi), before rounding and bounds: the index whose period is exactly L0."""
+        """D log_b(L0 / 2 pi), not rounded: the period of this index is exactly L0."""
         return self.index_of(1.0)
 
     @property
     def critical_index(self) -> int:
-        """tcd = ceil(D log_b(L0 / 2 pi)), the first index whose period exceeds L0 (paper, section 2.2).
+        """tcd = ceil(D log_b(L0 / 2 pi)), the first index whose period exceeds L0 (paper, Section 2.2, Eq. 7).
 
-        Kept inside 1 ... D-1: a model whose every period fits into L0 has no such index, and its slowest one is then called critical.
+        Clipped to 1 ... D-1. Where every period fits into L0, the slowest index counts as critical.
         """
         return self._bounded(math.ceil(self.critical_index_real))
 
     @property
     def lowest_critical_index(self) -> int:
-        """d10 = ceil(D log_b(L0 / (2 pi 10))), kept inside 1 ... D-1: where the search for the real one starts (section 3.2)."""
+        """d10 = ceil(D log_b(L0 / (2 pi 10))), clipped to 1 ... D-1: the lowest candidate of the search (paper, Section
+        3.2).
+        """
         return self._bounded(math.ceil(self.index_of(LOWEST_CANDIDATE_PERIODS)))
 
     def _bounded(self, index: int) -> int:

@@ -1,4 +1,4 @@
-"""What is measured: scores against plain transformers, and cells, accuracy and perplexity of hand-made scores."""
+"""Evaluation: scores against plain transformers; cells, accuracy and perplexity of hand-made scores."""
 
 import math
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lr2train.config import UserError
 from lr2train.data.needles import NeedleDocument
-from lr2train.evaluation import niah, perplexity
+from lr2train.evaluation import figures
 from lr2train.evaluation.subject import Subject, open_model
 from lr2train.model import score as score_module
 from lr2train.model.score import Score, score
@@ -50,10 +50,10 @@ def test_a_score_is_the_sum_over_the_spans_in_plain_transformers(folder, monkeyp
     assert score(model, table, "short", tokens, spans).nll != pytest.approx(expected, rel=1e-2), "the window matters"
 
 
-def test_exact_is_what_greedy_decoding_would_say(folder):
+def test_a_score_is_exact_where_greedy_decoding_produces_every_token(folder):
     model, table = open_model(subject_of(folder), "float32", "cpu")
     tokens = tokens_of(100)
-    for at in (97, 98, 99):  # the answer becomes what the model says, token by token
+    for at in (97, 98, 99):  # the answer becomes the most likely text, token by token
         tokens[at] = model_says(model, table, tokens[:at])
     assert score(model, table, "long", tokens, [(97, 100)]).exact
     tokens[98] = (tokens[98] + 1) % tiny.VOCAB
@@ -96,13 +96,13 @@ def test_the_length_chooses_the_table(folder):
 def test_documents_are_scored_under_the_table_of_their_length(folder):
     model, table = open_model(subject_of(folder), "float32", "cpu")
     texts = [tokens_of(tiny.L0), tokens_of(tiny.L0 + 1)]
-    found = list(perplexity.scores(model, table, subject_of(folder), texts))
-    expected = [score(model, table, window, text, [(1, len(text))]) for window, text in zip(("short", "long"), texts, strict=True)]
-    assert found == [(len(text), one) for text, one in zip(texts, expected, strict=True)]
-    needles = [NeedleDocument(text, ((len(text) - 3, len(text) - 1),), 0.0, ("12",)) for text in texts]
-    found = list(niah.scores(model, table, subject_of(folder), needles))
-    expected = [score(model, table, w, one.tokens, one.answer_spans) for w, one in zip(("short", "long"), needles, strict=True)]
-    assert found == list(zip(needles, expected, strict=True))
+    found = [subject_of(folder).score_text(model, table, text) for text in texts]
+    assert found == [score(model, table, window, text, [(1, len(text))]) for window, text in zip(("short", "long"), texts, strict=True)]
+    answers = [[(len(text) - 3, len(text) - 1)] for text in texts]
+    found = [subject_of(folder).score(model, table, text, spans) for text, spans in zip(texts, answers, strict=True)]
+    assert found == [
+        score(model, table, window, text, spans) for window, text, spans in zip(("short", "long"), texts, answers, strict=True)
+    ]
 
 
 # ---- figures of hand-made scores ----
@@ -119,16 +119,16 @@ def test_a_cell_is_a_length_and_a_depth():
         (document(200, 0.5), Score((math.log(9),), 1, False)),
         (document(100, 1.0), Score((0.0,), 4, False)),
     ]
-    assert niah.cells(scored) == [
+    assert figures.cells(scored) == [
         {"length_tokens": 100, "depth": 0.0, "accuracy": 1.0, "perplexity": pytest.approx(2.0), "documents": 1},
         {"length_tokens": 100, "depth": 1.0, "accuracy": 0.0, "perplexity": 1.0, "documents": 1},
         {"length_tokens": 200, "depth": 0.5, "accuracy": 0.5, "perplexity": pytest.approx(81 ** (1 / 3)), "documents": 2},
     ]
 
 
-def test_perplexity_is_of_tokens_and_not_a_mean_of_documents():
-    assert niah.perplexity([Score((math.log(16),), 1, True), Score((0.0,), 3, True)]) == pytest.approx(2.0)
+def test_perplexity_averages_over_tokens_and_not_over_documents():
+    assert figures.perplexity([Score((math.log(16),), 1, True), Score((0.0,), 3, True)]) == pytest.approx(2.0)
 
 
-def test_a_hopeless_model_does_not_overflow():
-    assert niah.perplexity([Score((1e9,), 1, False)]) == math.exp(700)
+def test_a_perplexity_too_large_for_a_float_is_capped():
+    assert figures.perplexity([Score((1e9,), 1, False)]) == math.exp(700)

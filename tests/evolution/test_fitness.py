@@ -1,4 +1,4 @@
-"""Losses against plain transformers, a journal that survives any cut, and a search that is the same on any number of ranks."""
+"""Losses against plain transformers; a journal that survives any cut; the same search on any number of ranks."""
 
 import json
 import math
@@ -14,11 +14,10 @@ from lr2train.config import ModelConfig, NeedleConfig, SearchConfig, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import needle_set
 from lr2train.evolution import fitness as fitness_module
-from lr2train.evolution.documents import Document
-from lr2train.evolution.documents import documents as documents_of
+from lr2train.evolution.documents import SearchDocument, draw_documents
 from lr2train.evolution.fitness import WORST, Fitness
 from lr2train.evolution.genome import Space
-from lr2train.evolution.race import Judge, everything
+from lr2train.evolution.race import CandidateScorer, without_racing
 from lr2train.model import load, rotary
 from lr2train.model.score import Score
 from lr2train.rope import METHODS
@@ -41,11 +40,11 @@ def space() -> Space:
     return Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2))
 
 
-def documents(folder) -> list[Document]:
+def documents(folder) -> list[SearchDocument]:
     """Two of three needles are asked for."""
     needles = NeedleConfig(wording="code", digits=4)
     made = needle_set(Corpus.open(folder / "corpus"), needles, N_DOCUMENTS, tiny.L, [0.0], np.random.default_rng(0), 2, 1)
-    return [Document(one.tokens, one.answer_spans) for one in made]
+    return [SearchDocument(one.tokens, one.answer_spans) for one in made]
 
 
 def fitness_over(folder, journal, sharded: bool = False) -> Fitness:
@@ -55,9 +54,9 @@ def fitness_over(folder, journal, sharded: bool = False) -> Fitness:
 
 
 def losses_of(fitness: Fitness) -> list[float]:
-    """Mean loss of every candidate over every document: what a search without racing asks for."""
+    """Mean loss of every candidate over every document, as a search without racing computes it."""
     every = candidates()
-    fitness.settle(lambda losses: everything(losses, every, range(N_DOCUMENTS)))
+    fitness.settle(lambda losses: without_racing(losses, every, range(N_DOCUMENTS)))
     return [fitness.loss(candidate, range(N_DOCUMENTS)) for candidate in every]
 
 
@@ -71,7 +70,7 @@ def pairs(journal) -> list[tuple[str, int]]:
 
 @torch.no_grad()
 def plain_loss(folder, candidate) -> float:
-    """Mean nll of the answers' tokens from whole logits of plain transformers with the candidate in its config."""
+    """Mean loss of the answer tokens, from whole logits of plain transformers with the candidate in its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = rope_hf.write(json.loads((folder / "base" / "config.json").read_text()), space().factors(candidate))
@@ -95,13 +94,21 @@ def test_the_loss_is_that_of_whole_logits_in_plain_transformers(folder, tmp_path
 
 
 def counting(monkeypatch) -> list:
-    """What is really computed, by the model's own forward."""
-    calls, score = [], fitness_module.score
-    monkeypatch.setattr(fitness_module, "score", lambda *args: (calls.append(args[3].tobytes()), score(*args))[1])
+    """The documents that are scored, in order. A document under the same factors goes through the model once and is
+    then remembered.
+    """
+    calls, remembered, score = [], {}, fitness_module.score
+
+    def counted(model, table, window, tokens, *rest):
+        calls.append(tokens.tobytes())
+        pair = tokens.tobytes(), table.tables[window].attention_factor, table.tables[window].inv_freq.numpy().tobytes()
+        return remembered.get(pair) or remembered.setdefault(pair, score(model, table, window, tokens, *rest))
+
+    monkeypatch.setattr(fitness_module, "score", counted)
     return calls
 
 
-def test_what_stands_in_the_journal_is_not_computed_again(folder, tmp_path, monkeypatch):
+def test_evaluations_in_the_journal_are_not_computed_again(folder, tmp_path, monkeypatch):
     calls, journal = counting(monkeypatch), tmp_path / "journal.jsonl"
     first = fitness_over(folder, journal)
     expected = losses_of(first)
@@ -110,11 +117,11 @@ def test_what_stands_in_the_journal_is_not_computed_again(folder, tmp_path, monk
     assert again.recovered == 4 * N_DOCUMENTS
     assert losses_of(again) == expected
     assert len(calls) == 4 * N_DOCUMENTS
-    assert again.document_forwards == first.document_forwards, "generations.jsonl reads the same after a kill"
+    assert again.document_forwards == first.document_forwards, "generations.jsonl is the same after a kill"
 
 
 def test_a_journal_cut_anywhere_goes_on_to_the_same_result(folder, tmp_path, monkeypatch):
-    """As a kill leaves it: cut in a line, between two lines, before a line's end."""
+    """A kill leaves it cut in a line, between two lines, or before a line's end."""
     journal = tmp_path / "journal.jsonl"
     fitness = fitness_over(folder, journal)
     expected, whole = losses_of(fitness), journal.read_bytes()
@@ -125,17 +132,17 @@ def test_a_journal_cut_anywhere_goes_on_to_the_same_result(folder, tmp_path, mon
         journal.write_bytes(whole[:cut])
         complete = whole[:cut].count(b"\n")
         calls.clear()
-        # the model is the same: what a new process would have
+        # The model stands for the one that a new process loads.
         fitness = Fitness(fitness._model, fitness._rotary, space(), fitness.documents, journal)
         assert fitness.recovered == complete
         assert losses_of(fitness) == expected
-        assert len(calls) == len(wanted) - complete, "nothing in the journal is computed again"
-        assert sorted(pairs(journal)) == sorted(wanted), "each pair stands there once"
+        assert len(calls) == len(wanted) - complete, "no evaluation in the journal is computed again"
+        assert sorted(pairs(journal)) == sorted(wanted), "each pair is in the journal once"
         entries = [json.loads(line) for line in journal.read_text().splitlines()]
         assert all(entry["nll"] == nll[entry["candidate"], entry["document"]] for entry in entries)
 
 
-def test_a_damaged_line_costs_itself_and_no_more(folder, tmp_path):
+def test_damaged_lines_are_removed_and_computed_again(folder, tmp_path):
     journal = tmp_path / "journal.jsonl"
     expected = losses_of(fitness_over(folder, journal))
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -143,28 +150,30 @@ def test_a_damaged_line_costs_itself_and_no_more(folder, tmp_path):
     resumed = fitness_over(folder, journal)
     assert (resumed.recovered, resumed.damaged) == (len(lines) - 1, 2)
     assert losses_of(resumed) == expected
-    assert sorted(journal.read_bytes().splitlines(keepends=True)[:-1]) == sorted(lines[:5] + lines[6:]), "what was good stands as it did"
+    assert sorted(journal.read_bytes().splitlines(keepends=True)[:-1]) == sorted(lines[:5] + lines[6:]), "good lines are kept as they are"
     assert fitness_over(folder, journal).recovered == len(lines)
 
 
-def test_a_candidate_that_breaks_the_model_is_the_worst(folder, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_counts_as_the_worst(folder, tmp_path, monkeypatch):
     scores = iter([(math.nan, 1.0), (math.inf, 1.0), (1e4, 1.0)])
     monkeypatch.setattr(fitness_module, "score", lambda *_: Score(next(scores), 1, False))
     fitness = fitness_over(folder, tmp_path / "journal.jsonl")
     every = candidates()[:3]
-    fitness.settle(lambda losses: everything(losses, every, [0]))
+    fitness.settle(lambda losses: without_racing(losses, every, [0]))
     (start, stop), _ = fitness.documents[0].spans
     broken = WORST * (stop - start) + 1.0
     tokens = fitness.documents[0].n_scored_tokens
-    assert [fitness.loss(one, [0]) * tokens for one in every] == pytest.approx([broken, broken, 10001.0]), "a finite loss is what it is"
+    assert [fitness.loss(one, [0]) * tokens for one in every] == pytest.approx([broken, broken, 10001.0]), (
+        "a finite loss is kept, however large"
+    )
 
 
-def test_plain_text_is_scored_as_it_is(folder, tmp_path):
-    """A piece of text loses more than any answer does: nothing of it may be capped."""
+def test_plain_text_is_scored_whole_and_without_a_cap(folder, tmp_path):
+    """A span of text loses more nats than any answer."""
     config = tiny.config(
         "search", folder, "name=x", f"model.path={folder}/base", "search.objective=text", "search.documents=1", "search.final_documents=0"
     )
-    (document,) = documents_of(config, Corpus.open(folder / "corpus"))
+    (document,) = draw_documents(config, Corpus.open(folder / "corpus"))
     assert document.n_scored_tokens == tiny.L - 1
     model = load.load_whole(folder / "base")
     table = rotary.install(model, METHODS["none"](tiny.SPECTRUM, tiny.L))
@@ -180,8 +189,8 @@ def test_plain_text_is_scored_as_it_is(folder, tmp_path):
     assert max(entry["answers"]) > 50.0
 
 
-def test_the_final_is_decided_on_further_documents_alone(folder, tmp_path, monkeypatch):
-    """Best where it was chosen, worse on what it has not seen: it must not win."""
+def test_the_final_is_decided_on_the_further_documents_alone(folder, tmp_path, monkeypatch):
+    """The candidate that is best on the generations' documents is worse on the further one, and must not win."""
     first, second = candidates()[:2]
     losses = {first.key: [0.1, 0.1, 3.0], second.key: [2.0, 2.0, 1.0]}
     fitness = fitness_over(folder, tmp_path / "journal.jsonl")
@@ -194,14 +203,14 @@ def test_the_final_is_decided_on_further_documents_alone(folder, tmp_path, monke
             "answers": [losses[candidate.key][document]] * 2,
         },
     )
-    judge = Judge(Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2, documents=2, final_documents=1)), fitness)
-    assert [one.candidate for one in sorted(judge([first, second], []), key=lambda one: one.loss)] == [first, second]
-    final = judge.final([first, second])
+    scorer = CandidateScorer(Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2, documents=2, final_documents=1)), fitness)
+    assert [one.candidate for one in sorted(scorer([first, second], []), key=lambda one: one.loss)] == [first, second]
+    final = scorer.final([first, second])
     assert [(one.candidate, one.documents) for one in final] == [(second, 1), (first, 1)]
 
 
-def test_a_decision_is_run_until_it_misses_nothing_and_counts_what_it_asked_for(folder, tmp_path):
-    """A decision that looks further only where the first loss is low."""
+def test_a_decision_is_run_until_no_loss_is_missing_and_its_lookups_are_counted(folder, tmp_path):
+    """This decision looks at a second document only for the candidate with the lowest loss on the first."""
     fitness, every, runs = fitness_over(folder, tmp_path / "journal.jsonl"), candidates(), []
 
     def decide(losses):
@@ -218,54 +227,27 @@ def test_a_decision_is_run_until_it_misses_nothing_and_counts_what_it_asked_for(
 
 def racing_search(folder, journal, sharded: bool = False, algorithm: str = "evolution") -> tuple:
     """A whole search; what it found and what it cost."""
-    knobs = SearchConfig(population=6, top_k=2, generations=3, documents=2, final_documents=1, racing_answers=2)
-    fitness, space = fitness_over(folder, journal, sharded), Space(tiny.SPECTRUM, tiny.L, knobs)
-    evolution, judge_by = ALGORITHMS[algorithm]
-    judge = judge_by(space, fitness)
-    generations = list(evolution(space, judge, 0))
-    final = judge.final([one.candidate for one in generations[-1].population[:2]])
+    settings = SearchConfig(population=6, top_k=2, generations=3, documents=2, final_documents=1, racing_answers=2)
+    fitness, space = fitness_over(folder, journal, sharded), Space(tiny.SPECTRUM, tiny.L, settings)
+    evolution, make_scorer = ALGORITHMS[algorithm]
+    scorer = make_scorer(space, fitness)
+    generations = list(evolution(space, scorer, 0))
+    final = scorer.final([one.candidate for one in generations[-1].population[:2]])
     return generations, final, fitness.document_forwards, fitness.computed
 
 
-def on_ranks(rank: int, world: int, folder, journal, algorithm: str):
-    return racing_search(folder, journal, algorithm=algorithm)
+def on_ranks(rank: int, world: int, folder, journals) -> dict:
+    """Everything that needs ranks, in one launch of each size."""
+    found: dict = {name: racing_search(folder, journals / f"{name}_{world}.jsonl", algorithm=name) for name in ("evolution", "surrogate")}
+    if world == 2:
+        for name in ("evolution", "surrogate"):
+            found[f"{name}, resumed"] = racing_search(folder, journals / f"{name}_1.jsonl", algorithm=name)
+        found["full disk"] = without_room(rank, folder, journals / "full_disk.jsonl")
+        found["failing"] = failing(rank, folder, journals / "failing.jsonl")
+    return found
 
 
-@pytest.mark.parametrize("algorithm", ["evolution", "surrogate"])
-def test_any_number_of_ranks_finds_the_same(folder, tmp_path, algorithm):
-    found = {world: run_ranks(on_ranks, world, folder, tmp_path / f"{world}.jsonl", algorithm, tmp_path=tmp_path) for world in (1, 2, 4)}
-    generations, final, wanted, computed = found[1][0]
-    assert wanted == computed, "alone nothing is computed in vain"
-    assert algorithm == "surrogate" or wanted < 2 * generations[-1].evaluated + 2, "somebody was dropped"
-    for world in (2, 4):
-        assert [one[:3] for one in found[world]] == [(generations, final, wanted)] * world
-        entries = [json.loads(line) for line in (tmp_path / f"{world}.jsonl").read_text().splitlines()]
-        assert {entry["rank"] for entry in entries} == set(range(world)), "every rank works"
-        assert wanted <= len(entries) == found[world][0][3]
-        assert len({(entry["candidate"], entry["document"]) for entry in entries}) == len(entries), "nothing is computed twice"
-        alone = {(e["candidate"], e["document"]): e["answers"] for e in map(json.loads, (tmp_path / "1.jsonl").read_text().splitlines())}
-        assert all(alone.get((e["candidate"], e["document"]), e["answers"]) == e["answers"] for e in entries)
-    resumed = run_ranks(on_ranks, 2, folder, tmp_path / "1.jsonl", algorithm, tmp_path=tmp_path)
-    assert resumed == [(generations, final, wanted, computed)] * 2, "a journal of one rank, read by two"
-
-
-def on_shares(rank: int, world: int, folder, journal):
-    return racing_search(folder, journal, sharded=True)
-
-
-def test_ranks_that_share_a_model_find_the_same(folder, tmp_path):
-    """Rounds with fewer pairs than ranks are among them: who has none joins the forward pass all the same."""
-    generations, final, wanted, _ = racing_search(folder, tmp_path / "whole.jsonl")
-    found = run_ranks(on_shares, 2, folder, tmp_path / "shares.jsonl", tmp_path=tmp_path, timeout_s=240)
-    entries = [json.loads(line) for line in (tmp_path / "shares.jsonl").read_text().splitlines()]
-    assert len({(entry["candidate"], entry["document"]) for entry in entries}) == len(entries) == found[0][3]
-    for shared_generations, shared_final, shared_wanted, _ in found:
-        assert [one.best.candidate for one in shared_generations] == [one.best.candidate for one in generations]
-        assert [one.loss for one in shared_final] == pytest.approx([one.loss for one in final], rel=1e-5)
-        assert shared_wanted == wanted
-
-
-def without_room(rank: int, world: int, folder, journal):
+def without_room(rank: int, folder, journal) -> str:
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a short write, as on a full disk
@@ -275,27 +257,72 @@ def without_room(rank: int, world: int, folder, journal):
     return str(raised.value)
 
 
-def test_a_full_disk_is_one_sentence_on_every_rank_and_costs_what_was_being_written(folder, tmp_path):
-    said = run_ranks(without_room, 2, folder, journal := tmp_path / "journal.jsonl", tmp_path=tmp_path)
-    assert (
-        said
-        == [f"rank 0: {journal} cannot be written (File too large); free some room on that disk, and run the same command again to go on"]
-        * 2
-    )
-    assert journal.stat().st_size == 2000
-    undisturbed, resumed = racing_search(folder, tmp_path / "undisturbed.jsonl"), racing_search(folder, journal)
-    assert resumed[:3] == undisturbed[:3]
-
-
-def failing(rank: int, world: int, folder, journal):
+def failing(rank: int, folder, journal) -> str:
     if rank == 1:
-        fitness_module.score = lambda *_: 1 / 0  # this process only
-    try:
+        fitness_module.score = lambda *_: 1 / 0  # in this process only, and last
+    with pytest.raises(RuntimeError) as raised:
         racing_search(folder, journal)
-    except RuntimeError as error:
-        return str(error)
+    return str(raised.value)
 
 
-def test_what_one_rank_raises_all_ranks_raise(folder, tmp_path):
-    reasons = run_ranks(failing, 2, folder, tmp_path / "journal.jsonl", tmp_path=tmp_path)
-    assert reasons == ["rank 1: ZeroDivisionError: division by zero"] * 2
+@pytest.fixture(scope="module")
+def launched(folder, tmp_path_factory):
+    """(folder of the journals, what each rank found by the number of ranks)."""
+    journals = tmp_path_factory.mktemp("journals")
+    return journals, {world: run_ranks(on_ranks, world, folder, journals, tmp_path=journals) for world in (1, 2, 4)}
+
+
+def entries_of(journal) -> dict[tuple[str, int], dict]:
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert len({(entry["candidate"], entry["document"]) for entry in entries}) == len(entries), "no evaluation is computed twice"
+    return {(entry["candidate"], entry["document"]): entry for entry in entries}
+
+
+@pytest.mark.parametrize("algorithm", ["evolution", "surrogate"])
+def test_any_number_of_ranks_finds_the_same(launched, algorithm):
+    journals, found = launched
+    generations, final, wanted, computed = found[1][0][algorithm]
+    alone = entries_of(journals / f"{algorithm}_1.jsonl")
+    assert wanted == computed == len(alone), "one rank computes nothing in vain"
+    assert algorithm == "surrogate" or wanted < 2 * generations[-1].evaluated + 2, "racing dropped candidates"
+    for world in (2, 4):
+        assert [one[algorithm][:3] for one in found[world]] == [(generations, final, wanted)] * world
+        entries = entries_of(journals / f"{algorithm}_{world}.jsonl")
+        assert {entry["rank"] for entry in entries.values()} == set(range(world)), "every rank works"
+        assert wanted <= len(entries) == found[world][0][algorithm][3]
+        assert all(entries[pair]["answers"] == alone[pair]["answers"] for pair in entries.keys() & alone.keys())
+
+
+@pytest.mark.parametrize("algorithm", ["evolution", "surrogate"])
+def test_two_ranks_resume_the_journal_of_one(launched, algorithm):
+    _, found = launched
+    assert [one[f"{algorithm}, resumed"] for one in found[2]] == [found[1][0][algorithm]] * 2
+
+
+def test_a_full_disk_is_one_sentence_on_every_rank_and_costs_only_the_line_that_was_being_written(folder, launched, tmp_path):
+    journals, found = launched
+    journal = journals / "full_disk.jsonl"
+    sentence = f"rank 0: {journal} cannot be written (File too large); free some room on that disk, and run the same command again to go on"
+    assert [one["full disk"] for one in found[2]] == [sentence] * 2
+    assert journal.stat().st_size == 2000
+    assert racing_search(folder, journal)[:3] == found[1][0]["evolution"][:3]
+
+
+def test_an_error_on_one_rank_is_raised_on_all_ranks(launched):
+    _, found = launched
+    assert [one["failing"] for one in found[2]] == ["rank 1: ZeroDivisionError: division by zero"] * 2
+
+
+def with_divided_weights(rank: int, world: int, folder, journal):
+    return racing_search(folder, journal, sharded=True)
+
+
+def test_ranks_that_divide_the_weights_find_the_same(folder, launched, tmp_path):
+    """Some rounds have fewer pairs than ranks: a rank without a pair joins the forward pass all the same."""
+    generations, final, wanted, _ = launched[1][1][0]["evolution"]
+    found = run_ranks(with_divided_weights, 2, folder, tmp_path / "divided.jsonl", tmp_path=tmp_path, timeout_s=240)
+    assert len(entries_of(tmp_path / "divided.jsonl")) == found[0][3]
+    for divided_generations, divided_final, divided_wanted, _ in found:
+        assert [one.best.candidate for one in divided_generations] == [one.best.candidate for one in generations]
+        assert [one.loss for one in divided_final] == pytest.approx([one.loss for one in final], rel=1e-5)
+        assert divided_wanted == wanted

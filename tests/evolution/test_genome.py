@@ -1,4 +1,4 @@
-"""Candidates stay inside their space, whatever is drawn."""
+"""The search space: every drawn, mutated or crossed candidate stays inside the bounds and on the grid."""
 
 import math
 
@@ -18,7 +18,7 @@ def spaces(draw) -> Space:
     window = draw(st.sampled_from([64, 500, 512, 8192]))
     spectrum = Spectrum(draw(st.sampled_from([8, 16, 64, 128])), draw(st.sampled_from([100.0, 1e4, 5e5])), window)
     low, attention_low = draw(st.floats(0.8, 1.2)), draw(st.floats(0.9, 1.2))
-    knobs = SearchConfig(
+    options = SearchConfig(
         population=draw(st.integers(2, 24)),
         top_k=1,
         mutation_probability=draw(st.sampled_from([0.05, 0.3, 1.0])),
@@ -34,7 +34,7 @@ def spaces(draw) -> Space:
         attention_factor_low=attention_low,
         attention_factor_high=attention_low + draw(st.floats(0.0, 0.4)),
     )
-    return Space(spectrum, draw(st.integers(window, 64 * window)), knobs)
+    return Space(spectrum, draw(st.integers(window, 64 * window)), options)
 
 
 def on_grid(value: float, step: float, low: float, high: float) -> bool:
@@ -42,18 +42,18 @@ def on_grid(value: float, step: float, low: float, high: float) -> bool:
 
 
 def check(space: Space, candidate: Candidate) -> None:
-    knobs, tail = space.knobs, np.array(candidate.tail)
-    low, high = knobs.tail_low * space.scale, knobs.tail_high * space.scale
+    options, tail = space.settings, np.array(candidate.tail)
+    low, high = options.tail_low * space.scale, options.tail_high * space.scale
     d10, tcd = space.spectrum.lowest_critical_index, space.spectrum.critical_index
-    allowed = range(d10, tcd + 1) if knobs.critical_index is None else [knobs.critical_index]
+    allowed = range(d10, tcd + 1) if options.critical_index is None else [options.critical_index]
     assert candidate.critical_index in allowed
     assert len(tail) == space.spectrum.n_dims - candidate.critical_index
     assert (low <= tail).all()
     assert (tail <= high).all()
     assert (np.diff(tail) >= 0).all()
-    assert all(on_grid(value, knobs.mutation_step, low, high) for value in candidate.tail)
-    if knobs.search_attention_factor:
-        bounds = knobs.attention_factor_low, knobs.attention_factor_high
+    assert all(on_grid(value, options.mutation_step, low, high) for value in candidate.tail)
+    if options.search_attention_factor:
+        bounds = options.attention_factor_low, options.attention_factor_high
         assert bounds[0] <= candidate.attention_factor <= bounds[1]
         assert on_grid(candidate.attention_factor, ATTENTION_GRID, *bounds)
     else:
@@ -69,10 +69,10 @@ def check(space: Space, candidate: Candidate) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(spaces(), st.integers(0, 2**32 - 1))
-def test_initial_members_and_chains_of_mutations_stay_inside(space, seed):
+def test_initial_members_and_chains_of_mutations_stay_inside_the_space(space, seed):
     rng = np.random.default_rng(seed)
     members = space.initial(rng)
-    assert 1 <= len(members) <= space.knobs.population
+    assert 1 <= len(members) <= space.settings.population
     assert len({member.key for member in members}) == len(members)
     for member in members:
         check(space, member)
@@ -95,12 +95,12 @@ def test_keys_are_equal_iff_candidates_are(tail, other, attention, index):
     assert (a.key == b.key) == (a == b)
 
 
-def default_space(**knobs) -> Space:
-    return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**knobs))
+def default_space(**options) -> Space:
+    return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**options))
 
 
 def test_the_initial_population_covers_every_critical_index_with_constant_tails():
-    """Algorithm 1: one member an index from d10 = 8 to tcd = 16 (METHOD's tiny model), the rest mutations of them."""
+    """Algorithm 1: one member for each index from d10 = 8 to tcd = 16; the others are mutations of these."""
     members = default_space(population=20).initial(np.random.default_rng(0))
     first = members[:9]
     assert [member.critical_index for member in first] == list(range(8, 17))
@@ -109,12 +109,12 @@ def test_the_initial_population_covers_every_critical_index_with_constant_tails(
     assert len(members) == 20
 
 
-def test_a_small_population_is_spread_over_the_indices():
+def test_a_small_population_is_spread_over_the_critical_indices():
     members = default_space(population=3, top_k=1).initial(np.random.default_rng(0))
     assert [member.critical_index for member in members] == [8, 12, 16]
 
 
-def test_a_population_larger_than_the_space_does_not_hang():
+def test_a_population_larger_than_the_space_ends_with_the_whole_space():
     space = default_space(population=64, tail_low=1.0, tail_high=1.0, critical_index=12, search_attention_factor=False)
     only = Candidate(12, (8.0,) * 20, 1.0)
     assert space.initial(np.random.default_rng(0)) == [only]
@@ -122,7 +122,7 @@ def test_a_population_larger_than_the_space_does_not_hang():
 
 
 def test_mutations_reach_the_whole_space():
-    """A chain visits every critical index and both ends of both ranges: nothing inside the bounds is out of reach."""
+    """A chain of mutations visits every critical index and both ends of both ranges."""
     space, rng = default_space(move_critical_index=0.5), np.random.default_rng(0)
     candidate = space.initial(rng)[0]
     seen = [candidate := space.mutate(candidate, rng, [candidate]) for _ in range(600)]
@@ -150,12 +150,12 @@ def test_crossover_mixes_the_traits_of_two_parents():
     assert between == pytest.approx((10.5 + 16.0) / 2, abs=0.2), "no parent is preferred"
 
 
-def everything_free(**knobs) -> Space:
-    return default_space(space="longrope", tail_high=1.25, original_tokens=[0, 4, 64], **knobs)
+def longrope_space(**options) -> Space:
+    return default_space(space="longrope", tail_high=1.25, **options)
 
 
 def test_longrope_starts_from_pi_ntk_and_the_yarn_like_curve():
-    members = everything_free(population=8, top_k=2).initial(np.random.default_rng(0))
+    members = longrope_space(population=8, top_k=2).initial(np.random.default_rng(0))
     assert [member.critical_index for member in members] == [ALL] * 8
     spectrum = Spectrum(64, 10000.0, 512)
     for member, name in zip(members, ("pi", "ntk_aware", "longrope"), strict=False):
@@ -164,8 +164,8 @@ def test_longrope_starts_from_pi_ntk_and_the_yarn_like_curve():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.0]))
-def test_longrope_candidates_stay_inside(seed, crossover):
-    space, rng = everything_free(crossover=crossover), np.random.default_rng(seed)
+def test_longrope_candidates_stay_inside_the_space(seed, crossover):
+    space, rng = longrope_space(crossover=crossover), np.random.default_rng(seed)
     members = space.initial(rng)
     for member in [*members, *(space.mutate(members[i % len(members)], rng, members) for i in range(30))]:
         tail = np.array(member.tail)
@@ -174,15 +174,13 @@ def test_longrope_candidates_stay_inside(seed, crossover):
         assert (np.diff(tail) >= 0).all()
         assert tail[0] >= 1.0
         assert tail[-1] <= 10.0
-        assert member.original_tokens in (0, 4, 64)
         factors = space.factors(member)
         assert factors.rescale == member.tail
-        assert factors.original_tokens == member.original_tokens
         assert factors.attention_factor == member.attention_factor
 
 
 @pytest.mark.parametrize(
-    ("knobs", "words"),
+    ("options", "words"),
     [
         ({"critical_index": 32}, r"search\.critical_index=32 is outside 1 … 31"),
         ({"critical_index": 0}, r"search\.critical_index=0 is outside"),
@@ -197,12 +195,9 @@ def test_longrope_candidates_stay_inside(seed, crossover):
             r"search\.algorithm=cmaes has a form for the tail alone; set search\.space=longrope2",
         ),
         ({"space": "longrope", "critical_index": 9}, r"search\.critical_index=9 has no meaning"),
-        ({"original_tokens": [0, 4]}, r"search\.original_tokens=\[0, 4\] belongs to LongRoPE v1's space; set search\.space=longrope"),
-        ({"space": "longrope", "original_tokens": [513]}, r"search\.original_tokens=\[513\] are not counts between 0 and .* 512"),
-        ({"space": "longrope", "original_tokens": []}, r"search\.original_tokens=\[\]"),
         ({"top_k": 0}, r"search\.top_k=0 is outside"),
     ],
 )
-def test_an_empty_space_is_refused(knobs, words):
+def test_settings_that_leave_nothing_to_search_are_refused(options, words):
     with pytest.raises(UserError, match=words):
-        default_space(**knobs)
+        default_space(**options)

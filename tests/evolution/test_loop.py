@@ -1,4 +1,4 @@
-"""Evolution and CMA-ES on a synthetic fitness whose optimum is known."""
+"""The paper's algorithm and CMA-ES, on a synthetic fitness whose optimum is known."""
 
 import math
 
@@ -16,13 +16,13 @@ BEST = Candidate(11, tuple(SCALE * (1.2 + 0.7 * i / N_DIMS) for i in range(11, N
 
 
 class Bowl:
-    """1 at the optimum, growing away from it on every side; remembers what it was asked."""
+    """A perplexity of 1 at the optimum, larger everywhere else; keeps the candidates that it was called with."""
 
     def __init__(self):
         self.asked: list[Candidate] = []
 
     def __call__(self, candidates, kept):
-        assert not {one.key for one in candidates} & {one.key for one in kept}, "who is known is not asked for again"
+        assert not {one.key for one in candidates} & {one.key for one in kept}, "a kept candidate is not scored again"
         self.asked += candidates
         return [Scored(candidate, math.log(self.value(candidate)), 1) for candidate in candidates]
 
@@ -34,7 +34,7 @@ class Bowl:
 
 
 class Racing(Bowl):
-    """Drops whoever is not among the six best so far."""
+    """Drops every candidate that is not among the six best so far."""
 
     def __call__(self, candidates, kept):
         scored = super().__call__(candidates, kept)
@@ -42,16 +42,16 @@ class Racing(Bowl):
         return [Scored(one.candidate, one.loss, 1, dropped=one.loss > losses[5]) for one in scored]
 
 
-def space(**knobs) -> Space:
-    values = {"population": 24, "top_k": 6, "generations": 15, **knobs}
+def space(**settings) -> Space:
+    values = {"population": 24, "top_k": 6, "generations": 15, **settings}
     return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**values))
 
 
-def run(seed: int = 0, judge=None, algorithm=evolve, **knobs) -> list[Generation]:
-    return list(algorithm(space(**knobs), judge or Bowl(), seed))
+def run(seed: int = 0, scorer=None, algorithm=evolve, **settings) -> list[Generation]:
+    return list(algorithm(space(**settings), scorer or Bowl(), seed))
 
 
-def test_it_depends_on_the_seed_alone():
+def test_the_result_depends_on_the_seed_alone():
     assert run(3) == run(3)
     assert run(3)[0] != run(4)[0]
 
@@ -70,7 +70,7 @@ def test_the_best_never_gets_worse_and_populations_are_ordered():
         )
 
 
-def test_parents_survive_and_the_rest_is_new():
+def test_parents_survive_and_all_other_members_are_new():
     for before, after in zip(generations := run(), generations[1:], strict=False):
         assert set(before.population[:6]) <= set(after.population)
         assert not set(before.population[6:]) & set(after.population)
@@ -78,12 +78,12 @@ def test_parents_survive_and_the_rest_is_new():
 
 def test_nothing_is_evaluated_twice():
     bowl = Bowl()
-    last = run(judge=bowl)[-1]
+    last = run(scorer=bowl)[-1]
     assert len({candidate.key for candidate in bowl.asked}) == len(bowl.asked) == last.evaluated == 24 + 15 * 18
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_it_finds_the_neighbourhood_of_the_optimum(seed):
+def test_the_search_ends_near_the_optimum(seed):
     generations = run(seed, generations=30)
     best = generations[-1].best
     assert Bowl.value(BEST) == 1.0
@@ -94,32 +94,31 @@ def test_it_finds_the_neighbourhood_of_the_optimum(seed):
     assert max(abs(value - w) for value, w in zip(best.candidate.tail, wanted, strict=True)) < 0.25 * SCALE
 
 
-def test_ties_are_broken_by_the_candidate_and_not_by_the_order_of_evaluation():
-    first = run(generations=1, judge=lambda candidates, kept: [Scored(one, 0.0, 1) for one in candidates])[0]
+def test_ties_are_broken_by_the_candidates_key():
+    first = run(generations=1, scorer=lambda candidates, kept: [Scored(one, 0.0, 1) for one in candidates])[0]
     keys = [member.candidate.key for member in first.population]
     assert keys == sorted(keys)
 
 
-def test_a_space_that_is_used_up_ends_quietly():
+def test_a_space_with_fewer_candidates_than_the_population_is_searched_whole():
     """Eleven attention factors and nothing else to search."""
-    knobs = {"critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_low": 1.0, "attention_factor_high": 1.05}
+    settings = {"critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_low": 1.0, "attention_factor_high": 1.05}
     bowl = Bowl()
-    generations = run(generations=6, mutation_probability=1.0, judge=bowl, **knobs)
+    generations = run(generations=6, mutation_probability=1.0, scorer=bowl, **settings)
     assert generations[-1].evaluated == len(bowl.asked) == 11
     assert generations[-1].best.candidate.attention_factor == 1.05
 
 
-def test_a_race_that_keeps_the_best_leads_to_the_same_winner():
-    """What is dropped could not have been a parent."""
-    plain, racing = run(), run(judge=Racing())
+def test_dropping_candidates_that_cannot_be_parents_changes_no_generation():
+    plain, racing = run(), run(scorer=Racing())
     assert [one.population[:6] for one in racing] == [one.population[:6] for one in plain]
     assert all(len(one.population) + len(one.dropped) == 24 for one in racing)
     assert sum(len(one.dropped) for one in racing) > 100
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_cmaes_finds_the_neighbourhood_of_the_optimum(seed):
-    """A straight tail is what it can draw: it gets very near."""
+def test_cmaes_ends_near_the_optimum(seed):
+    """The optimum's tail is straight, a form that CMA-ES can draw; so the bound is narrower."""
     generations = run(seed, algorithm=evolve_cmaes, generations=25)
     best = generations[-1].best
     assert best.perplexity - 1 < 0.05 * (generations[0].best.perplexity - 1)
@@ -131,7 +130,7 @@ def test_cmaes_finds_the_neighbourhood_of_the_optimum(seed):
 
 
 def test_cmaes_learns_from_dropped_candidates_too():
-    best = run(algorithm=evolve_cmaes, judge=Racing(), generations=25)[-1].best
+    best = run(algorithm=evolve_cmaes, scorer=Racing(), generations=25)[-1].best
     assert best.perplexity < 1.01
 
 

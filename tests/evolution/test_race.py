@@ -1,4 +1,4 @@
-"""Racing against scoring everyone on everything, on random losses."""
+"""Racing against scoring every candidate on every document, on random losses."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lr2train.evolution.genome import Candidate
-from lr2train.evolution.race import everything, race
+from lr2train.evolution.race import race, without_racing
 
 
 def candidates(n: int, first: int = 0) -> list[Candidate]:
@@ -43,7 +43,7 @@ def tables(draw) -> tuple[Table, list[Candidate], list[Candidate], int]:
 
 @settings(max_examples=300, deadline=None)
 @given(tables(), st.randoms())
-def test_dropping_only_what_is_certain_keeps_the_same_best(drawn, random):
+def test_dropping_only_certain_losers_keeps_the_same_best_candidates(drawn, random):
     table, kept, new, keep = drawn
     order = list(range(table.values.shape[1]))
     random.shuffle(order)
@@ -54,17 +54,17 @@ def test_dropping_only_what_is_certain_keeps_the_same_best(drawn, random):
 
 @settings(max_examples=200, deadline=None)
 @given(tables(), st.sampled_from([0.0, 0.5, 1.0, 2.0, math.inf]), st.integers(2, 8))
-def test_whatever_is_dropped_the_places_are_filled_and_everyone_met_the_same_documents(drawn, z, min_answers):
+def test_every_place_is_filled_and_no_candidate_meets_a_document_after_it_was_dropped(drawn, z, min_answers):
     table, kept, new, keep = drawn
     order = list(range(table.values.shape[1]))[::-1]
     seen = race(table, new, kept, keep, order, z, min_answers)
     assert all(documents == order[: len(documents)] and documents for documents in seen)
     assert len(kept) + sum(len(documents) == len(order) for documents in seen) >= min(keep, len(kept) + len(new))
     asked = {(int(one.tail[0]), document) for one, documents in zip(new, seen, strict=True) for document in documents}
-    assert asked == {pair for pair in table.asked if pair[0] >= len(kept)}, "nothing is looked up after a candidate was dropped"
+    assert asked == {pair for pair in table.asked if pair[0] >= len(kept)}, "no loss is looked up after a candidate was dropped"
 
 
-def test_a_certain_loser_leaves_at_once_and_a_likely_one_after_enough_answers():
+def test_a_certain_loser_is_dropped_at_once_and_a_likely_loser_after_enough_answers():
     kept, new = candidates(1), candidates(3, 1)
     values = np.ones((4, 5, 2))
     values[1] = 6.0  # more on one document than the kept one on all
@@ -75,8 +75,8 @@ def test_a_certain_loser_leaves_at_once_and_a_likely_one_after_enough_answers():
     assert [len(documents) for documents in race(Table(values), new, kept, 1, range(5), math.inf, 4)] == [1, 5, 5]
 
 
-def test_the_test_is_the_paired_one_of_the_textbook():
-    """Dropped exactly where mean > z s / sqrt(n), written out over pairs of answers."""
+def test_a_likely_loser_is_dropped_exactly_where_mean_exceeds_z_standard_errors():
+    """mean > z s / sqrt(n), written out over pairs of answers."""
     rng = np.random.default_rng(5)
     kept, new = candidates(1), candidates(40, 1)
     values = np.exp(rng.normal(0, 0.4, (41, 2, 8)))
@@ -91,8 +91,8 @@ def test_the_test_is_the_paired_one_of_the_textbook():
         assert (len(documents) == 1) == (bool(worse) or first[number] > limit)
 
 
-def test_it_saves_most_of_the_work_and_rarely_the_wrong_one():
-    """Forty candidates of known quality on eight documents of eight answers: the truly best eight mostly stay, at half the cost and less."""
+def test_racing_halves_the_cost_and_keeps_nine_in_ten_of_the_best():
+    """Forty candidates of known quality, eight places, eight documents of eight answers; over twenty draws."""
     rng, found, asked = np.random.default_rng(0), [], []
     for _ in range(20):
         quality = np.linspace(0.0, 1.5, 40)
@@ -106,14 +106,13 @@ def test_it_saves_most_of_the_work_and_rarely_the_wrong_one():
     assert np.mean(found) > 0.9
 
 
-def test_everything_is_everything():
+def test_without_racing_every_candidate_meets_every_document():
     table = Table(np.ones((3, 4, 1)))
-    assert everything(table, candidates(3), [2, 0, 1, 3]) == [[2, 0, 1, 3]] * 3
+    assert without_racing(table, candidates(3), [2, 0, 1, 3]) == [[2, 0, 1, 3]] * 3
     assert len(table.asked) == 12
 
 
-def test_ties_are_broken_by_the_candidate():
-    """Equal losses: nobody is worse than the last place, so all stay, whatever the order they came in."""
+def test_equal_losses_drop_no_candidate_whatever_their_order():
     table = Table(np.ones((6, 3, 4)))
     assert race(table, candidates(6)[::-1], [], 2, range(3), 1.0, 2) == [[0, 1, 2]] * 6
 

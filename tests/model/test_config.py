@@ -1,4 +1,4 @@
-"""Odd config.json files end in one sentence that names the file, the key, the value and what is wanted."""
+"""A config.json with a wrong value ends in one sentence that names the file, the key, the value and the wanted type."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def folder_with(tmp_path, values):
 
 
 def everything(model: ModelConfig) -> None:
-    """What verbs do with a config before they read weights."""
+    """Everything that verbs compute from a config before they read weights."""
     hf_config = load.config_of(model)
     load.spectrum_of(hf_config, model)
     rope_hf.factors_of(load.plain_config(hf_config))
@@ -34,7 +34,7 @@ def everything(model: ModelConfig) -> None:
 
 
 def outcome(model: ModelConfig) -> str:
-    """What a user is told; empty where the config is good. Anything but a UserError is a defect."""
+    """The message of the UserError; empty where the config is good. Any other exception fails the test."""
     try:
         everything(model)
     except UserError as error:
@@ -74,20 +74,20 @@ def said_of(tmp_path, values) -> str:
         ({"hidden_act": "nonsense"}, "transformers cannot build a model of type llama from its config"),
     ],
 )
-def test_an_odd_value_is_named(tmp_path, changes, said):
+def test_a_wrong_value_is_named(tmp_path, changes, said):
     assert said in said_of(tmp_path, BASE | changes)
 
 
 @pytest.mark.parametrize("key", [*BASE, "rope_scaling", "rope_parameters", "head_dim", "sliding_window", "tie_word_embeddings", "id2label",
     "eos_token_id", "layer_types", "attention_dropout", "num_labels", "attn_implementation", "quantization_config", "partial_rotary_factor",
     "dtype", "original_max_position_embeddings", "auto_map"])  # fmt: skip
-def test_no_value_of_any_kind_is_a_defect(tmp_path, key):
+def test_every_kind_of_value_is_accepted_or_refused_in_a_sentence(tmp_path, key):
     for value in VALUES:
         assert "\n" not in outcome(folder_with(tmp_path, BASE | {key: value}))
 
 
 @pytest.mark.parametrize("key", [*LONGROPE, "factor", "attention_factor", "short_mscale", "rope_theta", "rope_type", "mrope_section"])
-def test_no_value_of_any_kind_in_a_rope_dict_is_a_defect(tmp_path, key):
+def test_every_kind_of_value_in_a_rope_dict_is_accepted_or_refused_in_a_sentence(tmp_path, key):
     for value in VALUES:
         for name in ("rope_scaling", "rope_parameters"):
             assert "\n" not in outcome(folder_with(tmp_path, BASE | {name: LONGROPE | {key: value}}))

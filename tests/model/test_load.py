@@ -1,4 +1,4 @@
-"""Models in and out of folders: nothing lost on the way, nothing drawn at random, nothing half written."""
+"""Models in and out of folders: no tensor lost, none drawn at random, no folder half written."""
 
 import contextlib
 import json
@@ -71,8 +71,8 @@ def test_another_dtype_is_written_and_said(tmp_path):
     assert torch.equal(load.load_whole(tmp_path / "m", "bfloat16").lm_head.weight, model.lm_head.weight.bfloat16())
 
 
-def test_the_config_says_the_dtype_of_the_weights(tmp_path):
-    """A float32 run of a model whose config says bfloat16: whoever loads by the config must not lose bits."""
+def test_the_written_config_names_the_dtype_of_the_weights(tmp_path):
+    """A float32 run of a model whose config says bfloat16: loaders cast to the dtype of the config and would lose bits."""
     model, hf_config = built()
     load.write_folder(model, {**load.plain_config(hf_config), "dtype": "bfloat16"}, tmp_path / "m")
     assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "float32"
@@ -105,7 +105,7 @@ def test_a_full_disk_half_way_leaves_the_old_folder(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["m"], "nothing is left lying about"
 
 
-def test_what_else_belongs_into_a_folder_appears_with_it(tmp_path):
+def test_further_files_of_a_folder_appear_with_it_or_not_at_all(tmp_path):
     model, hf_config = built()
 
     def complete(folder):
@@ -126,7 +126,7 @@ def test_what_else_belongs_into_a_folder_appears_with_it(tmp_path):
 
 
 def test_a_model_that_lacks_tensors_is_refused(tmp_path):
-    """transformers draws what is missing at random, and says so in a table that nobody reads."""
+    """transformers would draw the missing tensors at random."""
     written(tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     tensors = load_file(file)
@@ -155,7 +155,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
 
 
 def test_a_tensor_of_another_shape_is_refused_before_anything_is_built(tmp_path):
-    """A row would be copied into every row of a matrix."""
+    """copy_ would broadcast a row into every row of the matrix."""
     written(tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     save_file({**load_file(file), "lm_head.weight": torch.ones(16)}, file, {"format": "pt"})
@@ -210,7 +210,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
         ),
     ],
 )
-def test_a_model_that_is_not_there_is_asked_for(monkeypatch, tmp_path, model, words):
+def test_a_missing_model_is_refused_with_the_key_to_set(monkeypatch, tmp_path, model, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words) as error:
         load.config_of(ModelConfig(**model))
@@ -247,9 +247,9 @@ def test_the_original_window_can_be_named():
     assert load.spectrum_of(hf_config, ModelConfig(original_window_tokens=32)).window_tokens == 32
 
 
-def test_a_fingerprint_sees_a_folder_written_anew(tmp_path):
+def test_the_fingerprint_changes_when_a_folder_is_written_anew(tmp_path):
     written(tmp_path / "m")
-    first = load.fingerprint(tmp_path / "m")
-    assert load.fingerprint(tmp_path / "m") == first
+    first = load.folder_fingerprint(tmp_path / "m")
+    assert load.folder_fingerprint(tmp_path / "m") == first
     written(tmp_path / "m", seed=1)
-    assert load.fingerprint(tmp_path / "m") != first
+    assert load.folder_fingerprint(tmp_path / "m") != first

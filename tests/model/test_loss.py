@@ -54,7 +54,9 @@ def test_without_targets_loss_and_gradients_are_zero():
 
 
 def test_bfloat16_sums_in_float32():
-    """From the same bf16 numbers the loss differs only by the bf16 logits: 2^-9 of a logit each, averaging out over the targets."""
+    """From the same bf16 numbers the loss differs only by the bf16 logits: 2^-9 of a logit each, averaging out over the
+    targets.
+    """
     hidden, head, labels = case(torch.bfloat16)
     value = LossHead(head, 8)(hidden, labels)
     value.backward()
@@ -64,7 +66,8 @@ def test_bfloat16_sums_in_float32():
     assert head.weight.grad is not None and head.weight.grad.dtype == torch.bfloat16
     assert value.item() == pytest.approx(expected.item(), rel=2e-3)
     for ours, theirs in ((hidden.grad, grad_hidden), (head.weight.grad, grad_weight)):
-        assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()  # a bf16 carries 2^-9 = 0.002; softmax and two products
+        # a bf16 carries 2^-9 = 0.002; softmax and two products
+        assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()
 
 
 def test_many_bfloat16_chunks_do_not_lose_the_weights_gradient():
@@ -109,6 +112,6 @@ def test_logits_never_exceed_a_chunk(monkeypatch):
         LossHead(head, 8)(hidden, labels).backward()
     assert rows == [8, 8, 8, 2] * 2, "26 targets, forward and backward; positions without a target cost nothing"
     assert largest.numel == max(8 * V, T * H, V * H) < 26 * V
-    with Largest() as largest:  # what the sight is worth: it sees whole logits where they exist
+    with Largest() as largest:  # the check itself is checked: it finds whole logits where they exist
         whole(hidden, head.weight, labels)
     assert largest.numel == T * V

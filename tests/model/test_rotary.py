@@ -1,7 +1,6 @@
 """The rotary module against transformers' own, bit for bit: both windows, partial rotation, low precision around it."""
 
 import copy
-import dataclasses
 import math
 
 import pytest
@@ -114,7 +113,7 @@ class DefaultDtypeRotary(LlamaRotaryEmbedding):
         self.inv_freq = 1.0 / (10000.0 ** (torch.arange(0, 32, 2, dtype=torch.get_default_dtype()) / 32))
 
 
-def test_a_table_that_was_built_in_bfloat16_is_built_again_in_float32():
+def test_a_table_that_was_built_in_bfloat16_is_rebuilt_in_float32():
     model = model_of()
     expected = model.base_model.rotary_emb(torch.zeros(1), POSITIONS)
     torch.set_default_dtype(torch.bfloat16)
@@ -128,7 +127,7 @@ def test_a_table_that_was_built_in_bfloat16_is_built_again_in_float32():
     assert same_bits(table(torch.zeros(1), POSITIONS), expected)
 
 
-def test_the_tag_decides_and_never_the_positions():
+def test_the_window_tag_selects_the_table_whatever_the_positions():
     model = model_of()
     table = rotary.install(model, factors_for(model))
     x, near, far = torch.zeros(1), torch.arange(4)[None], torch.arange(L - 4, L)[None]
@@ -139,7 +138,7 @@ def test_the_tag_decides_and_never_the_positions():
         assert same_bits([t[:, 4:] for t in together], table(x, far))
 
 
-def test_the_model_computes_with_the_table_that_the_tag_names():
+def test_the_model_computes_with_the_table_of_the_window_tag():
     model, plain = model_of().eval(), model_of().eval()
     factors = factors_for(model)
     values = rope_hf.write(plain_config(plain.config), factors)
@@ -162,8 +161,10 @@ PHI4 = {
 
 
 @pytest.mark.parametrize("kind", ["longrope", "yarn"])
-def test_phi4_the_whole_way(kind):
-    """Its published form (no attention factor: transformers takes LongRoPE's, for both windows), read, installed, and run in both windows."""
+def test_a_published_phi4_config_is_read_installed_and_run_as_in_transformers(kind):
+    """Its published form (no attention factor: transformers takes LongRoPE's, for both windows), read, installed, and
+    run in both windows.
+    """
     config = copy.deepcopy(PHI4) | {"rope_scaling": {**PHI4["rope_scaling"], "type": kind}}
     model, plain = model_of("phi3", **copy.deepcopy(config)).eval(), model_of("phi3", **copy.deepcopy(config)).eval()
     assert rope_hf.spectrum_of(plain_config(model.config)) == rope_hf.spectrum_of(SIZES | config) == Spectrum(96, 10000.0, 4096)
@@ -185,7 +186,9 @@ def test_phi4_the_whole_way(kind):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_phi4_extended_by_us_is_the_same_in_transformers(old):
-    """Plain RoPE of 96 of 128 dimensions -> longrope2 factors -> a config -> transformers' own model; exact on both sides with factor 1."""
+    """Plain RoPE of 96 of 128 dimensions -> longrope2 factors -> a config -> transformers' own model; exact on both
+    sides with factor 1.
+    """
     rope = {"rope_theta": 10000.0, "partial_rotary_factor": 0.75}
     changes = {"hidden_size": 256} | (rope if old else {"rope_parameters": {"rope_type": "default", **rope}})
     model = model_of("phi3", **copy.deepcopy(changes), original_max_position_embeddings=L0).eval()
@@ -202,91 +205,44 @@ def test_phi4_extended_by_us_is_the_same_in_transformers(old):
             assert torch.equal(model(ids, position_ids=positions).logits, longrope(ids, position_ids=positions).logits)
 
 
-# where a segment of a sequence-parallel rank begins, packed restarts, two rows, and everything
 PLACES = {
-    "start": torch.arange(40)[None],
-    "shard past the first tokens": torch.arange(5000, 5040)[None],
-    "shard across the border": torch.arange(10, 50)[None],
-    "restarts": torch.cat([torch.arange(25), torch.arange(12), torch.arange(30)])[None],
+    "the start": torch.arange(40)[None],
+    "a sequence shard": torch.arange(5000, 5040)[None],
+    "restarts of a packed segment": torch.cat([torch.arange(25), torch.arange(12), torch.arange(30)])[None],
     "two rows": torch.stack([torch.arange(40), torch.arange(3000, 3040)]),
-    "many": POSITIONS,
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("n", [1, 16, L])
-def test_the_first_tokens_keep_the_original_rope(n, place):
-    """Bit for bit transformers' plain table below n and its longrope table from n on, each times the window's attention factor."""
+def test_the_long_table_is_the_same_wherever_positions_begin(place):
+    """transformers enters its long window by the largest position, so one far position is added and left out of the
+    comparison.
+    """
     model, positions, x = model_of(), PLACES[place], torch.zeros(1)
-    factors = dataclasses.replace(factors_for(model), original_tokens=n)
-    plain, longrope = (
-        copy.deepcopy(model.base_model.rotary_emb),
-        transformers_longrope(model, dataclasses.replace(factors, original_tokens=0)),
-    )
-    plain.attention_scaling = factors.attention_factor
-    far = torch.cat([positions, torch.full((len(positions), 1), L - 1)], dim=1)  # brings transformers into its long window
-    expected = [torch.where(far[..., None] < n, a, b)[:, :-1] for a, b in zip(plain(x, far), longrope(x, far), strict=True)]
+    factors = factors_for(model)
+    far = torch.cat([positions, torch.full((len(positions), 1), L - 1)], dim=1)
+    expected = [part[:, :-1] for part in transformers_longrope(model, factors)(x, far)]
     table = rotary.install(model, factors)
     table.window = "long"
-    assert same_bits([t[:, :-1] for t in table(x, far)], expected)
+    assert same_bits(table(x, positions), expected)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_the_first_tokens_by_a_plain_loop(place):
-    spectrum, n = Spectrum(32, 10000.0, L0), 16
-    factors = METHODS["longrope"](spectrum, L, original_tokens=n)
-    table = rotary.install(model_of(), factors)
-    table.window = "long"
-    cos, sin = table(torch.zeros(1), PLACES[place])
-    for row, positions in enumerate(PLACES[place].tolist()):
-        for column, m in enumerate(positions):
-            if m > 10_000:  # where fp32 angles are coarse, the test above is the exact one
-                continue
-            for i in (0, 3, 15):
-                angle = m * 10000.0 ** (-i / 16) / (1.0 if m < n else factors.rescale[i])
-                for part, function in ((cos, math.cos), (sin, math.sin)):
-                    expected = function(angle) * factors.attention_factor
-                    assert part[row, column, i].item() == part[row, column, i + 16].item() == pytest.approx(expected, abs=2e-3)
-
-
-def test_first_tokens_belong_to_the_long_window_and_to_its_factors():
+def test_other_factors_replace_the_long_table_and_can_come_back():
     model, x, near = model_of(), torch.zeros(1), torch.arange(40)[None]
-    own, factors = copy.deepcopy(model.base_model.rotary_emb), factors_for(model)
-    table = rotary.install(model, dataclasses.replace(factors, original_tokens=16))
-    assert same_bits(table(x, near), own(x, near)), "the short window is the model's own"
-    table.window = "long"
-    kept = table(x, near)
-    table.use(factors)
-    assert not same_bits(table(x, near), kept)
-    fresh = rotary.install(model_of(), factors)
-    fresh.window = "long"
-    assert same_bits(table(x, near), fresh(x, near))
-    assert table.tables["long"].inv_freq_at(near) is table.tables["long"].inv_freq, "without first tokens nothing is computed"
-    table.use(dataclasses.replace(factors, original_tokens=16))
-    assert same_bits(table(x, near), kept)
-
-
-def test_a_model_that_keeps_its_first_tokens():
-    """A document that lies inside them reads as in the short window, one that begins beyond them as without them."""
-    model = model_of().eval()
-    factors = dataclasses.replace(factors_for(model, attention_factor=1.0), original_tokens=16)
+    factors = factors_for(model)
     table = rotary.install(model, factors)
-    ids = torch.randint(32, (1, 12), generator=torch.Generator().manual_seed(0))
-
-    def logits(window, first, kept):
-        table.use(dataclasses.replace(factors, original_tokens=kept))
-        table.window = window
-        with torch.no_grad():
-            return model(ids, position_ids=torch.arange(first, first + 12)[None]).logits
-
-    assert torch.equal(logits("long", 0, 16), logits("short", 0, 16))
-    assert torch.equal(logits("long", 5000, 16), logits("long", 5000, 0))
-    assert not torch.allclose(logits("long", 10, 16), logits("long", 10, 0), atol=1e-4)
-    assert not torch.allclose(logits("long", 10, 16), logits("short", 10, 16), atol=1e-4)
+    table.window = "long"
+    first = table(x, near)
+    table.use(METHODS["pi"](factors.spectrum, L))
+    assert not same_bits(table(x, near), first)
+    table.use(factors)
+    assert same_bits(table(x, near), first)
 
 
 def test_a_published_longrope_model_keeps_its_own_short_window():
-    """Its short factors and its temperature; one that we exported says itself that its short temperature is 1."""
+    """Its short factors and its attention factor; a model that we exported names the short window's attention factor,
+    1.
+    """
     published = {
         "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": L0, "factor": L / L0,
         "short_factor": [1.0 + 0.01 * i for i in range(16)], "long_factor": [1.0 + i for i in range(16)],

@@ -1,4 +1,6 @@
-"""Scores against whole logits of plain transformers: whole and in chunks, for the families that differ in attention; and what is not computed."""
+"""Scores against whole logits of plain transformers, whole and in chunks, for families that differ in attention; and
+the work that is saved.
+"""
 
 import numpy as np
 import pytest
@@ -65,13 +67,13 @@ def test_scores_are_those_of_whole_logits_whatever_the_chunk(family, dtype, boun
         assert from_whole_logits(model, table) == expected, "the model is as it was"
 
 
-def test_small_masks_change_nothing(monkeypatch):
+def test_the_size_of_a_mask_changes_no_score(monkeypatch):
     model, table = make("qwen2_sliding_in_some_layers", torch.float64)
     monkeypatch.setitem(hidden.MASK_CELLS, "cpu", 1000)  # one or two queries at a time
     assert score(model, table, "long", tokens(), SPANS, 100).nlls == pytest.approx(from_whole_logits(model, table), rel=1e-10)
 
 
-def test_many_scored_tokens_are_as_exact_as_few():
+def test_scores_of_all_tokens_equal_those_of_whole_logits():
     """Where most rows are wanted, the last layer computes all of them."""
     model, table = make("llama_gqa", torch.float64)
     table.window = "long"
@@ -82,7 +84,7 @@ def test_many_scored_tokens_are_as_exact_as_few():
         assert score(model, table, "long", tokens(), [(1, T)], chunk_tokens).nll == pytest.approx(expected, rel=1e-10)
 
 
-def test_exact_says_that_greedy_decoding_finds_every_token():
+def test_a_score_is_exact_where_greedy_decoding_produces_every_token():
     model, table = make("llama_gqa")
     table.window, text = "long", tokens()
     for t in (90, 91, 92):
@@ -117,7 +119,7 @@ def sizes_of(chunk_tokens: int) -> Sizes:
     return sizes
 
 
-def test_only_what_the_answers_need_is_computed():
+def test_only_positions_that_the_answers_need_are_computed():
     sizes = sizes_of(0)
     assert sizes.queries == [299, 299, 16], "the last layer attends from the scored positions alone"
     assert sizes.linear[-1] == 16, "logits at the scored positions alone"

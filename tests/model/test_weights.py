@@ -1,4 +1,4 @@
-"""Weights of a folder become a model as plain transformers makes it, bit for bit, or are refused by name."""
+"""The weights of a folder become the model that plain transformers makes, bit for bit, or are refused by name."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lr2train.config import ModelConfig, UserError
-from lr2train.model import load, weights
+from lr2train.model import load, weight_files, weights
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -28,7 +28,8 @@ FAMILIES = {
     "phi3": {"model_type": "phi3", "num_key_value_heads": 4, "max_position_embeddings": 256, "original_max_position_embeddings": 64,
              "rope_scaling": LONGROPE, "rope_theta": 1e4},
     "qwen3": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 12, "num_experts_per_tok": 2},  # more than ten: 10 comes after 9
+    # more than ten: 10 comes after 9
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 12, "num_experts_per_tok": 2},
     "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 8, "num_experts": 4, **EXPERTS},
     "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
 }  # fmt: skip
@@ -37,7 +38,9 @@ LAST = "model.layers.1.mlp.up_proj.weight"
 
 
 def publish(folder, family: str = "llama", one_file: bool = False):
-    """A folder as its owner publishes it, by transformers' own ``save_pretrained``; Llamas in one file, others in several."""
+    """A folder as its owner publishes it, by transformers' own ``save_pretrained``; Llamas in one file, others in
+    several.
+    """
     torch.manual_seed(0)
     values = {**SIZES, **FAMILIES[family]}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.float32)
@@ -74,9 +77,9 @@ def llama(tmp_path):
 
 def changed(folder, change):
     """The folder with ``change`` applied to the dict of its tensors."""
-    tensors = load_file(folder / weights.FILE)
+    tensors = load_file(folder / weight_files.FILE)
     change(tensors)
-    save_file(tensors, folder / weights.FILE, {"format": "pt"})
+    save_file(tensors, folder / weight_files.FILE, {"format": "pt"})
     return folder
 
 
@@ -123,7 +126,7 @@ def test_a_head_that_a_tied_config_stores_again_stays_tied(tmp_path):
     assert_same(ours, theirs(base))
 
 
-def test_a_head_of_its_own_under_a_tied_config_is_its_own_as_in_transformers(tmp_path):
+def test_a_head_with_values_of_its_own_stays_untied_under_a_tied_config(tmp_path):
     base = publish(tmp_path / "m")
     values = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**values, "tie_word_embeddings": True}))
@@ -135,7 +138,7 @@ def test_a_head_of_its_own_under_a_tied_config_is_its_own_as_in_transformers(tmp
     assert json.loads((tmp_path / "written" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_an_untied_head_that_is_missing_is_not_drawn_and_not_tied(llama):
+def test_a_missing_untied_head_is_refused(llama):
     changed(llama, lambda tensors: tensors.pop("lm_head.weight"))
     assert r"lack 1 tensors of the model (lm_head.weight)" in refusal(llama)
 
@@ -146,14 +149,14 @@ def test_only_the_head_of_a_tied_model_is_enough(tmp_path):
     assert_same(load.load_whole(base), theirs(base))
 
 
-def test_buffers_of_older_versions_are_passed_over(llama):
+def test_buffers_of_older_versions_are_ignored(llama):
     changed(llama, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     assert_same(load.load_whole(llama), theirs(llama))
 
 
 def test_a_base_model_without_prefix_is_loaded(tmp_path, llama):
     changed(llama, lambda tensors: [tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)])
-    assert "layers.0.mlp.up_proj.weight" in load_file(llama / weights.FILE)
+    assert "layers.0.mlp.up_proj.weight" in load_file(llama / weight_files.FILE)
     assert_same(load.load_whole(llama), theirs(llama))
 
 
@@ -162,20 +165,20 @@ def test_a_base_model_without_prefix_is_loaded(tmp_path, llama):
 
 def indexed(folder):
     """The folder in two shards with an index."""
-    tensors = load_file(folder / weights.FILE)
-    (folder / weights.FILE).unlink()
+    tensors = load_file(folder / weight_files.FILE)
+    (folder / weight_files.FILE).unlink()
     names = sorted(tensors)
     parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
     listed = {name: file for file, part in parts.items() for name in part}
-    (folder / weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    (folder / weight_files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": listed}))
     return folder
 
 
 def test_a_shard_that_the_index_does_not_name_is_not_read_and_said(llama, capsys):
     expected = theirs(llama)
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(llama / weights.FILE).items()}
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(llama / weight_files.FILE).items()}
     indexed(llama)
     save_file(zeros, llama / "model-00003-of-00003.safetensors", {"format": "pt"})
     assert_same(load.load_whole(llama), expected)
@@ -190,9 +193,9 @@ def test_files_of_a_single_file(llama):
 
 
 def test_an_index_beside_a_file_that_it_does_not_name_is_refused(llama):
-    copy = (llama / weights.FILE).read_bytes()
+    copy = (llama / weight_files.FILE).read_bytes()
     indexed(llama)
-    (llama / weights.FILE).write_bytes(copy)
+    (llama / weight_files.FILE).write_bytes(copy)
     assert "model.safetensors beside model.safetensors.index.json" in refusal(llama)
 
 
@@ -217,13 +220,13 @@ def test_a_tensor_in_two_shards_is_named(llama):
 )
 def test_an_index_that_is_wrong_is_refused(llama, index, words):
     indexed(llama)
-    (llama / weights.INDEX).write_text(index)
+    (llama / weight_files.INDEX).write_text(index)
     assert words in refusal(llama)
 
 
 def test_pickled_weights_are_never_read(llama, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("must not unpickle"))
-    (llama / weights.FILE).rename(llama / "pytorch_model.bin")
+    (llama / weight_files.FILE).rename(llama / "pytorch_model.bin")
     assert "holds pickled weights (pytorch_model.bin)" in refusal(llama)
 
 
@@ -271,10 +274,10 @@ def test_quantized_weights_are_refused_with_the_remedy(llama, change):
     assert "dequantize the model with transformers" in refusal(changed(llama, change))
 
 
-def test_a_config_that_says_quantized_is_refused_before_weights_are_looked_at(llama):
+def test_a_config_that_says_quantized_is_refused_before_weights_are_read(llama):
     values = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    (llama / weights.FILE).unlink()
+    (llama / weight_files.FILE).unlink()
     assert "quant_method gptq); dequantize the model" in refusal(llama)
 
 
@@ -292,7 +295,7 @@ def test_a_weight_that_is_not_finite_is_named(llama, bad, dtype):
     assert f"2 of the 768 numbers of {LAST} are not finite (1 more tensors hold such numbers)" in said
 
 
-def test_a_finite_weight_that_the_dtype_cannot_hold_is_said_to_be_so(llama):
+def test_a_finite_weight_that_the_dtype_cannot_hold_is_refused_with_another_dtype(llama):
     changed(llama, lambda tensors: tensors[LAST].__setitem__((0, 0), 1e6))
     assert_same(load.load_whole(llama, "bfloat16"), theirs(llama, "bfloat16"))
     said = refusal(llama, dtype="float16")
@@ -300,14 +303,14 @@ def test_a_finite_weight_that_the_dtype_cannot_hold_is_said_to_be_so(llama):
 
 
 def test_large_numbers_whose_sum_is_infinite_are_finite():
-    assert weights.finite(torch.full((1000,), 3e38))
-    assert weights.finite(torch.full((1000,), 6e4, dtype=torch.float16))
-    assert not weights.finite(torch.tensor([3e38] * 1000 + [float("nan")]))
-    assert weights.finite(torch.empty(0))
+    assert weights.all_finite(torch.full((1000,), 3e38))
+    assert weights.all_finite(torch.full((1000,), 6e4, dtype=torch.float16))
+    assert not weights.all_finite(torch.tensor([3e38] * 1000 + [float("nan")]))
+    assert weights.all_finite(torch.empty(0))
 
 
 def on_ranks(rank: int, world: int, folder) -> list[str]:
-    """What a divided load says of each folder, and of a model in training."""
+    """The result of a divided load of each folder: the number of parameters, or the error."""
     from lr2train.training.deepspeed.scoring import load_sharded
 
     said = []
@@ -325,8 +328,8 @@ def test_a_divided_model_is_refused_alike_on_every_rank(tmp_path, llama):
         shutil.copytree(llama, tmp_path / name)
     changed(tmp_path / "spoilt", lambda tensors: tensors[LAST].fill_(float("nan")))
     changed(tmp_path / "fewer", lambda tensors: tensors.pop(LAST))
-    content = (tmp_path / "cut" / weights.FILE).read_bytes()
-    (tmp_path / "cut" / weights.FILE).write_bytes(content[:-8])
+    content = (tmp_path / "cut" / weight_files.FILE).read_bytes()
+    (tmp_path / "cut" / weight_files.FILE).write_bytes(content[:-8])
     first, second = run_ranks(on_ranks, 2, tmp_path, tmp_path=tmp_path, timeout_s=120)
     assert first == second
     good, spoilt, fewer, cut = first

@@ -1,4 +1,4 @@
-"""The value object: what it refuses, and that its JSON form loses nothing."""
+"""Factors: the values that it refuses, and an exact JSON form."""
 
 import json
 import math
@@ -23,8 +23,7 @@ def any_factors(draw):
     spectrum = Spectrum(2 * n, draw(st.floats(1.5, 1e9)), draw(st.integers(7, 10**6)))
     target = spectrum.window_tokens + draw(st.integers(0, 10**7))
     short = draw(st.none() | table)
-    first = draw(st.integers(0, target))
-    return Factors(draw(table), draw(positive), spectrum, target, draw(st.text(string.printable)), short, draw(positive), first)
+    return Factors(draw(table), draw(positive), spectrum, target, draw(st.text(string.printable)), short, draw(positive))
 
 
 @given(any_factors())
@@ -41,23 +40,11 @@ def test_save_and_load(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["factors.json"]
 
 
-def test_notes_beside_the_factors_are_ignored():
+def test_the_notes_of_a_search_are_passed_over_and_any_other_key_is_refused():
     factors = Factors((1.0, 1.1, 2.0, 4.0), 1.2, SPECTRUM, 512, "longrope2")
-    assert Factors.from_json(factors.to_json() | {"answer_perplexity": 1.4}) == factors
-
-
-def test_files_from_before_the_first_tokens_could_be_kept_still_load():
-    factors = Factors((1.0, 1.1, 2.0, 4.0), 1.2, SPECTRUM, 512, "longrope")
-    assert "original_tokens" not in factors.to_json(), "where nothing is kept the file is the old one, and so is its fingerprint"
-    assert Factors.from_json(factors.to_json()).original_tokens == 0
-    kept = Factors((1.0, 1.1, 2.0, 4.0), 1.2, SPECTRUM, 512, "longrope", original_tokens=4)
-    assert kept.to_json()["original_tokens"] == 4
-    assert kept != factors
-
-
-def test_as_many_first_tokens_as_the_target_has_may_be_kept():
-    assert Factors((1.0,) * 4, 1.0, SPECTRUM, 512, "x", original_tokens=512).original_tokens == 512
-    assert Factors((1.0,) * 4, 1.0, SPECTRUM, 512, "x", original_tokens=8.0).original_tokens == 8  # YAML may write it so
+    assert Factors.from_json(factors.to_json() | {"search": {"perplexity": 1.4}}) == factors
+    with pytest.raises(UserError, match=r"rope\.factors hold original_tokens=4, .* rope\.factors"):
+        Factors.from_json(factors.to_json() | {"original_tokens": 4})
 
 
 def test_frequencies():
@@ -87,12 +74,6 @@ def test_published_sets_out_of_order_are_read_as_they_are():
         ({"attention_factor": 0.0}, "rope.attention_factor"),
         ({"attention_factor": math.nan}, "rope.attention_factor"),
         ({"short_attention_factor": math.inf}, "short_attention_factor=inf"),
-        (
-            {"original_tokens": -1},
-            r"original_tokens=-1 is not a whole number between 0 and the target window of 512 tokens; set rope\.options",
-        ),
-        ({"original_tokens": 513}, "original_tokens=513 is not a whole number between 0 and the target window of 512"),
-        ({"original_tokens": 1.5}, "original_tokens=1.5 is not a whole number"),
         ({"target_window_tokens": 127}, "rope.target_window_tokens=127 is below the original window of 128"),
     ],
 )
@@ -114,7 +95,7 @@ def test_files_that_are_no_factors(tmp_path, text):
 
 def test_a_number_of_the_wrong_kind_in_a_file(tmp_path):
     data = Factors((1.0, 2.0, 3.0, 4.0), 1.0, SPECTRUM, 512, "x").to_json()
-    for wrong in ({"attention_factor": None}, {"original_tokens": None}, {"original_tokens": "four"}):
+    for wrong in ({"attention_factor": None}, {"attention_factor": "four"}, {"rescale": 3}):
         with pytest.raises(UserError, match=r"rope\.factors"):
             Factors.from_json(data | wrong)
 

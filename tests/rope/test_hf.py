@@ -1,4 +1,4 @@
-"""Hugging Face configs in and out; transformers itself judges what is written."""
+"""RoPE keys of Hugging Face configs, read and written; transformers is the reference for written configs."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from lr2train.config import UserError
 from lr2train.rope import METHODS, Factors, Spectrum
-from lr2train.rope.hf import factors_of, refuse_odd, spectrum_of, write
+from lr2train.rope.hf import factors_of, refuse_wrong_values, spectrum_of, write
 
 HEADS, L0, L = 4, 128, 1024
 
@@ -64,7 +64,7 @@ def test_phi3_loads_what_is_written_with_partial_rotary(old, partial):
     assert rotary.attention_scaling == 1.2
 
 
-def test_the_written_config_says_everything_under_both_names():
+def test_the_written_config_has_every_number_under_both_names():
     config = plain_config()
     before = copy.deepcopy(config)
     written = write(config, made(16))
@@ -77,7 +77,7 @@ def test_the_written_config_says_everything_under_both_names():
     assert (written["max_position_embeddings"], written["original_max_position_embeddings"], written["rope_theta"]) == (L, L0, 1e4)
 
 
-def test_what_transformers_saves_again_still_reads_the_same():
+def test_a_config_that_transformers_saved_again_reads_the_same():
     factors = made(16)
     saved = LlamaConfig(**write(plain_config(), factors)).to_dict()
     assert factors_of(saved) == Factors(factors.rescale, 1.2, factors.spectrum, L, "longrope")
@@ -124,7 +124,7 @@ def test_a_short_window_of_its_own_is_kept(quarter, old, data):
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
 @pytest.mark.parametrize("name", ["type", "rope_type"])
-def test_a_rescaling_by_one_is_none(kind, name):
+def test_a_rescaling_by_a_factor_of_one_counts_as_plain_rope(kind, name):
     config = plain_config(old=True) | {"rope_scaling": {name: kind, "factor": 1.0}}
     assert spectrum_of(config) == spectrum_of(plain_config(old=True))
     assert factors_of(write(config, made(16))) == made(16, method="longrope")
@@ -147,14 +147,14 @@ ODD = {
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ODD.items() for value in values])
-def test_a_value_of_another_kind_is_named_with_its_file_and_key(key, value):
+def test_a_value_of_a_wrong_type_is_named_with_its_file_and_key(key, value):
     scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": L0}
     config = plain_config(old=True, window=L) | {"rope_scaling": scaling}
-    refuse_odd(config, "x/config.json")
+    refuse_wrong_values(config, "x/config.json")
     outer, _, inner = key.partition(".")
     changed = config | ({outer: scaling | {inner: value}} if inner else {outer: value})
     with pytest.raises(UserError) as error:
-        refuse_odd(changed, "x/config.json")
+        refuse_wrong_values(changed, "x/config.json")
     said = str(error.value)
     assert said.startswith(f"x/config.json: {key}")
     assert "7 numbers" in said if value == [1.0] * 7 else f"={value!r}"[:57] in said
@@ -272,11 +272,6 @@ def test_a_longrope_config_without_its_tables_is_refused():
 def test_factors_of_another_model_are_not_written():
     with pytest.raises(UserError, match="rotary dimension 12 and base 10000, but the model has 16"):
         write(plain_config(), made(12))
-
-
-def test_factors_that_keep_their_first_tokens_are_not_written():
-    with pytest.raises(UserError, match=r"original RoPE for the first 4 tokens .*set rope\.options\.original_tokens=0"):
-        write(plain_config(), made(16, original_tokens=4))
 
 
 @pytest.mark.parametrize("name", ["none", "pi", "ntk_aware", "ntk", "dynamic_ntk", "yarn", "llama3", "longrope"])

@@ -1,4 +1,4 @@
-"""The numbers of the paper's models, to the digits they are printed with, and what a spectrum promises for any model."""
+"""The numbers of the paper's models, to the printed digits, and the promises of a spectrum for any model."""
 
 import math
 
@@ -31,7 +31,8 @@ def test_critical_indices(spectrum, scale, real, tcd, d10):
 @pytest.mark.parametrize("spectrum", [PHI3, LLAMA3, LLAMA2, QWEN])
 def test_ntk_is_s_at_the_real_valued_critical_index(spectrum):
     rescale = METHODS["ntk"](spectrum, L).rescale
-    assert rescale[1] ** spectrum.critical_index_real == pytest.approx(L / spectrum.window_tokens, rel=1e-11)  # lambda_i = lambda_1^i
+    # lambda_i = lambda_1^i
+    assert rescale[1] ** spectrum.critical_index_real == pytest.approx(L / spectrum.window_tokens, rel=1e-11)
 
 
 @pytest.mark.parametrize(("spectrum", "searched"), [(PHI3, 25), (LLAMA3, 30)])
@@ -89,6 +90,6 @@ def test_invariants(n_dims, base, window):
     [((63, 1e4, 512), "model.path"), ((2, 1e4, 512), "model.path"), ((64, 1.0, 512), "rope_theta"), ((64, math.nan, 512), "rope_theta")]
     + [((64, math.inf, 512), "rope_theta"), ((64, 1e4, 6), "model.original_window_tokens")],
 )
-def test_refuses_what_is_no_rope(arguments, key):
+def test_values_outside_the_limits_are_refused_with_the_key_to_set(arguments, key):
     with pytest.raises(UserError, match=key):
         Spectrum(*arguments)

@@ -1,7 +1,7 @@
-"""What a finished run was trained with, laid under the config of a verb that reads it: `run=first` alone does the right thing.
+"""The settings of a finished run, laid under the config of a verb that reads the run: ``run=first`` is enough.
 
-Choice: a key of ``model`` or ``data.needles`` that is composed at its dataclass default counts as not given, and the run's own value takes its
-place. Cost: a run cannot be read back under a default that it was trained without; every other value wins over the run's.
+Choice: a key of ``model`` or ``data.needles`` that has its dataclass default counts as not given, and the run's own
+value takes its place. Every other value wins over the run's. Cost: such a verb cannot set a key back to its default.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lr2train.config import Config, UserError
 T = TypeVar("T")
 
 
-def folder_of(config: Config) -> Path:
+def run_folder(config: Config) -> Path:
     """The folder of the run that ``run=`` names.
 
     Raises:
-        UserError: it names none.
+        UserError: ``run`` is empty.
     """
     if config.run is None:
         raise UserError("run is empty; set run=<name of a finished training run>")
@@ -29,14 +29,14 @@ def folder_of(config: Config) -> Path:
 
 
 def completed(config: Config) -> Config:
-    """``config`` over the named run's own ``train.config.json``: how the base is read, the dtype of the weights, the corpus, the needles.
+    """``config`` over the run's ``train.config.json``: how the base is read, dtype of the weights, corpus and needles.
 
-    ``model.path`` is always the run's base, whatever an experiment says.
+    ``model.path`` is always the run's base model, whatever an experiment names.
 
     Raises:
         UserError: the run has no saved config, or no model yet.
     """
-    folder = folder_of(config)
+    folder = run_folder(config)
     saved = io.read_json(folder / "train.config.json")
     dtype = io.read_json(folder / "model" / "config.json")["dtype"]
     model = _laid_over(config.model, {**saved["model"], "dtype": dtype})
@@ -46,7 +46,7 @@ def completed(config: Config) -> Config:
 
 
 def _laid_over(given: T, saved: Mapping[str, Any]) -> T:
-    """A config group whose keys at their default come from a saved one. For groups of plain values alone."""
+    """``given`` with the keys that have their default taken from ``saved``. For config groups of plain values alone."""
     default = type(given)()
     names = [one.name for one in fields(given) if one.name in saved]  # type: ignore[arg-type]
     return replace(given, **{name: saved[name] for name in names if getattr(given, name) == getattr(default, name)})  # type: ignore[type-var]
