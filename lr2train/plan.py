@@ -13,6 +13,7 @@ from typing import Any
 from lr2train import io, run
 from lr2train.attention import choice
 from lr2train.attention import hf as attention
+from lr2train.attention.strategy import PackedSegment
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.planning import cost, memory
@@ -110,9 +111,10 @@ def _served(part: Part, layers: choice.Layers, ring: int, config: Config) -> dic
     if strategy == "local":  # documents that cross a border would be refused when they come
         return {"window": part.window, "strategy": strategy, "sent_gib": 0.0}
     spans = tuple((start, min(start + part.span_tokens, n_tokens)) for start in range(0, n_tokens, part.span_tokens))
-    plan = choice.plan(strategy, layers, spans, n_tokens, sp, ring)
-    sent = choice.bytes_sent(plan, layers, spans, n_tokens, sp, ring)
-    return {"window": part.window, "strategy": plan.title, "sent_gib": sent / GIB}
+    segment = PackedSegment(spans, n_tokens, sp, ring)
+    chosen = choice.choose(strategy, layers, segment)
+    sent = choice.bytes_sent(chosen, layers, segment)
+    return {"window": part.window, "strategy": chosen.title, "sent_gib": sent / GIB}
 
 
 def _memory(shape: Shape, config: Config) -> dict[str, Any]:

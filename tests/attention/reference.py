@@ -4,25 +4,25 @@ import torch
 from torch import Tensor
 
 
-def mask_of(spans, n_tokens: int, causal: bool = True, window_tokens: int | None = None) -> Tensor:
+def mask_of(spans, n_tokens: int, causal: bool = True, sliding_window: int | None = None) -> Tensor:
     """bool [T, T]: may query i look at key j. Under a sliding window j runs over (i - window, i]."""
     mask = torch.zeros(n_tokens, n_tokens, dtype=torch.bool)
     for start, stop in spans:
         block = torch.ones(stop - start, stop - start, dtype=torch.bool)
         mask[start:stop, start:stop] = block.tril() if causal else block
-    if window_tokens is not None:
-        mask &= torch.arange(n_tokens)[:, None] - torch.arange(n_tokens) < window_tokens
+    if sliding_window is not None:
+        mask &= torch.arange(n_tokens)[:, None] - torch.arange(n_tokens) < sliding_window
     return mask
 
 
 def attend_explicitly(
-    q: Tensor, k: Tensor, v: Tensor, spans, scale: float, causal: bool = True, window_tokens: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, spans, scale: float, causal: bool = True, sliding_window: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The contract of attention.kernel.attend in float64."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    mask = mask_of(spans, q.shape[0], causal, window_tokens)
+    mask = mask_of(spans, q.shape[0], causal, sliding_window)
     scores = torch.einsum("ihd,jhd->hij", q, k).mul(scale).masked_fill(~mask, float("-inf"))
     lse = scores.logsumexp(-1).T
     weights = torch.where(mask, (scores - lse.T.unsqueeze(-1)).exp(), 0.0)  # rows outside spans: exp(nan) is never chosen
@@ -31,14 +31,14 @@ def attend_explicitly(
 
 
 def gradients_explicitly(
-    q: Tensor, k: Tensor, v: Tensor, spans, scale: float, grad_out: Tensor, causal: bool = True, window_tokens: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, spans, scale: float, grad_out: Tensor, causal: bool = True, sliding_window: int | None = None
 ) -> list[Tensor]:
     """d sum(out * grad_out) / d(q, k, v) in float64; a token outside every span has none."""
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     inside = torch.cat([torch.arange(start, stop) for start, stop in spans])
     where = {int(token): i for i, token in enumerate(inside)}
     moved = tuple((where[start], where[stop - 1] + 1) for start, stop in spans)
-    out, _ = attend_explicitly(*(x[inside] for x in leaves), moved, scale, causal, window_tokens)
+    out, _ = attend_explicitly(*(x[inside] for x in leaves), moved, scale, causal, sliding_window)
     (out * grad_out.double()[inside]).sum().backward()
     return [x.grad for x in leaves]
 

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lr2train.attention import choice
-from lr2train.attention.choice import AUTO, EVEN, Layers, bytes_sent, plan, ring_ranks
+from lr2train.attention.choice import AUTO, EVEN, AttentionChoice, Layers, bytes_sent, ring_ranks
 from lr2train.attention.strategies import STRATEGIES
-from lr2train.attention.strategy import Strategy, Work
+from lr2train.attention.strategy import PackedSegment, SegmentWork, Strategy
 from lr2train.config import STRATEGIES as CONFIGURED
 from lr2train.config import UserError
-from lr2train.parallel.layout import Layout
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ATTENTION.md"
 LLAMA3_8B, PHI3_MINI, MQA = Layers(32, 8, 128), Layers(32, 32, 96), Layers(32, 1, 128)
@@ -24,29 +23,39 @@ SHORT = tuple((start, start + 8192) for start in range(0, L, 8192))
 CROSSING = ((0, 5000), *((start, start + 8192) for start in range(5000, L - 8192, 8192)))
 
 
-def serves(strategy: Strategy, work: Work) -> bool:
+def serves(strategy: Strategy, work: SegmentWork) -> bool:
     """As the module's docstring says, written once more."""
-    if strategy.name == "ulysses_ring" and not 1 < work.ring < work.sp:
+    if strategy.name == "ulysses_ring" and not 1 < work.segment.ring < work.segment.sp:
         return False
     try:
         strategy.refuse(work)
-        Layout(strategy.layout_kind, work.n_tokens, 0, work.sp, work.ulysses if strategy.layout_kind == "zigzag_nested" else 1)
+        work.segment.layout(strategy.layout_kind, 0)
     except UserError:
         return False
     return True
 
 
-def busiest(strategy: Strategy, work: Work) -> int:
-    return max(strategy.pairs(work, rank) for rank in range(work.sp))
+def plan(strategy: str, layers: Layers, spans, n_tokens: int, sp: int, ring: int = 1) -> AttentionChoice:
+    return choice.choose(strategy, layers, PackedSegment(spans, n_tokens, sp, ring))
 
 
-def fits(strategy: Strategy, work: Work) -> bool:
+def work_of(layers: Layers, spans, n_tokens: int, sp: int, ring: int) -> SegmentWork:
+    """Of the first kind of layer."""
+    return next(iter(layers.works(PackedSegment(spans, n_tokens, sp, ring))))
+
+
+def busiest(strategy: Strategy, work: SegmentWork) -> int:
+    return max(strategy.pairs(work, rank) for rank in range(work.segment.sp))
+
+
+def fits(strategy: Strategy, work: SegmentWork) -> bool:
     if not serves(strategy, work):
         return False
     if strategy.name == "local":
         return True
-    mean = sum(strategy.pairs(work, rank) for rank in range(work.sp)) / work.sp
-    return strategy.imbalance(work) * mean <= EVEN * work.n_heads * work.n_tokens * (work.n_tokens + 1) / 2 / work.sp + 1e-9
+    n_tokens, sp = work.segment.n_tokens, work.segment.sp
+    mean = sum(strategy.pairs(work, rank) for rank in range(sp)) / sp
+    return strategy.imbalance(work) * mean <= EVEN * work.n_heads * n_tokens * (n_tokens + 1) / 2 / sp + 1e-9
 
 
 @st.composite
@@ -64,9 +73,10 @@ def segments(draw):
 def test_auto_never_sends_more_than_the_best_that_fits(segment, heads):
     spans, n_tokens, sp, ring = segment
     layers = Layers(*heads, 16)
-    work = Work(spans, n_tokens, *heads, 16, 2, sp, ring)
-    chosen = plan("auto", layers, spans, n_tokens, sp, ring)
-    sent = bytes_sent(chosen, layers, spans, n_tokens, sp, ring)
+    packed = PackedSegment(spans, n_tokens, sp, ring)
+    work = SegmentWork(packed, *heads, 16)
+    chosen = choice.choose("auto", layers, packed)
+    sent = bytes_sent(chosen, layers, packed)
     assert sent == STRATEGIES[chosen.title].bytes_sent(work).total
     fitting = [name for name in AUTO if fits(STRATEGIES[name], work)]
     if fitting:
@@ -100,7 +110,7 @@ def test_a_long_window_is_spread_evenly_whatever_auto_takes():
     for layers in (LLAMA3_8B, PHI3_MINI, MQA):
         for sp, ring in ((2, 1), (8, 1), (16, 2), (64, 8), (64, 64)):
             chosen = STRATEGIES[plan("auto", layers, LONG, L, sp, ring).title]
-            work = next(iter(layers.works(LONG, L, sp, ring)))
+            work = work_of(layers, LONG, L, sp, ring)
             assert chosen.imbalance(work) < 0.02, (chosen.name, layers, sp, ring)
 
 
@@ -108,14 +118,14 @@ def test_a_long_window_is_spread_evenly_whatever_auto_takes():
 def test_packed_long_documents_are_spread_evenly_whatever_auto_takes(layers, sp, ring):
     for spans in (((0, 40000), (40000, L - 9000), (L - 9000, L)), ((0, 60000), (60001, 70000), (70000, 120000)), ((9000, 109001),)):
         chosen = STRATEGIES[plan("auto", layers, spans, L, sp, ring).title]
-        work = next(iter(layers.works(spans, L, sp, ring)))
+        work = work_of(layers, spans, L, sp, ring)
         assert chosen.imbalance(work) < 0.02, (chosen.name, spans)
 
 
 def test_where_nothing_is_even_the_busiest_rank_has_as_little_as_can_be():
     """Four heads of few tokens on three ranks: gather sends least, and leaves the last rank most of the work."""
     layers, spans = Layers(4, 4, 16), ((0, 5), (5, 12))
-    work = next(iter(layers.works(spans, 12, 3, 3)))
+    work = work_of(layers, spans, 12, 3, 3)
     assert not any(fits(STRATEGIES[name], work) for name in AUTO)
     chosen = plan("auto", layers, spans, 12, 3, 3)
     assert (chosen.title, chosen.reason) == ("ring", "nothing spreads the work evenly, and others do less")
@@ -133,15 +143,16 @@ def test_the_reason_names_what_would_send_more_and_does_not_change_with_the_numb
 def test_each_kind_of_layer_gets_its_cheapest_strategy_under_one_layout():
     """Layers that slide over few tokens need their neighbour's last ones only; they share the layout of those that look at everything."""
     mixed = Layers(32, 8, 128, ((None, 16), (1024, 16)))
-    chosen = plan("auto", mixed, LONG, L, 8)
+    packed = PackedSegment(LONG, L, 8)
+    chosen = choice.choose("auto", mixed, packed)
     assert chosen.layout_kind == "contiguous"
-    assert dict(chosen.names) == {None: "ulysses", 1024: "gather"}
-    assert bytes_sent(chosen, mixed, LONG, L, 8) < bytes_sent(plan("ulysses", mixed, LONG, L, 8), mixed, LONG, L, 8)
+    assert dict(chosen.strategies) == {None: "ulysses", 1024: "gather"}
+    assert bytes_sent(chosen, mixed, packed) < bytes_sent(choice.choose("ulysses", mixed, packed), mixed, packed)
 
 
 def test_a_sliding_window_as_long_as_the_longest_span_is_none():
-    assert plan("auto", Layers(4, 4, 8, ((16, 2),)), ((0, 16), (16, 32)), 32, 2).names == ((None, "local"),)
-    assert plan("auto", Layers(4, 4, 8, ((15, 2),)), ((0, 16), (16, 32)), 32, 2).names == ((15, "local"),)
+    assert plan("auto", Layers(4, 4, 8, ((16, 2),)), ((0, 16), (16, 32)), 32, 2).strategies == ((None, "local"),)
+    assert plan("auto", Layers(4, 4, 8, ((15, 2),)), ((0, 16), (16, 32)), 32, 2).strategies == ((15, "local"),)
 
 
 def test_a_strategy_by_name_serves_everything_or_is_refused():
@@ -157,8 +168,8 @@ def test_a_strategy_by_name_serves_everything_or_is_refused():
 def test_a_strategy_by_name_leaves_spans_that_it_does_not_know_to_auto(monkeypatch):
     """As ring_flash_attn does, which needs CUDA: here a ring that is as choosy about spans."""
 
-    def refuse(work: Work) -> None:
-        if work.spans != ((0, work.n_tokens),):
+    def refuse(work: SegmentWork) -> None:
+        if work.segment.spans != ((0, work.segment.n_tokens),):
             raise UserError("one span over the segment")
 
     monkeypatch.setitem(STRATEGIES, "choosy", replace(STRATEGIES["ring"], name="choosy", refuse=refuse))
@@ -215,7 +226,7 @@ def test_the_documented_bytes_are_the_formulas_and_auto_takes_the_bold_one():
         model, segment = title.split(", ")
         layers, spans, sp = {"LLaMA3-8B": LLAMA3_8B, "Phi3-mini": PHI3_MINI}[model], spans_of[segment], int(ranks)
         ring = ring_ranks(0, sp, layers.n_heads, 8)
-        work = next(iter(layers.works(spans, L, sp, ring)))
+        work = work_of(layers, spans, L, sp, ring)
         for name, cell in zip(("local", "ulysses", "ring", "gather", "ulysses_ring"), cells, strict=True):
             if cell != "–":
                 assert cell.strip("*") == f"{STRATEGIES[name].bytes_sent(work).total / 2**20:.4g}", (title, ranks, name)

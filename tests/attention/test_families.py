@@ -82,20 +82,20 @@ def segment(spans) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randint(VOCABULARY, (1, N_TOKENS), generator=generator), positions[None], weights[None]
 
 
-def added_mask(spans, window_tokens: int | None) -> Tensor:
+def added_mask(spans, sliding_window: int | None) -> Tensor:
     """What eager attention adds to its scores, [1, 1, T, T]."""
     seen = mask_of(spans, N_TOKENS)
-    if window_tokens is not None:
-        seen = seen.triu(1 - window_tokens)
+    if sliding_window is not None:
+        seen = seen.triu(1 - sliding_window)
     return torch.zeros(1, 1, N_TOKENS, N_TOKENS, dtype=torch.float64).masked_fill(~seen, -1e30)
 
 
 def masks_of(config, spans) -> dict[str, Tensor] | Tensor:
     """As the family's model takes them: of each type of layer where there are types, else one."""
-    window_tokens = getattr(config, "sliding_window", None)
+    sliding_window = getattr(config, "sliding_window", None)
     if getattr(config, "layer_types", None) is None:
-        return added_mask(spans, window_tokens)
-    return {"full_attention": added_mask(spans, None), "sliding_attention": added_mask(spans, window_tokens)}
+        return added_mask(spans, sliding_window)
+    return {"full_attention": added_mask(spans, None), "sliding_attention": added_mask(spans, sliding_window)}
 
 
 def forward_backward(model, ids: Tensor, positions: Tensor, weights: Tensor, **kwargs) -> Tensor:
@@ -145,9 +145,11 @@ def check_cases(rank: int, world: int) -> None:
 
 def check(model, attention, spans, expected_logits: Tensor, expected_gradients: dict[str, Tensor], what: str) -> None:
     """This rank's logits equal its part of the whole's where a span is, and the gradients' sum over ranks equals the whole's."""
-    layout = attention.layout(spans, N_TOKENS)
+    segment_attention = attention.segment(spans, N_TOKENS)
+    layout = segment_attention.layout
+    ids, positions, weights = (layout.shard(x, 1) for x in segment(spans))
     model.zero_grad()
-    logits = forward_backward(model, *(layout.shard(x, 1) for x in segment(spans)), spans=spans)
+    logits = forward_backward(model, ids, positions, weights, segment_attention=segment_attention)
     inside = layout.shard(mask_of(spans, N_TOKENS).any(-1), 0)
     if inside.any():
         assert relative_error(logits[0, inside], layout.shard(expected_logits, 1)[0, inside]) < TOLERANCE, what
@@ -188,12 +190,13 @@ def check_modes(rank: int, world: int) -> None:
         spans = SEGMENTS[name]
         logits, grads = explicitly("llama", {}, spans)
         sums = {key: grad + sums.get(key, 0) for key, grad in grads.items()}
-        layout = attention.layout(spans, N_TOKENS)
+        segment_attention = attention.segment(spans, N_TOKENS)
+        layout = segment_attention.layout
         ids, positions, weights = (layout.shard(x, 1) for x in segment(spans))
         inside = layout.shard(mask_of(spans, N_TOKENS).any(-1), 0)
         with torch.no_grad():
-            looked = model.eval()(input_ids=ids, position_ids=positions, spans=spans, use_cache=False).logits
-        trained = forward_backward(model.train(), ids, positions, weights, spans=spans)
+            looked = model.eval()(input_ids=ids, position_ids=positions, segment_attention=segment_attention, use_cache=False).logits
+        trained = forward_backward(model.train(), ids, positions, weights, segment_attention=segment_attention)
         for found in (looked, trained):
             assert relative_error(found[0, inside], layout.shard(logits, 1)[0, inside]) < TOLERANCE, name
     for key, grad in summed(gradients(model)).items():

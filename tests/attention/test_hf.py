@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lr2train.attention.hf import NAME, attention_forward, install, layers_of, refuse_config, ring_ranks
+from lr2train.attention.hf import NAME, install, layers_of, refuse_config, ring_ranks
 from lr2train.config import ParallelConfig, UserError
 from lr2train.parallel.layout import Layout
 from lr2train.parallel.mesh import Mesh
@@ -39,11 +39,11 @@ def segment(spans) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_the_choice_is_logged_once_for_a_model(caplog):
     model = tiny_model("llama")
-    install(model, Mesh())
+    attention = install(model, Mesh())
     ids, positions = segment(CROSSING)
     with caplog.at_level(logging.INFO, logger="lr2train.attention.hf"):
         for _ in range(2):
-            model(input_ids=ids, position_ids=positions, spans=CROSSING, use_cache=False)
+            model(input_ids=ids, position_ids=positions, segment_attention=attention.segment(CROSSING, N_TOKENS), use_cache=False)
     assert [record.getMessage() for record in caplog.records] == ["attention strategy local: parallel.sp=1"]
 
 
@@ -55,7 +55,7 @@ def test_only_the_installed_model_changes():
 
 def test_the_layout_follows_the_strategy():
     mesh = Mesh(world=4, sp_size=4, sp_rank=1, ring_size=2)
-    layouts = {name: install(tiny_model("llama"), mesh, name).layout(CROSSING, 32) for name in ("gather", "ring", "ulysses_ring")}
+    layouts = {name: install(tiny_model("llama"), mesh, name).segment(CROSSING, 32).layout for name in ("gather", "ring", "ulysses_ring")}
     assert layouts == {
         "gather": Layout("contiguous", 32, 1, 4),
         "ring": Layout("zigzag", 32, 1, 4, spans=CROSSING),
@@ -75,7 +75,7 @@ def test_the_layout_follows_the_strategy():
     ],
 )
 def test_sliding_windows_are_read_by_layer(family, changes, windows):
-    assert layers_of(tiny_model(family, **changes).config).windows == windows
+    assert layers_of(tiny_model(family, **changes).config).sliding_windows == windows
 
 
 def test_a_sliding_window_below_the_longest_span_is_said(caplog):
@@ -145,8 +145,8 @@ def test_a_call_that_cannot_be_right_is_refused(changes, kwargs, text):
 
 def test_a_key_cache_is_refused():
     model = tiny_model("llama")
-    install(model, Mesh())
-    cache = model(input_ids=torch.zeros(1, 4, dtype=torch.long)).past_key_values
+    attention = install(model, Mesh()).segment(((0, 4),), 4)
+    cache = model(input_ids=torch.zeros(1, 4, dtype=torch.long), segment_attention=attention).past_key_values
     with pytest.raises(UserError, match="1 queries over 5 keys: neither cross attention nor a key cache"):
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
 
@@ -157,14 +157,15 @@ def test_malformed_spans_are_our_own_mistake_on_any_number_of_ranks(strategy, sp
     """A ring and a gather would serve them, each rank some other part."""
     attention = install(tiny_model("llama"), Mesh(world=2, sp_size=2), strategy)
     with pytest.raises(AssertionError, match="not sorted, disjoint, non-empty ranges of 32 tokens"):
-        attention.layout(spans, N_TOKENS)
+        attention.segment(spans, N_TOKENS)
 
 
-def test_a_batch_and_a_late_module_are_our_own_mistakes():
+def test_a_call_that_does_not_fit_its_segment_is_our_own_mistake():
     model = tiny_model("llama")
-    install(model, Mesh())
+    attention = install(model, Mesh())
     with pytest.raises(AssertionError, match="batch of 2: one call takes one packed segment"):
         model(input_ids=torch.zeros(2, 4, dtype=torch.long))
-    x = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(AssertionError, match=r"Linear was not there when attention.hf.install ran"):
-        attention_forward(nn.Linear(1, 1), x, x, x, None)
+    with pytest.raises(AssertionError, match="LlamaAttention was called without segment_attention"):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    with pytest.raises(AssertionError, match="4 queries, and a shard of this segment has 5 tokens"):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long), segment_attention=attention.segment(((0, 5),), 5), use_cache=False)

@@ -11,21 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lr2train.attention import kernel
-from lr2train.attention import tiles as tiles_module
-from lr2train.attention.kernel import (
-    Queries,
-    attend,
-    attend_tiles,
-    backward_block,
-    forward_block,
-    kernel_name,
-    merge,
-)
-from lr2train.attention.simulation import Segment, simulate
-from lr2train.attention.tiles import Tile, diagonal, make_rounds
+from lr2train.attention import blocks, cpu, cuda, kernel
+from lr2train.attention.blocks import Block, Queries, Rows
+from lr2train.attention.kernel import attend, attend_block, backward_block, forward_block, kernel_name, merge
+from lr2train.attention.tiles import Tile, diagonal
 from lr2train.config import UserError
 from tests.attention.reference import attend_explicitly, gradients_explicitly, random_qkv, relative_error
+from tools.gpu.simulation import LayerInputs, simulate
 
 FULL = ((0, 96),)
 PACKED = ((0, 1), (3, 35), (35, 67), (70, 95))  # length 1, gaps, two equal neighbours
@@ -112,8 +104,8 @@ def test_no_span_at_all():
 )
 def test_spans_of_one_length_share_a_call(spans, n_calls, monkeypatch):
     calls = []
-    flash = kernel._cpu_flash
-    monkeypatch.setattr(kernel, "_cpu_flash", lambda *args, **kwargs: calls.append(1) or flash(*args, **kwargs))
+    flash = cpu._flash
+    monkeypatch.setattr(cpu, "_flash", lambda *args, **kwargs: calls.append(1) or flash(*args, **kwargs))
     attend(*random_qkv(4096, 1, 1, 8), spans, 1.0)
     assert len(calls) == n_calls
 
@@ -164,16 +156,20 @@ def test_merge_survives_scores_far_apart():
     assert merged_lse.item() == 3e4
 
 
+def one_document(n_tokens: int) -> Block:
+    return Block(diagonal(((0, n_tokens),)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_shares_of_blocks_add_up(dtype):
     """What a ring's backward rests on: with out and lse of the whole, the gradients of the parts add up to the whole's."""
     q, k, v = random_qkv(64, 4, 2, 32, dtype)
     grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    out, lse = forward_block(q, k, v, diagonal(((0, 64),)), 0.2)
+    out, lse = forward_block(q, k, v, one_document(64), 0.2)
     queries = Queries(q, out, lse, grad_out)
-    whole = backward_block(queries, k, v, diagonal(((0, 64),)), 0.2)
-    low = backward_block(queries.part(slice(32, 64)), k[:32], v[:32], (Tile(0, 32, 0, 32, 32),), 0.2)
-    own = backward_block(queries, k, v, diagonal(((0, 32), (32, 64))), 0.2)
+    whole = backward_block(queries, k, v, one_document(64), 0.2)
+    low = backward_block(queries.part(slice(32, 64)), k[:32], v[:32], Block((Tile(0, 32, 0, 32, 32),)), 0.2)
+    own = backward_block(queries, k, v, Block(diagonal(((0, 32), (32, 64)))), 0.2)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-2
     assert relative_error(own[0] + torch.cat([torch.zeros_like(low[0]), low[0]]), whole[0]) < tolerance
     for ours, theirs, expected in zip(own[1:], low[1:], whole[1:], strict=True):
@@ -183,13 +179,13 @@ def test_shares_of_blocks_add_up(dtype):
 # ---- tiles: queries and keys of different rows ----
 
 
-def explicit_tiles(q, k, v, tiles, scale, window_tokens=None):
+def explicit_tiles(q, k, v, tiles, scale, sliding_window=None):
     """out, lse and the autograd graph of tiles, by an explicit mask [Tq, Tk] in float64."""
     q, k, v = (x.double() for x in (q, k, v))
     mask = torch.zeros(len(q), len(k), dtype=torch.bool)
     for tile in tiles:
         ahead = torch.arange(tile.n_queries)[:, None] + tile.lead - torch.arange(tile.n_keys)
-        mask[tile.q_start : tile.q_stop, tile.k_start : tile.k_stop] |= (ahead >= 0) & (ahead < (window_tokens or math.inf))
+        mask[tile.q_start : tile.q_stop, tile.k_start : tile.k_stop] |= (ahead >= 0) & (ahead < (sliding_window or math.inf))
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, 1)).mul(scale).masked_fill(~mask, -1e9)
     seen = mask.any(1)
@@ -210,54 +206,50 @@ TILES = {
 }
 
 
-@pytest.mark.parametrize("window_tokens", [None, 1, 7, 16, 1000])
+@pytest.mark.parametrize("sliding_window", [None, 1, 7, 16, 1000])
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
-def test_tiles_equal_explicit_attention(tiles, window_tokens, monkeypatch):
-    monkeypatch.setattr(tiles_module, "_LONGEST_BAND", 8)  # so that these short rows are cut into bands
-    make_rounds.cache_clear()
+def test_tiles_equal_explicit_attention(tiles, sliding_window, monkeypatch):
+    monkeypatch.setattr(blocks, "_LONGEST_BAND", 8)  # so that these short rows are cut into bands
     (q, _, _), (_, k, v) = random_qkv(40, 4, 2, 16, torch.float64), random_qkv(60, 4, 2, 16, torch.float64, seed=1)
-    expected, expected_lse, mask = explicit_tiles(*(leaves := [x.requires_grad_() for x in (q, k, v)]), tiles, 0.3, window_tokens)
-    assert sum(tile.pairs(window_tokens) for tile in tiles) == mask.sum()
+    expected, expected_lse, mask = explicit_tiles(*(leaves := [x.requires_grad_() for x in (q, k, v)]), tiles, 0.3, sliding_window)
+    assert sum(tile.pairs(sliding_window) for tile in tiles) == mask.sum()
     grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
     expected_grads = torch.autograd.grad(expected, leaves, grad_out)
-    out, lse = attend_tiles(q, k, v, tiles, 0.3, window_tokens)
+    out, lse = attend_block(q, k, v, 0.3, Block(tiles, sliding_window))
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
     for grad, wanted in zip(torch.autograd.grad(out, leaves, grad_out), expected_grads, strict=True):
         torch.testing.assert_close(grad, wanted, atol=1e-12, rtol=1e-9)
-    make_rounds.cache_clear()
 
 
 @given(
-    spans=spans_of(), heads=st.sampled_from(sorted(HEADS.values())), window_tokens=st.integers(1, 50), band=st.sampled_from((4, 16, 256))
+    spans=spans_of(), heads=st.sampled_from(sorted(HEADS.values())), sliding_window=st.integers(1, 50), band=st.sampled_from((4, 16, 256))
 )
 @settings(max_examples=60, derandomize=True, deadline=None)
-def test_sliding_windows(spans, heads, window_tokens, band):
+def test_sliding_windows(spans, heads, sliding_window, band):
     q, k, v = random_qkv(48, *heads, 8)
-    make_rounds.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles_module, "_LONGEST_BAND", band)
+        patch.setattr(blocks, "_LONGEST_BAND", band)
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        out, lse = attend(*leaves, spans, 0.3, window_tokens=window_tokens)
+        out, lse = attend(*leaves, spans, 0.3, sliding_window=sliding_window)
         grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         out.backward(grad_out)
-    make_rounds.cache_clear()
-    expected, expected_lse = attend_explicitly(q, k, v, spans, 0.3, window_tokens=window_tokens)
+    expected, expected_lse = attend_explicitly(q, k, v, spans, 0.3, sliding_window=sliding_window)
     assert relative_error(out, expected) < 1e-5
     torch.testing.assert_close(lse, expected_lse.float())
-    wanted = gradients_explicitly(q, k, v, spans, 0.3, grad_out, window_tokens=window_tokens)
+    wanted = gradients_explicitly(q, k, v, spans, 0.3, grad_out, sliding_window=sliding_window)
     for leaf, grad in zip(leaves, wanted, strict=True):
         assert (leaf.grad - grad).abs().max() < 1e-5 * max(grad.abs().max(), 0.1 * wanted[2].abs().max())
 
 
 def test_a_sliding_window_needs_memory_for_its_bands_only():
     """Masks are at most (band) x (band + window), whatever the length."""
-    kernel._additive.cache_clear()
-    attend(*random_qkv(4096, 1, 1, 8), ((0, 4096),), 1.0, window_tokens=32)
-    made = kernel._additive.cache_info().currsize
-    assert 0 < made <= 2, "the first band has its edge, all others share a mask"
-    tiles = {tile for round_ in make_rounds(diagonal(((0, 4096),)), 32, True, 4096) for tile in round_.tiles}
-    assert max(tile.n_queries * tile.n_keys for tile in tiles) <= 256 * (256 + 32)
+    block = Block(diagonal(((0, 4096),)), 32)
+    attend_block(*random_qkv(4096, 1, 1, 8), 1.0, block)
+    masks = {round_.band.added(torch.float32) for round_ in block.cpu_rounds if round_.band is not None}
+    assert 0 < len(masks) <= 2, "the first band has its edge, all others share a mask"
+    assert max(mask.numel() for mask in masks) <= 256 * (256 + 32)
+    assert all(tile.n_queries * tile.n_keys <= 256 * (256 + 32) for round_ in block.cpu_rounds for tile in round_.tiles)
 
 
 def test_trimming_keeps_every_pair():
@@ -419,24 +411,22 @@ def cuda_kernel(request, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", FakeFlash2("flash_attn.flash_attn_interface"))
     monkeypatch.setitem(sys.modules, "flash_attn_interface", FakeFlash3("flash_attn_interface"))
-    monkeypatch.setattr(kernel, "_cuda_flash", cuda_flash)
-    monkeypatch.setattr(kernel, "_cuda_flash_backward", cuda_flash_backward)
+    monkeypatch.setattr(cuda, "_flash", cuda_flash)
+    monkeypatch.setattr(cuda, "_flash_backward", cuda_flash_backward)
     monkeypatch.setattr(kernel, "kernel_name", lambda device: (request.param, "stand-in"))
-    rounds = kernel.make_rounds
-    monkeypatch.setattr(kernel, "make_rounds", lambda tiles, window, cpu, n: rounds(tiles, window, False, n))
     return request.param
 
 
-@pytest.mark.parametrize("window_tokens", [None, 1, 7])
+@pytest.mark.parametrize("sliding_window", [None, 1, 7])
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
-def test_cuda_kernels_are_called_as_they_are_documented(cuda_kernel, tiles, window_tokens):
+def test_cuda_kernels_are_called_as_they_are_documented(cuda_kernel, tiles, sliding_window):
     """Out, lse and gradients through the CUDA path equal the explicit ones, in bf16: 2e-2 is a few of its roundings."""
     (q, _, _), (_, k, v) = random_qkv(40, 4, 2, 16, torch.bfloat16), random_qkv(60, 4, 2, 16, torch.bfloat16, seed=1)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    expected, expected_lse, _ = explicit_tiles(*leaves, tiles, 0.3, window_tokens)
+    expected, expected_lse, _ = explicit_tiles(*leaves, tiles, 0.3, sliding_window)
     expected_grads = torch.autograd.grad(expected, leaves, grad_out.double())
-    out, lse = attend_tiles(*leaves, tiles, 0.3, window_tokens)
+    out, lse = attend_block(*leaves, 0.3, Block(tiles, sliding_window))
     torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-2, rtol=1e-2)
     for grad, wanted in zip(torch.autograd.grad(out, leaves, grad_out), expected_grads, strict=True):
@@ -448,12 +438,12 @@ def test_rings_of_cuda_kernels(cuda_kernel, seed):
     """The tiles that a ring makes of documents under a sliding window: 6 ranks, bf16, where 3e-2 is a few of its roundings."""
     generator = torch.Generator().manual_seed(seed)
     borders = sorted(torch.randperm(97, generator=generator)[:5].tolist())
-    spans, window_tokens = tuple(pairwise(borders)), (5, 9, 17, 40, 9, None)[seed]
+    spans, sliding_window = tuple(pairwise(borders)), (5, 9, 17, 40, 9, None)[seed]
     q, k, v = random_qkv(96, 4, 2, 16, torch.bfloat16, seed)
     grad_out = torch.randn(q.shape, generator=generator).bfloat16()
-    result = simulate("ring", Segment(q, k, v, grad_out, spans, 0.3, window_tokens), 6)
-    expected_out, _ = attend_explicitly(q, k, v, spans, 0.3, window_tokens=window_tokens)
-    expected = [expected_out, *gradients_explicitly(q, k, v, spans, 0.3, grad_out, window_tokens=window_tokens)]
+    result = simulate("ring", LayerInputs(q, k, v, grad_out, spans, 0.3, sliding_window), 6)
+    expected_out, _ = attend_explicitly(q, k, v, spans, 0.3, sliding_window=sliding_window)
+    expected = [expected_out, *gradients_explicitly(q, k, v, spans, 0.3, grad_out, sliding_window=sliding_window)]
     for name, actual, wanted in zip(("out", "dq", "dk", "dv"), result, expected, strict=True):
         assert (actual.double() - wanted).abs().max() < 3e-2 * max(1.0, wanted.abs().max()), name
 
@@ -466,17 +456,29 @@ def test_what_cuda_does_not_serve_is_refused(cuda_kernel):
             attend(*random_qkv(96, 4, 2, head_size, torch.bfloat16), FULL, 0.2)
 
 
-def test_packing_is_built_once_for_a_segment():
-    device = torch.device("cpu")
-    (round_,) = make_rounds(diagonal(PACKED), None, False, 96)
-    kernel._varlen.cache_clear()
-    kernel._rows_of.cache_clear()
+def test_a_block_makes_its_rounds_rows_and_cumulative_lengths_once():
+    """All layers of a segment and the backward share them, and an evaluation's must serve training too."""
+    device, block = torch.device("cpu"), Block(diagonal(PACKED))
+    assert block.cuda_rounds is block.cuda_rounds
+    assert block.cpu_rounds is block.cpu_rounds
+    (round_,) = block.cuda_rounds
     with torch.inference_mode():
-        assert not kernel._varlen(round_, device).cu_q.is_inference(), "an evaluation's packing must serve training too"
-        assert not kernel._rows_of(round_, device)[0].is_inference()
-    assert kernel._varlen(round_, device) is kernel._varlen(round_, device)
-    assert kernel._rows_of(round_, device)[0] is kernel._rows_of(round_, device)[0]
-    assert kernel._rows_of(make_rounds(diagonal(FULL), None, False, 96)[0], device)[0] == slice(0, 96)
+        assert not round_.once(cuda.varlen_of, device).cu_q.is_inference()
+        assert not round_.once(cuda.varlen_of, device).no_dropout[0].is_inference()
+        assert not round_.queries.on(device).is_inference()
+    assert round_.once(cuda.varlen_of, device) is round_.once(cuda.varlen_of, device)
+    assert round_.queries.on(device) is round_.queries.on(device)
+
+
+def test_rows_that_adjoin_are_a_slice():
+    """Which selects without a copy."""
+    device = torch.device("cpu")
+    assert Rows(((0, 3), (3, 9))).on(device) == slice(0, 9)
+    assert Rows(()).on(device) == slice(0, 0)
+    assert Rows(((0, 3), (4, 6))).on(device).tolist() == [0, 1, 2, 4, 5]
+    assert [len(Rows(ranges)) for ranges in ((), ((0, 3), (4, 6)))] == [0, 5]
+    assert Rows(((0, 3), (3, 9))).covers(9)
+    assert not any(Rows(ranges).covers(9) for ranges in (((0, 3), (4, 9)), ((0, 8),), ((1, 9),), ()))
 
 
 def test_the_kernel_is_named_with_its_reason():
@@ -494,16 +496,16 @@ def test_the_cuda_kernel_is_flash_attn_where_it_is_new_enough(monkeypatch):
     interface = FakeFlash2("flash_attn.flash_attn_interface")
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    assert kernel._choose_cuda_kernel() == ("flash_attn", "flash_attn is installed")
+    assert cuda.choose() == ("flash_attn", "flash_attn is installed")
     interface._flash_attn_varlen_backward = lambda dout, q, k, v, out, softmax_lse, dq, dk, dv, window_size: None  # as 2.6 had it
-    assert kernel._choose_cuda_kernel() == ("torch_varlen", "flash_attn is older than its functions that we call (2.7 of flash_attn)")
+    assert cuda.choose() == ("torch_varlen", "flash_attn is older than its functions that we call (2.7 of flash_attn)")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(sys.modules, "flash_attn_interface", FakeFlash3("flash_attn_interface"))
-    assert kernel._choose_cuda_kernel() == ("flash_attn_3", "flash_attn_3 is installed")
+    assert cuda.choose() == ("flash_attn_3", "flash_attn_3 is installed")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(UserError, match="this GPU has compute capability 7.x and flash attention needs 8"):
-        kernel._choose_cuda_kernel()
+        cuda.choose()
 
 
 def test_agrees_with_torch_on_one_span():

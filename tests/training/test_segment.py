@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lr2train.attention.segment import document_positions
 from lr2train.data.batch import IGNORE, LONG, SHORT, Batch
-from lr2train.training.segment import segment_of
+from lr2train.training.segment import tensors_of
 
 CPU = torch.device("cpu")
 
@@ -39,11 +40,11 @@ def batches(draw) -> tuple[Batch, np.ndarray, np.ndarray]:
 @settings(derandomize=True, deadline=None, max_examples=200)
 def test_labels_and_positions_are_those_written_down(case):
     batch, labels, positions = case
-    segment = segment_of(batch, CPU)
     assert np.array_equal(batch.labels, labels)
     assert np.array_equal(batch.positions, positions)
     assert batch.n_target_tokens == np.count_nonzero(labels != IGNORE)
-    for tensor, expected in zip(segment, (batch.tokens, labels, positions), strict=True):
+    made = (*tensors_of(batch, CPU), document_positions(batch.spans, len(batch.tokens), CPU))
+    for tensor, expected in zip(made, (batch.tokens, labels, positions), strict=True):
         assert tensor.dtype == torch.int64
         assert tensor.tolist() == expected.tolist()
 
@@ -53,7 +54,7 @@ def test_the_last_place_never_wraps_around_to_the_first_token():
     tokens = np.array([7, 8, 9], np.uint16)
     for last in (IGNORE, 7, 11):
         batch = Batch.of_labels(tokens, np.array([8, 9, last]), ((0, 3),), LONG)
-        assert batch.labels.tolist() == segment_of(batch, CPU).labels.tolist() == [8, 9, last]
+        assert batch.labels.tolist() == tensors_of(batch, CPU).labels.tolist() == [8, 9, last]
 
 
 def test_ids_beyond_the_stores_dtypes_are_a_programming_error():

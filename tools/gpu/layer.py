@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lr2train.attention.hf import install
+from lr2train.attention.segment import SegmentAttention
 from lr2train.model.loss import LossHead
 from lr2train.parallel.mesh import Mesh
 from tools.gpu.one_rank import one_rank
@@ -77,14 +78,14 @@ def race_layer(setting: Setting, strategy: str, chunk_tokens: int) -> Step:
         torch.OutOfMemoryError: it does not fit.
     """
     with one_rank(setting.rank, setting.sp) as mesh:
-        lm = _build(setting, strategy, mesh)
-        passes = [*_layer_passes(setting, strategy, lm), _loss_pass(setting, lm, chunk_tokens), _product_pass(setting)]
+        lm, attention = _build(setting, strategy, mesh)
+        passes = [*_layer_passes(setting, strategy, lm, attention), _loss_pass(setting, lm, chunk_tokens), _product_pass(setting)]
         lanes = race(passes, setting.device, setting.rounds, setting.warm_ups)
     return Step(strategy, setting.n_tokens, setting.model.layers, lanes)
 
 
-def _build(setting: Setting, strategy: str, mesh: Mesh) -> Any:
-    """A Llama of one layer with drawn weights, as the engine makes it: our attention in it, its layer recomputed in the backward."""
+def _build(setting: Setting, strategy: str, mesh: Mesh) -> tuple[Any, SegmentAttention]:
+    """A Llama of one layer with drawn weights, and its segment's attention, as the engine makes them; the layer is recomputed."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     model = setting.model
@@ -100,9 +101,9 @@ def _build(setting: Setting, strategy: str, mesh: Mesh) -> Any:
     )
     with setting.device:
         lm = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)
-    install(lm, mesh, strategy)
+    attention = install(lm, mesh, strategy)
     lm.activation_checkpointing_enable({"use_reentrant": False})
-    return lm.train()
+    return lm.train(), attention.segment(setting.spans, setting.n_tokens)
 
 
 def _hidden(setting: Setting) -> Tensor:
@@ -110,7 +111,7 @@ def _hidden(setting: Setting) -> Tensor:
     return torch.randn(1, rows, setting.model.hidden, device=setting.device, dtype=setting.dtype)
 
 
-def _layer_passes(setting: Setting, strategy: str, lm: Any) -> Iterator[Pass]:
+def _layer_passes(setting: Setting, strategy: str, lm: Any, attention: SegmentAttention) -> Iterator[Pass]:
     """The layer as the engine has it, and with all its activations kept. Positions turn all layers alike and are made before."""
     hidden, grad = _hidden(setting).requires_grad_(), _hidden(setting)
     layer = lm.base_model.layers[0]
@@ -121,7 +122,7 @@ def _layer_passes(setting: Setting, strategy: str, lm: Any) -> Iterator[Pass]:
 
         def forward(recompute: bool = recompute) -> list[Tensor]:
             layer.gradient_checkpointing = recompute
-            return [layer(hidden, position_embeddings=angles, position_ids=positions, use_cache=False, spans=setting.spans)]
+            return [layer(hidden, position_embeddings=angles, position_ids=positions, use_cache=False, segment_attention=attention)]
 
         yield Pass(name, forward, (hidden, *layer.parameters()), flops, [grad])
 
