@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lr2train.attention import hf as attention
+from lr2train.attention.hf import install
+from lr2train.attention.segment import SegmentAttention
 from lr2train.config import Config, ModelConfig, UserError
 from lr2train.data.batch import Batch
 from lr2train.model import load
@@ -36,10 +37,10 @@ from lr2train.parallel import control
 from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.mesh import Mesh
 from lr2train.rope.factors import Factors
-from lr2train.training.agreement import agree, said_of
+from lr2train.training.agreement import Said, agree, said_of
 from lr2train.training.deepspeed import checkpoint
 from lr2train.training.deepspeed.checkpoint import Checkpoints
-from lr2train.training.segment import segment_of
+from lr2train.training.segment import tensors_of
 
 MODULE_PREFIX = "lm."  # the Hugging Face model's names inside WindowLM
 
@@ -146,7 +147,7 @@ class Engine:
         ds_config = deepspeed_config(config, self.accumulation)
         weights = _weights(config, hf_config)
         lm = load.assembled(hf_config, config.model.dtype, weights, lambda: self._init_context(ds_config), self._gather(modifier_rank=0))
-        self.attention = attention.install(lm, mesh, config.parallel.strategy)
+        self.attention = install(lm, mesh, config.parallel.strategy)
         if config.engine.activation_checkpointing:
             lm.activation_checkpointing_enable({"use_reentrant": False})
         self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens).train()
@@ -183,28 +184,29 @@ class Engine:
             UserError: the step has no target token, or no strategy serves a batch; on every rank.
             RuntimeError: ranks were handed unlike work, or one of them failed; with the reason, on every rank.
         """
-        agree(lambda: [said_of(batch, self._strategy(batch)) for batch in batches], self.mesh.sp_size)
+        attentions: list[SegmentAttention] = []  # made while ranks compare: a rank that no strategy serves tells the others
+        agree(lambda: self._said(batches, attentions), self.mesh.sp_size)
         assert len(batches) == self.accumulation, f"{len(batches)} micro-batches for an accumulation of {self.accumulation}"
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         with told_to_all():
-            return self._step(batches, interrupted)
+            return self._step(batches, attentions, interrupted)
 
-    def _step(self, batches: Sequence[Batch], interrupted: Callable[[], bool]) -> StepStats:
+    def _step(self, batches: Sequence[Batch], attentions: Sequence[SegmentAttention], interrupted: Callable[[], bool]) -> StepStats:
         """Forward, backward and update.
 
         The loss that goes into backward is ``sum_CE_local * world * accumulation / n_target_tokens``: DeepSpeed divides gradients by the world and losses by
         the accumulation, so what arrives is the gradient of the mean over all target tokens of the step.
         """
-        shards = [self._shard(batch) for batch in batches]
+        shards = [self._shard(batch, attention) for batch, attention in zip(batches, attentions, strict=True)]
         counts = self._counts(batches, shards)
         n_targets = int(counts[:2].sum())
         if n_targets == 0:
             raise UserError("a step has no target token at all; check data.path: its segments hold only padding")
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss of short, of long, ranks that were asked to stop
         losses = []
-        for number, (batch, shard) in enumerate(zip(batches, shards, strict=True), 1):
-            total = self._engine(*shard, spans=batch.spans, window=batch.window)
+        for number, (batch, attention, shard) in enumerate(zip(batches, attentions, shards, strict=True), 1):
+            total = self._engine(*shard, segment_attention=attention, window=batch.window)
             losses.append(total.detach().double())
             sums[int(batch.window == "long")] += losses[-1]
             scale = torch.full_like(losses[-1], self.mesh.world * self.accumulation / n_targets, dtype=total.dtype)
@@ -216,19 +218,20 @@ class Engine:
             self._engine.step()
         return self._stats(sums, counts, torch.stack(losses))
 
-    def _strategy(self, batch: Batch) -> str:
-        return self.attention.plan(batch.spans, len(batch.tokens)).title
+    def _said(self, batches: Sequence[Batch], attentions: list[SegmentAttention]) -> list[Said]:
+        """What this rank says of the step; fills ``attentions`` with the attention of each batch."""
+        attentions.extend(self.attention.segment(batch.spans, len(batch.tokens)) for batch in batches)
+        return [said_of(batch, attention.choice.title) for batch, attention in zip(batches, attentions, strict=True)]
 
-    def _shard(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layout = self.attention.layout(batch.spans, len(batch.tokens))
+    def _shard(self, batch: Batch, attention: SegmentAttention) -> tuple[torch.Tensor, torch.Tensor]:
         # Cloned, as a view would keep the whole.
-        tokens, labels, positions = (layout.shard(whole, 0).clone() for whole in segment_of(batch, self.device))
-        return tokens, labels, positions
+        tokens, labels = (attention.layout.shard(whole, 0).clone() for whole in tensors_of(batch, self.device))
+        return tokens, labels
 
     def _counts(self, batches: Sequence[Batch], shards: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
         """[targets in short, targets in long, tokens, long segments, segments, query-key pairs of all ranks' segments] of the whole step."""
         counts = torch.zeros(6, dtype=torch.int64, device=self.device)
-        for batch, (tokens, labels, _) in zip(batches, shards, strict=True):
+        for batch, (tokens, labels) in zip(batches, shards, strict=True):
             long = int(batch.window == "long")
             counts[long] += (labels != -100).sum()
             counts[2] += len(tokens)
