@@ -1,1 +1,1 @@
-"""Attention of packed segments: kernels, the strategies that spread attention over ranks, and the door to transformers."""
+"""Attention of packed segments: kernels, strategies that spread attention over ranks, the door to transformers."""

@@ -1,10 +1,11 @@
 """Blocks: tiles cut into rounds that one kernel call each can compute.
 
-A block is what one call of the kernel door (``kernel.forward_block``, ``kernel.backward_block``) computes. A block is made once for a segment
-and keeps its rounds, its row indices and its masks, so that all layers and the backward pass share them.
+A block is what one call of the kernel door (``kernel.forward_block``, ``kernel.backward_block``) computes. A block is
+made once for a segment and keeps its rounds, its row indices and its masks, so that all layers and the backward pass
+share them.
 
-Choice: the CUDA kernels take tiles of any lengths in one call (cu_seqlens), so their rounds are few. The CPU kernel takes tiles of one shape
-only, with masks aligned to the top left: its rounds are cut finer. Cost: two ways to cut.
+Choice: the CUDA kernels take tiles of any lengths in one call (cu_seqlens), so their rounds are few. The CPU kernel
+takes tiles of one shape only, with masks aligned to the top left: its rounds are cut finer. Cost: two ways to cut.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ _LONGEST_BAND = 256  # queries of a CPU tile under a sliding window; its mask ha
 
 
 class Queries(NamedTuple):
-    """What the backward of a block reads of the queries: q, out and grad_out [Tq, Hq, D] and lse [Tq, Hq].
+    """The queries' part of the input of a block's backward: q, out and grad_out [Tq, Hq, D] and lse [Tq, Hq].
 
-    ``out`` (in q's dtype) and ``lse`` are of the whole softmax: over all keys that a query sees, in this block and in every other.
+    ``out`` (in q's dtype) and ``lse`` are of the whole softmax: over all keys that a query sees, in this block and in
+    every other.
     """
 
     q: Tensor
@@ -52,7 +54,7 @@ class Rows(Once):
         return sum(stop - start for start, stop in self.ranges)
 
     def on(self, device: torch.device) -> slice | Tensor:
-        """What selects the rows of a tensor on ``device``: a slice (no copy) where the ranges adjoin, else an index."""
+        """The index of the rows of a tensor on ``device``: a slice, which copies nothing, where the ranges adjoin."""
         return self.once(_selection, device)
 
     def covers(self, n_rows: int) -> bool:
@@ -120,7 +122,7 @@ class Round(Once):
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Tiles between rows of queries and rows of keys, under a sliding window or none. A query may stand in several tiles."""
+    """Tiles between rows of queries and rows of keys, under a sliding window or none. Tiles may share queries."""
 
     tiles: tuple[Tile, ...]
     sliding_window: int | None = None
@@ -145,7 +147,7 @@ class Block:
 
 
 class _Mask(NamedTuple):
-    """What the tiles of one kernel call must have in common."""
+    """The properties that the tiles of one kernel call share."""
 
     causal: bool
     cut: bool  # by the sliding window
@@ -178,7 +180,7 @@ def _is_cut(tile: Tile, sliding_window: int | None) -> bool:
 
 
 def _pack(calls: list[list[Tile]], tile: Tile) -> None:
-    """Append a tile to the first call whose tiles all lie before it, by queries and by keys; open a call where there is none."""
+    """Append a tile to the first call whose tiles all lie before the tile; open a new call where there is none."""
     for tiles in calls:
         if tiles[-1].q_stop <= tile.q_start and tiles[-1].k_stop <= tile.k_start:
             tiles.append(tile)
@@ -195,7 +197,8 @@ def _rounds(packed: dict[_Mask, list[list[Tile]]], sliding_window: int | None, c
         for tiles in calls:
             fresh = not any(1 in q_seen[tile.q_start : tile.q_stop] for tile in tiles)
             fresh_keys = not any(1 in k_seen[tile.k_start : tile.k_stop] for tile in tiles)
-            yield Round(tuple(tiles), mask.causal, sliding_window if mask.cut else None, fresh, fresh and fresh_keys, band)
+            window = sliding_window if mask.cut else None
+            yield Round(tuple(tiles), mask.causal, window, fresh, fresh and fresh_keys, band)
             for tile in tiles:
                 q_seen[tile.q_start : tile.q_stop] = b"\1" * tile.n_queries
                 k_seen[tile.k_start : tile.k_stop] = b"\1" * tile.n_keys

@@ -1,17 +1,20 @@
-"""Which strategy serves a segment, and with the strategy the layout of tokens: a pure function of numbers that all ranks know.
+"""Which strategy serves a segment, and so how tokens lie: a pure function of numbers that all ranks know.
 
-Choice: ``auto`` takes, for every segment anew, the strategy that sends the fewest bytes among those that fit. A strategy *fits* when
+Choice: ``auto`` takes, for every segment anew, the strategy that sends the fewest bytes among those that fit. A
+strategy *fits* when
 
-- it can serve the documents, the heads and the sliding windows (its own ``refuse``), and the segment can be cut as its layout wants; and
-- it spreads the (query, key) pairs evenly: the busiest rank exceeds its share by no more than ``EVEN`` of a rank's work of a segment that
-  one document fills. So the ranks of a long window are even within ``EVEN``. Short documents are a small part of such work and may be less
-  even. ``local`` need not be even: the packer has made it as even as it can be.
+- it can serve the documents, the heads and the sliding windows (its own ``refuse``), and the segment can be cut as its
+  layout wants; and
+- it spreads the (query, key) pairs evenly: the busiest rank exceeds its share by no more than ``EVEN`` of a rank's work
+  of a segment that one document fills. So the ranks of a long window are even within ``EVEN``. Short documents are a
+  small part of such work and may be less even. ``local`` need not be even: the packer has made it as even as it can be.
 
-Where no strategy is even, the one that leaves the busiest rank the least work is taken. Tokens are cut once for all layers, so the layout with
-the smallest sum over layers wins, and each kind of layer (full, sliding) takes the cheapest strategy of that layout.
+Where no strategy is even, the one that leaves the busiest rank the least work is taken. Tokens are cut once for all
+layers, so the layout with the smallest sum over layers wins, and each kind of layer (full, sliding) takes the cheapest
+strategy of that layout.
 
-Cost: bytes stand for time. A ring that hides its transfers behind compute looks like an exchange that cannot. A measurement on the machine at
-hand is better: set ``parallel.strategy`` by it.
+Cost: bytes stand for time. A ring that hides its transfers behind compute looks like an exchange that cannot. A
+measurement on the machine at hand is better: set ``parallel.strategy`` by it.
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ from lr2train.attention.strategy import PackedSegment, SegmentWork, Strategy
 from lr2train.config import UserError
 from lr2train.parallel.layout import Kind
 
-# What auto chooses from. Of two that send alike the first is taken: a ring axis exists because of nodes, and ulysses_ring sends less between
-# nodes.
+# The candidates of auto. The first of two that send alike is taken: a ring axis exists because of nodes, and
+# ulysses_ring sends less between nodes.
 AUTO = ("local", "ulysses_ring", "ulysses", "ring", "gather")
-# Attention work that the other ranks may wait for, as a part of a rank's work of a long window. More imbalance costs more than it saves bytes.
+# Attention work that the other ranks may wait for, as a part of a rank's work of a long window. More imbalance costs
+# more than it saves bytes.
 EVEN = 0.02
 
 
@@ -78,7 +82,7 @@ class AttentionChoice:
     def strategy(self, sliding_window: int | None) -> str:
         """The strategy of the layers with this sliding window."""
         names = dict(self.strategies)
-        assert sliding_window in names, f"a layer slides over {sliding_window} tokens, which the model's config does not say: {names}"
+        assert sliding_window in names, f"sliding window {sliding_window} is none of the model's config: {names}"
         return names[sliding_window]
 
     @property
@@ -90,7 +94,8 @@ class AttentionChoice:
 def choose(strategy: str, layers: Layers, segment: PackedSegment) -> AttentionChoice:
     """The attention choice for one segment: the same on every rank.
 
-    A named strategy that serves one document over the segment, but not these documents (``ring_flash_attn``), leaves them to auto.
+    A named strategy that serves one document over the segment, but not these documents (``ring_flash_attn``), leaves
+    them to auto.
 
     Raises:
         UserError: the named strategy cannot serve the segment; or under auto, no strategy can.
@@ -112,12 +117,14 @@ def choose(strategy: str, layers: Layers, segment: PackedSegment) -> AttentionCh
 
 def bytes_sent(choice: AttentionChoice, layers: Layers, segment: PackedSegment) -> int:
     """Bytes that the busiest rank sends for a segment: all layers, forward and backward, no recomputation."""
-    works = layers.works(segment)
-    return sum(STRATEGIES[choice.strategy(work.sliding_window)].bytes_sent(work).total * n_layers for work, n_layers in works.items())
+    total = 0
+    for work, n_layers in layers.works(segment).items():
+        total += STRATEGIES[choice.strategy(work.sliding_window)].bytes_sent(work).total * n_layers
+    return total
 
 
 def ring_ranks(wanted: int, sp: int, n_heads: int, ranks_per_node: int) -> int:
-    """Ranks on the ring axis of ``sp`` ranks: ``wanted`` (``parallel.ring``); for 0 the fewest that leave ulysses a usable number.
+    """Ranks on the ring axis of ``sp`` ranks: ``wanted`` (``parallel.ring``), for 0 as few as ulysses allows.
 
     Ulysses can use a number of ranks that divides the query heads and that one node holds whole.
 
@@ -127,13 +134,15 @@ def ring_ranks(wanted: int, sp: int, n_heads: int, ranks_per_node: int) -> int:
     divisors = [n for n in range(1, sp + 1) if sp % n == 0]
     if wanted:
         if wanted not in divisors:
-            raise UserError(f"parallel.ring={wanted} does not divide parallel.sp={sp}; set parallel.ring to one of {divisors}, or to 0")
+            remedy = f"set parallel.ring to one of {divisors}, or to 0"
+            raise UserError(f"parallel.ring={wanted} does not divide parallel.sp={sp}; {remedy}")
         return wanted
-    return next(ring for ring in divisors if n_heads % (sp // ring) == 0 and _inside_a_node(sp // ring, sp, ranks_per_node))
+    return next(ring for ring in divisors if _is_usable(sp // ring, sp, n_heads, ranks_per_node))
 
 
-def _inside_a_node(ulysses: int, sp: int, ranks_per_node: int) -> bool:
-    return sp <= ranks_per_node or ranks_per_node % ulysses == 0 or ulysses == 1
+def _is_usable(ulysses: int, sp: int, n_heads: int, ranks_per_node: int) -> bool:
+    inside_a_node = sp <= ranks_per_node or ranks_per_node % ulysses == 0 or ulysses == 1
+    return n_heads % ulysses == 0 and inside_a_node
 
 
 def refuse(strategy: str, layers: Layers, longest_span: int, n_tokens: int, sp: int, ring: int) -> None:
@@ -145,7 +154,7 @@ def refuse(strategy: str, layers: Layers, longest_span: int, n_tokens: int, sp: 
         UserError: as ``choose``.
     """
     if strategy != "local":
-        document = (0, min(longest_span, n_tokens))  # what does not fit a segment, or holds nothing, is refused elsewhere
+        document = (0, min(longest_span, n_tokens))  # a document of no token, or of too many, is refused elsewhere
         choose(strategy, layers, PackedSegment((document,) if longest_span else (), n_tokens, sp, ring))
 
 
@@ -164,7 +173,7 @@ def _cheapest(works: dict[SegmentWork, int], segment: PackedSegment) -> Attentio
     reason = "nothing spreads the work evenly, and others do less" if best is None else _reason(best, even)
     best = best or _least(serving, works, _of_the_busiest)
     if best is None:
-        _refuse(STRATEGIES["gather"], next(iter(works)))  # serves any heads and documents: what stops gather stops the others
+        _refuse(STRATEGIES["gather"], next(iter(works)))  # serves any heads: what stops gather stops the others
         raise AssertionError(f"no strategy serves {works}")
     names = tuple((work.sliding_window, strategy.name) for work, strategy in best.items())
     return AttentionChoice(names, next(iter(best.values())).layout_kind, reason, _figures(serving))
@@ -175,9 +184,14 @@ def _all_local(works: dict[SegmentWork, int], reason: str) -> AttentionChoice:
 
 
 def _least(
-    fitting: dict[SegmentWork, list[Strategy]], works: dict[SegmentWork, int], cost: Callable[[Strategy, SegmentWork], int]
+    fitting: dict[SegmentWork, list[Strategy]],
+    works: dict[SegmentWork, int],
+    cost: Callable[[Strategy, SegmentWork], int],
 ) -> dict[SegmentWork, Strategy] | None:
-    """The cheapest strategy for each work under one layout, the one with the smallest sum over layers. None where no layout serves all."""
+    """The cheapest strategy for each work under the layout with the smallest sum over layers.
+
+    None where no layout serves all works.
+    """
     best, least = None, None
     for kind in dict.fromkeys(one.layout_kind for strategies in fitting.values() for one in strategies):
         alike = {work: [one for one in strategies if one.layout_kind == kind] for work, strategies in fitting.items()}
@@ -201,7 +215,8 @@ def _of_the_busiest(strategy: Strategy, work: SegmentWork) -> int:
 def _serving(work: SegmentWork) -> list[Strategy]:
     """The strategies of AUTO that can serve ``work``; ``ulysses_ring`` only where the mesh has both axes."""
     two_axes = 1 < work.segment.ring < work.segment.sp
-    return [STRATEGIES[name] for name in AUTO if (two_axes or name != "ulysses_ring") and _serves(STRATEGIES[name], work)]
+    candidates = [STRATEGIES[name] for name in AUTO if two_axes or name != "ulysses_ring"]
+    return [strategy for strategy in candidates if _serves(strategy, work)]
 
 
 def _serves(strategy: Strategy, work: SegmentWork) -> bool:
@@ -213,7 +228,7 @@ def _serves(strategy: Strategy, work: SegmentWork) -> bool:
 
 
 def _refuse(strategy: Strategy, work: SegmentWork) -> None:
-    """Raises UserError when the strategy cannot serve the work, or the segment cannot be cut as the strategy's layout wants."""
+    """Raises UserError when the strategy cannot serve the work, or its layout cannot cut the segment."""
     strategy.refuse(work)
     work.segment.layout(strategy.layout_kind, 0)
 

@@ -2,9 +2,10 @@
 
 Shape letters: N rows of a round, n tiles of one shape, H heads, D head size.
 
-Choice: the raw operator returns the log-sum-exp and its backward takes the log-sum-exp back, so a ring with exact gradients runs on CPUs.
-Tiles of one shape share a call, side by side in the batch dim; the others get a call each. Padding unequal tiles to share calls was measured
-and is slower: a call costs about 20 us, the wasted products of padding cost more. Cost: a raw operator is no stable interface.
+Choice: the raw operator returns the log-sum-exp and its backward takes the log-sum-exp back, so a ring with exact
+gradients runs on CPUs. Tiles of one shape share a call, side by side in the batch dim; the others get a call each.
+Padding unequal tiles to share calls was measured and is slower: a call costs about 20 us, the wasted products of
+padding cost more. Cost: a raw operator is no stable interface.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class CpuKernel:
         """Every dtype and head size is served."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, round_: Round, scale: float) -> tuple[Tensor, Tensor]:
-        """One round of q [Tq, Hq, D], k and v [Tk, Hkv, D] -> out [N, Hq, D] and lse [N, Hq] of the round's N queries."""
+        """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> out [N, Hq, D] and lse [N, Hq] of the round's N queries."""
         cut = (_cut(q, round_.queries, round_), _cut(k, round_.keys, round_), _cut(v, round_.keys, round_))
         out, lse = _flash(*cut, 0.0, _is_causal(round_), attn_mask=_mask(round_, q.dtype), scale=scale)
         return _joined(out), _joined(lse)
@@ -45,7 +46,7 @@ class CpuKernel:
 
 
 def _cut(x: Tensor, rows: Rows, round_: Round) -> Tensor:
-    """[T, H, …] -> [n, H, length, …]: what the kernel reads by strides. Nothing is copied where the tiles adjoin."""
+    """[T, H, …] -> [n, H, length, …], read by strides: nothing is copied where the tiles adjoin."""
     return x[rows.on(x.device)].unflatten(0, (len(round_.tiles), -1)).transpose(1, 2)
 
 

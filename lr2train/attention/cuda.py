@@ -2,9 +2,10 @@
 
 Shape letters: N rows of queries and M rows of keys of a round, H heads, D head size.
 
-Choice: all are called as raw functions, because only so do they return the log-sum-exp and take it back in the backward. A round is one call
-over packed tiles, told apart by cumulative lengths (cu_seqlens). All lengths are Python ints, so no call waits for the device. Cost: raw
-functions change between versions; ``choose`` tells old ones by their signature. This is the only file that imports flash_attn.
+Choice: all are called as raw functions, because only so do they return the log-sum-exp and take it back in the
+backward. A round is one call over packed tiles, told apart by cumulative lengths (cu_seqlens). All lengths are Python
+ints, so no call waits for the device. Cost: raw functions change between versions; ``choose`` tells old ones by their
+signature. This is the only file that imports flash_attn.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ def choose() -> tuple[str, str]:
     refused = []
     generation = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
     if 0 < generation < 8:
-        raise UserError(f"this GPU has compute capability {generation}.x and flash attention needs 8 (A100) or newer; set device to cpu")
+        found = f"this GPU has compute capability {generation}.x"
+        raise UserError(f"{found} and flash attention needs 8 (A100) or newer; set device to cpu")
     for name, (module, function) in _LIBRARIES.items():
         if name == "flash_attn_3" and generation != 9:  # it is built for Hopper alone
             continue
         try:
             usable = "window_size_left" in _parameters(getattr(importlib.import_module(module), function))
-        except (ImportError, OSError, AttributeError) as error:  # OSError: built for another torch, its library does not load
+        except (ImportError, OSError, AttributeError) as error:  # OSError: built for another torch
             refused.append(f"{name} is not importable: {error}")
             continue
         if usable:
@@ -77,15 +79,16 @@ class Varlen:
 def varlen_of(round_: Round, device: torch.device) -> Varlen:
     """A round as flash attention takes it.
 
-    Flash attention aligns masks to the bottom right, as tiles do. In a tile of gap g, query i stands at its diagonal's key i + lead - g. So a
-    sliding window of w tokens reaches w - 1 - g keys to the left of the diagonal.
+    Flash attention aligns masks to the bottom right, as tiles do. In a tile of gap g, query i stands at its diagonal's
+    key i + lead - g. So a sliding window of w tokens reaches w - 1 - g keys to the left of the diagonal.
 
-    Trap: with a window to the left and none to the right, flash-attn 2 and torch set the window to the right to the longest keys. That hides
-    keys from the first of many queries over few keys. So at least as many keys are declared as queries.
+    Trap: with a window to the left and none to the right, flash-attn 2 and torch set the window to the right to the
+    longest keys. That hides keys from the first of many queries over few keys. So at least as many keys are declared as
+    queries.
     """
     q_lengths, k_lengths = [tile.n_queries for tile in round_.tiles], [tile.n_keys for tile in round_.tiles]
     with torch.inference_mode(False):
-        cu_q, cu_k = (torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=device) for x in (q_lengths, k_lengths))
+        cu_q, cu_k = (_cu_seqlens(lengths, device) for lengths in (q_lengths, k_lengths))
     left = -1 if round_.sliding_window is None else round_.sliding_window - 1 - round_.tiles[0].gap
     assert left >= 0 or round_.sliding_window is None, f"{round_.tiles[0]} holds queries that see no key"
     max_q, max_k = max(q_lengths), max(k_lengths)
@@ -94,13 +97,17 @@ def varlen_of(round_: Round, device: torch.device) -> Varlen:
     return Varlen(cu_q, cu_k, max_q, max_k, left, 0 if round_.causal else -1)
 
 
+def _cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
 _Forward = Callable[[Tensor, Tensor, Tensor, Varlen, float], tuple[Tensor, Tensor]]
 _Backward = Callable[[Queries, Tensor, Tensor, Varlen, float], Sequence[Tensor]]  # with lse [Hq, N]
 
 
 @dataclass(frozen=True)
 class CudaKernel:
-    """``kernel.Kernel`` over a flash kernel for packed tiles: q, k and v back to back, out [N, Hq, D], lse [Hq, N] in fp32."""
+    """``kernel.Kernel`` over a flash kernel for packed tiles, whose out is [N, Hq, D] and lse [Hq, N] in fp32."""
 
     call: _Forward
     call_backward: _Backward
@@ -116,9 +123,8 @@ class CudaKernel:
             UserError: the dtype is not half precision, or the head size is no multiple of 8 up to 256.
         """
         if q.dtype not in (torch.bfloat16, torch.float16):
-            raise UserError(
-                f"model.dtype={str(q.dtype).removeprefix('torch.')} has no flash attention on CUDA; set model.dtype to bfloat16"
-            )
+            dtype = str(q.dtype).removeprefix("torch.")
+            raise UserError(f"model.dtype={dtype} has no flash attention on CUDA; set model.dtype to bfloat16")
         if q.shape[-1] > 256 or q.shape[-1] % 8:
             raise UserError(
                 f"head_dim={q.shape[-1]} has no flash attention on CUDA, which serves multiples of 8 up to 256; "
@@ -170,9 +176,9 @@ def _flash2_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, scale: floa
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward  # optional, and only for CUDA
 
     out, lse, *_ = _flash_attn_varlen_forward(
-        q, k, v, varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k, dropout_p=0.0, softmax_scale=scale, causal=varlen.right == 0,
-        window_size_left=varlen.left, window_size_right=varlen.right, softcap=0.0, alibi_slopes=None, return_softmax=False,
-        block_table=None,
+        q, k, v, varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k, dropout_p=0.0, softmax_scale=scale,
+        causal=varlen.right == 0, window_size_left=varlen.left, window_size_right=varlen.right, softcap=0.0,
+        alibi_slopes=None, return_softmax=False, block_table=None,
     )  # fmt: skip
     return out, lse
 
@@ -183,9 +189,9 @@ def _flash2_backward(queries: Queries, k: Tensor, v: Tensor, varlen: Varlen, sca
     q, out, lse, grad_out = queries
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]  # the library fills them
     _flash_attn_varlen_backward(
-        grad_out, q, k, v, out, lse, *grads, varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k, dropout_p=0.0, softmax_scale=scale,
-        causal=varlen.right == 0, window_size_left=varlen.left, window_size_right=varlen.right, softcap=0.0, alibi_slopes=None,
-        deterministic=False,
+        grad_out, q, k, v, out, lse, *grads, varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k, dropout_p=0.0,
+        softmax_scale=scale, causal=varlen.right == 0, window_size_left=varlen.left, window_size_right=varlen.right,
+        softcap=0.0, alibi_slopes=None, deterministic=False,
     )  # fmt: skip
     return grads
 
@@ -195,8 +201,9 @@ def _flash3_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, scale: floa
     from flash_attn_interface import _flash_attn_forward
 
     out, lse, *_ = _flash_attn_forward(
-        q, k, v, cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k, max_seqlen_q=varlen.max_q, max_seqlen_k=varlen.max_k,
-        softmax_scale=scale, causal=varlen.right == 0, window_size_left=varlen.left, window_size_right=varlen.right,
+        q, k, v, cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k, max_seqlen_q=varlen.max_q,
+        max_seqlen_k=varlen.max_k, softmax_scale=scale, causal=varlen.right == 0,
+        window_size_left=varlen.left, window_size_right=varlen.right,
     )  # fmt: skip
     return out, lse
 

@@ -1,20 +1,24 @@
 """Gather: contiguous shards; each rank fetches the keys and values of the documents that began before its shard.
 
-Most documents of a packed segment end in the shard in which they began. A rank needs, of the ranks before it, only the beginning of its own
-first document (under a sliding window, only the tokens that its first token sees). The rank fetches those rows, puts its own rows behind them
-and attends in one kernel call, with a causal mask aligned to the bottom right. After Grattafiori et al., "The Llama 3 Herd of Models",
-arXiv 2407.21783, section 3.3.2, which gathers all keys and values.
+Most documents of a packed segment end in the shard in which they began. A rank needs, of the ranks before it, only the
+beginning of its own first document (under a sliding window, only the tokens that its first token sees). The rank
+fetches those rows, puts its own rows behind them and attends in one kernel call, with a causal mask aligned to the
+bottom right. After Grattafiori et al., "The Llama 3 Herd of Models", arXiv 2407.21783, section 3.3.2, which gathers all
+keys and values.
 
-Choice: the exchange is an all-to-all of uneven parts, in a few groups of key heads: while one group is computed with, the next group travels.
-Rows arrive in the tensor that the kernel reads, before a copy of the rank's own rows, so both take the memory of two groups. Gradients of
-fetched rows return to their owners in the same way, in the model's dtype. They are summed in fp32 when all have come: they take the memory of
-all groups. Where no document crosses a border nothing is sent. Cost: the last rank of a long document fetches and computes most, up to twice
-the mean when one document fills the segment; ``ring`` and ``ulysses`` are even there.
+Choice: the exchange is an all-to-all of uneven parts, in a few groups of key heads: while one group is computed with,
+the next group travels. Rows arrive in the tensor that the kernel reads, before a copy of the rank's own rows, so both
+take the memory of two groups. Gradients of fetched rows return to their owners in the same way, in the model's dtype.
+They are summed in fp32 when all have come: they take the memory of all groups. Where no document crosses a border
+nothing is sent. Cost: the last rank of a long document fetches and computes most, up to twice the mean when one
+document fills the segment; ``ring`` and ``ulysses`` are even there.
 
 Bytes that rank r sends for a layer, with need(a, b) = the rows of rank b's shard that rank a fetches:
     forward    2 Hkv D b  sum over a of need(a, r)
     backward   the same, and  2 Hkv D b  sum over a of need(r, a)
-with b bytes an element. For one document of T tokens, n = T / sp: forward 2 Hkv D b n (sp - 1 - r), backward 2 Hkv D b n (sp - 1).
+with b bytes an element. For one document of T tokens and n = T / sp:
+    forward    2 Hkv D b n (sp - 1 - r)
+    backward   2 Hkv D b n (sp - 1)
 LLaMA3-8B (8 key heads of 128, bf16) at T = 128k, sp = 8: at most 448 MiB forward and 448 MiB backward.
 """
 
@@ -45,7 +49,7 @@ _HEAD_GROUPS = 4  # at most: more would hide more of the exchange behind compute
 class Exchange:
     """The rows that a rank exchanges with every other rank, and the block that the rank computes.
 
-    Fetched rows end at a shard border, so every shard gives a suffix: "n rows of rank a" are the last n rows of a's shard.
+    Fetched rows end at a shard border, so every shard gives a suffix: n rows of a rank are the shard's last n rows.
 
     Attributes:
         gives: for each rank, how many of this rank's rows that rank fetches.
@@ -73,7 +77,7 @@ class HeadGroup(NamedTuple):
 
 
 Fetch = Callable[[HeadGroup], tuple[Tensor, Tensor]]
-"""head group -> (k, v) [n + T/sp, heads, D]: the n fetched rows, and this rank's own behind them. Groups are asked for in order."""
+"""head group -> (k, v) [n + T/sp, heads, D]: the n fetched rows, this rank's own behind them. Asked for in order."""
 
 Give = Callable[[HeadGroup, Tensor], None]
 """(head group, gradients [n, 2, heads, D] of the fetched rows of k and v): sends them to the owners of the rows."""
@@ -100,7 +104,7 @@ def gather(segment: PackedSegment, mesh: Mesh, sliding_window: int | None = None
 
 
 def exchange_of(segment: PackedSegment, rank: int, sliding_window: int | None = None) -> Exchange:
-    """What ``rank`` gives, takes and computes. Pure."""
+    """The exchange of ``rank``. Pure."""
     sp, n = segment.sp, segment.shard_tokens
     reach = [_reach(segment.spans, other * n, sliding_window) for other in range(sp)]
     gives = tuple(_overlap(reach[other], other * n, rank * n, n) for other in range(sp))
@@ -128,8 +132,12 @@ def _tiles(spans: Spans, first: int, n: int, n_fetched: int) -> tuple[Tile, ...]
 
     A document that began before the shard has as many more keys than queries as rows were fetched.
     """
-    mine = [(max(start, first) - first, min(stop, first + n) - first, start < first) for start, stop in touching(spans, first, first + n)]
-    return tuple(Tile(start, stop, 0 if continued else n_fetched + start, n_fetched + stop, 0) for start, stop, continued in mine)
+    tiles = []
+    for start, stop in touching(spans, first, first + n):
+        q_start, q_stop = max(start, first) - first, min(stop, first + n) - first
+        k_start = 0 if start < first else n_fetched + q_start  # only one document began before the shard
+        tiles.append(Tile(q_start, q_stop, k_start, n_fetched + q_stop, 0))
+    return tuple(tiles)
 
 
 # ---- one rank's computation ----
@@ -166,8 +174,8 @@ def backward_rank(
 def head_groups(n_heads: int, n_kv_heads: int) -> tuple[HeadGroup, ...]:
     """Key heads in at most four groups of nearly one size, each with the query heads that read them."""
     n_groups, readers = min(_HEAD_GROUPS, n_kv_heads), n_heads // n_kv_heads
-    borders = [n_kv_heads * i // n_groups for i in range(n_groups + 1)]
-    return tuple(HeadGroup(slice(first * readers, last * readers), slice(first, last)) for first, last in pairwise(borders))
+    borders = pairwise(n_kv_heads * i // n_groups for i in range(n_groups + 1))
+    return tuple(HeadGroup(slice(first * readers, last * readers), slice(first, last)) for first, last in borders)
 
 
 # ---- on real ranks ----
@@ -192,7 +200,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """grad_out [T/sp, Hq, D] -> dq [T/sp, Hq, D], dk and dv [T/sp, Hkv, D] of this rank's rows, from the queries of all ranks."""
+        """grad_out [T/sp, Hq, D] -> dq [T/sp, Hq, D], dk and dv [T/sp, Hkv, D] of this rank's rows."""
         q, k, v, out, lse = ctx.saved_tensors
         with resume(ctx.counts):
             arrivals, returns = _Arrivals(q.shape[1], k, v, ctx.attention), _Returns(ctx.attention)
@@ -212,7 +220,7 @@ class _Arrivals:
             self._start(next(self.to_start))
 
     def fetch(self, heads: HeadGroup) -> tuple[Tensor, Tensor]:
-        """(k, v) [n + T/sp, heads, D], the fetched rows first; where there are none, the rank's own rows without a copy."""
+        """(k, v) [n + T/sp, heads, D], the fetched rows first; where n = 0, the rank's own rows without a copy."""
         if self.exchange.anyone:
             self.work.wait()
             arrived = self.arriving
@@ -225,7 +233,9 @@ class _Arrivals:
 
     def _start(self, heads: HeadGroup) -> None:
         own, exchange, n = (self.k[:, heads.kv], self.v[:, heads.kv]), self.exchange, self.exchange.n_fetched
-        self.leaving = torch.cat([torch.stack([x[len(x) - rows :] for x in own], 1) for rows in exchange.gives])  # [given, 2, heads, D]
+        parts = [torch.stack([x[len(x) - rows :] for x in own], 1) for rows in exchange.gives]
+        self.leaving = torch.cat(parts)  # [given rows, 2, heads, D]
+        del parts
         self.arriving = self.leaving.new_empty(n + len(self.k) if n else 0, *self.leaving.shape[1:])
         if n:
             self.arriving[n:, 0], self.arriving[n:, 1] = own
@@ -233,7 +243,7 @@ class _Arrivals:
 
 
 class _Returns:
-    """Gradients on their way to the owners of the rows, of all head groups until the end: those sent and those received."""
+    """Gradients on their way to the owners of the rows: sent and received ones, of all head groups until the end."""
 
     def __init__(self, attention: GatherAttention) -> None:
         self.exchange, self.group = attention.exchange, attention.group
@@ -272,8 +282,8 @@ def _pairs(work: SegmentWork, rank: int) -> int:
 def _refuse(work: SegmentWork) -> None:
     n_tokens, sp = work.segment.n_tokens, work.segment.sp
     if n_tokens % sp:
-        longer = -(-n_tokens // sp) * sp
-        raise UserError(f"segment_tokens={n_tokens} is not divisible by parallel.sp={sp}; set data.segment_tokens to {longer}")
+        remedy = f"set data.segment_tokens to {-(-n_tokens // sp) * sp}"
+        raise UserError(f"segment_tokens={n_tokens} is not divisible by parallel.sp={sp}; {remedy}")
 
 
 GATHER = Strategy("gather", gather, "contiguous", _refuse, _traffic, _pairs)

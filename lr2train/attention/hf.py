@@ -1,10 +1,11 @@
 """The door to transformers: its models, untouched, with sequence-parallel attention over packed documents.
 
-Choice: transformers' AttentionInterface. Every model written for the interface calls one function, by the name in its config, with the
-keyword arguments of ``model.forward``. So a ``SegmentAttention`` travels as a keyword argument, which activation checkpointing captures and
-replays. Nothing is global, and two models may differ. No mask is built, because transformers builds none for a name that it does not know.
-Cost: what a mask or a kernel option would have expressed must be served or refused here. A sliding window is handed to the strategy;
-soft-capped scores and attention sinks are refused.
+Choice: transformers' AttentionInterface. Every model written for the interface calls one function, by the name in its
+config, with the keyword arguments of ``model.forward``. So a ``SegmentAttention`` travels as a keyword argument, which
+activation checkpointing captures and replays. Nothing is global, and two models may differ. No mask is built, because
+transformers builds none for a name that it does not know. Cost: what a mask or a kernel option would have expressed
+must be served or refused here. A sliding window is handed to the strategy; soft-capped scores and attention sinks are
+refused.
 
 The strategy is chosen once for all layers of a segment (``choice.py``), and anew for each segment.
 """
@@ -52,7 +53,7 @@ class SequenceAttention:
     announced: set[str] = field(default_factory=set)
 
     def segment(self, spans: Spans, n_tokens: int) -> SegmentAttention:
-        """The attention of a packed segment of ``n_tokens`` with these documents; the choice in it is the same on every rank.
+        """The attention of a packed segment of ``n_tokens`` with these documents; every rank makes the same choice.
 
         Raises:
             UserError: no strategy can serve the segment.
@@ -66,14 +67,17 @@ class SequenceAttention:
 
 
 def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> SequenceAttention:
-    """Make ``model`` attend over packed documents, sharded over ``mesh``. After it, on every rank of a sequence-parallel group,
+    """Make ``model`` attend over packed documents, sharded over ``mesh``.
+
+    After that, on every rank of a sequence-parallel group,
 
         attention = install(model, mesh).segment(spans, n_tokens)
         positions = attention.positions(device)[None]
         model(input_ids=[1, T/sp], position_ids=positions, segment_attention=attention, use_cache=False)
 
-    runs on this rank's part (``attention.layout.shard``) of one segment of T tokens. Position ids must be given: transformers' own would
-    restart on every shard. Gradients of the weights are of this shard: their sum over the group is the segment's gradient.
+    runs on this rank's part (``attention.layout.shard``) of one segment of T tokens. Position ids must be given:
+    transformers' own would restart on every shard. Gradients of the weights are of this shard: their sum over the group
+    is the segment's gradient.
 
     Raises:
         UserError: the model's attention cannot be expressed here.
@@ -83,7 +87,8 @@ def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> Seque
     AttentionInterface.register(NAME, attention_forward)
     model.set_attn_implementation(NAME)
     if model.config.get_text_config()._attn_implementation != NAME or not has_attention:
-        raise UserError(f"{type(model).__name__} does not use transformers' attention interface; choose a model (model.path) that does")
+        name = type(model).__name__
+        raise UserError(f"{name} does not use transformers' attention interface; choose a model (model.path) that does")
     return SequenceAttention(mesh, layers_of(model.config, model.dtype.itemsize), strategy)
 
 
@@ -117,16 +122,25 @@ def attention_forward(
     segment_attention: SegmentAttention | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [1, Hq, T/sp, D], key and value [1, Hkv, T/sp, D] -> ([1, T/sp, Hq, D], no weights)."""
-    assert query.shape[0] == 1, f"batch of {query.shape[0]}: one call takes one packed segment (its documents are spans of it)"
+    """transformers' attention function: query [1, Hq, T/sp, D], key and value [1, Hkv, T/sp, D] -> [1, T/sp, Hq, D].
+
+    The second value is None, in the place of attention weights.
+    """
+    assert query.shape[0] == 1, f"batch of {query.shape[0]}: one call takes one packed segment"
     _refuse_call(module, query, key, attention_mask, dropout, kwargs)
-    assert segment_attention is not None, f"{type(module).__name__} was called without segment_attention; pass SequenceAttention.segment(…)"
+    assert segment_attention is not None, f"{type(module).__name__} was called without segment_attention"
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T/sp, H, D] each
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return segment_attention(q, k, v, scale, kwargs.get("sliding_window")).unsqueeze(0), None
 
 
-def refuse_config(config: Any, parallel: ParallelConfig, segment_tokens: int, longest_span: int, ranks_per_node: int) -> None:
+def refuse_config(
+    config: Any,
+    parallel: ParallelConfig,
+    segment_tokens: int,
+    longest_span: int,
+    ranks_per_node: int,
+) -> None:
     """Refuse a transformers config that cannot be trained under ``parallel``. Needs no weights and no ranks.
 
     Args:
@@ -137,7 +151,8 @@ def refuse_config(config: Any, parallel: ParallelConfig, segment_tokens: int, lo
         ranks_per_node: ranks of the job that one machine holds.
 
     Raises:
-        UserError: the model's attention cannot be expressed, or no strategy serves its segments; the text names what to change.
+        UserError: the model's attention cannot be expressed, or no strategy serves its segments; the text names what to
+            change.
     """
     refuse_model(config)
     layers = layers_of(config)
@@ -146,8 +161,8 @@ def refuse_config(config: Any, parallel: ParallelConfig, segment_tokens: int, lo
     for sliding_window, n_layers in layers.sliding_windows:
         if sliding_window is not None and sliding_window < longest_span:
             log.info(
-                "%d layers of %s attend to %d tokens back and no further, in spans of up to %d; set model.overrides.sliding_window=null "
-                "if they may attend to everything",
+                "%d layers of %s attend to %d tokens back and no further, in spans of up to %d; "
+                "set model.overrides.sliding_window=null if they may attend to everything",
                 n_layers, config.model_type, sliding_window, longest_span,
             )  # fmt: skip
 
@@ -162,20 +177,20 @@ def refuse_model(config: Any) -> None:
     others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if others:
         raise UserError(
-            f"{config.model_type} has layers of type {', '.join(sorted(others))}, which are not attention over whole spans; "
-            "choose another model (model.path)"
+            f"{config.model_type} has layers of type {', '.join(sorted(others))}, "
+            "which are not attention over whole spans; choose another model (model.path)"
         )
     value_dim, query_dim = getattr(config, "v_head_dim", None), getattr(config, "qk_head_dim", None)
     if value_dim != query_dim:
         raise UserError(
-            f"{config.model_type} has value heads of {value_dim} and query heads of {query_dim} dims (latent attention), and kernels here want "
-            "them alike; choose another model (model.path)"
+            f"{config.model_type} has value heads of {value_dim} and query heads of {query_dim} dims "
+            "(latent attention), and kernels here want them alike; choose another model (model.path)"
         )
     softcap = getattr(config, "attn_logit_softcapping", None)
     if softcap is not None:
         raise UserError(
-            f"{config.model_type} caps attention scores (attn_logit_softcapping={softcap}), which no kernel here computes; "
-            "choose another model (model.path)"
+            f"{config.model_type} caps attention scores (attn_logit_softcapping={softcap}), "
+            "which no kernel here computes; choose another model (model.path)"
         )
 
 
@@ -186,21 +201,28 @@ def _sliding_windows_of(config: Any) -> list[int | None]:
     return [sliding_window if one == "sliding_attention" else None for one in types]
 
 
-def _refuse_call(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, options: dict[str, Any]) -> None:
+def _refuse_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    options: dict[str, Any],
+) -> None:
     """Raise UserError for a call whose result would not be the model's own, on all ranks alike."""
+    name = type(module).__name__
     if dropout > 0:
-        raise UserError(f"attention_dropout={dropout} is not supported in training; set attention_dropout to 0 in the model's config")
+        remedy = "set attention_dropout to 0 in the model's config"
+        raise UserError(f"attention_dropout={dropout} is not supported in training; {remedy}")
     causal = options.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
-        raise UserError(f"{type(module).__name__} is not causal; choose a causal decoder (model.path)")
+        raise UserError(f"{name} is not causal; choose a causal decoder (model.path)")
     if key.shape[2] != query.shape[2]:
-        raise UserError(
-            f"{query.shape[2]} queries over {key.shape[2]} keys: neither cross attention nor a key cache is served; pass use_cache=False"
-        )
+        found = f"{query.shape[2]} queries over {key.shape[2]} keys"
+        raise UserError(f"{found}: neither cross attention nor a key cache is served; pass use_cache=False")
     if mask is not None:
         raise UserError("an attention mask would be ignored; tell documents apart by spans instead")
     for option, meaning in _UNSUPPORTED.items():
         if options.get(option) is not None:
-            raise UserError(
-                f"{type(module).__name__} wants {meaning} ({option}), which no kernel here computes; choose another model (model.path)"
-            )
+            remedy = "choose another model (model.path)"
+            raise UserError(f"{name} wants {meaning} ({option}), which no kernel here computes; {remedy}")

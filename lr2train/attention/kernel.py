@@ -1,13 +1,15 @@
 """The kernel door: attention on one device between any rows of queries and keys, forward and backward.
 
-Shape letters: T tokens of a segment (Tq rows of queries, Tk rows of keys), Hq query heads, Hkv key heads (Hq % Hkv == 0), D head size.
+Shape letters: T tokens of a segment (Tq rows of queries, Tk rows of keys), Hq query heads, Hkv key heads, D head size.
+Hkv divides Hq.
 
-``attend`` serves the documents of a packed segment; ``forward_block`` and ``backward_block`` serve any tiles, as a step of a ring needs them.
-The backward takes ``out`` and ``lse`` of the *whole* softmax, merged over all blocks, and returns the block's share of the gradients: shares
-add up.
+``attend`` serves the documents of a packed segment; ``forward_block`` and ``backward_block`` serve any tiles, as a step
+of a ring needs them. The backward takes ``out`` and ``lse`` of the *whole* softmax, merged over all blocks, and returns
+the block's share of the gradients: shares add up.
 
-Choice: one door, four kernels (``cuda.py``: flash-attn 3, flash-attn 2, torch's varlen; ``cpu.py``: torch's flash kernel). The door never
-builds a mask over a segment: tiles say who sees whom. Cost: one line of dispatch, and raw operators that change between versions.
+Choice: one door, four kernels (``cuda.py``: flash-attn 3, flash-attn 2, torch's varlen; ``cpu.py``: torch's flash
+kernel). The door never builds a mask over a segment: tiles say who sees whom. Cost: one line of dispatch, and raw
+operators that change between versions.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every token over its own document: out_i = sum_j softmax_j(scale q_i k_j) v_j.
 
-    j runs over the document of i: up to i itself when causal, over (i - sliding_window, i] under a sliding window. Query head h reads key
-    head h // (Hq / Hkv). A token outside every span gets out 0, lse -inf and no gradient.
+    j runs over the document of i: up to i itself when causal, over (i - sliding_window, i] under a sliding window.
+    Query head h reads key head h // (Hq / Hkv). A token outside every span gets out 0, lse -inf and no gradient.
 
     Args:
         q: [T, Hq, D].
@@ -64,8 +66,8 @@ def attend(
         sliding_window: tokens; causal only.
 
     Returns:
-        out [T, Hq, D] in q's dtype, and lse [T, Hq], lse_i = log sum_j exp(scale q_i k_j), in fp32 (fp64 for fp64 inputs). Differentiable
-        once, through out; lse carries no gradient.
+        out [T, Hq, D] in q's dtype, and lse [T, Hq], lse_i = log sum_j exp(scale q_i k_j), in fp32 (fp64 for fp64
+        inputs). Differentiable once, through out; lse carries no gradient.
 
     Raises:
         UserError: no kernel serves the dtype, the head size or the device.
@@ -84,8 +86,8 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, block: Block) ->
 def forward_block(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of q [Tq, Hq, D] over the keys that the block's tiles show of k and v [Tk, Hkv, D]; no autograd.
 
-    Returns out [Tq, Hq, D] and lse [Tq, Hq]; (0, -inf) for a query in no tile. out is in q's dtype, or in fp32, not yet rounded, where parts
-    had to be merged.
+    Returns out [Tq, Hq, D] and lse [Tq, Hq]; (0, -inf) for a query in no tile. out is in q's dtype, or in fp32, not yet
+    rounded, where parts had to be merged.
     """
     _check(q, k, v)
     kernel = _kernel(q)
@@ -112,8 +114,8 @@ def backward_block(queries: Queries, k: Tensor, v: Tensor, block: Block, scale: 
         dv_j = sum_i p_ij grad_out_i      ds_ij = p_ij (grad_out_i v_j - delta_i)
         dq_i = scale sum_j ds_ij k_j      dk_j = scale sum_i ds_ij q_i
 
-    as in FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 2). lse and delta are of the whole softmax, so the shares of disjoint tiles add
-    up. In q's dtype, or in fp32 where the shares of several kernel calls were added.
+    as in FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 2). lse and delta are of the whole softmax, so the shares
+    of disjoint tiles add up. In q's dtype, or in fp32 where the shares of several kernel calls were added.
     """
     q = queries.q
     _check(q, k, v)
@@ -137,8 +139,9 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
         lse = log(e^lse_a + e^lse_b)      out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b
 
-    Computed and returned in fp32 (fp64 stays fp64), so that a ring rounds once, at its end. A query that saw no key on either side (lse -inf)
-    stays at out 0, lse -inf. The online softmax of Milakov and Gimelshein, arXiv 1805.02867, used so by Liu et al., arXiv 2310.01889.
+    Computed and returned in fp32 (fp64 stays fp64), so that a ring rounds once, at its end. A query that saw no key on
+    either side (lse -inf) stays at out 0, lse -inf. The online softmax of Milakov and Gimelshein, arXiv 1805.02867,
+    used so by Liu et al., arXiv 2310.01889.
     """
     dtype = torch.promote_types(torch.float32, out_a.dtype)
     lse_a, lse_b = lse_a.to(dtype), lse_b.to(dtype)
@@ -157,7 +160,7 @@ def kernel_name(device: torch.device | str) -> tuple[str, str]:
     return _choose_kernel(torch.device(device).type)
 
 
-@cache  # a fact about the machine, not about a segment: importing the libraries is tried, and the result logged, once a process
+@cache  # a fact about the machine, not about a segment: libraries are tried, and the result logged, once a process
 def _choose_kernel(device_type: str) -> tuple[str, str]:
     if device_type == "cpu":
         name, reason = "cpu_flash", "torch's flash kernel for CPU"
@@ -178,13 +181,13 @@ def _kernel(q: Tensor) -> Kernel:
 class _Attention(torch.autograd.Function):
     """``attend_block`` with gradients.
 
-    A sequence shard of nothing but padding has no tile. Its q, k and v still get gradients (zeros): the ranks of a sharded model all reduce
-    the same parameters, or hang.
+    A sequence shard of nothing but padding has no tile. Its q, k and v still get gradients (zeros): the ranks of a
+    sharded model all reduce the same parameters, or hang.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, block: Block) -> tuple[Tensor, Tensor]:
-        """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> out [Tq, Hq, D] in q's dtype and lse [Tq, Hq] in nats, both kept for the backward."""
+        """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> out [Tq, Hq, D] in q's dtype, lse [Tq, Hq] in nats."""
         q, k, v = (dense_last(x) for x in (q, k, v))
         out, lse = forward_block(q, k, v, block, scale)
         out = out.to(q.dtype)
@@ -203,19 +206,20 @@ class _Attention(torch.autograd.Function):
 
 
 def dense_last(x: Tensor) -> Tensor:
-    """``x`` with a last stride of 1. Kernels take any other strides, and would misread the expanded gradient of a sum."""
+    """``x`` with a last stride of 1. Kernels assume it, and would misread the expanded gradient of a sum."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     fits = q.dim() == 3 and k.shape == v.shape == (k.shape[0], k.shape[1], q.shape[2])
-    assert fits, f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} are not [Tq, Hq, D], [Tk, Hkv, D], [Tk, Hkv, D]"
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    assert fits, f"{shapes} are not [Tq, Hq, D], [Tk, Hkv, D], [Tk, Hkv, D]"
     assert q.shape[1] % k.shape[1] == 0, f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly"
     assert q.dtype == k.dtype == v.dtype, f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}"
 
 
 def _fp32(q: Tensor) -> torch.dtype:
-    """What partial results are merged in: fp32, fp64 for fp64."""
+    """The dtype in which partial results are merged: fp32, fp64 for fp64."""
     return torch.promote_types(torch.float32, q.dtype)
 
 

@@ -1,7 +1,8 @@
 """Local: every document lies inside one sequence shard, so each rank attends in its own documents and nothing is sent.
 
-Choice: short windows are packed so (``data.align_sp`` keeps documents from crossing shard borders). Most tokens of a mid-training mix are
-short, and would pay for an exchange that they have no use for. Cost: the packer leaves a little padding at shard borders.
+Choice: short windows are packed so (``data.align_sp`` keeps documents from crossing shard borders). Most tokens of a
+mid-training mix are short, and would pay for an exchange that they have no use for. Cost: the packer leaves a little
+padding at shard borders.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def _refuse_crossing(segment: PackedSegment) -> None:
     crossing = crosses_shards(segment.spans, n)
     if crossing is not None:
         raise UserError(
-            f"tokens {crossing[0]}:{crossing[1]} are one span across a border of {sp} shards of {n} tokens, which "
-            f"parallel.strategy=local cannot serve; set parallel.strategy to auto, or prepare the corpus with data.align_sp={sp}"
+            f"tokens {crossing[0]}:{crossing[1]} are one span across a border of {sp} shards of {n} tokens, "
+            "which parallel.strategy=local cannot serve; set parallel.strategy to auto, "
+            f"or prepare the corpus with data.align_sp={sp}"
         )
 
 

@@ -1,7 +1,7 @@
 """Facts that follow from an object, each computed at most once in the object's life.
 
-Choice: what follows from a segment hangs on the segment's own objects, and no cache is global. So nothing outlives a segment, and two
-segments never evict each other. Cost: two equal segments compute their facts twice.
+Choice: what follows from a segment hangs on the segment's own objects, and no cache is global. So nothing outlives a
+segment, and two segments never evict each other. Cost: two equal segments compute their facts twice.
 """
 
 from __future__ import annotations

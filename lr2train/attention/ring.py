@@ -1,7 +1,8 @@
 """Ring attention (Liu et al., arXiv 2310.01889) over the zigzag layout: keys and values travel, queries stay.
 
-A document is cut in 2 R chunks and rank r of R holds chunks r and 2 R - 1 - r (``parallel.layout`` says which documents are cut). In step t
-rank r attends to the rows that it needs of the shard of rank (r + t) mod R, while the rows of the next step travel. The rows that it needs:
+A document is cut in 2 R chunks and rank r of R holds chunks r and 2 R - 1 - r (``parallel.layout`` says which documents
+are cut). In step t rank r attends to the rows that it needs of the shard of rank (r + t) mod R, while the rows of the
+next step travel. The rows that it needs:
 
     step 0                      its own chunks, causally
     from a rank before it       the low chunk, for all its queries
@@ -9,19 +10,21 @@ rank r attends to the rows that it needs of the shard of rank (r + t) mod R, whi
 
 So every rank has the same work in every step, half a share by a share, and no masked pair is computed.
 
-Choice: a rank sends every other rank exactly the rows that the other rank needs, straight from the shard that owns the rows. Gradients of keys
-and values return straight to the owner in the model's dtype and are summed there in fp32. Kernels round their gradients to that dtype anyway,
-so an accumulator that travels around the ring in fp32 would be twice the bytes and no more exact. Documents that lie inside a shard are not
-sent. Cost: in step t the peers are t ranks apart, where the classic ring speaks to neighbours only. The classic ring is better on a machine
-that has fast links between neighbours only; between nodes both are alike where each node has one rank of the ring (``ulysses_ring``). Where
+Choice: a rank sends every other rank exactly the rows that the other rank needs, straight from the shard that owns the
+rows. Gradients of keys and values return straight to the owner in the model's dtype and are summed there in fp32.
+Kernels round their gradients to that dtype anyway, so an accumulator that travels around the ring in fp32 would be
+twice the bytes and no more exact. Documents that lie inside a shard are not sent. Cost: in step t the peers are t ranks
+apart, where the classic ring speaks to neighbours only. The classic ring is better on a machine that has fast links
+between neighbours only; between nodes both are alike where each node has one rank of the ring (``ulysses_ring``). Where
 several documents are cut, half the rows of a shard do not adjoin, and are copied before they are sent or attend.
 
 Bytes that rank r sends for a layer, with need(a, b) = the rows of rank b's shard that rank a's queries see:
     forward    2 Hkv D b  sum over a of need(a, r)
     backward   the same, and  2 Hkv D b  sum over a of need(r, a)
-with b bytes an element. For one document of T tokens and n = T / 2 R: need(a, r) is n where r < a and 2 n where r > a, so forward
-2 Hkv D b n (R - 1 + r) and backward 2 Hkv D b n 3 (R - 1). LLaMA3-8B (8 key heads of 128, bf16) at T = 128k, R = 8: at most 448 MiB
-forward and 672 MiB backward. Documents that are cut one by one and fill a segment together send as much, within rounding.
+with b bytes an element. For one document of T tokens and n = T / 2 R: need(a, r) is n where r < a and 2 n where r > a,
+so forward 2 Hkv D b n (R - 1 + r) and backward 2 Hkv D b n 3 (R - 1). LLaMA3-8B (8 key heads of 128, bf16) at T = 128k,
+R = 8: at most 448 MiB forward and 672 MiB backward. Documents that are cut one by one and fill a segment together send
+as much, within rounding.
 
 ``ring_steps.py`` computes the steps from plain integers; this file runs them.
 """
@@ -71,7 +74,12 @@ def ring(segment: PackedSegment, mesh: Mesh, sliding_window: int | None = None) 
     return ring_over(segment, mesh.sp_rank, mesh.sp_group, sliding_window)
 
 
-def ring_over(segment: PackedSegment, rank: int, group: dist.ProcessGroup | None, sliding_window: int | None) -> RingAttention:
+def ring_over(
+    segment: PackedSegment,
+    rank: int,
+    group: dist.ProcessGroup | None,
+    sliding_window: int | None,
+) -> RingAttention:
     """``ring`` over any group: rank ``rank`` of the ``segment.sp`` ranks."""
     return RingAttention(segment.once(steps_of, rank, sliding_window), rank, group)
 
@@ -79,8 +87,16 @@ def ring_over(segment: PackedSegment, rank: int, group: dist.ProcessGroup | None
 # ---- one rank's computation ----
 
 
-def forward_rank(q: Tensor, k: Tensor, v: Tensor, steps: Sequence[Step], scale: float, fetch: Fetch) -> tuple[Tensor, Tensor]:
-    """One rank's forward: out [T/R, Hq, D] and lse [T/R, Hq] of its queries over all keys. ``fetch`` brings the keys of other ranks.
+def forward_rank(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    steps: Sequence[Step],
+    scale: float,
+    fetch: Fetch,
+) -> tuple[Tensor, Tensor]:
+    """One rank's forward: out [T/R, Hq, D] and lse [T/R, Hq] of its queries over all keys. ``fetch`` brings the keys of
+    other ranks.
 
     Blocks are merged in fp32 and rounded once, here.
     """
@@ -134,7 +150,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """grad_out [T/R, Hq, D] -> dq [T/R, Hq, D], dk and dv [T/R, Hkv, D] of this rank's rows, from the queries of all ranks."""
+        """grad_out [T/R, Hq, D] -> dq [T/R, Hq, D], dk and dv [T/R, Hkv, D]: this rank's rows, all ranks' queries."""
         q, k, v, out, lse = ctx.saved_tensors
         with resume(ctx.counts):
             arrivals, returns = _Arrivals(k, v, ctx.attention), _Returns(k, v, ctx.attention)
@@ -171,7 +187,7 @@ class _Arrivals:
 
 
 class _Returns:
-    """Gradients on their way to the owners of the keys. One step is in flight: sent to its peer, and received for this rank's keys."""
+    """Gradients on their way to the owners of the keys. One step's are in flight, sent and received."""
 
     def __init__(self, k: Tensor, v: Tensor, attention: RingAttention) -> None:
         self.like, self.steps, self.rank, self.group = (k, v), attention.steps, attention.rank, attention.group
@@ -225,8 +241,8 @@ def refuse_uneven(segment: PackedSegment, n_blocks: int, name: str) -> None:
     """Raises UserError when the segment cannot be cut in ``n_blocks`` equal blocks."""
     if segment.n_tokens % n_blocks:
         raise UserError(
-            f"segment_tokens={segment.n_tokens} cannot be cut in the {n_blocks} blocks that parallel.strategy={name} needs for "
-            f"parallel.sp={segment.sp}; set parallel.strategy to auto"
+            f"segment_tokens={segment.n_tokens} cannot be cut in the {n_blocks} blocks that parallel.strategy={name} "
+            f"needs for parallel.sp={segment.sp}; set parallel.strategy to auto"
         )
 
 

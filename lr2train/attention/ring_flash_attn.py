@@ -1,11 +1,13 @@
-"""The zigzag ring of the library ring-flash-attn (Zhu Zilin, MIT licence), as a strategy to compare our ring with, on CUDA.
+"""The zigzag ring of the library ring-flash-attn (Zhu Zilin, MIT licence), as a strategy to compare our ring with, on
+CUDA.
 
-Choice: the library's modules are imported one by one, around the package's own import, which asks transformers for a name that is gone. Cost:
-the library serves one document over the whole segment, no sliding window, and needs flash-attn 2. It is the classic ring: every step sends
-whole sequence shards to a neighbour, and gradients of keys and values in fp32.
+Choice: the library's modules are imported one by one, around the package's own import, which asks transformers for a
+name that is gone. Cost: the library serves one document over the whole segment, no sliding window, and needs flash-attn
+2. It is the classic ring: every step sends whole sequence shards to a neighbour, and gradients of keys and values in
+fp32.
 
-Bytes that each rank sends for a layer, in exchanged shards of 2 Hkv D b n with n = T / sp tokens: forward (sp - 1) shards; backward (sp - 1)
-shards, and sp shards of gradients in fp32 (4 bytes in the place of b).
+Bytes that each rank sends for a layer, in exchanged shards of 2 Hkv D b n with n = T / sp tokens: forward (sp - 1)
+shards; backward (sp - 1) shards, and sp shards of gradients in fp32 (4 bytes in the place of b).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class LibraryAttention:
     group: dist.ProcessGroup | None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D]. Raises UserError where the library cannot be imported."""
+        """q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D]. Raises UserError as ``zigzag_function``."""
         batch = (x.contiguous().unsqueeze(0) for x in (q, k, v))
         return zigzag_function()(*batch, softmax_scale=scale, causal=True, group=self.group).squeeze(0)
 
@@ -56,25 +58,28 @@ def zigzag_function() -> Callable[..., Tensor]:
     if name not in sys.modules:
         spec = importlib.util.find_spec(name)
         if spec is None:
-            raise UserError("parallel.strategy=ring_flash_attn needs the library; pip install ring-flash-attn==0.1.8, or set it to ring")
+            remedy = "pip install ring-flash-attn==0.1.8, or set it to ring"
+            raise UserError(f"parallel.strategy=ring_flash_attn needs the library; {remedy}")
         package = ModuleType(name)  # in the place of the package's own import
         package.__path__ = list(spec.submodule_search_locations or ())
         sys.modules[name] = package
     try:
         return importlib.import_module(f"{name}.zigzag_ring_flash_attn").zigzag_ring_flash_attn_func
     except (ImportError, OSError) as error:
-        raise UserError(f"parallel.strategy=ring_flash_attn needs flash-attn 2 on CUDA ({error}); set parallel.strategy to ring") from error
+        needed = f"parallel.strategy=ring_flash_attn needs flash-attn 2 on CUDA ({error})"
+        raise UserError(f"{needed}; set parallel.strategy to ring") from error
 
 
 def _refuse_shape(segment: PackedSegment, sliding_window: int | None) -> None:
     n_tokens = segment.n_tokens
     if segment.spans != ((0, n_tokens),):
         raise UserError(
-            f"parallel.strategy=ring_flash_attn serves one span over the segment, and this segment has {len(segment.spans)} spans over "
-            f"{n_tokens} tokens; set parallel.strategy to ring"
+            "parallel.strategy=ring_flash_attn serves one span over the segment, and this segment has "
+            f"{len(segment.spans)} spans over {n_tokens} tokens; set parallel.strategy to ring"
         )
     if sliding_window is not None and sliding_window < n_tokens:
-        raise UserError(f"parallel.strategy=ring_flash_attn has no sliding window ({sliding_window} tokens); set parallel.strategy to ring")
+        refused = f"parallel.strategy=ring_flash_attn has no sliding window ({sliding_window} tokens)"
+        raise UserError(f"{refused}; set parallel.strategy to ring")
 
 
 # ---- declarations ----

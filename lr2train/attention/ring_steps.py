@@ -1,7 +1,7 @@
 """The steps of a ring: which rows each rank needs of every other rank. Plain integers, pure functions of a segment.
 
-A rank's sequence shard holds at most two chunks of a document, with no row between them (``parallel.layout``, zigzag). Positions are of the
-segment, rows are of a shard.
+A rank's sequence shard holds at most two chunks of a document, with no row between them (``parallel.layout``, zigzag).
+Positions are of the segment, rows are of a shard.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _step(segment: PackedSegment, rank: int, sliding_window: int | None, t: int)
 
 
 class Chunk(NamedTuple):
-    """A block of a shard, inside one document: rows [start, stop) of the shard, the first of which is at ``position`` of the segment."""
+    """Rows [start, stop) of a shard that are consecutive tokens of one document, from position ``position`` on."""
 
     start: int
     stop: int
@@ -71,11 +71,11 @@ class Chunk(NamedTuple):
 
 
 Held = dict[tuple[int, int], list[Chunk]]
-"""What a shard holds of each document span: at most two chunks, with no row between them."""
+"""document span -> the chunks of it that a shard holds: at most two, with no row between them."""
 
 
 def held_by(segment: PackedSegment) -> tuple[Held, ...]:
-    """What every rank holds, in order of rank."""
+    """The chunks that every rank holds, in order of rank."""
     return tuple(_chunks(segment.spans, blocks) for blocks in segment.layout("zigzag", 0).blocks_by_rank)
 
 
@@ -93,12 +93,12 @@ def _chunks(spans: Spans, blocks: Ranges) -> Held:
 def needs(segment: PackedSegment, sliding_window: int | None = None) -> np.ndarray:
     """int64 [R, R]: how many rows of rank b's shard rank a's queries see; 0 for a = b.
 
-    A choice among strategies asks for all ranks at once, so no tile is made. Of a chunk of keys, the first of a's chunks behind the keys sees
-    most: all keys, or the keys that its first query's window reaches.
+    A choice among strategies asks for all ranks at once, so no tile is made. The first of a's chunks behind a
+    chunk of keys sees most of it: all keys, or the keys that its first query's window reaches.
     """
     number = {span: i for i, span in enumerate(segment.spans)}
     held, size = segment.once(held_by), segment.sp
-    queries = np.full((2, size, len(number)), -1)  # positions of the first and of the last chunk that a holds of each document
+    queries = np.full((2, size, len(number)), -1)  # positions of a's first and last chunk of each document
     for rank, chunks_of in enumerate(held):
         for span, own in chunks_of.items():
             queries[:, rank, number[span]] = own[0].position, own[-1].position
@@ -120,7 +120,8 @@ def needs(segment: PackedSegment, sliding_window: int | None = None) -> np.ndarr
 def _own_tiles(held: Held, sliding_window: int | None) -> tuple[Tile, ...]:
     """The tiles between a rank's queries and its own keys, by row of its shard.
 
-    Two chunks of a document adjoin in the shard, so one causal triangle over their rows is the mask over their positions.
+    Two chunks of a document adjoin in the shard, so one causal triangle over their rows is the mask over their
+    positions.
     """
     tiles: list[Tile] = []
     for span, chunks in held.items():
@@ -145,7 +146,10 @@ def _tiles(queries: Held, keys: Held, sliding_window: int | None) -> list[Tile]:
 
 
 def _earlier(queries: Sequence[Chunk], keys: Sequence[Chunk]) -> list[Tile]:
-    """Full rectangles over another rank's keys that lie before a chunk of queries; chunks that see the same keys share a rectangle."""
+    """Full rectangles over another rank's keys that lie before a chunk of queries.
+
+    Chunks that see the same keys share a rectangle.
+    """
     tiles: list[Tile] = []
     for chunk in queries:
         before = [key for key in keys if key.end <= chunk.position]
@@ -160,7 +164,7 @@ def _earlier(queries: Sequence[Chunk], keys: Sequence[Chunk]) -> list[Tile]:
 
 
 def _in_pairs(queries: Sequence[Chunk], keys: Sequence[Chunk], sliding_window: int) -> list[Tile]:
-    """Under a sliding window distances count: a tile for each pair of chunks, trimmed to the rows that see or are seen."""
+    """Under a sliding window: a tile for each pair of chunks, trimmed to the rows that see or are seen."""
     pairs = ((a, b) for a in queries for b in keys if b.end <= a.position or b.position == a.position)
     tiles = (Tile(a.start, a.stop, b.start, b.stop, a.end - b.end).trimmed(sliding_window) for a, b in pairs)
     return [tile for tile in tiles if tile is not None]

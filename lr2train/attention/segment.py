@@ -1,11 +1,12 @@
 """One object for the attention of one packed segment on this rank.
 
-The engine makes a ``SegmentAttention`` once from a batch and hands the object through the model in the place of document spans. All layers,
-the recomputation of activations and the backward pass share what hangs on the object: the layout, the strategy of each kind of layer, the
-kernel rounds with their row indices on the device, the ring's steps, the positions.
+The engine makes a ``SegmentAttention`` once from a batch and hands the object through the model in the place of
+document spans. All layers, the recomputation of activations and the backward pass share what hangs on the object: the
+layout, the strategy of each kind of layer, the kernel rounds with their row indices on the device, the ring's steps,
+the positions.
 
-Choice: everything is made at the first use and lives as long as the segment. No cache is global. Cost: the object is alive from the first
-comparison of ranks to the end of the optimizer step, as the micro-batches of the step are.
+Choice: everything is made at the first use and lives as long as the segment. No cache is global. Cost: the object is
+alive from the first comparison of ranks to the end of the optimizer step, as the micro-batches of the step are.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class SegmentAttention(Once):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int | None = None) -> Tensor:
         """q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D], for the tokens of ``layout``."""
-        assert len(q) == self.segment.shard_tokens, f"{len(q)} queries, and a shard of this segment has {self.segment.shard_tokens} tokens"
+        n = self.segment.shard_tokens
+        assert len(q) == n, f"{len(q)} queries, and a shard of this segment has {n} tokens"
         return self.once(_prepared, self.segment.narrowed(sliding_window))(q, k, v, scale)
 
     @cached_property

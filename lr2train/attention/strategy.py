@@ -1,15 +1,16 @@
-"""What a strategy of sequence-parallel attention is, and what a strategy is asked about.
+"""The form of a strategy of sequence-parallel attention, and the segment and work that a strategy is asked about.
 
 A strategy spreads the attention of one segment over the sp ranks of a group. All strategies have one form:
 
     attend = strategy.prepare(segment, mesh, sliding_window)                # once for a segment and a kind of layer
     out = attend(q [T/sp, Hq, D], k [T/sp, Hkv, D], v [T/sp, Hkv, D], scale)   # in every layer -> [T/sp, Hq, D]
 
-Each strategy also declares, from plain integers that every rank has alike: how tokens must lie, whether the strategy can serve a segment,
-how many bytes each rank sends and how many (query, key) pairs each rank computes.
+Each strategy also declares, from plain integers that every rank has alike: how tokens must lie, whether the strategy
+can serve a segment, how many bytes each rank sends and how many (query, key) pairs each rank computes.
 
-Choice: the declarations are pure functions of ``SegmentWork``, so one process can choose among strategies and check the choice for any number
-of ranks. Cost: bytes and pairs are computed from spans a second time, beside the code that moves them. Tests hold the two equal.
+Choice: the declarations are pure functions of ``SegmentWork``, so one process can choose among strategies and check the
+choice for any number of ranks. Cost: bytes and pairs are computed from spans a second time, beside the code that moves
+them. Tests hold the two equal.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lr2train.parallel.mesh import Mesh
 
 @dataclass(frozen=True, eq=False)
 class PackedSegment(Once):
-    """A packed segment and the group of ranks that share the segment. What strategies compute from a segment is kept on this object.
+    """A packed segment over the ranks that share it. Strategies keep on this object the facts that they compute.
 
     Attributes:
         spans: the documents.
@@ -66,7 +67,7 @@ class PackedSegment(Once):
         return self.once(_over, sp)
 
     def narrowed(self, sliding_window: int | None) -> int | None:
-        """The sliding window, or None where the window is as long as the longest document: then the window hides nothing."""
+        """The sliding window, or None where the window reaches over the longest document and so hides nothing."""
         return None if sliding_window is None or sliding_window >= self.longest_span else sliding_window
 
     def layout(self, kind: Kind, rank: int) -> Layout:
@@ -120,7 +121,8 @@ class Strategy:
 
     Attributes:
         name: in ``parallel.strategy``.
-        prepare: (segment, this rank's mesh, sliding window or None) -> attention. Raises UserError as ``refuse``, as far as no head counts.
+        prepare: (segment, this rank's mesh, sliding window or None) -> attention. Raises UserError as ``refuse``, as
+            far as no head counts.
         layout_kind: where tokens must lie.
         refuse: raises UserError, with the remedy, for work that the strategy cannot serve; the same on all ranks.
         traffic: (work, rank) -> bytes that the rank sends: the formula of the strategy's module docstring.
@@ -135,7 +137,7 @@ class Strategy:
     pairs: Callable[[SegmentWork, int], int]
 
     def bytes_sent(self, work: SegmentWork) -> Traffic:
-        """Of the rank that sends most: the other ranks wait for that rank."""
+        """The traffic of the rank that sends most: the other ranks wait for that rank."""
         return max((self.traffic(work, rank) for rank in range(work.segment.sp)), key=lambda traffic: traffic.total)
 
     def imbalance(self, work: SegmentWork) -> float:

@@ -1,11 +1,12 @@
 """Tiles: which queries see which keys, in plain integers.
 
-A tile is a rectangle of the attention matrix: consecutive queries over consecutive keys, all of one document. The documents of a packed
-segment are square tiles on the diagonal: together they are the document mask, whose borders flash-attn calls cu_seqlens. A step of a ring
-is a few tiles between one rank's queries and another rank's keys. ``blocks.py`` turns tiles into kernel calls.
+A tile is a rectangle of the attention matrix: consecutive queries over consecutive keys, all of one document. The
+documents of a packed segment are square tiles on the diagonal: together they are the document mask, whose borders
+flash-attn calls cu_seqlens. A step of a ring is a few tiles between one rank's queries and another rank's keys.
+``blocks.py`` turns tiles into kernel calls.
 
-Choice: masks are decided here, from Python ints, once for a segment. Layers build no mask and ask no device. Cost: only causal, full and
-sliding-window masks can be expressed.
+Choice: masks are decided here, from Python ints, once for a segment. Layers build no mask and ask no device. Cost: only
+causal, full and sliding-window masks can be expressed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 Spans = tuple[tuple[int, int], ...]
-"""Document spans: half-open (start, stop) token ranges of a segment, sorted and disjoint. Tokens see their own document only."""
+"""Document spans: half-open (start, stop) token ranges of a segment, sorted and disjoint."""
 
 
 class Tile(NamedTuple):
@@ -45,7 +46,7 @@ class Tile(NamedTuple):
 
     @property
     def lead(self) -> int:
-        """Query i of the tile stands ``lead`` tokens after key i. Without a sliding window query i sees the keys j <= i + lead."""
+        """Query i of the tile stands ``lead`` tokens after key i, so query i sees the keys j <= i + lead."""
         return self.n_keys - self.n_queries + self.gap
 
     def trimmed(self, sliding_window: int | None) -> Tile | None:
@@ -62,7 +63,9 @@ class Tile(NamedTuple):
     def pairs(self, sliding_window: int | None = None) -> int:
         """Number of (query, key) pairs of the tile."""
         seen = _triangle(self.n_queries, self.lead, self.n_keys)
-        return seen if sliding_window is None else seen - _triangle(self.n_queries, self.lead - sliding_window, self.n_keys)
+        if sliding_window is None:
+            return seen
+        return seen - _triangle(self.n_queries, self.lead - sliding_window, self.n_keys)
 
 
 def _triangle(n_queries: int, lead: int, n_keys: int) -> int:
@@ -74,7 +77,10 @@ def _triangle(n_queries: int, lead: int, n_keys: int) -> int:
 
 
 def check_spans(spans: Spans, n_tokens: int) -> None:
-    """Assert that ``spans`` are sorted, disjoint, non-empty ranges of ``n_tokens`` tokens: other spans would give wrong numbers."""
+    """Assert that ``spans`` are sorted, disjoint, non-empty ranges of ``n_tokens`` tokens.
+
+    Other spans would be computed, to wrong numbers.
+    """
     borders = [0, *(border for span in spans for border in span), n_tokens]
     fits = borders == sorted(borders) and all(start < stop for start, stop in spans)
     assert fits, f"spans {spans} are not sorted, disjoint, non-empty ranges of {n_tokens} tokens"

@@ -1,12 +1,12 @@
-"""Ulysses (Jacobs et al., arXiv 2309.14509): trade sequence shards for head shards, attend to the whole segment, trade back.
+"""Ulysses (Jacobs et al., arXiv 2309.14509): trade sequence shards for head shards, attend, trade back.
 
-Choice: q, k and v travel in one all-to-all, so a layer costs two collectives forward and two backward. Their volume falls with the number of
-ranks. Documents need no care, because every rank sees the whole segment. Cost: there can be no more ranks than query heads, and key heads are
-repeated before they are sent where there are fewer than ranks.
+Choice: q, k and v travel in one all-to-all, so a layer costs two collectives forward and two backward. Their volume
+falls with the number of ranks. Documents need no care, because every rank sees the whole segment. Cost: there can be no
+more ranks than query heads, and key heads are repeated before they are sent where there are fewer than ranks.
 
-Each rank sends, per layer and direction (forward, backward), (sp - 1) / sp * T / sp * D * (2 Hq + 2 Hkv') elements, where
-Hkv' = lcm(Hkv, sp): q, k and v out and the output back. Activation checkpointing repeats the forward.
-LLaMA3-8B (32 and 8 heads of 128, bf16) at T = 128k and sp = 8: 280 MiB.
+Each rank sends, per layer and direction (forward, backward), (sp - 1) / sp * T / sp * D * (2 Hq + 2 Hkv') elements,
+where Hkv' = lcm(Hkv, sp): q, k and v out and the output back. Activation checkpointing repeats the forward. LLaMA3-8B
+(32 and 8 heads of 128, bf16) at T = 128k and sp = 8: 280 MiB.
 """
 
 from __future__ import annotations
@@ -52,10 +52,17 @@ def _block(segment: PackedSegment, sliding_window: int | None) -> Block:
     return Block(diagonal(segment.spans), sliding_window)
 
 
-def to_heads(q: Tensor, k: Tensor, v: Tensor, size: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+def to_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: int,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """[T/n, H, D] each -> [T, H/n, D] each, among the n = ``size`` ranks of ``group``, in one exchange.
 
-    The heads of one destination, of q, k and v, lie side by side. Key heads are repeated first where n ranks cannot share them.
+    The heads of one destination, of q, k and v, lie side by side. Key heads are repeated first where n ranks cannot
+    share them.
     """
     if size == 1:
         return q, k, v
@@ -68,7 +75,8 @@ def to_heads(q: Tensor, k: Tensor, v: Tensor, size: int, group: dist.ProcessGrou
 def refuse_heads(n_heads: int, sp: int) -> None:
     """Raises UserError when ``sp`` ranks cannot share ``n_heads`` query heads."""
     if n_heads % sp:
-        raise UserError(f"num_attention_heads={n_heads} cannot be shared by parallel.sp={sp} ranks; set parallel.strategy to auto")
+        refused = f"num_attention_heads={n_heads} cannot be shared by parallel.sp={sp} ranks"
+        raise UserError(f"{refused}; set parallel.strategy to auto")
 
 
 def spread_kv_heads(n_kv_heads: int, size: int) -> int:
@@ -77,7 +85,7 @@ def spread_kv_heads(n_kv_heads: int, size: int) -> int:
 
 
 def exchanged_bytes(work: SegmentWork, size: int) -> int:
-    """Bytes that a rank sends in the all-to-alls of one direction among ``size`` ranks: q, k and v out, the output back."""
+    """Bytes that a rank sends in the all-to-alls of one direction among ``size`` ranks: q, k, v and the output."""
     heads = 2 * work.n_heads + 2 * spread_kv_heads(work.n_kv_heads, size)
     return work.segment.shard_tokens * heads * work.head_size * work.bytes_per_element // size * (size - 1)
 
@@ -85,8 +93,8 @@ def exchanged_bytes(work: SegmentWork, size: int) -> int:
 def _repeat(x: Tensor, repeats: int) -> Tensor:
     """Repeat each key head in place, [T, Hkv, D] -> [T, lcm(Hkv, sp), D], so that ranks divide them.
 
-    Both Hkv and sp divide Hq, hence so does the lcm: query heads still share the key heads evenly, and the heads that land on one rank
-    belong together.
+    Both Hkv and sp divide Hq, hence so does the lcm: query heads still share the key heads evenly, and the heads that
+    land on one rank belong together.
     """
     return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 

@@ -1,17 +1,21 @@
-"""Ulysses inside, ring outside: for more ranks than heads, and for more nodes than one. As USP (Fang and Zhao, arXiv 2405.07719).
+"""Ulysses inside, ring outside: for more ranks than heads, and for more nodes than one.
+
+As USP (Fang and Zhao, arXiv 2405.07719).
 
 The sp ranks form a mesh of R ring ranks x U ulysses ranks. A layer takes three steps:
 
-1. An all-to-all among the U consecutive ranks of a ulysses group turns their sequence shards into head shards. Each rank then holds some
-   heads of all the tokens that one rank of a ring of R would hold.
+1. An all-to-all among the U consecutive ranks of a ulysses group turns their sequence shards into head shards. Each
+   rank then holds some heads of all the tokens that one rank of a ring of R would hold.
 2. Ring attention runs among the R ranks that hold the same heads.
 3. A second all-to-all turns back.
 
-Choice: the heavier exchange lies on consecutive ranks, the fast links of a node. The ring's transfers hide behind compute and join the nodes.
-Cost: U must divide the query heads, and tokens lie in a layout of two levels (``zigzag_nested``).
+Choice: the heavier exchange lies on consecutive ranks, the fast links of a node. The ring's transfers hide behind
+compute and join the nodes. Cost: U must divide the query heads, and tokens lie in a layout of two levels
+(``zigzag_nested``).
 
-Each rank sends, per layer and direction, the all-to-alls of ``ulysses`` over U ranks and shards of T / sp tokens,
-(U - 1) / U T / sp D b (2 Hq + 2 Hkv') with Hkv' = lcm(Hkv, U), and the transfers of ``ring`` over R ranks of T tokens with Hkv' / U key heads.
+Bytes that each rank sends, per layer and direction, with Hkv' = lcm(Hkv, U) and b bytes an element:
+    the all-to-alls of ``ulysses`` over U ranks    (U - 1) / U  T / sp  D b (2 Hq + 2 Hkv')
+    the transfers of ``ring`` over R ranks         of T tokens with Hkv' / U key heads
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ class UlyssesRingAttention:
     mesh: Mesh
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D]. Raises UserError when the ulysses ranks cannot share the query heads."""
+        """q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D]. Raises UserError when U does not divide Hq."""
         size, group = self.mesh.ulysses_size, self.mesh.ulysses_group
         refuse_heads(q.shape[1], size)
         out = self.ring(*to_heads(q, k, v, size, group), scale)
@@ -54,8 +58,9 @@ def ulysses_ring(segment: PackedSegment, mesh: Mesh, sliding_window: int | None 
 def _on_the_ring(work: SegmentWork) -> SegmentWork:
     """The work of the ring inside: all tokens over R ranks, this rank's heads."""
     segment = work.segment
-    kv_heads = spread_kv_heads(work.n_kv_heads, segment.ulysses) // segment.ulysses
-    return replace(work, segment=segment.over(segment.ring), n_heads=work.n_heads // segment.ulysses, n_kv_heads=kv_heads)
+    n_heads = work.n_heads // segment.ulysses
+    n_kv_heads = spread_kv_heads(work.n_kv_heads, segment.ulysses) // segment.ulysses
+    return replace(work, segment=segment.over(segment.ring), n_heads=n_heads, n_kv_heads=n_kv_heads)
 
 
 def _traffic(work: SegmentWork, rank: int) -> Traffic:

@@ -1,15 +1,21 @@
-"""Last hidden states at chosen positions of one document, without what only other positions would need.
+"""Last hidden states at chosen positions of one document, without the work that only other positions need.
 
-Choice: three cuts, none of which changes a number beyond rounding. The document ends after the last chosen position (attention is causal);
-in the last layer only the chosen positions attend; and with ``chunk_tokens`` every layer runs over the document in chunks, so that what
-grows with the window is the residual stream (written in place) and the keys and values of *one* layer. In Llama-3-8B's shape and bfloat16
-that is 12 KiB a token, where a whole pass peaks at about 100 KiB in its MLP and a key-value cache of all layers alone would hold 128 KiB.
-Cost: from the second chunk on, attention reads a mask, of ``MASK_CELLS`` at a time (a byte each, and two to four more while a kernel runs),
-and no flash kernel of CUDA takes one: a chunked pass runs there on the slower memory-efficient kernel.
+Choice: three savings, none of which changes a number beyond rounding.
 
-The door to transformers is its attention interface, as in ``attention.hf``: for the time of a call the model's config names our function,
-which hands everything else on to transformers' own. Decoder layers are found where they are in every decoder of transformers, in
-``base_model.layers``.
+- The document ends after the last chosen position, because attention is causal.
+- In the last layer only the chosen positions attend.
+- With ``chunk_tokens`` every layer runs over the document in chunks. Then only the residual stream (written in place)
+  and the keys and values of *one* layer grow with the window. In Llama-3-8B's shape and bfloat16 that is 12 KiB a
+  token. A whole pass peaks at about 100 KiB a token in its MLP, and a key-value cache of all layers alone holds 128
+  KiB.
+
+Cost: from the second chunk on, attention reads a mask, of ``MASK_CELLS`` elements at a time (a byte each, and two to
+four bytes more while a kernel runs). No flash kernel of CUDA takes a mask, so a chunked pass runs there on the slower
+memory-efficient kernel.
+
+The door to transformers is its attention interface, as in ``attention.hf``. For the time of a call the model's config
+names our function, which hands everything else on to transformers' own function. Decoder layers are found in
+``base_model.layers``, as in every decoder of transformers.
 """
 
 from __future__ import annotations
@@ -27,26 +33,26 @@ from torch import Tensor, nn
 from lr2train.config import UserError
 
 NAME = "lr2train_rows"
-MASK_CELLS = {"cpu": 2**21, "cuda": 2**27}  # query-key pairs that a mask covers at one time; a GPU wants many queries to be busy
-FEW = 4  # a call for at most one row in so many computes only these; for more, all of them through the flash kernel are cheaper
+MASK_CELLS = {"cpu": 2**21, "cuda": 2**27}  # query-key pairs of a mask; a GPU needs many queries to be busy
+FEW = 4  # where at most one row in FEW is wanted, only those are computed; else the flash kernel computes all: cheaper
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""transformers': (batch, head, query, key positions) that broadcast -> whether the query sees the key."""
+"""Of transformers: (batch, head, query, key positions), which broadcast -> whether the query sees the key."""
 
 
 def hidden_rows(model: Any, ids: Tensor, rows: Tensor, chunk_tokens: int = 0) -> Tensor:
-    """Hidden states [n, hidden], after the final norm, at the positions ``rows`` (int64 [n]) of the document ``ids`` (int64 [T]).
+    """Hidden states [n, hidden], after the final norm, at chosen positions of a document.
 
-    A model whose attention implementation is not ``sdpa`` runs whole, as it is.
+    A model whose attention implementation is not ``sdpa`` runs whole and unchanged.
 
     Args:
         model: a Hugging Face causal LM in eval mode; call in inference mode.
-        ids: of one document; its positions count from 0.
-        rows: in any order, at least one.
-        chunk_tokens: of one pass through a layer; 0 is the whole document.
+        ids: int64 [T], one document; its positions count from 0.
+        rows: int64 [n], the chosen positions, in any order; at least one.
+        chunk_tokens: tokens of one pass through a layer; 0 is the whole document.
 
     Raises:
         UserError: the model cannot run in chunks.
@@ -69,13 +75,13 @@ def hidden_rows(model: Any, ids: Tensor, rows: Tensor, chunk_tokens: int = 0) ->
 
 @dataclass(frozen=True)
 class _Rows:
-    """The positions that are wanted of a layer; all are wanted of the layers before it."""
+    """The positions that are wanted of one layer. All positions are wanted of earlier layers."""
 
     positions: Tensor  # int64, ascending
     layer: int
 
     def inside(self, start: int, stop: int) -> Tensor:
-        """Those in [start, stop), counted from ``start``."""
+        """The positions in [start, stop), counted from ``start``."""
         return self.positions[(self.positions >= start) & (self.positions < stop)] - start
 
 
@@ -97,8 +103,16 @@ def _our_attention(config: Any) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _mask_function(mask_function: MaskFunction, kv_length: int, local_size: int | None = None, **_: Any) -> MaskFunction | None:
-    """In the place of a mask [T, T]: the function that tells it, of which `_attention_forward` makes the rows it needs. None is causal."""
+def _mask_function(
+    mask_function: MaskFunction,
+    kv_length: int,
+    local_size: int | None = None,
+    **_: Any,
+) -> MaskFunction | None:
+    """In the place of a mask [T, T]: the function from which ``_attention_forward`` makes the rows that it needs.
+
+    None is a plain causal mask.
+    """
     from transformers.masking_utils import causal_mask_function
 
     plain = mask_function is causal_mask_function or (local_size is not None and kv_length <= local_size)
@@ -115,23 +129,26 @@ def _attention_forward(
     score_rows: _Rows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [1, Hq, q, D], key and value [1, Hkv, n, D], the queries being the last q of n tokens.
+    """transformers' attention function: query [1, Hq, q, D], key and value [1, Hkv, n, D] -> [1, q, Hq, D].
 
-    Returns [1, q, Hq, D]; in the layer of ``score_rows`` it holds zeros where no row is wanted.
+    The queries are the last q of n tokens. In the layer of ``score_rows`` the result holds zeros where no row is
+    wanted.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     n_queries, n_keys = query.shape[2], key.shape[2]
     assert score_rows is not None, "only hidden_rows calls a model under this attention"
-    rows = score_rows.inside(n_keys - n_queries, n_keys) if getattr(module, "layer_idx", None) == score_rows.layer else None
+    first = n_keys - n_queries  # position of the first query
+    rows = score_rows.inside(first, n_keys) if getattr(module, "layer_idx", None) == score_rows.layer else None
     if rows is not None and len(rows) * FEW <= n_queries:
         out = value.new_zeros(1, n_queries, query.shape[1], value.shape[-1])
         if len(rows):
-            out[:, rows] = _attend_rows(query[:, :, rows], key, value, rows + n_keys - n_queries, attention_mask, scaling, kwargs)
+            part = query[:, :, rows]
+            out[:, rows] = _attend_rows(part, key, value, rows + first, attention_mask, scaling, kwargs)
         return out, None
     if attention_mask is None and n_queries == n_keys:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
-    positions = torch.arange(n_keys - n_queries, n_keys, device=query.device)
+    positions = torch.arange(first, n_keys, device=query.device)
     return _attend_rows(query, key, value, positions, attention_mask, scaling, kwargs), None
 
 
@@ -144,27 +161,29 @@ def _attend_rows(
     scaling: float | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """Attention of the queries [1, Hq, b, D] at ``positions`` (ascending) over the keys of positions 0 … n - 1 -> [1, b, Hq, D].
+    """Attention of the queries [1, Hq, b, D] at ``positions`` (ascending) over keys 0 … n - 1 -> [1, b, Hq, D].
 
-    The query heads that share a key head stand below each other as further queries of it, so no key is repeated.
+    Query heads that share a key head are stacked as further queries of that head, so no key is repeated.
     """
     for option in _UNSUPPORTED:
         if options.get(option) is not None:
-            raise UserError(f"the model's attention wants {option}, which is not computed here; set model.path to another model")
+            refused = f"the model's attention wants {option}, which is not computed here"
+            raise UserError(f"{refused}; set model.path to another model")
     groups = query.shape[1] // key.shape[1]
     size = max(1, MASK_CELLS.get(query.device.type, 2**21) // (groups * key.shape[2]))
     parts = []
     for part, at in zip(query.split(size, dim=2), positions.split(size), strict=True):
         stop = int(at[-1]) + 1
         mask = _mask(at, stop, mask_function).repeat(groups, 1)
-        packed = part.reshape(1, key.shape[1], -1, part.shape[-1])
-        out = F.scaled_dot_product_attention(packed, key[:, :, :stop], value[:, :, :stop], attn_mask=mask, scale=scaling)
+        packed = part.reshape(1, key.shape[1], -1, part.shape[-1])  # [1, Hkv, groups * b, D]
+        keys, values = key[:, :, :stop], value[:, :, :stop]
+        out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
         parts.append(out.reshape(1, query.shape[1], len(at), -1).transpose(1, 2))
     return torch.cat(parts, dim=1)
 
 
 def _mask(positions: Tensor, n_keys: int, mask_function: MaskFunction | None) -> Tensor:
-    """bool [b, n_keys]: which keys the queries at ``positions`` see."""
+    """bool [b, n_keys]: the keys that each query at ``positions`` sees."""
     queries, keys = positions[:, None], torch.arange(n_keys, device=positions.device)[None]
     if mask_function is None:
         return keys <= queries
@@ -179,7 +198,8 @@ def _refuse_chunks(model: Any) -> None:
     config = model.config
     remedy = "set search.chunk_tokens=0, or choose another model (model.path)"
     if config._attn_implementation != "sdpa":
-        raise UserError(f"attention implementation {config._attn_implementation} does not run in chunks, sdpa does; {remedy}")
+        found = f"attention implementation {config._attn_implementation}"
+        raise UserError(f"{found} does not run in chunks, sdpa does; {remedy}")
     others = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if others or not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
         found = f"layers of type {', '.join(sorted(others))}" if others else "no list of decoder layers"
@@ -188,7 +208,7 @@ def _refuse_chunks(model: Any) -> None:
 
 @contextmanager
 def _layers_in_chunks(layers: nn.ModuleList, chunk_tokens: int, wanted: Tensor) -> Iterator[None]:
-    """Have every layer run in chunks; the last one returns the wanted rows alone [1, n, hidden]."""
+    """Let every layer run in chunks. The last layer returns the wanted rows alone [1, n, hidden]."""
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             rows = _Rows(wanted, index) if index == len(layers) - 1 else None
@@ -198,7 +218,10 @@ def _layers_in_chunks(layers: nn.ModuleList, chunk_tokens: int, wanted: Tensor) 
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Have a call of ``module`` run ``forward`` in place of its own, inside the same hooks (which gather the weights of a divided model)."""
+    """Let a call of ``module`` run ``forward`` in the place of its own forward.
+
+    The module's hooks still run: in a divided model they gather the weights.
+    """
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -219,10 +242,11 @@ def _in_chunks(
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """One decoder layer over ``hidden`` [1, T, hidden], which its output replaces chunk by chunk."""
+    """One decoder layer over ``hidden`` [1, T, hidden]; the output replaces ``hidden`` chunk by chunk."""
     strange = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
     if strange:
-        raise UserError(f"a decoder layer takes {strange[0]}, which is not known to be cut in chunks; set search.chunk_tokens=0")
+        refused = f"a decoder layer takes {strange[0]}, which is not known to be cut in chunks"
+        raise UserError(f"{refused}; set search.chunk_tokens=0")
     kwargs["past_key_values"] = _KeysAndValues(hidden.shape[1])
     kept = []
     for start in range(0, hidden.shape[1], chunk_tokens):
@@ -231,7 +255,8 @@ def _in_chunks(
         positions = None if position_ids is None else position_ids[:, part]
         out = forward(hidden[:, part], position_embeddings=angles, position_ids=positions, **kwargs)
         if not isinstance(out, Tensor):
-            raise UserError(f"a decoder layer returns {type(out).__name__} and not its hidden states; set search.chunk_tokens=0")
+            refused = f"a decoder layer returns {type(out).__name__} and not its hidden states"
+            raise UserError(f"{refused}; set search.chunk_tokens=0")
         if wanted is None:
             hidden[:, part] = out
         else:
@@ -240,14 +265,17 @@ def _in_chunks(
 
 
 class _KeysAndValues:
-    """Those of one layer so far, where the layer expects transformers' cache; laid out at once, as joining chunks would copy all each time."""
+    """Keys and values of one layer so far, in the place of transformers' cache.
+
+    Memory for all tokens is taken at once: joining chunks would copy all earlier chunks each time.
+    """
 
     def __init__(self, n_tokens: int):
         self._n_tokens, self._done = n_tokens, 0
         self._held: tuple[Tensor, ...] = ()
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
-        """Key and value [1, Hkv, chunk, D] join those before; returns all."""
+        """Append key and value [1, Hkv, chunk, D]; returns all so far."""
         if not self._held:
             self._held = tuple(x.new_empty(*x.shape[:2], self._n_tokens, x.shape[3]) for x in (key, value))
         start, self._done = self._done, self._done + key.shape[2]

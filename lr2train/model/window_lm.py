@@ -1,7 +1,8 @@
 """A causal LM that is told its window: the module that the training engine wraps.
 
-Choice: the Hugging Face model stays untouched inside. Three things around it are swapped: its rotary module (two tables), its attention
-function (sequence parallel, packed documents) and its head (chunked loss in the place of logits).
+Choice: the Hugging Face model stays untouched inside. Three things around it are swapped: its rotary module (two
+tables), its attention function (sequence parallel, packed documents) and its head (chunked loss in the place of
+logits).
 """
 
 from __future__ import annotations
@@ -23,10 +24,16 @@ class WindowLM(nn.Module):
     def __init__(self, lm: Any, factors: Factors, loss_chunk_tokens: int):
         super().__init__()
         self.lm = lm
-        self.rotary = [rotary.install(lm, factors)]  # in a list: a sub-module of the model, not a second child of this module
+        self.rotary = [rotary.install(lm, factors)]  # in a list: a sub-module of lm, no second child of this module
         self.loss_head = LossHead(lm.get_output_embeddings(), loss_chunk_tokens)
 
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor, segment_attention: SegmentAttention, window: str) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        segment_attention: SegmentAttention,
+        window: str,
+    ) -> torch.Tensor:
         """Summed loss of this rank's sequence shard.
 
         Args:

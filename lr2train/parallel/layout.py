@@ -1,16 +1,20 @@
 """Which rank holds which tokens of a segment: index maps from (length, rank, size, documents).
 
-Choice: sequence parallelism is a transform of the data. Tokens, labels and positions are sharded by one map before the model sees them, so
-model code knows nothing of ranks. A layout takes integers and no process group, so one process can check all ranks.
+Choice: sequence parallelism is a transform of the data. Tokens, labels and positions are sharded by one map before the
+model sees them, so model code knows nothing of ranks. A layout takes integers and no process group, so one process can
+check all ranks.
 
-``contiguous``     rank r holds tokens [r n, (r + 1) n) with n = length / size. ``local``, ``ulysses`` and ``gather`` attention read this.
-``zigzag``         a run of tokens is cut in 2 size chunks, and rank r holds chunks r and 2 size - 1 - r: under a causal mask every rank has
-                   the same work. The run is the whole segment where that is even for its documents (``spans``), as for one document that
-                   fills the segment. Else every document of some length is a run of its own, and so are the tokens between two of them
-                   (short documents and padding). Tokens that do not divide are dealt out in turn, over all runs, so that shards have one
-                   size. Cost: two chunks of each run, and a length divisible by 2 size.
-``zigzag_nested``  for a mesh of ring x ulysses ranks: the ``inner`` consecutive ranks of one ulysses group cut one part of a zigzag over
-                   size / inner ranks among them, contiguously. So the group together holds what one rank of the ring would hold.
+``contiguous``     rank r holds tokens [r n, (r + 1) n) with n = length / size. ``local``, ``ulysses`` and ``gather``
+                   attention read this.
+``zigzag``         a run of tokens is cut in 2 size chunks, and rank r holds chunks r and 2 size - 1 - r: under a causal
+                   mask every rank has the same work. The run is the whole segment where that is even for its documents
+                   (``spans``), as for one document that fills the segment. Else every document of some length is a run
+                   of its own, and so are the tokens between two such documents (short documents and padding). Tokens
+                   that do not divide are dealt out in turn, over all runs, so that shards have one size. Cost: two
+                   chunks of each run, and a length divisible by 2 size.
+``zigzag_nested``  for a mesh of ring x ulysses ranks: the ``inner`` consecutive ranks of one ulysses group cut one part
+                   of a zigzag over size / inner ranks among them, contiguously. So the group together holds what one
+                   rank of the ring would hold.
 """
 
 from __future__ import annotations
@@ -31,11 +35,12 @@ Kind = Literal["contiguous", "zigzag", "zigzag_nested"]
 Ranges = tuple[tuple[int, int], ...]
 """Half-open (start, stop) ranges of tokens."""
 
-# A finer cut sends more. So the segment is not cut finer while the busiest rank exceeds the mean by at most this part of a rank's work of a
-# segment that one document fills.
+# A finer cut sends more. So the segment is not cut finer while the busiest rank exceeds the mean by at most this part
+# of a rank's work of a segment that one document fills.
 _EVEN = 0.0025
-# Documents shorter than this part of the segment are not cut by themselves. However their lengths mix, a rank gets about this part of its work
-# of a whole segment too much. Cutting them would mean ever smaller chunks of ever more documents, planned, sent and computed one by one.
+# Documents shorter than this part of the segment are not cut by themselves. However their lengths mix, a rank gets
+# about this part of its work of a whole segment too much. Cutting them would mean ever smaller chunks of ever more
+# documents, planned, sent and computed one by one.
 _SHORT = 0.01
 
 
@@ -95,13 +100,13 @@ class Layout:
         return self.shard(torch.arange(self.length), 0)
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's part of ``x`` along ``dim``, which has ``length`` entries. A view for one block, a copy for more."""
+        """This rank's part of ``x`` along ``dim`` (``length`` entries there). A view for one block, a copy for more."""
         assert x.shape[dim] == self.length, f"dim {dim} of {tuple(x.shape)} is not the layout's {self.length} tokens"
         mine = [x.narrow(dim, start, stop - start) for start, stop in self.blocks]
         return mine[0] if len(mine) == 1 else torch.cat(mine, dim)
 
     def gather(self, shards: Sequence[Tensor], dim: int) -> Tensor:
-        """The whole segment from the shards of all ranks, in order of rank: the inverse of ``shard``. Pure: nothing is sent."""
+        """The whole segment from the shards of all ranks, in order of rank: the inverse of ``shard``. Sends nothing."""
         assert len(shards) == self.size, f"{len(shards)} shards for {self.size} ranks"
         found: dict[int, Tensor] = {}
         for blocks, shard in zip(self.blocks_by_rank, shards, strict=True):
@@ -111,7 +116,7 @@ class Layout:
 
     @property
     def _unit(self) -> int:
-        """What the length must be divisible by. A nested part of two blocks is cut into 2 inner chunks, so that all ranks cut alike."""
+        """The length must be divisible by this. A nested part of two blocks is cut in 2 inner chunks: all cut alike."""
         return self.size if self.kind == "contiguous" else 2 * self.size
 
 
@@ -153,14 +158,15 @@ def _pairs(blocks: Ranges, spans: Ranges) -> int:
     """(query, key) pairs of the queries in ``blocks``: each query sees its document up to itself."""
     total = 0
     for first, last in blocks:
-        for start, stop in spans[bisect_right(spans, first, key=itemgetter(1)) : bisect_left(spans, last, key=itemgetter(0))]:
+        begin, end = bisect_right(spans, first, key=itemgetter(1)), bisect_left(spans, last, key=itemgetter(0))
+        for start, stop in spans[begin:end]:
             low, high = max(first, start), min(last, stop)
             total += (high - low) * (low + high + 1 - 2 * start) // 2
     return total
 
 
 def _cut(blocks: Sequence[tuple[int, int]], first: int, n_tokens: int) -> Ranges:
-    """Rows [first, first + n_tokens) of ``blocks`` laid end to end, as ranges of positions. Adjoining ranges are joined."""
+    """Rows [first, first + n_tokens) of ``blocks`` laid end to end, as ranges of positions. Adjoining ranges join."""
     cut: list[tuple[int, int]] = []
     for start, stop in blocks:
         low, high = max(start, start + first), min(stop, start + first + n_tokens)

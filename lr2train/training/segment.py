@@ -1,8 +1,9 @@
 """A batch's tokens and labels as tensors on the device that trains.
 
-Choice: the whole segment travels to the device as it is stored, on every rank of a sequence-parallel group. Labels are made there, and each
-rank then takes its sequence shard. Two bytes a token travel where three arrays of eight would. Cost: 16 bytes a token of device memory until
-the shard is taken. Positions follow from the documents alone: ``SegmentAttention.positions``.
+Choice: the whole segment travels to the device as it is stored, on every rank of a sequence-parallel group. Labels are
+made there, and each rank then takes its sequence shard. Two bytes a token travel where three arrays of eight would.
+Cost: 16 bytes a token of device memory until the shard is taken. Positions follow from the documents alone:
+``SegmentAttention.positions``.
 """
 
 from __future__ import annotations

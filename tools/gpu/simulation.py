@@ -1,11 +1,13 @@
-"""All ranks of a strategy in one process, one after another: for sizes that no machine at hand has, on any device that has a kernel.
+"""All ranks of a strategy in one process, one after another: for more ranks than devices, on any device with a kernel.
 
-Choice: the ranks run the very functions that real ranks run (``ring.forward_rank``, ``gather.backward_rank`` …). Only the exchange is
-replaced: rows come from lists and go to sums. Cost: nothing is learnt about the exchange, which real processes are for.
+Choice: the ranks run the very functions that real ranks run (``ring.forward_rank``, ``gather.backward_rank`` …). Only
+the exchange is replaced: rows come from lists and go to sums. Cost: nothing is learnt about the exchange, which real
+processes are for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,7 +42,10 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def simulate(name: str, inputs: LayerInputs, sp: int, rings: int = 1) -> Result:
-    """The joint result of ``sp`` ranks under strategy ``name``: ulysses | ring | gather | ulysses_ring (``rings`` on the ring axis)."""
+    """The joint result of ``sp`` ranks under strategy ``name``: ulysses | ring | gather | ulysses_ring.
+
+    ``rings``: of the ranks of ulysses_ring, how many are on the ring axis.
+    """
     if name == "ring":
         return _ring(inputs, sp)
     if name == "gather":
@@ -61,7 +66,7 @@ def alone(inputs: LayerInputs) -> Result:
 
 
 def _ulysses(inputs: LayerInputs, size: int, rings: int) -> Result:
-    """Heads are independent: every ulysses rank does its own. Key heads that several ranks hold add up their gradients in fp32."""
+    """Every ulysses rank does its own heads. Key heads that several ranks hold add up their gradients in fp32."""
     n_heads, n_kv_heads = inputs.q.shape[1], inputs.k.shape[1]
     refuse_heads(n_heads, size)
     spread = spread_kv_heads(n_kv_heads, size)
@@ -78,7 +83,7 @@ def _ulysses(inputs: LayerInputs, size: int, rings: int) -> Result:
 def _ring(inputs: LayerInputs, size: int) -> Result:
     segment = PackedSegment(inputs.spans, len(inputs.q), size)
     layouts = [segment.layout("zigzag", rank) for rank in range(size)]
-    q, k, v, grad_out = ([layout.shard(x, 0) for layout in layouts] for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
+    q, k, v, grad_out = (_shards(x, layouts) for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
     steps_by_rank = [steps_of(segment, rank, inputs.sliding_window) for rank in range(size)]
     sums, device = _Sums(k, v), inputs.q.device
 
@@ -104,7 +109,7 @@ def _ring(inputs: LayerInputs, size: int) -> Result:
 def _gather(inputs: LayerInputs, size: int) -> Result:
     segment = PackedSegment(inputs.spans, len(inputs.q), size)
     layouts = [segment.layout("contiguous", rank) for rank in range(size)]
-    q, k, v, grad_out = ([layout.shard(x, 0) for layout in layouts] for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
+    q, k, v, grad_out = (_shards(x, layouts) for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
     sums = _Sums(k, v)
 
     def fetch(rank: int, exchange: gather.Exchange, heads: gather.HeadGroup) -> tuple[Tensor, Tensor]:
@@ -128,12 +133,17 @@ def _gather(inputs: LayerInputs, size: int) -> Result:
     return _whole(layouts[0], outs, dqs, sums)
 
 
+def _shards(x: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
+    return [layout.shard(x, 0) for layout in layouts]
+
+
 class _Sums:
     """Sums of dk and dv at the ranks that own the keys, in fp32."""
 
     def __init__(self, k: list[Tensor], v: list[Tensor]) -> None:
         self.dtype = k[0].dtype
-        self.dk, self.dv = ([torch.zeros_like(x, dtype=torch.promote_types(torch.float32, x.dtype)) for x in xs] for xs in (k, v))
+        fp32 = torch.promote_types(torch.float32, self.dtype)
+        self.dk, self.dv = ([torch.zeros_like(x, dtype=fp32) for x in xs] for xs in (k, v))
 
     def add(self, owner: int, rows: slice | Tensor, heads: slice, dk: Tensor, dv: Tensor) -> None:
         self.dk[owner][rows, heads] += dk
