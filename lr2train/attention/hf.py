@@ -37,7 +37,7 @@ _UNSUPPORTED = {"softcap": "soft-capped attention", "s_aux": "attention sinks", 
 
 
 @dataclass
-class SequenceAttention:
+class ModelAttention:
     """Sequence-parallel attention of one model on this rank.
 
     Attributes:
@@ -66,7 +66,7 @@ class SequenceAttention:
         return SegmentAttention(segment, chosen, self.mesh)
 
 
-def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> SequenceAttention:
+def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> ModelAttention:
     """Make ``model`` attend over packed documents, sharded over ``mesh``.
 
     After that, on every rank of a sequence-parallel group,
@@ -89,7 +89,7 @@ def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> Seque
     if model.config.get_text_config()._attn_implementation != NAME or not has_attention:
         name = type(model).__name__
         raise UserError(f"{name} does not use transformers' attention interface; choose a model (model.path) that does")
-    return SequenceAttention(mesh, layers_of(model.config, model.dtype.itemsize), strategy)
+    return ModelAttention(mesh, layers_of(model.config, model.dtype.itemsize), strategy)
 
 
 def layers_of(config: Any, bytes_per_element: int = 2) -> Layers:

@@ -83,7 +83,8 @@ def transfer(send: Transfer, receive: Transfer, group: dist.ProcessGroup | None,
     """
     operations = []
     for call, side in ((dist.isend, send), (dist.irecv, receive)):
-        operations += [dist.P2POp(call, x, group=group, tag=tag, group_peer=side.peer) for x in side.tensors if x.numel()]
+        full = [x for x in side.tensors if x.numel()]
+        operations += [dist.P2POp(call, x, group=group, tag=tag, group_peer=side.peer) for x in full]
     _count("send", sum(x.nbytes for x in send.tensors))
     return dist.batch_isend_irecv(operations) if operations else []
 

@@ -1,4 +1,7 @@
-"""The choice of a strategy is pure: checked for any spans, heads and ranks in one process, against the strategies' own declarations."""
+"""The attention choice: which strategy auto takes, and what a named strategy serves or refuses.
+
+The choice is pure, so one process checks it for any documents, heads and ranks, against the strategies' declarations.
+"""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -24,7 +27,7 @@ CROSSING = ((0, 5000), *((start, start + 8192) for start in range(5000, L - 8192
 
 
 def serves(strategy: Strategy, work: SegmentWork) -> bool:
-    """As the module's docstring says, written once more."""
+    """The rule of the docstring of ``choice``, written once more."""
     if strategy.name == "ulysses_ring" and not 1 < work.segment.ring < work.segment.sp:
         return False
     try:
@@ -102,7 +105,7 @@ def test_auto_never_sends_more_than_the_best_that_fits(segment, heads):
         (Layers(7, 7, 128), LONG, 8, 8, "ring"),
     ],
 )
-def test_what_auto_takes_at_128k(layers, spans, sp, ring, name):
+def test_auto_at_128k_takes(layers, spans, sp, ring, name):
     assert plan("auto", layers, spans, L, sp, ring).title == name
 
 
@@ -114,9 +117,16 @@ def test_a_long_window_is_spread_evenly_whatever_auto_takes():
             assert chosen.imbalance(work) < 0.02, (chosen.name, layers, sp, ring)
 
 
-@pytest.mark.parametrize(("layers", "sp", "ring"), [(LLAMA3_8B, 16, 2), (LLAMA3_8B, 64, 8), (Layers(28, 4, 128), 8, 2), (MQA, 8, 1)])
+@pytest.mark.parametrize(
+    ("layers", "sp", "ring"),
+    [(LLAMA3_8B, 16, 2), (LLAMA3_8B, 64, 8), (Layers(28, 4, 128), 8, 2), (MQA, 8, 1)],
+)
 def test_packed_long_documents_are_spread_evenly_whatever_auto_takes(layers, sp, ring):
-    for spans in (((0, 40000), (40000, L - 9000), (L - 9000, L)), ((0, 60000), (60001, 70000), (70000, 120000)), ((9000, 109001),)):
+    for spans in (
+        ((0, 40000), (40000, L - 9000), (L - 9000, L)),
+        ((0, 60000), (60001, 70000), (70000, 120000)),
+        ((9000, 109001),),
+    ):
         chosen = STRATEGIES[plan("auto", layers, spans, L, sp, ring).title]
         work = work_of(layers, spans, L, sp, ring)
         assert chosen.imbalance(work) < 0.02, (chosen.name, spans)
@@ -141,7 +151,7 @@ def test_the_reason_names_what_would_send_more_and_does_not_change_with_the_numb
 
 
 def test_each_kind_of_layer_gets_its_cheapest_strategy_under_one_layout():
-    """Layers that slide over few tokens need their neighbour's last ones only; they share the layout of those that look at everything."""
+    """Layers that slide over few tokens need few of the rank before. They share the layout of the full layers."""
     mixed = Layers(32, 8, 128, ((None, 16), (1024, 16)))
     packed = PackedSegment(LONG, L, 8)
     chosen = choice.choose("auto", mixed, packed)
@@ -157,16 +167,16 @@ def test_a_sliding_window_as_long_as_the_longest_span_is_none():
 
 def test_a_strategy_by_name_serves_everything_or_is_refused():
     assert plan("ulysses", LLAMA3_8B, SHORT, L, 8).title == "ulysses"
-    with pytest.raises(UserError, match="which parallel.strategy=local cannot serve"):
+    with pytest.raises(UserError, match="parallel.strategy=local"):
         plan("local", LLAMA3_8B, LONG, L, 8)
-    with pytest.raises(UserError, match="num_attention_heads=32 cannot be shared by parallel.sp=64"):
+    with pytest.raises(UserError, match="num_attention_heads=32 .* parallel.sp=64"):
         plan("ulysses", LLAMA3_8B, LONG, L, 64)
-    with pytest.raises(UserError, match="is not divisible by|cannot be cut"):
+    with pytest.raises(UserError, match="segment_tokens=24"):
         plan("ring", LLAMA3_8B, ((0, 24),), 24, 8)
 
 
 def test_a_strategy_by_name_leaves_spans_that_it_does_not_know_to_auto(monkeypatch):
-    """As ring_flash_attn does, which needs CUDA: here a ring that is as choosy about spans."""
+    """As ring_flash_attn, which needs CUDA. Here a ring refuses packed documents in its place."""
 
     def refuse(work: SegmentWork) -> None:
         if work.segment.spans != ((0, work.segment.n_tokens),):
@@ -176,15 +186,16 @@ def test_a_strategy_by_name_leaves_spans_that_it_does_not_know_to_auto(monkeypat
     assert plan("choosy", LLAMA3_8B, LONG, L, 8).title == "choosy"
     left = plan("choosy", LLAMA3_8B, SHORT, L, 8)
     assert (left.title, left.layout_kind) == ("local", "contiguous")
-    assert left.reason.startswith("parallel.strategy=choosy serves one span over the whole segment and leaves others to auto: every span")
+    assert left.reason.startswith("parallel.strategy=choosy serves one span")
+    assert left.reason.endswith(plan("auto", LLAMA3_8B, SHORT, L, 8).reason)
 
 
-def test_auto_says_what_is_in_the_way_of_everything():
+def test_auto_refuses_a_segment_that_no_strategy_can_cut():
     with pytest.raises(UserError, match=r"segment_tokens=20 .*set data.segment_tokens to 24"):
         plan("auto", Layers(7, 7, 16), ((0, 20),), 20, 8, 8)
 
 
-def test_refuse_leaves_local_to_the_spans():
+def test_local_is_not_refused_before_the_documents_are_known():
     choice.refuse("local", LLAMA3_8B, L, L, 8, 1)
     choice.refuse("auto", LLAMA3_8B, L, L, 64, 2)
     with pytest.raises(UserError, match="num_attention_heads=32"):
@@ -211,15 +222,14 @@ def test_the_ring_axis_takes_what_heads_and_nodes_leave(sp, heads, per_node, rin
 
 def test_the_ring_axis_can_be_set():
     assert ring_ranks(4, 8, 32, 8) == 4
-    with pytest.raises(
-        UserError, match=r"parallel.ring=3 does not divide parallel.sp=8; set parallel.ring to one of \[1, 2, 4, 8\], or to 0"
-    ):
+    with pytest.raises(UserError, match=r"parallel.ring=3 .*=8; set parallel.ring to one of \[1, 2, 4, 8\]"):
         ring_ranks(3, 8, 32, 8)
 
 
 def test_the_documented_bytes_are_the_formulas_and_auto_takes_the_bold_one():
-    """docs/ATTENTION.md: a row is a model and segment, its ranks, and MiB of each strategy."""
-    rows = [line.strip("| ").split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith(("| LLaMA3-8B", "| Phi3-mini"))]
+    """In docs/ATTENTION.md a table row is a model and segment, its ranks, and the MiB of each strategy."""
+    lines = DOCUMENT.read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| LLaMA3-8B", "| Phi3-mini"))]
     assert len(rows) == 18
     spans_of = {"long": LONG, "aligned 8k": SHORT, "crossing 8k": (*CROSSING, (CROSSING[-1][1], L))}
     for title, ranks, *cells in rows:
@@ -230,7 +240,8 @@ def test_the_documented_bytes_are_the_formulas_and_auto_takes_the_bold_one():
         for name, cell in zip(("local", "ulysses", "ring", "gather", "ulysses_ring"), cells, strict=True):
             if cell != "–":
                 assert cell.strip("*") == f"{STRATEGIES[name].bytes_sent(work).total / 2**20:.4g}", (title, ranks, name)
-            assert (cell.startswith("**")) == (plan("auto", layers, spans, L, sp, ring).title == name), (title, ranks, name)
+            taken = plan("auto", layers, spans, L, sp, ring).title
+            assert cell.startswith("**") == (taken == name), (title, ranks, name)
 
 
 def test_every_strategy_can_be_configured():

@@ -1,8 +1,8 @@
 """The library ring-flash-attn as an oracle: its own loops on real ranks, its kernel calls handed to ours on CPU.
 
-Its loops differ from ours in everything but the mathematics: whole shards go to a neighbour, gradients of keys circulate in fp32. Inputs are
-fp64, because it takes ``.to(float32)`` for a copy and overwrites its own sums where the inputs are fp32 already; it merges in fp32, which is
-what the tolerance of 2e-6 allows for.
+The library's loops differ from ours in everything but the mathematics: whole shards go to a neighbour, and gradients of
+keys circulate in fp32. Inputs are fp64, because the library takes ``.to(float32)`` for a copy and overwrites its own
+sums where inputs are fp32 already. The library merges in fp32: the tolerance of 2e-6 allows for that.
 """
 
 import sys
@@ -30,7 +30,17 @@ KERNEL_CALLS = []
 
 
 def _flash_attn_forward(
-    q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax
+    q,
+    k,
+    v,
+    dropout_p,
+    softmax_scale,
+    causal,
+    window_size_left,
+    window_size_right,
+    softcap,
+    alibi_slopes,
+    return_softmax,
 ):
     """flash-attn 2.7's, of one row [1, T, H, D], over our kernel: (out, lse [1, H, T], mask, random state)."""
     KERNEL_CALLS.append("forward")
@@ -70,13 +80,13 @@ def _flash_attn_varlen_forward(
 
 
 def _flash_attn_varlen_backward(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-    causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=False, rng_state=None,
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+    softmax_scale, causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+    deterministic=False, rng_state=None,
 ):  # fmt: skip
     queries = Queries(q, out, softmax_lse.T, dout)
-    for into, grad in zip(
-        (dq, dk, dv), backward_block(queries, k, v, packed_tiles(cu_seqlens_q, cu_seqlens_k), softmax_scale), strict=True
-    ):
+    grads = backward_block(queries, k, v, packed_tiles(cu_seqlens_q, cu_seqlens_k), softmax_scale)
+    for into, grad in zip((dq, dk, dv), grads, strict=True):
         into.copy_(grad)
 
 
@@ -84,7 +94,8 @@ def hand_it_our_kernel() -> None:
     """Stand in for flash-attn 2.7, in a process of its own: the rank's."""
     package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
     package.__path__ = []
-    for function in (_flash_attn_forward, _flash_attn_backward, _flash_attn_varlen_forward, _flash_attn_varlen_backward):
+    varlen = _flash_attn_varlen_forward, _flash_attn_varlen_backward
+    for function in (_flash_attn_forward, _flash_attn_backward, *varlen):
         setattr(interface, function.__name__, function)
     sys.modules |= {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
 
@@ -109,12 +120,13 @@ def check_packed(mesh: Mesh) -> None:
     segment = segment_of(LENGTHS, (8, 2), dtype=torch.float64)
     ours, layout, _ = run_shard("gather", segment, mesh)
     bounds = torch.tensor([0, *(stop for _, stop in LENGTHS)], dtype=torch.int32)
-    prepared = library.llama3_flash_attn_prepare_cu_seqlens(bounds, causal=True, rank=mesh.sp_rank, world_size=mesh.sp_size)
-    *cumulative, keys = prepared
+    place = {"rank": mesh.sp_rank, "world_size": mesh.sp_size}
+    *cumulative, keys = library.llama3_flash_attn_prepare_cu_seqlens(bounds, causal=True, **place)
     leaves = [layout.shard(x, 0).clone().requires_grad_() for x in (segment.q, segment.k, segment.v)]
     out = library.llama3_flash_attn_varlen_func(
-        *leaves, *cumulative, heads_k_stride=1, local_k_slice=keys, softmax_scale=segment.scale, causal=True, group=mesh.sp_group
-    )
+        *leaves, *cumulative, heads_k_stride=1, local_k_slice=keys, softmax_scale=segment.scale, causal=True,
+        group=mesh.sp_group,
+    )  # fmt: skip
     out.backward(layout.shard(segment.grad_out, 0))
     theirs = [out.detach(), *(x.grad for x in leaves)]
     check_result(theirs, expected_of(segment), "the library, packed", layout=layout)
@@ -128,7 +140,7 @@ def check_all(rank: int, world: int) -> None:
     mesh = make_mesh(world)
     check_whole_segment(mesh)
     check_packed(mesh)
-    with pytest.raises(UserError, match="serves one span over the segment, and this segment has 6 spans over 96 tokens"):
+    with pytest.raises(UserError, match="parallel.strategy=ring_flash_attn .*6 spans over 96 tokens"):
         run_shard("ring_flash_attn", segment_of(LENGTHS, (4, 4)), mesh)
     dist.barrier()
 
@@ -141,7 +153,7 @@ def test_its_loops_over_our_kernel_agree_with_ours(world, tmp_path):
 def test_without_flash_attn_it_is_refused_with_the_remedy():
     """As on this machine, where flash-attn is not installed: nothing is stood in for it in this process."""
     segment = PackedSegment(((0, 96),), 96, 2)
-    with pytest.raises(UserError, match=r"needs flash-attn 2 on CUDA \(.*flash_attn.*\); set parallel.strategy to ring"):
+    with pytest.raises(UserError, match=r"flash-attn 2 on CUDA \(.*flash_attn.*\); set parallel.strategy to ring"):
         STRATEGIES["ring_flash_attn"].refuse(SegmentWork(segment, 4, 4, 8))
     with pytest.raises(UserError, match=r"has no sliding window \(12 tokens\)"):
         ring_flash_attn(segment, Mesh(), sliding_window=12)

@@ -1,4 +1,4 @@
-"""Tensors that are made on the device equal what the batch itself says of its labels and positions."""
+"""Tokens, labels and positions that are made on the device equal the batch's own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def batches(draw) -> tuple[Batch, np.ndarray, np.ndarray]:
     n_tokens, seed = draw(st.integers(1, 60)), draw(st.integers(0, 99))
     rng, dtype = np.random.default_rng(seed), draw(st.sampled_from([np.uint16, np.int32]))
     tokens = rng.integers(0, np.iinfo(np.uint16).max + 1, n_tokens).astype(dtype)
-    borders = sorted(draw(st.sets(st.integers(0, n_tokens), min_size=2, max_size=8) if n_tokens > 1 else st.just({0, 1})))
+    drawn = st.sets(st.integers(0, n_tokens), min_size=2, max_size=8) if n_tokens > 1 else st.just({0, 1})
+    borders = sorted(draw(drawn))
     spans = tuple((start, stop) for start, stop in pairwise(borders) if draw(st.booleans()))
     labels, positions = [], []
     for place in range(n_tokens):
