@@ -14,6 +14,7 @@ from typing import Any
 from lr2train import io, progress
 from lr2train.attention import choice
 from lr2train.attention import hf as attention
+from lr2train.attention.strategy import PackedSegment
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.planning import cost, memory
@@ -112,9 +113,10 @@ def _served(part: WorkloadPart, layers: choice.Layers, ring: int, config: Config
     if strategy == "local":  # training refuses a document that crosses a border of a sequence shard
         return {"window": part.window, "strategy": strategy, "sent_gib": 0.0}
     spans = tuple((start, min(start + part.span_tokens, n_tokens)) for start in range(0, n_tokens, part.span_tokens))
-    plan = choice.plan(strategy, layers, spans, n_tokens, sp, ring)
-    sent = choice.bytes_sent(plan, layers, spans, n_tokens, sp, ring)
-    return {"window": part.window, "strategy": plan.title, "sent_gib": sent / GIB}
+    segment = PackedSegment(spans, n_tokens, sp, ring)
+    chosen = choice.choose(strategy, layers, segment)
+    sent = choice.bytes_sent(chosen, layers, segment)
+    return {"window": part.window, "strategy": chosen.title, "sent_gib": sent / GIB}
 
 
 def _memory(counts: ModelCounts, config: Config) -> dict[str, Any]:

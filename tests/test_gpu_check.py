@@ -12,9 +12,9 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lr2train.attention import kernel, ring
+from lr2train.attention import cpu, kernel, ring
 from lr2train.attention.strategies import STRATEGIES
-from lr2train.attention.strategy import Work
+from lr2train.attention.strategy import PackedSegment, SegmentWork
 from lr2train.parallel.comm import counting
 from lr2train.parallel.layout import Layout
 from tests.attention.reference import attend_explicitly, mask_of, random_qkv, relative_error
@@ -109,8 +109,8 @@ def test_malformed_arguments_are_refused(arguments, capsys):
 
 @pytest.mark.usefixtures("fewer_cases")
 def test_a_wrong_kernel_ends_with_1(tmp_path, monkeypatch, capsys):
-    flash = kernel._cpu_flash
-    monkeypatch.setattr(kernel, "_cpu_flash", lambda q, *rest, **options: flash(1.01 * q, *rest, **options))
+    flash = cpu._flash
+    monkeypatch.setattr(cpu, "_flash", lambda q, *rest, **options: flash(1.01 * q, *rest, **options))
     assert gpu_check.main(["--device", "cpu", "--only", "parity", "--out", str(tmp_path / "out.json")]) == 1
     printed = capsys.readouterr().out
     assert "MISSED: parity_failures is" in printed
@@ -167,7 +167,7 @@ def not_a_number(q, k, v, *rest, **options):
 @pytest.mark.parametrize("broken", [not_causal, not_a_number, lse_off])
 @pytest.mark.usefixtures("fewer_cases")
 def test_a_wrong_forward_fails_at_every_level(broken, monkeypatch):
-    monkeypatch.setattr(kernel, "_cpu_flash", broken)
+    monkeypatch.setattr(cpu, "_flash", broken)
     rows = rows_of(torch.float32, torch.bfloat16)
     assert len(rows) == 12
     assert [row.level for row in rows if row.passes] == []
@@ -175,13 +175,13 @@ def test_a_wrong_forward_fails_at_every_level(broken, monkeypatch):
 
 @pytest.mark.usefixtures("fewer_cases")
 def test_a_wrong_backward_fails_in_its_gradient_alone(monkeypatch):
-    backward = kernel._cpu_flash_backward
+    backward = cpu._flash_backward
 
     def wrong(*rest, **options):
         dq, dk, dv = backward(*rest, **options)
         return dq, 1.02 * dk, dv
 
-    monkeypatch.setattr(kernel, "_cpu_flash_backward", wrong)
+    monkeypatch.setattr(cpu, "_flash_backward", wrong)
     for row in rows_of(torch.float32, torch.bfloat16):
         if row.level not in ("rows", "blocks"):
             continue  # on simulated ranks, the limit comes from the same wrong kernel
@@ -203,20 +203,20 @@ def test_a_kernel_that_raises_is_a_failed_row_at_every_level(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setattr(kernel, "_cpu_flash_backward", broken)
+    monkeypatch.setattr(cpu, "_flash_backward", broken)
     rows = rows_of(torch.float32)
     assert len(rows) == 6
     assert all(not row.passes and row.error.endswith("RuntimeError: no kernel image is available") for row in rows)
 
 
-@pytest.mark.parametrize("window_tokens", [None, 5])
-def test_the_reference_equals_the_tests_own_reference(window_tokens):
+@pytest.mark.parametrize("sliding_window", [None, 5])
+def test_the_reference_equals_the_tests_own_reference(sliding_window):
     """Mask and attention of the check beside the independent ones of the tests."""
     spans = ((0, 1), (1, 9), (12, 40))
-    assert torch.equal(gpu_parity.mask_of(spans, 48, window_tokens), mask_of(spans, 48, window_tokens=window_tokens))
-    case = gpu_parity.ParityCase((4, 2), 8, torch.float64, spans, 48, window_tokens)
+    assert torch.equal(gpu_parity.mask_of(spans, 48, sliding_window), mask_of(spans, 48, sliding_window=sliding_window))
+    case = gpu_parity.ParityCase((4, 2), 8, torch.float64, spans, 48, sliding_window)
     segment = gpu_parity.draw(case, CPU)
-    expected = attend_explicitly(segment.q, segment.k, segment.v, spans, segment.scale, window_tokens=window_tokens)
+    expected = attend_explicitly(segment.q, segment.k, segment.v, spans, segment.scale, sliding_window=sliding_window)
     answer = gpu_parity._written_out(segment, torch.float64)
     torch.testing.assert_close((answer.out, answer.lse), expected)
     assert all(grad.isfinite().all() for grad in answer.grads)
@@ -257,8 +257,8 @@ def test_flops_of_a_layer_equal_torch_s_counter():
     """Linear layers as counted in transformers' own layer, attention by its pairs; backward is twice forward."""
     at = setting()
     with gpu_one_rank.one_rank(at.rank, at.sp) as mesh:
-        lm = gpu_layer._build(at, "ring", mesh)
-        kept = next(one for one in gpu_layer._layer_passes(at, "ring", lm) if one.name == gpu_layer.LAYER)
+        lm, attention = gpu_layer._build(at, "ring", mesh)
+        kept = next(one for one in gpu_layer._layer_passes(at, "ring", lm, attention) if one.name == gpu_layer.LAYER)
         with FlopCounterMode(display=False) as counter:
             kept.forward()
     linear = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}["aten.mm"]
@@ -285,10 +285,11 @@ def test_a_step_is_all_layers_and_one_loss():
 @pytest.mark.parametrize(("strategy", "rings"), [("ulysses", 1), ("ring", 1), ("gather", 1), ("ulysses_ring", 2)])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_one_rank_alone_sends_the_bytes_of_the_formula(strategy, rings, rank):
-    work = Work(((0, 64),), 64, 8, 2, 8, 4, sp=4, ring=rings)
+    segment = PackedSegment(((0, 64),), 64, 4, rings)
+    work = SegmentWork(segment, 8, 2, 8, bytes_per_element=4)
     leaves = [x.requires_grad_() for x in random_qkv(16, 8, 2, 8)]
     with gpu_one_rank.one_rank(rank, 4, rings) as mesh, counting() as sent:
-        out = STRATEGIES[strategy].attend(*leaves, work.spans, 0.3, mesh)
+        out = STRATEGIES[strategy].prepare(segment, mesh, None)(*leaves, 0.3)
         assert sent.total() == STRATEGIES[strategy].traffic(work, rank).forward
         out.sum().backward()
     assert sent.total() == STRATEGIES[strategy].traffic(work, rank).total
@@ -309,9 +310,9 @@ def test_the_ring_computes_the_counted_pairs(monkeypatch):
     pairs = []
     forward = ring.forward_block
 
-    def counted(q, k, v, tiles, *rest):
-        pairs.append(q.shape[1] * sum(tile.pairs() for tile in tiles))
-        return forward(q, k, v, tiles, *rest)
+    def counted(q, k, v, block, *rest):
+        pairs.append(q.shape[1] * block.pairs)
+        return forward(q, k, v, block, *rest)
 
     monkeypatch.setattr(ring, "forward_block", counted)
     found = gpu_slice.time_attention(setting(), "ring", ["cpu_flash"])

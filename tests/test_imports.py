@@ -25,7 +25,7 @@ VERBS = {*READS, "report"}
 FEW_FILES = {  # a folder ends with a slash
     "deepspeed": ("training/deepspeed/",),
     "wandb": ("training/metrics.py",),
-    "flash_attn": ("attention/kernel.py",),
+    "flash_attn": ("attention/cuda.py",),
     "hydra": ("cli/composition.py", "cli/overrides.py", "cli/door.py"),
 }
 FILES = sorted(ROOT.rglob("*.py"))

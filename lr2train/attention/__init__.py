@@ -1,1 +1,1 @@
-"""Attention over the spans of a segment: kernels, the strategies that spread them over ranks, and the door to transformers."""
+"""Attention of packed segments: kernels, strategies that spread attention over ranks, the door to transformers."""

@@ -1,34 +1,38 @@
-"""Which strategy serves a segment, and with it who holds which of its tokens: a pure function of numbers that all ranks know.
+"""Which strategy serves a segment, and so how tokens lie: a pure function of numbers that all ranks know.
 
-Choice: ``auto`` takes, for every segment anew, what sends the fewest bytes among the strategies that fit. A strategy *fits* when
+Choice: ``auto`` takes, for every segment anew, the strategy that sends the fewest bytes among those that fit. A
+strategy *fits* when
 
-- it can serve the spans, the heads and the sliding windows (its own ``refuse``), and the segment can be cut as its layout wants; and
-- it spreads the pairs of tokens evenly: the busiest rank has no more than its share and ``EVEN`` of what a rank has of a segment that is one
-  span. So the ranks of a long window are even within ``EVEN``, and documents, which are a small part of such work, may be less so.
-  ``local`` is not asked: what it can serve it serves, as evenly as the packer has made it.
+- it can serve the documents, the heads and the sliding windows (its own ``refuse``), and the segment can be cut as its
+  layout wants; and
+- it spreads the (query, key) pairs evenly: the busiest rank exceeds its share by no more than ``EVEN`` of a rank's work
+  of a segment that one document fills. So the ranks of a long window are even within ``EVEN``. Short documents are a
+  small part of such work and may be less even. ``local`` need not be even: the packer has made it as even as it can be.
 
-Where nothing is even, what leaves the busiest rank the least work is taken. Tokens are cut once for all layers, so the layout with the
-smallest sum over layers wins, and each kind of layer (full, sliding) takes the cheapest strategy of that layout.
+Where no strategy is even, the one that leaves the busiest rank the least work is taken. Tokens are cut once for all
+layers, so the layout with the smallest sum over layers wins, and each kind of layer (full, sliding) takes the cheapest
+strategy of that layout.
 
-Cost: bytes stand for time. A ring that hides what it sends behind its work, or an exchange that cannot, look alike here; who has measured
-better sets ``parallel.strategy``.
+Cost: bytes stand for time. A ring that hides its transfers behind compute looks like an exchange that cannot. A
+measurement on the machine at hand is better: set ``parallel.strategy`` by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from lr2train.attention.strategies import STRATEGIES
-from lr2train.attention.strategy import Strategy, Work
-from lr2train.attention.tiles import Spans
+from lr2train.attention.strategy import PackedSegment, SegmentWork, Strategy
 from lr2train.config import UserError
-from lr2train.parallel.layout import Kind, Layout
+from lr2train.parallel.layout import Kind
 
-# What auto chooses from; of two that send alike, the first: a ring axis is there because of nodes, between which it sends less.
+# The candidates of auto. The first of two that send alike is taken: a ring axis exists because of nodes, and
+# ulysses_ring sends less between nodes.
 AUTO = ("local", "ulysses_ring", "ulysses", "ring", "gather")
-EVEN = 0.02  # what the others wait for the busiest rank, over a rank's work of a long window: that much attention costs more than it sends
+# Attention work that the other ranks may wait for, as a part of a rank's work of a long window. More imbalance costs
+# more than it saves bytes.
+EVEN = 0.02
 
 
 @dataclass(frozen=True)
@@ -39,93 +43,88 @@ class Layers:
         n_heads: of queries.
         n_kv_heads: of keys and values.
         head_size: of one head.
-        windows: (sliding window or None, number of layers that have it), each window once.
+        sliding_windows: (sliding window or None, number of layers that have it), each window once.
         bytes_per_element: of q, k and v.
     """
 
     n_heads: int
     n_kv_heads: int
     head_size: int
-    windows: tuple[tuple[int | None, int], ...] = ((None, 1),)
+    sliding_windows: tuple[tuple[int | None, int], ...] = ((None, 1),)
     bytes_per_element: int = 2
 
-    def works(self, spans: Spans, n_tokens: int, sp: int, ring: int) -> dict[Work, int]:
-        """How many layers have each piece of work. A sliding window as long as the longest span is none."""
-        longest = max((stop - start for start, stop in spans), default=0)
-        plain = Work(spans, n_tokens, self.n_heads, self.n_kv_heads, self.head_size, self.bytes_per_element, sp, ring)
-        works: dict[Work, int] = {}
-        for window_tokens, n_layers in self.windows:
-            work = replace(plain, window_tokens=narrowed(window_tokens, longest))
+    def works(self, segment: PackedSegment) -> dict[SegmentWork, int]:
+        """The work of each kind of layer, and the number of its layers. A sliding window that hides nothing is none."""
+        plain = SegmentWork(segment, self.n_heads, self.n_kv_heads, self.head_size, self.bytes_per_element)
+        works: dict[SegmentWork, int] = {}
+        for sliding_window, n_layers in self.sliding_windows:
+            work = replace(plain, sliding_window=segment.narrowed(sliding_window))
             works[work] = works.get(work, 0) + n_layers
         return works
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a segment is served.
+class AttentionChoice:
+    """Which strategies serve a segment.
 
     Attributes:
-        names: (sliding window or None, strategy) of each kind of layer.
-        layout_kind: how its tokens lie, for all of them.
+        strategies: (sliding window or None, strategy name) of each kind of layer.
+        layout_kind: how the tokens lie, for all layers.
         reason: why, without numbers that change from segment to segment.
         figures: those numbers.
     """
 
-    names: tuple[tuple[int | None, str], ...]
+    strategies: tuple[tuple[int | None, str], ...]
     layout_kind: Kind
     reason: str
     figures: str = ""
 
-    def name(self, window_tokens: int | None) -> str:
+    def strategy(self, sliding_window: int | None) -> str:
         """The strategy of the layers with this sliding window."""
-        names = dict(self.names)
-        assert window_tokens in names, f"a layer slides over {window_tokens} tokens, which the model's config does not say: {names}"
-        return names[window_tokens]
+        names = dict(self.strategies)
+        assert sliding_window in names, f"sliding window {sliding_window} is none of the model's config: {names}"
+        return names[sliding_window]
 
     @property
     def title(self) -> str:
-        """Its strategies, each once."""
-        return " and ".join(dict.fromkeys(name for _, name in self.names))
+        """The strategies, each once."""
+        return " and ".join(dict.fromkeys(name for _, name in self.strategies))
 
 
-def narrowed(window_tokens: int | None, longest_span: int) -> int | None:
-    """The sliding window where it narrows anything, else None."""
-    return None if window_tokens is None or window_tokens >= longest_span else window_tokens
+def choose(strategy: str, layers: Layers, segment: PackedSegment) -> AttentionChoice:
+    """The attention choice for one segment: the same on every rank.
 
-
-@lru_cache(maxsize=256)
-def plan(strategy: str, layers: Layers, spans: Spans, n_tokens: int, sp: int, ring: int = 1) -> Plan:
-    """The plan of one segment of ``n_tokens`` over ``sp`` ranks, ``ring`` of them on the ring axis: the same on every rank.
-
-    A strategy by name that serves a segment of one span, but not these spans (``ring_flash_attn``), leaves them to auto.
+    A named strategy that serves one document over the segment, but not these documents (``ring_flash_attn``), leaves
+    them to auto.
 
     Raises:
-        UserError: ``strategy`` cannot serve the segment, or it is auto and none can.
+        UserError: the named strategy cannot serve the segment; or under auto, no strategy can.
     """
-    works = layers.works(spans, n_tokens, sp, ring)
+    works = layers.works(segment)
     if strategy == "auto":
-        return _cheapest(works, sp, ring)
+        return _cheapest(works, segment)
     chosen = STRATEGIES[strategy]
     if all(_serves(chosen, work) for work in works):
-        names = tuple((work.window_tokens, strategy) for work in works)
-        return Plan(names, chosen.layout_kind, f"parallel.strategy={strategy}")
-    whole = layers.works(((0, n_tokens),), n_tokens, sp, ring)
-    for work in works if strategy == "local" else whole:
+        names = tuple((work.sliding_window, strategy) for work in works)
+        return AttentionChoice(names, chosen.layout_kind, f"parallel.strategy={strategy}")
+    whole = replace(segment, spans=((0, segment.n_tokens),))
+    for work in works if strategy == "local" else layers.works(whole):
         _refuse(chosen, work)
-    found = _cheapest(works, sp, ring)
-    return replace(
-        found, reason=f"parallel.strategy={strategy} serves one span over the whole segment and leaves others to auto: {found.reason}"
-    )
+    found = _cheapest(works, segment)
+    why = f"parallel.strategy={strategy} serves one span over the whole segment and leaves others to auto"
+    return replace(found, reason=f"{why}: {found.reason}")
 
 
-def bytes_sent(plan: Plan, layers: Layers, spans: Spans, n_tokens: int, sp: int, ring: int = 1) -> int:
-    """What the busiest rank sends for a segment under ``plan``: all layers, forward and backward, no recomputation."""
-    works = layers.works(spans, n_tokens, sp, ring)
-    return sum(STRATEGIES[plan.name(work.window_tokens)].bytes_sent(work).total * n_layers for work, n_layers in works.items())
+def bytes_sent(choice: AttentionChoice, layers: Layers, segment: PackedSegment) -> int:
+    """Bytes that the busiest rank sends for a segment: all layers, forward and backward, no recomputation."""
+    total = 0
+    for work, n_layers in layers.works(segment).items():
+        total += STRATEGIES[choice.strategy(work.sliding_window)].bytes_sent(work).total * n_layers
+    return total
 
 
 def ring_ranks(wanted: int, sp: int, n_heads: int, ranks_per_node: int) -> int:
-    """Ranks on the ring axis of ``sp`` ranks: ``wanted`` (``parallel.ring``), or for 0 the fewest that leave ulysses what it can use.
+    """Ranks on the ring axis of ``sp`` ranks: ``wanted`` (``parallel.ring``), for 0 as few as ulysses allows.
 
     Ulysses can use a number of ranks that divides the query heads and that one node holds whole.
 
@@ -135,28 +134,36 @@ def ring_ranks(wanted: int, sp: int, n_heads: int, ranks_per_node: int) -> int:
     divisors = [n for n in range(1, sp + 1) if sp % n == 0]
     if wanted:
         if wanted not in divisors:
-            raise UserError(f"parallel.ring={wanted} does not divide parallel.sp={sp}; set parallel.ring to one of {divisors}, or to 0")
+            remedy = f"set parallel.ring to one of {divisors}, or to 0"
+            raise UserError(f"parallel.ring={wanted} does not divide parallel.sp={sp}; {remedy}")
         return wanted
-    return next(ring for ring in divisors if n_heads % (sp // ring) == 0 and _inside_a_node(sp // ring, sp, ranks_per_node))
+    return next(ring for ring in divisors if _is_usable(sp // ring, sp, n_heads, ranks_per_node))
 
 
-def _inside_a_node(ulysses: int, sp: int, ranks_per_node: int) -> bool:
-    return sp <= ranks_per_node or ranks_per_node % ulysses == 0 or ulysses == 1
+def _is_usable(ulysses: int, sp: int, n_heads: int, ranks_per_node: int) -> bool:
+    inside_a_node = sp <= ranks_per_node or ranks_per_node % ulysses == 0 or ulysses == 1
+    return n_heads % ulysses == 0 and inside_a_node
 
 
 def refuse(strategy: str, layers: Layers, longest_span: int, n_tokens: int, sp: int, ring: int) -> None:
-    """Refuse what cannot serve a segment of ``n_tokens`` with a span of ``longest_span``. ``local`` is judged by the spans when they come.
+    """Refuse a strategy that cannot serve a segment of ``n_tokens`` with a document of ``longest_span``.
+
+    ``local`` is not refused here: that depends on where the documents come to lie.
 
     Raises:
-        UserError: as ``plan``.
+        UserError: as ``choose``.
     """
     if strategy != "local":
-        plan(strategy, layers, ((0, longest_span),), n_tokens, sp, ring)
+        document = (0, min(longest_span, n_tokens))  # a document of no token, or of too many, is refused elsewhere
+        choose(strategy, layers, PackedSegment((document,) if longest_span else (), n_tokens, sp, ring))
 
 
-def _cheapest(works: dict[Work, int], sp: int, ring: int) -> Plan:
-    """The layout with the fewest bytes over all layers, and in it each kind of layer's cheapest strategy."""
-    if sp == 1:
+# ---- auto ----
+
+
+def _cheapest(works: dict[SegmentWork, int], segment: PackedSegment) -> AttentionChoice:
+    """The layout with the fewest bytes over all layers, and in that layout each kind of layer's cheapest strategy."""
+    if segment.sp == 1:
         return _all_local(works, "parallel.sp=1")
     if all(_serves(STRATEGIES["local"], work) for work in works):
         return _all_local(works, "every span lies inside one shard: nothing is sent")
@@ -166,20 +173,25 @@ def _cheapest(works: dict[Work, int], sp: int, ring: int) -> Plan:
     reason = "nothing spreads the work evenly, and others do less" if best is None else _reason(best, even)
     best = best or _least(serving, works, _of_the_busiest)
     if best is None:
-        _refuse(STRATEGIES["gather"], next(iter(works)))  # serves any heads and spans: what stops it stops the others
+        _refuse(STRATEGIES["gather"], next(iter(works)))  # serves any heads: what stops gather stops the others
         raise AssertionError(f"no strategy serves {works}")
-    names = tuple((work.window_tokens, strategy.name) for work, strategy in best.items())
-    return Plan(names, next(iter(best.values())).layout_kind, reason, _figures(serving))
+    names = tuple((work.sliding_window, strategy.name) for work, strategy in best.items())
+    return AttentionChoice(names, next(iter(best.values())).layout_kind, reason, _figures(serving))
 
 
-def _all_local(works: dict[Work, int], reason: str) -> Plan:
-    return Plan(tuple((work.window_tokens, "local") for work in works), "contiguous", reason)
+def _all_local(works: dict[SegmentWork, int], reason: str) -> AttentionChoice:
+    return AttentionChoice(tuple((work.sliding_window, "local") for work in works), "contiguous", reason)
 
 
 def _least(
-    fitting: dict[Work, list[Strategy]], works: dict[Work, int], cost: Callable[[Strategy, Work], int]
-) -> dict[Work, Strategy] | None:
-    """The cheapest strategy for each work, all of one layout: that with the smallest sum over layers. None where no layout serves all."""
+    fitting: dict[SegmentWork, list[Strategy]],
+    works: dict[SegmentWork, int],
+    cost: Callable[[Strategy, SegmentWork], int],
+) -> dict[SegmentWork, Strategy] | None:
+    """The cheapest strategy for each work under the layout with the smallest sum over layers.
+
+    None where no layout serves all works.
+    """
     best, least = None, None
     for kind in dict.fromkeys(one.layout_kind for strategies in fitting.values() for one in strategies):
         alike = {work: [one for one in strategies if one.layout_kind == kind] for work, strategies in fitting.items()}
@@ -192,21 +204,22 @@ def _least(
     return best
 
 
-def _sent(strategy: Strategy, work: Work) -> int:
+def _sent(strategy: Strategy, work: SegmentWork) -> int:
     return strategy.bytes_sent(work).total
 
 
-def _of_the_busiest(strategy: Strategy, work: Work) -> int:
-    return max(strategy.pairs(work, rank) for rank in range(work.sp))
+def _of_the_busiest(strategy: Strategy, work: SegmentWork) -> int:
+    return max(strategy.pairs(work, rank) for rank in range(work.segment.sp))
 
 
-def _serving(work: Work) -> list[Strategy]:
-    """Those of AUTO that can serve ``work``; ``ulysses_ring`` where its mesh has both axes."""
-    two_axes = 1 < work.ring < work.sp
-    return [STRATEGIES[name] for name in AUTO if (two_axes or name != "ulysses_ring") and _serves(STRATEGIES[name], work)]
+def _serving(work: SegmentWork) -> list[Strategy]:
+    """The strategies of AUTO that can serve ``work``; ``ulysses_ring`` only where the mesh has both axes."""
+    two_axes = 1 < work.segment.ring < work.segment.sp
+    candidates = [STRATEGIES[name] for name in AUTO if two_axes or name != "ulysses_ring"]
+    return [strategy for strategy in candidates if _serves(strategy, work)]
 
 
-def _serves(strategy: Strategy, work: Work) -> bool:
+def _serves(strategy: Strategy, work: SegmentWork) -> bool:
     try:
         _refuse(strategy, work)
     except UserError:
@@ -214,28 +227,30 @@ def _serves(strategy: Strategy, work: Work) -> bool:
     return True
 
 
-def _refuse(strategy: Strategy, work: Work) -> None:
+def _refuse(strategy: Strategy, work: SegmentWork) -> None:
+    """Raises UserError when the strategy cannot serve the work, or its layout cannot cut the segment."""
     strategy.refuse(work)
-    Layout(strategy.layout_kind, work.n_tokens, 0, work.sp, work.ulysses if strategy.layout_kind == "zigzag_nested" else 1)
+    work.segment.layout(strategy.layout_kind, 0)
 
 
-def _is_even(strategy: Strategy, work: Work) -> bool:
-    pairs = [strategy.pairs(work, rank) for rank in range(work.sp)]
-    of_a_whole_segment = work.n_heads * work.n_tokens * (work.n_tokens + 1) / 2
-    return max(pairs) * work.sp - sum(pairs) <= EVEN * of_a_whole_segment
+def _is_even(strategy: Strategy, work: SegmentWork) -> bool:
+    pairs = [strategy.pairs(work, rank) for rank in range(work.segment.sp)]
+    n_tokens = work.segment.n_tokens
+    of_a_whole_segment = work.n_heads * n_tokens * (n_tokens + 1) / 2
+    return max(pairs) * work.segment.sp - sum(pairs) <= EVEN * of_a_whole_segment
 
 
-def _reason(best: dict[Work, Strategy], even: dict[Work, list[Strategy]]) -> str:
+def _reason(best: dict[SegmentWork, Strategy], even: dict[SegmentWork, list[Strategy]]) -> str:
     chosen = {one.name for one in best.values()}
     others = dict.fromkeys(one.name for strategies in even.values() for one in strategies if one.name not in chosen)
     return f"{', '.join(others)} would send more" if others else "nothing else fits"
 
 
-def _figures(serving: dict[Work, list[Strategy]]) -> str:
+def _figures(serving: dict[SegmentWork, list[Strategy]]) -> str:
     return "; ".join(_line(work, strategies) for work, strategies in serving.items())
 
 
-def _line(work: Work, strategies: Sequence[Strategy]) -> str:
+def _line(work: SegmentWork, strategies: Sequence[Strategy]) -> str:
     sent = (f"{one.name} {one.bytes_sent(work).total / 2**20:.4g}" for one in strategies)
-    window = "" if work.window_tokens is None else f", sliding window {work.window_tokens}"
+    window = "" if work.sliding_window is None else f", sliding window {work.sliding_window}"
     return f"MiB a rank and layer, forward and backward{window}: {', '.join(sent)}"

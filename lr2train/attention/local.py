@@ -1,60 +1,78 @@
-"""Attention where every span lies inside one shard: each rank serves its own spans and no byte is sent.
+"""Local: every document lies inside one sequence shard, so each rank attends in its own documents and nothing is sent.
 
-Choice: short windows are packed so (``data.align_sp`` keeps documents from crossing shard borders), because most tokens of a mid-training
-mix are short and would pay for an exchange that they have no use for. Cost: the packer leaves a little room at shard borders.
+Choice: short windows are packed so (``data.align_sp`` keeps documents from crossing shard borders). Most tokens of a
+mid-training mix are short, and would pay for an exchange that they have no use for. Cost: the packer leaves a little
+padding at shard borders.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from lr2train.attention.kernel import attend
-from lr2train.attention.strategy import Strategy, Traffic, Work
+from lr2train.attention.blocks import Block
+from lr2train.attention.kernel import attend_block
+from lr2train.attention.strategy import PackedSegment, SegmentWork, Strategy, Traffic
 from lr2train.attention.tiles import Spans, diagonal
 from lr2train.config import UserError
 from lr2train.parallel.mesh import Mesh
 
 
-def local(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, mesh: Mesh, window_tokens: int | None = None) -> Tensor:
-    """Attention of this rank's contiguous shard: q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D].
+@dataclass(frozen=True, eq=False)
+class LocalAttention:
+    """Attention of one rank's own documents; contiguous layout."""
 
-    ``spans`` are of the whole segment. Raises UserError, on all ranks alike, when a span crosses a shard border. Sends nothing.
-    """
-    _refuse_crossing(spans, q.shape[0], mesh.sp_size)
-    return attend(q, k, v, spans_of_shard(spans, q.shape[0], mesh.sp_rank), scale, window_tokens=window_tokens)[0]
+    block: Block
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D]. Sends nothing."""
+        return attend_block(q, k, v, scale, self.block)[0]
+
+
+def local(segment: PackedSegment, mesh: Mesh, sliding_window: int | None = None) -> LocalAttention:
+    """This rank's attention. Raises UserError, on all ranks alike, when a document crosses a shard border."""
+    _refuse_crossing(segment)
+    return LocalAttention(_block(segment, mesh.sp_rank, sliding_window))
 
 
 def crosses_shards(spans: Spans, shard_tokens: int) -> tuple[int, int] | None:
-    """The first span that does not lie inside one shard, or None."""
+    """The first span that does not lie inside one sequence shard, or None."""
     return next(((start, stop) for start, stop in spans if start // shard_tokens != (stop - 1) // shard_tokens), None)
 
 
-def spans_of_shard(spans: Spans, shard_tokens: int, rank: int) -> Spans:
-    """The spans that start in the shard of ``rank``, counted from its first token."""
-    first = rank * shard_tokens
-    return tuple((start - first, stop - first) for start, stop in spans if first <= start < first + shard_tokens)
+def _block(segment: PackedSegment, rank: int, sliding_window: int | None) -> Block:
+    """The documents that start in the rank's shard, by row of the shard."""
+    n = segment.shard_tokens
+    first = rank * n
+    mine = tuple((start - first, stop - first) for start, stop in segment.spans if first <= start < first + n)
+    return Block(diagonal(mine), sliding_window)
 
 
-def _refuse_crossing(spans: Spans, shard_tokens: int, sp: int) -> None:
-    crossing = crosses_shards(spans, shard_tokens)
+def _refuse_crossing(segment: PackedSegment) -> None:
+    sp, n = segment.sp, segment.shard_tokens
+    crossing = crosses_shards(segment.spans, n)
     if crossing is not None:
         raise UserError(
-            f"tokens {crossing[0]}:{crossing[1]} are one span across a border of {sp} shards of {shard_tokens} tokens, which "
-            f"parallel.strategy=local cannot serve; set parallel.strategy to auto, or prepare the corpus with data.align_sp={sp}"
+            f"tokens {crossing[0]}:{crossing[1]} are one span across a border of {sp} shards of {n} tokens, "
+            "which parallel.strategy=local cannot serve; set parallel.strategy to auto, "
+            f"or prepare the corpus with data.align_sp={sp}"
         )
 
 
-def _refuse(work: Work) -> None:
-    _refuse_crossing(work.spans, work.n_tokens // work.sp, work.sp)
+# ---- declarations ----
 
 
-def _traffic(work: Work, rank: int) -> Traffic:
+def _refuse(work: SegmentWork) -> None:
+    _refuse_crossing(work.segment)
+
+
+def _traffic(work: SegmentWork, rank: int) -> Traffic:
     return Traffic(0, 0)
 
 
-def _pairs(work: Work, rank: int) -> int:
-    mine = spans_of_shard(work.spans, work.n_tokens // work.sp, rank)
-    return work.n_heads * sum(tile.pairs(work.window_tokens) for tile in diagonal(mine))
+def _pairs(work: SegmentWork, rank: int) -> int:
+    return work.n_heads * _block(work.segment, rank, work.sliding_window).pairs
 
 
 LOCAL = Strategy("local", local, "contiguous", _refuse, _traffic, _pairs)

@@ -10,4 +10,5 @@ from lr2train.attention.strategy import Strategy
 from lr2train.attention.ulysses import ULYSSES
 from lr2train.attention.ulysses_ring import ULYSSES_RING
 
-STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (LOCAL, ULYSSES, RING, GATHER, ULYSSES_RING, RING_FLASH_ATTN)}
+_ALL = (LOCAL, ULYSSES, RING, GATHER, ULYSSES_RING, RING_FLASH_ATTN)
+STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in _ALL}

@@ -1,51 +1,100 @@
-"""What a strategy of sequence-parallel attention is, and the work that it is asked to do.
+"""The form of a strategy of sequence-parallel attention, and the segment and work that a strategy is asked about.
 
-A strategy spreads the attention of one segment over the sp ranks of a group. All have one signature,
+A strategy spreads the attention of one segment over the sp ranks of a group. All strategies have one form:
 
-    strategy.attend(q [T/sp, Hq, D], k [T/sp, Hkv, D], v [T/sp, Hkv, D], spans, scale, mesh, window_tokens=None) -> out [T/sp, Hq, D]
+    attend = strategy.prepare(segment, mesh, sliding_window)                # once for a segment and a kind of layer
+    out = attend(q [T/sp, Hq, D], k [T/sp, Hkv, D], v [T/sp, Hkv, D], scale)   # in every layer -> [T/sp, Hq, D]
 
-with ``spans`` of the whole segment, and each says beforehand, from plain integers that every rank has alike, how tokens must be laid out,
-whether it can serve a piece of work, how many bytes it sends for it and how many pairs of tokens fall to each rank.
+Each strategy also declares, from plain integers that every rank has alike: how tokens must lie, whether the strategy
+can serve a segment, how many bytes each rank sends and how many (query, key) pairs each rank computes.
 
-Choice: the declarations are pure functions of ``Work``, so that one process can choose among strategies and check the choice for any
-number of ranks. Cost: bytes and pairs are computed from spans a second time, beside the code that moves them; tests hold the two equal.
+Choice: the declarations are pure functions of ``SegmentWork``, so one process can choose among strategies and check the
+choice for any number of ranks. Cost: bytes and pairs are computed from spans a second time, beside the code that moves
+them. Tests hold the two equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from lr2train.attention.tiles import Spans
+from lr2train.attention.once import Once
+from lr2train.attention.tiles import Spans, check_spans
 from lr2train.parallel.layout import Kind, Layout
 from lr2train.parallel.mesh import Mesh
 
 
-@dataclass(frozen=True)
-class Work:
-    """One attention layer over one segment: all that a strategy is chosen by."""
+@dataclass(frozen=True, eq=False)
+class PackedSegment(Once):
+    """A packed segment over the ranks that share it. Strategies keep on this object the facts that they compute.
 
-    spans: Spans  # of the whole segment
-    n_tokens: int  # T, of the whole segment
-    n_heads: int  # Hq
-    n_kv_heads: int  # Hkv
-    head_size: int  # D
-    bytes_per_element: int = 2  # of q, k and v
-    sp: int = 1  # ranks that share the segment
-    ring: int = 1  # of them, ranks on the ring axis of a 2-D mesh; what ``ulysses_ring`` reads
-    window_tokens: int | None = None  # a sliding window: token i sees (i - window, i]
+    Attributes:
+        spans: the documents.
+        n_tokens: T, of the whole segment.
+        sp: ranks that share the segment.
+        ring: of the sp ranks, ranks on the ring axis of a 2-D mesh; ``ulysses_ring`` reads this.
+    """
+
+    spans: Spans
+    n_tokens: int
+    sp: int = 1
+    ring: int = 1
+
+    def __post_init__(self) -> None:
+        check_spans(self.spans, self.n_tokens)
 
     @property
     def ulysses(self) -> int:
         """Ranks on the ulysses axis of a 2-D mesh."""
         return self.sp // self.ring
 
-    def on(self, sp: int, ring: int = 1) -> Work:
-        """The same layer on another mesh."""
-        return replace(self, sp=sp, ring=ring)
+    @property
+    def shard_tokens(self) -> int:
+        """Tokens of one rank's sequence shard."""
+        return self.n_tokens // self.sp
+
+    @cached_property
+    def longest_span(self) -> int:
+        """Tokens of the longest document; 0 without documents."""
+        return max((stop - start for start, stop in self.spans), default=0)
+
+    def over(self, sp: int) -> PackedSegment:
+        """The same segment over ``sp`` ranks."""
+        return self.once(_over, sp)
+
+    def narrowed(self, sliding_window: int | None) -> int | None:
+        """The sliding window, or None where the window reaches over the longest document and so hides nothing."""
+        return None if sliding_window is None or sliding_window >= self.longest_span else sliding_window
+
+    def layout(self, kind: Kind, rank: int) -> Layout:
+        """Where the tokens lie for ``rank``. Raises UserError when the segment cannot be cut evenly."""
+        inner = self.ulysses if kind == "zigzag_nested" else 1
+        return Layout(kind, self.n_tokens, rank, self.sp, inner, () if kind == "contiguous" else self.spans)
+
+
+def _over(segment: PackedSegment, sp: int) -> PackedSegment:
+    return replace(segment, sp=sp, ring=1)
+
+
+@dataclass(frozen=True)
+class SegmentWork:
+    """One attention layer over one segment: everything that the choice of a strategy depends on."""
+
+    segment: PackedSegment
+    n_heads: int  # Hq
+    n_kv_heads: int  # Hkv
+    head_size: int  # D
+    bytes_per_element: int = 2  # of q, k and v
+    sliding_window: int | None = None  # token i sees (i - sliding_window, i]
+
+    @property
+    def kv_row_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return 2 * self.n_kv_heads * self.head_size * self.bytes_per_element
 
 
 class Traffic(NamedTuple):
@@ -61,39 +110,37 @@ class Traffic(NamedTuple):
 
 
 class Attend(Protocol):
-    """Attention of this rank's shard; equals attention of the whole segment on one rank, gradients too."""
+    """Attention of this rank's sequence shard. Equals attention of the whole segment on one rank, gradients too."""
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, mesh: Mesh, window_tokens: int | None = None
-    ) -> Tensor: ...
-
-
-def layout_of(kind: Kind, spans: Spans, n_tokens: int, mesh: Mesh) -> Layout:
-    """Where the tokens of a segment lie for the rank of ``mesh``. Raises UserError when they cannot be cut evenly."""
-    inner = mesh.ulysses_size if kind == "zigzag_nested" else 1
-    return Layout(kind, n_tokens, mesh.sp_rank, mesh.sp_size, inner, () if kind == "contiguous" else spans)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way of spreading attention over ranks, with what it declares of itself."""
+    """One way of spreading attention over ranks, with the strategy's declarations.
+
+    Attributes:
+        name: in ``parallel.strategy``.
+        prepare: (segment, this rank's mesh, sliding window or None) -> attention. Raises UserError as ``refuse``, as
+            far as no head counts.
+        layout_kind: where tokens must lie.
+        refuse: raises UserError, with the remedy, for work that the strategy cannot serve; the same on all ranks.
+        traffic: (work, rank) -> bytes that the rank sends: the formula of the strategy's module docstring.
+        pairs: (work, rank) -> (query, key) pairs that the rank computes, summed over query heads.
+    """
 
     name: str
-    attend: Attend
-    layout_kind: Kind  # where tokens must lie
-    refuse: Callable[[Work], None]  # raises UserError, with the remedy, for work that it cannot serve; the same on all ranks
-    traffic: Callable[[Work, int], Traffic]  # bytes sent by one rank: the formula of its module's docstring
-    pairs: Callable[[Work, int], int]  # (query, key) pairs that one rank computes, summed over its query heads
+    prepare: Callable[[PackedSegment, Mesh, int | None], Attend]
+    layout_kind: Kind
+    refuse: Callable[[SegmentWork], None]
+    traffic: Callable[[SegmentWork, int], Traffic]
+    pairs: Callable[[SegmentWork, int], int]
 
-    def layout(self, spans: Spans, n_tokens: int, mesh: Mesh) -> Layout:
-        """Where the tokens of a segment lie for this rank. Raises UserError when they cannot be cut evenly."""
-        return layout_of(self.layout_kind, spans, n_tokens, mesh)
+    def bytes_sent(self, work: SegmentWork) -> Traffic:
+        """The traffic of the rank that sends most: the other ranks wait for that rank."""
+        return max((self.traffic(work, rank) for rank in range(work.segment.sp)), key=lambda traffic: traffic.total)
 
-    def bytes_sent(self, work: Work) -> Traffic:
-        """Of the rank that sends most, which is the one that the others wait for."""
-        return max((self.traffic(work, rank) for rank in range(work.sp)), key=lambda traffic: traffic.total)
-
-    def imbalance(self, work: Work) -> float:
-        """Most pairs of any rank over the mean, minus 1: 0 is even. 0 for a segment without spans."""
-        pairs = [self.pairs(work, rank) for rank in range(work.sp)]
+    def imbalance(self, work: SegmentWork) -> float:
+        """Most pairs of any rank over the mean, minus 1: 0 is even. 0 for a segment without documents."""
+        pairs = [self.pairs(work, rank) for rank in range(work.segment.sp)]
         return max(pairs) * len(pairs) / sum(pairs) - 1 if any(pairs) else 0.0

@@ -38,7 +38,7 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""transformers': (batch, head, query, key positions) that broadcast -> whether the query sees the key."""
+"""Of transformers: (batch, head, query, key positions), which broadcast -> whether the query sees the key."""
 
 
 def hidden_rows(model: Any, ids: Tensor, rows: Tensor, chunk_tokens: int = 0) -> Tensor:
@@ -79,7 +79,7 @@ class _Rows:
     layer: int
 
     def inside(self, start: int, stop: int) -> Tensor:
-        """Those in [start, stop), counted from ``start``."""
+        """The positions in [start, stop), counted from ``start``."""
         return self.positions[(self.positions >= start) & (self.positions < stop)] - start
 
 
@@ -131,15 +131,17 @@ def _attention_forward(
 
     n_queries, n_keys = query.shape[2], key.shape[2]
     assert score_rows is not None, "only hidden_rows calls a model under this attention"
-    rows = score_rows.inside(n_keys - n_queries, n_keys) if getattr(module, "layer_idx", None) == score_rows.layer else None
+    first = n_keys - n_queries  # position of the first query
+    rows = score_rows.inside(first, n_keys) if getattr(module, "layer_idx", None) == score_rows.layer else None
     if rows is not None and len(rows) * FEW <= n_queries:
         out = value.new_zeros(1, n_queries, query.shape[1], value.shape[-1])
         if len(rows):
-            out[:, rows] = _attend_rows(query[:, :, rows], key, value, rows + n_keys - n_queries, attention_mask, scaling, kwargs)
+            part = query[:, :, rows]
+            out[:, rows] = _attend_rows(part, key, value, rows + first, attention_mask, scaling, kwargs)
         return out, None
     if attention_mask is None and n_queries == n_keys:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
-    positions = torch.arange(n_keys - n_queries, n_keys, device=query.device)
+    positions = torch.arange(first, n_keys, device=query.device)
     return _attend_rows(query, key, value, positions, attention_mask, scaling, kwargs), None
 
 
@@ -162,21 +164,23 @@ def _attend_rows(
     """
     for option in _UNSUPPORTED:
         if options.get(option) is not None:
-            raise UserError(f"the model's attention wants {option}, which is not computed here; set model.path to another model")
+            refused = f"the model's attention wants {option}, which is not computed here"
+            raise UserError(f"{refused}; set model.path to another model")
     groups = query.shape[1] // key.shape[1]
     size = max(1, MASK_CELLS.get(query.device.type, 2**21) // (groups * key.shape[2]))
     parts = []
     for part, at in zip(query.split(size, dim=2), positions.split(size), strict=True):
         stop = int(at[-1]) + 1
         mask = _mask(at, stop, mask_function).repeat(groups, 1)
-        packed = part.reshape(1, key.shape[1], -1, part.shape[-1])
-        out = F.scaled_dot_product_attention(packed, key[:, :, :stop], value[:, :, :stop], attn_mask=mask, scale=scaling)
+        packed = part.reshape(1, key.shape[1], -1, part.shape[-1])  # [1, Hkv, groups * b, D]
+        keys, values = key[:, :, :stop], value[:, :, :stop]
+        out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
         parts.append(out.reshape(1, query.shape[1], len(at), -1).transpose(1, 2))
     return torch.cat(parts, dim=1)
 
 
 def _mask(positions: Tensor, n_keys: int, mask_function: MaskFunction | None) -> Tensor:
-    """bool [b, n_keys]: which keys the queries at ``positions`` see."""
+    """bool [b, n_keys]: the keys that each query at ``positions`` sees."""
     queries, keys = positions[:, None], torch.arange(n_keys, device=positions.device)[None]
     if mask_function is None:
         return keys <= queries
@@ -191,7 +195,8 @@ def _refuse_chunks(model: Any) -> None:
     config = model.config
     remedy = "set search.chunk_tokens=0, or choose another model (model.path)"
     if config._attn_implementation != "sdpa":
-        raise UserError(f"attention implementation {config._attn_implementation} does not run in chunks, sdpa does; {remedy}")
+        found = f"attention implementation {config._attn_implementation}"
+        raise UserError(f"{found} does not run in chunks, sdpa does; {remedy}")
     others = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if others or not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
         found = f"layers of type {', '.join(sorted(others))}" if others else "no list of decoder layers"
@@ -237,7 +242,8 @@ def _in_chunks(
     """One decoder layer over ``hidden`` [1, T, H]; its output replaces ``hidden`` chunk by chunk."""
     strange = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
     if strange:
-        raise UserError(f"a decoder layer takes {strange[0]}, which is not known to be cut in chunks; set search.chunk_tokens=0")
+        refused = f"a decoder layer takes {strange[0]}, which is not known to be cut in chunks"
+        raise UserError(f"{refused}; set search.chunk_tokens=0")
     kwargs["past_key_values"] = _KeysAndValues(hidden.shape[1])
     kept = []
     for start in range(0, hidden.shape[1], chunk_tokens):
@@ -246,7 +252,8 @@ def _in_chunks(
         positions = None if position_ids is None else position_ids[:, part]
         out = forward(hidden[:, part], position_embeddings=angles, position_ids=positions, **kwargs)
         if not isinstance(out, Tensor):
-            raise UserError(f"a decoder layer returns {type(out).__name__} and not its hidden states; set search.chunk_tokens=0")
+            refused = f"a decoder layer returns {type(out).__name__} and not its hidden states"
+            raise UserError(f"{refused}; set search.chunk_tokens=0")
         if wanted is None:
             hidden[:, part] = out
         else:
@@ -265,7 +272,7 @@ class _KeysAndValues:
         self._held: tuple[Tensor, ...] = ()
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
-        """Key and value [1, Hkv, chunk, D] join those before; returns all."""
+        """Append key and value [1, Hkv, chunk, D]; returns all so far."""
         if not self._held:
             self._held = tuple(x.new_empty(*x.shape[:2], self._n_tokens, x.shape[3]) for x in (key, value))
         start, self._done = self._done, self._done + key.shape[2]

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lr2train.attention.segment import SegmentAttention
 from lr2train.model import rotary
 from lr2train.model.loss import LossHead
 from lr2train.rope.factors import Factors
 
-Spans = tuple[tuple[int, int], ...]
-
 
 class WindowLM(nn.Module):
-    """``(tokens, labels, positions, spans, window) -> summed loss`` over a Hugging Face causal LM."""
+    """``(tokens, labels, segment_attention, window) -> summed loss`` over a Hugging Face causal LM."""
 
     def __init__(self, lm: Any, factors: Factors, loss_chunk_tokens: int):
         super().__init__()
@@ -27,14 +26,24 @@ class WindowLM(nn.Module):
         self.rotary = [rotary.install(lm, factors)]  # in a list, so that torch does not register the module twice
         self.loss_head = LossHead(lm.get_output_embeddings(), loss_chunk_tokens)
 
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, spans: Spans, window: str) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        segment_attention: SegmentAttention,
+        window: str,
+    ) -> torch.Tensor:
         """Summed loss of this rank's sequence shard.
 
         Args:
-            tokens, labels, positions: int64 [T/sp].
-            spans: document spans of the whole segment.
-            window: "short" | "long".
+            tokens: int64 [T/sp].
+            labels: int64 [T/sp]; -100 where there is no target.
+            segment_attention: attention of the whole segment, on this rank.
+            window: "short" | "long", which RoPE table acts.
         """
         self.rotary[0].window = window
-        hidden = self.lm.base_model(input_ids=tokens[None], position_ids=positions[None], spans=spans, use_cache=False).last_hidden_state
+        positions = segment_attention.positions(tokens.device)
+        hidden = self.lm.base_model(
+            input_ids=tokens[None], position_ids=positions[None], segment_attention=segment_attention, use_cache=False
+        ).last_hidden_state
         return self.loss_head(hidden[0], labels)

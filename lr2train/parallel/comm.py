@@ -1,12 +1,13 @@
-"""What ranks exchange on any backend (nccl, gloo), gradients too where they pass through, and a count of what is sent.
+"""Exchanges between ranks on any backend (nccl, gloo), with gradients where they pass through, and a count of bytes
+sent.
 
-Choice: the all-to-all is one autograd function whose backward is its transpose, and all is written over the torch.distributed calls that
-both nccl and gloo have; so what is tested on CPU processes is what runs on the cluster. Cost: the tensors are laid out in rank order before
-and after the exchange, a copy on each side unless the exchanged dim already leads. A group of one rank, or no torch.distributed at all,
-costs nothing.
+Choice: the all-to-all is one autograd function whose backward is its transpose. Everything is written over the
+torch.distributed calls that both nccl and gloo have, so CPU processes test the code that runs on the cluster. Cost:
+tensors are laid out in rank order before and after the exchange, a copy on each side unless the exchanged dim already
+leads. A group of one rank, or no torch.distributed at all, costs nothing.
 
-Bytes are counted where they leave: a rank's own part of an exchange is no traffic. The count follows a graph into its backward, whichever
-thread that runs on, because each function keeps the counter of its forward.
+Bytes are counted by the sender; a rank's own part of an exchange is no traffic. The count follows a graph into its
+backward, on any thread, because each autograd function keeps the counter of its forward.
 """
 
 from __future__ import annotations
@@ -30,10 +31,15 @@ _counts: ContextVar[Counts | None] = ContextVar("counts", default=None)
 
 @contextlib.contextmanager
 def counting(counts: Counts | None = None) -> Iterator[Counts]:
-    """Count the bytes that this rank sends through this module inside the block, and in the backward of what was computed in it.
+    """Count the bytes that this rank sends inside the block, and in the backward of graphs that were built inside the
+    block.
 
-    with counting() as sent: … ; sent["all_to_all"]. ``counts``: a counter to go on with. A forward that activation checkpointing runs again
-    in the backward is counted only while the block is open.
+        with counting() as sent:
+            …
+        sent["all_to_all"]
+
+    ``counts`` is a counter to go on with. Trap: a forward that activation checkpointing runs again in the backward is
+    counted only while the block is open.
     """
     counts = Counter() if counts is None else counts
     token = _counts.set(counts)
@@ -44,47 +50,57 @@ def counting(counts: Counts | None = None) -> Iterator[Counts]:
 
 
 def counter() -> Counts | None:
-    """The counter in force: what an autograd function keeps of its forward, to hand to ``resume`` in its backward."""
+    """The counter in force. An autograd function keeps it in its forward, for ``resume`` in its backward."""
     return _counts.get()
 
 
 def resume(counts: Counts | None) -> contextlib.AbstractContextManager[Any]:
-    """Count on in ``counts``; nothing when nobody counts."""
+    """Go on counting in ``counts``; None does nothing."""
     return contextlib.nullcontext() if counts is None else counting(counts)
 
 
 def all_to_all(x: Tensor, scatter_dim: int, gather_dim: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Cut ``x`` in equal parts along ``scatter_dim``, send part r to rank r, and join what arrives along ``gather_dim`` in order of rank.
+    """Send part r of ``x`` along ``scatter_dim`` to rank r, and join the received parts along ``gather_dim`` in order
+    of rank.
 
-    With P ranks, [.., S, .., G, ..] becomes [.., S / P, .., P G, ..]. Backward is the same exchange with the two dims swapped. Dims are
-    non-negative. Every rank sends (P - 1) / P of x.
+    With P ranks, [.., S, .., G, ..] becomes [.., S / P, .., P G, ..]. The backward is the same exchange with the two
+    dims swapped. Dims are non-negative. Every rank sends (P - 1) / P of x.
     """
     return x if _size(group) == 1 else _AllToAll.apply(x, scatter_dim, gather_dim, group)
 
 
 class Transfer(NamedTuple):
-    """What one rank sends to another, or receives from it: contiguous tensors and the peer's rank inside the group."""
+    """Contiguous tensors to send to one peer or to receive from it, and the peer's rank inside the group."""
 
     peer: int
     tensors: Sequence[Tensor]
 
 
 def transfer(send: Transfer, receive: Transfer, group: dist.ProcessGroup | None, tag: int) -> list[dist.Work]:
-    """Start sending to one peer and receiving from another; wait for what is returned before touching any of the tensors.
+    """Start sending to one peer and receiving from another. Wait for the returned works before touching any tensor.
 
-    Both sides skip empty tensors, and post what they post in the same order under the same ``tag``. No gradient passes.
+    Both sides skip empty tensors, and post the others in the same order under the same ``tag``. No gradient passes.
     """
-    operations = [dist.P2POp(dist.isend, x, group=group, tag=tag, group_peer=send.peer) for x in send.tensors if x.numel()]
-    operations += [dist.P2POp(dist.irecv, x, group=group, tag=tag, group_peer=receive.peer) for x in receive.tensors if x.numel()]
+    operations = []
+    for call, side in ((dist.isend, send), (dist.irecv, receive)):
+        full = [x for x in side.tensors if x.numel()]
+        operations += [dist.P2POp(call, x, group=group, tag=tag, group_peer=side.peer) for x in full]
     _count("send", sum(x.nbytes for x in send.tensors))
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def exchange_rows(x: Tensor, sent: Sequence[int], into: Tensor, received: Sequence[int], group: dist.ProcessGroup | None) -> dist.Work:
-    """Start an all-to-all of uneven parts: the first sent[0] rows of ``x`` go to rank 0, the next sent[1] to rank 1, ….
+def exchange_rows(
+    x: Tensor,
+    sent: Sequence[int],
+    into: Tensor,
+    received: Sequence[int],
+    group: dist.ProcessGroup | None,
+) -> dist.Work:
+    """Start an all-to-all of uneven parts. Wait for the returned work before reading ``into`` or writing ``x``.
 
-    ``into``, contiguous as ``x``, gets received[0] rows from rank 0, received[1] from rank 1, …. Returns what to wait for before reading it
-    or writing ``x``. No gradient passes. This rank's own entries are 0.
+    The first sent[0] rows of ``x`` go to rank 0, the next sent[1] rows to rank 1, …. ``into`` gets received[0] rows
+    from rank 0, received[1] rows from rank 1, …. This rank's own entries are 0. Both tensors are contiguous. No
+    gradient passes.
     """
     assert len(x) == sum(sent), f"{len(x)} rows to send, {sum(sent)} promised"
     assert len(into) == sum(received), f"room for {len(into)} rows, {sum(received)} promised"
@@ -95,7 +111,7 @@ def exchange_rows(x: Tensor, sent: Sequence[int], into: Tensor, received: Sequen
 
 
 class _AllToAll(torch.autograd.Function):
-    """``all_to_all``: linear, so its backward is its transpose, the exchange with the two dims swapped."""
+    """``all_to_all``. Linear, so its backward is its transpose: the exchange with the two dims swapped."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scatter_dim: int, gather_dim: int, group: dist.ProcessGroup | None) -> Tensor:
@@ -106,7 +122,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        """[.., S / P, .., P G, ..], the gradient of what arrived, -> [.., S, .., G, ..], that of what was handed in."""
+        """Gradient of the output [.., S / P, .., P G, ..] -> gradient of the input [.., S, .., G, ..]."""
         with resume(ctx.counts):
             return _exchange(grad, *ctx.exchange_back), None, None, None
 

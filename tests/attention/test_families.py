@@ -1,7 +1,8 @@
-"""Every strategy in whole models of every family: outputs and each weight's gradient equal transformers' own eager attention in fp64.
+"""Every strategy in whole models of every family: logits and gradients equal transformers' eager attention in fp64.
 
-The reference is the family's model in one process, under an explicit block-diagonal mask (banded in layers that slide). Ours computes in
-fp32, its tokens spread over real ranks as its strategy wants them. All cases of a number of ranks share one launch.
+The reference is the family's model in one process, under an explicit block-diagonal mask (banded in layers that slide).
+Ours computes in fp32, its tokens spread over real ranks as its strategy wants them. All cases of a number of ranks
+share one launch.
 """
 
 import copy
@@ -20,10 +21,12 @@ from lr2train.parallel.mesh import Mesh, make_mesh
 from tests.attention.reference import mask_of, relative_error
 
 N_TOKENS, VOCABULARY = 64, 64
-# fp32 rounds at 6e-8 and two layers of some hundred sums each add up to a few 1e-7 (seen: below 4e-6 where a gradient nearly cancels).
+# fp32 rounds at 6e-8. Two layers of some hundred sums add up to a few 1e-7, and to 4e-6 where a gradient nearly
+# cancels.
 TOLERANCE = 1e-5
 SIZE = {
-    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128,
     "initializer_range": 0.2,
 }  # fmt: skip
@@ -36,7 +39,12 @@ FAMILIES = {
     "olmo2": {},
     "gpt_neox": {"rotary_pct": 0.5},
     "mixtral": {"num_local_experts": 4, "experts_implementation": "eager"},  # the default kernel takes no fp64
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "experts_implementation": "eager"},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "experts_implementation": "eager",
+    },
 }
 SLIDING = {  # in every layer, in one of two, and one as long as the segment
     "mistral": {"sliding_window": 11},
@@ -45,7 +53,7 @@ SLIDING = {  # in every layer, in one of two, and one as long as the segment
     "qwen3": {"use_sliding_window": True, "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]},
 }
 SEGMENTS = {
-    "short, aligned": ((0, 5), (5, 16), (16, 31), (32, 33), (33, 35), (36, 48), (48, 61)),  # and padding; nothing crosses a border of 4
+    "short, aligned": ((0, 5), (5, 16), (16, 31), (32, 33), (33, 35), (36, 48), (48, 61)),  # crosses no border of 4
     "short": ((0, 5), (5, 21), (21, 22), (22, 47), (47, 49), (49, 60)),
     "long": ((0, 64),),
     "long by document": ((0, 41), (41, 64)),
@@ -73,29 +81,30 @@ def tiny_model(family: str, changes: dict, dtype: torch.dtype) -> nn.Module:
 
 
 def segment(spans) -> tuple[Tensor, Tensor, Tensor]:
-    """(input ids [1, T], position ids [1, T] that restart in each span, weights of a loss [1, T, V], zero outside the spans)."""
+    """ids [1, T], positions [1, T] that restart in each document, weights of a loss [1, T, V], 0 outside documents."""
     generator = torch.Generator().manual_seed(1)
-    positions, weights = torch.arange(N_TOKENS), torch.randn(N_TOKENS, VOCABULARY, generator=generator, dtype=torch.float64)
+    positions = torch.arange(N_TOKENS)
+    weights = torch.randn(N_TOKENS, VOCABULARY, generator=generator, dtype=torch.float64)
     for start, stop in spans:
         positions[start:stop] = torch.arange(stop - start)
     weights[~mask_of(spans, N_TOKENS).any(-1)] = 0
     return torch.randint(VOCABULARY, (1, N_TOKENS), generator=generator), positions[None], weights[None]
 
 
-def added_mask(spans, window_tokens: int | None) -> Tensor:
+def added_mask(spans, sliding_window: int | None) -> Tensor:
     """What eager attention adds to its scores, [1, 1, T, T]."""
     seen = mask_of(spans, N_TOKENS)
-    if window_tokens is not None:
-        seen = seen.triu(1 - window_tokens)
+    if sliding_window is not None:
+        seen = seen.triu(1 - sliding_window)
     return torch.zeros(1, 1, N_TOKENS, N_TOKENS, dtype=torch.float64).masked_fill(~seen, -1e30)
 
 
 def masks_of(config, spans) -> dict[str, Tensor] | Tensor:
     """As the family's model takes them: of each type of layer where there are types, else one."""
-    window_tokens = getattr(config, "sliding_window", None)
+    sliding_window = getattr(config, "sliding_window", None)
     if getattr(config, "layer_types", None) is None:
-        return added_mask(spans, window_tokens)
-    return {"full_attention": added_mask(spans, None), "sliding_attention": added_mask(spans, window_tokens)}
+        return added_mask(spans, sliding_window)
+    return {"full_attention": added_mask(spans, None), "sliding_attention": added_mask(spans, sliding_window)}
 
 
 def forward_backward(model, ids: Tensor, positions: Tensor, weights: Tensor, **kwargs) -> Tensor:
@@ -115,7 +124,7 @@ def explicitly(family: str, changes: dict, spans) -> tuple[Tensor, dict[str, Ten
 
 
 def cases_of(world: int) -> list[Case]:
-    """Llama under everything; the others, which differ in their layers and not in their attention, under each strategy and kind of segment."""
+    """Llama under everything; the other families under each strategy and kind of segment: their attention is alike."""
     cases = []
     for family, changes in FAMILIES.items():
         named = EVERY if family == "llama" else KINDS
@@ -144,10 +153,12 @@ def check_cases(rank: int, world: int) -> None:
 
 
 def check(model, attention, spans, expected_logits: Tensor, expected_gradients: dict[str, Tensor], what: str) -> None:
-    """This rank's logits equal its part of the whole's where a span is, and the gradients' sum over ranks equals the whole's."""
-    layout = attention.layout(spans, N_TOKENS)
+    """Inside documents the logits are this rank's part of the reference; gradients summed over ranks are the reference."""
+    segment_attention = attention.segment(spans, N_TOKENS)
+    layout = segment_attention.layout
+    ids, positions, weights = (layout.shard(x, 1) for x in segment(spans))
     model.zero_grad()
-    logits = forward_backward(model, *(layout.shard(x, 1) for x in segment(spans)), spans=spans)
+    logits = forward_backward(model, ids, positions, weights, segment_attention=segment_attention)
     inside = layout.shard(mask_of(spans, N_TOKENS).any(-1), 0)
     if inside.any():
         assert relative_error(logits[0, inside], layout.shard(expected_logits, 1)[0, inside]) < TOLERANCE, what
@@ -177,7 +188,7 @@ def test_on_ranks(world, tmp_path):
 
 
 def check_modes(rank: int, world: int) -> None:
-    """Recomputed activations, accumulated gradients, eval mode and no_grad, while spans and with them strategies change from call to call."""
+    """Recomputed activations, accumulated gradients, eval mode, no_grad, while the strategy changes between calls."""
     mesh = make_mesh(world)
     plain = tiny_model("llama", {}, torch.float64)
     sums: dict[str, Tensor] = {}
@@ -188,12 +199,14 @@ def check_modes(rank: int, world: int) -> None:
         spans = SEGMENTS[name]
         logits, grads = explicitly("llama", {}, spans)
         sums = {key: grad + sums.get(key, 0) for key, grad in grads.items()}
-        layout = attention.layout(spans, N_TOKENS)
+        segment_attention = attention.segment(spans, N_TOKENS)
+        layout = segment_attention.layout
         ids, positions, weights = (layout.shard(x, 1) for x in segment(spans))
         inside = layout.shard(mask_of(spans, N_TOKENS).any(-1), 0)
         with torch.no_grad():
-            looked = model.eval()(input_ids=ids, position_ids=positions, spans=spans, use_cache=False).logits
-        trained = forward_backward(model.train(), ids, positions, weights, spans=spans)
+            given = {"position_ids": positions, "segment_attention": segment_attention, "use_cache": False}
+            looked = model.eval()(ids, **given).logits
+        trained = forward_backward(model.train(), ids, positions, weights, segment_attention=segment_attention)
         for found in (looked, trained):
             assert relative_error(found[0, inside], layout.shard(logits, 1)[0, inside]) < TOLERANCE, name
     for key, grad in summed(gradients(model)).items():

@@ -83,7 +83,7 @@ def test_zigzag_gives_every_rank_the_same_causal_work():
 
 @st.composite
 def packed(draw):
-    """(spans with gaps, tokens, ranks of a ring, inner ranks): lengths of which some are short beside the segment, and some not."""
+    """(documents with gaps, tokens, ranks of a ring, inner ranks). Some documents are short beside the segment."""
     size, inner = draw(st.sampled_from([1, 2, 3, 4, 8])), draw(st.sampled_from([1, 2, 3]))
     length = 2 * size * inner * draw(st.integers(1, 60))
     borders = sorted(draw(st.sets(st.integers(0, length), max_size=20)))
@@ -116,7 +116,7 @@ def test_one_document_or_none_is_the_plain_zigzag(size):
 
 
 def pairs_by_rank(spans, length: int, size: int) -> torch.Tensor:
-    """What each rank's queries see, counted token by token."""
+    """(query, key) pairs of each rank, counted token by token."""
     seen = torch.zeros(length, dtype=torch.int64)
     for start, stop in spans:
         seen[start:stop] = torch.arange(1, stop - start + 1)
@@ -126,36 +126,39 @@ def pairs_by_rank(spans, length: int, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", [2, 8, 16, 64])
 @pytest.mark.parametrize("seed", range(4))
 def test_long_documents_are_spread_evenly(size, seed):
-    """Within 2 %, where one zigzag over the segment can leave the busiest rank half as much again as the mean."""
+    """Within 2 %. One zigzag over the segment could leave the busiest rank half as much again as the mean."""
     length = 131072
     lengths = 8192 + torch.randint(24576, (20,), generator=torch.Generator().manual_seed(seed))
     borders = [0, *(border for border in accumulate(lengths.tolist()) if border < length)]
-    for spans in (tuple(pairwise(borders)), tuple(pairwise([*borders, length]))):  # the last part padding, or a document
+    for ends in (borders, [*borders, length]):  # the last part is padding, or a document
+        spans = tuple(pairwise(ends))
         pairs = pairs_by_rank(spans, length, size)
         assert pairs.max() < 1.02 * pairs.double().mean()
 
 
 def test_short_documents_are_cut_no_finer_than_the_long_ones_demand():
-    """300 documents of 437 tokens are one run. Beside long ones, those that lie together are, with the padding behind them."""
+    """300 documents of 437 tokens are one run. Between long ones, neighbouring short ones and padding are one run."""
     length, size = 131072, 64
     short = tuple((start, start + 437) for start in range(0, length - 437, 437))
     assert {len(Layout("zigzag", length, rank, size, spans=short).blocks) for rank in range(size - 1)} == {2}
     mixed = ((0, 50000), *(span for span in short if 50000 <= span[0] < 100000), (110000, 131072))
     assert {len(Layout("zigzag", length, rank, size, spans=mixed).blocks) for rank in range(1, size - 1)} == {6}
     pairs = pairs_by_rank(mixed, length, size)
-    assert pairs.max() - pairs.double().mean() < 0.01 * length**2 / 2 / size, "little beside a document that fills the segment"
+    of_a_whole_segment = length**2 / 2 / size
+    assert pairs.max() - pairs.double().mean() < 0.01 * of_a_whole_segment
 
 
 def test_documents_that_a_plain_zigzag_spreads_evenly_are_not_cut():
     aligned = tuple((start, start + 8) for start in range(0, 128, 8))
-    assert [Layout("zigzag", 128, rank, 8, spans=aligned).blocks for rank in (0, 7)] == [((0, 8), (120, 128)), ((56, 72),)]
+    first, last = (Layout("zigzag", 128, rank, 8, spans=aligned).blocks for rank in (0, 7))
+    assert (first, last) == (((0, 8), (120, 128)), ((56, 72),))
 
 
 @pytest.mark.parametrize(
     ("kind", "length", "size", "text"),
     [
-        ("zigzag", 131000, 8, r"segment_tokens=131000 is not divisible by 2\*sp=16; set data.segment_tokens to 131008 or parallel.sp to 5"),
-        ("contiguous", 4098, 4, r"segment_tokens=4098 is not divisible by sp=4; set data.segment_tokens to 4100 or parallel.sp to 3"),
+        ("zigzag", 131000, 8, r"=131000 .* 2\*sp=16; set data.segment_tokens to 131008 or parallel.sp to 5"),
+        ("contiguous", 4098, 4, r"=4098 .* sp=4; set data.segment_tokens to 4100 or parallel.sp to 3"),
     ],
 )
 def test_a_segment_that_does_not_divide_is_refused_with_the_remedy(kind, length, size, text):

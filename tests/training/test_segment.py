@@ -1,4 +1,4 @@
-"""Tensors that are made on the device equal what the batch itself says of its labels and positions."""
+"""Tokens, labels and positions that are made on the device equal the batch's own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from batches import batch_of_labels, labels_of, positions_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lr2train.attention.segment import document_positions
 from lr2train.data.batch import IGNORE, LONG, SHORT, Batch
-from lr2train.training.segment import segment_of
+from lr2train.training.segment import tensors_of
 
 CPU = torch.device("cpu")
 
@@ -23,7 +24,8 @@ def batches(draw) -> tuple[Batch, np.ndarray, np.ndarray]:
     n_tokens, seed = draw(st.integers(1, 60)), draw(st.integers(0, 99))
     rng, dtype = np.random.default_rng(seed), draw(st.sampled_from([np.uint16, np.int32]))
     tokens = rng.integers(0, np.iinfo(np.uint16).max + 1, n_tokens).astype(dtype)
-    borders = sorted(draw(st.sets(st.integers(0, n_tokens), min_size=2, max_size=8) if n_tokens > 1 else st.just({0, 1})))
+    drawn = st.sets(st.integers(0, n_tokens), min_size=2, max_size=8) if n_tokens > 1 else st.just({0, 1})
+    borders = sorted(draw(drawn))
     spans = tuple((start, stop) for start, stop in pairwise(borders) if draw(st.booleans()))
     labels, positions = [], []
     for place in range(n_tokens):
@@ -40,11 +42,11 @@ def batches(draw) -> tuple[Batch, np.ndarray, np.ndarray]:
 @settings(derandomize=True, deadline=None, max_examples=200)
 def test_labels_and_positions_are_those_written_down(case):
     batch, labels, positions = case
-    segment = segment_of(batch, CPU)
     assert np.array_equal(labels_of(batch), labels)
     assert np.array_equal(positions_of(batch), positions)
     assert batch.n_target_tokens == np.count_nonzero(labels != IGNORE)
-    for tensor, expected in zip(segment, (batch.tokens, labels, positions), strict=True):
+    made = (*tensors_of(batch, CPU), document_positions(batch.spans, len(batch.tokens), CPU))
+    for tensor, expected in zip(made, (batch.tokens, labels, positions), strict=True):
         assert tensor.dtype == torch.int64
         assert tensor.tolist() == expected.tolist()
 
@@ -54,7 +56,7 @@ def test_the_last_place_never_wraps_around_to_the_first_token():
     tokens = np.array([7, 8, 9], np.uint16)
     for last in (IGNORE, 7, 11):
         batch = batch_of_labels(tokens, np.array([8, 9, last]), ((0, 3),), LONG)
-        assert labels_of(batch).tolist() == segment_of(batch, CPU).labels.tolist() == [8, 9, last]
+        assert labels_of(batch).tolist() == tensors_of(batch, CPU).labels.tolist() == [8, 9, last]
 
 
 def test_ids_beyond_the_stores_dtypes_are_a_programming_error():

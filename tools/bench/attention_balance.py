@@ -17,10 +17,10 @@ from statistics import mean
 
 import numpy as np
 
-from lr2train.attention import ring
 from lr2train.attention.ring import RING
+from lr2train.attention.ring_steps import steps_of
 from lr2train.attention.strategies import STRATEGIES
-from lr2train.attention.strategy import Work
+from lr2train.attention.strategy import PackedSegment, SegmentWork
 from lr2train.attention.tiles import Spans
 from lr2train.data.plan.packing import pack_long, pack_short, whole_documents
 from lr2train.data.plan.segment_table import SegmentTable
@@ -68,11 +68,11 @@ def _planning_s(sp: int, n_documents: int) -> float:
     """CPU seconds for a ring over random documents: pairs and bytes of all ranks, and the schedule of one rank."""
     borders = np.sort(np.random.default_rng(0).choice(np.arange(1, T), n_documents - 1, replace=False)).tolist()
     spans = tuple(pairwise([0, *borders, T]))
-    work = _work(spans, 64).on(sp)
-    start = time.process_time()  # CPU time of this process: other load must not count
+    work = SegmentWork(PackedSegment(spans, T, sp), *HEADS[64])
+    start = time.process_time()  # of this process alone: how busy the machine is must not count
     RING.imbalance(work)
     RING.bytes_sent(work)
-    ring.plan(spans, T, sp // 2, sp)
+    steps_of(work.segment, sp // 2)
     return time.process_time() - start
 
 
@@ -95,5 +95,5 @@ def _imbalance(name: str, spans: Spans, sp: int) -> float:
     return STRATEGIES[name].imbalance(_work(spans, sp))
 
 
-def _work(spans: Spans, sp: int) -> Work:
-    return Work(spans, T, *HEADS[sp], 2, sp, RINGS[sp])
+def _work(spans: Spans, sp: int) -> SegmentWork:
+    return SegmentWork(PackedSegment(spans, T, sp, RINGS[sp]), *HEADS[sp])

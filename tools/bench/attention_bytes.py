@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from lr2train.attention import gather, kernel, ring
-from lr2train.attention.kernel import Queries
+from lr2train.attention.blocks import Queries
 from lr2train.attention.strategies import STRATEGIES
-from lr2train.attention.strategy import Traffic, Work
+from lr2train.attention.strategy import PackedSegment, SegmentWork, Traffic
 from lr2train.attention.tiles import Spans
 from lr2train.config import UserError
 from lr2train.parallel.comm import counting
@@ -65,8 +65,8 @@ def _cases(model: str, sp: int) -> Iterator[TrafficRow]:
     n_heads, n_kv_heads, head_size = MODELS[model]
     for documents, spans in (("one", ((0, T),)), ("packed", _packed()), ("aligned", _aligned(sp))):
         for name in NAMES:
-            work = Work(spans, T, n_heads, n_kv_heads, head_size, 2, sp, RINGS[sp])
-            with contextlib.suppress(UserError):  # a case that the strategy refuses has no row
+            work = SegmentWork(PackedSegment(spans, T, sp, RINGS[sp]), n_heads, n_kv_heads, head_size)
+            with contextlib.suppress(UserError):  # what a strategy cannot serve has no row
                 STRATEGIES[name].refuse(work)
                 off = sum(_off(name, work, rank, documents == "one") for rank in range(sp))
                 yield TrafficRow(model, documents, sp, name, STRATEGIES[name].bytes_sent(work), off)
@@ -84,8 +84,8 @@ def _aligned(sp: int) -> Spans:
     return tuple((rank * T // sp, (rank + 1) * T // sp) for rank in range(sp))
 
 
-def _off(name: str, work: Work, rank: int, one_span: bool) -> int:
-    """Bytes between the formula, its closed form and both counts, for one rank."""
+def _off(name: str, work: SegmentWork, rank: int, one_span: bool) -> int:
+    """How many bytes the formula, its closed form and the two counts differ by, for one rank."""
     formula = STRATEGIES[name].traffic(work, rank)
     counts = [formula, *_counted(name, work, rank)]
     if one_span and name in CLOSED_FORMS:
@@ -93,13 +93,13 @@ def _off(name: str, work: Work, rank: int, one_span: bool) -> int:
     return sum(abs(count.forward - formula.forward) + abs(count.backward - formula.backward) for count in counts)
 
 
-def _counted(name: str, work: Work, rank: int) -> tuple[Traffic, Traffic]:
-    """Bytes of one rank by the arguments of torch.distributed and by ``comm.counting``, times the head size."""
-    n_rows, size = work.n_tokens // work.sp, work.head_size
+def _counted(name: str, work: SegmentWork, rank: int) -> tuple[Traffic, Traffic]:
+    """What one rank sends by the arguments of torch.distributed's calls, and by ``comm.counting``; times the size of a head."""
+    segment, size = work.segment, work.head_size
     heads = (work.n_heads, work.n_kv_heads, work.n_kv_heads)
-    q, k, v = (torch.zeros(n_rows, n, 1, dtype=torch.bfloat16, requires_grad=True) for n in heads)
-    with _idle_kernel(), one_rank(rank, work.sp, work.ring) as mesh, _watching(rank) as wire, counting() as sent:
-        out = STRATEGIES[name].attend(q, k, v, work.spans, 1.0, mesh)
+    q, k, v = (torch.zeros(segment.shard_tokens, n, 1, dtype=torch.bfloat16, requires_grad=True) for n in heads)
+    with _idle_kernel(), one_rank(rank, segment.sp, segment.ring) as mesh, _watching(rank) as wire, counting() as sent:
+        out = STRATEGIES[name].prepare(segment, mesh, None)(q, k, v, 1.0)
         forward = sum(wire), sum(sent.values())
         out.sum().backward()
     backward = sum(wire) - forward[0], sum(sent.values()) - forward[1]
@@ -153,20 +153,20 @@ def _watching(rank: int) -> Iterator[list[int]]:
 # ---- closed forms for one document, from the strategies' docstrings ----
 
 
-def _ulysses(work: Work, rank: int) -> Traffic:
-    elements = work.n_tokens // work.sp * work.head_size * (2 * work.n_heads + 2 * math.lcm(work.n_kv_heads, work.sp))
-    sent = elements * work.bytes_per_element * (work.sp - 1) // work.sp
+def _ulysses(work: SegmentWork, rank: int) -> Traffic:
+    elements = work.segment.shard_tokens * work.head_size * (2 * work.n_heads + 2 * math.lcm(work.n_kv_heads, work.segment.sp))
+    sent = elements * work.bytes_per_element * (work.segment.sp - 1) // work.segment.sp
     return Traffic(sent, sent)
 
 
-def _ring(work: Work, rank: int) -> Traffic:
-    block = 2 * work.n_kv_heads * work.head_size * work.bytes_per_element * work.n_tokens // (2 * work.sp)
-    return Traffic(block * (work.sp - 1 + rank), block * 3 * (work.sp - 1))
+def _ring(work: SegmentWork, rank: int) -> Traffic:
+    block = 2 * work.n_kv_heads * work.head_size * work.bytes_per_element * work.segment.n_tokens // (2 * work.segment.sp)
+    return Traffic(block * (work.segment.sp - 1 + rank), block * 3 * (work.segment.sp - 1))
 
 
-def _gather(work: Work, rank: int) -> Traffic:
-    shard = 2 * work.n_kv_heads * work.head_size * work.bytes_per_element * work.n_tokens // work.sp
-    return Traffic(shard * (work.sp - 1 - rank), shard * (work.sp - 1))
+def _gather(work: SegmentWork, rank: int) -> Traffic:
+    shard = 2 * work.n_kv_heads * work.head_size * work.bytes_per_element * work.segment.shard_tokens
+    return Traffic(shard * (work.segment.sp - 1 - rank), shard * (work.segment.sp - 1))
 
 
-CLOSED_FORMS: dict[str, Callable[[Work, int], Traffic]] = {"ulysses": _ulysses, "ring": _ring, "gather": _gather}
+CLOSED_FORMS: dict[str, Callable[[SegmentWork, int], Traffic]] = {"ulysses": _ulysses, "ring": _ring, "gather": _gather}

@@ -1,8 +1,8 @@
 """Rounding error of bf16 attention on 2, 4 and 8 ranks over the error on one rank.
 
-Errors are root mean squares of out, dq, dk and dv against one rank in float64. Ranks run one after another in this
-process (``attention.simulation``), on the device's kernel. A ring merges one partial result per rank in fp32 and rounds
-once, so its error must not grow with the ranks.
+The ranks run one after another in this process (``tools.gpu.simulation``), on the kernel of the device at hand; the reference is the same
+attention on one rank in float64. A ring merges as many partial results as it has ranks; because it does so in fp32 and rounds once, its
+error must not grow with them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from itertools import pairwise
 
 import torch
 
-from lr2train.attention.simulation import Segment, alone, simulate
 from tools.bench.figures import Figure
+from tools.gpu.simulation import LayerInputs, alone, simulate
 
 AT_MOST = 1.5
 GRADIENTS = ("out", "dq", "dk", "dv")
@@ -38,14 +38,14 @@ def _packed(n_tokens: int) -> tuple[tuple[int, int], ...]:
     return tuple(pairwise(borders))
 
 
-def _segment(n_tokens: int, spans: tuple[tuple[int, int], ...]) -> tuple[Segment, list[torch.Tensor]]:
-    """A segment in bf16, and its (out, dq, dk, dv) in float64."""
+def _segment(n_tokens: int, spans: tuple[tuple[int, int], ...]) -> tuple[LayerInputs, list[torch.Tensor]]:
+    """Inputs in bf16, and (out, dq, dk, dv) of those inputs in float64."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad_out = (torch.randn(n_tokens, heads, 64, generator=generator).bfloat16() for heads in (8, 4, 4, 8))
-    segment = Segment(q, k, v, grad_out, spans, 64**-0.5)
+    segment = LayerInputs(q, k, v, grad_out, spans, 64**-0.5)
     return segment, list(alone(replace(segment, q=q.double(), k=k.double(), v=v.double(), grad_out=grad_out.double())))
 
 
-def _errors(segment: Segment, sp: int, name: str, exact: list[torch.Tensor]) -> list[float]:
+def _errors(segment: LayerInputs, sp: int, name: str, exact: list[torch.Tensor]) -> list[float]:
     result = alone(segment) if sp == 1 else simulate(name, segment, sp, rings=2)
     return [float(((a.double() - b).square().mean() / b.square().mean()).sqrt()) for a, b in zip(result, exact, strict=True)]

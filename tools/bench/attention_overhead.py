@@ -196,9 +196,14 @@ def _inputs(spans: tuple[tuple[int, int], ...], n_tokens: int) -> tuple[Tensor, 
 def _our_step(model: Any, strategy: str, mesh: Any, spans: tuple[tuple[int, int], ...], size: StepSize) -> Callable[[], Tensor]:
     from lr2train.attention.hf import install
 
-    layout = install(model, mesh, strategy).layout(spans, size.n_tokens)
+    sequence_attention = install(model, mesh, strategy)
+    layout = sequence_attention.segment(spans, size.n_tokens).layout
     ids, positions = (layout.shard(x, 0)[None] for x in _inputs(spans, size.n_tokens))
-    return lambda: _forward_backward(model, ids, positions, spans=spans)
+
+    def step() -> Tensor:  # as the engine does, the segment's attention is made anew for each step
+        return _forward_backward(model, ids, positions, segment_attention=sequence_attention.segment(spans, size.n_tokens))
+
+    return step
 
 
 def _deepspeed_step(model: Any, size: StepSize) -> Callable[[], Tensor]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lr2train.attention.hf import install
+from lr2train.attention.segment import SegmentAttention
 from lr2train.model.flops import BACKWARD, attention_flops, linear_flops
 from lr2train.model.loss import LossHead
 from lr2train.parallel.mesh import Mesh
@@ -83,14 +84,14 @@ def time_layer(setting: SliceSetting, strategy: str, chunk_tokens: int) -> Layer
         torch.OutOfMemoryError: layer or loss do not fit into memory.
     """
     with one_rank(setting.rank, setting.sp) as mesh:
-        lm = _build(setting, strategy, mesh)
-        passes = [*_layer_passes(setting, strategy, lm), _loss_pass(setting, lm, chunk_tokens), _product_pass(setting)]
+        lm, attention = _build(setting, strategy, mesh)
+        passes = [*_layer_passes(setting, strategy, lm, attention), _loss_pass(setting, lm, chunk_tokens), _product_pass(setting)]
         timings = time_in_turn(passes, setting.device, setting.rounds, setting.warm_ups)
     return LayerStep(strategy, setting.n_tokens, setting.model.layers, timings)
 
 
-def _build(setting: SliceSetting, strategy: str, mesh: Mesh) -> Any:
-    """A Llama of one layer with random weights, our attention and activation checkpointing."""
+def _build(setting: SliceSetting, strategy: str, mesh: Mesh) -> tuple[Any, SegmentAttention]:
+    """A Llama of one layer with drawn weights, and its segment's attention, as the engine makes them; the layer is recomputed."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     model = setting.model
@@ -106,9 +107,9 @@ def _build(setting: SliceSetting, strategy: str, mesh: Mesh) -> Any:
     )
     with setting.device:
         lm = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)
-    install(lm, mesh, strategy)
+    attention = install(lm, mesh, strategy)
     lm.activation_checkpointing_enable({"use_reentrant": False})
-    return lm.train()
+    return lm.train(), attention.segment(setting.spans, setting.n_tokens)
 
 
 def _hidden(setting: SliceSetting) -> Tensor:
@@ -116,8 +117,8 @@ def _hidden(setting: SliceSetting) -> Tensor:
     return torch.randn(1, rows, setting.model.hidden, device=setting.device, dtype=setting.dtype)
 
 
-def _layer_passes(setting: SliceSetting, strategy: str, lm: Any) -> Iterator[Pass]:
-    """The layer with recomputation, and with all activations kept. All layers share the RoPE angles: not timed."""
+def _layer_passes(setting: SliceSetting, strategy: str, lm: Any, attention: SegmentAttention) -> Iterator[Pass]:
+    """The layer as the engine has it, and with all its activations kept. Positions turn all layers alike and are made before."""
     hidden, grad = _hidden(setting).requires_grad_(), _hidden(setting)
     layer = lm.base_model.layers[0]
     positions = torch.arange(hidden.shape[1], device=setting.device)[None]
@@ -127,7 +128,7 @@ def _layer_passes(setting: SliceSetting, strategy: str, lm: Any) -> Iterator[Pas
 
         def forward(recompute: bool = recompute) -> list[Tensor]:
             layer.gradient_checkpointing = recompute
-            return [layer(hidden, position_embeddings=angles, position_ids=positions, use_cache=False, spans=setting.spans)]
+            return [layer(hidden, position_embeddings=angles, position_ids=positions, use_cache=False, segment_attention=attention)]
 
         yield Pass(name, forward, (hidden, *layer.parameters()), flops, [grad])
 

@@ -22,10 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lr2train.attention.kernel import Queries, attend, backward_block, forward_block, merge
-from lr2train.attention.simulation import Segment, alone, simulate
+from lr2train.attention.blocks import Block, Queries
+from lr2train.attention.kernel import attend, backward_block, forward_block, merge
 from lr2train.attention.tiles import Spans, Tile
 from tools.gpu.kernels import using
+from tools.gpu.simulation import LayerInputs, alone, simulate
 
 LIMITS = {"out": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0}
 LSE_LIMIT_NATS = 1e-3  # kernels sum in fp32; a score of 2^4 in fp32 is exact to 2^-19
@@ -43,12 +44,12 @@ class ParityCase(NamedTuple):
     dtype: torch.dtype
     spans: Spans
     n_tokens: int
-    window_tokens: int | None = None
+    sliding_window: int | None = None
 
     @property
     def title(self) -> str:
-        """The case in the table."""
-        window = f", window {self.window_tokens}" if self.window_tokens else ""
+        """For the table."""
+        window = f", window {self.sliding_window}" if self.sliding_window else ""
         return f"{self.heads[0]}/{self.heads[1]} heads of {self.head_size}, {len(self.spans)} spans{window}"
 
 
@@ -81,7 +82,7 @@ class Row:
         self.lse_nats = _worse(self.lse_nats, lse_nats)
 
 
-Compute = Callable[[Segment], "Answer"]
+Compute = Callable[[LayerInputs], "Answer"]
 
 
 class Level(NamedTuple):
@@ -131,9 +132,9 @@ def _cases(dtype: torch.dtype, quick: bool, level: Level) -> Iterator[ParityCase
     whole, packed = ((0, n_tokens),), _packed(n_tokens, level.no_gaps)
     head_sizes = ((40, 256) if quick else HEAD_SIZES) if level.ranks == 1 else (64,) if quick else (96, 128)
     for (n_heads, n_kv_heads), head_size in itertools.product(HEADS.values(), head_sizes):
-        heads = math.lcm(n_heads, level.ranks), n_kv_heads  # ulysses divides query heads by ranks
-        for spans, window_tokens in ((whole, None), (packed, None), (whole, n_tokens // 3), (packed, n_tokens // 7)):
-            yield ParityCase(heads, head_size, dtype, spans, n_tokens, window_tokens)
+        heads = math.lcm(n_heads, level.ranks), n_kv_heads  # as many as ulysses can share
+        for spans, sliding_window in ((whole, None), (packed, None), (whole, n_tokens // 3), (packed, n_tokens // 7)):
+            yield ParityCase(heads, head_size, dtype, spans, n_tokens, sliding_window)
 
 
 def _packed(n_tokens: int, no_gaps: bool) -> Spans:
@@ -146,10 +147,10 @@ def _packed(n_tokens: int, no_gaps: bool) -> Spans:
 
 
 def _compare(case: ParityCase, level: Level, device: torch.device) -> tuple[dict[str, float], float]:
-    """(error ratio by tensor, largest error of lse in nats)."""
-    segment = draw(case, device)
-    exact, plain, ours = _written_out(segment, torch.float64), _written_out(segment, case.dtype), level.compute(segment)
-    one_rank = alone(segment) if level.ranks > 1 else _tensors(plain)
+    """Ratios of errors by tensor, and the largest error of lse in nats."""
+    inputs = draw(case, device)
+    exact, plain, ours = _written_out(inputs, torch.float64), _written_out(inputs, case.dtype), level.compute(inputs)
+    one_rank = alone(inputs) if level.ranks > 1 else _tensors(plain)
     named = zip(LIMITS, _tensors(ours), _tensors(exact), _tensors(plain), one_rank, strict=True)
     ratios = {name: error_ratio(*tensors) for name, *tensors in named}
     return ratios, 0.0 if ours.lse is None else _lse_error(ours.lse, exact.lse)
@@ -159,13 +160,13 @@ def _tensors(answer: Answer) -> tuple[Tensor, ...]:
     return answer.out, *answer.grads
 
 
-def draw(case: ParityCase, device: torch.device) -> Segment:
-    """A random segment that the case alone determines."""
+def draw(case: ParityCase, device: torch.device) -> LayerInputs:
+    """A segment of numbers that follow from the case alone."""
     generator = torch.Generator().manual_seed(case.head_size + case.heads[0])
     (n_heads, n_kv_heads), size = case.heads, case.head_size
     drawn = (torch.randn(case.n_tokens, heads, size, generator=generator) for heads in (n_heads, n_kv_heads, n_kv_heads, n_heads))
     q, k, v, grad_out = (x.to(device, case.dtype) for x in drawn)
-    return Segment(q, k, v, grad_out, case.spans, size**-0.5, case.window_tokens)
+    return LayerInputs(q, k, v, grad_out, case.spans, size**-0.5, case.sliding_window)
 
 
 def error_ratio(x: Tensor, exact: Tensor, plain: Tensor, one_rank: Tensor) -> float:
@@ -191,29 +192,26 @@ def _worse(a: float, b: float) -> float:
 # ---- attention written out ----
 
 
-def mask_of(spans: Spans, n_tokens: int, window_tokens: int | None) -> Tensor:
-    """bool [T, T]: whether query i may attend to key j."""
+def mask_of(spans: Spans, n_tokens: int, sliding_window: int | None) -> Tensor:
+    """bool [T, T]: may query i look at key j."""
     document = torch.full((n_tokens,), -1)
     for number, (start, stop) in enumerate(spans):
         document[start:stop] = number
     i, j = torch.arange(n_tokens)[:, None], torch.arange(n_tokens)[None]
     mask = (document[:, None] == document[None]) & (document[:, None] >= 0) & (j <= i)
-    return mask if window_tokens is None else mask & (i - j < window_tokens)
+    return mask if sliding_window is None else mask & (i - j < sliding_window)
 
 
-def _written_out(segment: Segment, dtype: torch.dtype) -> Answer:
-    """softmax(scale q k^T) v with an explicit mask, every step in ``dtype``.
-
-    A token outside every span has out 0, lse -inf and gradient 0.
-    """
-    leaves = [x.detach().to(dtype).requires_grad_() for x in (segment.q, segment.k, segment.v)]
+def _written_out(inputs: LayerInputs, dtype: torch.dtype) -> Answer:
+    """softmax(scale q k^T) v with an explicit mask, every step in ``dtype``; a token outside every span has out 0, lse -inf, gradient 0."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     q, readers = leaves[0], leaves[0].shape[1] // leaves[1].shape[1]
     k, v = (x.repeat_interleave(readers, 1) for x in leaves[1:])
-    mask = mask_of(segment.spans, len(q), segment.window_tokens).to(q.device)
+    mask = mask_of(inputs.spans, len(q), inputs.sliding_window).to(q.device)
     blind = ~mask.any(-1)
-    scores = torch.einsum("ihd,jhd->hij", q, k).mul(segment.scale).masked_fill(~(mask | blind[:, None]), float("-inf"))
+    scores = torch.einsum("ihd,jhd->hij", q, k).mul(inputs.scale).masked_fill(~(mask | blind[:, None]), float("-inf"))
     out = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).masked_fill(blind[:, None, None], 0.0)
-    out.backward(segment.grad_out.to(dtype))
+    out.backward(inputs.grad_out.to(dtype))
     lse = scores.detach().logsumexp(-1).T.masked_fill(blind[:, None], float("-inf"))
     return Answer(out.detach(), lse, [leaf.grad for leaf in leaves if leaf.grad is not None])
 
@@ -221,26 +219,26 @@ def _written_out(segment: Segment, dtype: torch.dtype) -> Answer:
 # ---- our attention at each level ----
 
 
-def _rows(segment: Segment) -> Answer:
-    """The call that models make."""
-    q, k, v = (x.detach().requires_grad_() for x in (segment.q, segment.k, segment.v))
-    out, lse = attend(q, k, v, segment.spans, segment.scale, window_tokens=segment.window_tokens)
-    out.backward(segment.grad_out)
+def _rows(inputs: LayerInputs) -> Answer:
+    """The door that models go through."""
+    q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    out, lse = attend(q, k, v, inputs.spans, inputs.scale, sliding_window=inputs.sliding_window)
+    out.backward(inputs.grad_out)
     return Answer(out.detach(), lse, [leaf.grad for leaf in (q, k, v) if leaf.grad is not None])
 
 
-def _blocks(segment: Segment) -> Answer:
-    """Blocks as on a ring: each document's keys are cut in two, so a block's queries and keys differ in number.
-
-    Partial results are merged. The backward pass of each block takes the merged out and lse.
+def _blocks(inputs: LayerInputs) -> Answer:
+    """As a ring computes: each document's keys are cut in two, so that queries and keys of a block differ in number; partial results are
+    merged, and each block's backward is given the merged out and lse.
     """
-    parts = [tuple(tile for tile in tiles if tile.n_queries and tile.n_keys) for tiles in _cut_keys(segment.spans)]
-    q, k, v, scale, window_tokens = segment.q, segment.k, segment.v, segment.scale, segment.window_tokens
-    out, lse = forward_block(q, k, v, parts[0], scale, window_tokens)
+    cut = [tuple(tile for tile in tiles if tile.n_queries and tile.n_keys) for tiles in _cut_keys(inputs.spans)]
+    parts = [Block(tiles, inputs.sliding_window) for tiles in cut]
+    q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
+    out, lse = forward_block(q, k, v, parts[0], scale)
     for part in parts[1:]:
-        out, lse = merge(out, lse, *forward_block(q, k, v, part, scale, window_tokens))
-    queries = Queries(q, out.to(q.dtype), lse, segment.grad_out)
-    shares = [backward_block(queries, k, v, part, scale, window_tokens) for part in parts]
+        out, lse = merge(out, lse, *forward_block(q, k, v, part, scale))
+    queries = Queries(q, out.to(q.dtype), lse, inputs.grad_out)
+    shares = [backward_block(queries, k, v, part, scale) for part in parts]
     grads = [torch.stack([share.to(lse.dtype) for share in of_one]).sum(0).to(q.dtype) for of_one in zip(*shares, strict=True)]
     return Answer(queries.out, lse, grads)
 
@@ -257,8 +255,8 @@ def _cut_keys(spans: Spans) -> tuple[list[Tile], list[Tile], list[Tile]]:
 
 
 def _ranks(strategy: str, ranks: int, rings: int) -> Compute:
-    def compute(segment: Segment) -> Answer:
-        out, *grads = simulate(strategy, segment, ranks, rings)
+    def compute(inputs: LayerInputs) -> Answer:
+        out, *grads = simulate(strategy, inputs, ranks, rings)
         return Answer(out, None, grads)
 
     return compute

@@ -19,10 +19,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lr2train.attention import ring
 from lr2train.attention.ring_flash_attn import zigzag_function
+from lr2train.attention.ring_steps import steps_of
 from lr2train.attention.strategies import STRATEGIES
-from lr2train.attention.strategy import Work
+from lr2train.attention.strategy import PackedSegment, SegmentWork
 from lr2train.attention.tiles import Spans, Tile, diagonal
 from lr2train.attention.ulysses import spread_kv_heads
 from lr2train.config import UserError
@@ -70,10 +70,15 @@ class SliceSetting:
         return ((0, self.n_tokens),)
 
     @property
-    def work(self) -> Work:
-        """The slice as attention strategies describe it."""
+    def segment(self) -> PackedSegment:
+        """The segment that the ranks share."""
+        return PackedSegment(self.spans, self.n_tokens, self.sp)
+
+    @property
+    def work(self) -> SegmentWork:
+        """What strategies are asked about it."""
         model = self.model
-        return Work(self.spans, self.n_tokens, model.heads, model.kv_heads, model.head_size, self.dtype.itemsize, self.sp)
+        return SegmentWork(self.segment, model.heads, model.kv_heads, model.head_size, self.dtype.itemsize)
 
     def on(self, n_tokens: int) -> SliceSetting:
         """The same setting over another segment length."""
@@ -165,9 +170,10 @@ def _through(setting: SliceSetting, strategy: str, mesh: Mesh) -> Pass:
     model, rows = setting.model, setting.n_tokens // setting.sp
     *leaves, grad = _draw(setting, rows, model.heads, model.kv_heads, model.kv_heads, model.heads)
     q, k, v = (x.requires_grad_() for x in leaves)
+    attend = STRATEGIES[strategy].prepare(setting.segment, mesh, None)
 
     def forward() -> list[Tensor]:
-        return [STRATEGIES[strategy].attend(q, k, v, setting.spans, setting.model.head_size**-0.5, mesh)]
+        return [attend(q, k, v, setting.model.head_size**-0.5)]
 
     return Pass(strategy, forward, (q, k, v), kernel_flops(slice_pairs(setting, strategy), model.head_size), [grad])
 
@@ -198,6 +204,6 @@ def plain_tiles(setting: SliceSetting, strategy: str) -> tuple[list[Tile], int, 
     model, sp = setting.model, setting.sp
     if strategy == "ulysses":
         return list(diagonal(setting.spans)), model.heads // sp, spread_kv_heads(model.kv_heads, sp) // sp
-    tiles = [tile for step in ring.plan(setting.spans, setting.n_tokens, setting.rank, sp) for tile in step.tiles]
+    tiles = [tile for step in steps_of(setting.segment, setting.rank) for tile in step.block.tiles]
     assert all(tile.gap or tile.n_queries == tile.n_keys for tile in tiles)
     return tiles, model.heads, model.kv_heads

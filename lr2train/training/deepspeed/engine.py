@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lr2train.attention import hf as attention
+from lr2train.attention.hf import install
+from lr2train.attention.segment import SegmentAttention
 from lr2train.config import Config, UserError
 from lr2train.data.batch import Batch
 from lr2train.model import load
@@ -34,12 +35,12 @@ from lr2train.parallel import control
 from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.mesh import Mesh
 from lr2train.rope.factors import Factors
-from lr2train.training.agreement import agree, described
+from lr2train.training.agreement import MicroBatch, agree, described
 from lr2train.training.deepspeed import checkpoint
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.finite import FiniteAdamW, refuse_non_finite
 from lr2train.training.deepspeed.start import accumulation_of, deepspeed_config, gathered, quiet, zero_init
-from lr2train.training.segment import segment_of
+from lr2train.training.segment import tensors_of
 
 MODULE_PREFIX = "lm."  # the Hugging Face model's names inside WindowLM
 
@@ -76,7 +77,7 @@ class Engine:
         ds_config = deepspeed_config(config, self.accumulation)
         weights = _weights(config, hf_config)
         lm = load.assembled(hf_config, config.model.dtype, weights, lambda: self._init_context(ds_config), self._gather(modifier_rank=0))
-        self.attention = attention.install(lm, mesh, config.parallel.strategy)
+        self.attention = install(lm, mesh, config.parallel.strategy)
         if config.engine.activation_checkpointing:
             lm.activation_checkpointing_enable({"use_reentrant": False})
         self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens).train()
@@ -120,21 +121,23 @@ class Engine:
             UserError: the step has no target token, or no attention strategy serves a batch; on every rank.
             RuntimeError: ranks were given different work, or a rank failed; the text has the reason, on every rank.
         """
-        agree(lambda: [described(batch, self._strategy(batch)) for batch in batches], self.mesh.sp_size)
+        # Made while ranks compare: a rank that no strategy serves tells the others.
+        attentions: list[SegmentAttention] = []
+        agree(lambda: self._described(batches, attentions), self.mesh.sp_size)
         assert len(batches) == self.accumulation, f"{len(batches)} micro-batches for an accumulation of {self.accumulation}"
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         with told_to_all():
-            return self._step(batches, interrupted)
+            return self._step(batches, attentions, interrupted)
 
-    def _step(self, batches: Sequence[Batch], interrupted: Callable[[], bool]) -> StepStats:
+    def _step(self, batches: Sequence[Batch], attentions: Sequence[SegmentAttention], interrupted: Callable[[], bool]) -> StepStats:
         """Forward, backward and update.
 
         Backward starts from ``sum_CE_local * world * accumulation / n_target_tokens``. DeepSpeed divides gradients by
         the world and losses by the accumulation, so the result is the gradient of the mean over all target tokens of
         the global batch.
         """
-        shards = [self._shard(batch) for batch in batches]
+        shards = [self._shard(batch, attention) for batch, attention in zip(batches, attentions, strict=True)]
         counts = self._counts(batches, shards)
         n_targets = int(counts[:2].sum())
         if n_targets == 0:
@@ -142,8 +145,8 @@ class Engine:
         # [loss of short, loss of long, ranks asked to stop].
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         losses = []
-        for number, (batch, shard) in enumerate(zip(batches, shards, strict=True), 1):
-            total = self._engine(*shard, spans=batch.spans, window=batch.window)
+        for number, (batch, attention, shard) in enumerate(zip(batches, attentions, shards, strict=True), 1):
+            total = self._engine(*shard, segment_attention=attention, window=batch.window)
             losses.append(total.detach().double())
             sums[int(batch.window == "long")] += losses[-1]
             scale = torch.full_like(losses[-1], self.mesh.world * self.accumulation / n_targets, dtype=total.dtype)
@@ -156,14 +159,15 @@ class Engine:
             self._engine.step()
         return self._stats(sums, counts, torch.stack(losses))
 
-    def _strategy(self, batch: Batch) -> str:
-        return self.attention.plan(batch.spans, len(batch.tokens)).title
+    def _described(self, batches: Sequence[Batch], attentions: list[SegmentAttention]) -> list[MicroBatch]:
+        """The micro-batches as ranks compare them; fills ``attentions`` with the attention of each."""
+        attentions.extend(self.attention.segment(batch.spans, len(batch.tokens)) for batch in batches)
+        return [described(batch, attention.choice.title) for batch, attention in zip(batches, attentions, strict=True)]
 
-    def _shard(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layout = self.attention.layout(batch.spans, len(batch.tokens))
+    def _shard(self, batch: Batch, attention: SegmentAttention) -> tuple[torch.Tensor, torch.Tensor]:
         # Cloned: a view would keep the whole segment in memory.
-        tokens, labels, positions = (layout.shard(whole, 0).clone() for whole in segment_of(batch, self.device))
-        return tokens, labels, positions
+        tokens, labels = (attention.layout.shard(whole, 0).clone() for whole in tensors_of(batch, self.device))
+        return tokens, labels
 
     def _counts(self, batches: Sequence[Batch], shards: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
         """[targets in short, targets in long, tokens, long segments, segments, query-key pairs], summed over all ranks
@@ -172,7 +176,7 @@ class Engine:
         Every rank of a sequence-parallel group counts its segments whole, so the last three are ``sp`` times too large.
         """
         counts = torch.zeros(6, dtype=torch.int64, device=self.device)
-        for batch, (tokens, labels, _) in zip(batches, shards, strict=True):
+        for batch, (tokens, labels) in zip(batches, shards, strict=True):
             long = int(batch.window == "long")
             counts[long] += (labels != -100).sum()
             counts[2] += len(tokens)
