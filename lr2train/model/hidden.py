@@ -79,7 +79,7 @@ class _Rows:
     layer: int
 
     def inside(self, start: int, stop: int) -> Tensor:
-        """Those in [start, stop), counted from ``start``."""
+        """The positions inside [start, stop), counted from ``start``."""
         return self.positions[(self.positions >= start) & (self.positions < stop)] - start
 
 
