@@ -169,7 +169,7 @@ def _settings(subject: Subject, config: Config, corpus: Corpus, lengths: list[in
         "factors": subject.factors.to_json(),
         "switches": subject.switches,
     }
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps(settings))  # tuples become lists, as in the file that is compared
 
 
 def _evaluated(subject: Subject, settings: dict[str, Any], job: run.Run, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

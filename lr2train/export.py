@@ -67,7 +67,7 @@ def export(config: Config) -> dict[str, Any]:
     folder = Path(config.export.folder or job.folder / "export")
     _refuse_to_overwrite(folder)
     _refuse_unwritable(folder)
-    with job.lock(needed=False) or contextlib.nullcontext():
+    with job.lock(needed=False) or contextlib.nullcontext():  # another user's run may be exported: it is only read
         return _export(config, job, factors, folder)
 
 
@@ -130,7 +130,7 @@ def _write(job: run.Run, folder: Path, factors: Factors, dtype: str, device: str
     if factors.target_window_tokens > factors.spectrum.window_tokens:
         values = rope_hf.write(values, factors)
     table = rotary.install(model, factors)
-    logits = {}
+    logits = {}  # before anything is written: a model without finite logits replaces no export
     for table.window, length in _lengths(factors).items():
         logits[table.window] = _last_logits(model, length)
         _refuse_not_finite(logits[table.window], str(job.folder / "model"), table.window, dtype)
@@ -194,6 +194,7 @@ def _refuse_not_finite(logits: torch.Tensor, of: str, window: str, dtype: str) -
 @torch.inference_mode()
 def _last_logits(model: Any, length: int) -> torch.Tensor:
     """Logits [1, 16, V] at the last 16 positions of a text of ``length`` tokens."""
+    # Multiples of a prime visit the whole vocabulary and need no seed.
     tokens = torch.arange(length, device=model.device)[None] * 7919 % model.config.vocab_size
     return model(tokens, use_cache=False, logits_to_keep=16).logits.float().cpu()
 

@@ -38,7 +38,7 @@ def completed(config: Config) -> Config:
     """
     folder = run_folder(config)
     saved = io.read_json(folder / "train.config.json")
-    dtype = io.read_json(folder / "model" / "config.json")["dtype"]
+    dtype = io.read_json(folder / "model" / "config.json")["dtype"]  # of the written weights
     model = _laid_over(config.model, {**saved["model"], "dtype": dtype})
     needles = _laid_over(config.data.needles, saved["data"]["needles"])
     data = replace(config.data, path=config.data.path or saved["data"]["path"], needles=needles)

@@ -119,6 +119,7 @@ class Fitness:
         """Compute one pair on each rank; all ranks get all losses, and rank 0 appends them to the journal."""
         mine = pairs[ranks.rank()] if ranks.rank() < len(pairs) else None
 
+        # A rank without a pair passes the last pair: in lockstep it joins that forward pass and drops the result.
         def evaluate() -> dict[str, Any] | None:
             return self._evaluate(*(mine or pairs[-1]), keep=mine is not None)
 
@@ -148,7 +149,7 @@ class Fitness:
         try:
             with self._journal.open("a") as file:
                 file.write("".join(line_of(entry) for entry in entries))
-        except OSError as error:
+        except OSError as error:  # a full disk; the next start removes the line that was cut short
             raise UserError(
                 f"{self._journal} cannot be written ({error.strerror}); free some room on that disk, and run the "
                 "same command again to go on"

@@ -161,7 +161,7 @@ class Space:
             members = [self._like(name, rng) for name in ("pi", "ntk_aware", "longrope")][: self.settings.population]
         else:
             indices = np.array(self.critical_indices)
-            if len(indices) > self.settings.population:
+            if len(indices) > self.settings.population:  # no room for all: spread evenly
                 indices = indices[np.linspace(0, len(indices) - 1, self.settings.population).round().astype(int)]
             members = [self._constant(int(index), rng) for index in indices]
         return self.fill(members, members, self.settings.population, rng)
@@ -201,6 +201,7 @@ class Space:
         Each tail entry moves with probability p = ``search.mutation_probability``, inside the bounds and in
         non-decreasing order.
         """
+        # The order of the draws is fixed: a seed stands for one search.
         child = parent
         if rng.random() < self.settings.crossover:
             child = self._cross(child, mates[rng.integers(len(mates))], rng)
@@ -218,7 +219,7 @@ class Space:
         The tail is sorted, not clipped into order: clipping would favour one of the parents.
         """
         first, second = (a, b) if rng.random() < 0.5 else (b, a)
-        other = self._with_critical_index(second, first.critical_index)
+        other = self._with_critical_index(second, first.critical_index)  # tails of equal length
         tail = np.where(rng.random(len(first.tail)) < 0.5, first.tail, other.tail)
         return replace(
             first,

@@ -65,7 +65,7 @@ class History:
         settings = self.settings
         if not self.lines or settings.algorithm == "surrogate":  # the surrogate's budget is fixed
             return settings.most_forwards
-        final = settings.top_k * settings.final_documents
+        final = settings.top_k * settings.final_documents  # without racing; with racing about half of it
         by_generation = self.lines[-1]["document_forwards"] / len(self.lines)
         expected = by_generation * (settings.generations + 1) + final / (2 if settings.racing else 1)
         return max(round(expected), self.fitness.computed)
@@ -100,15 +100,15 @@ def _plain(candidate: Candidate) -> dict[str, Any]:
 
 
 def _line(generation: Generation, fitness: Fitness) -> dict[str, Any]:
-    everyone = [*generation.population, *generation.dropped]
+    all_scored = [*generation.population, *generation.dropped]
     return {
         "generation": generation.index,
         "best_perplexity": generation.best.perplexity,
         "best": _plain(generation.best.candidate),
-        "perplexities": [one.perplexity for one in everyone],
-        "documents": [one.documents for one in everyone],
-        "critical_indices": [one.candidate.critical_index for one in everyone],
-        "attention_factors": [one.candidate.attention_factor for one in everyone],
+        "perplexities": [one.perplexity for one in all_scored],
+        "documents": [one.documents for one in all_scored],
+        "critical_indices": [one.candidate.critical_index for one in all_scored],
+        "attention_factors": [one.candidate.attention_factor for one in all_scored],
         "candidates": generation.evaluated,
         "document_forwards": fitness.document_forwards,
     }

@@ -122,6 +122,7 @@ def race(
             runs[one].append(losses(one, document))
         ranked = sorted((*kept, *live), key=lambda one: (_total(runs[one]), one.key))
         last_in = runs[ranked[min(keep, len(ranked)) - 1]]
+        # Certain losers, then likely losers; the best ``keep`` always stay.
         out = {one for one in ranked[keep:] if _total(runs[one]) > limit or _is_worse(runs[one], last_in, z, min_answers)}
         live = [one for one in live if one not in out]
     return [list(order[: len(runs[one])]) for one in candidates]

@@ -53,7 +53,7 @@ def generate(
     for _ in range(max_new_tokens):
         # set at every token: another caller may use the model in between
         rotary.window = window_of(len(tokens), original_window_tokens, window)
-        if rotary.window != cached_under:
+        if rotary.window != cached_under:  # the cached keys belong to the other table
             cache, cached_under = None, rotary.window
         logits, cache = _forward(model, tokens, cache)
         _refuse_not_finite(logits, len(tokens), model.dtype)
@@ -82,7 +82,7 @@ def _forward(model: Any, tokens: list[int], cache: Any) -> tuple[torch.Tensor, A
     whole text.
     """
     device = next(model.parameters()).device
-    first = 0 if cache is None else len(tokens) - 1
+    first = 0 if cache is None else len(tokens) - 1  # position of the first token to compute
     ids = torch.tensor([tokens[first:]], device=device)
     positions = torch.arange(first, len(tokens), device=device)[None]
     out = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -77,7 +77,7 @@ def _write(
 ) -> None:
     from transformers.core_model_loading import revert_weight_conversion
 
-    own = model.state_dict(keep_vars=True)
+    own = model.state_dict(keep_vars=True)  # the parameters themselves: ZeRO gathers no copies
     shards = _Shards(folder)
     if rank() == 0:
         _remove(folder)
@@ -192,7 +192,7 @@ def _take_the_place_of(folder: Path, complete: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
     _remove(old)
     if folder.exists():
-        folder.rename(old)
+        folder.rename(old)  # not deleted before the new folder has its name: a kill in between loses nothing
     complete.rename(folder)
     io.sync_folder(folder.parent)
     _remove(old)

@@ -56,9 +56,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Gradients of hidden [T, H] and weight [V, H] in their dtypes: (softmax - one-hot) through the head."""
         hidden, weight, labels = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
+        # Summed in fp32: in bf16 the small terms of thousands of chunks would be lost.
         grad_weight = torch.zeros(weight.shape, dtype=_wide(hidden), device=weight.device)
         for rows in _target_chunks(labels, ctx.chunk_tokens):
-            grad_logits = torch.softmax(F.linear(hidden[rows], weight).to(grad_weight.dtype), dim=-1)
+            grad_logits = torch.softmax(F.linear(hidden[rows], weight).to(grad_weight.dtype), dim=-1)  # [chunk, V]
             grad_logits[torch.arange(len(rows), device=rows.device), labels[rows]] -= 1.0
             grad_logits = (grad_logits * grad_total).to(hidden.dtype)
             grad_hidden[rows] = grad_logits @ weight

@@ -67,8 +67,8 @@ class WindowRotary(nn.Module):
         table = self.tables[self.window]
         if table.inv_freq.device != x.device:
             table = self.tables[self.window] = table.to(x.device)
-        half = position_ids[..., None].float() * table.inv_freq
-        angles = torch.cat((half, half), dim=-1)
+        half = position_ids[..., None].float() * table.inv_freq  # [B, T, D]
+        angles = torch.cat((half, half), dim=-1)  # [B, T, 2D]: dimensions i and i + D of a head turn together
         return (angles.cos() * table.attention_factor).to(x.dtype), (angles.sin() * table.attention_factor).to(x.dtype)
 
 
@@ -95,6 +95,7 @@ def install(model: Any, factors: Factors) -> WindowRotary:
     """
     base = model.base_model
     own = getattr(base, "rotary_emb", None)
+    # attention_scaling marks transformers' standard module; GPT-J and others rotate in a way of their own.
     if own is None or not hasattr(own, "attention_scaling"):
         raise UserError(
             f"{type(model).__name__} has no standard rotary_emb on its base model; set model.path to a RoPE model of the standard interface"
@@ -116,7 +117,7 @@ def _own_table(own: nn.Module, config: Any) -> tuple[torch.Tensor, float]:
     A ``longrope`` module starts with its short table. Its attention factor serves both windows in transformers; a
     config with ``short_mscale`` names the short window's own.
     """
-    default_dtype = torch.get_default_dtype()
+    default_dtype = torch.get_default_dtype()  # model code may compute its table in this dtype
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("cpu"):

@@ -77,6 +77,7 @@ def safetensors_of(folder: Path) -> dict[str, StoredTensor]:
                     "not belong to the model"
                 )
             tensors[tensor] = stored
+    # A file beside the listed ones is no error: published folders hold such copies.
     ignored = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in _weight_files(folder))
     if ignored:
         progress.say("model", f"{folder}: {some_of(ignored)} not read, as {INDEX if _index(folder) else FILE} holds the model without")

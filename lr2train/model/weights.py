@@ -90,7 +90,7 @@ def conversions_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> lis
             f"({some_of([name for name in wanted if name in missing])}); set model.path "
             "to a complete folder of the same architecture"
         )
-    position = {name: number for number, name in enumerate(wanted)}
+    position = {name: number for number, name in enumerate(wanted)}  # neighbours in the model are gathered together
     return sorted(conversions, key=lambda conversion: min(position[target] for target in conversion.targets))
 
 
@@ -120,7 +120,7 @@ def _collected(model: Any, tensors: Mapping[str, StoredTensor], wanted: dict[str
     left_over: dict[str, str] = {}
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
-        if target not in wanted and name in wanted:
+        if target not in wanted and name in wanted:  # a present name that a rule for former names would change
             target, pattern = rename_source_key(name, [], [], model.base_model_prefix, wanted)
         if target not in wanted:
             left_over[name] = target
@@ -140,6 +140,7 @@ def _refuse_left_over(model: Any, left_over: Mapping[str, str]) -> None:
     """
     from transformers.utils.loading_report import LoadStateDictInfo
 
+    # transformers' own list of names that a family's code ignores.
     info = LoadStateDictInfo(set(), set(left_over.values()), set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(info)
     strange = [name for name, target in left_over.items() if target in info.unexpected_keys]
@@ -170,7 +171,7 @@ def _conversion(
         values = ready.convert(target, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
 
-    try:
+    try:  # on the meta device: the conversion runs on shapes alone
         shapes = {name: tuple(value.shape) for name, value in make(lambda name: torch.empty(tensors[name].shape, device="meta")).items()}
     except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(f"{some_of(sources)} in the weights do not make up {target} ({config_json.brief(error)}); {_OTHER}") from error

@@ -92,6 +92,7 @@ def _refuse_wrong_tables(rope: Mapping[str, Any], config: Mapping[str, Any], whe
             continue
         if not isinstance(table, list) or not all(_positive(value) for value in table):
             raise wrong_value(where, f"{prefix}{name}", table, "a list of positive finite numbers")
+        # Without these keys the rotary dimension is unknown here; transformers then has defaults of its own.
         sized = config.get("head_dim") or (config.get("hidden_size") and config.get("num_attention_heads"))
         if sized and len(table) != (wanted := _rotary_dim(dict(config)) // 2):
             raise UserError(
@@ -235,7 +236,7 @@ def _kind(rope: dict[str, Any]) -> str:
     if "long_factor" in rope:  # whatever the type's name: Phi-3 has used su, yarn and longrope for one rule
         return "longrope"
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default" and "mrope_section" in rope:
+    if kind == "default" and "mrope_section" in rope:  # Qwen-VL: positions of three axes under the default type
         return "mrope"
     if kind in SCALED_BY_FACTOR and rope.get("factor") == 1 and _first(rope.get("attention_factor"), 1) == 1:
         return "default"
@@ -258,6 +259,7 @@ def _original_window(config: dict[str, Any], rope: dict[str, Any]) -> int:
 
 
 def _target_window(config: dict[str, Any], rope: dict[str, Any], spectrum: Spectrum) -> int:
+    # Some configs keep the original window in max_position_embeddings; then the target is factor x original window.
     window = config.get("max_position_embeddings") or 0
     if window > spectrum.window_tokens or not rope.get("factor"):
         return int(_first(window or None, spectrum.window_tokens))

@@ -43,7 +43,7 @@ def ntk_aware(spectrum: Spectrum, target_tokens: int) -> Factors:
     D-1.
     """
     scale = extension_ratio(spectrum, target_tokens)
-    exponent = np.arange(spectrum.n_dims) / (spectrum.n_dims - 1)
+    exponent = np.arange(spectrum.n_dims) / (spectrum.n_dims - 1)  # 2i/(d-2)
     return _made("ntk_aware", spectrum, target_tokens, scale**exponent)
 
 
@@ -118,8 +118,8 @@ def llama3(
             "set it below (Meta uses 1 and 4)"
         )
     factor = extension_ratio(spectrum, target_tokens) if factor is None else factor
-    n_periods = spectrum.window_tokens / spectrum.period_tokens
-    kept = np.clip((n_periods - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
+    n_periods = spectrum.window_tokens / spectrum.period_tokens  # inside L0
+    kept = np.clip((n_periods - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)  # 1: keep, 0: divide
     return _made("llama3", spectrum, target_tokens, frequency_linear(1.0 - kept, factor))
 
 
@@ -303,6 +303,7 @@ def _from_method(rope: RopeConfig, spectrum: Spectrum) -> Factors:
     arguments = _arguments(rope, method)
     try:
         made = method(spectrum, rope.target_window_tokens, **arguments)
+        # A longrope base has an attention factor of its own, which such a method leaves as it is.
         return replace(made, attention_factor=spectrum.attention_factor) if made.attention_factor == 1.0 else made
     except UserError:
         raise
@@ -319,6 +320,7 @@ def _arguments(rope: RopeConfig, method: Callable[..., Factors]) -> dict[str, An
         given["critical_index"] = rope.critical_index
     if rope.tail:
         given["tail"] = rope.tail
+    # The keyword-only parameters of a method are its options.
     options = {p.name: p for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY}
     for name in [n for n in given if n not in options]:
         raise UserError(
