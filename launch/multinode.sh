@@ -11,7 +11,7 @@ shift
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # The launcher passes on NCCL_*, and the variables in ~/.deepspeed_env and ./.deepspeed_env; no others.
 [ -f .deepspeed_env ] || echo "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" > .deepspeed_env
-deepspeed --hostfile "${HOSTFILE:-hosts}" --no_local_rank --module "lr2train.$verb" "$@" &
+deepspeed --hostfile "${HOSTFILE:-hosts}" --no_local_rank --module lr2train "$verb" "$@" &
 trap 'kill -TERM $! 2>/dev/null' TERM INT  # deepspeed ends the ranks on all machines
 code=0
 wait $! || code=$?

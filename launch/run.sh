@@ -11,4 +11,4 @@ shift 2
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 world=$(python -c 'import base64, json, sys; print(base64.urlsafe_b64encode(json.dumps({"localhost": list(range(int(sys.argv[1])))}).encode()).decode())' "$ranks")
 exec python -m deepspeed.launcher.launch --world_info="$world" --master_addr=127.0.0.1 --master_port="$port" --quiet --no_local_rank \
-  --module "lr2train.$verb" "$@"
+  --module lr2train "$verb" "$@"

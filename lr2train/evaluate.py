@@ -1,7 +1,7 @@
 """evaluate: needle retrieval and perplexity by length, of the untrained and the trained model, beside other methods.
 
-    python -m lr2train.evaluate run=tiny_4k                                    a finished training run
-    python -m lr2train.evaluate name=other model.path=… rope.factors=… data.path=runs/corpus     any model folder
+    lr2train evaluate run=tiny_4k                                    a finished training run
+    lr2train evaluate name=other model.path=… rope.factors=… data.path=runs/corpus     any model folder
 
 A run is evaluated with the dtype, corpus and needles of its training, unless the command names others. Writes into the
 run's folder: ``evaluate.json``, the printed table, and each row of the comparison under ``evaluation/`` as soon as it

@@ -1,6 +1,6 @@
 """export: a folder that other runtimes load, with weights, config (``longrope``), tokenizer and model card.
 
-    python -m lr2train.export run=tiny_4k [export.dtype=bfloat16] [export.folder=…]
+    lr2train export run=tiny_4k [export.dtype=bfloat16] [export.folder=…]
 
 Plain transformers loads the folder, and its logits are compared in both windows with those of the exported model. The
 differences are in ``export.json`` of the run's folder, where that may be written.
@@ -37,7 +37,7 @@ tags: [long-context, longrope2, lr2train]
 
 - RoPE: `longrope` with searched factors ({method}); original RoPE up to {original} tokens, rescaled RoPE beyond.
 - The text's total length (prompt + generated) decides the table. A runtime that changes tables in the middle of a text has to compute its
-  cache anew; `python -m lr2train.generate model.path=<this folder>` does. vLLM chooses once, from `--max-model-len`; llama.cpp from the
+  cache anew; `lr2train generate model.path=<this folder>` does. vLLM chooses once, from `--max-model-len`; llama.cpp from the
   context size.
 - attention_factor {attention_factor:g} multiplies cos and sin in the long window; the model was trained with {short_factor:g} in the short
   window. {note}

@@ -1,7 +1,7 @@
 """generate: text from a model, across the window switch.
 
-    python -m lr2train.generate run=tiny_4k generate.prompt='import os'
-    python -m lr2train.generate model.path=runs/tiny_4k/export generate.prompt_file=book.txt
+    lr2train generate run=tiny_4k generate.prompt='import os'
+    lr2train generate model.path=runs/tiny_4k/export generate.prompt_file=book.txt
 
 Up to the original window the original RoPE serves. When the text grows beyond it, the cache is computed anew under the
 rescaled RoPE. New text goes to stdout as it comes.

@@ -1,9 +1,9 @@
 """inspect: look at planned segments: their documents, where these come from, and how they read.
 
-    python -m lr2train.inspect data.path=runs/corpus                                   the first segment of each window
-    python -m lr2train.inspect data.path=runs/corpus inspect.window=long inspect.segment=3
-    python -m lr2train.inspect run=first inspect.step=17 inspect.dp_size=8             step 17 of a run, rank by rank
-    python -m lr2train.inspect data.path=runs/corpus optim.segments_per_step=64 inspect.step=17
+    lr2train inspect data.path=runs/corpus                                   the first segment of each window
+    lr2train inspect data.path=runs/corpus inspect.window=long inspect.segment=3
+    lr2train inspect run=first inspect.step=17 inspect.dp_size=8             step 17 of a run, rank by rank
+    lr2train inspect data.path=runs/corpus optim.segments_per_step=64 inspect.step=17
 
 Steps are counted as in metrics.jsonl. ``run=`` takes the corpus, the seed, the global batch and the groups of a
 training run. In the bar a letter is a source, capital and small in turn by document, and a dot is padding. In the table

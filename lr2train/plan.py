@@ -1,6 +1,6 @@
 """plan: cost estimate of an experiment before anything is downloaded or started: memory of a GPU, steps, hours, price.
 
-    python -m lr2train.plan experiment=llama3_8b_128k [hardware.gpus=128 hardware.mfu=0.35 parallel.sp=4 …]
+    lr2train plan experiment=llama3_8b_128k [hardware.gpus=128 hardware.mfu=0.35 parallel.sp=4 …]
 
 No weights, no GPU, no network: parameters are counted from the model's config. Writes ``runs/<name>/plan.json`` and
 prints the same figures as tables.

@@ -1,6 +1,6 @@
 """prepare: documents -> token stores -> planned segments.
 
-    python -m lr2train.prepare experiment=tiny_4k name=corpus
+    lr2train prepare experiment=tiny_4k name=corpus
 
 The story: check the config, list the input, make the tokenizer, tokenise (stage 1, ``data.ingest``), plan the segments
 (stage 2, ``data.plan``). Writes ``runs/<name>/`` with tokenizer/, store/, segments.*.npy, corpus.json

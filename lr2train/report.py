@@ -1,6 +1,6 @@
 """report: one HTML page about a run: results, factors, search, training, corpus, commands to repeat it.
 
-    python -m lr2train.report runs/first [runs/factors runs/corpus …] [--out page.html]
+    lr2train report runs/first [runs/factors runs/corpus …] [--out page.html]
 
 The page is one file: no network, no scripts, pictures inside. The search, corpus and base run of ``runs/first`` are
 found by the paths that it recorded; further folders replace them.
@@ -65,7 +65,7 @@ def render(inputs: Inputs) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exit codes as in ``lr2train.cli.door``."""
-    parser = argparse.ArgumentParser(prog="python -m lr2train.report", description="One HTML page about a run, in one file.")
+    parser = argparse.ArgumentParser(prog="lr2train report", description="One HTML page about a run, in one file.")
     parser.add_argument(
         "folders",
         nargs="+",

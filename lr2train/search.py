@@ -1,6 +1,6 @@
 """search: find RoPE factors by needle-driven evolutionary search (paper, Section 3.2).
 
-    deepspeed --no_local_rank --module lr2train.search experiment=tiny_4k name=factors
+    deepspeed --no_local_rank --module lr2train search experiment=tiny_4k name=factors
 
 Plain python and torchrun start it too.
 
@@ -106,7 +106,7 @@ def inputs(config: Config) -> tuple[Space, list[SearchDocument], Corpus]:
     if config.model.path is None:
         raise UserError("model.path is empty; set model.path to the pretrained model whose factors are searched")
     if config.data.path is None:
-        raise UserError("data.path is empty; set data.path to a folder that `python -m lr2train.prepare` wrote, such as runs/corpus")
+        raise UserError("data.path is empty; set data.path to a folder that `lr2train prepare` wrote, such as runs/corpus")
     spectrum = load.spectrum_of(hf_config, config.model)
     target = config.rope.target_window_tokens
     if target <= spectrum.window_tokens:

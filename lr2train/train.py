@@ -1,6 +1,6 @@
 """train: mid-train a model with mixed context windows, or a tiny base model from scratch.
 
-    deepspeed --no_local_rank --module lr2train.train experiment=tiny_4k name=first
+    deepspeed --no_local_rank --module lr2train train experiment=tiny_4k name=first
 
 The same command resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, factors.json, model/ (a Hugging Face
 folder), train.steps.json (lr2train.training.steps), train.json.
@@ -90,7 +90,7 @@ def checked_inputs(config: Config) -> Inputs:
         raise UserError(f"engine.zero_stage=0 trains in float32 alone, and model.dtype={config.model.dtype}; set engine.zero_stage to 1")
     hf_config = load.config_of(config.model)
     if config.data.path is None:
-        raise UserError("data.path is empty; set data.path to a folder that `python -m lr2train.prepare` wrote, such as runs/corpus")
+        raise UserError("data.path is empty; set data.path to a folder that `lr2train prepare` wrote, such as runs/corpus")
     corpus = Corpus.open(Path(config.data.path))
     corpus.refuse_other_tokenizer(hf_config.vocab_size, load.folder_of(config.model) if config.model.path else None)
     attention.refuse_config(

@@ -328,7 +328,7 @@ def test_a_search_without_training_has_a_page(tmp_path):
         "rcd 12",
         "114 candidates",
         "needles_long",
-        "python -m lr2train.train",
+        "lr2train train",
     ):
         assert words in page, words
     parsed = _Parsed(page)

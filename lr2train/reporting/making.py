@@ -17,7 +17,7 @@ def factors(inputs: Inputs) -> str | Missing:
     """Rescale factors and periods, beside methods without a search."""
     made = inputs.factors
     if made is None or made.scale == 1:
-        return Missing("This run has no factors of its own.", "python -m lr2train.search experiment=… name=factors")
+        return Missing("This run has no factors of its own.", "lr2train search experiment=… name=factors")
     index, spectrum = inputs.critical_index, made.spectrum
     sentence = (
         f"Rotary dimension {spectrum.rotary_dim}, base {spectrum.base:g}; attention factor {made.attention_factor:g} "
@@ -58,7 +58,7 @@ def search(inputs: Inputs) -> str | Missing:
     if not lines:
         return Missing(
             "No search of this run's factors was found.",
-            "python -m lr2train.search experiment=… name=factors",
+            "lr2train search experiment=… name=factors",
         )
     tokens = "the answers' tokens of needle documents" if inputs.objective == "needle" else "all tokens of plain documents"
     figures = [
@@ -134,7 +134,7 @@ def _search_sentence(inputs: Inputs) -> str:
 def training(inputs: Inputs) -> str | Missing:
     """Loss, learning rate, gradients, speed."""
     if not inputs.metrics:
-        return Missing("Training has not begun.", f"python -m lr2train.train experiment=… name={inputs.folder.resolve().name}")
+        return Missing("Training has not begun.", f"lr2train train experiment=… name={inputs.folder.resolve().name}")
     lines = inputs.metrics
     figures = [
         figure(
@@ -190,7 +190,7 @@ def _base(inputs: Inputs) -> str:
 def corpus(inputs: Inputs) -> str | Missing:
     """Documents, tokens and segments by source and window."""
     if not inputs.corpus:
-        return Missing("The corpus of this run was not found.", "python -m lr2train.prepare experiment=… name=corpus")
+        return Missing("The corpus of this run was not found.", "lr2train prepare experiment=… name=corpus")
     one = inputs.corpus
     rows = [_source(source, one) for source in one["sources"]]
     head = [

@@ -209,7 +209,7 @@ def comparison(inputs: Inputs) -> str | Missing:
     if not inputs.evaluation:
         return Missing(
             "The trained model has not been compared with other methods.",
-            f"python -m lr2train.evaluate run={inputs.folder.resolve().name}",
+            f"lr2train evaluate run={inputs.folder.resolve().name}",
         )
     tables = "".join(_table(inputs.evaluation, *measure) for measure in MEASURES)
     sentence = (
@@ -244,7 +244,7 @@ def _figure(value: float, best: float, key: str) -> str:
 def needles(inputs: Inputs) -> str | Missing:
     """A heat map per row of the evaluation; the trained model comes last."""
     if not inputs.evaluation:
-        return Missing("Needles have not been evaluated.", f"python -m lr2train.evaluate run={inputs.folder.resolve().name}")
+        return Missing("Needles have not been evaluated.", f"lr2train evaluate run={inputs.folder.resolve().name}")
     rows = inputs.evaluation["rows"]
     panels = "".join(_panel(row, last=i == len(rows) - 1) for i, row in enumerate(rows))
     documents = max(cell["documents"] for row in rows for cell in row["cells"])
@@ -267,7 +267,7 @@ def sample(inputs: Inputs) -> str | Missing:
     if not inputs.sample:
         return Missing(
             "No text has been generated.",
-            f"python -m lr2train.generate run={inputs.folder.resolve().name} generate.prompt=…",
+            f"lr2train generate run={inputs.folder.resolve().name} generate.prompt=…",
         )
     one = inputs.sample
     prompt, cut = one["prompt"][-SHOWN_CHARACTERS:], len(one["prompt"]) > SHOWN_CHARACTERS
@@ -283,7 +283,7 @@ def exported(inputs: Inputs) -> str | Missing:
     if not inputs.export:
         return Missing(
             "The model has not been exported.",
-            f"python -m lr2train.export run={inputs.folder.resolve().name}",
+            f"lr2train export run={inputs.folder.resolve().name}",
         )
     one = inputs.export
     pairs = [
@@ -307,7 +307,7 @@ def provenance(inputs: Inputs) -> str | Missing:
     if not inputs.origins:
         return Missing(
             "No verb has recorded its config.",
-            f"python -m lr2train.train experiment=… name={inputs.folder.resolve().name}",
+            f"lr2train train experiment=… name={inputs.folder.resolve().name}",
         )
     return heading("Provenance", "Commands, code and configs. Configs are complete: the same command repeats the run.") + "".join(
         _origin(*one) for one in inputs.origins

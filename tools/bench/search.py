@@ -2,7 +2,7 @@
 
     python -m tools.bench.search [--quick]
 
-Every search is a run of ``python -m lr2train.search`` on the demo's tiny model, in its own process. Finished searches
+Every search is a run of ``lr2train search`` on the demo's tiny model, in its own process. Finished searches
 are not run again. Plain and racing searches of a seed share population size, iterations, operators and the first
 candidates.
 
