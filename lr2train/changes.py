@@ -18,7 +18,8 @@ MAY_CHANGE = (
     "model.path:", "model.revision:", "model.allow_download:", "data.path:", "rope.factors:",
     # read by prepare alone: the contents of the corpus are compared instead
     *(f"data.{key}" for key in (
-        "sources", "tokenizer", "vocab_size", "shard_bytes", "deduplicate", "decontaminate", "short_tokens", "long_tokens", "buckets", "weights_of",
+        "sources", "tokenizer", "vocab_size", "shard_bytes", "deduplicate", "decontaminate", "short_tokens",
+        "long_tokens", "buckets", "weights_of",
         "max_repeats", "keep_below", "over_long", "holdout", "align_sp", "workers",
     )),
     # how data are read; lr2train.training.steps has its own rule for skipped steps and groups
@@ -28,13 +29,17 @@ MAY_CHANGE = (
     # memory against time
     "engine.activation_checkpointing:", "engine.loss_chunk_tokens:", "search.chunk_tokens:", "search.shard:",
     *(f"engine.deepspeed.zero_optimization.{key}" for key in (
-        "offload_", "stage3_", "allgather_", "reduce_bucket_size", "sub_group_size", "overlap_comm", "contiguous_gradients", "round_robin_gradients",
+        "offload_", "stage3_", "allgather_", "reduce_bucket_size", "sub_group_size", "overlap_comm",
+        "contiguous_gradients", "round_robin_gradients",
     )),
     # logging
-    *(f"engine.deepspeed.{key}" for key in ("wall_clock_breakdown", "steps_per_print", "comms_logger", "flops_profiler", "memory_breakdown")),
+    *(f"engine.deepspeed.{key}" for key in ("wall_clock_breakdown", "steps_per_print", "comms_logger", "flops_profiler",
+    "memory_breakdown")),
 )  # fmt: skip
 # Dictionaries with free keys: there, a missing key is a value that was not set.
-_OPEN = re.compile(r"model\.(architecture|overrides)\.|rope\.options\.|engine\.deepspeed\.|data\.keep_below\.|.*\.(options|sources)\.$")
+_OPEN = re.compile(
+    r"model\.(architecture|overrides)\.|rope\.options\.|engine\.deepspeed\.|data\.keep_below\.|.*\.(options|sources)\.$"
+)
 
 
 def may_change(line: str) -> bool:
@@ -57,7 +62,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
     for key in sorted(old.keys() | new.keys()):
         if key not in old and not _OPEN.match(prefix):
             continue
-        a, b = (values.get(key, {} if isinstance(other.get(key), dict) else _UNSET) for values, other in ((old, new), (new, old)))
+        a, b = (
+            values.get(key, {} if isinstance(other.get(key), dict) else _UNSET)
+            for values, other in ((old, new), (new, old))
+        )
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, f"{prefix}{key}.")
         elif _names(a) and _names(a) == _names(b):

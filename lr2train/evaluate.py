@@ -44,7 +44,9 @@ def evaluate(config: Config) -> dict[str, Any]:
     config, subjects = inputs(config)
     job = run.Run(Path(config.runs_folder) / str(config.run or config.name), "evaluate")
     corpus, factors = Corpus.open(config.data.path), subjects[-1].factors
-    corpus.refuse_other_tokenizer(load.config_of(load.ModelConfig(path=str(subjects[-1].folder))).vocab_size, subjects[-1].folder)
+    corpus.refuse_other_tokenizer(
+        load.config_of(load.ModelConfig(path=str(subjects[-1].folder))).vocab_size, subjects[-1].folder
+    )
     lengths = _lengths(config, factors.target_window_tokens)
     needles, texts = _documents(config, corpus, lengths)
     device = processes.start(config)
@@ -53,9 +55,16 @@ def evaluate(config: Config) -> dict[str, Any]:
     rows = []
     for subject in subjects:
         settings = _settings(subject, config, corpus, lengths)
-        rows.append(_evaluated(subject, settings, job, lambda subject=subject: _row(subject, config, needles, texts, str(device))))
+        rows.append(
+            _evaluated(
+                subject, settings, job, lambda subject=subject: _row(subject, config, needles, texts, str(device))
+            )
+        )
         job.log(_summary(rows[-1]))
-    windows = {"original_window_tokens": factors.spectrum.window_tokens, "target_window_tokens": factors.target_window_tokens}
+    windows = {
+        "original_window_tokens": factors.spectrum.window_tokens,
+        "target_window_tokens": factors.target_window_tokens,
+    }
     prompt = _write_prompt(config, corpus, factors.spectrum.window_tokens, job)
     result = {**windows, "prompt": prompt, "lengths_tokens": lengths, "rows": rows, "provenance": run.provenance()}
     job.write_json("evaluate.json", result)
@@ -79,7 +88,8 @@ def inputs(config: Config) -> tuple[Config, list[Subject]]:
     if config.run is None:
         if config.model.path is None or config.data.path is None:
             raise UserError(
-                "run is empty; set run=<name of a finished training run>, or model.path, rope and data.path for a model of your own"
+                "run is empty; set run=<name of a finished training run>, or model.path, rope and data.path for a "
+                "model of your own"
             )
         return config, _before(config, load.folder_of(config.model))
     folder = trained_run.run_folder(config)
@@ -102,7 +112,9 @@ def _before(config: Config, folder: Path) -> list[Subject]:
 
 def _methods(config: Config, folder: Path, factors: Factors) -> list[Subject]:
     names = [name for name in config.eval.methods if name != factors.method]
-    return [Subject(f"{name} untrained", folder, _method(name, factors), False, config.model.overrides) for name in names]
+    return [
+        Subject(f"{name} untrained", folder, _method(name, factors), False, config.model.overrides) for name in names
+    ]
 
 
 def _method(name: str, factors: Factors) -> Factors:
@@ -111,7 +123,8 @@ def _method(name: str, factors: Factors) -> Factors:
         return build(RopeConfig(target_window_tokens=factors.target_window_tokens, method=name), factors.spectrum)
     except UserError as error:
         raise UserError(
-            f"eval.methods names {name}, which cannot be built from the windows alone ({error}); remove it from eval.methods"
+            f"eval.methods names {name}, which cannot be built from the windows alone ({error}); remove it from "
+            "eval.methods"
         ) from error
 
 
@@ -119,7 +132,8 @@ def _lengths(config: Config, target: int) -> list[int]:
     lengths = sorted({length for length in config.eval.lengths_tokens if length <= target})
     if not lengths:
         raise UserError(
-            f"eval.lengths_tokens={config.eval.lengths_tokens} are all beyond the target window of {target}; add a shorter length"
+            f"eval.lengths_tokens={config.eval.lengths_tokens} are all beyond the target window of {target}; add a "
+            "shorter length"
         )
     return lengths
 
@@ -135,11 +149,24 @@ def _documents(config: Config, corpus: Corpus, lengths: list[int]) -> tuple[list
             "measure; set at least one of each"
         )
     if not all(0.0 <= depth <= 1.0 for depth in settings.depths):
-        raise UserError(f"eval.depths={settings.depths} are not all between 0 (start) and 1 (end); set eval.depths inside these limits")
+        raise UserError(
+            f"eval.depths={settings.depths} are not all between 0 (start) and 1 (end); set eval.depths inside these "
+            "limits"
+        )
     for length in lengths:
         rng = run.stream(settings.seed, "evaluate", "needles", length)
-        needles += needle_set(corpus, config.data.needles, settings.samples, length, settings.depths, rng, distractors=settings.distractors)
-        texts += text_set(corpus, settings.text_documents, length, run.stream(settings.seed, "evaluate", "text", length))
+        needles += needle_set(
+            corpus,
+            config.data.needles,
+            settings.samples,
+            length,
+            settings.depths,
+            rng,
+            distractors=settings.distractors,
+        )
+        texts += text_set(
+            corpus, settings.text_documents, length, run.stream(settings.seed, "evaluate", "text", length)
+        )
     return needles, texts
 
 
@@ -172,7 +199,9 @@ def _settings(subject: Subject, config: Config, corpus: Corpus, lengths: list[in
     return json.loads(json.dumps(settings))  # tuples become lists, as in the file that is compared
 
 
-def _evaluated(subject: Subject, settings: dict[str, Any], job: run.Run, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _evaluated(
+    subject: Subject, settings: dict[str, Any], job: run.Run, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """One row; read back where an earlier call has measured it under the same settings."""
     file = job.folder / "evaluation" / f"{re.sub(r'[^a-z0-9_]+', '_', subject.label)}.json"
     if file.exists() and (old := io.read_json(file))["settings"] == settings:
@@ -182,7 +211,9 @@ def _evaluated(subject: Subject, settings: dict[str, Any], job: run.Run, measure
     return row
 
 
-def _row(subject: Subject, config: Config, needles: list[NeedleDocument], texts: list[np.ndarray], device: str) -> dict[str, Any]:
+def _row(
+    subject: Subject, config: Config, needles: list[NeedleDocument], texts: list[np.ndarray], device: str
+) -> dict[str, Any]:
     model, table = open_model(subject, config.model.dtype, device)
 
     def scores() -> Iterator[Score]:
@@ -198,7 +229,8 @@ def _row(subject: Subject, config: Config, needles: list[NeedleDocument], texts:
         "attention_factor": subject.factors.attention_factor,
         "cells": figures.cells(of_needles),
         "by_length": figures.by_length(
-            [(len(document.tokens), one) for document, one in of_needles], [(len(tokens), one) for tokens, one in of_texts]
+            [(len(document.tokens), one) for document, one in of_needles],
+            [(len(tokens), one) for tokens, one in of_texts],
         ),
     }
 
@@ -207,11 +239,17 @@ def _refuse_not_finite(subject: Subject, scores: Sequence[Score], dtype: str) ->
     bad = sum(not math.isfinite(score.nll) for score in scores)
     if bad:
         remedy = "set model.dtype=float32" if dtype != "float32" else "set model.path to an intact copy of the model"
-        raise UserError(f"{subject.label}: the losses of {bad} of {len(scores)} documents are not finite (model.dtype={dtype}); {remedy}")
+        raise UserError(
+            f"{subject.label}: the losses of {bad} of {len(scores)} documents are not finite (model.dtype={dtype}); "
+            f"{remedy}"
+        )
 
 
 def _summary(row: dict[str, Any]) -> str:
-    lengths = (f"{one['length_tokens']}: {one['accuracy']:.0%} (answer ppl {one['answer_perplexity']:.2f})" for one in row["by_length"])
+    lengths = (
+        f"{one['length_tokens']}: {one['accuracy']:.0%} (answer ppl {one['answer_perplexity']:.2f})"
+        for one in row["by_length"]
+    )
     return f"{row['label']}: {', '.join(lengths)}"
 
 
@@ -227,9 +265,12 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         cells = (
-            f"{one['accuracy']:.0%} | {_short(one['answer_perplexity'])} | {_short(one['text_perplexity'])}" for one in row["by_length"]
+            f"{one['accuracy']:.0%} | {_short(one['answer_perplexity'])} | {_short(one['text_perplexity'])}"
+            for one in row["by_length"]
         )
-        lines.append(f"{row['label']:<{width}}{row['attention_factor']:>18.3f}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(
+            f"{row['label']:<{width}}{row['attention_factor']:>18.3f}" + "".join(f"{cell:>24}" for cell in cells)
+        )
     return "\n".join(lines)
 
 

@@ -36,10 +36,13 @@ tags: [long-context, longrope2, lr2train]
 {base} extended from {original} to {target} tokens with LongRoPE2 (mixed context window training, lr2train).
 
 - RoPE: `longrope` with searched factors ({method}); original RoPE up to {original} tokens, rescaled RoPE beyond.
-- The text's total length (prompt + generated) decides the table. A runtime that changes tables in the middle of a text has to compute its
-  cache anew; `lr2train generate model.path=<this folder>` does. vLLM chooses once, from `--max-model-len`; llama.cpp from the
+- The text's total length (prompt + generated) decides the table. A runtime that changes tables in the middle of a text
+  has to compute its
+  cache anew; `lr2train generate model.path=<this folder>` does. vLLM chooses once, from `--max-model-len`; llama.cpp
+  from the
   context size.
-- attention_factor {attention_factor:g} multiplies cos and sin in the long window; the model was trained with {short_factor:g} in the short
+- attention_factor {attention_factor:g} multiplies cos and sin in the long window; the model was trained with
+  {short_factor:g} in the short
   window. {note}
 """
 EXACT = "They are the same, so transformers, vLLM and SGLang are exact in both windows."
@@ -61,7 +64,10 @@ def export(config: Config) -> dict[str, Any]:
     ranks.refuse_ranks("export")
     job = run.Run(trained_run.run_folder(config), "export")
     if config.export.dtype not in (None, *load.DTYPES):
-        raise UserError(f"export.dtype={config.export.dtype} is not one of {', '.join(load.DTYPES)}; set one of them, or leave it empty")
+        raise UserError(
+            f"export.dtype={config.export.dtype} is not one of {', '.join(load.DTYPES)}; set one of them, or leave it "
+            "empty"
+        )
     io.read_json(job.folder / "train.json")  # refuses a run that is not finished
     factors = Factors.load(job.folder / "factors.json")
     folder = Path(config.export.folder or job.folder / "export")
@@ -97,10 +103,14 @@ def _log(job: run.Run, message: str) -> None:
 
 
 def _refuse_to_overwrite(folder: Path) -> None:
-    """Raises UserError unless the folder is missing, empty or an earlier export: an export replaces the whole folder."""
+    """Raises UserError unless the folder is missing, empty or an earlier export: an export replaces the whole folder.
+    """
     ours = (folder / "config.json").exists() and (folder / "factors.json").exists()
     if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"export.folder={folder} exists and is no former export, and would be replaced; set export.folder to a new folder")
+        raise UserError(
+            f"export.folder={folder} exists and is no former export, and would be replaced; set export.folder to a "
+            "new folder"
+        )
 
 
 def _refuse_unwritable(folder: Path) -> None:
@@ -110,7 +120,8 @@ def _refuse_unwritable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder.parent).close()
     except OSError as error:
         raise UserError(
-            f"{folder.parent} cannot be written ({error.strerror}), and the export would go there; set export.folder to a folder of yours"
+            f"{folder.parent} cannot be written ({error.strerror}), and the export would go there; set export.folder "
+            "to a folder of yours"
         ) from error
 
 
@@ -118,12 +129,23 @@ def _companions(config: Config, job: run.Run) -> list[Path]:
     """The files beside the weights: the base model's sampling settings and templates, and the tokenizer of the run."""
     trained, base = job.folder / "model", load.generation_files_of(config.model)
     generation_files = base or [trained / name for name in GENERATION_FILES]
-    if config.model.path and not Path(config.model.path).expanduser().is_dir() and not any(file.is_file() for file in generation_files):
-        _log(job, f"the base model {config.model.path} is not here any more; its {' and '.join(GENERATION_FILES)}, if any, are left out")
+    if (
+        config.model.path
+        and not Path(config.model.path).expanduser().is_dir()
+        and not any(file.is_file() for file in generation_files)
+    ):
+        _log(
+            job,
+            f"the base model {config.model.path} is not here any more; its {' and '.join(GENERATION_FILES)}, if any, "
+            "are left out",
+        )
     return [*generation_files, *sorted(file for pattern in TOKENIZER_FILES for file in trained.glob(pattern))]
 
 
-def _write(job: run.Run, folder: Path, factors: Factors, dtype: str, device: str, config: Config) -> dict[str, torch.Tensor]:
+def _write(
+    job: run.Run, folder: Path, factors: Factors, dtype: str, device: str, config: Config
+"""> dict[str, torch.Tenso
+"""
     """Write the folder; returns the model's last logits by window. Logits that are not finite stop it before it writes."""
     model = load.load_whole(job.folder / "model", dtype, device)
     values = load.plain_config(model.config)
@@ -176,7 +198,9 @@ def _their_logits(folder: Path, factors: Factors, device: str) -> dict[str, torc
     return {window: _last_logits(model, length) for window, length in _lengths(factors).items()}
 
 
-def _differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], folder: Path, dtype: str) -> dict[str, float]:
+def _differences(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], folder: Path, dtype: str
+) -> dict[str, float]:
     """The largest absolute difference in each window."""
     for window, logits in theirs.items():
         _refuse_not_finite(logits, f"{folder} in plain transformers", window, dtype)
@@ -185,9 +209,14 @@ def _differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
 
 def _refuse_not_finite(logits: torch.Tensor, of: str, window: str, dtype: str) -> None:
     if not torch.isfinite(logits).all():
-        remedy = "" if dtype == "float32" else "; set export.dtype=float32, as the model's own numbers may be too large for less"
+        remedy = (
+            ""
+            if dtype == "float32"
+            else "; set export.dtype=float32, as the model's own numbers may be too large for less"
+        )
         raise UserError(
-            f"{of} in {dtype} computes logits that are not finite in the {window} window, so the export cannot be checked{remedy}"
+            f"{of} in {dtype} computes logits that are not finite in the {window} window, so the export cannot be "
+            f"checked{remedy}"
         )
 
 

@@ -50,7 +50,10 @@ def generate(config: Config) -> dict[str, Any]:
     original, settings = factors.spectrum.window_tokens, config.generate
     how = {"window": settings.window, "temperature": settings.temperature, "top_p": settings.top_p, "seed": config.seed}
     start = time.monotonic()
-    new = _show(decode.generate(model, table, tokens, settings.max_new_tokens, original, stop=_stops(folder, tokenizer), **how), tokenizer)
+    new = _show(
+        decode.generate(model, table, tokens, settings.max_new_tokens, original, stop=_stops(folder, tokenizer), **how),
+        tokenizer,
+    )
     result = {
         "prompt": prompt,
         "prompt_tokens": len(tokens),
@@ -64,7 +67,9 @@ def generate(config: Config) -> dict[str, Any]:
     if reason := io.write_json_where_allowed(_run_folder(config) / "generate.json", result):
         progress.say("generate", f"{_run_folder(config) / 'generate.json'} is not written ({reason})")
     switch = " after a switch with re-prefill" if result["switched"] else ""
-    progress.say("generate", f"{len(tokens)} + {len(new)} tokens, window {table.window}{switch}, {result['seconds']:.1f} s")
+    progress.say(
+        "generate", f"{len(tokens)} + {len(new)} tokens, window {table.window}{switch}, {result['seconds']:.1f} s"
+    )
     return result
 
 
@@ -108,7 +113,9 @@ def _refuse_bad_settings(settings: GenerateConfig) -> None:
 
 def _folder(config: Config) -> Path:
     if config.run is None and config.model.path is None:
-        raise UserError("neither run nor model.path is set; set run=<name of a finished run>, or model.path to an exported folder")
+        raise UserError(
+            "neither run nor model.path is set; set run=<name of a finished run>, or model.path to an exported folder"
+        )
     if config.run is None:
         return load.folder_of(config.model)
     found = [path for path in (_run_folder(config) / "export", _run_folder(config) / "model") if path.is_dir()]
@@ -143,7 +150,9 @@ def _prompt(config: Config) -> str:
 
 def _not_empty(piped: str) -> str:
     if not piped:
-        raise UserError("nothing was piped in as a prompt; set generate.prompt or generate.prompt_file, or pipe a text in")
+        raise UserError(
+            "nothing was piped in as a prompt; set generate.prompt or generate.prompt_file, or pipe a text in"
+        )
     return piped
 
 
@@ -157,7 +166,9 @@ def factors_of(folder: Path, config: Config) -> Factors:
         if written.exists():
             return Factors.load(written)
     hf_config = load.config_of(load.ModelConfig(path=str(folder), overrides=_overrides(config)))
-    return rope_hf.factors_of(load.plain_config(hf_config)) or build(config.rope, load.spectrum_of(hf_config, config.model))
+    return rope_hf.factors_of(load.plain_config(hf_config)) or build(
+        config.rope, load.spectrum_of(hf_config, config.model)
+    )
 
 
 def _refuse_unknown(tokens: list[int], n_ids: int, folder: Path) -> None:

@@ -60,7 +60,10 @@ def _of_run(config: Config) -> Config:
     folder = Path(config.runs_folder) / config.run
     saved = io.read_json(folder / "train.config.json")
     if saved["data"]["kind"] != "segments":
-        raise UserError(f"run={config.run} was trained with data.kind={saved['data']['kind']}, which plans no segments; choose another run")
+        raise UserError(
+            f"run={config.run} was trained with data.kind={saved['data']['kind']}, which plans no segments; choose "
+            "another run"
+        )
     data = replace(
         config.data,
         path=config.data.path or saved["data"]["path"],
@@ -88,11 +91,17 @@ def _chosen(config: Config, loader: SegmentLoader) -> list[tuple[str, int]]:
     Raises:
         UserError: no window has a segment of that number.
     """
-    number, windows = config.inspect.segment or 0, WINDOWS if config.inspect.window is None else (config.inspect.window,)
+    number, windows = (
+        config.inspect.segment or 0,
+        WINDOWS if config.inspect.window is None else (config.inspect.window,),
+    )
     chosen = [(window, number) for window in windows if number < loader.n_segments(window)]
     if not chosen:
         counts = " and ".join(f"{loader.n_segments(window)} {window}" for window in windows)
-        raise UserError(f"inspect.segment={number} is not there: the corpus has {counts} segments, counted from 0; set a smaller number")
+        raise UserError(
+            f"inspect.segment={number} is not there: the corpus has {counts} segments, counted from 0; set a smaller "
+            "number"
+        )
     return chosen
 
 
@@ -142,7 +151,9 @@ def _print_segment(segment: SegmentView, letters: dict[str, str], most: int) -> 
     else:
         _print_plain(rows)
     if len(segment.documents) > most:
-        print(f"… {len(segment.documents) - most} more documents (inspect.documents={len(segment.documents)} shows all)")
+        print(
+            f"… {len(segment.documents) - most} more documents (inspect.documents={len(segment.documents)} shows all)"
+        )
 
 
 def _legend(letters: dict[str, str], names: Sequence[str] | dict[str, str]) -> str:
@@ -187,7 +198,10 @@ def _painted(cells: str) -> str:
     """The bar in colours, one for each letter, where the output is a terminal."""
     if not sys.stdout.isatty():
         return cells
-    return "".join(cell if cell == PADDING else f"\x1b[{41 + (ord(cell.upper()) - ord('A')) % 6};30m{cell}\x1b[0m" for cell in cells)
+    return "".join(
+        cell if cell == PADDING else f"\x1b[{41 + (ord(cell.upper()) - ord('A')) % 6};30m{cell}\x1b[0m"
+        for cell in cells
+    )
 
 
 def inspect_into_a_pipe(config: Config) -> None:

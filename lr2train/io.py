@@ -163,7 +163,9 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it a readable file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         remedy = (
-            "restore it, or choose another name=" if path.name.endswith(_IDENTITY) else "remove it and run the verb that writes it again"
+            "restore it, or choose another name="
+            if path.name.endswith(_IDENTITY)
+            else "remove it and run the verb that writes it again"
         )
         raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
 
@@ -175,7 +177,7 @@ _REMEDIES = {
     errno.EROFS: "set runs_folder, or the key of this path, to a disk that can be written",
     errno.EACCES: "let this user read and write there, or set runs_folder, or the key of this path, to another place",
     errno.EPERM: "let this user read and write there, or set runs_folder, or the key of this path, to another place",
-    errno.EFBIG: "raise the limit of a file's size (`ulimit -f`) or take another disk, and run the same command again to go on",
+    errno.EFBIG: "raise the limit of a file's size (`ulimit -f`) or take another disk, and run the same command again",
     errno.ENAMETOOLONG: "give a shorter name=, runs_folder or path",
     errno.ENOTDIR: "name a folder where a folder is wanted, or remove the file that stands in its place",
     errno.EEXIST: "name a folder where a folder is wanted, or remove the file that stands in its place",
@@ -267,7 +269,9 @@ class Hashed(IOBase):
         """Hash the bytes before ``stop`` (None: the end) that are not hashed yet; the position becomes ``stop``."""
         self._file.seek(self._hashed_bytes)
         buffer = memoryview(bytearray(_CHUNK_BYTES))
-        while size := self._file.readinto(buffer[: None if stop is None else min(_CHUNK_BYTES, stop - self._hashed_bytes)]):
+        while size := self._file.readinto(
+            buffer[: None if stop is None else min(_CHUNK_BYTES, stop - self._hashed_bytes)]
+        ):
             self._digest.update(buffer[:size])
             self._hashed_bytes += size
 

@@ -40,7 +40,9 @@ def plan(config: Config) -> dict[str, Any]:
     accumulation = accumulation_of(config, dp_size)
     workload = workload_of(config, counts.window_tokens, dp_size)
     longest = max(part.span_tokens for part in workload.parts)
-    attention.refuse_config(hf_config, config.parallel, config.data.segment_tokens, longest, config.hardware.gpus_per_node)
+    attention.refuse_config(
+        hf_config, config.parallel, config.data.segment_tokens, longest, config.hardware.gpus_per_node
+    )
     result = {
         "model": _model(counts, config),
         "parallel": _parallel(config, dp_size, accumulation) | _attention(hf_config, workload, config),
@@ -65,7 +67,9 @@ def refuse_mesh(config: Config) -> None:
     """
     gpus, sp = config.hardware.gpus, config.parallel.sp
     if gpus % sp:
-        raise UserError(f"hardware.gpus={gpus} is not divisible by parallel.sp={sp}; set hardware.gpus to {-(-gpus // sp) * sp}")
+        raise UserError(
+            f"hardware.gpus={gpus} is not divisible by parallel.sp={sp}; set hardware.gpus to {-(-gpus // sp) * sp}"
+        )
 
 
 def _model(counts: ModelCounts, config: Config) -> dict[str, Any]:
@@ -123,7 +127,10 @@ def _memory(counts: ModelCounts, config: Config) -> dict[str, Any]:
     items = memory.training_items(counts, MemorySetting.of(config))
     total, limit = sum(item.bytes for item in items if item.on_gpu) / GIB, config.hardware.gpu_memory_gib
     return {
-        "items": [{"name": item.name, "gib": item.bytes / GIB, "formula": item.formula, "on_gpu": item.on_gpu} for item in items],
+        "items": [
+            {"name": item.name, "gib": item.bytes / GIB, "formula": item.formula, "on_gpu": item.on_gpu}
+            for item in items
+        ],
         "total_gib": total,
         "gpu_gib": limit,
         "reserve_gib": memory.RESERVE * limit,
@@ -135,7 +142,11 @@ def _memory(counts: ModelCounts, config: Config) -> dict[str, Any]:
 
 
 def _host_gib(items: list[MemoryItem], config: Config) -> float:
-    return sum(item.bytes for item in items if not item.on_gpu) * min(config.hardware.gpus, config.hardware.gpus_per_node) / GIB
+    return (
+        sum(item.bytes for item in items if not item.on_gpu)
+        * min(config.hardware.gpus, config.hardware.gpus_per_node)
+        / GIB
+    )
 
 
 def _work(workload: Workload, config: Config) -> dict[str, Any]:
@@ -210,7 +221,8 @@ def _assumptions(config: Config) -> list[str]:
         f"a GPU does useful work at {hardware.mfu:.0%} of {hardware.gpu_bf16_tflops:g} TFLOP/s (hardware.mfu; "
         "recomputation is "
         "not useful work)",
-        f"CUDA, NCCL and cuBLAS take {memory.RUNTIME_BYTES / GIB:g} GiB; {memory.RESERVE:.0%} of the GPU stays free for fragmentation",
+        f"CUDA, NCCL and cuBLAS take {memory.RUNTIME_BYTES / GIB:g} GiB; {memory.RESERVE:.0%} of the GPU stays free "
+        "for fragmentation",
         "a layer has a gated MLP and two norms, as in Llama and Phi3",
         f"a GPU-hour costs {hardware.gpu_hour_price:g} USD (hardware.gpu_hour_price)",
         "loading, evaluation, checkpoints and restarts take no time",

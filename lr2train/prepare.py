@@ -79,7 +79,9 @@ def _prepare(config: Config, original_window_tokens: int, inputs: Inputs, job: r
         job.log(line)
     tokenizer = ensure_tokenizer(job.folder, config.data, inputs, job.log)
     stores = ensure_stores(job.folder, config.data, inputs, tokenizer, original_window_tokens, config.seed, job.log)
-    manifest = stage.ensure_segment_tables(job.folder, config.data, stores, original_window_tokens, config.seed, job.log)
+    manifest = stage.ensure_segment_tables(
+        job.folder, config.data, stores, original_window_tokens, config.seed, job.log
+    )
     integrity.write_checksums(job.folder)
     job.claim({})  # notes the config, last: a budget that cannot be filled must not replace the one of a finished plan
     return {**manifest, "not_read": not_read, "folder": str(job.folder)}

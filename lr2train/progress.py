@@ -77,7 +77,9 @@ def _bar(description: str, done: float) -> Iterator[Tick]:
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(description, total=None, completed=int(done), note="", counted="")
-        yield lambda now, total, note: bar.update(task, completed=now, total=total, note=note, counted=_counted(now, total))
+        yield lambda now, total, note: bar.update(
+            task, completed=now, total=total, note=note, counted=_counted(now, total)
+        )
 
 
 @contextlib.contextmanager
@@ -96,7 +98,11 @@ def _lines(description: str, done: float, every_s: float = 15.0) -> Iterator[Tic
         spent, more = time.monotonic() - start, f", {note}" if note else ""
         left = spent / (now_done - done) * (total - now_done)
         with contextlib.suppress(BrokenPipeError):
-            print(f"{description}: {_counted(now_done, total)}, {spent:.0f} s, {left:.0f} s left{more}", file=sys.stderr, flush=True)
+            print(
+                f"{description}: {_counted(now_done, total)}, {spent:.0f} s, {left:.0f} s left{more}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     yield tick
     if state and state[0] > done:  # the last report

@@ -81,7 +81,8 @@ class Run:
         except BlockingIOError:
             lock.seek(0)
             raise UserError(
-                f"run folder {self.folder} is in use by {lock.read().strip()}; wait until it has ended, or choose another name="
+                f"run folder {self.folder} is in use by {lock.read().strip()}; wait until it has ended, or choose "
+                "another name="
             ) from None
         except OSError:  # a file system without locks: go on without
             return None
@@ -152,7 +153,9 @@ class Run:
     def fingerprint(self) -> str:
         """Fingerprint of everything that decides the result of the claimed run: its first config and its inputs."""
         values, inputs = (read_json(self.folder / f"{self.verb}.{what}.json") for what in ("config", "inputs"))
-        decisive = {key: value for key, value in leaves(values) if key != "name" and not f"{key}:".startswith(MAY_CHANGE)}
+        decisive = {
+            key: value for key, value in leaves(values) if key != "name" and not f"{key}:".startswith(MAY_CHANGE)
+        }
         return fingerprint([decisive, {name: content_of(one) for name, one in inputs.items()}])
 
     def log(self, message: str) -> None:
@@ -206,8 +209,13 @@ def _absolute(config: Config) -> Config:
         return os.path.abspath(path) if path is not None and Path(path).exists() else path
 
     sources = [replace(source, path=absolute(source.path)) for source in config.data.sources]
-    data = replace(config.data, path=absolute(config.data.path), tokenizer=absolute(config.data.tokenizer), sources=sources)
-    model, rope = replace(config.model, path=absolute(config.model.path)), replace(config.rope, factors=absolute(config.rope.factors))
+    data = replace(
+        config.data, path=absolute(config.data.path), tokenizer=absolute(config.data.tokenizer), sources=sources
+    )
+    model, rope = (
+        replace(config.model, path=absolute(config.model.path)),
+        replace(config.rope, factors=absolute(config.rope.factors)),
+    )
     return replace(config, model=model, rope=rope, data=data)
 
 
@@ -215,14 +223,18 @@ def _refuse_other_verb(folder: Path, verb: str) -> None:
     """Two verbs write files of the same name, such as factors.json, so they do not share a folder."""
     for other in ("prepare", "search", "train"):
         if other != verb and (folder / f"{other}.config.json").exists():
-            raise UserError(f"run folder {folder} belongs to a run of {other}, whose results {verb} would overwrite; choose another name=")
+            raise UserError(
+                f"run folder {folder} belongs to a run of {other}, whose results {verb} would overwrite; choose "
+                "another name="
+            )
 
 
 def _refuse_other_config(saved: Path, values: dict[str, Any]) -> None:
     changed = [line for line in differences(read_json(saved), values) if not may_change(line)]
     if changed:
         raise UserError(
-            f"run folder {saved.parent} belongs to another config ({len(changed)} keys differ: {'; '.join(changed[:8])}); "
+            f"run folder {saved.parent} belongs to another config ({len(changed)} keys differ: "
+            f"{'; '.join(changed[:8])}); "
             "put them back, or choose another name="
         )
 
@@ -252,7 +264,10 @@ def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
         out = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=5
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=5,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

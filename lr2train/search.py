@@ -69,7 +69,9 @@ def search(config: Config) -> dict[str, Any]:
     table = rotary.install(model, METHODS["none"](space.spectrum, space.target_tokens))
     job.claim(found)
     journal = job.folder / "journal.jsonl"
-    fitness = Fitness(model, table, space, scored_on, journal, chunk_tokens=settings.chunk_tokens, lockstep=settings.shard)
+    fitness = Fitness(
+        model, table, space, scored_on, journal, chunk_tokens=settings.chunk_tokens, lockstep=settings.shard
+    )
     history = History(settings, fitness, job.folder / "generations.jsonl")
     _announce(job, space, fitness)
     start = time.monotonic()
@@ -106,7 +108,9 @@ def inputs(config: Config) -> tuple[Space, list[SearchDocument], Corpus]:
     if config.model.path is None:
         raise UserError("model.path is empty; set model.path to the pretrained model whose factors are searched")
     if config.data.path is None:
-        raise UserError("data.path is empty; set data.path to a folder that `lr2train prepare` wrote, such as runs/corpus")
+        raise UserError(
+            "data.path is empty; set data.path to a folder that `lr2train prepare` wrote, such as runs/corpus"
+        )
     spectrum = load.spectrum_of(hf_config, config.model)
     target = config.rope.target_window_tokens
     if target <= spectrum.window_tokens:
@@ -162,7 +166,10 @@ def _run(job: run.Run, space: Space, history: History) -> list[Scored]:
 
 
 def _write(job: run.Run, space: Space, best: Scored, result: dict[str, Any], origin: dict[str, Any]) -> None:
-    kept = {key: result[key] for key in ("model", "corpus", "settings", "perplexity", "scored_documents", "document_forwards")}
+    kept = {
+        key: result[key]
+        for key in ("model", "corpus", "settings", "perplexity", "scored_documents", "document_forwards")
+    }
     job.write_json("factors.json", {**space.factors(best.candidate).to_json(), NOTES: {**kept, **origin}})
     job.write_json("search.json", result)
     if ranks.rank() == 0:

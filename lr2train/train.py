@@ -87,10 +87,15 @@ def checked_inputs(config: Config) -> Inputs:
     """
     refuse_keys(config.engine.deepspeed)
     if config.engine.zero_stage == 0 and config.model.dtype != "float32":
-        raise UserError(f"engine.zero_stage=0 trains in float32 alone, and model.dtype={config.model.dtype}; set engine.zero_stage to 1")
+        raise UserError(
+            f"engine.zero_stage=0 trains in float32 alone, and model.dtype={config.model.dtype}; set "
+            "engine.zero_stage to 1"
+        )
     hf_config = load.config_of(config.model)
     if config.data.path is None:
-        raise UserError("data.path is empty; set data.path to a folder that `lr2train prepare` wrote, such as runs/corpus")
+        raise UserError(
+            "data.path is empty; set data.path to a folder that `lr2train prepare` wrote, such as runs/corpus"
+        )
     corpus = Corpus.open(Path(config.data.path))
     corpus.refuse_other_tokenizer(hf_config.vocab_size, load.folder_of(config.model) if config.model.path else None)
     attention.refuse_config(
@@ -121,7 +126,9 @@ def _contents(job: run.Run, config: Config, inputs: Inputs) -> dict[str, Any]:
         UserError: an input has other contents than at the first start; on every rank.
     """
     base = {} if config.model.path is None else {"model": load.files_of(load.folder_of(config.model))}
-    return identities(job, {"corpus": inputs.corpus.fingerprint, "factors": io.fingerprint(inputs.factors.to_json())}, base)
+    return identities(
+        job, {"corpus": inputs.corpus.fingerprint, "factors": io.fingerprint(inputs.factors.to_json())}, base
+    )
 
 
 def _finished(job: run.Run, config: Config) -> dict[str, Any] | None:
@@ -130,7 +137,9 @@ def _finished(job: run.Run, config: Config) -> dict[str, Any] | None:
     Work is left if more steps are asked for, if the run goes back to a step, or if the model folder is gone.
     """
     file = job.folder / "train.json"
-    result = control.from_rank_0(_result_in(file) if ranks.rank() == 0 and (job.folder / "model" / "config.json").exists() else None)
+    result = control.from_rank_0(
+        _result_in(file) if ranks.rank() == 0 and (job.folder / "model" / "config.json").exists() else None
+    )
     if result is None or config.optim.steps > result["steps"] or config.engine.resume_from is not None:
         return None
     job.log(f"already finished: {file}")
@@ -210,11 +219,15 @@ def _refuse_start(job: run.Run, training: Training, done: int) -> None:
     training.steps.refuse_other_past(done)
     if done > training.total_steps:
         raise UserError(
-            f"optim.steps={training.total_steps} is below the {done} steps that the run has done; set optim.steps to {done} or more"
+            f"optim.steps={training.total_steps} is below the {done} steps that the run has done; set optim.steps to "
+            f"{done} or more"
         )
     finished = control.from_rank_0((job.folder / "train.json").exists() if ranks.rank() == 0 else False)
     if finished and not done:
-        raise UserError(f"{job.folder} holds a finished run without its checkpoints, so no run can go on from it; choose another name=")
+        raise UserError(
+            f"{job.folder} holds a finished run without its checkpoints, so no run can go on from it; choose another "
+            "name="
+        )
 
 
 def _announce(job: run.Run, training: Training, factors: Factors, done: int) -> None:
@@ -223,9 +236,11 @@ def _announce(job: run.Run, training: Training, factors: Factors, done: int) -> 
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
     mesh = engine.mesh
     job.log(
-        f"{parameters / 1e6:.2f}M parameters, window {factors.spectrum.window_tokens} -> {factors.target_window_tokens} by {factors.method}, "
+        f"{parameters / 1e6:.2f}M parameters, window {factors.spectrum.window_tokens} -> "
+        f"{factors.target_window_tokens} by {factors.method}, "
         f"{mesh.world} ranks (dp {mesh.dp_size} x sp {mesh.sp_size}), ZeRO-{config.engine.zero_stage}, "
-        f"{training.total_steps} steps of {config.optim.segments_per_step} segments" + (f", resuming after step {done}" if done else "")
+        f"{training.total_steps} steps of {config.optim.segments_per_step} segments"
+        + (f", resuming after step {done}" if done else "")
     )
 
 
@@ -260,7 +275,9 @@ def _write_model(job: run.Run, training: Training, inputs: Inputs) -> None:
         config = rope_hf.write(config, factors)
     companions = [*load.generation_files_of(training.config.model), *sorted(corpus.tokenizer_folder.iterdir())]
     window = factors.target_window_tokens
-    training.engine.write_model(job.folder / "model", config, lambda folder: load.copy_companions(companions, folder, window))
+    training.engine.write_model(
+        job.folder / "model", config, lambda folder: load.copy_companions(companions, folder, window)
+    )
 
 
 def _write_result(job: run.Run, training: Training, seconds: float) -> dict[str, Any]:

@@ -38,7 +38,9 @@ def batch_of_labels(tokens: np.ndarray, labels: np.ndarray, spans: tuple[tuple[i
     return Batch(tokens, np.stack([places, labels[places]]).astype(np.int64), spans, window)
 
 
-def batch_of(table: SegmentTable, segment: int, stores: Sequence[SourceStore], window: str, whole: bool, padding: int) -> Batch:
+def batch_of(
+    table: SegmentTable, segment: int, stores: Sequence[SourceStore], window: str, whole: bool, padding: int
+) -> Batch:
     """One planned segment; ``whole`` is one attention span over all of it, else each document span is its own."""
     spans = find_spans(table, segment, [SourceTokens(store) for store in stores])
     return assemble(spans, table.segment_tokens, window, whole, padding)

@@ -8,8 +8,10 @@
     def test_sum(tmp_path):
         assert run_ranks(body, 2, 10, tmp_path=tmp_path) == [21, 21]
 
-Choice: processes fork from a server that has imported torch, transformers and DeepSpeed once, so that the first launch of a session takes
-seconds and the next a tenth of one. The server computes nothing, which is what makes forking from it safe. Cost: a module that it has not
+Choice: processes fork from a server that has imported torch, transformers and DeepSpeed once, so that the first launch
+of a session takes
+seconds and the next a tenth of one. The server computes nothing, which is what makes forking from it safe. Cost: a
+module that it has not
 imported (`PRELOAD`) is imported by every rank anew, so several checks over such a module belong in one launch.
 """
 
@@ -37,7 +39,8 @@ PRELOAD = [
     "transformers.modeling_utils",
     *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
     "deepspeed.runtime.zero.stage3",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported with the first optimizer, and with it torch's compiler: seconds
+    # imported with the first optimizer, and with it torch's compiler: seconds
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "hypothesis",
     "pytest",
 ]
@@ -51,9 +54,12 @@ class RankError(AssertionError):
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, tmp_path: Path, timeout_s: float = 60.0) -> list[Any]:
     """Call ``fn(rank, world, *args)`` on ``world`` ranks and return what they returned, in order of rank.
 
-    ``fn`` is a top-level function of a module; it, ``args`` and the returned values are pickled (tensors by value). ``torch.distributed``
-    is initialised (gloo, through a file under ``tmp_path``) and torch runs on one thread. Raises RankError with every failed rank's
-    traceback; the ranks that would wait for a failed one are ended. A launch that takes longer than ``timeout_s`` is ended and raises
+    ``fn`` is a top-level function of a module; it, ``args`` and the returned values are pickled (tensors by value).
+    ``torch.distributed``
+    is initialised (gloo, through a file under ``tmp_path``) and torch runs on one thread. Raises RankError with every
+    failed rank's
+    traceback; the ranks that would wait for a failed one are ended. A launch that takes longer than ``timeout_s`` is
+    ended and raises
     TimeoutError.
     """
     folder = Path(tempfile.mkdtemp(dir=tmp_path, prefix="ranks_"))
@@ -74,7 +80,9 @@ def forking() -> ForkServerContext:
     """What processes are made with: it forks them from the server, which is started here if need be."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # or DeepSpeed touches the GPU when imported, and such a server must not fork
+    with mock.patch.dict(
+        os.environ, DS_ACCELERATOR="cpu"
+    ):  # or DeepSpeed touches the GPU when imported, and such a server must not fork
         forkserver.ensure_running()
     return context
 

@@ -18,7 +18,11 @@ from lr2train.data.needles import N_KEYS
 from lr2train.data.tokenizer import SMALLEST_VOCABULARY
 
 EXPERIMENTS = sorted(path.stem for path in (CONF_FOLDER / "experiment").glob("*.yaml"))
-GROUPS = [(path.parent.name, path.stem) for path in sorted(CONF_FOLDER.glob("*/*.yaml")) if path.parent.name not in ("experiment", "local")]
+GROUPS = [
+    (path.parent.name, path.stem)
+    for path in sorted(CONF_FOLDER.glob("*/*.yaml"))
+    if path.parent.name not in ("experiment", "local")
+]
 VERBS = sorted(READS)
 
 
@@ -100,7 +104,12 @@ def _reader(override: str) -> str:
 BLANK = OmegaConf.merge(
     OmegaConf.structured(Config),
     OmegaConf.from_dotlist(
-        ["name=x", "data.sources=[{name: 's'}]", "data.buckets=[{name: 'b'}]", "data.stages=[{steps: 1, length_tokens: 8}]"]
+        [
+            "name=x",
+            "data.sources=[{name: 's'}]",
+            "data.buckets=[{name: 'b'}]",
+            "data.stages=[{steps: 1, length_tokens: 8}]",
+        ]
     ),
 )
 
@@ -131,7 +140,11 @@ def _outside(limits: schema.Limits, whole: bool) -> list[float]:
     beyond += [] if limits.above is None else [limits.above, limits.above - 1]
     beyond += [] if limits.most is None else [limits.most + 1]
     beyond += [] if limits.below is None else [limits.below]
-    return [int(one) for one in beyond] if whole else [*beyond, math.nan, *([] if limits.infinite else [math.inf]), -math.inf]
+    return (
+        [int(one) for one in beyond]
+        if whole
+        else [*beyond, math.nan, *([] if limits.infinite else [math.inf]), -math.inf]
+    )
 
 
 def _setting(key: str, value: Any) -> Any:
@@ -194,7 +207,8 @@ def test_limits_that_other_parts_set_are_theirs():
 @pytest.mark.parametrize("verb", READS)
 def test_a_verb_is_refused_over_the_keys_that_it_reads_alone(verb):
     wrong = {
-        "parallel.sp": 0, "search.racing_z": -1, "data.holdout": 2, "optim.lr": -1, "eval.samples": 0, "hardware.mfu": 0, "generate.top_p": 0,
+        "parallel.sp": 0, "search.racing_z": -1, "data.holdout": 2, "optim.lr": -1, "eval.samples": 0,
+        "hardware.mfu": 0, "generate.top_p": 0,
         "inspect.dp_size": 0, "export.dtype": "int4", "logger.mode": "loud",
     }  # fmt: skip
     for key, value in wrong.items():
@@ -210,7 +224,9 @@ def test_the_readers_of_a_key():
     assert [verb for verb in READS if reads(verb, "parallel.sp")] == ["train", "plan"]
     assert [verb for verb in READS if reads(verb, "parallel.timeout_s")] == ["search", "train", "evaluate", "plan"]
     assert [verb for verb in READS if reads(verb, "data.sources.web.weight")] == ["prepare"]
-    assert [verb for verb in READS if reads(verb, "data")] == [verb for verb in READS if verb not in ("export", "generate")]
+    assert [verb for verb in READS if reads(verb, "data")] == [
+        verb for verb in READS if verb not in ("export", "generate")
+    ]
 
 
 def test_every_key_that_a_verb_reads_is_in_the_schema():

@@ -54,7 +54,9 @@ def stand_ins():
 def test_the_whole_check_runs_on_cpu(tmp_path, capsys):
     """Every part runs, and the JSON agrees with the output."""
     out = tmp_path / "deep" / "gpu_check.json"
-    assert gpu_check.main(["--device", "cpu", "--tokens", "256", "--rounds", "1", "--peak", "1", "--out", str(out)]) == 0
+    assert (
+        gpu_check.main(["--device", "cpu", "--tokens", "256", "--rounds", "1", "--peak", "1", "--out", str(out)]) == 0
+    )
     printed = capsys.readouterr().out.splitlines()
     told = json.loads(out.read_text())
     assert told["kernels"] == ["cpu_flash"]
@@ -63,11 +65,22 @@ def test_the_whole_check_runs_on_cpu(tmp_path, capsys):
     assert {row["level"] for row in told["parity"]} == {
         "rows", "blocks", "ring on 4", "gather on 4", "ulysses on 4", "ulysses_ring on 2x2",
     }  # fmt: skip
-    assert all(row["passes"] and row["cases"] == (24 if row["level"] in ("rows", "blocks") else 12) for row in told["parity"])
+    assert all(
+        row["passes"] and row["cases"] == (24 if row["level"] in ("rows", "blocks") else 12) for row in told["parity"]
+    )
     assert {row["strategy"] for row in told["attention"]["rows"]} == {"ulysses", "ring"}
-    assert all(row["forward_ms"] > 0 and row["tflops_per_s"] > 0 for part in ("attention", "layer") for row in told[part]["rows"])
+    assert all(
+        row["forward_ms"] > 0 and row["tflops_per_s"] > 0
+        for part in ("attention", "layer")
+        for row in told[part]["rows"]
+    )
     figures = {figure["name"]: figure for figure in told["figures"]}
-    assert figures["parity_failures"]["value"] == figures["attention_failures"]["value"] == figures["layer_failures"]["value"] == 0
+    assert (
+        figures["parity_failures"]["value"]
+        == figures["attention_failures"]["value"]
+        == figures["layer_failures"]["value"]
+        == 0
+    )
     assert figures["layer_ring_share_of_peak"]["value"] == pytest.approx(figures["layer_ring_tflops_per_s"]["value"])
     assert all(figure["holds"] for figure in figures.values())
     assert [line.split(": ")[0] for line in printed[-len(figures) :]] == list(figures)
@@ -193,7 +206,9 @@ def test_a_wrong_backward_fails_in_its_gradient_alone(monkeypatch):
 @pytest.mark.usefixtures("fewer_cases")
 def test_a_merge_that_ignores_lse_fails_at_every_level_that_merges(monkeypatch):
     for module in (kernel, ring, gpu_parity):
-        monkeypatch.setattr(module, "merge", lambda out_a, lse_a, out_b, lse_b: ((out_a + out_b) / 2, torch.logaddexp(lse_a, lse_b)))
+        monkeypatch.setattr(
+            module, "merge", lambda out_a, lse_a, out_b, lse_b: ((out_a + out_b) / 2, torch.logaddexp(lse_a, lse_b))
+        )
     passing = {row.level for row in rows_of(torch.bfloat16) if row.passes}
     assert not passing & {"blocks", "ring on 4", "ulysses_ring on 2x2"}
 
@@ -270,7 +285,10 @@ def test_flops_of_a_layer_equal_torch_s_counter():
 
 
 def test_a_step_is_all_layers_and_one_loss():
-    timings = {name: gpu_timing.Timing(FLOPS, [1.0], [seconds - 1.0]) for name, seconds in ((gpu_layer.LAYER, 4.0), (gpu_layer.LOSS, 2.0))}
+    timings = {
+        name: gpu_timing.Timing(FLOPS, [1.0], [seconds - 1.0])
+        for name, seconds in ((gpu_layer.LAYER, 4.0), (gpu_layer.LOSS, 2.0))
+    }
     timings[gpu_layer.KEPT] = gpu_timing.Timing(FLOPS, [1.0], [2.0])
     step = gpu_layer.LayerStep("ring", 64, layers=3, timings=timings)
     assert step.seconds == 14.0
@@ -363,7 +381,10 @@ def test_old_and_broken_libraries_are_listed_with_a_reason(monkeypatch):
     libraries(monkeypatch, old, old, (9, 0))
     found = gpu_kernels.available(cuda)
     assert found.names == ("torch_varlen",)
-    assert found.missing[1] == "not importable: flash_attn (too old: its _flash_attn_varlen_backward has no window_size_left)"
+    assert (
+        found.missing[1]
+        == "not importable: flash_attn (too old: its _flash_attn_varlen_backward has no window_size_left)"
+    )
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it raises
     monkeypatch.delitem(sys.modules, "flash_attn.flash_attn_interface")
     assert gpu_kernels.available(cuda).missing[1].startswith("not importable: flash_attn (")

@@ -1,4 +1,6 @@
-"""Imports point down the house: verbs -> training, evolution, evaluation -> model, data -> attention, rope -> parallel."""
+"""Imports point down the house: verbs -> training, evolution, evaluation -> model, data -> attention, rope ->
+parallel.
+"""
 
 import ast
 from pathlib import Path
@@ -63,7 +65,9 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize(("library", "homes"), FEW_FILES.items())
 def test_a_library_lives_in_few_files(library, homes):
-    users = {str(path.relative_to(ROOT)) for path in FILES if any(name.split(".")[0] == library for name in imported(path))}
+    users = {
+        str(path.relative_to(ROOT)) for path in FILES if any(name.split(".")[0] == library for name in imported(path))
+    }
     assert users, f"nothing imports {library}"
     assert all(user.startswith(homes) for user in users), users
 

@@ -105,7 +105,9 @@ def test_training_flops_agree_with_the_training_loop(llama):
     """MFU counts 6 N' + 6 layers * heads * head_dim * T a token."""
     assert cost.training_flops_per_token(llama, L) == 6 * 7_504_924_672 + 6 * 32 * 32 * 128 * L
     assert cost.training_flops_per_token(llama, L) == pytest.approx(148.1e9, rel=1e-3)
-    assert cost.recomputed_flops_per_token(llama, L, True) == pytest.approx(cost.forward_flops_per_token(llama, L), rel=1e-4)
+    assert cost.recomputed_flops_per_token(llama, L, True) == pytest.approx(
+        cost.forward_flops_per_token(llama, L), rel=1e-4
+    )
     assert cost.recomputed_flops_per_token(llama, L, False) == 2 * 128256 * 4096
 
 
@@ -114,7 +116,9 @@ def test_the_papers_speed_as_mfu(request, name, hours, speed, expected):
     """10B tokens on 64 A100, 3B of them short, as a share of 312 TFLOP/s."""
     model = request.getfixturevalue(name)
     assert 10e9 / (hours * 3600 * 64) == pytest.approx(speed, abs=1)
-    flops = 0.3 * cost.training_flops_per_token(model, model.window_tokens) + 0.7 * cost.training_flops_per_token(model, L)
+    flops = 0.3 * cost.training_flops_per_token(model, model.window_tokens) + 0.7 * cost.training_flops_per_token(
+        model, L
+    )
     mfu = speed * flops / 312e12
     assert mfu == pytest.approx(expected, abs=0.001)
     assert cost.tokens_per_s(312, mfu, flops) == pytest.approx(speed)
@@ -174,7 +178,9 @@ def test_a_layer_saves_what_the_formula_says():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         alive = layer(x, position_embeddings=rotated, position_ids=positions)
     assert alive is not None
-    assert memory.layer_saved_bytes(counts_of(hf_config, config.model), tokens, 2, 1) == pytest.approx(sum(kept.values()), rel=0.08)
+    assert memory.layer_saved_bytes(counts_of(hf_config, config.model), tokens, 2, 1) == pytest.approx(
+        sum(kept.values()), rel=0.08
+    )
 
 
 def test_offloading_moves_states_to_the_host(llama):
@@ -206,7 +212,9 @@ def test_steps_from_token_budgets_equal_the_loaders():
 
 def test_a_prepared_corpus_comes_before_token_budgets(tmp_path):
     write_json(tmp_path / "corpus.json", {"windows": {"short": {"segments": 30}, "long": {"segments": 10}}})
-    work = workload_of(composed(f"data.path={tmp_path}", "data.short_tokens=1000000", "optim.segments_per_step=8"), 8192, 4)
+    work = workload_of(
+        composed(f"data.path={tmp_path}", "data.short_tokens=1000000", "optim.segments_per_step=8"), 8192, 4
+    )
     assert [part.segments for part in work.parts] == [30, 10]
     assert work.steps == math.ceil((8 + 3) / 2)
     assert work.origin == str(tmp_path / "corpus.json")

@@ -41,7 +41,9 @@ class _Parsed(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data", "action")]
+        self.references += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data", "action")
+        ]
         if tag != "meta":
             self._open.append(tag)
 
@@ -81,7 +83,9 @@ def make_corpus(folder: Path) -> None:
             "segments": segments,
             "planned_tokens": segments * L - 700,
             "padding_share": 0.0032,
-            "sources": {s["name"]: {"documents": 71, "tokens": 22355, "planned_tokens": segments * L // 2} for s in sources},
+            "sources": {
+                s["name"]: {"documents": 71, "tokens": 22355, "planned_tokens": segments * L // 2} for s in sources
+            },
         }
         for window, segments in (("short", 245), ("long", 610))
     }
@@ -104,7 +108,10 @@ def metrics(steps: int, windows: tuple[str, ...], seed: int = 0) -> list[dict]:
     """Lines as the training loop writes them."""
     rng, lines = np.random.default_rng(seed), []
     for step in range(1, steps + 1):
-        loss = {window: (2.1 if window == "short" else 1.7) + 2.5 * math.exp(-step / 25) + rng.normal(0, 0.06) for window in windows}
+        loss = {
+            window: (2.1 if window == "short" else 1.7) + 2.5 * math.exp(-step / 25) + rng.normal(0, 0.06)
+            for window in windows
+        }
         lr = 3e-4 * min(step / 10, 0.5 * (1 + math.cos(math.pi * step / steps)))
         of_loss = {
             "loss": sum(loss.values()) / len(loss),
@@ -131,7 +138,11 @@ def metrics(steps: int, windows: tuple[str, ...], seed: int = 0) -> list[dict]:
 
 def row(label: str, attention_factor: float, reach: float, sharp: float) -> dict:
     """A row of evaluate.json whose accuracy falls with length and with distance from the end."""
-    accuracy = {(n, d): float(np.clip(1 / (1 + math.exp(sharp * (math.log2(n) - reach - d))), 0, 1)) for n in LENGTHS for d in DEPTHS}
+    accuracy = {
+        (n, d): float(np.clip(1 / (1 + math.exp(sharp * (math.log2(n) - reach - d))), 0, 1))
+        for n in LENGTHS
+        for d in DEPTHS
+    }
     cells = [
         {
             "length_tokens": n,

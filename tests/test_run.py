@@ -66,9 +66,12 @@ def changed(folder: Path, key: str, value) -> Config:
         ("parallel.sp", 4), ("parallel.timeout_s", 5.0),
         ("engine.activation_checkpointing", False), ("engine.loss_chunk_tokens", 64),
         ("engine.deepspeed", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5}}),
-        ("engine.checkpoint_every_steps", 7), ("engine.keep_checkpoints", 9), ("engine.max_bad_steps", 1), ("engine.resume_from", 3),
-        ("optim.steps", 20), ("data.verify", False), ("data.prefetch_steps", 0), ("data.holdout", 0.5), ("data.skip_steps", ["3"]),
-        ("data.sources", [SourceConfig(name="other")]), ("data.path", "elsewhere"), ("model.path", "elsewhere"), ("rope.factors", "elsewhere"),
+        ("engine.checkpoint_every_steps", 7), ("engine.keep_checkpoints", 9), ("engine.max_bad_steps", 1),
+        ("engine.resume_from", 3),
+        ("optim.steps", 20), ("data.verify", False), ("data.prefetch_steps", 0), ("data.holdout", 0.5),
+        ("data.skip_steps", ["3"]),
+        ("data.sources", [SourceConfig(name="other")]), ("data.path", "elsewhere"), ("model.path", "elsewhere"),
+        ("rope.factors", "elsewhere"),
     ],
 )  # fmt: skip
 def test_a_key_without_influence_on_the_result_may_change(tmp_path, key, value):
@@ -88,8 +91,10 @@ def test_a_key_without_influence_on_the_result_may_change(tmp_path, key, value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("seed", 1), ("optim.lr", 1e-3), ("optim.steps", 5), ("optim.segments_per_step", 8), ("engine.zero_stage", 1), ("model.dtype", "bfloat16"),
-        ("data.segment_tokens", 64), ("data.kind", "curriculum"), ("rope.method", "yarn"), ("rope.options", {"factor": 8}),
+        ("seed", 1), ("optim.lr", 1e-3), ("optim.steps", 5), ("optim.segments_per_step", 8), ("engine.zero_stage", 1),
+        ("model.dtype", "bfloat16"),
+        ("data.segment_tokens", 64), ("data.kind", "curriculum"), ("rope.method", "yarn"), ("rope.options",
+        {"factor": 8}),
         ("engine.deepspeed", {"prescale_gradients": True}), ("model.overrides", {"sliding_window": None}),
     ],
 )  # fmt: skip
@@ -132,7 +137,10 @@ def test_every_start_notes_its_provenance(tmp_path):
 
 
 def test_one_lock_keeps_other_jobs_of_every_verb_out(tmp_path):
-    train, search = opened(tmp_path, "train"), opened(tmp_path, "search")  # both opened before either has written anything
+    train, search = (
+        opened(tmp_path, "train"),
+        opened(tmp_path, "search"),
+    )  # both opened before either has written anything
     lock = train.lock()
     with pytest.raises(UserError, match=r"in use by train, process \d+"):
         search.lock()
@@ -166,7 +174,9 @@ def test_an_interrupted_job_that_said_so_ends_with_130_and_no_second_sentence(ca
 
 
 def inputs_of(rank: int, world: int, folder: Path, text: str) -> list[str]:
-    """What a rank hears of a model of two files: at the first start, after a change of times, after a change of contents."""
+    """What a rank hears of a model of two files: at the first start, after a change of times, after a change of
+    contents.
+    """
     import torch.distributed as dist
 
     job = opened(folder)

@@ -96,7 +96,11 @@ def test_search_writes_factors_that_a_model_can_use(world, tmp_path):
     assert len(journal) == result["document_forwards"] == result["evaluations"] <= 2 * (6 + 3 * 4) + 2
     assert result["candidates"] == 6 + 3 * 4
     assert [one["generation"] for one in generations] == [0, 1, 2, 3]
-    complete = [ppl for ppl, documents in zip(generations[-1]["perplexities"], generations[-1]["documents"], strict=True) if documents == 2]
+    complete = [
+        ppl
+        for ppl, documents in zip(generations[-1]["perplexities"], generations[-1]["documents"], strict=True)
+        if documents == 2
+    ]
     assert generations[-1]["best_perplexity"] == min(complete)
     assert result["scored_documents"] == 1, "the final's own document decides"
     assert len(result["finalists"]) == 2
@@ -187,7 +191,9 @@ def kill_searches(folder: Path, commands: dict[str, list[str]]) -> None:
                 killed_after(n_evaluations, arguments)
             _, status = os.waitpid(pid, 0)
             left = {file.name for file in (folder / name).iterdir()}
-            noted.append([name, os.WTERMSIG(status), len(lines(folder / name / "journal.jsonl")), "factors.json" in left])
+            noted.append(
+                [name, os.WTERMSIG(status), len(lines(folder / name / "journal.jsonl")), "factors.json" in left]
+            )
     (folder / "kills.json").write_text(json.dumps(noted))
 
 
@@ -196,14 +202,18 @@ def killed(world, tmp_path_factory):
     """(runs folder, command lines by algorithm) of searches that were killed twice."""
     folder = tmp_path_factory.mktemp("killed")
     commands = {
-        algorithm: overrides(world, folder, f"model.path={world}/base", *SEARCH, f"search.algorithm={algorithm}", f"name={algorithm}")
+        algorithm: overrides(
+            world, folder, f"model.path={world}/base", *SEARCH, f"search.algorithm={algorithm}", f"name={algorithm}"
+        )
         for algorithm in ("evolution", "surrogate")
     }
     process = forking().Process(target=kill_searches, args=(folder, commands))
     process.start()
     process.join(120)
     assert process.exitcode == 0
-    assert json.loads((folder / "kills.json").read_text()) == [[name, signal.SIGKILL, n, False] for name in commands for n in KILLS]
+    assert json.loads((folder / "kills.json").read_text()) == [
+        [name, signal.SIGKILL, n, False] for name in commands for n in KILLS
+    ]
     return folder, commands
 
 
@@ -231,9 +241,15 @@ def test_a_search_killed_with_kill_9_is_resumed_to_the_same_result(world, tmp_pa
         (["search.tail_high=inf"], r"search\.tail_high=inf is not a finite number above 0"),
         (["search.mutation_spread=-1"], r"search\.mutation_spread=-1\.0 is below 1e-06"),
         (["search.attention_factor=0"], r"search\.attention_factor=0\.0 is not above 0"),
-        (["search.algorithm=cmaes", "search.top_k=5"], r"search\.population=6 leaves fewer than 4 samples beside search\.top_k=5"),
+        (
+            ["search.algorithm=cmaes", "search.top_k=5"],
+            r"search\.population=6 leaves fewer than 4 samples beside search\.top_k=5",
+        ),
         (["search.racing_z=nan"], r"search\.racing_z=nan is not a number of 0 or more"),
-        (["search.questions=1600"], r"search\.questions=1600 and search\.distractors=1 make more needles than there are names"),
+        (
+            ["search.questions=1600"],
+            r"search\.questions=1600 and search\.distractors=1 make more needles than there are names",
+        ),
         (["search.questions=60"], r"needle document of 256 tokens is \d+ too short"),
         (["search.space=longrope", "search.algorithm=cmaes"], r"search\.algorithm=cmaes has a form for the tail alone"),
     ],
@@ -286,15 +302,26 @@ def evaluate_config(world, runs, *more: str):
 def measured(monkeypatch) -> list[str]:
     """Labels of the rows that are really measured."""
     labels, row = [], evaluate_module._row
-    monkeypatch.setattr(evaluate_module, "_row", lambda subject, *rest: (labels.append(subject.label), row(subject, *rest))[1])
+    monkeypatch.setattr(
+        evaluate_module, "_row", lambda subject, *rest: (labels.append(subject.label), row(subject, *rest))[1]
+    )
     return labels
 
 
 def test_evaluate_compares_before_and_after(world, capsys):
     tiny.make_run(world, "compared")
     result = evaluate(evaluate_config(world, world, "run=compared"))
-    assert [row["label"] for row in result["rows"]] == ["none untrained", "pi untrained", "longrope2 untrained", "longrope2 trained"]
-    assert (result["original_window_tokens"], result["target_window_tokens"], result["lengths_tokens"]) == (64, 256, [64, 128, 256])
+    assert [row["label"] for row in result["rows"]] == [
+        "none untrained",
+        "pi untrained",
+        "longrope2 untrained",
+        "longrope2 trained",
+    ]
+    assert (result["original_window_tokens"], result["target_window_tokens"], result["lengths_tokens"]) == (
+        64,
+        256,
+        [64, 128, 256],
+    )
     assert json.loads((world / "compared" / "evaluate.json").read_text()) == result
     none, pi, before, after = result["rows"]
     for row in result["rows"]:
@@ -368,7 +395,10 @@ def test_any_model_folder_can_be_measured(world, tmp_path):
         (["run=nothing"], r"nothing/train\.json does not exist"),
         (["run=refused", "eval.methods=[yarm]"], r"eval\.methods names yarm, .* not one of"),
         (["run=refused", "eval.methods=[yarn_rcd]"], r"eval\.methods names yarn_rcd, .* needs rope\.critical_index"),
-        (["run=refused", "eval.lengths_tokens=[512]"], r"eval\.lengths_tokens=\[512\] are all beyond the target window of 256"),
+        (
+            ["run=refused", "eval.lengths_tokens=[512]"],
+            r"eval\.lengths_tokens=\[512\] are all beyond the target window of 256",
+        ),
         (["run=refused", "eval.text_documents=0"], r"eval\.text_documents=0 is below 1"),
         (["run=refused", "eval.depths=[0.5,1.5]"], r"eval\.depths\.1=1\.5 is not between 0 and 1"),
         (["run=refused", "eval.depths=[]"], r"eval\.depths=\[\] .* leave nothing to measure"),
@@ -493,7 +523,11 @@ def test_an_export_has_the_new_window_and_no_path_of_this_machine(world, tmp_pat
     base = tiny.make_model(tmp_path / "base")
     (base / "generation_config.json").write_text(json.dumps({"max_length": tiny.L0, "eos_token_id": [1, 7]}))
     file = folder / "model" / "tokenizer_config.json"
-    said = {"model_max_length": tiny.L0, "name_or_path": str(base), "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}
+    said = {
+        "model_max_length": tiny.L0,
+        "name_or_path": str(base),
+        "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]},
+    }
     file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
     (folder / "model" / ".tokenizer.json.77.tmp").write_text("half")
     (folder / "model" / "tokenizer.json").chmod(0o600)
@@ -511,7 +545,8 @@ def test_an_export_has_the_new_window_and_no_path_of_this_machine(world, tmp_pat
     generation = json.loads((exported / "generation_config.json").read_text())
     assert generation == {"max_length": tiny.L, "eos_token_id": [1, 7]}
     assert {file.name for file in exported.iterdir()} == {
-        "README.md", "config.json", "factors.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "config.json", "factors.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     assert {file.stat().st_mode & 0o777 for file in exported.iterdir()} == {0o640}
     for file in exported.iterdir():
@@ -564,7 +599,9 @@ def refused_to(monkeypatch, folder: Path) -> None:
 
     monkeypatch.setattr(io, "replacing", lambda path: (denied(path), replacing(path))[1])
     monkeypatch.setattr(
-        Path, "open", lambda self, mode="r", *rest, **more: ("a" in mode and denied(self), opened(self, mode, *rest, **more))[1]
+        Path,
+        "open",
+        lambda self, mode="r", *rest, **more: ("a" in mode and denied(self), opened(self, mode, *rest, **more))[1],
     )
 
 
@@ -627,7 +664,10 @@ def text_of(folder: Path, n_tokens: int) -> str:
 @torch.no_grad()
 def expected_text(folder: Path, prompt: str, n: int) -> str:
     """Greedy and without a cache: the run's weights under plain RoPE up to L0, in the exported longrope beyond."""
-    tokenizer, long = AutoTokenizer.from_pretrained(folder / "model"), AutoModelForCausalLM.from_pretrained(folder / "export").eval()
+    tokenizer, long = (
+        AutoTokenizer.from_pretrained(folder / "model"),
+        AutoModelForCausalLM.from_pretrained(folder / "export").eval(),
+    )
     hf_config = load.config_of(load.ModelConfig(architecture={"model_type": "llama", **tiny.ARCHITECTURE}))
     short = AutoModelForCausalLM.from_config(hf_config).eval()
     short.load_state_dict(long.state_dict())
@@ -639,14 +679,20 @@ def expected_text(folder: Path, prompt: str, n: int) -> str:
     return tokenizer.decode(tokens[start:], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize(("n_tokens", "window", "switched"), [(20, "short", False), (60, "long", True), (90, "long", False)])
-def test_generated_text_equals_the_reference_across_the_switch(served, world, tmp_path, capsys, n_tokens, window, switched):
+@pytest.mark.parametrize(
+    ("n_tokens", "window", "switched"), [(20, "short", False), (60, "long", True), (90, "long", False)]
+)
+def test_generated_text_equals_the_reference_across_the_switch(
+    served, world, tmp_path, capsys, n_tokens, window, switched
+):
     prompt = text_of(served, n_tokens)
     (tmp_path / "prompt.txt").write_text(prompt)
     result = generate(generate_config(world, "run=served", f"generate.prompt_file={tmp_path}/prompt.txt"))
     assert (result["prompt_tokens"], result["window"], result["switched"]) == (n_tokens, window, switched)
     assert result["text"] == expected_text(served, prompt, 12)
-    assert capsys.readouterr().out.rstrip("\n�") == result["text"].rstrip("\n�"), "the streamed text is the returned text"
+    assert capsys.readouterr().out.rstrip("\n�") == result["text"].rstrip("\n�"), (
+        "the streamed text is the returned text"
+    )
     assert result["prompt"] == prompt
     assert json.loads((served / "generate.json").read_text()) == result
 
@@ -666,7 +712,9 @@ def test_generate_from_an_export_equals_generate_from_its_run(served, world):
     # an export that lost our file still has its config
     (served / "export" / "factors.json").rename(world / "aside.json")
     try:
-        assert without_times(generate(generate_config(world, f"model.path={served}/export", file))) == without_times(of_run)
+        assert without_times(generate(generate_config(world, f"model.path={served}/export", file))) == without_times(
+            of_run
+        )
     finally:
         (world / "aside.json").rename(served / "export" / "factors.json")
 
@@ -701,7 +749,9 @@ def test_each_of_several_end_tokens_ends_a_text(served, world, tmp_path, file):
     spoken = tokenizer(words["text"], add_special_tokens=False)["input_ids"]
     values = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     (folder / file).write_text(json.dumps({**values, "eos_token_id": [tiny.VOCAB - 1, spoken[2]]}))
-    assert generate(generate_config(world, *settings))["new_tokens"] == spoken.index(spoken[2]) + 1 < words["new_tokens"]
+    assert (
+        generate(generate_config(world, *settings))["new_tokens"] == spoken.index(spoken[2]) + 1 < words["new_tokens"]
+    )
 
 
 def test_a_named_window_is_not_reported_as_a_switch(served, world):
@@ -717,7 +767,10 @@ def test_a_named_window_is_not_reported_as_a_switch(served, world):
         (["run=nothing", "generate.prompt=ab"], "run=nothing has no model"),
         (["generate.prompt=ab"], "neither run nor model.path is set"),
         (["run=served", "generate.prompt=ab", "generate.temperature=-1"], "generate.temperature=-1.0 is below 0"),
-        (["run=served", "generate.prompt=ab", "generate.top_p=0"], "generate.top_p=0.0 is not between 0 and 1, 0 left out"),
+        (
+            ["run=served", "generate.prompt=ab", "generate.top_p=0"],
+            "generate.top_p=0.0 is not between 0 and 1, 0 left out",
+        ),
         (["run=served", "generate.prompt=ab", "generate.max_new_tokens=0"], "generate.max_new_tokens=0 is below 1"),
     ],
 )
@@ -750,7 +803,11 @@ def test_every_verb_refuses_weights_that_the_loader_refuses(world, monkeypatch, 
     """`train` and a sharded search call it too (tests/training)."""
     folder = tiny.make_run(world, "alike")
     tensors = load_file(folder / "model" / "model.safetensors")
-    save_file({**tensors, "model.layers.9.mlp.up_proj.weight": torch.ones(2)}, folder / "model" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, "model.layers.9.mlp.up_proj.weight": torch.ones(2)},
+        folder / "model" / "model.safetensors",
+        {"format": "pt"},
+    )
     path = f"model.path={folder}/model"
     verbs = {
         "search": lambda: search(compose("search", [*tiny.arguments(world, path, *SEARCH, "name=alike_s")])),
@@ -758,5 +815,7 @@ def test_every_verb_refuses_weights_that_the_loader_refuses(world, monkeypatch, 
         "generate": lambda: generate(generate_config(world, path, "generate.prompt=ab")),
         "export": lambda: export(export_config(world, "run=alike")),
     }
-    with pytest.raises(UserError, match=r"1 tensors that have no place in the model \(model\.layers\.9\.mlp\.up_proj\.weight\)"):
+    with pytest.raises(
+        UserError, match=r"1 tensors that have no place in the model \(model\.layers\.9\.mlp\.up_proj\.weight\)"
+    ):
         verbs[verb]()

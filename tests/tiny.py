@@ -1,4 +1,5 @@
-"""A tiny world for tests of whole verbs: a corpus prepared from a few text files, a random model, a run as `train` leaves it.
+"""A tiny world for tests of whole verbs: a corpus prepared from a few text files, a random model, a run as `train`
+leaves it.
 
 Windows 64 -> 256. The model's weights are large, so that what it says depends on every position and every table.
 """
@@ -23,7 +24,8 @@ L0, L, VOCAB = 64, 256, 400
 SPECTRUM = Spectrum(16, 1000.0, L0)
 ARCHITECTURE = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": L0, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3,
+    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": L0, "bos_token_id": 0, "eos_token_id": 1,
+    "initializer_range": 0.3,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
 }  # fmt: skip
 
@@ -36,7 +38,8 @@ def config(verb: str, folder: Path, *overrides: str) -> Config:
 def arguments(folder: Path, *overrides: str) -> list[str]:
     """The same as a command line."""
     return [
-        f"runs_folder={folder}", f"data.path={folder}/corpus", f"rope.target_window_tokens={L}", "data.needles.wording=code",
+        f"runs_folder={folder}", f"data.path={folder}/corpus", f"rope.target_window_tokens={L}",
+        "data.needles.wording=code",
         "data.needles.digits=4", "device=cpu", "threads=1", *overrides,
     ]  # fmt: skip
 
@@ -49,7 +52,12 @@ def make_corpus(folder: Path) -> Path:
         text = " ".join(rng.choice(words, 1500))
         (folder / "texts").mkdir(parents=True, exist_ok=True)
         (folder / "texts" / f"{number}.txt").write_text(text)
-    sizes = [f"model.original_window_tokens={L0}", f"data.segment_tokens={L}", f"data.vocab_size={VOCAB}", "data.holdout=0.4"]
+    sizes = [
+        f"model.original_window_tokens={L0}",
+        f"data.segment_tokens={L}",
+        f"data.vocab_size={VOCAB}",
+        "data.holdout=0.4",
+    ]
     prepare(config("prepare", folder, "name=corpus", f"data.sources=[{{name: texts, path: {folder}/texts}}]", *sizes))
     return folder / "corpus"
 
@@ -67,7 +75,9 @@ def make_model(folder: Path, factors: Factors | None = None, seed: int = 0, dtyp
 
 def factors_with(attention_factor: float = 1.2) -> Factors:
     """Searched-looking factors of this world's model."""
-    return METHODS["longrope2"](SPECTRUM, L, critical_index=3, tail=[4.5, 5.0, 5.5, 6.0, 7.0], attention_factor=attention_factor)
+    return METHODS["longrope2"](
+        SPECTRUM, L, critical_index=3, tail=[4.5, 5.0, 5.5, 6.0, 7.0], attention_factor=attention_factor
+    )
 
 
 def make_run(folder: Path, name: str, attention_factor: float = 1.2, dtype: torch.dtype = torch.float32) -> Path:

@@ -90,7 +90,11 @@ def compose_config(given: argparse.Namespace) -> Config:
             "rope.factors=null",
             f"search.documents={given.documents}",
             f"search.seed={given.seed}",
-            *(f"search.{key}={value}" for key in ("questions", "distractors") if (value := getattr(given, key)) is not None),
+            *(
+                f"search.{key}={value}"
+                for key in ("questions", "distractors")
+                if (value := getattr(given, key)) is not None
+            ),
         ],
     )
 
@@ -110,10 +114,14 @@ def cells_of(given: argparse.Namespace, spectrum: Spectrum) -> list[MapCell]:
     Raises:
         UserError: ``--indices`` names an index that the model does not have.
     """
-    indices = given.indices or range(spectrum.lowest_critical_index, min(spectrum.critical_index + 2, spectrum.n_dims - 1) + 1)
+    indices = given.indices or range(
+        spectrum.lowest_critical_index, min(spectrum.critical_index + 2, spectrum.n_dims - 1) + 1
+    )
     for index in indices:
         if not 1 <= index < spectrum.n_dims:
-            raise UserError(f"--indices {index} is outside 1 … {spectrum.n_dims - 1}, the cosine indices of this model; give others")
+            raise UserError(
+                f"--indices {index} is outside 1 … {spectrum.n_dims - 1}, the cosine indices of this model; give others"
+            )
     cells = []
     for factor in given.attention_factor:
         cells += [MapCell(method, factor) for method in FIXED_METHODS]
@@ -148,7 +156,10 @@ def finished_cells(out: Path, settings: Json) -> dict[MapCell, Json]:
         found = io.read_json(out / "settings.json")
         changed = [key for key, value in settings.items() if found.get(key) != value]
         if changed:
-            raise UserError(f"--out {out} holds cells of other settings ({', '.join(changed)}); choose another --out, or remove the folder")
+            raise UserError(
+                f"--out {out} holds cells of other settings ({', '.join(changed)}); choose another --out, or remove "
+                "the folder"
+            )
     io.write_json(out / "settings.json", settings)
     file = out / "cells.jsonl"
     text = file.read_text() if file.exists() else ""
@@ -160,7 +171,9 @@ def finished_cells(out: Path, settings: Json) -> dict[MapCell, Json]:
     return {MapCell(**{name: line[name] for name in names}): line for line in lines}
 
 
-def measured(cells: Sequence[MapCell], config: Config, documents: Sequence[NeedleDocument], processes: int) -> Iterator[Json]:
+def measured(
+    cells: Sequence[MapCell], config: Config, documents: Sequence[NeedleDocument], processes: int
+) -> Iterator[Json]:
     """The lines of cells, in the order in which they are finished."""
     if processes <= 1:
         meter = Meter(config, documents)
@@ -238,8 +251,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.map_rcd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, help="folder of the pretrained model, such as runs/base/model")
-    parser.add_argument("--corpus", type=Path, required=True, help="folder that prepare wrote; needles are hidden in its held-out text")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="folder of the pretrained model, such as runs/base/model"
+    )
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="folder that prepare wrote; needles are hidden in its held-out text"
+    )
     parser.add_argument(
         "--target",
         type=int,
@@ -247,9 +264,13 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="TOKENS",
         help="L, the target window; documents are this long",
     )
-    parser.add_argument("--window", type=int, metavar="TOKENS", help="L0, the original window (default: from the model's config)")
+    parser.add_argument(
+        "--window", type=int, metavar="TOKENS", help="L0, the original window (default: from the model's config)"
+    )
     parser.add_argument("--documents", type=int, default=20, metavar="N", help="needle documents a cell (default: 20)")
-    parser.add_argument("--questions", type=int, metavar="N", help="needles asked for in each document (default: the experiment's)")
+    parser.add_argument(
+        "--questions", type=int, metavar="N", help="needles asked for in each document (default: the experiment's)"
+    )
     parser.add_argument("--distractors", type=int, metavar="N", help="needles beside them (default: the experiment's)")
     parser.add_argument(
         "--attention-factor",
@@ -267,7 +288,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="X",
         help="scales of the tail, in multiples of s = L / L0 (default: 0.8 1.0 1.25 1.6 2.0)",
     )
-    parser.add_argument("--indices", type=int, nargs="+", metavar="I", help="critical indices, zero-based (default: d10 … tcd + 2)")
+    parser.add_argument(
+        "--indices", type=int, nargs="+", metavar="I", help="critical indices, zero-based (default: d10 … tcd + 2)"
+    )
     parser.add_argument(
         "--experiment",
         default="tiny_4k",
@@ -282,7 +305,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="processes that share the cells, one thread each (default: 1)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/map_rcd"), help="folder of the results (default: runs/map_rcd)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/map_rcd"), help="folder of the results (default: runs/map_rcd)"
+    )
     return parser.parse_args(words)
 
 

@@ -49,7 +49,10 @@ def _map(figure: FigureBase, look: Look, lines: Sequence[Json], spectrum: Spectr
     grid = [line for line in lines if line["scale"] is not None]
     beside = [line for line in lines if line["scale"] is None]
     indices, scales = (sorted({line[key] for line in grid}) for key in ("critical_index", "scale"))
-    places = {(indices.index(line["critical_index"]), scales.index(line["scale"])): bounded(line["perplexity"]) for line in grid}
+    places = {
+        (indices.index(line["critical_index"]), scales.index(line["scale"])): bounded(line["perplexity"])
+        for line in grid
+    }
     scale = PerplexityScale.over(np.array([*places.values()]))
     left, right, bar = figure.subplots(1, 3, width_ratios=(max(len(indices), 4), 1, 0.3))
     _cells(left, look, places, scale)

@@ -64,7 +64,9 @@ class ResampledLosses:
     column: dict[MapCell, int]
 
 
-def resample(lines: dict[MapCell, Json], answer_tokens: Sequence[int], seed: int, n_resamples: int = RESAMPLES) -> ResampledLosses:
+def resample(
+    lines: dict[MapCell, Json], answer_tokens: Sequence[int], seed: int, n_resamples: int = RESAMPLES
+) -> ResampledLosses:
     """Draw all documents with replacement. Every cell sees the same draws, so differences are paired."""
     tokens = np.array(answer_tokens, dtype=float)
     nll = np.array([line["nll"] for line in lines.values()]).T  # [documents, cells]
@@ -79,7 +81,9 @@ def resample(lines: dict[MapCell, Json], answer_tokens: Sequence[int], seed: int
         )
 
 
-def compare(losses: ResampledLosses, better: Sequence[MapCell], worse: Sequence[MapCell], lines: dict[MapCell, Json]) -> Json | None:
+def compare(
+    losses: ResampledLosses, better: Sequence[MapCell], worse: Sequence[MapCell], lines: dict[MapCell, Json]
+) -> Json | None:
     """Compare two groups of cells; None where a group is empty.
 
     Returns:
@@ -143,7 +147,9 @@ def _best_against_best(losses: ResampledLosses, better: Sequence[MapCell], worse
     return float(np.mean((chosen[0] < chosen[1]) + 0.5 * (chosen[0] == chosen[1])))
 
 
-def verdicts(lines: dict[MapCell, Json], answer_tokens: Sequence[int], critical_index: int, seed: int) -> dict[str, Json]:
+def verdicts(
+    lines: dict[MapCell, Json], answer_tokens: Sequence[int], critical_index: int, seed: int
+) -> dict[str, Json]:
     """Both hypotheses and every single critical index and scale, for each attention factor and for all together."""
     grid = {cell: line for cell, line in lines.items() if cell.scale is not None}
     if not grid:
@@ -176,7 +182,10 @@ def in_words(verdict: Json) -> str:
     """The verdicts of one attention factor as lines of text."""
     lines = [_hypothesis(name, verdict[name]) for name in ("rcd < tcd beats tcd", "scale > 1 beats scale 1")]
     for name in ("rcd against tcd", "scale against 1"):
-        each = (f"{value} {one['difference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]" for value, one in verdict[name].items())
+        each = (
+            f"{value} {one['difference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
+            for value, one in verdict[name].items()
+        )
         lines.append(f"{name}, mean loss lower by (nats, 95 %): " + ", ".join(each))
     return "\n".join(f"  {line}" for line in lines)
 

@@ -34,7 +34,9 @@ def main() -> int:
             stats, gradients = results[0][number]
             loss, _, _, expected = cases.plain_step(used)
             of_loss = abs(stats.loss - loss) / loss
-            of_gradients = max(np.abs(gradients[name] - g.numpy()).max() / g.abs().max().item() for name, g in expected.items())
+            of_gradients = max(
+                np.abs(gradients[name] - g.numpy()).max() / g.abs().max().item() for name, g in expected.items()
+            )
             worst = max(worst, of_loss, of_gradients)
             case = f"dp{world // sp}_sp{sp}_accumulation{accumulation}_segments{used}"
             print(f"{case}: loss {of_loss:.1e}, gradients {of_gradients:.1e}")

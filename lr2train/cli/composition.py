@@ -1,6 +1,7 @@
 """Composition by Hydra: from the typed overrides to a composed config; Hydra's errors become one sentence.
 
-Choice: Hydra composes and does nothing else: no logging, no working folder, no exit codes. The folder of ``--config-dir`` and ``conf/`` of the
+Choice: Hydra composes and does nothing else: no logging, no working folder, no exit codes. The folder of
+``--config-dir`` and ``conf/`` of the
 working folder are searched before our own ``conf/``, so a user's file replaces our file of the same name.
 """
 
@@ -37,7 +38,9 @@ def config_folders(given: str | None = None) -> list[Path]:
     return list(dict.fromkeys(folder.resolve() for folder in (*folders, CONF_FOLDER)))
 
 
-_FOLDERS: ContextVar[Sequence[Path]] = ContextVar("folders", default=())  # searched before our own, inside ``searching``
+_FOLDERS: ContextVar[Sequence[Path]] = ContextVar(
+    "folders", default=()
+)  # searched before our own, inside ``searching``
 
 
 @contextlib.contextmanager
@@ -132,7 +135,9 @@ def unread(verb: str, arguments: Sequence[str]) -> list[str]:
     """The typed keys that the verb does not read, and keys of Hydra's own that have no effect here."""
     keys = [(one.key, one.is_group) for one in map(Override.parse, arguments)]
     return [
-        key for key, group in keys if key.startswith("hydra.") or (place_of(key).known and not reads(verb, key) and not _of_all(key, group))
+        key
+        for key, group in keys
+        if key.startswith("hydra.") or (place_of(key).known and not reads(verb, key) and not _of_all(key, group))
     ]
 
 
@@ -151,14 +156,20 @@ def _refuse_changed_text(name: str, overrides: list[str], folders: Sequence[Path
     from hydra.types import RunMode
 
     with searching(folders), initialize_config_dir(str(folders[-1]), version_base="1.3"):
-        composed_of = GlobalHydra.instance().config_loader().compute_defaults_list(name, overrides, RunMode.RUN).defaults
+        composed_of = (
+            GlobalHydra.instance().config_loader().compute_defaults_list(name, overrides, RunMode.RUN).defaults
+        )
     for one in composed_of:
         file = next((found for folder in folders if (found := folder / f"{one.config_path}.yaml").is_file()), None)
         if file is None:  # the schema, or a file of Hydra's own
             continue
         place = place_of(one.package).hint if one.package else Config
-        for key, value in _changed(OmegaConf.to_container(OmegaConf.load(file), resolve=False), place, one.package or ""):
-            raise UserError(f"{file}: {key} is text and YAML reads {value!r}, a {type(value).__name__}; put the value in quotes")
+        for key, value in _changed(
+            OmegaConf.to_container(OmegaConf.load(file), resolve=False), place, one.package or ""
+        ):
+            raise UserError(
+                f"{file}: {key} is text and YAML reads {value!r}, a {type(value).__name__}; put the value in quotes"
+            )
 
 
 def _changed(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -186,7 +197,9 @@ def told() -> Iterator[None]:
 
 
 def one_sentence(error: Exception) -> str:
-    """The essence of an error that Hydra or OmegaConf explains over several lines and causes, and the key that was probably meant."""
+    """The essence of an error that Hydra or OmegaConf explains over several lines and causes, and the key that was
+    probably meant.
+    """
     texts: list[str] = []
     cause: BaseException | None = error
     while cause is not None:

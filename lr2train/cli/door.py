@@ -1,7 +1,9 @@
 """How a verb starts and ends: ``lr2train VERB key=value …`` with any of Hydra's flags, one-sentence errors, exit codes.
 
-Choice: every start passes here, with a flag or without. Hydra composes configs and prints them (``--cfg``, ``--info``); Hydra runs no job.
-``--multirun`` runs each job in a process of its own, one after the other, because process groups, DeepSpeed's state and CUDA memory belong
+Choice: every start passes here, with a flag or without. Hydra composes configs and prints them (``--cfg``, ``--info``);
+Hydra runs no job.
+``--multirun`` runs each job in a process of its own, one after the other, because process groups, DeepSpeed's state and
+CUDA memory belong
 to a process. A job that dies does not touch the next jobs. Cost: each job of a sweep starts Python again.
 
 | exit code | meaning |
@@ -36,7 +38,7 @@ from lr2train.parallel.control import PeerGone
 EXIT_RANK_LOST, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 130, 141
 _PATIENCE_S = 5.0  # launchers poll their ranks about once a second
 _REFUSED = {
-    "config_path": "--config-path would hide the configs of lr2train; name the folder with --config-dir, which is searched first",
+    "config_path": "--config-path would hide the configs of lr2train; name the folder with --config-dir",
     "experimental_rerun": "--experimental-rerun is not supported; type the overrides of the former run again",
 }
 
@@ -82,14 +84,20 @@ def door(verb: str) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the same error again at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else Python reports the same error again at its end
         sys.exit(EXIT_NO_READER)
     except (UserError, OSError) as error:
         if (told := io.for_user(error)) is None:
             raise
         _die(verb, told)
     except PeerGone as gone:
-        print(f"{verb} (rank {ranks.rank()}): {gone}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        print(
+            f"{verb} (rank {ranks.rank()}): {gone}; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(EXIT_RANK_LOST)
     except run.Interrupted:  # the verb has said so
         sys.exit(EXIT_INTERRUPTED)
@@ -105,7 +113,8 @@ def _interrupt(*_: Any) -> None:
 def _die(verb: str, error: UserError) -> None:
     """Print the error once on each machine and exit with the code for wrong input.
 
-    Ranks share their input, so they usually share the error. The machine's first rank prints at once. Another rank waits first: a launcher
+    Ranks share their input, so they usually share the error. The machine's first rank prints at once. Another rank
+    waits first: a launcher
     ends this rank meanwhile if the first rank failed too. If the first rank did not fail, this rank prints.
     """
     where = ""
@@ -148,7 +157,9 @@ def _show(verb: str, flags: Namespace) -> None:
     if flags.cfg:
         composition.composed(name, flags.overrides, folders)  # the same refusals as for a run
     overrides = composition.hydra_overrides(name, flags.overrides, folders)
-    told = [f"--{name.replace('_', '-')}" for name in ("hydra_help", "resolve", "shell_completion") if getattr(flags, name)]
+    told = [
+        f"--{name.replace('_', '-')}" for name in ("hydra_help", "resolve", "shell_completion") if getattr(flags, name)
+    ]
     told += [f"--{name}={value}" for name in ("cfg", "info", "package") if (value := getattr(flags, name))]
     sys.argv = [sys.argv[0], *told, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra ends the process with its own words and exit code
@@ -170,14 +181,26 @@ def _run_all(verb: str, flags: Namespace) -> None:
     """
     if ranks.world() > 1:
         raise UserError(
-            f"--multirun was started on {ranks.world()} ranks (WORLD_SIZE), and ranks can meet at their rendezvous only once; start the "
+            f"--multirun was started on {ranks.world()} ranks (WORLD_SIZE), and ranks can meet at their rendezvous "
+            "only once; start the "
             "launcher once for each job, as launch/sweep.sh does"
         )
     typed = [Override.parse(one) for one in flags.overrides]
-    if foreign := [one.key for one in typed if one.key.startswith(("hydra/sweeper", "hydra/launcher", "hydra.sweeper", "hydra.launcher"))]:
-        raise UserError(f"{foreign[0]} is not supported: --multirun runs every combination one after the other; leave {foreign[0]} out")
+    if foreign := [
+        one.key
+        for one in typed
+        if one.key.startswith(("hydra/sweeper", "hydra/launcher", "hydra.sweeper", "hydra.launcher"))
+    ]:
+        raise UserError(
+            f"{foreign[0]} is not supported: --multirun runs every combination one after the other; leave "
+            f"{foreign[0]} out"
+        )
     jobs = [list(job) for job in itertools.product(*(one.alternatives() for one in typed))]
-    kept = [f"--{name}={value}" for name in ("config-dir", "config-name") if (value := getattr(flags, name.replace("-", "_")))]
+    kept = [
+        f"--{name}={value}"
+        for name in ("config-dir", "config-name")
+        if (value := getattr(flags, name.replace("-", "_")))
+    ]
     codes = []
     for number, overrides in enumerate(jobs, 1):
         swept = " ".join(one for one, given in zip(overrides, flags.overrides, strict=True) if one != given)
@@ -185,7 +208,11 @@ def _run_all(verb: str, flags: Namespace) -> None:
         codes.append(_wait_for(subprocess.Popen([sys.executable, "-m", f"lr2train.{verb}", *kept, *overrides])))
         if codes[-1] == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
-        progress.say(verb, f"job {number} of {len(jobs)}: {'done' if codes[-1] == 0 else f'failed with exit code {codes[-1]}'}: {swept}")
+        progress.say(
+            verb,
+            f"job {number} of {len(jobs)}: {'done' if codes[-1] == 0 else f'failed with exit code {codes[-1]}'}: "
+            f"{swept}",
+        )
     if any(codes):
         progress.say(verb, f"{sum(map(bool, codes))} of {len(jobs)} jobs failed")
         sys.exit(next(filter(None, codes)))

@@ -1,6 +1,8 @@
-"""``lr2train VERB --help``: the keys that the verb reads, each with its type, value, limits and comment, and the presets of each group.
+"""``lr2train VERB --help``: the keys that the verb reads, each with its type, value, limits and comment, and the
+presets of each group.
 
-Choice: the schema's source is the one place where a key is explained, so the help reads the comments there. The values are those that the
+Choice: the schema's source is the one place where a key is explained, so the help reads the comments there. The values
+are those that the
 command line gives: ``lr2train train experiment=tiny_4k --help`` shows what that experiment sets.
 """
 
@@ -77,7 +79,9 @@ def of_verb(verb: str, about: str, composed: DictConfig, folders: Sequence[Path]
     """
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
     parts = [about, "Keys, with the value that this command line gives, type and limits:"]
-    for group, keys in itertools.groupby(_keys_of(verb), lambda key: key.name.partition(".")[0] if "." in key.name else ""):
+    for group, keys in itertools.groupby(
+        _keys_of(verb), lambda key: key.name.partition(".")[0] if "." in key.name else ""
+    ):
         head = [f"{group}: {_doc(Config, group)}" if group else "general", *_presets(group, folders)]
         parts.append("\n".join([*head, *(line for key in keys for line in _entry(key, composed, width))]))
     parts += ["\n".join(["experiment: values of several groups", *_presets("experiment", folders)])]
@@ -115,7 +119,9 @@ def _presets(group: str, folders: Sequence[Path]) -> list[str]:
 
 def _entry(key: Key, composed: DictConfig, width: int) -> Iterator[str]:
     yield f"  {key.name}{_value(key, composed)}  ({_kind(key)})"
-    yield from textwrap.wrap(_comments()[key.owner.__name__, key.field.name], width, initial_indent=_INDENT, subsequent_indent=_INDENT)
+    yield from textwrap.wrap(
+        _comments()[key.owner.__name__, key.field.name], width, initial_indent=_INDENT, subsequent_indent=_INDENT
+    )
 
 
 def _value(key: Key, composed: DictConfig) -> str:
@@ -152,6 +158,8 @@ def _comments() -> dict[tuple[str, str], str]:
             continue
         for one in node.body:
             if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name):
-                above = itertools.takewhile(lambda line: line.startswith("#"), map(str.strip, lines[one.lineno - 2 :: -1]))
+                above = itertools.takewhile(
+                    lambda line: line.startswith("#"), map(str.strip, lines[one.lineno - 2 :: -1])
+                )
                 found[node.name, one.target.id] = " ".join(reversed([line.removeprefix("#").strip() for line in above]))
     return found

@@ -1,8 +1,11 @@
 """Overrides (``key=value``) as people type them, translated into Hydra's grammar.
 
-Choice: the schema decides the type. Hydra's grammar guesses the type from the text: ``name=1e5`` becomes a number, and a path with ``=`` or
-``#`` a syntax error. So the value of a key that is declared ``str`` is quoted. A key inside an open dictionary gets Hydra's ``++``. An entry of
-a list is addressed by its number or its name. Every other override goes to Hydra unchanged. Cost: each key is looked up in the schema first.
+Choice: the schema decides the type. Hydra's grammar guesses the type from the text: ``name=1e5`` becomes a number, and
+a path with ``=`` or
+``#`` a syntax error. So the value of a key that is declared ``str`` is quoted. A key inside an open dictionary gets
+Hydra's ``++``. An entry of
+a list is addressed by its number or its name. Every other override goes to Hydra unchanged. Cost: each key is looked up
+in the schema first.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ class Place:
     hint: Any  # the declared type; Any inside an open dictionary
     known: bool = True  # the schema declares the key, or an open dictionary accepts the key
     inside_open: bool = False  # inside a dictionary whose keys are free
-    entry: tuple[str, str] | None = None  # (key of a list of named things, name of the entry), where an entry is addressed by its name
+    entry: tuple[str, str] | None = (
+        None  # (key of a list of named things, name of the entry), where an entry is addressed by its name
+    )
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,9 @@ class Override:
         assert prefix is not None
         key, equals, value = text[prefix.end() :].partition("=")
         if not (key[:1].isalpha() or key[:1] in ("_", "$")) or not (equals or prefix[0] == "~"):
-            raise UserError(f"{text!r} is no key=value; write it like optim.lr=1e-5, in quotes where the shell would split it")
+            raise UserError(
+                f"{text!r} is no key=value; write it like optim.lr=1e-5, in quotes where the shell would split it"
+            )
         return Override(prefix[0], typed_key(key.strip()), value if equals else None)
 
     @property
@@ -61,13 +68,21 @@ class Override:
 
     @property
     def is_group(self) -> bool:
-        """Whether this chooses a preset of a config group (``model=tiny_llama``, ``experiment=…``), or sets a key of Hydra's own."""
-        if "/" in self.key or "@" in self.key or self.key.partition(".")[0] in ("hydra", "experiment", "debug", "local"):
+        """Whether this chooses a preset of a config group (``model=tiny_llama``, ``experiment=…``), or sets a key of
+        Hydra's own.
+        """
+        if (
+            "/" in self.key
+            or "@" in self.key
+            or self.key.partition(".")[0] in ("hydra", "experiment", "debug", "local")
+        ):
             return True
         return is_dataclass(self.place.hint) and "." not in self.key and not (self.value or "").startswith(("{", "${"))
 
     def alternatives(self) -> list[str]:
-        """The overrides of a sweep: a comma at the top level separates values; a function such as ``range`` lists values."""
+        """The overrides of a sweep: a comma at the top level separates values; a function such as ``range`` lists
+        values.
+        """
         if self.value is None or _is_quoted(self.value):
             return [self.typed(self.value)]
         if _FUNCTION.fullmatch(self.value):
@@ -85,7 +100,8 @@ class Override:
             number_of: (key of a list, name of an entry) -> the entry's number.
 
         Raises:
-            UserError: the key has characters that Hydra's grammar does not take, or a bracket of the value is never closed.
+            UserError: the key has characters that Hydra's grammar does not take, or a bracket of the value is never
+                closed.
         """
         if self.value is None or self.key.startswith("hydra."):
             return self.typed(self.value)
@@ -103,7 +119,8 @@ class Override:
         opens = place.inside_open or get_origin(core_of(place.hint)) is dict
         if opens and value == "{}":
             raise UserError(
-                f"{self.key}={{}} would empty nothing, because dictionaries are merged; set its entries, such as {self.key}.NAME=null"
+                f"{self.key}={{}} would empty nothing, because dictionaries are merged; set its entries, such as "
+                f"{self.key}.NAME=null"
             )
         return f"{'++' if opens and not self.prefix else self.prefix}{key}={value}"
 
@@ -178,7 +195,8 @@ class _Value:
         key, colon, value = part.partition(":")
         if not colon:
             raise UserError(
-                f"{self._key}={self._text} has {part.strip()!r} in the place of `key: value`; put a value with a comma in quotes"
+                f"{self._key}={self._text} has {part.strip()!r} in the place of `key: value`; put a value with a "
+                "comma in quotes"
             )
         return f"{_typable(key.strip(), _NAME)}: {self._rewritten(value.strip(), below(core, key.strip()))}"
 
@@ -190,18 +208,25 @@ class _Value:
         """
         closer = _CLOSERS[text[0]]
         if not text.endswith(closer) or len(list(_parts(text))) != 1:
-            raise UserError(f"{self._key}={self._text} opens a {text[0]} that no {closer} closes; close it, or put the text in quotes")
+            raise UserError(
+                f"{self._key}={self._text} opens a {text[0]} that no {closer} closes; close it, or put the text in "
+                "quotes"
+            )
         return [part.strip() for part in _parts(text[1:-1])] if text[1:-1].strip() else []
 
 
 def _typable(key: str, grammar: re.Pattern[str]) -> str:
     if not grammar.fullmatch(key):
-        raise UserError(f"{key} cannot be typed as a key; write it into a YAML file and name its folder with --config-dir")
+        raise UserError(
+            f"{key} cannot be typed as a key; write it into a YAML file and name its folder with --config-dir"
+        )
     return key
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Split at commas outside quotes and brackets. A quote counts only where a value begins, so an apostrophe is a letter."""
+    """Split at commas outside quotes and brackets. A quote counts only where a value begins, so an apostrophe is a
+    letter.
+    """
     start, depth, quote, begins = 0, 0, "", True
     for at, sign in enumerate(text):
         if quote:
@@ -261,5 +286,6 @@ def _values_of_function(override: Override) -> list[str]:
         return list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [str(override.value)]
     except (HydraException, AssertionError, ValueError) as error:
         raise UserError(
-            f"{override.typed(override.value)} makes no list of values ({error}); write the values with commas between them"
+            f"{override.typed(override.value)} makes no list of values ({error}); write the values with commas "
+            "between them"
         ) from error

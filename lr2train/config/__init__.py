@@ -1,6 +1,8 @@
-"""The configuration: every key (``schema``), how a field is declared (``fields``), who reads a key (``verbs``), and ``load``, which checks.
+"""The configuration: every key (``schema``), how a field is declared (``fields``), who reads a key (``verbs``), and
+``load``, which checks.
 
-Choice: structured Hydra schemas give the types, YAML under ``conf/`` gives the values, and ``load`` turns a composed config into dataclasses
+Choice: structured Hydra schemas give the types, YAML under ``conf/`` gives the values, and ``load`` turns a composed
+config into dataclasses
 once, at the top of a verb. Nothing here imports another part of lr2train, and every part may import from here.
 """
 

@@ -12,7 +12,8 @@ from typing import Any
 class UserError(ValueError):
     """Input that a user can correct.
 
-    The text is one sentence: what, the value, the limit, the config key, the remedy. Verbs print it and exit with code 2.
+    The text is one sentence: what, the value, the limit, the config key, the remedy. Verbs print it and exit with code
+    2.
     """
 
 
@@ -44,7 +45,13 @@ class Limits:
         if low is not None and high is not None:
             left_out = self.above if too_low else self.below
             return f"is not between {low} and {high}" + ("" if left_out is None else f", {left_out} left out")
-        return f"is not above {self.above}" if self.above is not None else f"is below {low}" if too_low else f"is above {high}"
+        return (
+            f"is not above {self.above}"
+            if self.above is not None
+            else f"is below {low}"
+            if too_low
+            else f"is above {high}"
+        )
 
     def in_words(self) -> str:
         """The limits for a help text, such as ``above 0 and at most 1``; empty where there is none."""
@@ -52,7 +59,9 @@ class Limits:
         return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
 
     def nearest(self, value: float, default: Any) -> Any:
-        """A number that is allowed, in the place of one that is not: the bound where only one stands, else the default, else a bound."""
+        """A number that is allowed, in the place of one that is not: the bound where only one stands, else the default,
+        else a bound.
+        """
         if self.least is not None and self.most is None and self.below is None and value < self.least:
             return self.least
         if isinstance(default, int | float) and self.why_not(default) is None:
@@ -70,7 +79,8 @@ def number(default: Any, **limits: Any) -> Any:
 def one_of(default: Enum | None, choices: type[Enum] | None = None) -> Any:
     """A field that takes a member of an Enum by its name; ``load`` turns the name into the member.
 
-    Hydra sees text and not the Enum: it would refuse a wrong choice under every verb, also where an environment variable set it
+    Hydra sees text and not the Enum: it would refuse a wrong choice under every verb, also where an environment
+    variable set it
     (``WANDB_MODE``) and the verb does not read the key.
 
     Args:

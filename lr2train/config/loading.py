@@ -1,6 +1,7 @@
 """From a composed Hydra config to a ``Config`` whose values a verb can take.
 
-Choice: one validation point, at the top of a verb. Limits and choices come from the fields; a check that needs several keys stands here.
+Choice: one validation point, at the top of a verb. Limits and choices come from the fields; a check that needs several
+keys stands here.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def _refuse_interpolation(node: Any, prefix: str = "") -> None:
         except InterpolationResolutionError as error:
             raw = OmegaConf.to_container(node, resolve=False)[name]  # type: ignore[index, call-overload]
             cause = " ".join(str(error).split("\n")[0].split())
-            raise UserError(f"{key}={raw} cannot be resolved ({cause}); write \\${{ where a text has ${{ and names no key") from error
+            raise UserError(
+                f"{key}={raw} cannot be resolved ({cause}); write \\${{ where a text has ${{ and names no key"
+            ) from error
         if OmegaConf.is_config(value):
             _refuse_interpolation(value, f"{key}.")
 
@@ -134,7 +137,9 @@ def _check(key: str, one: Field[Any], value: Any) -> None:
         return
     default = one.default_factory() if callable(one.default_factory) else one.default
     if limits.count is not None and len(value) != limits.count:
-        raise UserError(f"{key}={_typed(value)} holds {len(value)} of {limits.count} numbers; set {key} to {_typed(default)}")
+        raise UserError(
+            f"{key}={_typed(value)} holds {len(value)} of {limits.count} numbers; set {key} to {_typed(default)}"
+        )
     for name, item, usual in _numbers(key, value, default):
         if (why := limits.why_not(item)) is not None:
             raise UserError(f"{name}={item} {why}; set {name} to {limits.nearest(item, usual)}")
@@ -162,7 +167,8 @@ _NAME = re.compile(r"\w[\w.+=-]*")  # one folder, inside runs_folder, that no sh
 def _check_name(config: Config) -> None:
     if not _NAME.fullmatch(config.name):
         raise UserError(
-            f"name={config.name!r} is no name of a folder in runs_folder={config.runs_folder}; begin with a letter or a digit and go on with "
+            f"name={config.name!r} is no name of a folder in runs_folder={config.runs_folder}; begin with a letter or "
+            "a digit and go on with "
             "those, '.', '_', '+', '=' or '-'"
         )
 
@@ -171,7 +177,8 @@ def _check_parents(config: Config) -> None:
     population, top_k = config.search.population, config.search.top_k
     if top_k >= population:
         raise UserError(
-            f"search.top_k={top_k} leaves no room for children in search.population={population}; set search.top_k to {max(1, population // 4)}"
+            f"search.top_k={top_k} leaves no room for children in search.population={population}; set search.top_k to "
+            f"{max(1, population // 4)}"
         )
 
 
@@ -179,17 +186,25 @@ def _check_group(config: Config) -> None:
     group, total = config.data.group_segments, config.optim.segments_per_step
     if group and total % group:
         raise UserError(
-            f"data.group_segments={group} does not divide optim.segments_per_step={total}; set data.group_segments to 0, which chooses a divisor"
+            f"data.group_segments={group} does not divide optim.segments_per_step={total}; set data.group_segments to "
+            "0, which chooses a divisor"
         )
 
 
 def _check_shards(config: Config) -> None:
-    """The remedy divides what ``sp`` divides: the ranks of the launch stay a multiple, and the corpus stays as it was planned."""
+    """The remedy divides what ``sp`` divides: the ranks of the launch stay a multiple, and the corpus stays as it was
+    planned.
+    """
     length, sp, ring = config.data.segment_tokens, config.parallel.sp, config.parallel.ring
     if length % sp:
-        raise UserError(f"data.segment_tokens={length} is not divisible by parallel.sp={sp}; set parallel.sp to {math.gcd(length, sp)}")
+        raise UserError(
+            f"data.segment_tokens={length} is not divisible by parallel.sp={sp}; set parallel.sp to "
+            f"{math.gcd(length, sp)}"
+        )
     if ring and sp % ring:
-        raise UserError(f"parallel.ring={ring} does not divide parallel.sp={sp}; set parallel.ring to 0, which chooses a divisor")
+        raise UserError(
+            f"parallel.ring={ring} does not divide parallel.sp={sp}; set parallel.ring to 0, which chooses a divisor"
+        )
 
 
 _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (

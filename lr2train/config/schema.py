@@ -1,7 +1,10 @@
-"""Every key of lr2train, with its type, default, limits and, above it, what it is, its unit and the reason of the default.
+"""Every key of lr2train, with its type, default, limits and, above it, what it is, its unit and the reason of the
+default.
 
-Units stand in the names: ``_tokens``, ``_steps``, ``_s``, ``_gib``. ``lr2train VERB --help`` prints the comments of this file. A key has to stand
-here before YAML or the command line can set it; in return a typo, a wrong type or a value out of its limits fails before a verb starts.
+Units stand in the names: ``_tokens``, ``_steps``, ``_s``, ``_gib``. ``lr2train VERB --help`` prints the comments of
+this file. A key has to stand
+here before YAML or the command line can set it; in return a typo, a wrong type or a value out of its limits fails
+before a verb starts.
 """
 
 from __future__ import annotations
@@ -59,14 +62,18 @@ class DataKind(StrEnum):
 
 
 class LongAttention(StrEnum):
-    """A token of a long segment attends to the whole segment (paper, Figure 5b) or to its own document (the authors' released example)."""
+    """A token of a long segment attends to the whole segment (paper, Figure 5b) or to its own document (the authors'
+    released example).
+    """
 
     segment = "segment"
     document = "document"
 
 
 class OverLong(Enum):  # no StrEnum, because `split` is a method of str
-    """A document over its bucket's limit (long: the segment; short: the original window) is split, truncated or dropped."""
+    """A document over its bucket's limit (long: the segment; short: the original window) is split, truncated or
+    dropped.
+    """
 
     split = "split"
     truncate = "truncate"
@@ -77,14 +84,16 @@ class OverLong(Enum):  # no StrEnum, because `split` is a method of str
 
 
 class WeightsOf(StrEnum):
-    """A source's weight is a share of the tokens of each bucket, or of all tokens of the corpus; then every bucket is met too."""
+    """A source's weight is a share of the tokens of each bucket, or of all tokens of the corpus; then every bucket is
+    met too.
+    """
 
     bucket = "bucket"
     corpus = "corpus"
 
 
 class TokenizerBackend(StrEnum):
-    """gigatoken gives the ids of hf many times faster, checked on the very documents. auto: gigatoken where it serves."""
+    """gigatoken gives the ids of hf many times faster, checked on the very documents. auto: gigatoken if possible."""
 
     hf = "hf"
     gigatoken = "gigatoken"
@@ -120,7 +129,9 @@ class Schedule(StrEnum):
 
 
 class Algorithm(StrEnum):
-    """evolution: the paper's. surrogate: its mutations, chosen by a Gaussian process over all evaluations. cmaes: CMA-ES over three numbers."""
+    """evolution: the paper's. surrogate: its mutations, chosen by a Gaussian process over all evaluations. cmaes:
+    CMA-ES over three numbers.
+    """
 
     evolution = "evolution"
     surrogate = "surrogate"
@@ -183,7 +194,8 @@ class RopeConfig:
     critical_index: int | None = number(None, least=1)
     # Rescale factors from the critical index on, for longrope2. A list of one number is a constant tail.
     tail: list[float] = number([], above=0)
-    # Attention factor (YaRN's mscale): multiplies cos and sin in the long window; 1 in the short window. null: the method's own.
+    # Attention factor (YaRN's mscale): multiplies cos and sin in the long window; 1 in the short window. null: the
+    # method's own.
     attention_factor: float | None = number(None, above=0)
     # Further keyword arguments of the method.
     options: dict[str, Any] = field(default_factory=dict)
@@ -211,7 +223,8 @@ class SourceConfig:
     max_tokens: int | None = number(None, least=1)
     # Most bytes of a document; a longer document counts as broken. Long real documents are books, not dumps.
     max_document_bytes: int = number(64 << 20, least=1)
-    # Share of a source's records, files or bytes that may be broken. The job stops beyond it, because text is being lost.
+    # Share of a source's records, files or bytes that may be broken. The job stops beyond it, because text is being
+    # lost.
     max_broken_share: float = number(0.05, least=0, most=1)
     # Windows that the source serves. Documents of another window are skipped after tokenising.
     windows: list[str] = field(default_factory=lambda: ["short", "long"])
@@ -223,7 +236,9 @@ class SourceConfig:
 
 @dataclass
 class StageConfig:
-    """One stage of the curriculum that trains a tiny base model from scratch. The four shares are relative to each other."""
+    """One stage of the curriculum that trains a tiny base model from scratch. The four shares are relative to each
+    other.
+    """
 
     # Optimizer steps of the stage.
     steps: int = number(MISSING, least=1)
@@ -233,7 +248,8 @@ class StageConfig:
     repeats: float = number(0.0, least=0)
     # Share of segments of needle documents with 1 … data.needles.max_pairs pairs, with loss on the answers only.
     needles: float = number(0.0, least=0)
-    # Share of segments full of pairs, each asked for, with loss on the answers only. Telling many needles apart is learned slowly.
+    # Share of segments full of pairs, each asked for, with loss on the answers only. Telling many needles apart is
+    # learned slowly.
     dense: float = number(0.0, least=0)
     # Share of segments of plain text.
     text: float = number(0.0, least=0)
@@ -241,7 +257,9 @@ class StageConfig:
 
 @dataclass
 class BucketConfig:
-    """A range of document lengths (BOS and EOS included), the window that it trains, and its part of that window's tokens."""
+    """A range of document lengths (BOS and EOS included), the window that it trains, and its part of that window's
+    tokens.
+    """
 
     # Name of the bucket, free to choose. Keys of this bucket are typed as data.buckets.NAME.KEY.
     name: str = MISSING
@@ -253,7 +271,8 @@ class BucketConfig:
     to_tokens: int | None = number(None, least=1)
     # Share of the window's tokens, relative to the window's other buckets.
     weight: float = number(1.0, least=0)
-    # Weight of each source in this bucket, relative to all such weights of the window. `weight` and the sources' own weights then do nothing.
+    # Weight of each source in this bucket, relative to all such weights of the window. `weight` and the sources' own
+    # weights then do nothing.
     sources: dict[str, float] = number({}, least=0)
     # What becomes of a document over the limit. null: data.over_long.
     over_limit: str | None = one_of(None, OverLong)
@@ -322,7 +341,8 @@ class DataConfig:
     buckets: list[BucketConfig] = field(default_factory=list)
     # What the weights of sources are shares of. corpus: the mix nearest to the documents' own lengths.
     weights_of: str = one_of(WeightsOf.bucket)
-    # Times that a document may be used. Four passes over a text are about as good as new text (Muennighoff et al., 2023).
+    # Times that a document may be used. Four passes over a text are about as good as new text (Muennighoff et al.,
+    # 2023).
     max_repeats: float = number(4.0, above=0)
     # Share kept of a source's documents below data.keep_below_tokens, by source: data.keep_below.NAME=0.1
     keep_below: dict[str, float] = number({}, least=0, most=1)
@@ -334,13 +354,15 @@ class DataConfig:
     over_long: str = one_of(OverLong.split)
     # Share of documents kept out of training, for the search and the evaluation.
     holdout: float = number(0.02, least=0, most=1)
-    # Sequence shards of a segment (a number or a list) whose borders no short document crosses. Attention then sends nothing.
+    # Sequence shards of a segment (a number or a list) whose borders no short document crosses. Attention then sends
+    # nothing.
     align_sp: Any = 1
-    # Segments of one window that follow each other in a step, shared by the data-parallel ranks. Any number of ranks that divides this
-    # sees the same data at the same step. 0: a multiple of the first start's ranks, up to a quarter of a step.
+    # Segments of one window that follow each other in a step, shared by the data-parallel ranks. Any number of ranks
+    # that divides this sees the same data at the same step. 0: a multiple of the first start's ranks, up to a quarter
+    # of a step.
     group_segments: int = number(0, least=0)
-    # Steps that are passed over, as metrics.jsonl counts them: ["1200-1230", "1500"]. Their data is never trained on; the counter and the
-    # learning rate go on.
+    # Steps that are passed over, as metrics.jsonl counts them: ["1200-1230", "1500"]. Their data is never trained on;
+    # the counter and the learning rate go on.
     skip_steps: list[str] = field(default_factory=list)
     # Steps whose batches are made ahead.
     prefetch_steps: int = number(2, least=0, most=_MOST)
@@ -405,9 +427,11 @@ class EngineConfig:
     checkpoint_every_steps: int = number(100, least=1)
     # Checkpoints that are kept; older ones are removed.
     keep_checkpoints: int = number(2, least=1)
-    # Steps in a row with a non-finite loss or gradient norm that end the run. One may be a bad document; three are the weights or settings.
+    # Steps in a row with a non-finite loss or gradient norm that end the run. One may be a bad document; three are the
+    # weights or settings.
     max_bad_steps: int = number(3, least=1)
-    # Step of a checkpoint to go back to, once, such as 300; the same command repeated goes on from the newest. null: the newest checkpoint.
+    # Step of a checkpoint to go back to, once, such as 300; the same command repeated goes on from the newest. null:
+    # the newest checkpoint.
     resume_from: int | None = number(None, least=1)
     # Merged over the DeepSpeed config that is written, for settings that no key here names.
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -427,7 +451,8 @@ class SearchConfig:
     population: int = number(64, least=2, most=_MOST)
     # Generations after the first.
     generations: int = number(40, least=0, most=_MOST)
-    # Parents kept in each generation. The paper leaves it open: a quarter of the population keeps diversity at this budget.
+    # Parents kept in each generation. The paper leaves it open: a quarter of the population keeps diversity at this
+    # budget.
     top_k: int = number(16, least=1)
     # Probability that an entry of the tail mutates (p of the paper).
     mutation_probability: float = number(0.3, least=0, most=1)
@@ -443,13 +468,16 @@ class SearchConfig:
     documents: int = number(10, least=1, most=_MOST)
     # Needles asked for in each document, in one forward pass. The paper asks for one.
     questions: int = number(1, least=1, most=NEEDLE_NAMES)
-    # Needles beside those that are not asked for. The paper has none; needed where every good candidate finds a lone needle.
+    # Needles beside those that are not asked for. The paper has none; needed where every good candidate finds a lone
+    # needle.
     distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
     # Depth of the first needle that is asked for: 0 is the start of the document, 1 its end. The others lie anywhere.
     depth: float = number(0.0, least=0, most=1)
-    # Further documents, on which the last top_k compete to be the winner: the best of many on few documents is partly luck.
+    # Further documents, on which the last top_k compete to be the winner: the best of many on few documents is partly
+    # luck.
     final_documents: int = number(0, least=0, most=_MOST)
-    # Whether a candidate is dropped as soon as it cannot plausibly enter the top_k. false: every candidate is scored on every document.
+    # Whether a candidate is dropped as soon as it cannot plausibly enter the top_k. false: every candidate is scored on
+    # every document.
     racing: bool = True
     # Standard errors by which answers must be worse than the k-th best's to be dropped. inf drops only a certain loser.
     racing_z: float = number(1.0, least=0, infinite=True)
@@ -481,7 +509,9 @@ class SearchConfig:
     seed: int = number(0, least=-(2**63), most=2**63 - 1)
 
     def final_looks(self, before: int) -> int:
-        """surrogate: document-forwards of the final: two finalists' further documents, and at most a tenth of those ``before`` it."""
+        """surrogate: document-forwards of the final: two finalists' further documents, and at most a tenth of those
+        ``before`` it.
+        """
         return min(2 * self.final_documents, round(before / 10))
 
     @property

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 _RUN, _JOB, _MODEL = "name runs_folder seed", "device threads parallel.timeout_s", "model rope"
-_STEP = "data.path data.kind data.stages data.segment_tokens data.long_attention data.group_segments"  # what a step holds
-_PREPARED = """model.path model.architecture model.original_window_tokens rope.target_window_tokens data.sources data.tokenizer data.vocab_size
-data.tokenizer_train_bytes data.tokenizer_backend data.workers data.shard_bytes data.deduplicate data.decontaminate data.segment_tokens
-data.short_tokens data.long_tokens data.buckets data.weights_of data.max_repeats data.keep_below data.keep_below_tokens data.over_long
+_STEP = (
+    "data.path data.kind data.stages data.segment_tokens data.long_attention data.group_segments"  # what a step holds
+)
+_PREPARED = """model.path model.architecture model.original_window_tokens rope.target_window_tokens data.sources
+data.tokenizer data.vocab_size
+data.tokenizer_train_bytes data.tokenizer_backend data.workers data.shard_bytes data.deduplicate data.decontaminate
+data.segment_tokens
+data.short_tokens data.long_tokens data.buckets data.weights_of data.max_repeats data.keep_below data.keep_below_tokens
+data.over_long
 data.holdout data.align_sp data.needles"""
-_TRAINED = "data.verify data.skip_steps data.prefetch_steps data.loader_threads data.needles parallel optim engine logger"
+_TRAINED = (
+    "data.verify data.skip_steps data.prefetch_steps data.loader_threads data.needles parallel optim engine logger"
+)
 _PLANNED = "data.short_tokens data.long_tokens parallel optim engine search hardware"
 _INSPECTED = "data.path data.long_attention data.group_segments data.skip_steps optim.segments_per_step inspect"
 READS = {

@@ -119,11 +119,15 @@ class Corpus:
             UserError: the folder holds no finished corpus, or a corpus of another format.
         """
         if path is None or not _is_file(Path(path) / MANIFEST):
-            raise UserError(f"data.path={path} holds no finished corpus ({MANIFEST}); run prepare and set data.path to its run folder")
+            raise UserError(
+                f"data.path={path} holds no finished corpus ({MANIFEST}); run prepare and set data.path to its run "
+                "folder"
+            )
         manifest = read_json(Path(path) / MANIFEST)
         if manifest.get("format") != FORMAT:
             raise UserError(
-                f"data.path={path} is a corpus of format {manifest.get('format')}, this version reads {FORMAT}; run prepare again"
+                f"data.path={path} is a corpus of format {manifest.get('format')}, this version reads {FORMAT}; run "
+                "prepare again"
             )
         return cls(Path(path), manifest)
 
@@ -224,7 +228,10 @@ class Corpus:
         """
         text = Text(self.stores(split), self.tokenizer.n_borders)
         if not text.tokens:
-            raise UserError(f"the corpus {self.folder} has no {split} document; prepare it with more documents, or another data.holdout")
+            raise UserError(
+                f"the corpus {self.folder} has no {split} document; prepare it with more documents, or another "
+                "data.holdout"
+            )
         return text
 
     def segment_table(self, window: str) -> SegmentTable:

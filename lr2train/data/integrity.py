@@ -88,7 +88,10 @@ def verify_stores(folder: Path, prefixes: Iterable[Path]) -> int:
 def _files_of(prefix: Path) -> list[_File]:
     manifest = store.sealed(store.suffixed(prefix, ".json"))
     store.check_sizes(prefix, manifest)
-    return [_File(store.suffixed(prefix, suffix), about["bytes"], about["sha256"]) for suffix, about in manifest["files"].items()]
+    return [
+        _File(store.suffixed(prefix, suffix), about["bytes"], about["sha256"])
+        for suffix, about in manifest["files"].items()
+    ]
 
 
 def _check_size(file: _File) -> None:
@@ -97,7 +100,9 @@ def _check_size(file: _File) -> None:
     except OSError as error:
         raise store.unreadable(error, file.path) from None
     if found != file.size:
-        raise _damaged(file.path, "is missing" if found is None else f"has {found} bytes where {file.size} were written")
+        raise _damaged(
+            file.path, "is missing" if found is None else f"has {found} bytes where {file.size} were written"
+        )
 
 
 def _compare(folder: Path, files: list[_File]) -> int:

@@ -61,7 +61,9 @@ WORDINGS: dict[str, Wording] = {
         question="\nWhat is the special magic number for {key} mentioned in the provided text? "
         "The special magic number for {key} mentioned in the provided text is",
     ),
-    "plain": Wording(needle="The magic number of {key} is:", needle_end=".\n", question="\nThe magic number of {key} is:"),
+    "plain": Wording(
+        needle="The magic number of {key} is:", needle_end=".\n", question="\nThe magic number of {key} is:"
+    ),
     "code": Wording(needle="{key} =", needle_end="\n", question="\n{key} =", key_joint="_"),
 }
 
@@ -70,7 +72,10 @@ def sentences(wording: str, times: int = 60) -> Iterator[str]:
     """Training text for the tokenizer of a corpus with needles: each key's sentence and question, ``times`` over."""
     how = WORDINGS[wording]
     for _ in range(times):
-        yield "".join(f"{how.needle.format(key=how.key(index))} {how.question.format(key=how.key(index))} " for index in range(N_KEYS))
+        yield "".join(
+            f"{how.needle.format(key=how.key(index))} {how.question.format(key=how.key(index))} "
+            for index in range(N_KEYS)
+        )
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,10 @@ def check_needles(needles: NeedleConfig) -> None:
 
 def _check_form(wording: str, digits: int) -> None:
     if wording not in WORDINGS:
-        raise UserError(f"data.needles.wording={wording} is not one of {', '.join(WORDINGS)}; set data.needles.wording to one of them")
+        raise UserError(
+            f"data.needles.wording={wording} is not one of {', '.join(WORDINGS)}; set data.needles.wording to one of "
+            "them"
+        )
     between("data.needles.digits", digits, 1, 18)
 
 
@@ -191,7 +199,10 @@ class NeedleMaker:
         first = length_tokens - len(tail)
         answer_spans = tuple((first + start, first + stop) for start, stop in spans)
         return NeedleDocument(
-            tokens, answer_spans, float(places[0]) / max(1, room) if depth is None else depth, tuple(numbers[:n_questions])
+            tokens,
+            answer_spans,
+            float(places[0]) / max(1, room) if depth is None else depth,
+            tuple(numbers[:n_questions]),
         )
 
     def most_pairs(self, length_tokens: int, max_questions: int = 1) -> int:
@@ -206,8 +217,12 @@ class NeedleMaker:
         """Most tokens of the fixed text, a needle, and a question with its answer; a digit is at most one token."""
         wording, number = self._wording, self._digits + 1
         keys = [wording.key(index) for index in range(N_KEYS)]
-        needle = max(len(self._part(wording.needle, key)) for key in keys) + number + len(self._part(wording.needle_end))
-        question = max(len(self._part(wording.question, key)) for key in keys) + number + len(self._part(wording.question_end))
+        needle = (
+            max(len(self._part(wording.needle, key)) for key in keys) + number + len(self._part(wording.needle_end))
+        )
+        question = (
+            max(len(self._part(wording.question, key)) for key in keys) + number + len(self._part(wording.question_end))
+        )
         return len(self._bos) + len(self._eos) + len(self._part(wording.intro)), needle, question
 
     def _draw(self, rng: np.random.Generator, n_pairs: int) -> tuple[list[str], list[str]]:
@@ -291,7 +306,9 @@ class NeedleMaker:
             )
 
 
-def _hide(head: list[int], filler: np.ndarray, needles: list[list[int]], places: np.ndarray, tail: list[int]) -> np.ndarray:
+def _hide(
+    head: list[int], filler: np.ndarray, needles: list[list[int]], places: np.ndarray, tail: list[int]
+) -> np.ndarray:
     parts: list[list[int] | np.ndarray] = [head]
     done = 0
     for index in np.argsort(places, kind="stable").tolist():

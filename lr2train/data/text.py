@@ -25,8 +25,13 @@ class Text:
     def __init__(self, stores: Sequence[SourceStore], n_borders: int) -> None:
         self._stores = [store for store in stores if len(store)]
         self._skipped = n_borders - 1  # tokens before the text of a document: its BOS
-        usable = [np.flatnonzero(np.ones(len(store), bool) if store.usable is None else store.usable) for store in self._stores]
-        lengths = [store.lengths[kept].astype(np.int64) - n_borders for store, kept in zip(self._stores, usable, strict=True)]
+        usable = [
+            np.flatnonzero(np.ones(len(store), bool) if store.usable is None else store.usable)
+            for store in self._stores
+        ]
+        lengths = [
+            store.lengths[kept].astype(np.int64) - n_borders for store, kept in zip(self._stores, usable, strict=True)
+        ]
         self._lengths = np.concatenate([np.zeros(0, np.int64), *lengths])
         self._document = np.concatenate([np.zeros(0, np.int64), *usable])
         self._store = np.repeat(np.arange(len(self._stores)), [len(kept) for kept in usable])
@@ -45,7 +50,11 @@ class Text:
     def draw(self, rng: np.random.Generator, n: int, length: int) -> np.ndarray:
         """``n`` stretches without BOS or EOS, int64 [n, length]; there must be some text."""
         assert self.tokens
-        return self._crops(rng, n, length) if self.longest >= length else np.stack([self._joined(rng, length) for _ in range(n)])
+        return (
+            self._crops(rng, n, length)
+            if self.longest >= length
+            else np.stack([self._joined(rng, length) for _ in range(n)])
+        )
 
     def draw_apart(self, rng: np.random.Generator, n: int, length: int) -> np.ndarray:
         """Like ``draw``, but no document gives a second stretch before each that is long enough gave one."""
@@ -69,7 +78,11 @@ class Text:
 
     def _read(self, document: int, place: int, length: int) -> np.ndarray:
         start = self._skipped + place
-        return self._stores[self._store[document]].read(int(self._document[document]), start, start + length).astype(np.int64)
+        return (
+            self._stores[self._store[document]]
+            .read(int(self._document[document]), start, start + length)
+            .astype(np.int64)
+        )
 
     def _joined(self, rng: np.random.Generator, length: int) -> np.ndarray:
         """Documents in order, from a random one on; the first follows the last."""

@@ -21,7 +21,13 @@ def cells(scored: Sequence[tuple[NeedleDocument, Score]]) -> list[dict[str, Any]
     for document, one in scored:
         grouped[len(document.tokens), document.depth].append(one)
     return [
-        {"length_tokens": length, "depth": depth, "accuracy": accuracy(group), "perplexity": perplexity(group), "documents": len(group)}
+        {
+            "length_tokens": length,
+            "depth": depth,
+            "accuracy": accuracy(group),
+            "perplexity": perplexity(group),
+            "documents": len(group),
+        }
         for (length, depth), group in sorted(grouped.items())
     ]
 

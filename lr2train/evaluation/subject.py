@@ -38,7 +38,9 @@ class Subject:
         """The table for a document of this length: "short" | "long"."""
         return window_of(length_tokens, self.factors.spectrum.window_tokens) if self.switches else "long"
 
-    def score(self, model: Any, table: rotary.WindowRotary, tokens: np.ndarray, spans: Sequence[tuple[int, int]]) -> Score:
+    def score(
+        self, model: Any, table: rotary.WindowRotary, tokens: np.ndarray, spans: Sequence[tuple[int, int]]
+    ) -> Score:
         """Score the ``spans`` of one document under the table for its length; ``model`` and ``table`` are from
         ``open_model``.
         """

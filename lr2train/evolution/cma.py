@@ -68,4 +68,6 @@ def candidate_of(space: Space, point: np.ndarray) -> Candidate:
         heights.append(heights[-1] + float(np.clip(share, 0.0, 1.0)) * (high - heights[-1]))
     index = space.critical_indices[int(np.clip(round(point[4]), 0, len(space.critical_indices) - 1))]
     tail = np.interp(np.linspace(0.0, 2.0, space.spectrum.n_dims - index), [0.0, 1.0, 2.0], heights[1:])
-    return Candidate(index, tuple(space.on_grid(value) for value in tail.tolist()), space.attention_factor_at(float(point[3])))
+    return Candidate(
+        index, tuple(space.on_grid(value) for value in tail.tolist()), space.attention_factor_at(float(point[3]))
+    )

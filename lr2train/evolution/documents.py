@@ -54,7 +54,16 @@ def draw_documents(config: Config, corpus: Corpus) -> list[SearchDocument]:
         borders = np.linspace(1, length, TEXT_PIECES + 1).astype(int).tolist()
         pieces = tuple((start, stop) for start, stop in pairwise(borders) if start < stop)
         return [SearchDocument(tokens, pieces) for tokens in text_set(corpus, n_documents, length, rng)]
-    made = needle_set(corpus, config.data.needles, n_documents, length, [settings.depth], rng, settings.questions, settings.distractors)
+    made = needle_set(
+        corpus,
+        config.data.needles,
+        n_documents,
+        length,
+        [settings.depth],
+        rng,
+        settings.questions,
+        settings.distractors,
+    )
     return [SearchDocument(one.tokens, one.answer_spans) for one in made]
 
 

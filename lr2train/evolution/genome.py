@@ -80,7 +80,8 @@ class Space:
             )
         if self.settings.algorithm == "cmaes" and self.all_dims:
             raise UserError(
-                "search.algorithm=cmaes has a form for the tail alone; set search.space=longrope2, or search.algorithm=evolution"
+                "search.algorithm=cmaes has a form for the tail alone; set search.space=longrope2, or "
+                "search.algorithm=evolution"
             )
         if self.settings.algorithm == "cmaes" and self.settings.population - self.settings.top_k < MIN_SAMPLES:
             raise UserError(
@@ -172,13 +173,20 @@ class Space:
 
     def _constant(self, critical_index: int, rng: np.random.Generator) -> Candidate:
         value = self.on_grid(rng.uniform(*self.bounds))
-        return Candidate(critical_index, (value,) * (self.spectrum.n_dims - critical_index), self._draw_attention_factor(rng))
+        return Candidate(
+            critical_index, (value,) * (self.spectrum.n_dims - critical_index), self._draw_attention_factor(rng)
+        )
 
     def _draw_attention_factor(self, rng: np.random.Generator) -> float:
         return self.attention_factor_at(rng.uniform())
 
     def fill(
-        self, members: list[Candidate], parents: list[Candidate], size: int, rng: np.random.Generator, seen: frozenset[str] = frozenset()
+        self,
+        members: list[Candidate],
+        parents: list[Candidate],
+        size: int,
+        rng: np.random.Generator,
+        seen: frozenset[str] = frozenset(),
     ) -> list[Candidate]:
         """``size`` distinct candidates: ``members``, then children of ``parents`` in turn. Keys in ``seen`` are left
         out.
@@ -210,7 +218,9 @@ class Space:
             moved = child.critical_index + int(rng.choice([-2, -1, 1, 2]))
             child = self._with_critical_index(child, min(max(moved, indices[0]), indices[-1]))
         return replace(
-            child, tail=self._mutate_tail(child.tail, rng), attention_factor=self._mutate_attention_factor(child.attention_factor, rng)
+            child,
+            tail=self._mutate_tail(child.tail, rng),
+            attention_factor=self._mutate_attention_factor(child.attention_factor, rng),
         )
 
     def _cross(self, a: Candidate, b: Candidate, rng: np.random.Generator) -> Candidate:

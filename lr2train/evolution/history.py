@@ -54,7 +54,9 @@ class History:
         if not self.lines:
             return following
         index = self.lines[-1]["best"]["critical_index"]
-        return f"{following}, perplexity {self.lines[-1]['best_perplexity']:.4f}" + ("" if index == ALL else f", rcd {index}")
+        return f"{following}, perplexity {self.lines[-1]['best_perplexity']:.4f}" + (
+            "" if index == ALL else f", rcd {index}"
+        )
 
     @property
     def expected_evaluations(self) -> int:
@@ -80,13 +82,18 @@ class History:
             "candidates": self.lines[-1]["candidates"],
             "document_forwards": self.fitness.document_forwards,
             "evaluations": self.fitness.computed,
-            "finalists": [{"perplexity": one.perplexity, "documents": one.documents, **_plain(one.candidate)} for one in finalists],
+            "finalists": [
+                {"perplexity": one.perplexity, "documents": one.documents, **_plain(one.candidate)} for one in finalists
+            ],
             "settings": asdict(self.settings),
         }
 
     def brief(self) -> list[dict[str, Any]]:
         """Each generation's best candidate and the evaluations until then, for factors.json."""
-        return [{key: line[key] for key in ("generation", "best_perplexity", "best", "document_forwards")} for line in self.lines]
+        return [
+            {key: line[key] for key in ("generation", "best_perplexity", "best", "document_forwards")}
+            for line in self.lines
+        ]
 
 
 def described(candidate: Candidate) -> str:

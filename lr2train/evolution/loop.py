@@ -54,7 +54,9 @@ def evolve(space: Space, score: ScoreCandidates, seed: int) -> Iterator[Generati
     for index in range(settings.generations + 1):
         kept = [parent.candidate for parent in parents]
         rng = stream(seed, "search", index)
-        children = space.fill([], kept, settings.population - len(kept), rng, frozenset(seen)) if kept else space.initial(rng)
+        children = (
+            space.fill([], kept, settings.population - len(kept), rng, frozenset(seen)) if kept else space.initial(rng)
+        )
         seen.update(child.key for child in children)
         generation = _generation(index, parents, score(children, kept), len(seen))
         parents = generation.population[: settings.top_k]

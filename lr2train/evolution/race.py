@@ -100,7 +100,13 @@ def without_racing(losses: Losses, candidates: Sequence[Candidate], order: Seque
 
 
 def race(
-    losses: Losses, candidates: Sequence[Candidate], kept: Sequence[Candidate], keep: int, order: Sequence[int], z: float, min_answers: int
+    losses: Losses,
+    candidates: Sequence[Candidate],
+    kept: Sequence[Candidate],
+    keep: int,
+    order: Sequence[int],
+    z: float,
+    min_answers: int,
 ) -> list[list[int]]:
     """The documents that each candidate meets, in ``order``; all of them for a candidate that is not dropped. Pure.
 
@@ -123,7 +129,9 @@ def race(
         ranked = sorted((*kept, *live), key=lambda one: (_total(runs[one]), one.key))
         last_in = runs[ranked[min(keep, len(ranked)) - 1]]
         # Certain losers, then likely losers; the best ``keep`` always stay.
-        out = {one for one in ranked[keep:] if _total(runs[one]) > limit or _is_worse(runs[one], last_in, z, min_answers)}
+        out = {
+            one for one in ranked[keep:] if _total(runs[one]) > limit or _is_worse(runs[one], last_in, z, min_answers)
+        }
         live = [one for one in live if one not in out]
     return [list(order[: len(runs[one])]) for one in candidates]
 

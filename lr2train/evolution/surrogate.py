@@ -61,7 +61,9 @@ def evolve_surrogate(space: Space, observations: Observations, seed: int) -> Ite
         seen.update(child.key for child in children)
         turn = itertools.cycle(rng.permutation(settings.documents).tolist())
         observations.observe([(child, next(turn)) for child in children])
-        observations.observe_promising([*children, *parents], round((settings.looks - 1) * len(children)), settings.documents, rng)
+        observations.observe_promising(
+            [*children, *parents], round((settings.looks - 1) * len(children)), settings.documents, rng
+        )
         population = ranked(observations.estimates([*children, *parents]))
         parents = [one.candidate for one in population[: settings.top_k]]
         yield Generation(index, population, (), len(seen))
@@ -102,7 +104,9 @@ class Observations:
             self._observed.append((candidate, document, self._fitness.loss(candidate, [document])))
         self._process = None
 
-    def observe_promising(self, candidates: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> None:
+    def observe_promising(
+        self, candidates: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator
+    ) -> None:
         """Spend ``n`` evaluations on the most promising candidates.
 
         Each is on one of the first ``documents`` documents that is new to the candidate. Bounds are computed anew after
@@ -113,7 +117,9 @@ class Observations:
             n -= len(pairs)
 
     def final(self, finalists: Sequence[Candidate]) -> list[Scored]:
-        """The finalists, best first, after ``SearchConfig.final_looks`` more evaluations, on the final's documents too."""
+        """The finalists, best first, after ``SearchConfig.final_looks`` more evaluations, on the final's documents
+        too.
+        """
         settings = self.space.settings
         rng = stream(settings.seed, "search", "final")
         self.observe_promising(finalists, settings.final_looks(len(self._observed)), len(self._fitness.documents), rng)
@@ -130,10 +136,14 @@ class Observations:
     def by_lower_bound(self, candidates: Sequence[Candidate], deviations: float) -> list[Candidate]:
         """Sorted by the lower confidence bound, the estimate minus ``deviations`` standard deviations; ties by key."""
         means, spreads = self._predicted(candidates)
-        bounds = {one.key: mean - deviations * spread for one, mean, spread in zip(candidates, means, spreads, strict=True)}
+        bounds = {
+            one.key: mean - deviations * spread for one, mean, spread in zip(candidates, means, spreads, strict=True)
+        }
         return sorted(candidates, key=lambda one: (round(bounds[one.key], _DIGITS), one.key))
 
-    def _new_pairs(self, candidates: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator) -> list[tuple[Candidate, int]]:
+    def _new_pairs(
+        self, candidates: Sequence[Candidate], n: int, documents: int, rng: np.random.Generator
+    ) -> list[tuple[Candidate, int]]:
         pairs = []
         for candidate in self.by_lower_bound(candidates, deviations=1.0):
             left = sorted(set(range(documents)) - set(self._documents_of.get(candidate.key, ())))
@@ -189,7 +199,14 @@ class GaussianProcess:
         rows: the candidate's key -> its row of ``features``.
     """
 
-    def __init__(self, features: np.ndarray, candidate: np.ndarray, document: np.ndarray, values: np.ndarray, rows: dict[str, int]) -> None:
+    def __init__(
+        self,
+        features: np.ndarray,
+        candidate: np.ndarray,
+        document: np.ndarray,
+        values: np.ndarray,
+        rows: dict[str, int],
+    ) -> None:
         self._features, self._candidate, self._rows = features, candidate, rows
         self._mean, self._variance = float(values.mean()), max(float(values.var()), 1e-6)
         # What candidates do not decide, [evaluations, evaluations]: a wide prior of the mean (1), and the documents.

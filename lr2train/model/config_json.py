@@ -19,8 +19,10 @@ from lr2train.rope import hf as rope_hf
 
 NAME = "config.json"
 _COUNTS = {  # whole numbers: (least, largest); the limits also keep loops over them short
-    "vocab_size": (1, rope_hf.LARGEST_COUNT), "intermediate_size": (1, rope_hf.LARGEST_COUNT), "num_hidden_layers": (1, 10_000),
-    "num_key_value_heads": (1, rope_hf.LARGEST_COUNT), "sliding_window": (0, rope_hf.LARGEST_COUNT), "num_labels": (0, 100_000),
+    "vocab_size": (1, rope_hf.LARGEST_COUNT), "intermediate_size": (1, rope_hf.LARGEST_COUNT), "num_hidden_layers": (1,
+    10_000),
+    "num_key_value_heads": (1, rope_hf.LARGEST_COUNT), "sliding_window": (0, rope_hf.LARGEST_COUNT), "num_labels": (0,
+    100_000),
 }  # fmt: skip
 _OBJECTS = ("auto_map", "quantization_config")
 
@@ -36,7 +38,8 @@ def read(folder: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
         raise UserError(
-            f"model.path={folder} has no readable config.json ({brief(error)}); set model.path to a Hugging Face model folder"
+            f"model.path={folder} has no readable config.json ({brief(error)}); set model.path to a Hugging Face "
+            "model folder"
         ) from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no JSON object; set model.path to a Hugging Face model folder")
@@ -77,12 +80,16 @@ def _refuse_quantized(values: Mapping[str, Any], where: str) -> None:
     found = values.get("quantization_config")
     if found:
         method = found.get("quant_method", "unknown")
-        raise UserError(quantized(f"{where} says that the weights are quantized (quantization_config, quant_method {method})"))
+        raise UserError(
+            quantized(f"{where} says that the weights are quantized (quantization_config, quant_method {method})")
+        )
 
 
 def quantized(found: str) -> str:
     """The sentence that refuses quantized weights; ``found`` says how they were recognised."""
-    return f"{found}; dequantize the model with transformers, save it to a new folder, and set model.path to that folder"
+    return (
+        f"{found}; dequantize the model with transformers, save it to a new folder, and set model.path to that folder"
+    )
 
 
 def parsed(folder: Path, overrides: Mapping[str, Any] | None = None) -> Any:
@@ -131,7 +138,10 @@ def _overridden(hf_config: Any, values: Mapping[str, Any], overrides: Mapping[st
     """
     unknown = [key for key in overrides if not hasattr(hf_config, key)]
     if unknown:
-        raise UserError(f"model.overrides names {unknown[0]}, which {type(hf_config).__name__} does not have; correct model.overrides")
+        raise UserError(
+            f"model.overrides names {unknown[0]}, which {type(hf_config).__name__} does not have; correct "
+            "model.overrides"
+        )
     merged = {key: value for key, value in {**values, **overrides}.items() if not key.endswith("_implementation")}
     refuse_wrong_values(merged, "model.overrides")
     return guarded("model.overrides", lambda: type(hf_config).from_dict(merged))
@@ -142,7 +152,8 @@ def _refuse_other_tasks(hf_config: Any, where: str) -> None:
 
     if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"{where} names model_type={hf_config.model_type!r}, which is no causal language model; set model.path to one that is"
+            f"{where} names model_type={hf_config.model_type!r}, which is no causal language model; set model.path to "
+            "one that is"
         )
 
 

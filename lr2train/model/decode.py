@@ -66,12 +66,18 @@ def generate(
 
 def _refuse_not_finite(logits: torch.Tensor, n_tokens: int, dtype: torch.dtype) -> None:
     if not torch.isfinite(logits.max()):  # max returns nan where any logit is nan
-        remedy = "" if dtype == torch.float32 else "; set model.dtype=float32, as the model's own numbers may be too large for less"
+        remedy = (
+            ""
+            if dtype == torch.float32
+            else "; set model.dtype=float32, as the model's own numbers may be too large for less"
+        )
         raise UserError(f"the logits after {n_tokens} tokens are not finite, so no token can be chosen{remedy}")
 
 
 def window_of(total_tokens: int, original_window_tokens: int, window: str = "auto") -> str:
-    """The window for a text of ``total_tokens``, prompt and generated tokens together: "short" up to L0, "long" beyond."""
+    """The window for a text of ``total_tokens``, prompt and generated tokens together: "short" up to L0, "long"
+    beyond.
+    """
     if window != "auto":
         return window
     return "short" if total_tokens <= original_window_tokens else "long"

@@ -161,7 +161,8 @@ class _Shards:
             save_file(self._held, file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise UserError(
-                f"{file} cannot be written ({error}); free some room on that disk, and run the same command again to go on"
+                f"{file} cannot be written ({error}); free some room on that disk, and run the same command again to "
+                "go on"
             ) from error
         io.usual_mode(file)
         self._shards.append(list(self._held))
@@ -176,12 +177,19 @@ class _Shards:
         if self._held:
             self._write()
         count = len(self._shards)
-        names = [weight_files.FILE] if count == 1 else [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+        names = (
+            [weight_files.FILE]
+            if count == 1
+            else [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+        )
         for number, name in enumerate(names):
             (self._folder / self._name(number)).rename(self._folder / name)
         if count > 1:
             file_of = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
-            io.write_json(self._folder / weight_files.INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": file_of})
+            io.write_json(
+                self._folder / weight_files.INDEX,
+                {"metadata": {"total_size": self._total_bytes}, "weight_map": file_of},
+            )
 
 
 def _take_the_place_of(folder: Path, complete: Path) -> None:
@@ -232,7 +240,9 @@ def _longer(values: Mapping[str, Any], window_tokens: int) -> dict[str, Any]:
 
 def _rewrite(file: Path, folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     if values := values_in(file):
-        io.write_json(folder / file.name, {key: value for key, value in change(values).items() if key not in (*_CODE, *_PATHS)})
+        io.write_json(
+            folder / file.name, {key: value for key, value in change(values).items() if key not in (*_CODE, *_PATHS)}
+        )
 
 
 def values_in(file: Path) -> dict[str, Any]:

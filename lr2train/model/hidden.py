@@ -101,7 +101,9 @@ def _our_attention(config: Any) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _mask_function(mask_function: MaskFunction, kv_length: int, local_size: int | None = None, **_: Any) -> MaskFunction | None:
+def _mask_function(
+    mask_function: MaskFunction, kv_length: int, local_size: int | None = None, **_: Any
+) -> MaskFunction | None:
     """Takes the place of a mask [T, T]: hands the mask function to ``_attention_forward``; None stands for causal."""
     from transformers.masking_utils import causal_mask_function
 

@@ -32,8 +32,10 @@ from lr2train.rope import hf as rope_hf
 from lr2train.rope.spectrum import Spectrum
 
 __all__ = [
-    "DTYPES", "Gather", "StoredTensor", "assembled", "build_empty", "config_of", "copy_companions", "files_of", "folder_fingerprint",
-    "folder_of", "generation_files_of", "load_tokenizer", "load_whole", "plain_config", "safetensors_of", "scratch_weights", "spectrum_of",
+    "DTYPES", "Gather", "StoredTensor", "assembled", "build_empty", "config_of", "copy_companions", "files_of",
+    "folder_fingerprint",
+    "folder_of", "generation_files_of", "load_tokenizer", "load_whole", "plain_config", "safetensors_of",
+    "scratch_weights", "spectrum_of",
     "whole", "write_folder",
 ]  # fmt: skip
 
@@ -98,7 +100,9 @@ def _download(model: ModelConfig) -> Path:
         ) from error
 
 
-def assembled(hf_config: Any, dtype: str, tensors: Mapping[str, StoredTensor], init_context: InitContext, gather: Gather = whole) -> Any:
+def assembled(
+    hf_config: Any, dtype: str, tensors: Mapping[str, StoredTensor], init_context: InitContext, gather: Gather = whole
+) -> Any:
     """A Hugging Face causal LM with its weights.
 
     Names, shapes and dtypes are checked before anything is built, on a twin on the meta device, alike on every rank.
@@ -167,7 +171,9 @@ def build_empty(hf_config: Any, dtype: str, init_context: InitContext) -> Any:
 def _refuse_unusual_heads(model: Any) -> None:
     head, config = model.get_output_embeddings(), model.config
     if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise UserError(f"{type(model).__name__} has no plain linear head without bias; set model.path to a model that has one")
+        raise UserError(
+            f"{type(model).__name__} has no plain linear head without bias; set model.path to a model that has one"
+        )
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise UserError(
@@ -178,9 +184,13 @@ def _refuse_unusual_heads(model: Any) -> None:
 
 
 def _refuse_mixed_dtypes(model: Any, dtype: torch.dtype) -> None:
-    """Raises UserError for a model of which transformers keeps some parameters in float32 whatever dtype is asked for."""
+    """Raises UserError for a model of which transformers keeps some parameters in float32 whatever dtype is asked
+    for.
+    """
     kept = [pattern for pattern, held in model._get_dtype_plan(dtype).items() if held != dtype]
-    names = [name for name, _ in model.named_parameters() for pattern in kept if re.search(pattern.replace("*", ".*"), name)]
+    names = [
+        name for name, _ in model.named_parameters() for pattern in kept if re.search(pattern.replace("*", ".*"), name)
+    ]
     if names:
         raise UserError(
             f"{type(model).__name__} keeps {names[0]} in float32 whatever model.dtype says, and one dtype is held "
@@ -210,7 +220,9 @@ def silence_transformers() -> None:
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
 
 
-def load_whole(folder: str | Path, dtype: str = "float32", device: str = "cpu", overrides: Mapping[str, Any] | None = None) -> Any:
+def load_whole(
+    folder: str | Path, dtype: str = "float32", device: str = "cpu", overrides: Mapping[str, Any] | None = None
+) -> Any:
     """A complete model in one process, in eval mode and without gradients, for search, evaluation and generation.
 
     Args:

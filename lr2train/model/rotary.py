@@ -98,7 +98,8 @@ def install(model: Any, factors: Factors) -> WindowRotary:
     # attention_scaling marks transformers' standard module; GPT-J and others rotate in a way of their own.
     if own is None or not hasattr(own, "attention_scaling"):
         raise UserError(
-            f"{type(model).__name__} has no standard rotary_emb on its base model; set model.path to a RoPE model of the standard interface"
+            f"{type(model).__name__} has no standard rotary_emb on its base model; set model.path to a RoPE model of "
+            "the standard interface"
         )
     inv_freq, attention_factor = _own_table(own, model.config)
     if len(inv_freq) != len(factors.rescale):

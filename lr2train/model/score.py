@@ -47,7 +47,12 @@ class Score:
 
 @torch.inference_mode()
 def score(
-    model: Any, rotary: WindowRotary, window: str, tokens: np.ndarray, spans: Sequence[tuple[int, int]], chunk_tokens: int = 0
+    model: Any,
+    rotary: WindowRotary,
+    window: str,
+    tokens: np.ndarray,
+    spans: Sequence[tuple[int, int]],
+    chunk_tokens: int = 0,
 ) -> Score:
     """Score the tokens of ``spans``, each predicted from all tokens before it.
 
@@ -64,7 +69,10 @@ def score(
     """
     positions = [t - 1 for start, stop in spans for t in range(start, stop)]  # the token before predicts each token
     if not positions:
-        raise UserError("a document has no token to score (an empty answer mask would silently score ordinary text); check data.needles")
+        raise UserError(
+            "a document has no token to score (an empty answer mask would silently score ordinary text); check "
+            "data.needles"
+        )
     assert min(positions) >= 0, "the first token of a document has nothing before it to be predicted from"
     rotary.window = window
     device = next(model.parameters()).device
@@ -87,13 +95,17 @@ def _predict(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> tu
     return losses.double().cpu().numpy(), bool(right.all())
 
 
-def _losses(head: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _losses(
+    head: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihoods of ``targets`` [n], and which are the most likely tokens [n]; logits of ``CHUNK``
     positions at a time.
     """
     losses, right = [], []
     for part, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
         logits = head(part)
-        losses.append(F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted, reduction="none"))
+        losses.append(
+            F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted, reduction="none")
+        )
         right.append(logits.argmax(-1) == wanted)
     return torch.cat(losses), torch.cat(right)

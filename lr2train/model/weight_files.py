@@ -80,10 +80,16 @@ def safetensors_of(folder: Path) -> dict[str, StoredTensor]:
     # A file beside the listed ones is no error: published folders hold such copies.
     ignored = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in _weight_files(folder))
     if ignored:
-        progress.say("model", f"{folder}: {some_of(ignored)} not read, as {INDEX if _index(folder) else FILE} holds the model without")
+        progress.say(
+            "model",
+            f"{folder}: {some_of(ignored)} not read, as {INDEX if _index(folder) else FILE} holds the model without",
+        )
     lost = [tensor for tensor, name in _index(folder).items() if tensor not in tensors or tensors[tensor].file != name]
     if lost:
-        raise UserError(f"{folder / INDEX} names {len(lost)} tensors that are not where it says ({some_of(lost)}); fetch the folder again")
+        raise UserError(
+            f"{folder / INDEX} names {len(lost)} tensors that are not where it says ({some_of(lost)}); fetch the "
+            "folder again"
+        )
     return tensors
 
 
@@ -91,7 +97,10 @@ def _weight_files(folder: Path) -> list[str]:
     """Names of the weight files, in order."""
     single, listed = (folder / FILE).exists(), sorted(set(_index(folder).values()))
     if single and listed and listed != [FILE]:
-        raise UserError(f"{folder} holds {FILE} beside {INDEX}, which names other files, and loaders disagree; remove one of the two")
+        raise UserError(
+            f"{folder} holds {FILE} beside {INDEX}, which names other files, and loaders disagree; remove one of the "
+            "two"
+        )
     if not single and not listed:
         pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
         if pickled:
@@ -101,7 +110,8 @@ def _weight_files(folder: Path) -> list[str]:
                 "transformers first"
             )
         raise UserError(
-            f"{folder} holds no .safetensors weights ({FILE}, or {INDEX} and the files that it names); set model.path to a complete folder"
+            f"{folder} holds no .safetensors weights ({FILE}, or {INDEX} and the files that it names); set model.path "
+            "to a complete folder"
         )
     return listed or [FILE]
 
@@ -117,7 +127,9 @@ def _index(folder: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False
     if not good:
-        raise UserError(f"{file} has no readable weight_map of tensor names to file names in this folder; fetch the folder again")
+        raise UserError(
+            f"{file} has no readable weight_map of tensor names to file names in this folder; fetch the folder again"
+        )
     return listed
 
 

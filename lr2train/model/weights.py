@@ -77,11 +77,16 @@ def conversions_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> lis
     wanted: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
     collected, left_over = _collected(model, tensors, wanted)
     _refuse_left_over(model, left_over)
-    conversions = [_conversion(model, wanted, target, sources, converter, tensors) for target, (sources, converter) in collected.items()]
+    conversions = [
+        _conversion(model, wanted, target, sources, converter, tensors)
+        for target, (sources, converter) in collected.items()
+    ]
     made = Counter(target for conversion in conversions for target in conversion.targets)
     twice = [target for target, times in made.items() if times > 1]
     if twice:
-        raise UserError(f"the weights hold {some_of(twice)} twice, under a former and a present name; keep one of the two")
+        raise UserError(
+            f"the weights hold {some_of(twice)} twice, under a former and a present name; keep one of the two"
+        )
     owner = owners(wanted)
     missing = set(owner.values()) - {owner[target] for target in made}
     if missing:
@@ -103,7 +108,9 @@ def owners(wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:
 Collected = dict[str, tuple[list[str], Any]]  # target -> (stored names, transformers' WeightConverter or None)
 
 
-def _collected(model: Any, tensors: Mapping[str, StoredTensor], wanted: dict[str, torch.Tensor]) -> tuple[Collected, dict[str, str]]:
+def _collected(
+    model: Any, tensors: Mapping[str, StoredTensor], wanted: dict[str, torch.Tensor]
+) -> tuple[Collected, dict[str, str]]:
     """Stored names by target, and the stored names without a target (stored name -> its name after transformers'
     renaming).
 
@@ -156,7 +163,12 @@ def _refuse_left_over(model: Any, left_over: Mapping[str, str]) -> None:
 
 
 def _conversion(
-    model: Any, wanted: Mapping[str, torch.Tensor], target: str, sources: list[str], converter: Any, tensors: Mapping[str, StoredTensor]
+    model: Any,
+    wanted: Mapping[str, torch.Tensor],
+    target: str,
+    sources: list[str],
+    converter: Any,
+    tensors: Mapping[str, StoredTensor],
 ) -> Conversion:
     """A conversion whose values are known to fit the model."""
     for name in sources:
@@ -172,9 +184,14 @@ def _conversion(
         return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
 
     try:  # on the meta device: the conversion runs on shapes alone
-        shapes = {name: tuple(value.shape) for name, value in make(lambda name: torch.empty(tensors[name].shape, device="meta")).items()}
+        shapes = {
+            name: tuple(value.shape)
+            for name, value in make(lambda name: torch.empty(tensors[name].shape, device="meta")).items()
+        }
     except (RuntimeError, ValueError, IndexError) as error:
-        raise UserError(f"{some_of(sources)} in the weights do not make up {target} ({config_json.brief(error)}); {_OTHER}") from error
+        raise UserError(
+            f"{some_of(sources)} in the weights do not make up {target} ({config_json.brief(error)}); {_OTHER}"
+        ) from error
     for name, shape in shapes.items():
         if name not in wanted or shape != tuple(wanted[name].shape):  # copy_ would broadcast
             found = list(wanted[name].shape) if name in wanted else "no place"
@@ -194,7 +211,9 @@ def _refuse_other_kind(name: str, stored: torch.dtype | str, wanted: torch.dtype
 # ---- reading ----
 
 
-def fill(model: nn.Module, conversions: Sequence[Conversion], tensors: Mapping[str, StoredTensor], gather: Gather = whole) -> None:
+def fill(
+    model: nn.Module, conversions: Sequence[Conversion], tensors: Mapping[str, StoredTensor], gather: Gather = whole
+) -> None:
     """Copy stored tensors into a built model, group by group.
 
     Args:
@@ -260,7 +279,8 @@ class _TensorReader:
             for target, value in conversion.make(lambda name: self._read(name, dtype)).items():
                 own[target].copy_(value)
         except (OSError, SafetensorError) as error:
-            self._error = f"{some_of(conversion.sources)} cannot be read ({config_json.brief(error)}); fetch the model folder again"
+            why = config_json.brief(error)
+            self._error = f"{some_of(conversion.sources)} cannot be read ({why}); fetch the model folder again"
 
     def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The tensor in the model's dtype; it is cast before it is stacked, as in transformers."""
@@ -269,7 +289,9 @@ class _TensorReader:
         if not all_finite(value):
             count = int((~torch.isfinite(value)).sum())
             cast = f" in {str(dtype).removeprefix('torch.')}, which is too narrow" if all_finite(stored) else ""
-            self._not_finite[name] = f"{count} of the {value.numel()} numbers of {name} {'is' if count == 1 else 'are'} not finite{cast}"
+            self._not_finite[name] = (
+                f"{count} of the {value.numel()} numbers of {name} {'is' if count == 1 else 'are'} not finite{cast}"
+            )
         return value
 
     def refusal(self) -> str:

@@ -174,7 +174,9 @@ class _Exchange:
         return pickle.loads(data.numpy().tobytes())
 
     def _leave(self, reason: str) -> None:
-        """Tell the others, then close the connections, so that a rank that reads later does not wait for the time-out."""
+        """Tell the others, then close the connections, so that a rank that reads later does not wait for the
+        time-out.
+        """
         if rank() == 0:
             self._announce(PeerGone(reason))
         dist.destroy_process_group(self._group)
@@ -210,4 +212,6 @@ def _naming(peer: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise PeerGone(f"rank {peer} is gone or did not answer (seen by rank {rank()}: {reason}); its own log says why") from error
+        raise PeerGone(
+            f"rank {peer} is gone or did not answer (seen by rank {rank()}: {reason}); its own log says why"
+        ) from error

@@ -34,7 +34,11 @@ def identities(job: Run, known: Mapping[str, str], files: Mapping[str, Sequence[
     found: dict[str, Any] = dict(known)
     for name, paths in files.items():
         before: dict[str, Any] = noted.get(name) or {}
-        content = before["content"] if before.get("files") == stamps[name] else io.fingerprint(sorted(_checksums(paths).items()))
+        content = (
+            before["content"]
+            if before.get("files") == stamps[name]
+            else io.fingerprint(sorted(_checksums(paths).items()))
+        )
         found[name] = {"content": content, "files": stamps[name]}
     control.together(lambda: job.refuse_other_inputs(found) if ranks.rank() == 0 else None)
     return found

@@ -22,7 +22,12 @@ import psutil
 from lr2train.progress import say
 
 _PROGRAMS = {"deepspeed", "torchrun"}
-_MODULES = {"deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch"}
+_MODULES = {
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+}
 _EVERY_S = 1.0
 
 

@@ -64,7 +64,9 @@ def ranks_per_node() -> int:
 
     torchrun sets LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
     """
-    told = next((os.environ[name] for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE") if os.environ.get(name)), None)
+    told = next(
+        (os.environ[name] for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE") if os.environ.get(name)), None
+    )
     return int(told) if told else dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -138,7 +138,11 @@ def loss_bytes(hidden: int, vocabulary: int, chunk_tokens: int, tokens: int, wei
     at the end, in the model's dtype.
     """
     chunk = min(chunk_tokens, tokens)
-    return chunk * vocabulary * (weight_bytes + 8) + vocabulary * hidden * (4 + weight_bytes) + weight_bytes * tokens * hidden
+    return (
+        chunk * vocabulary * (weight_bytes + 8)
+        + vocabulary * hidden * (4 + weight_bytes)
+        + weight_bytes * tokens * hidden
+    )
 
 
 def bucket_bytes(bucket_parameters: int, weight_bytes: int, sent_bytes: int) -> float:
@@ -151,7 +155,9 @@ def bucket_bytes(bucket_parameters: int, weight_bytes: int, sent_bytes: int) -> 
 
 def scoring_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
     """One forward pass of the search over a document of t tokens on one GPU: b N + t * (b (2 H + 4 F) + 4 H)."""
-    return weight_bytes * counts.parameters + tokens * (weight_bytes * (2 * counts.hidden + 4 * counts.intermediate) + 4 * counts.hidden)
+    return weight_bytes * counts.parameters + tokens * (
+        weight_bytes * (2 * counts.hidden + 4 * counts.intermediate) + 4 * counts.hidden
+    )
 
 
 def checkpoint_bytes(parameters: int, weight_bytes: int) -> float:
@@ -192,7 +198,9 @@ def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
 
 def _gathered(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     weight, largest = WEIGHT_BYTES[s.dtype], counts.largest_gathered_parameters
-    whole = [MemoryItem("gradients of the module being reduced", weight * largest, f"{weight} B · {largest / 1e6:.3g}M")]
+    whole = [
+        MemoryItem("gradients of the module being reduced", weight * largest, f"{weight} B · {largest / 1e6:.3g}M")
+    ]
     if s.zero_stage == 3:
         size = gathered_bytes(counts.parameters, largest, s.live_parameters, weight)
         whole.insert(
@@ -239,7 +247,8 @@ def _fixed(s: MemorySetting) -> list[MemoryItem]:
         MemoryItem(
             "reduction buckets",
             bucket_bytes(s.bucket_parameters, weight, SENT_BYTES[s.dtype]),
-            f"(2 · {weight} B, sent as {SENT_BYTES[s.dtype]} B) · {s.bucket_parameters / 1e6:.3g}M (reduce_bucket_size)",
+            f"(2 · {weight} B, sent as {SENT_BYTES[s.dtype]} B) · {s.bucket_parameters / 1e6:.3g}M "
+            "(reduce_bucket_size)",
         ),
         MemoryItem("CUDA, NCCL, cuBLAS", RUNTIME_BYTES, "assumed"),
     ]

@@ -88,7 +88,11 @@ def _mesh(mesh: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _sent(part: dict[str, Any]) -> str:
-    sent = f"a GPU sends {part['sent_gib']:.2f} GiB a segment, without recomputation" if part["sent_gib"] else "sends nothing"
+    sent = (
+        f"a GPU sends {part['sent_gib']:.2f} GiB a segment, without recomputation"
+        if part["sent_gib"]
+        else "sends nothing"
+    )
     return f"{part['strategy']}: {sent}"
 
 
@@ -98,12 +102,18 @@ def _memory(memory: dict[str, Any]) -> Table:
     table.add_column("GiB", justify="right", footer=f"{memory['total_gib']:.2f}")
     table.add_column("formula", style="dim", footer=f"of {memory['gpu_gib']:g}; {memory['reserve_gib']:.1f} stay free")
     for item in memory["items"]:
-        table.add_row(item["name"] + ("" if item["on_gpu"] else " (host memory)"), f"{item['gib']:.2f}", item["formula"])
+        table.add_row(
+            item["name"] + ("" if item["on_gpu"] else " (host memory)"), f"{item['gib']:.2f}", item["formula"]
+        )
     return table
 
 
 def _verdict(memory: dict[str, Any]) -> str:
-    host = f" Host memory for the offloaded states: {memory['host_gib_per_node']:.1f} GiB a node." if memory["host_gib_per_node"] else ""
+    host = (
+        f" Host memory for the offloaded states: {memory['host_gib_per_node']:.1f} GiB a node."
+        if memory["host_gib_per_node"]
+        else ""
+    )
     disk = f" A checkpoint takes {memory['checkpoint_gib']:.2f} GiB of disk, and {memory['checkpoints_kept']} are kept."
     if memory["fits"]:
         return (
@@ -149,7 +159,8 @@ def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str
     facts = [
         (
             "one step",
-            f"{work['segments_per_step']} segments = {amount(work['tokens_per_step'])} tokens, {hours(cost['step_s'] / 3600)}",
+            f"{work['segments_per_step']} segments = {amount(work['tokens_per_step'])} tokens, "
+            f"{hours(cost['step_s'] / 3600)}",
         ),
         (
             "speed",
@@ -176,7 +187,8 @@ def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str
         *facts,
         (
             "time",
-            f"[bold]{hours(cost['hours'])}[/bold] = {hours(cost['gpu_hours'])} of one GPU, {flops(cost['total_flops'])}",
+            f"[bold]{hours(cost['hours'])}[/bold] = {hours(cost['gpu_hours'])} of one GPU, "
+            f"{flops(cost['total_flops'])}",
         ),
         ("price", f"[bold]{money(cost['price_usd'])}[/bold]"),
     ]
@@ -187,10 +199,12 @@ def _search(search: dict[str, Any]) -> list[tuple[str, str]]:
         ("one document", f"{flops(search['flops_per_document'])}, {search['gpu_gib']:.1f} GiB on one GPU"),
         (
             "document-forwards",
-            f"{search['document_forwards']:,} at most" + (", as if racing dropped no candidate" if search["racing"] else ""),
+            f"{search['document_forwards']:,} at most"
+            + (", as if racing dropped no candidate" if search["racing"] else ""),
         ),
         (
             "time",
-            f"[bold]{hours(search['hours'])}[/bold] = {hours(search['gpu_hours'])} of one GPU, {money(search['price_usd'])}",
+            f"[bold]{hours(search['hours'])}[/bold] = {hours(search['gpu_hours'])} of one GPU, "
+            f"{money(search['price_usd'])}",
         ),
     ]

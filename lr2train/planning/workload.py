@@ -69,7 +69,9 @@ def segments_of(tokens: int, segment_tokens: int) -> int:
 def _parts(config: Config, window_tokens: int) -> tuple[tuple[WorkloadPart, ...], str]:
     data, total = config.data, config.optim.segments_per_step
     if data.kind == "curriculum" and data.stages:
-        return tuple(WorkloadPart(SHORT, stage.steps * total, stage.length_tokens) for stage in data.stages), "data.stages"
+        return tuple(
+            WorkloadPart(SHORT, stage.steps * total, stage.length_tokens) for stage in data.stages
+        ), "data.stages"
     counts, origin = _segments(config)
     parts = tuple(
         WorkloadPart(window, counts[window], window_tokens if window == SHORT else data.segment_tokens)
@@ -112,5 +114,7 @@ def _assumptions(config: Config, parts: tuple[WorkloadPart, ...], origin: str, w
     if any(part.window == SHORT for part in parts) and origin != "data.stages":
         lines.append(f"documents of short segments are all {window_tokens:,} tokens long, the longest possible")
     if config.data.long_attention is LongAttention.document and any(part.window == LONG for part in parts):
-        lines.append("data.long_attention=document: documents of long segments are as long as the segment, the longest possible")
+        lines.append(
+            "data.long_attention=document: documents of long segments are as long as the segment, the longest possible"
+        )
     return lines

@@ -23,7 +23,9 @@ def legend_inside(axes: Axes, look: Look) -> None:
 
 def legend_above(figure: FigureBase, axes: Axes) -> None:
     """In rows of three above the axes. A legend of the figure does not shrink the axes; a wide one of the axes does."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.5)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.5
+    )
 
 
 def mark_indices(axes: Axes, look: Look, marks: dict[str, int | None], strong: str = "rcd") -> None:
@@ -37,7 +39,9 @@ def mark_indices(axes: Axes, look: Look, marks: dict[str, int | None], strong: s
     for index, names in sorted(at.items()):
         heavy = strong in names
         color = look.ink if heavy else look.muted
-        axes.axvline(index, color=color, linewidth=1.2 if heavy else 0.8, linestyle="-" if heavy else (0, (2, 2)), zorder=1.5)
+        axes.axvline(
+            index, color=color, linewidth=1.2 if heavy else 0.8, linestyle="-" if heavy else (0, (2, 2)), zorder=1.5
+        )
         row = 1 - row if index - last < 0.14 * (right - left) else 0
         last = index
         axes.annotate(
@@ -65,7 +69,9 @@ def log_y(axes: Axes) -> None:
     low, high = axes.get_ylim()
     high = min(high, max(low, 1.0) * CEILING)
     axes.set_ylim(low, high)
-    axes.yaxis.set_major_locator(MaxNLocator(5) if high < 4 * low else LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    axes.yaxis.set_major_locator(
+        MaxNLocator(5) if high < 4 * low else LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,))
+    )
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(plain))
 

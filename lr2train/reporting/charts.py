@@ -47,7 +47,9 @@ def factor_curves(figure: FigureBase, look: Look, factors: Factors, critical_ind
         axes.axhspan(factors.scale, 2 * factors.scale, color=look.series[0], alpha=0.07, linewidth=0)
         axes.text(0, factors.scale * 1.06, f"s … 2s  (s = {factors.scale:g})", color=look.muted, fontsize=8)
     axes.set_yscale("log", base=2)
-    mark_indices(axes, look, {"d10": spectrum.lowest_critical_index, "rcd": critical_index, "tcd": spectrum.critical_index})
+    mark_indices(
+        axes, look, {"d10": spectrum.lowest_critical_index, "rcd": critical_index, "tcd": spectrum.critical_index}
+    )
     axes.set(xlabel="cosine index i  (fast rotation → slow rotation)", ylabel="rescale factor λᵢ  (log scale)")
     axes.yaxis.set_major_formatter(FuncFormatter(plain))
     legend_inside(axes, look)
@@ -92,7 +94,9 @@ def periods(figure: FigureBase, look: Look, factors: Factors, critical_index: in
             ha=side,
             va="top",
         )
-    mark_indices(axes, look, {"d10": spectrum.lowest_critical_index, "rcd": critical_index, "tcd": spectrum.critical_index})
+    mark_indices(
+        axes, look, {"d10": spectrum.lowest_critical_index, "rcd": critical_index, "tcd": spectrum.critical_index}
+    )
     axes.set(xlabel="cosine index i", ylabel="period λᵢTᵢ, tokens  (log scale)")
     axes.yaxis.set_major_locator(LogLocator(base=4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -23,13 +23,16 @@ def heatmap(cells: Sequence[dict[str, Any]]) -> str:
     depths = sorted({cell["depth"] for cell in cells})
     width, height = LEFT + CELL_W * len(lengths) + 2, TOP + CELL_H * len(depths) + 34
     squares = "".join(
-        _cell(cell, LEFT + CELL_W * lengths.index(cell["length_tokens"]), TOP + CELL_H * depths.index(cell["depth"])) for cell in cells
+        _cell(cell, LEFT + CELL_W * lengths.index(cell["length_tokens"]), TOP + CELL_H * depths.index(cell["depth"]))
+        for cell in cells
     )
     labels = "".join(
         _label(LEFT + CELL_W * (i + 0.5), TOP + CELL_H * len(depths) + 14, "middle", context_length(length))
         for i, length in enumerate(lengths)
     )
-    labels += "".join(_label(LEFT - 6, TOP + CELL_H * (i + 0.5) + 3.5, "end", f"{depth:.0%}") for i, depth in enumerate(depths))
+    labels += "".join(
+        _label(LEFT - 6, TOP + CELL_H * (i + 0.5) + 3.5, "end", f"{depth:.0%}") for i, depth in enumerate(depths)
+    )
     labels += _label(LEFT + CELL_W * len(lengths) / 2, height - 4, "middle", "document length, tokens")
     middle = TOP + CELL_H * len(depths) / 2
     labels += f'<g transform="rotate(-90 12 {middle})">{_label(12, middle, "middle", "depth")}</g>'

@@ -26,13 +26,19 @@ def factors(inputs: Inputs) -> str | Missing:
     )
     low, high = (bound / made.scale for bound in (min(made.rescale[index or 0 :]), max(made.rescale[index or 0 :])))
     where = (
-        f"From the critical index {index} on ({_below(spectrum.critical_index - index)})" if index is not None else "Over all dimensions"
+        f"From the critical index {index} on ({_below(spectrum.critical_index - index)})"
+        if index is not None
+        else "Over all dimensions"
     )
     sentence += f" {where} the factors lie between {low:.2f} s and {high:.2f} s."
     caption = (
         "Each point divides one rotation frequency by λᵢ. <em>tcd</em> is the first index whose period exceeds the "
         "original window. Ten periods of <em>d10</em> still fit into the original window."
-        + (" <em>rcd</em> is the first index with a searched factor. The band is the search's usual range." if index is not None else "")
+        + (
+            " <em>rcd</em> is the first index with a searched factor. The band is the search's usual range."
+            if index is not None
+            else ""
+        )
     )
     of_periods = (
         "The original RoPE crosses the original window L0 at <em>tcd</em>. Below that line, pretraining has seen whole "
@@ -49,7 +55,9 @@ def _below(dimensions: int) -> str:
     """The distance of rcd from tcd, in words; ``dimensions`` is tcd - rcd."""
     if dimensions == 0:
         return "the theoretical critical index"
-    return f"{count(abs(dimensions), 'dimension')} {'below' if dimensions > 0 else 'above'} the theoretical critical index"
+    return (
+        f"{count(abs(dimensions), 'dimension')} {'below' if dimensions > 0 else 'above'} the theoretical critical index"
+    )
 
 
 def search(inputs: Inputs) -> str | Missing:
@@ -60,12 +68,15 @@ def search(inputs: Inputs) -> str | Missing:
             "No search of this run's factors was found.",
             "lr2train search experiment=… name=factors",
         )
-    tokens = "the answers' tokens of needle documents" if inputs.objective == "needle" else "all tokens of plain documents"
+    tokens = (
+        "the answers' tokens of needle documents" if inputs.objective == "needle" else "all tokens of plain documents"
+    )
     figures = [
         figure(
             "Perplexity by generation",
             search_charts.search_progress(lines, inputs.objective).svg(),
-            f"Over {tokens}, before any training. In a converged search, best and median are flat and close at the end." + _dropped(lines),
+            f"Over {tokens}, before any training. In a converged search, best and median are flat and close at the end."
+            + _dropped(lines),
         ),
         figure(
             "Attention factor",
@@ -76,7 +87,9 @@ def search(inputs: Inputs) -> str | Missing:
     if inputs.has_border:
         figures += _critical_indices(inputs)
     if inputs.journal:
-        caption = "A bar spans the quartiles of all candidates. A long bar tells candidates apart; a short bar does not."
+        caption = (
+            "A bar spans the quartiles of all candidates. A long bar tells candidates apart; a short bar does not."
+        )
         figures.append(figure("Documents", search_charts.documents(inputs.journal).svg(), caption))
     return heading("Search", _search_sentence(inputs)) + f'<div class="figures">{"".join(figures)}</div>'
 
@@ -94,7 +107,9 @@ def _dropped(lines: Sequence[Json]) -> str:
 
 def _critical_indices(inputs: Inputs) -> list[str]:
     spectrum = inputs.factors.spectrum if inputs.factors else None
-    between = f", between d10 = {spectrum.lowest_critical_index} and tcd = {spectrum.critical_index}" if spectrum else ""
+    between = (
+        f", between d10 = {spectrum.lowest_critical_index} and tcd = {spectrum.critical_index}" if spectrum else ""
+    )
     return [
         figure(
             "Critical index",
@@ -110,7 +125,9 @@ def _critical_indices(inputs: Inputs) -> list[str]:
 
 
 def _search_sentence(inputs: Inputs) -> str:
-    forwards = (inputs.search or inputs.generations[-1]).get("document_forwards", inputs.generations[-1]["document_forwards"])
+    forwards = (inputs.search or inputs.generations[-1]).get(
+        "document_forwards", inputs.generations[-1]["document_forwards"]
+    )
     sentence = f"{forwards:,} document-forwards in {inputs.generations[-1]['generation']} generations after the first"
     if inputs.journal:
         sentence += (
@@ -150,14 +167,22 @@ def training(inputs: Inputs) -> str | Missing:
         ("mfu", "model FLOPs utilisation", True, "Share of the GPUs' peak. Recomputation does not count as work."),
     ):
         if charts.has(lines, key):
-            figures.append(figure(label[0].upper() + label[1:], charts.metric(lines, key, label, smoothed).svg(), caption))
-    return heading("Training", _training_sentence(lines)) + f'<div class="figures">{"".join(figures)}</div>' + _base(inputs)
+            figures.append(
+                figure(label[0].upper() + label[1:], charts.metric(lines, key, label, smoothed).svg(), caption)
+            )
+    return (
+        heading("Training", _training_sentence(lines))
+        + f'<div class="figures">{"".join(figures)}</div>'
+        + _base(inputs)
+    )
 
 
 def _speed(lines: Sequence[Json]) -> str:
     total = sum(line["step_s"] for line in lines)
     waited = sum(line.get("data_wait_s") or 0.0 for line in lines)
-    return f"Sum over ranks; {waited / total:.1%} of the time was spent waiting for data." if total else "Sum over ranks."
+    return (
+        f"Sum over ranks; {waited / total:.1%} of the time was spent waiting for data." if total else "Sum over ranks."
+    )
 
 
 def _training_sentence(lines: Sequence[Json]) -> str:
@@ -227,7 +252,9 @@ def _plan(manifest: Json) -> str:
         [window, f"{plan['segments']:,}", f"{plan['planned_tokens']:,}", f"{plan['padding_share']:.2%}"]
         for window, plan in ((window, manifest["windows"][window]) for window in ("short", "long"))
     ]
-    lost = ", ".join(f"{cause.replace('_', ' ')} {number:,}" for cause, number in manifest.get("lost_tokens", {}).items())
+    lost = ", ".join(
+        f"{cause.replace('_', ' ')} {number:,}" for cause, number in manifest.get("lost_tokens", {}).items()
+    )
     pairs = [("vocabulary", f"{manifest['vocab_size']:,} token ids")] if "vocab_size" in manifest else []
     pairs += [("lost tokens", text(lost))] if lost else []
     return table(

@@ -38,7 +38,10 @@ def ensure_mix_pictures(folder: Path) -> list[Path]:
     if all(path.exists() and path.stat().st_mtime >= planned for path in paths):
         return paths
     report = read_json(folder / "plan.json")
-    rows = [[{**row, "name": row[what]} for row in report[f"by_{what}"] if row["target_tokens"]] for what in ("source", "bucket", "window")]
+    rows = [
+        [{**row, "name": row[what]} for row in report[f"by_{what}"] if row["target_tokens"]]
+        for what in ("source", "bucket", "window")
+    ]
     if [row["name"] for row in rows[1]] == [row["name"] for row in rows[2]]:
         del rows[2]  # the buckets are the windows
     drawn: list[tuple[str, list[Chart]]] = [
@@ -70,10 +73,14 @@ def lengths(figure: FigureBase, look: Look, report: Json, key: str) -> str:
         base = base + tokens
     _cut_to(axes, edges, np.sum([one["tokens"] for one in histograms["sources"].values()], axis=0))
     low, high = axes.get_xlim()
-    for border in sorted({one[end] for one in report["by_bucket"] for end in ("above_tokens", "to_tokens")} - {None, 0}):
+    for border in sorted(
+        {one[end] for one in report["by_bucket"] for end in ("above_tokens", "to_tokens")} - {None, 0}
+    ):
         if low < border < high:
             axes.axvline(border, color=look.ink, linestyle=":", linewidth=1.0)
-    axes.set(xlabel="document length (tokens, log scale)", ylabel="tokens held" if key == "tokens" else "tokens planned")
+    axes.set(
+        xlabel="document length (tokens, log scale)", ylabel="tokens held" if key == "tokens" else "tokens planned"
+    )
     axes.yaxis.set_major_formatter(FuncFormatter(_amount))
     axes.legend(loc="upper left")
     return f"{key.replace('_', ' ')} by document length and source"
@@ -107,7 +114,9 @@ def marginals(figure: FigureBase, look: Look, rows: Sequence[Json]) -> str:
     ):
         axes.barh(places + offset, [row[key] for row in rows], 0.38, color=color, label=label)
     for place, row in zip(places, rows, strict=True):
-        axes.text(row["planned_tokens"], place - 0.2, f" {row['error']:+.2%}", va="center", fontsize=7.5, color=look.ink)
+        axes.text(
+            row["planned_tokens"], place - 0.2, f" {row['error']:+.2%}", va="center", fontsize=7.5, color=look.ink
+        )
     axes.set_yticks(places, [row["name"] for row in rows])
     axes.set(
         xlabel="tokens",

@@ -46,7 +46,10 @@ class Missing:
 
 def wanting(sections: Sequence[tuple[str, Missing]]) -> str:
     """The missing sections as a list."""
-    lines = "".join(f"<li><strong>{text(name)}</strong> {text(one.why)} <code>{text(one.command)}</code></li>" for name, one in sections)
+    lines = "".join(
+        f"<li><strong>{text(name)}</strong> {text(one.why)} <code>{text(one.command)}</code></li>"
+        for name, one in sections
+    )
     return f'{heading("Not here yet")}<ul class="missing">{lines}</ul>'
 
 

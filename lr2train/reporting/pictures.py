@@ -33,7 +33,9 @@ def write_search_pictures(folder: Path) -> list[Path]:
     """
     inputs = gather([folder])
     if not inputs.generations or inputs.search_folder != folder:
-        raise UserError(f"{folder} holds no generations.jsonl of a search; name the run folder of a search, such as runs/factors")
+        raise UserError(
+            f"{folder} holds no generations.jsonl of a search; name the run folder of a search, such as runs/factors"
+        )
     return [side_by_side(drawn, folder / "pictures" / f"{name}.png", title) for name, title, drawn in _pictures(inputs)]
 
 

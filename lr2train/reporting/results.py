@@ -39,7 +39,11 @@ def at_length(row: Json, length: int) -> Json:
 def header(inputs: Inputs) -> str:
     """Title, lead sentence and headline figures."""
     windows = _windows(inputs)
-    title = f"{windows[0]:,} → {windows[1]:,} tokens" if windows and windows[1] > windows[0] else inputs.folder.resolve().name
+    title = (
+        f"{windows[0]:,} → {windows[1]:,} tokens"
+        if windows and windows[1] > windows[0]
+        else inputs.folder.resolve().name
+    )
     cards = [*_improvements(inputs), *_facts(inputs)]
     return (
         f'<p class="eyebrow">lr2train · {text(inputs.folder.resolve().name)}</p><h1>{text(title)}</h1><p '
@@ -60,7 +64,9 @@ def _sentence(inputs: Inputs) -> str:
     model = _model(inputs)
     parts = [f"<strong>{text(model)}</strong>"] if model else []
     if inputs.factors and inputs.factors.scale > 1:
-        parts.append(f"extended {inputs.factors.scale:g} times by <strong>{text(inputs.factors.method)}</strong> factors")
+        parts.append(
+            f"extended {inputs.factors.scale:g} times by <strong>{text(inputs.factors.method)}</strong> factors"
+        )
     if inputs.train:
         parts.append(
             f"trained for {inputs.train['steps']:,} steps on {amount(inputs.train['tokens_seen'], 3)} tokens in "
@@ -92,7 +98,11 @@ def _model(inputs: Inputs) -> str:
         return name
     size = _parameters(inputs.model_folder) if inputs.model_folder else ""
     kind = (config.get("architectures") or [config.get("model_type", "model")])[0]
-    return (f"{name}: " if name else "") + f"{kind}, {config.get('num_hidden_layers', '?')} layers" + (f", {size}" if size else "")
+    return (
+        (f"{name}: " if name else "")
+        + f"{kind}, {config.get('num_hidden_layers', '?')} layers"
+        + (f", {size}" if size else "")
+    )
 
 
 def _parameters(folder: Path) -> str:
@@ -140,7 +150,8 @@ def _bars(evaluation: Json, target: int) -> str:
     """Accuracy of every row at the target length, as bars."""
     rows = [(row["label"], at_length(row, target)["accuracy"]) for row in evaluation["rows"]]
     lines = "".join(
-        f'<span>{text(label)}</span><i><b style="width:{100 * share:.1f}%"></b></i><span>{share:.0%}</span>' for label, share in rows
+        f'<span>{text(label)}</span><i><b style="width:{100 * share:.1f}%"></b></i><span>{share:.0%}</span>'
+        for label, share in rows
     )
     return f'<div class="bars">{lines}</div>'
 
@@ -232,7 +243,9 @@ def _table(evaluation: Json, key: str, name: str, what: str, better: Callable[..
         ]
         for row in evaluation["rows"]
     ]
-    return table(f"{name} <span>{what}</span>", ["", *(f"{length:,}" for length in lengths), "attention factor"], rows, last=True)
+    return table(
+        f"{name} <span>{what}</span>", ["", *(f"{length:,}" for length in lengths), "attention factor"], rows, last=True
+    )
 
 
 def _figure(value: float, best: float, key: str) -> str:
@@ -272,9 +285,13 @@ def sample(inputs: Inputs) -> str | Missing:
     one = inputs.sample
     prompt, cut = one["prompt"][-SHOWN_CHARACTERS:], len(one["prompt"]) > SHOWN_CHARACTERS
     switch = (
-        "; the original window at first, then the long window with a recomputed cache" if one["switched"] else f", {one['window']} window"
+        "; the original window at first, then the long window with a recomputed cache"
+        if one["switched"]
+        else f", {one['window']} window"
     )
-    sentence = f"{one['prompt_tokens']:,} tokens of prompt, {one['new_tokens']:,} new{text(switch)}; {one['seconds']:.1f} s."
+    sentence = (
+        f"{one['prompt_tokens']:,} tokens of prompt, {one['new_tokens']:,} new{text(switch)}; {one['seconds']:.1f} s."
+    )
     return heading("Sample", sentence) + f"<pre>{'… ' * cut}{text(prompt)}<mark>{text(one['text'])}</mark></pre>"
 
 
@@ -309,9 +326,9 @@ def provenance(inputs: Inputs) -> str | Missing:
             "No verb has recorded its config.",
             f"lr2train train experiment=… name={inputs.folder.resolve().name}",
         )
-    return heading("Provenance", "Commands, code and configs. Configs are complete: the same command repeats the run.") + "".join(
-        _origin(*one) for one in inputs.origins
-    )
+    return heading(
+        "Provenance", "Commands, code and configs. Configs are complete: the same command repeats the run."
+    ) + "".join(_origin(*one) for one in inputs.origins)
 
 
 def _origin(folder: Path, verb: str, config: Json, record: Json) -> str:

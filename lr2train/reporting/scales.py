@@ -69,8 +69,12 @@ class PerplexityScale:
     def ticks(self) -> list[float]:
         """Round numbers on the scale: decades of the loss (or of the perplexity) first, then numbers between them."""
         decades = [1 + 10.0**power for power in range(-6, 0)] if self.of_loss else [1.0]
-        decades += [2.0, *(10.0**power for power in range(1, 7))] if self.of_loss else [10.0**power for power in range(1, 7)]
-        between = [1 + digit * 10.0**power for power in range(-6, 0) for digit in (2, 5, 3, 4, 7)] if self.of_loss else []
+        decades += (
+            [2.0, *(10.0**power for power in range(1, 7))] if self.of_loss else [10.0**power for power in range(1, 7)]
+        )
+        between = (
+            [1 + digit * 10.0**power for power in range(-6, 0) for digit in (2, 5, 3, 4, 7)] if self.of_loss else []
+        )
         between += [digit * 10.0**power for power in range(6) for digit in (2, 5, 3, 1.5, 4, 7, 1.2, 1.1)]
         first, last = self.forward(np.array([self.low, self.high]))
         kept = [self.worst] if self.beyond else []

@@ -123,7 +123,9 @@ def critical_index_histogram(
             label=f"{n - len(whole):,} dropped early",
             zorder=2,
         )
-    axes.bar(rows + 0.2, shares(best, len(best)), 0.38, color=look.series[1], label=f"best {len(best)} at the end", zorder=2)
+    axes.bar(
+        rows + 0.2, shares(best, len(best)), 0.38, color=look.series[1], label=f"best {len(best)} at the end", zorder=2
+    )
     axes.set(xlabel="critical index rcd", ylabel="share", xlim=(rows[0] - 0.7, rows[-1] + 0.7))
     axes.grid(False, axis="x")
     whole_numbers(axes.xaxis, rows)
@@ -141,7 +143,9 @@ def _rows(found: Sequence[int] | np.ndarray, spectrum: Spectrum | None) -> np.nd
 
 
 @chart()
-def attention_factors(figure: FigureBase, look: Look, generations: Sequence[Json], search: Json | None = None, of: str = "needle") -> str:
+def attention_factors(
+    figure: FigureBase, look: Look, generations: Sequence[Json], search: Json | None = None, of: str = "needle"
+) -> str:
     """Every candidate: attention factor against perplexity, coloured by critical index; a ring marks the winner."""
     axes, every = figure.add_subplot(), candidates(generations)
     scale = PerplexityScale.over(every.perplexity, room=0.05)
@@ -151,7 +155,9 @@ def attention_factors(figure: FigureBase, look: Look, generations: Sequence[Json
     color_map = colormaps["viridis"]
     for mask, marker, _, _ in _kinds(every):
         strong = marker == "o"
-        order = np.flatnonzero(mask)[np.argsort(-every.perplexity[mask], kind="stable")]  # the best are drawn last, on top
+        order = np.flatnonzero(mask)[
+            np.argsort(-every.perplexity[mask], kind="stable")
+        ]  # the best are drawn last, on top
         colors = color_map(norm(every.critical_index[order])) if high else look.series[0]
         axes.scatter(
             every.attention_factor[order],
@@ -166,7 +172,9 @@ def attention_factors(figure: FigureBase, look: Look, generations: Sequence[Json
         )
     x, y, index = winner(generations, search)
     name = f"winner: {x:g}" + (f", rcd {index}" if high else "")
-    axes.scatter([x], scale.clip([y]), s=90, facecolors="none", edgecolors=look.ink, linewidths=1.4, label=name, zorder=4)
+    axes.scatter(
+        [x], scale.clip([y]), s=90, facecolors="none", edgecolors=look.ink, linewidths=1.4, label=name, zorder=4
+    )
     axes.set(xlabel="attention factor of the long window")
     legend_above(figure, axes)
     if high:

@@ -41,9 +41,7 @@ def _variables(colors: dict[str, str]) -> str:
     return " ".join(f"--{name}:{color};" for name, color in colors.items())
 
 
-_COLORS = (
-    f":root {{ color-scheme: light dark; {_variables(LIGHT)} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}\n"
-)
+_COLORS = f":root {{ color-scheme: light dark; {_variables(LIGHT)} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}\n"
 STYLE = (
     _COLORS
     + """

@@ -57,7 +57,9 @@ class Factors:
         extension_ratio(self.spectrum, self.target_window_tokens)
         object.__setattr__(self, "rescale", _checked_table("rescale", self.rescale, self.spectrum))
         object.__setattr__(self, "attention_factor", _checked_factor("attention_factor", self.attention_factor))
-        object.__setattr__(self, "short_attention_factor", _checked_factor("short_attention_factor", self.short_attention_factor))
+        object.__setattr__(
+            self, "short_attention_factor", _checked_factor("short_attention_factor", self.short_attention_factor)
+        )
         if self.short_rescale is not None:
             short = _checked_table("short_rescale", self.short_rescale, self.spectrum)
             # One form for the original RoPE, so that equal factors compare equal.
@@ -76,7 +78,11 @@ class Factors:
     @property
     def short_inv_freq(self) -> np.ndarray:
         """Frequencies of the window up to L0, radians per token, float64 [D]."""
-        return self.spectrum.inv_freq if self.short_rescale is None else self.spectrum.inv_freq / np.asarray(self.short_rescale)
+        return (
+            self.spectrum.inv_freq
+            if self.short_rescale is None
+            else self.spectrum.inv_freq / np.asarray(self.short_rescale)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict; json.dumps and json.loads keep every float exactly."""
@@ -152,15 +158,18 @@ def read_factors_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
-            f"rope.factors: {path} does not exist; run the search that writes it, or set rope.factors=null and rope.method"
+            f"rope.factors: {path} does not exist; run the search that writes it, or set rope.factors=null and "
+            "rope.method"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"rope.factors: {path} cannot be read as JSON ({error}); set rope.factors to a factors.json or a model folder"
+            f"rope.factors: {path} cannot be read as JSON ({error}); set rope.factors to a factors.json or a model "
+            "folder"
         ) from error
     if not isinstance(data, dict):
         raise UserError(
-            f"rope.factors: {path} holds a {type(data).__name__} and no object; set rope.factors to a factors.json or a model folder"
+            f"rope.factors: {path} holds a {type(data).__name__} and no object; set rope.factors to a factors.json or "
+            "a model folder"
         )
     return data
 
@@ -176,7 +185,8 @@ def _checked_table(name: str, numbers: Sequence[float], spectrum: Spectrum) -> t
     bad = [i for i, x in enumerate(table) if not 0.0 < x < math.inf]
     if bad:
         raise UserError(
-            f"{name}[{bad[0]}]={table[bad[0]]} is not a positive finite number; correct rope.factors, rope.tail or rope.options.rescale"
+            f"{name}[{bad[0]}]={table[bad[0]]} is not a positive finite number; correct rope.factors, rope.tail or "
+            "rope.options.rescale"
         )
     return table
 
@@ -184,6 +194,7 @@ def _checked_table(name: str, numbers: Sequence[float], spectrum: Spectrum) -> t
 def _checked_factor(name: str, value: float) -> float:
     if not 0.0 < value < math.inf:
         raise UserError(
-            f"{name}={value} is not a positive finite number; set rope.attention_factor to a number such as 1.2, or correct rope.factors"
+            f"{name}={value} is not a positive finite number; set rope.attention_factor to a number such as 1.2, or "
+            "correct rope.factors"
         )
     return float(value)

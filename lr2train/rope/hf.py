@@ -38,7 +38,13 @@ SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 LARGEST_COUNT = 2**31 - 1
 
 # The keys that are read here, by the type of their values.
-_COUNTS = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings")
+_COUNTS = (
+    "hidden_size",
+    "num_attention_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+)
 _NUMBERS = ("rope_theta", "factor", "attention_factor", "short_mscale", "long_mscale")
 _SHARES = ("partial_rotary_factor", "rotary_pct")
 _TABLES = ("long_factor", "short_factor")
@@ -160,7 +166,9 @@ def factors_of(config: dict[str, Any]) -> Factors | None:
     spectrum = spectrum_of(config)
     return Factors(
         rescale=_need(rope, "long_factor"),
-        attention_factor=_first(rope.get("attention_factor"), rope.get("long_mscale"), _default_attention_factor(config, rope, spectrum)),
+        attention_factor=_first(
+            rope.get("attention_factor"), rope.get("long_mscale"), _default_attention_factor(config, rope, spectrum)
+        ),
         spectrum=spectrum,
         target_window_tokens=_target_window(config, rope, spectrum),
         method="longrope",
@@ -170,7 +178,9 @@ def factors_of(config: dict[str, Any]) -> Factors | None:
 
 
 def _short_attention_factor(config: dict[str, Any], rope: dict[str, Any], spectrum: Spectrum) -> float:
-    return _first(rope.get("short_mscale"), rope.get("attention_factor"), _default_attention_factor(config, rope, spectrum))
+    return _first(
+        rope.get("short_mscale"), rope.get("attention_factor"), _default_attention_factor(config, rope, spectrum)
+    )
 
 
 def _default_attention_factor(config: dict[str, Any], rope: dict[str, Any], spectrum: Spectrum) -> float:
@@ -227,7 +237,8 @@ def _rope_dict(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(
-            f"the model has one RoPE per layer type ({', '.join(rope)}); set model.path to a model with one RoPE for all layers"
+            f"the model has one RoPE per layer type ({', '.join(rope)}); set model.path to a model with one RoPE for "
+            "all layers"
         )
     return rope
 
@@ -253,7 +264,8 @@ def _original_window(config: dict[str, Any], rope: dict[str, Any]) -> int:
     window = _first(config.get(key), rope.get(key))  # the config's own wins, as in transformers
     if window is None and _kind(rope) == "longrope":
         raise UserError(
-            f"the model's longrope config names no {key}, so no runtime would ever leave its short table; add {key} to its config.json"
+            f"the model's longrope config names no {key}, so no runtime would ever leave its short table; add {key} "
+            "to its config.json"
         )
     return int(_need(config, "max_position_embeddings") if window is None else window)
 
@@ -267,7 +279,9 @@ def _target_window(config: dict[str, Any], rope: dict[str, Any], spectrum: Spect
 
 
 def _partial(config: dict[str, Any]) -> float | None:
-    return _first(_rope_dict(config).get("partial_rotary_factor"), config.get("partial_rotary_factor"), config.get("rotary_pct"))
+    return _first(
+        _rope_dict(config).get("partial_rotary_factor"), config.get("partial_rotary_factor"), config.get("rotary_pct")
+    )
 
 
 def _need(keys: dict[str, Any], name: str) -> Any:

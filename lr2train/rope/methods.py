@@ -101,7 +101,12 @@ def ntk_rcd(spectrum: Spectrum, target_tokens: int, *, critical_index: int) -> F
 
 
 def llama3(
-    spectrum: Spectrum, target_tokens: int, *, low_freq_factor: float = 1.0, high_freq_factor: float = 4.0, factor: float | None = None
+    spectrum: Spectrum,
+    target_tokens: int,
+    *,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+    factor: float | None = None,
 ) -> Factors:
     """Meta's rule for LLaMA 3.1: keep periods below L0 / high, divide the frequencies of periods above L0 / low, blend
     between.
@@ -145,7 +150,12 @@ def longrope(
 
 
 def longrope2(
-    spectrum: Spectrum, target_tokens: int, *, critical_index: int, tail: Sequence[float] | float, attention_factor: float | None = None
+    spectrum: Spectrum,
+    target_tokens: int,
+    *,
+    critical_index: int,
+    tail: Sequence[float] | float,
+    attention_factor: float | None = None,
 ) -> Factors:
     """lambda_i = tail[i - rcd] for i >= rcd, lambda_rcd^(i / rcd) below (paper, Section 3.2, Algorithms 1 and 2).
 
@@ -163,7 +173,8 @@ def longrope2(
 
 
 METHODS: dict[str, Callable[..., Factors]] = {
-    method.__name__: method for method in (none, pi, ntk_aware, ntk, dynamic_ntk, yarn, llama3, longrope, longrope2, yarn_rcd, ntk_rcd)
+    method.__name__: method
+    for method in (none, pi, ntk_aware, ntk, dynamic_ntk, yarn, llama3, longrope, longrope2, yarn_rcd, ntk_rcd)
 }
 
 
@@ -173,7 +184,8 @@ def yarn_ramp(spectrum: Spectrum, beta_fast: float = 32.0, beta_slow: float = 1.
     """
     if not 0.0 < beta_slow < beta_fast:
         raise UserError(
-            f"rope.options.beta_slow={beta_slow} is not below rope.options.beta_fast={beta_fast}; set it below (YaRN uses 1 and 32)"
+            f"rope.options.beta_slow={beta_slow} is not below rope.options.beta_fast={beta_fast}; set it below (YaRN "
+            "uses 1 and 32)"
         )
     return _ramp(spectrum, *yarn_range(spectrum, beta_fast, beta_slow))
 
@@ -198,7 +210,9 @@ def lambda_linear(ramp: np.ndarray, scale: float) -> np.ndarray:
     return (1.0 - ramp) + scale * ramp
 
 
-def _made(name: str, spectrum: Spectrum, target_tokens: int, rescale: Iterable[float], attention_factor: float = 1.0) -> Factors:
+def _made(
+    name: str, spectrum: Spectrum, target_tokens: int, rescale: Iterable[float], attention_factor: float = 1.0
+) -> Factors:
     return Factors(tuple(float(x) for x in rescale), attention_factor, spectrum, target_tokens, name)
 
 
@@ -237,7 +251,8 @@ def _full_tail(spectrum: Spectrum, critical_index: int, tail: Sequence[float] | 
         )
     if not 0.0 < numbers[0] < math.inf:
         raise UserError(
-            f"rope.tail[0]={numbers[0]} is not a positive finite number; set rope.tail to numbers of at least the extension ratio"
+            f"rope.tail[0]={numbers[0]} is not a positive finite number; set rope.tail to numbers of at least the "
+            "extension ratio"
         )
     return np.broadcast_to(numbers, needed) if len(numbers) == 1 else numbers
 
@@ -271,7 +286,8 @@ def _from_file(rope: RopeConfig, spectrum: Spectrum) -> Factors:
     factors = Factors.from_json(data) if "rescale" in data else hf.factors_of(data)
     if factors is None:
         raise UserError(
-            f"rope.factors: {path} carries no longrope factors; set rope.factors to a factors.json or to a model folder that has them"
+            f"rope.factors: {path} carries no longrope factors; set rope.factors to a factors.json or to a model "
+            "folder that has them"
         )
     _refuse_other_model_or_target(factors, rope, spectrum, path)
     return factors
@@ -308,7 +324,9 @@ def _from_method(rope: RopeConfig, spectrum: Spectrum) -> Factors:
     except UserError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:  # options are untyped in YAML
-        raise UserError(f"rope.options={rope.options} do not fit rope.method={rope.method} ({error}); give numbers") from error
+        raise UserError(
+            f"rope.options={rope.options} do not fit rope.method={rope.method} ({error}); give numbers"
+        ) from error
 
 
 def _arguments(rope: RopeConfig, method: Callable[..., Factors]) -> dict[str, Any]:
@@ -324,7 +342,8 @@ def _arguments(rope: RopeConfig, method: Callable[..., Factors]) -> dict[str, An
     options = {p.name: p for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY}
     for name in [n for n in given if n not in options]:
         raise UserError(
-            f"{_key(name)} is set, but rope.method={rope.method} takes {', '.join(map(_key, options)) or 'no options'}; unset {_key(name)}"
+            f"{_key(name)} is set, but rope.method={rope.method} takes "
+            f"{', '.join(map(_key, options)) or 'no options'}; unset {_key(name)}"
         )
     for name in [n for n, p in options.items() if p.default is p.empty and n not in given]:
         raise UserError(

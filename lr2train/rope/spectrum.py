@@ -50,10 +50,13 @@ class Spectrum:
                 "set model.path to a model whose heads rotate such a number"
             )
         if not 1.0 < self.base < math.inf:
-            raise UserError(f"RoPE base {self.base} is not a finite number above 1; correct rope_theta in the config of model.path")
+            raise UserError(
+                f"RoPE base {self.base} is not a finite number above 1; correct rope_theta in the config of model.path"
+            )
         if self.window_tokens < 7:
             raise UserError(
-                f"original window of {self.window_tokens} tokens is below 7, less than one period; set model.original_window_tokens"
+                f"original window of {self.window_tokens} tokens is below 7, less than one period; set "
+                "model.original_window_tokens"
             )
 
     @property

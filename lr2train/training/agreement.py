@@ -61,7 +61,8 @@ def disagreement(by_rank: Sequence[Sequence[MicroBatch]], sp: int) -> str | None
             group = works[first : first + sp]
             for name, values in zip(MicroBatch._fields, zip(*group, strict=True), strict=True):
                 if len(set(values)) > 1:
-                    return f"ranks that share a segment disagree on its {name} in micro-batch {number}: {_by_rank(values, first)}"
+                    said = _by_rank(values, first)
+                    return f"ranks that share a segment disagree on its {name} in micro-batch {number}: {said}"
     return None
 
 

@@ -144,7 +144,14 @@ def step_flops(stats: StepStats, parameters: int, hf_config: Any) -> float:
 
 
 def _figures(
-    stats: StepStats, lr: float, tokens_seen: int, seconds: float, waited: float, flops: float, engine: Engine, config: Config
+    stats: StepStats,
+    lr: float,
+    tokens_seen: int,
+    seconds: float,
+    waited: float,
+    flops: float,
+    engine: Engine,
+    config: Config,
 ) -> dict[str, Any]:
     per_second = stats.n_tokens / seconds
     peak = config.hardware.gpu_bf16_tflops * 1e12 * engine.mesh.world

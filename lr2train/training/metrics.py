@@ -53,7 +53,8 @@ class Jsonl:
         if damaged:
             progress.say(
                 "train",
-                f"{damaged} damaged lines were taken out of {path}: the figures of these steps are lost, training is not affected",
+                f"{damaged} damaged lines were taken out of {path}: the figures of these steps are lost, training is "
+                "not affected",
             )
         kept = [line for line in lines if line.get("step", math.inf) <= done_steps]
         io.write_text(path, "".join(_text(line) for line in kept))
@@ -96,7 +97,8 @@ class Wandb:
             import wandb
         except ImportError as error:
             raise UserError(
-                f"logger.wandb=true but wandb cannot be imported ({error}); pip install wandb, or set logger.wandb=false"
+                f"logger.wandb=true but wandb cannot be imported ({error}); pip install wandb, or set "
+                "logger.wandb=false"
             ) from error
         logger = config.logger
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
@@ -113,7 +115,8 @@ class Wandb:
             )
         except Exception as error:  # wandb's own errors: no key, no network
             raise UserError(
-                f"logger.wandb=true but wandb cannot start ({str(error).splitlines()[0]}); run `wandb login`, or set logger.mode=offline"
+                f"logger.wandb=true but wandb cannot start ({str(error).splitlines()[0]}); run `wandb login`, or set "
+                "logger.mode=offline"
             ) from error
 
     def write(self, step: int, figures: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ from lr2train.config import OptimConfig
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
     """The learning rate of step ``step``, counted from 0.
 
-    Linear warm-up over ``warmup_steps``, then the schedule from ``lr`` down to ``lr * min_lr_ratio`` at ``total_steps``.
+    Linear warm-up over ``warmup_steps``, then the schedule from ``lr`` down to ``lr * min_lr_ratio`` at
+    ``total_steps``.
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps

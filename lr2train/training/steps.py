@@ -3,7 +3,8 @@
 Choice: the first start settles ``data.group_segments``, so that a later start on another number of ranks sees the same
 segments at the same steps. ``data.skip_steps`` leaves out steps that were seen to harm: nothing is loaded or learned
 there. The step counter, the learning rate and the data of all other steps stay the same (as in Megatron and OLMo-core).
-The key may change for steps to come. Cost: a skipped step has no line in metrics.jsonl, and a run with skips makes fewer
+The key may change for steps to come. Cost: a skipped step has no line in metrics.jsonl, and a run with skips makes
+fewer
 updates.
 """
 
@@ -136,8 +137,10 @@ class Steps:
             )
         if self.before is not None and self.before.until(done) != self.skips.until(done):
             raise UserError(
-                f"data.skip_steps skips {self.skips.until(done)} of the {done} steps that are done, and the run was made "
-                f"skipping {self.before.until(done)}; change steps after {done} only, go back to an earlier checkpoint, "
+                f"data.skip_steps skips {self.skips.until(done)} of the {done} steps that are done, and the run was "
+                "made "
+                f"skipping {self.before.until(done)}; change steps after {done} only, go back to an earlier "
+                "checkpoint, "
                 "or choose another name="
             )
 

@@ -153,7 +153,9 @@ def check_cases(rank: int, world: int) -> None:
 
 
 def check(model, attention, spans, expected_logits: Tensor, expected_gradients: dict[str, Tensor], what: str) -> None:
-    """Inside documents the logits are this rank's part of the reference; gradients summed over ranks are the reference."""
+    """Inside documents the logits are this rank's part of the reference; gradients summed over ranks are the
+    reference.
+    """
     segment_attention = attention.segment(spans, N_TOKENS)
     layout = segment_attention.layout
     ids, positions, weights = (layout.shard(x, 1) for x in segment(spans))

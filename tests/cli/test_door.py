@@ -50,7 +50,11 @@ def raising(error: BaseException):
         (UserError("a.b=1 is above 0; set a.b to 0"), 2, "train: a.b=1 is above 0; set a.b to 0\n"),
         (OSError(errno.ENOSPC, "x", "runs/x/a.bin"), 2, "train: runs/x/a.bin: No space left on device; free some"),
         (OSError(errno.EDQUOT, "x", "runs/x/a.bin"), 2, "train: runs/x/a.bin: Disk quota exceeded; free some"),
-        (OSError(errno.EACCES, "x", "runs/x"), 2, "train: runs/x: Permission denied; let this user read and write there"),
+        (
+            OSError(errno.EACCES, "x", "runs/x"),
+            2,
+            "train: runs/x: Permission denied; let this user read and write there",
+        ),
         (OSError(errno.EFBIG, "x", "runs/x/a.bin"), 2, "train: runs/x/a.bin: File too large; raise the limit"),
         (OSError(errno.EROFS, "x", "runs/x"), 2, "train: runs/x: Read-only file system; set runs_folder"),
         (OSError(errno.ENAMETOOLONG, "x", "runs/xx"), 2, "train: runs/xx: File name too long; give a shorter name="),
@@ -82,7 +86,10 @@ def test_a_typo_is_one_sentence_with_what_was_probably_meant(monkeypatch, capfd,
 
 def test_flags_may_stand_anywhere_among_the_keys(monkeypatch):
     seen = []
-    assert start(monkeypatch, seen.append, "name=1e5", "--config-dir", str(CONF_FOLDER), "optim.lr=0.5", "--local_rank=0") == 0
+    assert (
+        start(monkeypatch, seen.append, "name=1e5", "--config-dir", str(CONF_FOLDER), "optim.lr=0.5", "--local_rank=0")
+        == 0
+    )
     assert (seen[0].name, seen[0].optim.lr) == ("1e5", 0.5)
 
 
@@ -157,9 +164,20 @@ def test_a_verb_runs_as_its_module_does():
 
 
 def test_a_key_that_the_verb_does_not_read_is_remarked_in_one_line(monkeypatch, capsys):
-    typed = ["name=x", "parallel.sp=0", "data.segment_tokens=64", "optim.lr=2", "experiment=tiny_4k", "hydra.run.dir=x", "search=paper"]
+    typed = [
+        "name=x",
+        "parallel.sp=0",
+        "data.segment_tokens=64",
+        "optim.lr=2",
+        "experiment=tiny_4k",
+        "hydra.run.dir=x",
+        "search=paper",
+    ]
     assert start(monkeypatch, lambda _: None, *typed, verb="prepare") == 0
-    assert capsys.readouterr().err == "[prepare] given, but not read by prepare: parallel.sp, optim.lr, hydra.run.dir, search\n"
+    assert (
+        capsys.readouterr().err
+        == "[prepare] given, but not read by prepare: parallel.sp, optim.lr, hydra.run.dir, search\n"
+    )
 
 
 def test_a_key_that_is_given_twice_is_remarked_in_one_line(monkeypatch, capsys):
@@ -217,7 +235,13 @@ def test_a_run_folder_that_no_disk_takes_is_refused(monkeypatch, capsys, tmp_pat
 
 def run(verb: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """A verb as a person starts it, in ``folder``, from this checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-m", f"lr2train.{verb}", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -234,7 +258,12 @@ def world(tmp_path_factory) -> Path:
 
 
 def test_a_sweep_of_prepare_runs_every_job_and_tells_of_the_one_that_failed(world):
-    sizes = [f"model.original_window_tokens={tiny.L0}", f"data.segment_tokens={tiny.L}", f"data.tokenizer={world}/base", "data.holdout=0.4"]
+    sizes = [
+        f"model.original_window_tokens={tiny.L0}",
+        f"data.segment_tokens={tiny.L}",
+        f"data.tokenizer={world}/base",
+        "data.holdout=0.4",
+    ]
     sources = f"data.sources=[{{name: texts, path: {world}/texts}}]"
     done = run("prepare", "-m", "name=sweep_1,sweep/2,sweep_3", f"runs_folder={world}", sources, *sizes, folder=world)
     assert done.returncode == 2
@@ -247,8 +276,21 @@ def test_a_sweep_of_prepare_runs_every_job_and_tells_of_the_one_that_failed(worl
 
 
 def test_a_sweep_of_train_runs_every_job(world):
-    settings = ["optim.steps=1", "optim.segments_per_step=1", f"data.segment_tokens={tiny.L}", "rope=pi", f"model.path={world}/base"]
-    done = run("train", *tiny.arguments(world, *settings), "name=lr_${optim.lr}", "optim.lr=1e-4,2e-4", "--multirun", folder=world)
+    settings = [
+        "optim.steps=1",
+        "optim.segments_per_step=1",
+        f"data.segment_tokens={tiny.L}",
+        "rope=pi",
+        f"model.path={world}/base",
+    ]
+    done = run(
+        "train",
+        *tiny.arguments(world, *settings),
+        "name=lr_${optim.lr}",
+        "optim.lr=1e-4,2e-4",
+        "--multirun",
+        folder=world,
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(file.parent.name for file in world.glob("lr_*/train.json")) == ["lr_0.0001", "lr_0.0002"]
 
@@ -322,7 +364,8 @@ CHECKS = {"prepare": checks_of_prepare, "train": checks_of_train, "search": sear
 )  # fmt: skip
 def test_every_remedy_leads_on_until_the_verb_starts(world, verb, wrong):
     settings = [
-        "rope=pi", f"data.segment_tokens={tiny.L}", "optim.segments_per_step=4", f"model.path={world}/base", f"data.tokenizer={world}/base",
+        "rope=pi", f"data.segment_tokens={tiny.L}", "optim.segments_per_step=4", f"model.path={world}/base",
+        f"data.tokenizer={world}/base",
         f"data.sources=[{{name: texts, path: {world}/texts}}]", "data.align_sp=1", "name=remedies",
         "search=small", "search.distractors=0", "search.questions=1", "search.documents=1",
     ]  # fmt: skip
@@ -358,13 +401,21 @@ def test_a_wheel_in_a_fresh_environment_serves_from_an_empty_folder(tmp_path):
         shutil.copy(ROOT / name, sources)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-deps", "--no-index"]
-    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", str(tmp_path), str(sources)], check=True, capture_output=True)
+    subprocess.run(
+        [*pip, "wheel", *offline, "--no-build-isolation", "-w", str(tmp_path), str(sources)],
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     (site,) = environment.glob("lib/python*/site-packages")
-    (site / "beside.pth").write_text(sysconfig.get_path("purelib"))  # the packages of requirements.txt, without installing them again
+    (site / "beside.pth").write_text(
+        sysconfig.get_path("purelib")
+    )  # the packages of requirements.txt, without installing them again
     subprocess.run(
-        [*pip, "--python", str(environment / "bin" / "python"), "install", *offline, str(wheel)], check=True, capture_output=True
+        [*pip, "--python", str(environment / "bin" / "python"), "install", *offline, str(wheel)],
+        check=True,
+        capture_output=True,
     )
     installed = {file.relative_to(site / "lr2train") for file in (site / "lr2train").rglob("*.yaml")}
     assert installed == {file.relative_to(ROOT) for file in CONF_FOLDER.rglob("*.yaml") if file.parent.name != "local"}

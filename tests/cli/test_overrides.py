@@ -14,13 +14,19 @@ from lr2train.cli.overrides import Override, core_of, place_of, quoted
 from lr2train.config import CONF_FOLDER, Config, UserError, loading
 
 ROOT = Path(__file__).resolve().parents[2]
-ENTRIES = ["data.sources=[{name: x}]", "data.buckets=[{name: x}]", "data.stages=[{steps: 1, length_tokens: 8}]"]  # each list with one
+ENTRIES = [
+    "data.sources=[{name: x}]",
+    "data.buckets=[{name: x}]",
+    "data.stages=[{steps: 1, length_tokens: 8}]",
+]  # each list with one
 LISTS = {"data.sources", "data.buckets", "data.stages"}
 
 
 def declared() -> dict[str, tuple[Any, Any]]:
     """Key -> (type, field) of everything that the schema declares, below the first entry of each list."""
-    blank = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.from_dotlist(["name=x", *ENTRIES])))
+    blank = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.from_dotlist(["name=x", *ENTRIES]))
+    )
     found = {}
     for key, one, _ in loading._leaves(blank):
         key = re.sub(r"^data\.(buckets|stages)\.\w+", lambda at: f"data.{at[1]}.0", key)
@@ -30,10 +36,16 @@ def declared() -> dict[str, tuple[Any, Any]]:
 
 DECLARED = declared()
 TEXTS = [
-    key for key, (hint, one) in DECLARED.items() if core_of(hint) is str and "choices" not in one.metadata and not key.endswith(".0.name")
+    key
+    for key, (hint, one) in DECLARED.items()
+    if core_of(hint) is str and "choices" not in one.metadata and not key.endswith(".0.name")
 ]
 PATHS = [key for key in TEXTS if DECLARED[key][1].metadata.get("path")]
-LISTS_OF_TEXT = [key for key, (hint, _) in DECLARED.items() if get_origin(core_of(hint)) is list and get_args(core_of(hint)) == (str,)]
+LISTS_OF_TEXT = [
+    key
+    for key, (hint, _) in DECLARED.items()
+    if get_origin(core_of(hint)) is list and get_args(core_of(hint)) == (str,)
+]
 LOOKS_LIKE_SOMETHING_ELSE = [
     "1e5",
     "12e4567",
@@ -52,9 +64,12 @@ LOOKS_LIKE_SOMETHING_ELSE = [
     "-5",
 ]
 ODD = [
-    "a=b", "a#b", "a(1)", "it's", 'say "so"', "with space", " leads", "ümläut", "数据", "a,b", "a;b", "a&b", "a|b", "a*b?", "a[1]", "a{b}", "a:b",
-    "a%b", "a@b", "a!b", "a^b", "a+b", "a\\b", "back\\", "back\\'", "''", "'half", "((", "]}", "\\\\", "$HOME", "`x`", "<x>", "a\tb", "a\nb", "~x",
-    "a=b=c", "=", "..", "-x", "--x", "+x", "choice(1,2)", "range(3)", "${unclosed", "é".encode().decode(), "\u200b", "🙂",
+    "a=b", "a#b", "a(1)", "it's", 'say "so"', "with space", " leads", "ümläut", "数据", "a,b", "a;b", "a&b", "a|b",
+    "a*b?", "a[1]", "a{b}", "a:b",
+    "a%b", "a@b", "a!b", "a^b", "a+b", "a\\b", "back\\", "back\\'", "''", "'half", "((", "]}", "\\\\", "$HOME", "`x`",
+    "<x>", "a\tb", "a\nb", "~x",
+    "a=b=c", "=", "..", "-x", "--x", "+x", "choice(1,2)", "range(3)", "${unclosed", "é".encode().decode(), "\u200b",
+    "🙂",
 ]  # fmt: skip
 
 
@@ -66,7 +81,8 @@ def at(made: Any, key: str) -> Any:
 def test_the_lists_of_keys_are_not_empty():
     assert {"name", "model.revision", "generate.prompt", "data.sources.x.text_column"} <= set(TEXTS)
     assert PATHS == [
-        "runs_folder", "run", "model.path", "rope.factors", "data.path", "data.sources.x.path", "data.tokenizer", "export.folder",
+        "runs_folder", "run", "model.path", "rope.factors", "data.path", "data.sources.x.path", "data.tokenizer",
+        "export.folder",
         "generate.prompt_file",
     ]  # fmt: skip
     assert LISTS_OF_TEXT == ["data.sources.x.windows", "data.decontaminate.files", "data.skip_steps", "eval.methods"]
@@ -101,13 +117,18 @@ def test_odd_paths_come_through_as_they_are(odd):
 @pytest.mark.parametrize("odd", [odd for odd in ODD if not set(odd) & set(",[]{}")])
 def test_odd_paths_come_through_inside_a_list(odd):
     path = f"/data/{odd.rstrip()}"
-    made = compose("prepare", ["name=x", f"data.sources=[{{name: t, path: {path}}}]", f"data.decontaminate.files=[{path},b]"])
+    made = compose(
+        "prepare", ["name=x", f"data.sources=[{{name: t, path: {path}}}]", f"data.decontaminate.files=[{path},b]"]
+    )
     assert made.data.sources[0].path == path
     assert made.data.decontaminate.files == [path, "b"]
 
 
 def test_quotes_and_null_are_heard():
-    made = compose("generate", ["generate.prompt='null'", "run=null", 'model.path="1e5"', "data.sources=[{name: 'a,b', path: null}]"])
+    made = compose(
+        "generate",
+        ["generate.prompt='null'", "run=null", 'model.path="1e5"', "data.sources=[{name: 'a,b', path: null}]"],
+    )
     assert (made.generate.prompt, made.run, made.model.path, made.data.sources[0].name, made.data.sources[0].path) == (
         "null",
         None,
@@ -126,7 +147,9 @@ def test_quoting_is_undone_by_hydra(text):
 
 def test_home_stands_for_a_tilde_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    made = compose("prepare", ["name=x", *ENTRIES, *(f"{key}=~/a b" for key in PATHS), "data.decontaminate.files=[~/c,d]"])
+    made = compose(
+        "prepare", ["name=x", *ENTRIES, *(f"{key}=~/a b" for key in PATHS), "data.decontaminate.files=[~/c,d]"]
+    )
     values = {key: at(OmegaConf.structured(made), key) for key in PATHS}
     assert values == dict.fromkeys(PATHS, f"{tmp_path}/a b")
     assert made.data.decontaminate.files == [f"{tmp_path}/c", "d"]
@@ -141,7 +164,8 @@ def test_home_stands_for_a_tilde_in_every_path(monkeypatch, tmp_path):
         ("rope.options.factor=8", "rope.options", {"factor": 8}),
         ("data.keep_below.web=0.1", "data.keep_below", {"web": 0.1}),
         ("data.keep_below.1b_words=0.1", "data.keep_below", {"1b_words": 0.1}),
-        ("engine.deepspeed.zero_optimization.offload_param.device=cpu", "engine.deepspeed", {"zero_optimization": {"offload_param": {"device": "cpu"}}}),
+        ("engine.deepspeed.zero_optimization.offload_param.device=cpu", "engine.deepspeed",
+        {"zero_optimization": {"offload_param": {"device": "cpu"}}}),
         ("data.sources.x.max_broken_share=0.5", "data.sources[0].max_broken_share", 0.5),
         ("data.sources.0.max_broken_share=0.5", "data.sources[0].max_broken_share", 0.5),
         ("data.sources[0].max_broken_share=0.5", "data.sources[0].max_broken_share", 0.5),
@@ -210,7 +234,9 @@ def _texts_of_errors() -> list[str]:
                 parts = [one for one in ast.walk(node.args[0]) if isinstance(one, ast.JoinedStr)] or [node.args[0]]
                 for part in parts:
                     if isinstance(part, ast.JoinedStr):
-                        texts.append("".join(one.value if isinstance(one, ast.Constant) else FILLED for one in part.values))
+                        texts.append(
+                            "".join(one.value if isinstance(one, ast.Constant) else FILLED for one in part.values)
+                        )
                     elif isinstance(part, ast.Constant):
                         texts.append(str(part.value))
     return texts
@@ -220,14 +246,24 @@ FILLED = "X0"
 
 
 def _known_part(key: str) -> str:
-    """A key up to a filled-in name of a field, which stands for several keys; one of an entry or a dictionary may be anything."""
+    """A key up to a filled-in name of a field, which stands for several keys; one of an entry or a dictionary may be
+    anything.
+    """
     parts = key.split(".")
-    known = [number for number in range(1, len(parts) + 1) if FILLED not in parts[number - 1] or place_of(".".join(parts[:number])).known]
+    known = [
+        number
+        for number in range(1, len(parts) + 1)
+        if FILLED not in parts[number - 1] or place_of(".".join(parts[:number])).known
+    ]
     return ".".join(parts[: len(known)]).replace(FILLED, "x")
 
 
 def _named_keys() -> set[str]:
-    named = {key.rstrip(".") for text in _texts_of_errors() for key in KEY.findall(re.sub(r"<name>|NAME|(?<=\.)\*", FILLED, text))}
+    named = {
+        key.rstrip(".")
+        for text in _texts_of_errors()
+        for key in KEY.findall(re.sub(r"<name>|NAME|(?<=\.)\*", FILLED, text))
+    }
     return {_known_part(key) for key in named} - FILES
 
 

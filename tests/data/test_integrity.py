@@ -18,7 +18,10 @@ from lr2train.prepare import prepare
 
 STORE = "store/web/train-00000"
 KINDS = [
-    *(f"{STORE}{suffix}" for suffix in (".bin", ".idx", ".lengths.npy", ".targets.npy", ".hashes.npy", ".origins.txt", ".json")),
+    *(
+        f"{STORE}{suffix}"
+        for suffix in (".bin", ".idx", ".lengths.npy", ".targets.npy", ".hashes.npy", ".origins.txt", ".json")
+    ),
     "store/web/holdout-00000.bin",
     "store/web/train.usable.npy",
     "store/web/source.json",
@@ -34,7 +37,9 @@ def whole(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     (runs / "texts").mkdir()
     for number in range(12):
-        (runs / "texts" / f"{number}.txt").write_text(f"this is the text of number {number % 9}, and it is long enough " * 30)
+        (runs / "texts" / f"{number}.txt").write_text(
+            f"this is the text of number {number % 9}, and it is long enough " * 30
+        )
     prepare(config(runs))
     return runs
 
@@ -100,7 +105,15 @@ def test_a_copy_is_read_anew_although_times_and_memory_travel_with_it(whole, tmp
 
 
 @pytest.mark.parametrize(
-    "name", ["segments.long.npy", "segments.short.npy", "plan.txt", "plan.json", "store/web/train.usable.npy", "checksums.json"]
+    "name",
+    [
+        "segments.long.npy",
+        "segments.short.npy",
+        "plan.txt",
+        "plan.json",
+        "store/web/train.usable.npy",
+        "checksums.json",
+    ],
 )
 def test_a_missing_file_outside_the_stores_is_made_again(whole, tmp_path, name):
     corpus = copied(whole, tmp_path)
@@ -113,14 +126,18 @@ def test_a_missing_file_outside_the_stores_is_made_again(whole, tmp_path, name):
     assert (corpus / name).read_bytes() == before
 
 
-@pytest.mark.parametrize("name", [f"{STORE}.bin", "store/web/source.json", "segments.long.npy", "corpus.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", [f"{STORE}.bin", "store/web/source.json", "segments.long.npy", "corpus.json", "tokenizer/tokenizer.json"]
+)
 def test_following_the_sentence_about_damage_gives_the_corpus_as_it_was(whole, tmp_path, name):
     """The sentence says which files to remove before prepare runs again."""
     for part in ("texts", "corpus"):
         shutil.copytree(whole / part, tmp_path / part, copy_function=shutil.copy2)
     corpus = tmp_path / "corpus"
     before = {
-        str(file.relative_to(corpus)): file.read_bytes() for file in corpus.rglob("*") if file.name.endswith((".bin", ".idx", ".npy"))
+        str(file.relative_to(corpus)): file.read_bytes()
+        for file in corpus.rglob("*")
+        if file.name.endswith((".bin", ".idx", ".npy"))
     }
     made = config(whole)
     made.runs_folder = str(tmp_path)
@@ -132,7 +149,9 @@ def test_following_the_sentence_about_damage_gives_the_corpus_as_it_was(whole, t
     prepare(made)
     Corpus.open(corpus).verify()
     assert before == {
-        str(file.relative_to(corpus)): file.read_bytes() for file in corpus.rglob("*") if file.name.endswith((".bin", ".idx", ".npy"))
+        str(file.relative_to(corpus)): file.read_bytes()
+        for file in corpus.rglob("*")
+        if file.name.endswith((".bin", ".idx", ".npy"))
     }
 
 
@@ -159,7 +178,8 @@ def denied(*_, **__):
 
 
 @pytest.mark.parametrize(
-    "where", ["numpy.fromfile", "numpy.load", "lr2train.data.integrity.sha256_of", "pathlib.Path.is_file", "pathlib.Path.stat"]
+    "where",
+    ["numpy.fromfile", "numpy.load", "lr2train.data.integrity.sha256_of", "pathlib.Path.is_file", "pathlib.Path.stat"],
 )
 def test_a_file_without_read_permission_is_not_called_damaged(whole, tmp_path, monkeypatch, where):
     """Its remedy must not be to remove the file."""

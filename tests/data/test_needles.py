@@ -18,9 +18,15 @@ from lr2train.data.ingest.tokenize_split import is_held_out
 from lr2train.data.needles import N_KEYS, WORDINGS, NeedleDocument, NeedleMaker, check_needles, needle_set, sentences
 from lr2train.prepare import prepare
 
-TEXT = ["One of the special magic numbers is: 6716097. The magic number of old-kite is: 555 1234567 12 what\nx = 1234 and 99 5551\n" * 30]
+TEXT = [
+    "One of the special magic numbers is: 6716097. The magic number of old-kite is: 555 1234567 12 what\nx = 1234 and "
+    "99 5551\n" * 30
+]
 # Each number between the characters that surround it in a document: a tokenizer without borders learns to merge them.
-GLUED = [f"numbers for old-kite is: {n}. \nWhat is the number mentioned in the provided text is {n}\n" for n in range(7, 100_000, 37)]
+GLUED = [
+    f"numbers for old-kite is: {n}. \nWhat is the number mentioned in the provided text is {n}\n"
+    for n in range(7, 100_000, 37)
+]
 SINGLE = [f"special magic numbers for old-kite is: {n}. \nmentioned in the provided text is {n}\n" for n in range(10)]
 BYTES = pre_tokenizers.ByteLevel.alphabet()
 
@@ -61,7 +67,11 @@ def prefixing_bytes():
 def threes():
     """LLaMA 3's kind: digits in groups of up to three, apart from the space."""
     split = pre_tokenizers.Split(Regex(r"\d{1,3}"), "isolated")
-    return bpe(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)]), decoders.ByteLevel(), alphabet=BYTES)
+    return bpe(
+        pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+        decoders.ByteLevel(),
+        alphabet=BYTES,
+    )
 
 
 def single_digits():
@@ -108,22 +118,33 @@ def one_space_of_many():
 def word_pieces(alphabet="0123456789"):
     """BERT's kind: spaces and line breaks are no tokens at all."""
     special = ["<s>", "</s>", "[UNK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=700, special_tokens=special, initial_alphabet=list(alphabet), show_progress=False)
-    texts = ["".join(c for c in text if not c.isdigit() or c in alphabet) for text in (*TEXT, *GLUED, *sentences("paper", 1))]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=list(alphabet), show_progress=False
+    )
+    texts = [
+        "".join(c for c in text if not c.isdigit() or c in alphabet) for text in (*TEXT, *GLUED, *sentences("paper", 1))
+    ]
     return trained(
-        models.WordPiece(unk_token="[UNK]"), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False), trainer, texts=texts
+        models.WordPiece(unk_token="[UNK]"),
+        pre_tokenizers.BertPreTokenizer(),
+        decoders.WordPiece(cleanup=False),
+        trainer,
+        texts=texts,
     )
 
 
 def no_borders():
     """BPE over the plain text: merges join the question with the number, and the number with what follows."""
-    return bpe(None, decoders.Fuse(), alphabet=string.printable, texts=[*TEXT, *(text for text in SINGLE for _ in range(300))])
+    return bpe(
+        None, decoders.Fuse(), alphabet=string.printable, texts=[*TEXT, *(text for text in SINGLE for _ in range(300))]
+    )
 
 
 TOKENIZERS = {
     make.__name__: make()
     for make in (
-        trained_pairs, merging_bytes, prefixing_bytes, threes, single_digits, llama2, metaspace, sentence_pieces, one_space_of_many, word_pieces, no_borders
+        trained_pairs, merging_bytes, prefixing_bytes, threes, single_digits, llama2, metaspace, sentence_pieces,
+        one_space_of_many, word_pieces, no_borders
     )
 }  # fmt: skip
 LOSSY = {"one_space_of_many", "word_pieces"}  # whose text does not come back as it was
@@ -135,7 +156,9 @@ def test_two_of_the_tokenizers_merge_answers_with_their_surroundings():
     for name, text in (("metaspace", "is: 6716097. The"), ("no_borders", "provided text is 6716097. \n")):
         tokenizer = TOKENIZERS[name]
         tokens = [tokenizer.decode([id]) for id in tokenizer.encode(text)]
-        assert any(any(c.isdigit() for c in token) and any(c.isalpha() or c == "." for c in token) for token in tokens), tokens
+        assert any(
+            any(c.isdigit() for c in token) and any(c.isalpha() or c == "." for c in token) for token in tokens
+        ), tokens
 
 
 @pytest.mark.parametrize("wording", WORDINGS)
@@ -157,9 +180,15 @@ def test_an_answer_is_exactly_its_number(name, wording):
             assert asked_from < start < stop
             assert tokenizer.decode(made.tokens[start:stop]).strip() == answer
             assert len(answer) == 7
-            assert all(has_digit(tokenizer, id) for id in made.tokens[start:stop]), "a token of the answer is no part of the number"
+            assert all(has_digit(tokenizer, id) for id in made.tokens[start:stop]), (
+                "a token of the answer is no part of the number"
+            )
             assert not has_digit(tokenizer, made.tokens[start - 1])
-            hidden = [i for i in range(asked_from) if made.tokens[i : i + stop - start].tolist() == made.tokens[start:stop].tolist()]
+            hidden = [
+                i
+                for i in range(asked_from)
+                if made.tokens[i : i + stop - start].tolist() == made.tokens[start:stop].tolist()
+            ]
             assert len(hidden) == 1, "the needle does not have the answer's own tokens, once"
             assert not has_digit(tokenizer, made.tokens[hidden[0] - 1])
             assert not has_digit(tokenizer, made.tokens[hidden[0] + stop - start])
@@ -177,16 +206,22 @@ def test_a_document_is_a_book_with_a_needle_at_its_depth(name, depth):
     book = np.arange(100_000, 102_000)  # every place has its own id
     bare = without_filler(NeedleMaker(tokenizer.encode, "paper", 7, tokenizer.bos, None))
     for length in (len(bare.tokens) + 1, 777, 1024):
-        made = NeedleMaker(tokenizer.encode, "paper", 7, tokenizer.bos, None).make(np.random.default_rng(1), book, length, depth)
+        made = NeedleMaker(tokenizer.encode, "paper", 7, tokenizer.bos, None).make(
+            np.random.default_rng(1), book, length, depth
+        )
         assert len(made.tokens) == length
         assert made.depth == depth
         kept = np.flatnonzero(made.tokens >= book[0])
         assert made.tokens[kept].tolist() == book[: len(kept)].tolist()
         assert len(kept) == length - len(bare.tokens)
-        assert np.delete(made.tokens, kept).tolist() == bare.tokens.tolist(), "the sentences differ in a document of another length"
+        assert np.delete(made.tokens, kept).tolist() == bare.tokens.tolist(), (
+            "the sentences differ in a document of another length"
+        )
         place = round(depth * len(kept))
         number = made.answers[0]
-        before, middle, after = (tokenizer.decode(part[part < book[0]]) for part in np.split(made.tokens, [kept[0], kept[-1] + 1]))
+        before, middle, after = (
+            tokenizer.decode(part[part < book[0]]) for part in np.split(made.tokens, [kept[0], kept[-1] + 1])
+        )
         assert [before.count(number), middle.count(number), after.count(number)] == [
             place == 0,
             0 < place < len(kept),
@@ -223,7 +258,9 @@ def test_the_sample_of_appendix_c_comes_out(monkeypatch):
     """The paper's own sample, its book shortened to one sentence."""
     monkeypatch.setattr(NeedleMaker, "_draw", lambda *_: (["numerous-kite"], ["6716097"]))
     tokenizer = TOKENIZERS["threes"]
-    book = tokenizer.encode("The Old Testament of the King James Version of the Bible The First Book of Moses: Called Genesis")
+    book = tokenizer.encode(
+        "The Old Testament of the King James Version of the Bible The First Book of Moses: Called Genesis"
+    )
     maker = NeedleMaker(tokenizer.encode, "paper", 7, None, None)
     made = maker.make(np.random.default_rng(0), book, len(book) + len(without_filler(maker).tokens), 0.0)
     assert tokenizer.decode(made.tokens) == (
@@ -241,7 +278,10 @@ def test_the_sample_of_appendix_c_comes_out(monkeypatch):
 @pytest.mark.parametrize(
     ("wording", "reads"),
     [
-        ("plain", "The magic number of numerous-kite is: 6716097.\nBOOK\nThe magic number of numerous-kite is: 6716097"),
+        (
+            "plain",
+            "The magic number of numerous-kite is: 6716097.\nBOOK\nThe magic number of numerous-kite is: 6716097",
+        ),
         ("code", "numerous_kite = 6716097\nBOOK\nnumerous_kite = 6716097"),
     ],
 )
@@ -273,7 +313,9 @@ def without_filler(maker: NeedleMaker) -> NeedleDocument:
 def test_pg19_is_prepared_from_a_folder_of_books(tmp_path):
     """conf/data/pg19.yaml: a document is one stretch of one held-out book, between a needle and its question."""
     rng = np.random.default_rng(0)
-    books = [" ".join("".join(rng.choice(list("abdeiklmnorstu"), rng.integers(2, 8))) for _ in range(2500)) for _ in range(6)]
+    books = [
+        " ".join("".join(rng.choice(list("abdeiklmnorstu"), rng.integers(2, 8))) for _ in range(2500)) for _ in range(6)
+    ]
     for number, book in enumerate(books):
         (tmp_path / "books").mkdir(exist_ok=True)
         (tmp_path / "books" / f"{number}.txt").write_text(book)
@@ -283,7 +325,10 @@ def test_pg19_is_prepared_from_a_folder_of_books(tmp_path):
         "data.segment_tokens=2048",
         "model.original_window_tokens=64",
     ]
-    config = compose("prepare", ["data=pg19", f"data.sources.0.path={tmp_path}/books", f"runs_folder={tmp_path}", "name=pg19", *small])
+    config = compose(
+        "prepare",
+        ["data=pg19", f"data.sources.0.path={tmp_path}/books", f"runs_folder={tmp_path}", "name=pg19", *small],
+    )
     assert (config.data.needles.wording, config.data.needles.digits) == ("paper", 7)
     prepare(config)
     corpus = Corpus.open(tmp_path / "pg19")
@@ -311,7 +356,9 @@ def test_all_of_pg19_is_held_out():
 def test_the_first_needle_stands_at_the_depth_that_was_asked_for(length, depth, seed):
     tokenizer = TOKENIZERS["trained_pairs"]
     filler = np.arange(1000, 1000 + length)  # each place has its own id
-    made = NeedleMaker(tokenizer.encode, "code", 5, 0, None).make(np.random.default_rng(seed), filler, length, depth, 3, 2)
+    made = NeedleMaker(tokenizer.encode, "code", 5, 0, None).make(
+        np.random.default_rng(seed), filler, length, depth, 3, 2
+    )
     kept = made.tokens[made.tokens >= 1000]
     assert kept.tolist() == filler[: len(kept)].tolist()
     assert made.depth == depth
@@ -344,7 +391,9 @@ def test_a_document_that_cannot_be_made_is_refused():
         ("depth=1.5", {"depth": 1.5}),
     ):
         with pytest.raises(UserError, match=words):
-            NeedleMaker(encode, "paper", 7, None, None).make(rng, **{"filler": FILLER, "length_tokens": 600, **arguments})
+            NeedleMaker(encode, "paper", 7, None, None).make(
+                rng, **{"filler": FILLER, "length_tokens": 600, **arguments}
+            )
     for words, wording, digits in (("wording=prose", "prose", 7), ("digits=0", "paper", 0), ("digits=19", "paper", 19)):
         with pytest.raises(UserError, match=words):
             NeedleMaker(encode, wording, digits, None, None)

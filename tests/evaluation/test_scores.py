@@ -97,11 +97,15 @@ def test_documents_are_scored_under_the_table_of_their_length(folder):
     model, table = open_model(subject_of(folder), "float32", "cpu")
     texts = [tokens_of(tiny.L0), tokens_of(tiny.L0 + 1)]
     found = [subject_of(folder).score_text(model, table, text) for text in texts]
-    assert found == [score(model, table, window, text, [(1, len(text))]) for window, text in zip(("short", "long"), texts, strict=True)]
+    assert found == [
+        score(model, table, window, text, [(1, len(text))])
+        for window, text in zip(("short", "long"), texts, strict=True)
+    ]
     answers = [[(len(text) - 3, len(text) - 1)] for text in texts]
     found = [subject_of(folder).score(model, table, text, spans) for text, spans in zip(texts, answers, strict=True)]
     assert found == [
-        score(model, table, window, text, spans) for window, text, spans in zip(("short", "long"), texts, answers, strict=True)
+        score(model, table, window, text, spans)
+        for window, text, spans in zip(("short", "long"), texts, answers, strict=True)
     ]
 
 
@@ -122,7 +126,13 @@ def test_a_cell_is_a_length_and_a_depth():
     assert figures.cells(scored) == [
         {"length_tokens": 100, "depth": 0.0, "accuracy": 1.0, "perplexity": pytest.approx(2.0), "documents": 1},
         {"length_tokens": 100, "depth": 1.0, "accuracy": 0.0, "perplexity": 1.0, "documents": 1},
-        {"length_tokens": 200, "depth": 0.5, "accuracy": 0.5, "perplexity": pytest.approx(81 ** (1 / 3)), "documents": 2},
+        {
+            "length_tokens": 200,
+            "depth": 0.5,
+            "accuracy": 0.5,
+            "perplexity": pytest.approx(81 ** (1 / 3)),
+            "documents": 2,
+        },
     ]
 
 

@@ -43,12 +43,18 @@ def space() -> Space:
 def documents(folder) -> list[SearchDocument]:
     """Two of three needles are asked for."""
     needles = NeedleConfig(wording="code", digits=4)
-    made = needle_set(Corpus.open(folder / "corpus"), needles, N_DOCUMENTS, tiny.L, [0.0], np.random.default_rng(0), 2, 1)
+    made = needle_set(
+        Corpus.open(folder / "corpus"), needles, N_DOCUMENTS, tiny.L, [0.0], np.random.default_rng(0), 2, 1
+    )
     return [SearchDocument(one.tokens, one.answer_spans) for one in made]
 
 
 def fitness_over(folder, journal, sharded: bool = False) -> Fitness:
-    model = load_sharded(ModelConfig(path=str(folder / "base")), torch.device("cpu")) if sharded else load.load_whole(folder / "base")
+    model = (
+        load_sharded(ModelConfig(path=str(folder / "base")), torch.device("cpu"))
+        if sharded
+        else load.load_whole(folder / "base")
+    )
     table = rotary.install(model, METHODS["none"](tiny.SPECTRUM, tiny.L))
     return Fitness(model, table, space(), documents(folder), journal, lockstep=sharded)
 
@@ -126,7 +132,9 @@ def test_a_journal_cut_anywhere_goes_on_to_the_same_result(folder, tmp_path, mon
     fitness = fitness_over(folder, journal)
     expected, whole = losses_of(fitness), journal.read_bytes()
     wanted, calls = pairs(journal), counting(monkeypatch)
-    nll = {(entry["candidate"], entry["document"]): entry["nll"] for entry in map(json.loads, whole.decode().splitlines())}
+    nll = {
+        (entry["candidate"], entry["document"]): entry["nll"] for entry in map(json.loads, whole.decode().splitlines())
+    }
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
     for cut in sorted({0, 1, *range(7, len(whole), 97), *ends, *(end - 1 for end in ends), *(end - 2 for end in ends)}):
         journal.write_bytes(whole[:cut])
@@ -150,7 +158,9 @@ def test_damaged_lines_are_removed_and_computed_again(folder, tmp_path):
     resumed = fitness_over(folder, journal)
     assert (resumed.recovered, resumed.damaged) == (len(lines) - 1, 2)
     assert losses_of(resumed) == expected
-    assert sorted(journal.read_bytes().splitlines(keepends=True)[:-1]) == sorted(lines[:5] + lines[6:]), "good lines are kept as they are"
+    assert sorted(journal.read_bytes().splitlines(keepends=True)[:-1]) == sorted(lines[:5] + lines[6:]), (
+        "good lines are kept as they are"
+    )
     assert fitness_over(folder, journal).recovered == len(lines)
 
 
@@ -171,7 +181,13 @@ def test_a_loss_that_is_not_finite_counts_as_the_worst(folder, tmp_path, monkeyp
 def test_plain_text_is_scored_whole_and_without_a_cap(folder, tmp_path):
     """A span of text loses more nats than any answer."""
     config = tiny.config(
-        "search", folder, "name=x", f"model.path={folder}/base", "search.objective=text", "search.documents=1", "search.final_documents=0"
+        "search",
+        folder,
+        "name=x",
+        f"model.path={folder}/base",
+        "search.objective=text",
+        "search.documents=1",
+        "search.final_documents=0",
     )
     (document,) = draw_documents(config, Corpus.open(folder / "corpus"))
     assert document.n_scored_tokens == tiny.L - 1
@@ -203,7 +219,9 @@ def test_the_final_is_decided_on_the_further_documents_alone(folder, tmp_path, m
             "answers": [losses[candidate.key][document]] * 2,
         },
     )
-    scorer = CandidateScorer(Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2, documents=2, final_documents=1)), fitness)
+    scorer = CandidateScorer(
+        Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2, documents=2, final_documents=1)), fitness
+    )
     assert [one.candidate for one in sorted(scorer([first, second], []), key=lambda one: one.loss)] == [first, second]
     final = scorer.final([first, second])
     assert [(one.candidate, one.documents) for one in final] == [(second, 1), (first, 1)]
@@ -220,7 +238,10 @@ def test_a_decision_is_run_until_no_loss_is_missing_and_its_lookups_are_counted(
 
     loss, key = fitness.settle(decide)
     assert fitness.document_forwards == fitness.computed == 5
-    assert [(pair[0], pair[1]) for pair in pairs(tmp_path / "journal.jsonl")] == [*((one.key, 0) for one in every), (key, 2)]
+    assert [(pair[0], pair[1]) for pair in pairs(tmp_path / "journal.jsonl")] == [
+        *((one.key, 0) for one in every),
+        (key, 2),
+    ]
     assert fitness.settle(decide) == (loss, key)
     assert fitness.computed == 5
 
@@ -238,7 +259,10 @@ def racing_search(folder, journal, sharded: bool = False, algorithm: str = "evol
 
 def on_ranks(rank: int, world: int, folder, journals) -> dict:
     """Everything that needs ranks, in one launch of each size."""
-    found: dict = {name: racing_search(folder, journals / f"{name}_{world}.jsonl", algorithm=name) for name in ("evolution", "surrogate")}
+    found: dict = {
+        name: racing_search(folder, journals / f"{name}_{world}.jsonl", algorithm=name)
+        for name in ("evolution", "surrogate")
+    }
     if world == 2:
         for name in ("evolution", "surrogate"):
             found[f"{name}, resumed"] = racing_search(folder, journals / f"{name}_1.jsonl", algorithm=name)
@@ -274,7 +298,9 @@ def launched(folder, tmp_path_factory):
 
 def entries_of(journal) -> dict[tuple[str, int], dict]:
     entries = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert len({(entry["candidate"], entry["document"]) for entry in entries}) == len(entries), "no evaluation is computed twice"
+    assert len({(entry["candidate"], entry["document"]) for entry in entries}) == len(entries), (
+        "no evaluation is computed twice"
+    )
     return {(entry["candidate"], entry["document"]): entry for entry in entries}
 
 
@@ -299,10 +325,13 @@ def test_two_ranks_resume_the_journal_of_one(launched, algorithm):
     assert [one[f"{algorithm}, resumed"] for one in found[2]] == [found[1][0][algorithm]] * 2
 
 
-def test_a_full_disk_is_one_sentence_on_every_rank_and_costs_only_the_line_that_was_being_written(folder, launched, tmp_path):
+def test_a_full_disk_is_one_sentence_on_every_rank_and_costs_only_the_line_that_was_being_written(
+    folder, launched, tmp_path
+):
     journals, found = launched
     journal = journals / "full_disk.jsonl"
-    sentence = f"rank 0: {journal} cannot be written (File too large); free some room on that disk, and run the same command again to go on"
+    remedy = "free some room on that disk, and run the same command again to go on"
+    sentence = f"rank 0: {journal} cannot be written (File too large); {remedy}"
     assert [one["full disk"] for one in found[2]] == [sentence] * 2
     assert journal.stat().st_size == 2000
     assert racing_search(folder, journal)[:3] == found[1][0]["evolution"][:3]

@@ -139,13 +139,21 @@ def test_without_mutation_a_child_is_its_parent():
 
 
 def test_crossover_mixes_the_traits_of_two_parents():
-    space, rng = default_space(mutation_probability=0.0, move_critical_index=0.0, crossover=1.0), np.random.default_rng(0)
+    space, rng = (
+        default_space(mutation_probability=0.0, move_critical_index=0.0, crossover=1.0),
+        np.random.default_rng(0),
+    )
     parent, mate = Candidate(10, (9.0,) * 11 + (12.0,) * 11, 1.0), Candidate(8, (16.0,) * 24, 1.3)
     children = [space.mutate(parent, rng, [mate]) for _ in range(200)]
     for child in children:
         check(space, child)
         assert set(child.tail) <= {9.0, 12.0, 16.0}
-    assert {(child.critical_index, child.attention_factor) for child in children} == {(8, 1.0), (8, 1.3), (10, 1.0), (10, 1.3)}
+    assert {(child.critical_index, child.attention_factor) for child in children} == {
+        (8, 1.0),
+        (8, 1.3),
+        (10, 1.0),
+        (10, 1.3),
+    }
     between = np.mean([np.mean(child.tail) for child in children])
     assert between == pytest.approx((10.5 + 16.0) / 2, abs=0.2), "no parent is preferred"
 
@@ -186,7 +194,10 @@ def test_longrope_candidates_stay_inside_the_space(seed, crossover):
         ({"critical_index": 0}, r"search\.critical_index=0 is outside"),
         ({"tail_low": 2.0, "tail_high": 1.0}, r"search\.tail_low=2\.0 and search\.tail_high=1\.0 are no range"),
         ({"tail_low": 0.0}, r"search\.tail_low=0\.0"),
-        ({"attention_factor_low": 1.5}, r"search\.attention_factor_low=1\.5 and search\.attention_factor_high=1\.4 are no range"),
+        (
+            {"attention_factor_low": 1.5},
+            r"search\.attention_factor_low=1\.5 and search\.attention_factor_high=1\.4 are no range",
+        ),
         ({"mutation_step": 0.0}, r"search\.mutation_step=0\.0 is not a finite number of 1e-6 or more"),
         ({"mutation_step": 1e-320}, r"is not a finite number of 1e-6 or more"),
         ({"top_k": 64}, r"search\.top_k=64 is outside 1 … 63, .*set search\.top_k to 16"),

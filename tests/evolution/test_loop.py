@@ -102,7 +102,13 @@ def test_ties_are_broken_by_the_candidates_key():
 
 def test_a_space_with_fewer_candidates_than_the_population_is_searched_whole():
     """Eleven attention factors and nothing else to search."""
-    settings = {"critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_low": 1.0, "attention_factor_high": 1.05}
+    settings = {
+        "critical_index": 12,
+        "tail_low": 1.0,
+        "tail_high": 1.0,
+        "attention_factor_low": 1.0,
+        "attention_factor_high": 1.05,
+    }
     bowl = Bowl()
     generations = run(generations=6, mutation_probability=1.0, scorer=bowl, **settings)
     assert generations[-1].evaluated == len(bowl.asked) == 11

@@ -61,7 +61,9 @@ def test_every_place_is_filled_and_no_candidate_meets_a_document_after_it_was_dr
     assert all(documents == order[: len(documents)] and documents for documents in seen)
     assert len(kept) + sum(len(documents) == len(order) for documents in seen) >= min(keep, len(kept) + len(new))
     asked = {(int(one.tail[0]), document) for one, documents in zip(new, seen, strict=True) for document in documents}
-    assert asked == {pair for pair in table.asked if pair[0] >= len(kept)}, "no loss is looked up after a candidate was dropped"
+    assert asked == {pair for pair in table.asked if pair[0] >= len(kept)}, (
+        "no loss is looked up after a candidate was dropped"
+    )
 
 
 def test_a_certain_loser_is_dropped_at_once_and_a_likely_loser_after_enough_answers():

@@ -40,7 +40,11 @@ class Landscape:
 def test_the_process_is_the_conditional_of_a_normal_distribution():
     """Means and deviations from the whole joint covariance, entry by entry, solved in one piece."""
     rng = np.random.default_rng(0)
-    features, candidate, document = rng.normal(0, 0.1, (6, 4)), np.array([0, 1, 2, 2, 3, 4, 4, 5]), np.array([0, 1, 0, 1, 2, 2, 0, 1])
+    features, candidate, document = (
+        rng.normal(0, 0.1, (6, 4)),
+        np.array([0, 1, 2, 2, 3, 4, 4, 5]),
+        np.array([0, 1, 0, 1, 2, 2, 0, 1]),
+    )
     values = rng.normal(-3, 1, 8)
     process = GaussianProcess(features, candidate, document, values, {str(row): row for row in range(6)})
     asked, names = np.vstack([features[2], rng.normal(0, 0.1, 4)]), ["2", "new"]
@@ -51,31 +55,44 @@ def test_the_process_is_the_conditional_of_a_normal_distribution():
 
     def covariance(a, b, same_candidate, same_document, same_evaluation):
         smooth = (1 - hyper.noise_share) * math.exp(-0.5 * (((a - b) / scale) ** 2).sum())
-        return variance * (smooth + _OWN * same_candidate + 1 + _DOCUMENT * same_document + hyper.noise_share * same_evaluation)
+        return variance * (
+            smooth + _OWN * same_candidate + 1 + _DOCUMENT * same_document + hyper.noise_share * same_evaluation
+        )
 
     n = len(values)
     joint = np.array([
-        [covariance(features[candidate[i]], features[candidate[j]], candidate[i] == candidate[j], document[i] == document[j], i == j) for j in range(n)]
+        [covariance(features[candidate[i]], features[candidate[j]], candidate[i] == candidate[j],
+        document[i] == document[j], i == j) for j in range(n)]
         for i in range(n)
     ])  # fmt: skip
     for row, name in enumerate(names):
-        cross = np.array([covariance(asked[row], features[candidate[i]], name == str(candidate[i]), False, False) for i in range(n)])
+        cross = np.array(
+            [covariance(asked[row], features[candidate[i]], name == str(candidate[i]), False, False) for i in range(n)]
+        )
         alone = covariance(asked[row], asked[row], True, False, False)
-        assert means[row] == pytest.approx(values.mean() + cross @ np.linalg.solve(joint, values - values.mean()), rel=1e-9)
+        assert means[row] == pytest.approx(
+            values.mean() + cross @ np.linalg.solve(joint, values - values.mean()), rel=1e-9
+        )
         assert deviations[row] == pytest.approx(math.sqrt(alone - cross @ np.linalg.solve(joint, cross)), rel=1e-6)
 
 
 def test_the_difficulty_of_a_document_is_not_counted_against_a_candidate():
-    """The better candidate met only a hard document, the worse one only an easy document: the raw losses would mislead."""
+    """The better candidate met only a hard document, the worse one only an easy document: the raw losses would
+    mislead.
+    """
     one = space(documents=8)
     landscape = Landscape(8, noise=0.0)
     easy, hard = int(landscape._difficulty.argmin()), int(landscape._difficulty.argmax())
     observations, drawn = Observations(one, landscape), one.initial(stream(0, "members"))
     better, worse = sorted(drawn, key=Bowl.value)[:: len(drawn) - 1]
-    observations.observe([(other, document) for other in drawn if other not in (better, worse) for document in (easy, hard)])
+    observations.observe(
+        [(other, document) for other in drawn if other not in (better, worse) for document in (easy, hard)]
+    )
     observations.observe([(better, hard), (worse, easy)])
     assert landscape.loss(better, [hard]) > landscape.loss(worse, [easy])
-    assert [scored.candidate for scored in sorted(observations.estimates([worse, better]), key=lambda scored: scored.loss)] == [
+    assert [
+        scored.candidate for scored in sorted(observations.estimates([worse, better]), key=lambda scored: scored.loss)
+    ] == [
         better,
         worse,
     ]
@@ -131,7 +148,8 @@ def test_every_child_is_evaluated_and_lies_in_the_space():
 def test_a_space_with_fewer_candidates_than_the_population_is_searched_whole():
     """Eleven attention factors and nothing else to search; then a single candidate."""
     settings = {
-        "critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_high": 1.05, "mutation_probability": 1.0,
+        "critical_index": 12, "tail_low": 1.0, "tail_high": 1.0, "attention_factor_high": 1.05,
+        "mutation_probability": 1.0,
         "population": 12, "top_k": 3, "generations": 3,
     }  # fmt: skip
     generations, _ = searched(0, landscape := Landscape(14), **settings)

@@ -10,13 +10,21 @@ from lr2train.model import load
 from lr2train.planning.counts import counts_of
 from lr2train.rope import hf as rope_hf
 
-LONGROPE = {"type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "type": "longrope",
+    "long_factor": [2.0] * 8,
+    "short_factor": [1.0] * 8,
+    "original_max_position_embeddings": 64,
+}
 BASE = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 40, "hidden_size": 64, "intermediate_size": 96,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 10000.0,
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 40, "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
 }  # fmt: skip
 VALUES = [
-    None, 64.0, "64", -1, 0, 10**30, math.nan, math.inf, [], {}, [1], {"a": 1}, True, False, 1.5, "nonsense", [[[]]], [1.0] * 7, ["a"] * 8,
+    None, 64.0, "64", -1, 0, 10**30, math.nan, math.inf, [], {}, [1], {"a": 1}, True, False, 1.5, "nonsense", [[[]]],
+    [1.0] * 7, ["a"] * 8,
 ]  # fmt: skip
 
 
@@ -59,12 +67,18 @@ def said_of(tmp_path, values) -> str:
         ({"vocab_size": -1}, "vocab_size=-1 is not a whole number"),
         ({"rope_theta": math.nan}, "rope_theta=nan is not a finite number"),
         ({"rms_norm_eps": math.inf}, "rms_norm_eps=inf is not a finite number"),
-        ({"rope_scaling": {**LONGROPE, "long_factor": 4.0}}, "rope_scaling.long_factor=4.0 is not a list of positive finite numbers"),
+        (
+            {"rope_scaling": {**LONGROPE, "long_factor": 4.0}},
+            "rope_scaling.long_factor=4.0 is not a list of positive finite numbers",
+        ),
         (
             {"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 7}},
             "rope_scaling.short_factor has 7 numbers, and a rotary dimension of 16",
         ),
-        ({"rope_scaling": {**LONGROPE, "long_factor": [1.0, math.nan]}}, "rope_scaling.long_factor[1]=nan is not a finite number"),
+        (
+            {"rope_scaling": {**LONGROPE, "long_factor": [1.0, math.nan]}},
+            "rope_scaling.long_factor[1]=nan is not a finite number",
+        ),
         ({"auto_map": 3}, "auto_map=3 is not an object"),
         ({"hidden_act": 3}, "config.json makes no transformers config"),
         ({"num_attention_heads": 5}, "config.json makes no transformers config"),
@@ -78,22 +92,28 @@ def test_a_wrong_value_is_named(tmp_path, changes, said):
     assert said in said_of(tmp_path, BASE | changes)
 
 
-@pytest.mark.parametrize("key", [*BASE, "rope_scaling", "rope_parameters", "head_dim", "sliding_window", "tie_word_embeddings", "id2label",
-    "eos_token_id", "layer_types", "attention_dropout", "num_labels", "attn_implementation", "quantization_config", "partial_rotary_factor",
+@pytest.mark.parametrize("key", [*BASE, "rope_scaling", "rope_parameters", "head_dim", "sliding_window",
+"tie_word_embeddings", "id2label",
+    "eos_token_id", "layer_types", "attention_dropout", "num_labels", "attn_implementation", "quantization_config",
+    "partial_rotary_factor",
     "dtype", "original_max_position_embeddings", "auto_map"])  # fmt: skip
 def test_every_kind_of_value_is_accepted_or_refused_in_a_sentence(tmp_path, key):
     for value in VALUES:
         assert "\n" not in outcome(folder_with(tmp_path, BASE | {key: value}))
 
 
-@pytest.mark.parametrize("key", [*LONGROPE, "factor", "attention_factor", "short_mscale", "rope_theta", "rope_type", "mrope_section"])
+@pytest.mark.parametrize(
+    "key", [*LONGROPE, "factor", "attention_factor", "short_mscale", "rope_theta", "rope_type", "mrope_section"]
+)
 def test_every_kind_of_value_in_a_rope_dict_is_accepted_or_refused_in_a_sentence(tmp_path, key):
     for value in VALUES:
         for name in ("rope_scaling", "rope_parameters"):
             assert "\n" not in outcome(folder_with(tmp_path, BASE | {name: LONGROPE | {key: value}}))
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "3", "[]", '"llama"', '{"model_type": "llama"', "\N{BROKEN BAR}", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "3", "[]", '"llama"', '{"model_type": "llama"', "\N{BROKEN BAR}", "[" * 100_000]
+)
 def test_a_file_that_is_no_json_object_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"config\.json"):

@@ -15,7 +15,8 @@ from lr2train.rope import hf as rope_hf
 
 L0, L, V = 24, 96, 64
 SIZES = {
-    "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": L0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "initializer_range": 0.4,  # so large that the next token depends on every position
 }  # fmt: skip
@@ -86,16 +87,24 @@ def test_a_kept_cache_no_switch_and_a_switch_one_token_off_each_change_the_text(
     assert list(generate(model, table, prompt, 30, L0, window="short")) != right, "no switch"
     prompts = [prompt_of(length) for length in range(L0 - 10, L0)]  # several: a single token may agree by chance
     right = [list(generate(model, table, prompt, 14, L0)) for prompt in prompts]
-    assert [list(generate(model, table, prompt, 14, L0 + 1)) for prompt in prompts] != right, "a switch that comes one token late"
+    assert [list(generate(model, table, prompt, 14, L0 + 1)) for prompt in prompts] != right, (
+        "a switch that comes one token late"
+    )
     assert [list(generate(model, table, prompt, 14, L0 - 1)) for prompt in prompts] != right, "one token early"
     past = prompt_of(L0 + 1)
-    assert keeping_the_cache(models, past, 30) == reference(models, past, 30), "beyond the switch a cache is only faster"
+    assert keeping_the_cache(models, past, 30) == reference(models, past, 30), (
+        "beyond the switch a cache is only faster"
+    )
 
 
 def test_a_named_window_serves_the_whole_text(models):
     model, table, _ = models
-    assert list(generate(model, table, prompt_of(10), 30, L0, window="short")) == reference(models, prompt_of(10), 30, "short")
-    assert list(generate(model, table, prompt_of(L0 + 1), 9, L0, window="long")) == reference(models, prompt_of(L0 + 1), 9, "long")
+    assert list(generate(model, table, prompt_of(10), 30, L0, window="short")) == reference(
+        models, prompt_of(10), 30, "short"
+    )
+    assert list(generate(model, table, prompt_of(L0 + 1), 9, L0, window="long")) == reference(
+        models, prompt_of(L0 + 1), 9, "long"
+    )
     assert table.window == "long"
 
 

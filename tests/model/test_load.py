@@ -14,8 +14,10 @@ from lr2train.model import folder as folders
 from lr2train.model import load, weights
 
 ARCHITECTURE = {
-    "model_type": "llama", "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "model_type": "llama", "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
 }  # fmt: skip
 LOST = "model.layers.1.mlp.up_proj.weight"
 
@@ -67,12 +69,16 @@ def test_another_dtype_is_written_and_said(tmp_path):
     load.write_folder(model, load.plain_config(hf_config), tmp_path / "m", dtype=torch.bfloat16)
     assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {tensor.dtype for tensor in load_file(tmp_path / "m" / "model.safetensors").values()} == {torch.bfloat16}
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters()), "the model in training stays as it is"
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters()), (
+        "the model in training stays as it is"
+    )
     assert torch.equal(load.load_whole(tmp_path / "m", "bfloat16").lm_head.weight, model.lm_head.weight.bfloat16())
 
 
 def test_the_written_config_names_the_dtype_of_the_weights(tmp_path):
-    """A float32 run of a model whose config says bfloat16: loaders cast to the dtype of the config and would lose bits."""
+    """A float32 run of a model whose config says bfloat16: loaders cast to the dtype of the config and would lose
+    bits.
+    """
     model, hf_config = built()
     load.write_folder(model, {**load.plain_config(hf_config), "dtype": "bfloat16"}, tmp_path / "m")
     assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "float32"
@@ -91,7 +97,10 @@ def test_a_full_disk_half_way_leaves_the_old_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "SHARD_BYTES", 4000)
     old = written(tmp_path / "m")
     names = {file.name for file in (tmp_path / "m").iterdir()}
-    limits, largest = resource.getrlimit(resource.RLIMIT_FSIZE), max(file.stat().st_size for file in (tmp_path / "m").iterdir())
+    limits, largest = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        max(file.stat().st_size for file in (tmp_path / "m").iterdir()),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, limits[1]))  # a writer sees what it sees on a full disk
     try:
         with pytest.raises(UserError, match="cannot be written .* free some room"):
@@ -150,7 +159,9 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     written(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
-    with pytest.raises(UserError, match=r"mlp\.down_proj\.weight has shape \[16, 24\] in the weights and \[16, 32\] in the model"):
+    with pytest.raises(
+        UserError, match=r"mlp\.down_proj\.weight has shape \[16, 24\] in the weights and \[16, 32\] in the model"
+    ):
         load.load_whole(tmp_path / "m")
 
 
@@ -196,7 +207,10 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ({"path": "meta-llama/Meta-Llama-3-8B"}, r"no local folder and downloads are off; .* model\.allow_download=true"),
+        (
+            {"path": "meta-llama/Meta-Llama-3-8B"},
+            r"no local folder and downloads are off; .* model\.allow_download=true",
+        ),
         ({"path": "runs/nothing-here"}, r"model\.path=runs/nothing-here is no folder"),
         ({"path": "/nowhere/at/all"}, r"is no folder; set model\.path"),
         ({}, r"model\.architecture has no model_type"),
@@ -236,7 +250,9 @@ def test_a_broken_config_is_named(tmp_path):
     ],
 )
 def test_a_head_that_the_chunked_loss_does_not_compute_is_refused(changes, words):
-    hf_config = load.config_of(ModelConfig(architecture={**ARCHITECTURE, **changes, "num_key_value_heads": 2, "pad_token_id": 0}))
+    hf_config = load.config_of(
+        ModelConfig(architecture={**ARCHITECTURE, **changes, "num_key_value_heads": 2, "pad_token_id": 0})
+    )
     with pytest.raises(UserError, match=words):
         load.build_empty(hf_config, "float32", contextlib.nullcontext)
 

@@ -87,7 +87,9 @@ def test_a_tied_weight_gathers_both_gradients():
     head.weight = embedding.weight
     LossHead(head, 5)(torch.tanh(embedding(tokens)), labels).backward()
     ours, embedding.weight.grad = embedding.weight.grad, None
-    F.cross_entropy(torch.tanh(embedding(tokens)) @ embedding.weight.T, labels, reduction="sum", ignore_index=IGNORE).backward()
+    F.cross_entropy(
+        torch.tanh(embedding(tokens)) @ embedding.weight.T, labels, reduction="sum", ignore_index=IGNORE
+    ).backward()
     torch.testing.assert_close(ours, embedding.weight.grad, rtol=1e-12, atol=1e-13)
 
 

@@ -16,11 +16,14 @@ from lr2train.rope import hf as rope_hf
 
 L0, L = 2048, 131072
 SIZES = {
-    "vocab_size": 32, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "vocab_size": 32, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "max_position_embeddings": L0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 # every power of two and its neighbours, and every position whose float32 form is rounded by a bfloat16
-POSITIONS = torch.tensor(sorted({p for e in range(17) for p in (2**e - 1, 2**e, 2**e + 1)} | set(range(0, L, 911)) | {L - 1}))[None]
+POSITIONS = torch.tensor(
+    sorted({p for e in range(17) for p in (2**e - 1, 2**e, 2**e + 1)} | set(range(0, L, 911)) | {L - 1})
+)[None]
 
 
 def model_of(family: str = "llama", dtype: torch.dtype = torch.float32, **changes):
@@ -88,7 +91,9 @@ def test_with_attention_factor_1_both_windows_are_transformers_longrope():
 
 
 def test_no_cast_touches_the_tables():
-    """A bfloat16 default dtype while building and ``.to(bfloat16)`` after it both ruin transformers' inv_freq at 128k."""
+    """A bfloat16 default dtype while building and ``.to(bfloat16)`` after it both ruin transformers' inv_freq at
+    128k.
+    """
     expected = {}
     table = rotary.install(model_of(), factors_for(model_of()))
     for table.window in rotary.WINDOWS:
@@ -154,9 +159,11 @@ def test_the_model_computes_with_the_table_of_the_window_tag():
 
 
 PHI4 = {
-    "hidden_size": 256, "partial_rotary_factor": 0.75, "max_position_embeddings": L, "original_max_position_embeddings": 4096,
+    "hidden_size": 256, "partial_rotary_factor": 0.75, "max_position_embeddings": L,
+    "original_max_position_embeddings": 4096,
     "rope_theta": 10000.0,
-    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0 + i * i / 60 for i in range(48)]},
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48,
+    "long_factor": [1.0 + i * i / 60 for i in range(48)]},
 }  # fmt: skip
 
 
@@ -167,7 +174,11 @@ def test_a_published_phi4_config_is_read_installed_and_run_as_in_transformers(ki
     """
     config = copy.deepcopy(PHI4) | {"rope_scaling": {**PHI4["rope_scaling"], "type": kind}}
     model, plain = model_of("phi3", **copy.deepcopy(config)).eval(), model_of("phi3", **copy.deepcopy(config)).eval()
-    assert rope_hf.spectrum_of(plain_config(model.config)) == rope_hf.spectrum_of(SIZES | config) == Spectrum(96, 10000.0, 4096)
+    assert (
+        rope_hf.spectrum_of(plain_config(model.config))
+        == rope_hf.spectrum_of(SIZES | config)
+        == Spectrum(96, 10000.0, 4096)
+    )
     factors = rope_hf.factors_of(plain_config(model.config))
     assert factors is not None
     assert factors == rope_hf.factors_of(SIZES | config)

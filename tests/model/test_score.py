@@ -15,7 +15,8 @@ from lr2train.rope import METHODS, Spectrum
 L0, VOCAB, T = 64, 400, 301
 SPANS = ((60, 70), (5, 9), (298, 300))  # in any order; one crosses borders of chunks; nothing after 299 is needed
 SHAPE = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": L0, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "initializer_range": 0.3,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
 }  # fmt: skip
@@ -25,7 +26,10 @@ FAMILIES = {
     "qwen2": ("qwen2", {}),
     "phi3": ("phi3", {}),
     "mistral_sliding": ("mistral", {"sliding_window": 50}),
-    "qwen2_sliding_in_some_layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1}),
+    "qwen2_sliding_in_some_layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1},
+    ),
     "mistral_sliding_at_the_end": ("mistral", {"sliding_window": 298}),
 }
 CHUNKS = (0, 1, 7, 64, 149, 298, 299, 1000)  # 149 and 298 leave a last chunk of one token
@@ -37,9 +41,13 @@ def make(family: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa
 
     kind, changes = FAMILIES[family]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SHAPE, **changes}), attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **{**SHAPE, **changes}), attn_implementation=attention
+    )
     model = model.to(dtype).eval().requires_grad_(False)
-    return model, rotary.install(model, METHODS["longrope2"](Spectrum(16, 1000.0, L0), 320, critical_index=3, tail=[5.0] * 5))
+    return model, rotary.install(
+        model, METHODS["longrope2"](Spectrum(16, 1000.0, L0), 320, critical_index=3, tail=[5.0] * 5)
+    )
 
 
 def tokens() -> np.ndarray:
@@ -70,7 +78,9 @@ def test_scores_are_those_of_whole_logits_whatever_the_chunk(family, dtype, boun
 def test_the_size_of_a_mask_changes_no_score(monkeypatch):
     model, table = make("qwen2_sliding_in_some_layers", torch.float64)
     monkeypatch.setitem(hidden.MASK_CELLS, "cpu", 1000)  # one or two queries at a time
-    assert score(model, table, "long", tokens(), SPANS, 100).nlls == pytest.approx(from_whole_logits(model, table), rel=1e-10)
+    assert score(model, table, "long", tokens(), SPANS, 100).nlls == pytest.approx(
+        from_whole_logits(model, table), rel=1e-10
+    )
 
 
 def test_scores_of_all_tokens_equal_those_of_whole_logits():
@@ -135,8 +145,12 @@ def test_no_activation_is_longer_than_a_chunk():
 
 def test_other_attention_runs_whole_and_refuses_chunks():
     model, table = make("llama_gqa", torch.float64, "eager")
-    assert score(model, table, "long", tokens(), SPANS).nlls == pytest.approx(from_whole_logits(model, table), rel=1e-10)
-    with pytest.raises(UserError, match=r"attention implementation eager does not run in chunks, sdpa does; set search.chunk_tokens=0"):
+    assert score(model, table, "long", tokens(), SPANS).nlls == pytest.approx(
+        from_whole_logits(model, table), rel=1e-10
+    )
+    with pytest.raises(
+        UserError, match=r"attention implementation eager does not run in chunks, sdpa does; set search.chunk_tokens=0"
+    ):
         score(model, table, "long", tokens(), SPANS, 50)
 
 
@@ -158,7 +172,9 @@ def test_an_interrupted_pass_leaves_the_model_as_it_was(monkeypatch):
 def test_what_cannot_be_expressed_is_refused():
     model, table = make("llama_gqa")
     model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
-    with pytest.raises(UserError, match=r"LlamaForCausalLM has layers of type linear_attention and does not run in chunks"):
+    with pytest.raises(
+        UserError, match=r"LlamaForCausalLM has layers of type linear_attention and does not run in chunks"
+    ):
         score(model, table, "long", tokens(), SPANS, 50)
     with pytest.raises(UserError, match=r"no token to score"):
         score(model, table, "long", tokens(), [(4, 4)])

@@ -14,7 +14,8 @@ from lr2train.config import ModelConfig, UserError
 from lr2train.model import load, weight_files, weights
 
 SIZES = {
-    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3,
 }  # fmt: skip
 LONGROPE = {
@@ -25,7 +26,8 @@ FAMILIES = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
     "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": 16},
-    "phi3": {"model_type": "phi3", "num_key_value_heads": 4, "max_position_embeddings": 256, "original_max_position_embeddings": 64,
+    "phi3": {"model_type": "phi3", "num_key_value_heads": 4, "max_position_embeddings": 256,
+    "original_max_position_embeddings": 64,
              "rope_scaling": LONGROPE, "rope_theta": 1e4},
     "qwen3": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
     # more than ten: 10 comes after 9
@@ -43,7 +45,9 @@ def publish(folder, family: str = "llama", one_file: bool = False):
     """
     torch.manual_seed(0)
     values = {**SIZES, **FAMILIES[family]}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.float32
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)  # norms too: a tensor in another's place shows
     model.save_pretrained(folder, max_shard_size="1GB" if one_file or "llama" in family else "20KB")
@@ -155,7 +159,10 @@ def test_buffers_of_older_versions_are_ignored(llama):
 
 
 def test_a_base_model_without_prefix_is_loaded(tmp_path, llama):
-    changed(llama, lambda tensors: [tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)])
+    changed(
+        llama,
+        lambda tensors: [tensors.update({name.removeprefix("model."): tensors.pop(name)}) for name in list(tensors)],
+    )
     assert "layers.0.mlp.up_proj.weight" in load_file(llama / weight_files.FILE)
     assert_same(load.load_whole(llama), theirs(llama))
 
@@ -203,7 +210,10 @@ def test_a_tensor_in_two_shards_is_named(llama):
     indexed(llama)
     file = llama / "model-00002-of-00002.safetensors"
     save_file({**load_file(file), "lm_head.weight": torch.zeros(40, 32)}, file, {"format": "pt"})
-    assert "holds lm_head.weight twice, in model-00001-of-00002.safetensors and model-00002-of-00002.safetensors" in refusal(llama)
+    assert (
+        "holds lm_head.weight twice, in model-00001-of-00002.safetensors and model-00002-of-00002.safetensors"
+        in refusal(llama)
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +225,10 @@ def test_a_tensor_in_two_shards_is_named(llama):
         ('{"weight_map": {"lm_head.weight": 3}}', "has no readable weight_map"),
         ('{"weight_map": {"lm_head.weight": "../other.safetensors"}}', "has no readable weight_map"),
         ('{"weight_map": {"lm_head.weight": "model-9.safetensors"}}', "model-9.safetensors does not exist, although"),
-        ('{"weight_map": {"lm_heat": "model-00001-of-00002.safetensors"}}', "names 1 tensors that are not where it says (lm_heat)"),
+        (
+            '{"weight_map": {"lm_heat": "model-00001-of-00002.safetensors"}}',
+            "names 1 tensors that are not where it says (lm_heat)",
+        ),
     ],
 )
 def test_an_index_that_is_wrong_is_refused(llama, index, words):
@@ -244,7 +257,10 @@ def test_a_missing_expert_is_named(tmp_path):
     changed(base, lambda tensors: tensors.pop("model.layers.0.mlp.experts.2.gate_proj.weight"))
     assert "do not make up model.layers.0.mlp.experts.gate_up_proj" in refusal(base)
     changed(base, lambda tensors: tensors.pop("model.layers.0.mlp.experts.2.up_proj.weight"))
-    assert "model.layers.0.mlp.experts.gate_up_proj has shape [3, 32, 32] in the weights and [4, 32, 32] in the model" in refusal(base)
+    assert (
+        "model.layers.0.mlp.experts.gate_up_proj has shape [3, 32, 32] in the weights and [4, 32, 32] in the model"
+        in refusal(base)
+    )
 
 
 def test_a_tensor_under_a_former_and_a_present_name_is_named(tmp_path):
@@ -276,7 +292,9 @@ def test_quantized_weights_are_refused_with_the_remedy(llama, change):
 
 def test_a_config_that_says_quantized_is_refused_before_weights_are_read(llama):
     values = json.loads((llama / "config.json").read_text())
-    (llama / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (llama / "config.json").write_text(
+        json.dumps({**values, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     (llama / weight_files.FILE).unlink()
     assert "quant_method gptq); dequantize the model" in refusal(llama)
 
@@ -299,7 +317,10 @@ def test_a_finite_weight_that_the_dtype_cannot_hold_is_refused_with_another_dtyp
     changed(llama, lambda tensors: tensors[LAST].__setitem__((0, 0), 1e6))
     assert_same(load.load_whole(llama, "bfloat16"), theirs(llama, "bfloat16"))
     said = refusal(llama, dtype="float16")
-    assert f"1 of the 768 numbers of {LAST} is not finite in float16, which is too narrow; set the dtype to bfloat16" in said
+    assert (
+        f"1 of the 768 numbers of {LAST} is not finite in float16, which is too narrow; set the dtype to bfloat16"
+        in said
+    )
 
 
 def test_large_numbers_whose_sum_is_infinite_are_finite():

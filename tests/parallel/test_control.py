@@ -1,4 +1,6 @@
-"""Control messages on real ranks: results come in rank order, one rank's error on all, and a killed rank is noticed at once."""
+"""Control messages on real ranks: results come in rank order, one rank's error on all, and a killed rank is noticed at
+once.
+"""
 
 import contextlib
 import os
@@ -66,7 +68,9 @@ def test_without_a_process_group_there_is_one_rank():
 
 def surviving(rank: int, killed: int, folder, pipe) -> None:
     """One rank is killed. The others report what they hear and stay alive, so that no process end tells anything."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=3, timeout=timedelta(seconds=600))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=3, timeout=timedelta(seconds=600)
+    )
     control.together(lambda: rank)
     if rank == killed:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -86,7 +90,9 @@ def three_ranks(killed: int, folder):
     """Pipes to three ranks, of which one is killed."""
     context = forking()
     pipes = [context.Pipe() for _ in range(3)]
-    ranks = [context.Process(target=surviving, args=(rank, killed, folder, pipes[rank][1]), daemon=True) for rank in range(3)]
+    ranks = [
+        context.Process(target=surviving, args=(rank, killed, folder, pipes[rank][1]), daemon=True) for rank in range(3)
+    ]
     for process in ranks:
         process.start()
     try:

@@ -48,7 +48,9 @@ def test_every_rank_ends_with_the_reason_of_the_one_that_failed(tmp_path, failin
 def test_a_killed_rank_is_said_to_be_gone(tmp_path):
     said = said_by(tmp_path, 2, "killed")
     assert set(said) == {0, 1}
-    assert all("a rank is gone or does not answer, its own log says why (seen by rank " in text for text in said.values())
+    assert all(
+        "a rank is gone or does not answer, its own log says why (seen by rank " in text for text in said.values()
+    )
 
 
 def test_one_rank_alone_raises_its_own_error():

@@ -29,7 +29,9 @@ def launch(tmp_path, name: str) -> subprocess.Popen:
     program = tmp_path / name
     program.write_text(textwrap.dedent(LAUNCHER))
     environ = {**os.environ, "PYTHONPATH": os.getcwd()}
-    return subprocess.Popen([sys.executable, str(program), "x", textwrap.dedent(RANK)], stdout=subprocess.PIPE, text=True, env=environ)
+    return subprocess.Popen(
+        [sys.executable, str(program), "x", textwrap.dedent(RANK)], stdout=subprocess.PIPE, text=True, env=environ
+    )
 
 
 def test_a_rank_is_asked_to_stop_when_its_launcher_is_killed(tmp_path):

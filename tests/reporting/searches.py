@@ -33,7 +33,9 @@ def bowl(rng: np.random.Generator, number: int, spread: float, all_dims: bool) -
     index = int(np.clip(round(rng.normal(12, 4 * spread)), 8, 16))
     factor = float(round(np.clip(rng.normal(1.25, 0.1 * spread), 1, 1.4) / 0.005) * 0.005)
     loss = 0.002 * math.exp(0.5 * abs(index - 12) + 20 * abs(factor - 1.25) + abs(rng.normal()) * spread)
-    return Scored(number, math.inf if rng.random() < 0.1 and number else math.exp(loss), 0 if all_dims else index, factor, 10)
+    return Scored(
+        number, math.inf if rng.random() < 0.1 and number else math.exp(loss), 0 if all_dims else index, factor, 10
+    )
 
 
 def history(
@@ -86,7 +88,9 @@ def write_jsonl(path: Path, lines: list[dict]) -> None:
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
 
 
-def make_search(folder: Path, racing: bool = True, all_dims: bool = False, finished: bool = True, **settings) -> list[list[Scored]]:
+def make_search(
+    folder: Path, racing: bool = True, all_dims: bool = False, finished: bool = True, **settings
+) -> list[list[Scored]]:
     """``folder`` of a finished or running search; returns its generations."""
     generations = history(racing=racing, all_dims=all_dims, **settings)
     write_jsonl(folder / "generations.jsonl", [line(index, ranked, racing) for index, ranked in enumerate(generations)])
@@ -117,7 +121,9 @@ def _finish(folder: Path, best: Scored) -> None:
     write_json(folder / "search.json", {**of_best, "document_forwards": 1200, "seconds": 75.0, "settings": recorded})
     if best.critical_index:
         tail = [12.8 + i / 8 for i in range(32 - best.critical_index)]
-        made = METHODS["longrope2"](SPECTRUM, L, critical_index=best.critical_index, tail=tail, attention_factor=best.attention_factor)
+        made = METHODS["longrope2"](
+            SPECTRUM, L, critical_index=best.critical_index, tail=tail, attention_factor=best.attention_factor
+        )
     else:
         made = METHODS["longrope"](SPECTRUM, L)
     write_json(folder / "factors.json", made.to_json())

@@ -49,7 +49,9 @@ def world(tmp_path_factory):
 
 def arguments(world, out, *more: str):
     places = ["--model", str(world / "base"), "--corpus", str(world / "corpus"), "--out", str(out)]
-    return map_rcd.arguments([*places, "--target", str(tiny.L), "--window", str(tiny.L0), "--documents", "2", *CELLS, *more])
+    return map_rcd.arguments(
+        [*places, "--target", str(tiny.L), "--window", str(tiny.L0), "--documents", "2", *CELLS, *more]
+    )
 
 
 def lines_of(out) -> list[dict]:
@@ -197,7 +199,9 @@ def test_the_best_of_many_equal_cells_is_not_taken_for_better():
 
 
 def test_pairs_differ_in_the_tested_property_alone():
-    lines = grid(lambda index, scale: np.full(5, index / 10 + scale), indices=(12, 14, 16, 17), scales=(0.8, 1.0, 1.6, 2.0))
+    lines = grid(
+        lambda index, scale: np.full(5, index / 10 + scale), indices=(12, 14, 16, 17), scales=(0.8, 1.0, 1.6, 2.0)
+    )
     lines |= grid(
         lambda index, scale: np.full(5, index / 10 + scale),
         indices=(12, 14, 16, 17),

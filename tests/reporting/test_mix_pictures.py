@@ -42,7 +42,9 @@ def test_every_corpus_has_three_pictures(tmp_path, plan):
     if plan.pop("segment_tokens_more", False):
         data = DataConfig(sources=[SourceConfig(name="s")], segment_tokens=1 << 20)
         lengths = [np.array([300, 5], np.int32)]
-        (tmp_path / "plan.json").write_text(json.dumps(report_of(data, lengths, [None], compose_segments(data, lengths, [None], 128, 0))))
+        (tmp_path / "plan.json").write_text(
+            json.dumps(report_of(data, lengths, [None], compose_segments(data, lengths, [None], 128, 0)))
+        )
     else:
         write_plan(tmp_path, **plan)
     paths = mix.ensure_mix_pictures(tmp_path)
@@ -61,7 +63,9 @@ def test_pictures_are_redrawn_when_plan_json_is_newer(tmp_path):
     assert [path.stat().st_mtime_ns for path in mix.ensure_mix_pictures(tmp_path)] == before
     later = paths[-1].stat().st_mtime + 5
     os.utime(tmp_path / "plan.json", (later, later))
-    assert all(path.stat().st_mtime_ns > old for path, old in zip(mix.ensure_mix_pictures(tmp_path), before, strict=True))
+    assert all(
+        path.stat().st_mtime_ns > old for path, old in zip(mix.ensure_mix_pictures(tmp_path), before, strict=True)
+    )
 
 
 def test_the_smallest_of_many_sources_are_summed_without_loss():

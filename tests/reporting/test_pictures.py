@@ -108,7 +108,9 @@ def test_a_finished_search_has_every_picture(tmp_path):
     make_search(tmp_path / "s")
     files = write_search_pictures(tmp_path / "s")
     assert [file.name for file in files] == ALL
-    assert sorted(file.name for file in (tmp_path / "s" / "pictures").iterdir()) == sorted(ALL), "a temporary file was left"
+    assert sorted(file.name for file in (tmp_path / "s" / "pictures").iterdir()) == sorted(ALL), (
+        "a temporary file was left"
+    )
     for file in files:
         seen = pixels(file)
         assert min(seen.shape[:2]) >= 600
@@ -141,7 +143,9 @@ def test_a_running_search_has_every_picture_but_the_factors(tmp_path):
     for name in ("generations.jsonl", "journal.jsonl"):
         with (tmp_path / "s" / name).open("a") as file:
             file.write('{"generation": 1, "best')  # a line being written
-    assert [file.name for file in write_search_pictures(tmp_path / "s")] == [name for name in ALL if name != "factors.png"]
+    assert [file.name for file in write_search_pictures(tmp_path / "s")] == [
+        name for name in ALL if name != "factors.png"
+    ]
     page = report([tmp_path / "s"]).read_text()
     assert "In search, generation 0 reached" in page
     assert "the search still runs" in page

@@ -19,17 +19,23 @@ PRESETS = sorted(path.stem for path in (CONF_FOLDER / "rope").glob("*.yaml"))
 
 # as printed, to ten digits, in the authors' released training example
 RELEASED = [
-    1, 1.097906416, 1.205398499, 1.323414747, 1.452985542, 1.595242149, 1.751426591, 1.922902493, 2.111166985, 2.317863779, 2.544797515,
-    2.79394952, 3.067495105, 3.367822558, 3.697553996, 4.059568257, 4.457026037, 4.893397485, 5.372492496, 5.898493984, 6.475994392,
-    7.110035795, 7.806153921, 8.570426477, 9.40952622, 10.33077921, 11.34222878, 12.45270576, 13.67190555, 15.01047283, 16.48009443,
-    18.09360142, 19.8650811, 21.81, 21.87, 21.88, 22.23, 22.28, 22.53, 22.65, 22.73, 22.89, 22.92, 23.18, 23.23, 23.36, 23.42, 23.47, 23.51,
+    1, 1.097906416, 1.205398499, 1.323414747, 1.452985542, 1.595242149, 1.751426591, 1.922902493, 2.111166985,
+    2.317863779, 2.544797515,
+    2.79394952, 3.067495105, 3.367822558, 3.697553996, 4.059568257, 4.457026037, 4.893397485, 5.372492496, 5.898493984,
+    6.475994392,
+    7.110035795, 7.806153921, 8.570426477, 9.40952622, 10.33077921, 11.34222878, 12.45270576, 13.67190555, 15.01047283,
+    16.48009443,
+    18.09360142, 19.8650811, 21.81, 21.87, 21.88, 22.23, 22.28, 22.53, 22.65, 22.73, 22.89, 22.92, 23.18, 23.23, 23.36,
+    23.42, 23.47, 23.51,
     23.52, 23.75, 23.82, 23.89, 24.06, 24.13, 24.14, 24.3, 24.53, 24.67, 24.75, 24.97, 25.49, 26.01, 26.05,
 ]  # fmt: skip
 
 
 def preset(name, **changes):
     """A file of conf/rope, typed by the schema, with a user's overrides on top."""
-    merged = OmegaConf.merge(OmegaConf.structured(RopeConfig), OmegaConf.load(CONF_FOLDER / "rope" / f"{name}.yaml"), changes)
+    merged = OmegaConf.merge(
+        OmegaConf.structured(RopeConfig), OmegaConf.load(CONF_FOLDER / "rope" / f"{name}.yaml"), changes
+    )
     return OmegaConf.to_object(merged)
 
 
@@ -51,7 +57,11 @@ def test_the_released_llama3_factors():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_build(name):
-    searched = {"longrope2": {"critical_index": 30, "tail": [20.0]}, "yarn_rcd": {"critical_index": 30}, "ntk_rcd": {"critical_index": 30}}
+    searched = {
+        "longrope2": {"critical_index": 30, "tail": [20.0]},
+        "yarn_rcd": {"critical_index": 30},
+        "ntk_rcd": {"critical_index": 30},
+    }
     factors = build(preset(name, **searched.get(name, {})), LLAMA3)
     assert factors.method == ("longrope2" if name == "llama3_8b_released" else name)
     assert factors.target_window_tokens == 131072
@@ -74,13 +84,17 @@ def test_attention_factor_of_the_config_replaces_the_methods():
     assert build(small("yarn"), SMALL).attention_factor == 0.1 * math.log(8) + 1
     assert build(small("yarn", attention_factor=1.25), SMALL).attention_factor == 1.25
     assert build(small("longrope2", critical_index=3, tail=[12.0]), SMALL).attention_factor == 1.0
-    assert build(small("longrope2", critical_index=3, tail=[12.0], attention_factor=1.25), SMALL).attention_factor == 1.25
+    assert (
+        build(small("longrope2", critical_index=3, tail=[12.0], attention_factor=1.25), SMALL).attention_factor == 1.25
+    )
 
 
 def test_explicit_longrope_table_and_options():
     table = [1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 9.0, 10.0]
     assert build(small("longrope", options={"rescale": table}), SMALL).rescale == tuple(table)
-    assert build(small("dynamic_ntk", options={"length_tokens": 1024}), SMALL) == METHODS["dynamic_ntk"](SMALL, 4096, length_tokens=1024)
+    assert build(small("dynamic_ntk", options={"length_tokens": 1024}), SMALL) == METHODS["dynamic_ntk"](
+        SMALL, 4096, length_tokens=1024
+    )
 
 
 @pytest.fixture
@@ -108,7 +122,12 @@ def test_model_folder(tmp_path, searched):
 def test_a_published_set_out_of_order_and_with_a_short_table(tmp_path):
     """A bare config.json, as some models are published: read as it is."""
     long, short = [1.0, 9.0, 2.0, 0.5, 30.0, 4.0, 4.0, 8.0], [1.0, 1.1, 1.2, 1.0, 1.3, 1.0, 1.0, 1.05]
-    config = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 4096, "original_max_position_embeddings": 512}
+    config = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 512,
+    }
     config |= {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", "long_factor": long, "short_factor": short}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     factors = build(small("yarn", factors=str(tmp_path / "config.json")), SMALL)
@@ -136,14 +155,29 @@ def test_a_published_set_out_of_order_and_with_a_short_table(tmp_path):
             "rope.critical_index is set, but rope.method=yarn takes rope.options.beta_fast, rope.options.beta_slow",
         ),
         (small("pi", tail=[9.0]), "rope.tail is set, but rope.method=pi takes no options"),
-        (small("yarn", options={"beta_fats": 16}), "rope.options.beta_fats is set, but rope.method=yarn takes rope.options.beta_fast"),
-        (small("yarn", options={"beta_fast": "many"}), "rope.options={'beta_fast': 'many'} do not fit rope.method=yarn"),
-        (small("yarn", options={"beta_fast": 1, "beta_slow": 2}), "rope.options.beta_slow=2 is not below rope.options.beta_fast=1"),
+        (
+            small("yarn", options={"beta_fats": 16}),
+            "rope.options.beta_fats is set, but rope.method=yarn takes rope.options.beta_fast",
+        ),
+        (
+            small("yarn", options={"beta_fast": "many"}),
+            "rope.options={'beta_fast': 'many'} do not fit rope.method=yarn",
+        ),
+        (
+            small("yarn", options={"beta_fast": 1, "beta_slow": 2}),
+            "rope.options.beta_slow=2 is not below rope.options.beta_fast=1",
+        ),
         (small("llama3", options={"low_freq_factor": 4}), "rope.options.low_freq_factor=4 is not below"),
         (small("longrope", options={"rescale": [1.0]}), "rescale has 1 numbers, but a rotary dimension of 16 needs 8"),
-        (small("longrope", options={"original_tokens": 4}), "rope.options.original_tokens is set, but rope.method=longrope takes"),
+        (
+            small("longrope", options={"original_tokens": 4}),
+            "rope.options.original_tokens is set, but rope.method=longrope takes",
+        ),
         (small("pi", attention_factor=0.0), "rope.attention_factor"),
-        (RopeConfig(target_window_tokens=256, method="pi"), "rope.target_window_tokens=256 is below the original window of 512"),
+        (
+            RopeConfig(target_window_tokens=256, method="pi"),
+            "rope.target_window_tokens=256 is below the original window of 512",
+        ),
         (small("pi", factors="/nowhere/factors.json"), "rope.factors: /nowhere/factors.json does not exist"),
     ],
 )
@@ -156,7 +190,8 @@ def test_factors_of_another_model_or_target_are_refused_with_both_values(tmp_pat
     searched.save(tmp_path / "factors.json")
     rope = small("yarn", factors=str(tmp_path))
     with pytest.raises(
-        UserError, match="rotary dimension 16, base 10000, original window 512, but this model has rotary dimension 128, base 500000"
+        UserError,
+        match="rotary dimension 16, base 10000, original window 512, but .* rotary dimension 128, base 500000",
     ):
         build(rope, LLAMA3)
     rope.target_window_tokens = 8192

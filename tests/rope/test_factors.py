@@ -23,7 +23,9 @@ def any_factors(draw):
     spectrum = Spectrum(2 * n, draw(st.floats(1.5, 1e9)), draw(st.integers(7, 10**6)))
     target = spectrum.window_tokens + draw(st.integers(0, 10**7))
     short = draw(st.none() | table)
-    return Factors(draw(table), draw(positive), spectrum, target, draw(st.text(string.printable)), short, draw(positive))
+    return Factors(
+        draw(table), draw(positive), spectrum, target, draw(st.text(string.printable)), short, draw(positive)
+    )
 
 
 @given(any_factors())
@@ -55,7 +57,9 @@ def test_frequencies():
 
 
 def test_a_short_table_of_ones_is_the_original():
-    assert Factors((1.0,) * 4, 1.0, SPECTRUM, 128, "x", short_rescale=(1.0,) * 4) == Factors((1.0,) * 4, 1.0, SPECTRUM, 128, "x")
+    assert Factors((1.0,) * 4, 1.0, SPECTRUM, 128, "x", short_rescale=(1.0,) * 4) == Factors(
+        (1.0,) * 4, 1.0, SPECTRUM, 128, "x"
+    )
 
 
 def test_published_sets_out_of_order_are_read_as_they_are():
@@ -78,13 +82,20 @@ def test_published_sets_out_of_order_are_read_as_they_are():
     ],
 )
 def test_refusals(changes, words):
-    good = {"rescale": (1.0, 2.0, 3.0, 4.0), "attention_factor": 1.0, "spectrum": SPECTRUM, "target_window_tokens": 512, "method": "x"}
+    good = {
+        "rescale": (1.0, 2.0, 3.0, 4.0),
+        "attention_factor": 1.0,
+        "spectrum": SPECTRUM,
+        "target_window_tokens": 512,
+        "method": "x",
+    }
     with pytest.raises(UserError, match=words):
         Factors(**(good | changes))
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1, 2]", "{}", '{"spectrum": 3}', '{"spectrum": {"rotary_dim": 8}, "rescale": [1]}', '{"spectrum": null}']
+    "text",
+    ["", "[1, 2]", "{}", '{"spectrum": 3}', '{"spectrum": {"rotary_dim": 8}, "rescale": [1]}', '{"spectrum": null}'],
 )
 def test_files_that_are_no_factors(tmp_path, text):
     path = tmp_path / "factors.json"

@@ -72,9 +72,18 @@ def test_the_written_config_has_every_number_under_both_names():
     assert written["rope_parameters"] == written["rope_scaling"]
     assert written["rope_parameters"] is not written["rope_scaling"]
     rope = written["rope_parameters"]
-    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"], rope["rope_theta"]) == ("longrope", 8.0, L0, 1e4)
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"], rope["rope_theta"]) == (
+        "longrope",
+        8.0,
+        L0,
+        1e4,
+    )
     assert (rope["attention_factor"], rope["long_mscale"], rope["short_mscale"]) == (1.2, 1.2, 1.0)
-    assert (written["max_position_embeddings"], written["original_max_position_embeddings"], written["rope_theta"]) == (L, L0, 1e4)
+    assert (written["max_position_embeddings"], written["original_max_position_embeddings"], written["rope_theta"]) == (
+        L,
+        L0,
+        1e4,
+    )
 
 
 def test_a_config_that_transformers_saved_again_reads_the_same():
@@ -98,10 +107,18 @@ def test_round_trip(quarter, partial, old, base, window, extra, data):
     table = st.lists(st.floats(0.1, 1e4), min_size=spectrum.n_dims, max_size=spectrum.n_dims).map(tuple)
     positive = st.floats(0.1, 10)
     factors = Factors(
-        data.draw(table), data.draw(positive), spectrum, window + extra, "longrope", data.draw(st.none() | table), data.draw(positive)
+        data.draw(table),
+        data.draw(positive),
+        spectrum,
+        window + extra,
+        "longrope",
+        data.draw(st.none() | table),
+        data.draw(positive),
     )
     written = write(config, factors)
-    assert factors_of(written) == replace(factors, short_rescale=None, short_attention_factor=1.0), "the short window is the config's own"
+    assert factors_of(written) == replace(factors, short_rescale=None, short_attention_factor=1.0), (
+        "the short window is the config's own"
+    )
     assert spectrum_of(written) == spectrum
     assert write(written, factors) == written
 
@@ -113,7 +130,11 @@ def test_a_short_window_of_its_own_is_kept(quarter, old, data):
     table = st.lists(st.floats(0.1, 1e4), min_size=2 * quarter, max_size=2 * quarter)
     short, long, positive = data.draw(table), data.draw(table), st.floats(0.1, 10)
     own = {"type": data.draw(st.sampled_from(["su", "longrope"])), "short_factor": short, "long_factor": long}
-    own |= data.draw(st.fixed_dictionaries({}, optional={"attention_factor": positive, "short_mscale": positive, "long_mscale": positive}))
+    own |= data.draw(
+        st.fixed_dictionaries(
+            {}, optional={"attention_factor": positive, "short_mscale": positive, "long_mscale": positive}
+        )
+    )
     base = config | {"rope_scaling": own}
     before, factors = factors_of(base), made(4 * quarter)
     after = factors_of(write(base, factors))
@@ -148,7 +169,12 @@ ODD = {
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ODD.items() for value in values])
 def test_a_value_of_a_wrong_type_is_named_with_its_file_and_key(key, value):
-    scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": L0}
+    scaling = {
+        "type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": L0,
+    }
     config = plain_config(old=True, window=L) | {"rope_scaling": scaling}
     refuse_wrong_values(config, "x/config.json")
     outer, _, inner = key.partition(".")
@@ -172,7 +198,12 @@ def test_a_missing_attention_factor_is_the_one_that_runtimes_use_on_both_windows
 
 def test_a_written_attention_factor_alone_acts_on_both_windows():
     config = plain_config() | {
-        "rope_scaling": {"rope_type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8, "attention_factor": 1.3}
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "long_factor": [2.0] * 8,
+            "short_factor": [1.0] * 8,
+            "attention_factor": 1.3,
+        }
     }
     config |= {"original_max_position_embeddings": L0, "max_position_embeddings": L, "rope_theta": 1e4}
     factors = factors_of(config)
@@ -181,7 +212,12 @@ def test_a_written_attention_factor_alone_acts_on_both_windows():
 
 @pytest.mark.parametrize("kind", ["su", "longrope", "yarn"])
 def test_phi3_mini_as_microsoft_published_it(kind):
-    config = {"hidden_size": 3072, "num_attention_heads": 32, "max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    config = {
+        "hidden_size": 3072,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+    }
     config |= {
         "rope_theta": 10000.0,
         "rope_scaling": {"type": kind, "short_factor": [1.05] * 48, "long_factor": [1.03] * 40 + [50.0, 64.9] * 4},
@@ -196,7 +232,13 @@ def test_phi3_mini_as_microsoft_published_it(kind):
 
 def test_phi35_moe_with_its_mscales():
     config = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 131072, "rope_theta": 1e4}
-    scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "short_mscale": 1.1, "long_mscale": 1.243}
+    scaling = {
+        "type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "short_mscale": 1.1,
+        "long_mscale": 1.243,
+    }
     factors = factors_of(config | {"rope_scaling": scaling | {"original_max_position_embeddings": 4096}})
     assert (factors.attention_factor, factors.short_attention_factor) == (1.243, 1.1)
 
@@ -213,7 +255,12 @@ def test_the_target_comes_from_the_factor_where_the_config_kept_its_old_window()
 
 
 def test_an_original_window_of_the_config_itself_wins_as_in_transformers():
-    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 64,
+    }
     config = plain_config(window=L) | {"original_max_position_embeddings": L0, "rope_scaling": scaling}
     assert spectrum_of(config).window_tokens == L0
     theirs = Phi3Config(**copy.deepcopy(config), num_key_value_heads=HEADS, pad_token_id=0)
@@ -231,11 +278,23 @@ def test_plain_models_have_no_factors():
         (plain_config(old=True, partial=0.75), Spectrum(12, 1e4, L0)),
         (plain_config(partial=0.75), Spectrum(12, 1e4, L0)),
         (
-            {"head_dim": 128, "hidden_size": 5120, "num_attention_heads": 32, "max_position_embeddings": 40960, "rope_theta": 1e6},
+            {
+                "head_dim": 128,
+                "hidden_size": 5120,
+                "num_attention_heads": 32,
+                "max_position_embeddings": 40960,
+                "rope_theta": 1e6,
+            },
             Spectrum(128, 1e6, 40960),
         ),
-        ({"head_dim": None, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64}, Spectrum(16, 1e4, 64)),
-        ({"hidden_size": 2048, "num_attention_heads": 8, "rotary_pct": 0.25, "max_position_embeddings": 2048}, Spectrum(64, 1e4, 2048)),
+        (
+            {"head_dim": None, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64},
+            Spectrum(16, 1e4, 64),
+        ),
+        (
+            {"hidden_size": 2048, "num_attention_heads": 8, "rotary_pct": 0.25, "max_position_embeddings": 2048},
+            Spectrum(64, 1e4, 2048),
+        ),
         (LlamaConfig(rope_theta=5e5, head_dim=128, max_position_embeddings=8192).to_dict(), Spectrum(128, 5e5, 8192)),
     ],
 )

@@ -67,7 +67,9 @@ def test_pi_is_linear(model):
 @pytest.mark.parametrize("share", [0.01, 0.3, 1.0, 2.0])
 def test_dynamic_ntk_is_dynamic(model, share):
     length = round(share * model[1])
-    assert_equal(METHODS["dynamic_ntk"](*model, length_tokens=length), from_transformers("dynamic", *model, seq_len=length))
+    assert_equal(
+        METHODS["dynamic_ntk"](*model, length_tokens=length), from_transformers("dynamic", *model, seq_len=length)
+    )
 
 
 def test_dynamic_ntk_serves_the_whole_target_by_default(model):
@@ -90,7 +92,8 @@ def test_longrope_with_a_table_is_longrope(model):
     table = np.linspace(1.0, 1.25 * target / spectrum.window_tokens, spectrum.n_dims).tolist()
     keys = {"long_factor": table, "short_factor": [1.0] * spectrum.n_dims}
     assert_equal(
-        METHODS["longrope"](*model, rescale=table), from_transformers("longrope", *model, seq_len=spectrum.window_tokens + 1, **keys)
+        METHODS["longrope"](*model, rescale=table),
+        from_transformers("longrope", *model, seq_len=spectrum.window_tokens + 1, **keys),
     )
 
 
@@ -133,7 +136,9 @@ def test_ntk_is_a_base_change_that_reaches_s_at_the_critical_index(model):
     d, i = spectrum.rotary_dim, np.arange(spectrum.n_dims)
     base = spectrum.base ** (math.log(target / (2 * math.pi)) / math.log(spectrum.window_tokens / (2 * math.pi)))
     np.testing.assert_allclose(METHODS["ntk"](*model).inv_freq, base ** (-2 * i / d), rtol=1e-11)
-    assert (base / spectrum.base) ** (2 * spectrum.critical_index_real / d) == pytest.approx(target / spectrum.window_tokens, rel=1e-11)
+    assert (base / spectrum.base) ** (2 * spectrum.critical_index_real / d) == pytest.approx(
+        target / spectrum.window_tokens, rel=1e-11
+    )
 
 
 def test_longrope_starts_from_another_curve_than_yarn(model):
@@ -152,8 +157,13 @@ def test_longrope_starts_from_another_curve_than_yarn(model):
 def test_rcd_variants_at_the_theoretical_index_are_their_parents():
     spectrum = Spectrum(128, 5e5, 8192)
     tcd = spectrum.critical_index
-    assert METHODS["yarn_rcd"](spectrum, 131072, critical_index=tcd).rescale == METHODS["yarn"](spectrum, 131072).rescale
-    parent, child = METHODS["ntk"](spectrum, 131072).rescale, METHODS["ntk_rcd"](spectrum, 131072, critical_index=tcd).rescale
+    assert (
+        METHODS["yarn_rcd"](spectrum, 131072, critical_index=tcd).rescale == METHODS["yarn"](spectrum, 131072).rescale
+    )
+    parent, child = (
+        METHODS["ntk"](spectrum, 131072).rescale,
+        METHODS["ntk_rcd"](spectrum, 131072, critical_index=tcd).rescale,
+    )
     np.testing.assert_allclose(child, np.array(parent) ** (spectrum.critical_index_real / tcd), rtol=1e-12)
 
 
@@ -191,7 +201,9 @@ def test_longrope2_is_ntk_below_the_critical_index_and_has_attention_factor_1():
     np.testing.assert_array_equal(factors.rescale[12:], tail)
     np.testing.assert_allclose(factors.rescale[:12], 8.0 ** (np.arange(12) / 12), rtol=1e-15)
     assert factors.attention_factor == 1.0
-    assert METHODS["longrope2"](spectrum, 4096, critical_index=12, tail=tail, attention_factor=1.2).attention_factor == 1.2
+    assert (
+        METHODS["longrope2"](spectrum, 4096, critical_index=12, tail=tail, attention_factor=1.2).attention_factor == 1.2
+    )
 
 
 def test_longrope2_reads_tails_in_any_order():

@@ -20,7 +20,12 @@ L = 131072
 
 @pytest.mark.parametrize(
     ("spectrum", "scale", "real", "tcd", "d10"),
-    [(PHI3, 64, "30.1578", 31, 19), (LLAMA3, 16, "34.9841", 35, 24), (LLAMA2, 32, "45.0269", 46, 30), (QWEN, 4, "39.6509", 40, 29)],
+    [
+        (PHI3, 64, "30.1578", 31, 19),
+        (LLAMA3, 16, "34.9841", 35, 24),
+        (LLAMA2, 32, "45.0269", 46, 30),
+        (QWEN, 4, "39.6509", 40, 29),
+    ],
 )
 def test_critical_indices(spectrum, scale, real, tcd, d10):
     assert METHODS["none"](spectrum, L).scale == scale
@@ -42,7 +47,11 @@ def test_the_critical_indices_that_the_papers_searches_found_lie_among_the_candi
 
 @pytest.mark.parametrize(
     ("spectrum", "base", "at_tcd", "at_last"),
-    [(PHI3, "7.49491e+06", "71.882", "652.94"), (LLAMA3, "7.97607e+07", "16.0202", "147.37"), (LLAMA2, "1.37841e+06", "34.489", "127.63")]
+    [
+        (PHI3, "7.49491e+06", "71.882", "652.94"),
+        (LLAMA3, "7.97607e+07", "16.0202", "147.37"),
+        (LLAMA2, "1.37841e+06", "34.489", "127.63"),
+    ]
     + [(QWEN, "9.37082e+06", "4.0491", "9.0489")],
 )
 def test_ntk_base_and_factors(spectrum, base, at_tcd, at_last):
@@ -52,12 +61,16 @@ def test_ntk_base_and_factors(spectrum, base, at_tcd, at_last):
         assert f"{rescale[index]:.{len(printed.split('.')[1])}f}" == printed
 
 
-@pytest.mark.parametrize(("spectrum", "low_high"), [(LLAMA2, (20, 46)), (LLAMA3, (18, 35)), (PHI3, (12, 31)), (QWEN, (23, 40))])
+@pytest.mark.parametrize(
+    ("spectrum", "low_high"), [(LLAMA2, (20, 46)), (LLAMA3, (18, 35)), (PHI3, (12, 31)), (QWEN, (23, 40))]
+)
 def test_yarn_range(spectrum, low_high):
     assert yarn_range(spectrum) == low_high
 
 
-@pytest.mark.parametrize(("spectrum", "rcd", "scale", "base"), [(PHI3, 25, 64.0, "29367403.479"), (LLAMA3, 30, 16.0, "185250462.392")])
+@pytest.mark.parametrize(
+    ("spectrum", "rcd", "scale", "base"), [(PHI3, 25, 64.0, "29367403.479"), (LLAMA3, 30, 16.0, "185250462.392")]
+)
 def test_longrope2_base(spectrum, rcd, scale, base):
     rescale = METHODS["longrope2"](spectrum, L, critical_index=rcd, tail=scale).rescale
     assert f"{spectrum.base * rescale[1] ** spectrum.n_dims:.3f}" == base
@@ -87,7 +100,12 @@ def test_invariants(n_dims, base, window):
 
 @pytest.mark.parametrize(
     ("arguments", "key"),
-    [((63, 1e4, 512), "model.path"), ((2, 1e4, 512), "model.path"), ((64, 1.0, 512), "rope_theta"), ((64, math.nan, 512), "rope_theta")]
+    [
+        ((63, 1e4, 512), "model.path"),
+        ((2, 1e4, 512), "model.path"),
+        ((64, 1.0, 512), "rope_theta"),
+        ((64, math.nan, 512), "rope_theta"),
+    ]
     + [((64, math.inf, 512), "rope_theta"), ((64, 1e4, 6), "model.original_window_tokens")],
 )
 def test_values_outside_the_limits_are_refused_with_the_key_to_set(arguments, key):

@@ -1,6 +1,7 @@
 """Start the verb train in a process of its own, through the door of the command line.
 
-Choice: the process forks from the server of ``ranks``, which has imported torch and DeepSpeed, so that a start takes a second instead of five.
+Choice: the process forks from the server of ``ranks``, which has imported torch and DeepSpeed, so that a start takes a
+second instead of five.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ class Ended(NamedTuple):
     err: str  # stderr
 
 
-def train(arguments: Sequence[str], folder: Path, strike: tuple[int, int] | None = None, timeout_s: float = 120.0) -> Ended:
+def train(
+    arguments: Sequence[str], folder: Path, strike: tuple[int, int] | None = None, timeout_s: float = 120.0
+) -> Ended:
     """Run ``train`` with the arguments of a command line to its end.
 
-    ``strike``: (n, signal): the process sends itself the signal when its n-th step begins. ``folder`` takes a file for stderr.
+    ``strike``: (n, signal): the process sends itself the signal when its n-th step begins. ``folder`` takes a file for
+    stderr.
     """
     err = folder / "stderr"
     process = forking().Process(target=_train, args=(list(arguments), err, strike, dict(os.environ)), daemon=True)

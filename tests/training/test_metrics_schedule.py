@@ -48,15 +48,20 @@ from pathlib import Path
 from lr2train.config import Config, LoggerConfig
 from lr2train.training import metrics
 
-for sink in metrics.sinks(Config(name="one", logger=LoggerConfig(tensorboard=False, wandb=True, mode="offline")), Path(sys.argv[1]), 0):
+for sink in metrics.sinks(Config(name="one", logger=LoggerConfig(tensorboard=False, wandb=True, mode="offline")),
+Path(sys.argv[1]), 0):
     sink.write(1, {"loss": 2.0})
     sink.close()
 """
 
 
 def test_wandb_works_offline(tmp_path):
-    """In a process of its own: wandb's service may write the last of a run after ``finish``, but before the process ends."""
-    subprocess.run([sys.executable, "-c", OFFLINE, str(tmp_path)], env={**os.environ, "WANDB_SILENT": "true"}, check=True)
+    """In a process of its own: wandb's service may write the last of a run after ``finish``, but before the process
+    ends.
+    """
+    subprocess.run(
+        [sys.executable, "-c", OFFLINE, str(tmp_path)], env={**os.environ, "WANDB_SILENT": "true"}, check=True
+    )
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert b"loss" in record.read_bytes()
 

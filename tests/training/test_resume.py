@@ -14,7 +14,10 @@ from lr2train.run import Interrupted
 from tests.training import starts
 
 STEPS = 12
-TEXT = "def add(a, b):\n    return a + b\n\nclass Point:\n    def __init__(self, x, y):\n        self.x, self.y = x, y\n" * 40
+TEXT = (
+    "def add(a, b):\n    return a + b\n\nclass Point:\n    def __init__(self, x, y):\n        self.x, self.y = x, y\n"
+    * 40
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +29,17 @@ def overrides(tmp_path_factory) -> list[str]:
         (folder / "text" / f"{number}.txt").write_text(f"# file {number}\n" + TEXT[: 60 + 150 * number])
     runs = folder / "runs"
     common = [
-        f"runs_folder={runs}", "experiment=tiny_4k", "model.path=null", "rope=longrope2", "rope.factors=null", "rope.critical_index=2", "rope.tail=[2.0]",
-        "rope.target_window_tokens=128", "model.original_window_tokens=64", "model.architecture.max_position_embeddings=64",
+        f"runs_folder={runs}", "experiment=tiny_4k", "model.path=null", "rope=longrope2", "rope.factors=null",
+        "rope.critical_index=2", "rope.tail=[2.0]",
+        "rope.target_window_tokens=128", "model.original_window_tokens=64",
+        "model.architecture.max_position_embeddings=64",
         "model.architecture.hidden_size=32",
         "model.architecture.head_dim=16", "model.architecture.num_hidden_layers=1", "model.architecture.vocab_size=400",
         "model.architecture.intermediate_size=48",
-        "data.vocab_size=400", "data.segment_tokens=128", "data.short_tokens=0", "data.long_tokens=0", f"data.path={runs}/corpus",
-        f"data.sources=[{{name: text, kind: folder, path: {folder / 'text'}}}]", "parallel.sp=1", "optim.warmup_steps=2",
+        "data.vocab_size=400", "data.segment_tokens=128", "data.short_tokens=0", "data.long_tokens=0",
+        f"data.path={runs}/corpus",
+        f"data.sources=[{{name: text, kind: folder, path: {folder / 'text'}}}]", "parallel.sp=1",
+        "optim.warmup_steps=2",
         "optim.lr=1e-2", "threads=1", "data.group_segments=2",  # so that two data-parallel ranks may go on later
     ]  # fmt: skip
     prepare(compose("prepare", [*common, "name=corpus"]))
@@ -94,16 +101,22 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(overrides, undisturbed, tmp_p
     """One rank; four that share segments in pairs; three, which is refused; two that share one segment."""
     folder, fixed = folder_of(overrides, "moving"), [*(o for o in overrides if o != "parallel.sp=1"), "name=moving"]
     for world, sp, steps in ((1, 1, 3), (4, 2, 3), (3, 1, 0), (2, 2, 2)):
-        launch = partial(run_ranks, train_until, world, [*fixed, f"parallel.sp={sp}"], steps, tmp_path=tmp_path, timeout_s=120)
+        launch = partial(
+            run_ranks, train_until, world, [*fixed, f"parallel.sp={sp}"], steps, tmp_path=tmp_path, timeout_s=120
+        )
         if steps:
             launch()
             continue
-        with pytest.raises(RankError, match="optim.segments_per_step=2 is not divisible by the 3 data-parallel ranks") as refused:
+        with pytest.raises(
+            RankError, match="optim.segments_per_step=2 is not divisible by the 3 data-parallel ranks"
+        ) as refused:
             launch()
         assert str(refused.value).count("set optim.segments_per_step to 3") == 3  # on every rank, in the same words
     found = losses(folder)
     assert list(found) == list(range(1, 9))
-    assert found == pytest.approx({step: undisturbed[step] for step in found}, rel=1e-5)  # fp32: sums in another order, through AdamW
+    assert found == pytest.approx(
+        {step: undisturbed[step] for step in found}, rel=1e-5
+    )  # fp32: sums in another order, through AdamW
     for key in ("n_target_tokens", "tokens_seen", "window_mix", "lr"):  # the same segments
         assert figures(folder, key) == figures(folder_of(overrides, "undisturbed"), key)[:8], key
 
@@ -119,7 +132,10 @@ def test_losses_fall(undisturbed):
         (["data.path=nowhere", "name=fresh"], ["nowhere"]),
         (["model.path=missing/model", "name=fresh"], ["model.path=missing/model", "downloads are off"]),
         (["model.path=./missing", "name=fresh"], ["model.path=./missing", "is no folder"]),
-        (["optim.segments_per_step=3", "data.group_segments=0", "parallel.sp=2", "name=fresh"], ["parallel.sp=2", "does not divide"]),
+        (
+            ["optim.segments_per_step=3", "data.group_segments=0", "parallel.sp=2", "name=fresh"],
+            ["parallel.sp=2", "does not divide"],
+        ),
         (["rope.tail=[2.0, 2.0]", "name=fresh"], ["rope.tail"]),
     ],
 )

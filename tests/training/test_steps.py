@@ -17,7 +17,9 @@ from lr2train.training.loop import _due
 from lr2train.training.steps import FILE, Skips, Steps
 from tests.training import starts
 
-RANGES = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 9)).map(lambda one: f"{one[0]}-{one[0] + one[1]}"), max_size=5)
+RANGES = st.lists(
+    st.tuples(st.integers(1, 60), st.integers(0, 9)).map(lambda one: f"{one[0]}-{one[0] + one[1]}"), max_size=5
+)
 
 
 def listed(texts: list[str]) -> set[int]:
@@ -43,7 +45,9 @@ def test_an_entry_that_is_neither_step_nor_range_is_refused(text):
 def test_the_first_start_settles_the_groups(tmp_path):
     assert Steps.settle(tmp_path, DataConfig(), 8, 8).group_segments == 8
     assert Steps.settle(tmp_path, DataConfig(group_segments=16), 8, 64).group_segments == 16
-    assert Steps.settle(tmp_path, DataConfig(), 8, 64).group_segments == 16, "a quarter of a step: up to 16 ranks may go on"
+    assert Steps.settle(tmp_path, DataConfig(), 8, 64).group_segments == 16, (
+        "a quarter of a step: up to 16 ranks may go on"
+    )
     assert Steps.settle(tmp_path, DataConfig(), 3, 48).group_segments == 12
     assert Steps.settle(tmp_path, DataConfig(), 2, 2).group_segments == 2
     write_json(tmp_path / FILE, Steps.settle(tmp_path, DataConfig(), 8, 8).to_json())
@@ -52,7 +56,10 @@ def test_the_first_start_settles_the_groups(tmp_path):
 
 
 def test_skips_may_change_for_steps_to_come_alone(tmp_path):
-    write_json(tmp_path / FILE, json.loads(json.dumps(Steps.settle(tmp_path, DataConfig(skip_steps=["3-5", "90-99"]), 1, 4).to_json())))
+    write_json(
+        tmp_path / FILE,
+        json.loads(json.dumps(Steps.settle(tmp_path, DataConfig(skip_steps=["3-5", "90-99"]), 1, 4).to_json())),
+    )
     for later in (["3-5"], ["3-4", "5", "11-20"], ["3-5", "95"]):
         Steps.settle(tmp_path, DataConfig(skip_steps=later), 1, 4).refuse_other_past(10)
     for other in ([], ["3-6"], ["3-5", "10-12"]):
@@ -75,10 +82,14 @@ def folder(tmp_path_factory) -> Path:
 def train(folder: Path, *overrides: str) -> starts.Ended:
     """A training from scratch."""
     sizes = [
-        f"model.original_window_tokens={tiny.L0}", f"data.segment_tokens={tiny.L}", "model=tiny_llama", "model.path=null",
-        f"model.architecture.max_position_embeddings={tiny.L0}", "model.architecture.hidden_size=32", "model.architecture.head_dim=16",
-        "model.architecture.num_hidden_layers=1", f"model.architecture.vocab_size={tiny.VOCAB}", "model.architecture.intermediate_size=48",
-        "rope.critical_index=2", "rope.tail=[4.0]", "optim.steps=12", "optim.segments_per_step=2", "optim.warmup_steps=2", "logger=jsonl",
+        f"model.original_window_tokens={tiny.L0}", f"data.segment_tokens={tiny.L}", "model=tiny_llama",
+        "model.path=null",
+        f"model.architecture.max_position_embeddings={tiny.L0}", "model.architecture.hidden_size=32",
+        "model.architecture.head_dim=16",
+        "model.architecture.num_hidden_layers=1", f"model.architecture.vocab_size={tiny.VOCAB}",
+        "model.architecture.intermediate_size=48",
+        "rope.critical_index=2", "rope.tail=[4.0]", "optim.steps=12", "optim.segments_per_step=2",
+        "optim.warmup_steps=2", "logger=jsonl",
     ]  # fmt: skip
     return starts.train([*tiny.arguments(folder), *sizes, *overrides], folder)
 

@@ -35,10 +35,14 @@ RINGS = {8: 2, 16: 2, 64: 8}
 
 def measure(quick: bool) -> Iterator[Figure]:
     """Imbalance by strategy and ranks (quick: fewer documents)."""
-    lengths = np.random.default_rng(0).permutation(np.concatenate(list(lengths_of(20_000 if quick else 200_000).values())))
+    lengths = np.random.default_rng(0).permutation(
+        np.concatenate(list(lengths_of(20_000 if quick else 200_000).values()))
+    )
     for sp in SIZES:
         for name in ("ulysses", "ring", "ulysses_ring", "gather"):
-            yield Figure(f"imbalance_one_document_{sp}_ranks_{name}", _imbalance(name, ((0, T),), sp), at_most=_bound(name))
+            yield Figure(
+                f"imbalance_one_document_{sp}_ranks_{name}", _imbalance(name, ((0, T),), sp), at_most=_bound(name)
+            )
     yield from _short(lengths[lengths <= ORIGINAL])
     yield from _long_documents(lengths[lengths > ORIGINAL])
     yield Figure("planning_300_documents_64_ranks_ring_s", _planning_s(64, 300), at_most=PLANNING_S)
@@ -47,7 +51,9 @@ def measure(quick: bool) -> Iterator[Figure]:
 def _short(lengths: np.ndarray) -> Iterator[Figure]:
     for sp in (8, 16):  # a sequence shard must hold the longest document
         rows = _pairs("local", pack_short(_documents(lengths), T, sp, np.random.default_rng(0)), sp)
-        yield Figure(f"imbalance_short_{sp}_ranks_local_mean_of_segments", mean(max(row) / mean(row) - 1 for row in rows))
+        yield Figure(
+            f"imbalance_short_{sp}_ranks_local_mean_of_segments", mean(max(row) / mean(row) - 1 for row in rows)
+        )
         step = np.sum(rows, axis=0)
         yield Figure(f"imbalance_short_{sp}_ranks_local_sum_of_a_step", float(step.max() / step.mean() - 1))
 
@@ -81,9 +87,13 @@ def _documents(lengths: np.ndarray):
 
 
 def _pairs(name: str, table: SegmentTable, sp: int) -> list[list[int]]:
-    """Pairs by segment and rank, of segments from all over the table (long documents lead it); the last may be half empty: it is left out."""
+    """Pairs by segment and rank, of segments from all over the table (long documents lead it); the last may be half
+    empty: it is left out.
+    """
     segments = np.linspace(0, table.n_segments - 2, SEGMENTS_PER_STEP).astype(int).tolist()
-    return [[STRATEGIES[name].pairs(_work(_spans(table, segment), sp), rank) for rank in range(sp)] for segment in segments]
+    return [
+        [STRATEGIES[name].pairs(_work(_spans(table, segment), sp), rank) for rank in range(sp)] for segment in segments
+    ]
 
 
 def _spans(table: SegmentTable, segment: int) -> Spans:

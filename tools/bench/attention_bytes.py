@@ -50,10 +50,15 @@ def measure(quick: bool) -> Iterator[Figure]:
     """Print the table; figures are the bytes of each row, and bytes between counts and formulas (quick: 8 ranks)."""
     torch.set_num_threads(1)
     cases = [case for sp in ((8,) if quick else RINGS) for model in MODELS for case in _cases(model, sp)]
-    print(f"{'model':12}{'documents':12}{'ranks':>6} {'strategy':14}{'forward MiB':>12}{'backward MiB':>13}{'counted - formula':>19}")
+    print(
+        f"{'model':12}{'documents':12}{'ranks':>6} "
+        f"{'strategy':14}{'forward MiB':>12}{'backward MiB':>13}{'counted - formula':>19}"
+    )
     for case in cases:
         forward, backward = (x / MIB for x in case.most)
-        print(f"{case.model:12}{case.documents:12}{case.sp:6} {case.name:14}{forward:12.1f}{backward:13.1f}{case.off:19}")
+        print(
+            f"{case.model:12}{case.documents:12}{case.sp:6} {case.name:14}{forward:12.1f}{backward:13.1f}{case.off:19}"
+        )
     for case in cases:
         yield Figure(f"mib_{case.model}_{case.documents}_{case.sp}_ranks_{case.name}", case.most.total / MIB)
     yield Figure("local_sends_bytes", sum(case.most.total for case in cases if case.name == "local"), at_most=0)
@@ -94,7 +99,9 @@ def _off(name: str, work: SegmentWork, rank: int, one_span: bool) -> int:
 
 
 def _counted(name: str, work: SegmentWork, rank: int) -> tuple[Traffic, Traffic]:
-    """What one rank sends by the arguments of torch.distributed's calls, and by ``comm.counting``; times the size of a head."""
+    """What one rank sends by the arguments of torch.distributed's calls, and by ``comm.counting``; times the size of a
+    head.
+    """
     segment, size = work.segment, work.head_size
     heads = (work.n_heads, work.n_kv_heads, work.n_kv_heads)
     q, k, v = (torch.zeros(segment.shard_tokens, n, 1, dtype=torch.bfloat16, requires_grad=True) for n in heads)
@@ -154,13 +161,17 @@ def _watching(rank: int) -> Iterator[list[int]]:
 
 
 def _ulysses(work: SegmentWork, rank: int) -> Traffic:
-    elements = work.segment.shard_tokens * work.head_size * (2 * work.n_heads + 2 * math.lcm(work.n_kv_heads, work.segment.sp))
+    elements = (
+        work.segment.shard_tokens * work.head_size * (2 * work.n_heads + 2 * math.lcm(work.n_kv_heads, work.segment.sp))
+    )
     sent = elements * work.bytes_per_element * (work.segment.sp - 1) // work.segment.sp
     return Traffic(sent, sent)
 
 
 def _ring(work: SegmentWork, rank: int) -> Traffic:
-    block = 2 * work.n_kv_heads * work.head_size * work.bytes_per_element * work.segment.n_tokens // (2 * work.segment.sp)
+    block = (
+        2 * work.n_kv_heads * work.head_size * work.bytes_per_element * work.segment.n_tokens // (2 * work.segment.sp)
+    )
     return Traffic(block * (work.segment.sp - 1 + rank), block * 3 * (work.segment.sp - 1))
 
 

@@ -1,7 +1,9 @@
 """Rounding error of bf16 attention on 2, 4 and 8 ranks over the error on one rank.
 
-The ranks run one after another in this process (``tools.gpu.simulation``), on the kernel of the device at hand; the reference is the same
-attention on one rank in float64. A ring merges as many partial results as it has ranks; because it does so in fp32 and rounds once, its
+The ranks run one after another in this process (``tools.gpu.simulation``), on the kernel of the device at hand; the
+reference is the same
+attention on one rank in float64. A ring merges as many partial results as it has ranks; because it does so in fp32 and
+rounds once, its
 error must not grow with them.
 """
 
@@ -26,7 +28,10 @@ def measure(quick: bool) -> Iterator[Figure]:
     for documents, spans in (("one", ((0, n_tokens),)), ("packed", _packed(n_tokens))):
         segment, exact = _segment(n_tokens, spans)
         one = _errors(segment, 1, "", exact)
-        print(f"{documents}: error of one rank " + ", ".join(f"{name} {error:.2e}" for name, error in zip(GRADIENTS, one, strict=True)))
+        print(
+            f"{documents}: error of one rank "
+            + ", ".join(f"{name} {error:.2e}" for name, error in zip(GRADIENTS, one, strict=True))
+        )
         for name in ("ulysses", "ring", "gather", "ulysses_ring"):
             for sp in (2, 4, 8):
                 ratio = max(many / alone_ for many, alone_ in zip(_errors(segment, sp, name, exact), one, strict=True))
@@ -48,4 +53,6 @@ def _segment(n_tokens: int, spans: tuple[tuple[int, int], ...]) -> tuple[LayerIn
 
 def _errors(segment: LayerInputs, sp: int, name: str, exact: list[torch.Tensor]) -> list[float]:
     result = alone(segment) if sp == 1 else simulate(name, segment, sp, rings=2)
-    return [float(((a.double() - b).square().mean() / b.square().mean()).sqrt()) for a, b in zip(result, exact, strict=True)]
+    return [
+        float(((a.double() - b).square().mean() / b.square().mean()).sqrt()) for a, b in zip(result, exact, strict=True)
+    ]

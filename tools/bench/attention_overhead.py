@@ -61,7 +61,10 @@ def measure(quick: bool) -> Iterable[Figure]:
     taken = _on_ranks(QUICK if quick else WHOLE)
     for index, by in enumerate(MEASURES):
         yield from _figures(
-            {name: [(own[index], (before[index] + after[index]) / 2) for before, own, after in rows] for name, rows in taken.items()},
+            {
+                name: [(own[index], (before[index] + after[index]) / 2) for before, own, after in rows]
+                for name, rows in taken.items()
+            },
             by,
         )
 
@@ -97,7 +100,9 @@ def _on_ranks(size: StepSize) -> dict[str, list[tuple[Seconds, Seconds, Seconds]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         queue = context.SimpleQueue()
-        ranks = [context.Process(target=_rank, args=(rank, Path(folder), size, queue), daemon=True) for rank in range(RANKS)]
+        ranks = [
+            context.Process(target=_rank, args=(rank, Path(folder), size, queue), daemon=True) for rank in range(RANKS)
+        ]
         for process in ranks:
             process.start()
         for process in ranks:
@@ -155,7 +160,9 @@ def _steps(size: StepSize) -> dict[str, Callable[[], Tensor]]:
         for strategy in ("local", "ulysses", "ring", "gather", "ulysses_ring"):
             if (strategy, window) != ("local", "long"):
                 mesh = meshes[RANKS if strategy == "ulysses_ring" else 1]
-                steps[f"{strategy}, {window}"] = _our_step(copy.deepcopy(plain), strategy, mesh, _spans(window, size), size)
+                steps[f"{strategy}, {window}"] = _our_step(
+                    copy.deepcopy(plain), strategy, mesh, _spans(window, size), size
+                )
     losses = {name: _total(step()) for name, step in steps.items()}
     for name, loss in losses.items():
         other = losses[REFERENCE if name.endswith("long") or name == REFERENCE else "local, short"]
@@ -193,7 +200,9 @@ def _inputs(spans: tuple[tuple[int, int], ...], n_tokens: int) -> tuple[Tensor, 
     return ids, torch.cat([torch.arange(stop - start) for start, stop in spans])
 
 
-def _our_step(model: Any, strategy: str, mesh: Any, spans: tuple[tuple[int, int], ...], size: StepSize) -> Callable[[], Tensor]:
+def _our_step(
+    model: Any, strategy: str, mesh: Any, spans: tuple[tuple[int, int], ...], size: StepSize
+) -> Callable[[], Tensor]:
     from lr2train.attention.hf import install
 
     sequence_attention = install(model, mesh, strategy)
@@ -201,7 +210,9 @@ def _our_step(model: Any, strategy: str, mesh: Any, spans: tuple[tuple[int, int]
     ids, positions = (layout.shard(x, 0)[None] for x in _inputs(spans, size.n_tokens))
 
     def step() -> Tensor:  # as the engine does, the segment's attention is made anew for each step
-        return _forward_backward(model, ids, positions, segment_attention=sequence_attention.segment(spans, size.n_tokens))
+        return _forward_backward(
+            model, ids, positions, segment_attention=sequence_attention.segment(spans, size.n_tokens)
+        )
 
     return step
 
@@ -227,6 +238,10 @@ def _forward_backward(model: Any, ids: Tensor, positions: Tensor, **options: Any
     The loss sums fourth powers of the last hidden states: the last norm fixes the sum of squares.
     """
     model.zero_grad()
-    loss = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **options).last_hidden_state.pow(4).sum()
+    loss = (
+        model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **options)
+        .last_hidden_state.pow(4)
+        .sum()
+    )
     loss.backward()
     return loss

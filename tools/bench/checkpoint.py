@@ -42,12 +42,18 @@ def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold
         "num_hidden_layers": 8, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64,
         "head_dim": 64, "max_position_embeddings": 512,
     }  # fmt: skip
-    config = Config(name="bench", model=ModelConfig(architecture=architecture), optim=OptimConfig(), engine=EngineConfig())
+    config = Config(
+        name="bench", model=ModelConfig(architecture=architecture), optim=OptimConfig(), engine=EngineConfig()
+    )
     factors = METHODS["none"](Spectrum(64, 10000.0, 512), 512)
     engine = Engine(config, make_mesh(1), factors, load.config_of(config.model), torch.device("cpu"))
-    for parameter in engine._engine.optimizer.fp32_partitioned_groups_flat:  # AdamW creates its moments at the first gradient
+    for (
+        parameter
+    ) in engine._engine.optimizer.fp32_partitioned_groups_flat:  # AdamW creates its moments at the first gradient
         parameter.grad = torch.zeros_like(parameter)
-    engine._engine.optimizer.optimizer.param_groups[0]["params"] = list(engine._engine.optimizer.fp32_partitioned_groups_flat)
+    engine._engine.optimizer.optimizer.param_groups[0]["params"] = list(
+        engine._engine.optimizer.fp32_partitioned_groups_flat
+    )
     engine._engine.optimizer.optimizer.step()
     engine._engine.optimizer.optimizer.param_groups[0]["params"] = []
     of = checkpoint.Checkpoints(folder)
@@ -56,7 +62,11 @@ def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold
 
     def read(folder: Path, files: dict, _: str) -> dict:
         """The same reading without a hash."""
-        return {name: shard_files.opened(folder / name, mmap=False) for name, about in files.items() if about["rank"] == rank}
+        return {
+            name: shard_files.opened(folder / name, mmap=False)
+            for name, about in files.items()
+            if about["rank"] == rank
+        }
 
     found = []
     for _ in range(rounds):
@@ -72,7 +82,9 @@ def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold
             times.append(time.monotonic() - begin)
         found.append((times[0], times[1]))
     if rank == 0:
-        print(f"{sum(about['bytes'] for about in files.values()) / 2**20:.0f} MiB in {len(files)} files", file=sys.stderr)
+        print(
+            f"{sum(about['bytes'] for about in files.values()) / 2**20:.0f} MiB in {len(files)} files", file=sys.stderr
+        )
     return found
 
 

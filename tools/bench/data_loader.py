@@ -63,7 +63,9 @@ def _throughput(corpus: Corpus, files: list[Path], rounds: int) -> Iterator[Figu
         print(f"{name}: {np.median(times) * 1e6:.0f} us a segment, warm")
     yield Figure("loader_over_memmap_warm_long", _ratio(took["plain_long"], took["loader_long"]), at_least=_AT_LEAST)
     yield Figure("loader_over_memmap_warm_short", _ratio(took["plain_short"], took["loader_short"]), at_least=_AT_LEAST)
-    yield Figure("loader_over_memmap_warm_tokens_alone", _ratio(took["plain_tokens"], took["loader_long"]), at_least=_AT_LEAST)
+    yield Figure(
+        "loader_over_memmap_warm_tokens_alone", _ratio(took["plain_tokens"], took["loader_long"]), at_least=_AT_LEAST
+    )
     yield Figure("loader_over_memmap_warm_copy", _ratio(took["plain_copy"], took["loader_long"]))
     yield from _cold(corpus, files, rounds, rng)
 
@@ -185,7 +187,9 @@ def _memory(corpus: Corpus) -> Iterator[Figure]:
         loader.batches(step)
         grown.append(_anonymous_mib())
     early = float(np.median(grown[steps // 10 : steps // 5]))
-    print(f"anonymous memory: {early:.1f} MiB after a tenth of an epoch of {steps} steps, {grown[-1]:.1f} MiB at its end")
+    print(
+        f"anonymous memory: {early:.1f} MiB after a tenth of an epoch of {steps} steps, {grown[-1]:.1f} MiB at its end"
+    )
     yield Figure("anonymous_memory_growth_mib", float(np.median(grown[-steps // 10 :])) - early, at_most=8.0)
 
 

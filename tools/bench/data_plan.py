@@ -58,7 +58,9 @@ def measure(quick: bool) -> Iterator[Figure]:
         for one in result[f"by_{what}"]:
             yield Figure(f"mix_error_{what}_{one[what]}", abs(one["error"]), at_most=ERROR)
     yield Figure("most_repeats", result["most_repeats"], at_most=4.0)
-    for name, share in _in_a_process("padding", quick=False)["padding"].items():  # with fewer documents, the last segment would dominate
+    for name, share in _in_a_process("padding", quick=False)[
+        "padding"
+    ].items():  # with fewer documents, the last segment would dominate
         yield Figure(name, share, at_most=None if "upper_half" in name else PADDING)
 
 
@@ -114,7 +116,10 @@ def _padding(n_documents: int) -> dict[str, Any]:
 def _released_mix(lengths: np.ndarray) -> np.ndarray:
     """Documents of 64-2k, 2k-4k and 4k-9k tokens (cut at 8192), their tokens as 1 : 1 : 2."""
     rng, parts = np.random.default_rng(2), []
-    middle = [lengths[(lengths > low) & (lengths <= high)].clip(0, 8192) for low, high in ((63, 2048), (2048, 4096), (4096, 9216))]
+    middle = [
+        lengths[(lengths > low) & (lengths <= high)].clip(0, 8192)
+        for low, high in ((63, 2048), (2048, 4096), (4096, 9216))
+    ]
     budget = min(part.sum() / weight for part, weight in zip(middle, (1, 1, 2), strict=True))
     for part, weight in zip(middle, (1, 1, 2), strict=True):
         shuffled = rng.permutation(part)

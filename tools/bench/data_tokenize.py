@@ -43,7 +43,8 @@ def measure(quick: bool) -> Iterable[Any]:
     speed = {side: statistics.median(one[side]["mb_per_cpu_s"] for one in rounds) for side in SIDES}
     ids = {one[side]["ids"] for one in rounds for side in SIDES}
     print(
-        f"{size / 1e6:.1f} MB of text in {rounds[0]['hf']['documents']} documents, {rounds[0]['hf']['tokens']} tokens, {len(rounds)} rounds"
+        f"{size / 1e6:.1f} MB of text in {rounds[0]['hf']['documents']} documents, {rounds[0]['hf']['tokens']} "
+        f"tokens, {len(rounds)} rounds"
     )
     for side in SIDES:
         walls = ", ".join(f"{one[side]['wall_s']:.1f}" for one in rounds)

@@ -73,7 +73,8 @@ DESCRIPTIONS = {
     "racing": "3 documents of 4 questions, racing, the last top_k on 24 further documents",
     "cmaes": "CMA-ES instead of evolution, on racing's documents",
     "surrogate": (
-        "20 documents of one question and 24 further documents; a Gaussian process over all evaluations chooses candidates and documents"
+        "20 documents of one question and 24 further documents; a Gaussian process over all evaluations chooses "
+        "candidates and documents"
     ),
 }
 
@@ -107,12 +108,20 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small search, plain and surrogate alone; less than ten minutes")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a small search, plain and surrogate alone; less than ten minutes"
+    )
     parser.add_argument("--model", default="runs/base/model", help="where missing, the demo's first two steps make it")
     parser.add_argument("--corpus", default="runs/corpus", help="where missing, the demo's first step makes it")
-    parser.add_argument("--out", default="runs/bench_search", help="folder of the searches; finished searches are not run again")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="concurrent searches, one thread each")
+    parser.add_argument(
+        "--out", default="runs/bench_search", help="folder of the searches; finished searches are not run again"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="concurrent searches, one thread each"
+    )
     return parser.parse_args()
 
 
@@ -187,7 +196,10 @@ def _in_order(what: str, jobs: Sequence[Any], one: Callable[[Any], None], proces
                 pool.shutdown(cancel_futures=True)
             done.result()
             spent = time.monotonic() - start
-            progress.say("bench_search", f"{what}: {number}/{len(jobs)}, {spent:.0f} s, {spent / number * (len(jobs) - number):.0f} s left")
+            progress.say(
+                "bench_search",
+                f"{what}: {number}/{len(jobs)}, {spent:.0f} s, {spent / number * (len(jobs) - number):.0f} s left",
+            )
 
 
 # ---- held-out documents ----
@@ -207,10 +219,14 @@ def _score_all(
         kind: _held_out(corpus, settings.data.needles, texts[number :: len(kinds)], length, depths, kind)
         for number, (kind, depths) in enumerate(kinds.items())
     }
-    subjects = {f"{variant}_{seed}": Factors.load(folder / f"{variant}_{seed}" / "factors.json") for variant, seed in jobs}
+    subjects = {
+        f"{variant}_{seed}": Factors.load(folder / f"{variant}_{seed}" / "factors.json") for variant, seed in jobs
+    }
     spectrum = next(iter(subjects.values())).spectrum
     subjects |= {name: METHODS[name](spectrum, length) for name in ("ntk", "yarn")}
-    tasks: list[Task] = [(arguments.model, name, documents[kind], factors, kind) for name, factors in subjects.items() for kind in kinds]
+    tasks: list[Task] = [
+        (arguments.model, name, documents[kind], factors, kind) for name, factors in subjects.items() for kind in kinds
+    ]
     found: dict[tuple[str, str], list[float]] = {}
     start = time.monotonic()
     with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
@@ -256,7 +272,9 @@ def _losses(task: Task) -> tuple[tuple[str, str], list[float]]:
     model = load.load_whole(path)
     table = rotary.install(model, factors)
     table.use(factors)
-    return (name, kind), [score(model, table, "long", one.tokens, one.answer_spans).nll / one.n_answer_tokens for one in documents]
+    return (name, kind), [
+        score(model, table, "long", one.tokens, one.answer_spans).nll / one.n_answer_tokens for one in documents
+    ]
 
 
 # ---- report ----
@@ -268,7 +286,10 @@ def _report(size: SearchSize, folder: Path, held_out: dict[tuple[str, str], list
         for variant in size.variants
         for seed in range(size.seeds)
     }
-    print(f"P = {size.population}, {size.generations} iterations, top_k = {size.top_k}, {size.seeds} seeds, {NEEDLES} needles a document\n")
+    print(
+        f"P = {size.population}, {size.generations} iterations, top_k = {size.top_k}, {size.seeds} seeds, {NEEDLES} "
+        "needles a document\n"
+    )
     for variant in size.variants:
         print(f"{variant}: {DESCRIPTIONS[variant]}")
     print()
@@ -313,7 +334,10 @@ def _figures(
             print(f"held_out_perplexity_{kind}_{variant}: {perplexity[variant, kind]:.4f}")
     for variant in size.variants[1:]:
         shares = [mine / plain for mine, plain in zip(forwards[variant], forwards["plain"], strict=True)]
-        wins = sum(np.mean(held_out[f"{variant}_{seed}", "start"]) <= np.mean(held_out[f"plain_{seed}", "start"]) for seed in seeds)
+        wins = sum(
+            np.mean(held_out[f"{variant}_{seed}", "start"]) <= np.mean(held_out[f"plain_{seed}", "start"])
+            for seed in seeds
+        )
         print(f"cost_{variant}_over_plain: {sum(forwards[variant]) / sum(forwards['plain']):.4f}")
         print(f"largest_cost_{variant}_over_plain_of_a_seed: {max(shares):.4f}")
         print(f"seeds_on_which_{variant}_is_at_least_as_good_as_plain: {wins} of {size.seeds}")
@@ -324,7 +348,9 @@ def _figures(
     seconds = [json.loads(line)["seconds"] for journal in journals for line in journal.read_text().splitlines()]
     print(f"seconds_per_document_forward: {np.median(seconds):.4f}")
     cheap = max(mine / plain for mine, plain in zip(forwards[BOUND], forwards["plain"], strict=True)) <= COST_BOUND
-    worse = np.array([np.subtract(held_out[f"{BOUND}_{seed}", "start"], held_out[f"plain_{seed}", "start"]) for seed in seeds])
+    worse = np.array(
+        [np.subtract(held_out[f"{BOUND}_{seed}", "start"], held_out[f"plain_{seed}", "start"]) for seed in seeds]
+    )
     good = worse.mean() <= size.margin * _standard_error(worse)
     print(f"bound_cost_of_{BOUND}_at_most_{COST_BOUND}: {'met' if cheap else 'MISSED'}")
     margin = f"_within_{size.margin:g}_standard_error" if size.margin else ""
@@ -335,7 +361,10 @@ def _figures(
 def _standard_error(differences: np.ndarray) -> float:
     """Standard error of the mean of differences [seeds, documents], by a bootstrap over seeds and documents."""
     rng, (n_seeds, n_documents) = run.stream(0, "bootstrap"), differences.shape
-    drawn = (differences[np.ix_(rng.integers(n_seeds, size=n_seeds), rng.integers(n_documents, size=n_documents))] for _ in range(1000))
+    drawn = (
+        differences[np.ix_(rng.integers(n_seeds, size=n_seeds), rng.integers(n_documents, size=n_documents))]
+        for _ in range(1000)
+    )
     return float(np.std([one.mean() for one in drawn]))
 
 

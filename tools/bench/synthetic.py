@@ -38,8 +38,14 @@ def make(
         documents = packing.whole_documents(np.full(len(lengths), source), np.arange(len(lengths)), lengths)
         pack = packing.pack_short if window == SHORT else packing.pack_long
         pieces[window] = pack(documents, segment_tokens)
-    head = {"format": corpus.FORMAT, "fingerprint": f"synthetic-{tokens}-{seed}", "original_window_tokens": original_window_tokens}
-    plans = {window: segment_table.write(segment_table.file_of(folder, window), table) for window, table in pieces.items()}
+    head = {
+        "format": corpus.FORMAT,
+        "fingerprint": f"synthetic-{tokens}-{seed}",
+        "original_window_tokens": original_window_tokens,
+    }
+    plans = {
+        window: segment_table.write(segment_table.file_of(folder, window), table) for window, table in pieces.items()
+    }
     sources = [{"name": window} for window in borders]
     write_json(folder / corpus.MANIFEST, {**head, "segment_tokens": segment_tokens, "sources": sources, "plans": plans})
     return corpus.Corpus.open(folder)

@@ -49,7 +49,10 @@ def _stage_1(kills: int) -> Iterable[Any]:
         _finish(_start(folder, "undisturbed"))
         wanted = _contents(folder / "undisturbed")
         found = _kill_repeatedly(folder, kills, wanted)
-    print(f"stage 1: {len(wanted) // len(DATA) // 2} shards; killed with so many finished: {', '.join(map(str, found['finished']))}")
+    print(
+        f"stage 1: {len(wanted) // len(DATA) // 2} shards; killed with so many finished: "
+        f"{', '.join(map(str, found['finished']))}"
+    )
     yield Figure("stage_1_kills", len(found["finished"]), at_least=kills)
     yield Figure("stage_1_finished_shards_made_again", found["again"], at_most=0)
     yield Figure("stage_1_most_shards_in_hand_lost", max(found["lost"]), at_most=WORKERS)
@@ -64,7 +67,9 @@ def _kill_repeatedly(folder: Path, kills: int, wanted: dict[str, bytes]) -> dict
     while True:
         leftovers = _partial(folder / "disturbed")
         job = _start(folder, "disturbed")
-        killed = len(found["finished"]) < kills and _kill_at(job, folder / "disturbed", leftovers, moment.uniform(0, LATEST_S))
+        killed = len(found["finished"]) < kills and _kill_at(
+            job, folder / "disturbed", leftovers, moment.uniform(0, LATEST_S)
+        )
         if not killed:
             _finish(job)
         now = _finished(folder / "disturbed")
@@ -91,7 +96,9 @@ def _start(folder: Path, name: str) -> subprocess.Popen[bytes]:
     ]  # fmt: skip
     command = [sys.executable, "-m", "lr2train.prepare", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=(folder / f"{name}.log").open("a"))
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=(folder / f"{name}.log").open("a")
+    )
 
 
 def _finish(job: subprocess.Popen[bytes]) -> None:

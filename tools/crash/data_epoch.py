@@ -45,7 +45,9 @@ def measure(quick: bool) -> Iterator[Figure]:
     kills = 4 if quick else 20
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus = synthetic.make(folder / "corpus", 6_000_000 if quick else 24_000_000, SEGMENT_TOKENS, ORIGINAL_WINDOW_TOKENS)
+        corpus = synthetic.make(
+            folder / "corpus", 6_000_000 if quick else 24_000_000, SEGMENT_TOKENS, ORIGINAL_WINDOW_TOKENS
+        )
         undisturbed = _expected(corpus)
         killed = _disturb(folder, kills, len(undisturbed))
         lines = _journal(folder / "disturbed")
@@ -53,7 +55,9 @@ def measure(quick: bool) -> Iterator[Figure]:
         print(f"data-parallel ranks in turn: {_runs([line['dp_size'] for line in lines])}")
         yield Figure("epoch_kills", len(killed), at_least=kills)
         steps = Counter(line["step"] for line in lines)
-        yield Figure("epoch_steps_missing_or_twice", sum(steps[step] != 1 for step in range(len(undisturbed))), at_most=0)
+        yield Figure(
+            "epoch_steps_missing_or_twice", sum(steps[step] != 1 for step in range(len(undisturbed))), at_most=0
+        )
         wrong = sum(sorted(map(tuple, line["segments"])) != undisturbed[line["step"]] for line in lines)
         yield Figure("epoch_steps_unlike_undisturbed", wrong, at_most=0)
         yield Figure("epoch_segments_missing", _missing(corpus, lines), at_most=0)
@@ -68,7 +72,9 @@ def _disturb(folder: Path, kills: int, steps: int) -> list[int]:
         assert process.stdout is not None
         if rng.random() < 0.8:  # the other processes are killed while they start
             left = steps - _checkpoint(folder / "disturbed")
-            for _ in range(rng.randrange(max(1, left // (kills - len(killed))))):  # the child continues while its lines are read
+            for _ in range(
+                rng.randrange(max(1, left // (kills - len(killed))))
+            ):  # the child continues while its lines are read
                 process.stdout.readline()
         try:
             process.wait(timeout=rng.uniform(0, 0.02))
@@ -150,7 +156,11 @@ def _write_lines(path: Path, lines: list[dict]) -> None:
 def _journal(folder: Path) -> list[dict]:
     """Complete lines of the journal; a kill may cut the last line."""
     path = folder / "journal.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if path.exists()
+        else []
+    )
 
 
 def _expected(corpus: Corpus) -> list[list[tuple[str, int, str]]]:

@@ -73,11 +73,14 @@ def one_round(number: int, world: int, rng: random.Random, overrides: list[str])
     process, alone = start(NAME, world, overrides), number % 2 == 1 and world > 1
     reached = wait_for(process, len(evaluations()) + rng.randint(1, 12))
     if not reached:
-        assert process.returncode == 0, f"the search on {world} ranks ended with {process.returncode}: see runs/{NAME}.log"
+        assert process.returncode == 0, (
+            f"the search on {world} ranks ended with {process.returncode}: see runs/{NAME}.log"
+        )
         return None
     seconds = seconds_to_its_end(process, NAME, rng.randrange(world) if alone else None, 4 * END_BOUND_S)
     print(
-        f"kill {number}: {'one rank' if alone else 'everything'} of {world}, {len(evaluations())} evaluations, ended after {seconds:.1f} s",
+        f"kill {number}: {'one rank' if alone else 'everything'} of {world}, {len(evaluations())} evaluations, ended "
+        f"after {seconds:.1f} s",
         file=sys.stderr,
     )
     return seconds if alone else 0.0
@@ -111,7 +114,8 @@ def report(ends: list[float]) -> int:
     same_winner = Factors.load(folders[0] / "factors.json") == Factors.load(folders[1] / "factors.json")
     keys = ("best", "best_perplexity", "perplexities", "documents", "document_forwards")
     histories = [
-        [[json.loads(line)[key] for key in keys] for line in (one / "generations.jsonl").read_text().splitlines()] for one in folders
+        [[json.loads(line)[key] for key in keys] for line in (one / "generations.jsonl").read_text().splitlines()]
+        for one in folders
     ]
     entries = evaluations()
     twice = len(entries) - len({(entry["candidate"], entry["document"]) for entry in entries})
@@ -120,7 +124,9 @@ def report(ends: list[float]) -> int:
         f"{twice}\nslowest_end_after_the_death_of_a_rank_s: {max(ends, default=0.0):.1f}"
     )
     print(f"same_generations: {histories[0] == histories[1]}\nsame_winner: {same_winner}")
-    return int(not (same_winner and histories[0] == histories[1] and twice == 0 and max(ends, default=0.0) < END_BOUND_S))
+    return int(
+        not (same_winner and histories[0] == histories[1] and twice == 0 and max(ends, default=0.0) < END_BOUND_S)
+    )
 
 
 if __name__ == "__main__":

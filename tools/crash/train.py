@@ -100,7 +100,9 @@ def one_round(number: int, rng: random.Random, overrides: list[str]) -> float | 
         kind = "step"  # the same ranks divide nothing anew
     process = start(NAME, world, sp, overrides)
     if not wait_for(process, moment(kind, rng)):
-        assert process.returncode == 0, f"the training on {world} ranks ended with {process.returncode}: see runs/{NAME}.log"
+        assert process.returncode == 0, (
+            f"the training on {world} ranks ended with {process.returncode}: see runs/{NAME}.log"
+        )
         return None
     seconds = seconds_to_its_end(process, NAME, rng.randrange(world) if alone else None, 4 * END_BOUND_S)
     print(
@@ -144,7 +146,10 @@ def report(ends: list[float]) -> int:
     last = abs(found[STEPS] - expected[STEPS]) / expected[STEPS]
     print(f"kills: {len(ends)}\nsteps: {len(found)}\ncheckpoints_read_on_other_ranks: {divided_anew()}")
     print(f"slowest_end_after_the_death_of_a_rank_s: {max(ends, default=0.0):.1f}")
-    print(f"largest_relative_loss_difference: {worst:.2e}\nrelative_difference_of_the_last_loss: {last:.2e}\nbound: {BOUND:.0e}")
+    print(
+        f"largest_relative_loss_difference: {worst:.2e}\nrelative_difference_of_the_last_loss: {last:.2e}\nbound: "
+        f"{BOUND:.0e}"
+    )
     return int(len(found) != STEPS or worst > BOUND or max(ends, default=0.0) > END_BOUND_S)
 
 

@@ -132,12 +132,22 @@ def _parity(findings: Findings, setting: gpu_slice.SliceSetting, kernels: Sequen
 
 def _attention(findings: Findings, setting: gpu_slice.SliceSetting, kernels: Sequence[str], asserted: bool) -> None:
     before = gpu_timing.clocks(setting.device)
-    slices = {name: _fitting(setting, f"attention, {name}", partial(_time_attention, name, kernels)) for name in STRATEGIES}
+    slices = {
+        name: _fitting(setting, f"attention, {name}", partial(_time_attention, name, kernels)) for name in STRATEGIES
+    }
     failures = sum(len(kernels) if one is None else one.failures for one in slices.values())
     measured = [one for one in slices.values() if one is not None]
     bound = OVER_PLAIN if asserted else None
-    figures = [Figure(f"attention_{one.strategy}_{name}_over_plain", one.ratio(ours), bound) for one in measured for name, ours in one.ours]
-    lines = [Line(one.strategy, one.n_tokens, name, timing, one.beside(name)) for one in measured for name, timing in one.timings.items()]
+    figures = [
+        Figure(f"attention_{one.strategy}_{name}_over_plain", one.ratio(ours), bound)
+        for one in measured
+        for name, ours in one.ours
+    ]
+    lines = [
+        Line(one.strategy, one.n_tokens, name, timing, one.beside(name))
+        for one in measured
+        for name, timing in one.timings.items()
+    ]
     clocks = {"before": before, "after": gpu_timing.clocks(setting.device)}
     show_speed(f"attention of rank {setting.rank} of {setting.sp}, one layer of {setting.model.name}", lines, clocks)
     rows = {"rows": [line.json() for line in lines], "clocks": clocks}
@@ -150,13 +160,18 @@ def _time_attention(strategy: str, kernels: Sequence[str], setting: gpu_slice.Sl
 
 def _layer(findings: Findings, setting: gpu_slice.SliceSetting, peak: float | None, asserted: bool) -> None:
     if peak is None and setting.device.type == "cuda":
-        print(f"the bf16 peak of {torch.cuda.get_device_name(setting.device)} is unknown, so the layer has no target; give --peak TFLOPS")
+        print(
+            f"the bf16 peak of {torch.cuda.get_device_name(setting.device)} is unknown, so the layer has no target; "
+            "give --peak TFLOPS"
+        )
     before = gpu_timing.clocks(setting.device)
     steps = {name: _fitting(setting, f"layer, {name}", partial(_time_layer, name)) for name in STRATEGIES}
     failures = sum(step is None or step.failed for step in steps.values())
     measured = [step for step in steps.values() if step is not None]
     figures = [figure for step in measured for figure in _layer_figures(step, setting, peak, asserted)]
-    lines = [Line(step.strategy, step.n_tokens, name, timing) for step in measured for name, timing in step.timings.items()]
+    lines = [
+        Line(step.strategy, step.n_tokens, name, timing) for step in measured for name, timing in step.timings.items()
+    ]
     clocks = {"before": before, "after": gpu_timing.clocks(setting.device)}
     show_speed(f"decoder layer of rank {setting.rank} of {setting.sp}, {setting.model.name}", lines, clocks)
     rows = {"rows": [line.json() for line in lines], "clocks": clocks, "peak_tflops": peak}
@@ -168,7 +183,9 @@ def _time_layer(strategy: str, setting: gpu_slice.SliceSetting) -> gpu_layer.Lay
     return gpu_layer.time_layer(setting, strategy, chunk_tokens)
 
 
-def _layer_figures(step: gpu_layer.LayerStep, setting: gpu_slice.SliceSetting, peak: float | None, asserted: bool) -> list[Figure]:
+def _layer_figures(
+    step: gpu_layer.LayerStep, setting: gpu_slice.SliceSetting, peak: float | None, asserted: bool
+) -> list[Figure]:
     name = f"layer_{step.strategy}"
     figures = [
         Figure(f"{name}_tflops_per_s", step.tflops_per_s),
@@ -185,7 +202,9 @@ def _layer_figures(step: gpu_layer.LayerStep, setting: gpu_slice.SliceSetting, p
 
 def _fitting(setting: gpu_slice.SliceSetting, what: str, measure: Callable[[gpu_slice.SliceSetting], T]) -> T | None:
     """``measure(setting)`` with as many tokens as fit; None, with a message, where the last halving does not fit."""
-    sizes = [setting.n_tokens >> halvings for halvings in range(4) if setting.n_tokens % (2 * setting.sp << halvings) == 0]
+    sizes = [
+        setting.n_tokens >> halvings for halvings in range(4) if setting.n_tokens % (2 * setting.sp << halvings) == 0
+    ]
     say("gpu_check", f"{what}: {setting.n_tokens} tokens; {_free(setting.device)}")
     try:
         return gpu_timing.fitting(
@@ -209,7 +228,9 @@ def _parser() -> argparse.ArgumentParser:
         default="cuda",
         help="cuda, cuda:1 … or cpu (small shapes, no speed targets); default %(default)s",
     )
-    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: seconds, without speed targets")
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes and few rounds: seconds, without speed targets"
+    )
     parser.add_argument(
         "--only",
         nargs="+",
@@ -219,11 +240,17 @@ def _parser() -> argparse.ArgumentParser:
         help=f"parts to run, of {', '.join(PARTS)}; default all",
     )
     parser.add_argument("--out", default="runs/gpu_check.json", help="path of the JSON; default %(default)s")
-    parser.add_argument("--peak", type=_positive_float, metavar="TFLOPS", help="dense bf16 peak of the GPU; default: by its name")
-    parser.add_argument("--tokens", type=_positive, help="tokens of the segment; default 131072 (8192 with --quick, 1024 on cpu)")
+    parser.add_argument(
+        "--peak", type=_positive_float, metavar="TFLOPS", help="dense bf16 peak of the GPU; default: by its name"
+    )
+    parser.add_argument(
+        "--tokens", type=_positive, help="tokens of the segment; default 131072 (8192 with --quick, 1024 on cpu)"
+    )
     parser.add_argument("--sp", type=_positive, help="ranks that share the segment; default 8 (4 on cpu)")
     parser.add_argument("--rank", type=int, help="the measured rank; default: the last, which merges most on the ring")
-    parser.add_argument("--rounds", type=_positive, help="timed rounds after 2 warm-ups; default 7 (2 with --quick or on cpu)")
+    parser.add_argument(
+        "--rounds", type=_positive, help="timed rounds after 2 warm-ups; default 7 (2 with --quick or on cpu)"
+    )
     return parser
 
 
@@ -260,7 +287,9 @@ def _setting(arguments: argparse.Namespace) -> gpu_slice.SliceSetting:
     if not cpu and arguments.peak is None:
         arguments.peak = peak_tflops(torch.cuda.get_device_name(device))
     dtype = torch.float32 if cpu else torch.bfloat16
-    return gpu_slice.SliceSetting(model, n_tokens, sp, rank, device, dtype, arguments.rounds or (2 if short else 7), 1 if cpu else 2)
+    return gpu_slice.SliceSetting(
+        model, n_tokens, sp, rank, device, dtype, arguments.rounds or (2 if short else 7), 1 if cpu else 2
+    )
 
 
 def _device(name: str) -> torch.device:
@@ -273,7 +302,10 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda":
         n_devices = torch.cuda.device_count()
         if (device.index or 0) >= n_devices:
-            raise UserError(f"--device {name}: torch {torch.__version__} sees {n_devices} CUDA devices; give --device cpu for small shapes")
+            raise UserError(
+                f"--device {name}: torch {torch.__version__} sees {n_devices} CUDA devices; give --device cpu for "
+                "small shapes"
+            )
         torch.cuda.set_device(device)
     return device
 
@@ -286,7 +318,9 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}" if properties else None,
         "memory_gib": properties.total_memory / 2**30 if properties else None,
         "kernel": kernel_name(device),
-        "versions": {name: _version(name) for name in ("torch", "transformers", "flash-attn", "flash-attn-3", "ring-flash-attn")},
+        "versions": {
+            name: _version(name) for name in ("torch", "transformers", "flash-attn", "flash-attn-3", "ring-flash-attn")
+        },
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "clocks": gpu_timing.clocks(device),

@@ -75,7 +75,10 @@ def _refusal(name: str, device: torch.device) -> str | None:
         return str(error)
     if name == "flash_attn_3" and torch.cuda.get_device_capability(device)[0] != 9:
         return "runs on Hopper GPUs alone"
-    old = called is not None and "window_size_left" not in inspect.signature(getattr(called, "_init_fn", called)).parameters
+    old = (
+        called is not None
+        and "window_size_left" not in inspect.signature(getattr(called, "_init_fn", called)).parameters
+    )
     return f"too old: its {function} has no window_size_left" if old else None
 
 
@@ -107,7 +110,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tens
     from torch.nn.attention.varlen import varlen_attn
 
     rows = (_bounds(len(q), q.device), _bounds(len(k), k.device), len(q), len(k))
-    out = varlen_attn(q, k, v, *rows, scale=scale, window_size=(-1, 0 if causal else -1), enable_gqa=q.shape[1] != k.shape[1])
+    out = varlen_attn(
+        q, k, v, *rows, scale=scale, window_size=(-1, 0 if causal else -1), enable_gqa=q.shape[1] != k.shape[1]
+    )
     assert isinstance(out, Tensor)  # a tuple only where lse is requested
     return out
 
@@ -121,7 +126,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor
     """torch's public attention, without the fallback that stores every score."""
     q_rows, k_rows, v_rows = (x.transpose(0, 1)[None] for x in (q, k, v))
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        out = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(
+            q_rows, k_rows, v_rows, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
     return out[0].transpose(0, 1)
 
 

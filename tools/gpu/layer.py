@@ -74,7 +74,9 @@ def layer_flops(setting: SliceSetting, strategy: str, weights: int) -> Flops:
     """A layer with ``weights`` parameters in its linear layers, and attention. Nothing is counted twice."""
     linear = matrix_flops(weights, setting.n_tokens // setting.sp)
     pairs, size = slice_pairs(setting, strategy), setting.model.head_size
-    return Flops(linear.forward + attention_flops(pairs, size), linear.backward + attention_flops(pairs, size, BACKWARD))
+    return Flops(
+        linear.forward + attention_flops(pairs, size), linear.backward + attention_flops(pairs, size, BACKWARD)
+    )
 
 
 def time_layer(setting: SliceSetting, strategy: str, chunk_tokens: int) -> LayerStep:
@@ -85,13 +87,19 @@ def time_layer(setting: SliceSetting, strategy: str, chunk_tokens: int) -> Layer
     """
     with one_rank(setting.rank, setting.sp) as mesh:
         lm, attention = _build(setting, strategy, mesh)
-        passes = [*_layer_passes(setting, strategy, lm, attention), _loss_pass(setting, lm, chunk_tokens), _product_pass(setting)]
+        passes = [
+            *_layer_passes(setting, strategy, lm, attention),
+            _loss_pass(setting, lm, chunk_tokens),
+            _product_pass(setting),
+        ]
         timings = time_in_turn(passes, setting.device, setting.rounds, setting.warm_ups)
     return LayerStep(strategy, setting.n_tokens, setting.model.layers, timings)
 
 
 def _build(setting: SliceSetting, strategy: str, mesh: Mesh) -> tuple[Any, SegmentAttention]:
-    """A Llama of one layer with drawn weights, and its segment's attention, as the engine makes them; the layer is recomputed."""
+    """A Llama of one layer with drawn weights, and its segment's attention, as the engine makes them; the layer is
+    recomputed.
+    """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     model = setting.model
@@ -118,7 +126,9 @@ def _hidden(setting: SliceSetting) -> Tensor:
 
 
 def _layer_passes(setting: SliceSetting, strategy: str, lm: Any, attention: SegmentAttention) -> Iterator[Pass]:
-    """The layer as the engine has it, and with all its activations kept. Positions turn all layers alike and are made before."""
+    """The layer as the engine has it, and with all its activations kept. Positions turn all layers alike and are made
+    before.
+    """
     hidden, grad = _hidden(setting).requires_grad_(), _hidden(setting)
     layer = lm.base_model.layers[0]
     positions = torch.arange(hidden.shape[1], device=setting.device)[None]
@@ -128,7 +138,15 @@ def _layer_passes(setting: SliceSetting, strategy: str, lm: Any, attention: Segm
 
         def forward(recompute: bool = recompute) -> list[Tensor]:
             layer.gradient_checkpointing = recompute
-            return [layer(hidden, position_embeddings=angles, position_ids=positions, use_cache=False, segment_attention=attention)]
+            return [
+                layer(
+                    hidden,
+                    position_embeddings=angles,
+                    position_ids=positions,
+                    use_cache=False,
+                    segment_attention=attention,
+                )
+            ]
 
         yield Pass(name, forward, (hidden, *layer.parameters()), flops, [grad])
 
@@ -146,6 +164,10 @@ def _loss_pass(setting: SliceSetting, lm: Any, chunk_tokens: int) -> Pass:
 def _product_pass(setting: SliceSetting) -> Pass:
     """The layer's largest matrix product alone: the upper limit of torch on this GPU."""
     hidden = _hidden(setting)[0].requires_grad_()
-    weight = torch.randn(setting.model.intermediate, setting.model.hidden, device=setting.device, dtype=setting.dtype, requires_grad=True)
+    weight = torch.randn(
+        setting.model.intermediate, setting.model.hidden, device=setting.device, dtype=setting.dtype, requires_grad=True
+    )
     grad = torch.randn(len(hidden), len(weight), device=setting.device, dtype=setting.dtype)
-    return Pass(PRODUCT, lambda: [F.linear(hidden, weight)], (hidden, weight), matrix_flops(weight.numel(), len(hidden)), [grad])
+    return Pass(
+        PRODUCT, lambda: [F.linear(hidden, weight)], (hidden, weight), matrix_flops(weight.numel(), len(hidden)), [grad]
+    )

@@ -1,8 +1,11 @@
 """One rank of a sequence-parallel group, alone in a process; it receives what it sends.
 
-Choice: torch's fake process group, whose collectives return at once, so that groups have their size and every line around an exchange runs,
-copies included. The fake group leaves what it "receives" unwritten; here it is filled with what the rank sends, because a kernel fed with
-NaN or zeros draws less power and runs faster than one fed with numbers. Cost: results mean nothing and the wire costs a copy in memory;
+Choice: torch's fake process group, whose collectives return at once, so that groups have their size and every line
+around an exchange runs,
+copies included. The fake group leaves what it "receives" unwritten; here it is filled with what the rank sends, because
+a kernel fed with
+NaN or zeros draws less power and runs faster than one fed with numbers. Cost: results mean nothing and the wire costs a
+copy in memory;
 what ranks compute together is checked by ``tools.gpu.simulation`` and by real processes.
 """
 

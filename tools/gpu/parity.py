@@ -164,7 +164,10 @@ def draw(case: ParityCase, device: torch.device) -> LayerInputs:
     """A segment of numbers that follow from the case alone."""
     generator = torch.Generator().manual_seed(case.head_size + case.heads[0])
     (n_heads, n_kv_heads), size = case.heads, case.head_size
-    drawn = (torch.randn(case.n_tokens, heads, size, generator=generator) for heads in (n_heads, n_kv_heads, n_kv_heads, n_heads))
+    drawn = (
+        torch.randn(case.n_tokens, heads, size, generator=generator)
+        for heads in (n_heads, n_kv_heads, n_kv_heads, n_heads)
+    )
     q, k, v, grad_out = (x.to(device, case.dtype) for x in drawn)
     return LayerInputs(q, k, v, grad_out, case.spans, size**-0.5, case.sliding_window)
 
@@ -203,7 +206,9 @@ def mask_of(spans: Spans, n_tokens: int, sliding_window: int | None) -> Tensor:
 
 
 def _written_out(inputs: LayerInputs, dtype: torch.dtype) -> Answer:
-    """softmax(scale q k^T) v with an explicit mask, every step in ``dtype``; a token outside every span has out 0, lse -inf, gradient 0."""
+    """softmax(scale q k^T) v with an explicit mask, every step in ``dtype``; a token outside every span has out 0, lse
+    -inf, gradient 0.
+    """
     leaves = [x.detach().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     q, readers = leaves[0], leaves[0].shape[1] // leaves[1].shape[1]
     k, v = (x.repeat_interleave(readers, 1) for x in leaves[1:])
@@ -228,7 +233,8 @@ def _rows(inputs: LayerInputs) -> Answer:
 
 
 def _blocks(inputs: LayerInputs) -> Answer:
-    """As a ring computes: each document's keys are cut in two, so that queries and keys of a block differ in number; partial results are
+    """As a ring computes: each document's keys are cut in two, so that queries and keys of a block differ in number;
+    partial results are
     merged, and each block's backward is given the merged out and lse.
     """
     cut = [tuple(tile for tile in tiles if tile.n_queries and tile.n_keys) for tiles in _cut_keys(inputs.spans)]
@@ -239,7 +245,10 @@ def _blocks(inputs: LayerInputs) -> Answer:
         out, lse = merge(out, lse, *forward_block(q, k, v, part, scale))
     queries = Queries(q, out.to(q.dtype), lse, inputs.grad_out)
     shares = [backward_block(queries, k, v, part, scale) for part in parts]
-    grads = [torch.stack([share.to(lse.dtype) for share in of_one]).sum(0).to(q.dtype) for of_one in zip(*shares, strict=True)]
+    grads = [
+        torch.stack([share.to(lse.dtype) for share in of_one]).sum(0).to(q.dtype)
+        for of_one in zip(*shares, strict=True)
+    ]
     return Answer(queries.out, lse, grads)
 
 

@@ -181,7 +181,10 @@ def _through(setting: SliceSetting, strategy: str, mesh: Mesh) -> Pass:
 def _plain(setting: SliceSetting, strategy: str, name: str) -> Pass:
     """Kernel ``name`` over the same pairs, one call per tile. Tiles share no tensors, so no gradients are summed."""
     tiles, heads, kv_heads = plain_tiles(setting, strategy)
-    drawn = [(_draw(setting, tile.n_queries, heads, heads), _draw(setting, tile.n_keys, kv_heads, kv_heads)) for tile in tiles]
+    drawn = [
+        (_draw(setting, tile.n_queries, heads, heads), _draw(setting, tile.n_keys, kv_heads, kv_heads))
+        for tile in tiles
+    ]
     rows = [[x.requires_grad_() for x in (q, k, v)] for (q, _), (k, v) in drawn]
     scale = setting.model.head_size**-0.5
 

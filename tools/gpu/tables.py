@@ -39,7 +39,9 @@ class Line(NamedTuple):
 def show_parity(rows: Sequence[Row]) -> None:
     """Errors of every kernel at every level, as ratios to the error of plain attention in the same dtype."""
     bounds = ", ".join(f"{name} {limit:g}" for name, limit in LIMITS.items())
-    table = Table(title=f"parity with float64: error over plain attention's, at most {bounds}; lse within {LSE_LIMIT_NATS:g} nats")
+    table = Table(
+        title=f"parity with float64: error over plain attention's, at most {bounds}; lse within {LSE_LIMIT_NATS:g} nats"
+    )
     for name in ("kernel", "level", "dtype"):
         table.add_column(name)
     for name in ("cases", *LIMITS, "lse"):
@@ -49,7 +51,9 @@ def show_parity(rows: Sequence[Row]) -> None:
         ratios = [f"{row.ratios[name]:.2f}" if name in row.ratios else "" for name in LIMITS]
         comment = row.worst if row.passes else f"FAILS  {row.error or row.worst}"
         style = None if row.passes else "bold red"
-        table.add_row(row.kernel, row.level, row.dtype, str(row.cases), *ratios, f"{row.lse_nats:.1e}", comment, style=style)
+        table.add_row(
+            row.kernel, row.level, row.dtype, str(row.cases), *ratios, f"{row.lse_nats:.1e}", comment, style=style
+        )
     _console().print(table)
 
 

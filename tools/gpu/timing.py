@@ -41,7 +41,9 @@ class Pass:
     leaves: Sequence[Tensor]
     flops: Flops
     grads: Sequence[Tensor] | None = None  # None: the outputs are scalars
-    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # entered around forward and backward
+    around: Callable[[], contextlib.AbstractContextManager[None]] = (
+        contextlib.nullcontext
+    )  # entered around forward and backward
 
 
 @dataclass

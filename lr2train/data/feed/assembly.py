@@ -80,7 +80,10 @@ def find_spans(table: SegmentTable, segment: int, sources: Sequence[SourceTokens
     rows = table.spans_of(segment)
     columns = (table.source, table.document, table.start, table.stop, table.offset)
     spans = zip(*(column[rows.start : rows.stop].tolist() for column in columns), strict=True)
-    return [((at, at + stop - start), sources[source].find(document, start, stop)) for source, document, start, stop, at in spans]
+    return [
+        ((at, at + stop - start), sources[source].find(document, start, stop))
+        for source, document, start, stop, at in spans
+    ]
 
 
 def assemble(spans: PlacedSpans, segment_tokens: int, window: str, whole: bool, padding: int) -> Batch:
@@ -114,7 +117,9 @@ def _breaks(spans: PlacedSpans, gaps: Sequence[tuple[int, int]]) -> np.ndarray:
     ends = np.array([(end - 1, _last_label(end - at, one)) for (at, end), one in spans], np.int64).T
     ignored = [np.arange(begin, end) for begin, end in gaps]
     # The last label of a span is among the ends already.
-    ignored += [at + np.flatnonzero(~one.learned[: end - at - 1]) for (at, end), one in spans if one.learned is not None]
+    ignored += [
+        at + np.flatnonzero(~one.learned[: end - at - 1]) for (at, end), one in spans if one.learned is not None
+    ]
     if not ignored:
         return ends
     places = np.concatenate(ignored)

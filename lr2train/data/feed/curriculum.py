@@ -38,7 +38,9 @@ class CurriculumLoader:
         UserError: there are no stages, a stage has no kind of row, or the documents of a stage cannot be made.
     """
 
-    def __init__(self, corpus: Corpus, data: DataConfig, seed: int, dp_rank: int, dp_size: int, accumulation: int) -> None:
+    def __init__(
+        self, corpus: Corpus, data: DataConfig, seed: int, dp_rank: int, dp_size: int, accumulation: int
+    ) -> None:
         if not data.stages:
             raise UserError("data.stages is empty, and data.kind=curriculum needs them; add a stage")
         check_needles(data.needles)
@@ -134,7 +136,11 @@ class RowMaker:
         borders = np.floor(shares / shares[-1] * n_rows + rng.random()).astype(int).clip(0, n_rows)
         borders[shares == shares[-1]] = n_rows
         counts = np.diff(borders, prepend=0)
-        made = [self._kinds[kind](rng, int(count), stage.length_tokens) for kind, count in zip(self._kinds, counts, strict=True) if count]
+        made = [
+            self._kinds[kind](rng, int(count), stage.length_tokens)
+            for kind, count in zip(self._kinds, counts, strict=True)
+            if count
+        ]
         return np.concatenate([tokens for tokens, _ in made]), np.concatenate([is_target for _, is_target in made])
 
     def _shares(self, stage: StageConfig) -> np.ndarray:
@@ -172,12 +178,16 @@ class RowMaker:
         n_pairs = rng.integers(min(3, most), most, size=n_rows, endpoint=True)
         return self._hidden_and_asked(rng, length, n_pairs, n_pairs)
 
-    def _hidden_and_asked(self, rng: np.random.Generator, length: int, n_pairs: np.ndarray, n_questions: np.ndarray) -> Rows:
+    def _hidden_and_asked(
+        self, rng: np.random.Generator, length: int, n_pairs: np.ndarray, n_questions: np.ndarray
+    ) -> Rows:
         """One needle document a row; the answers alone are targets."""
         fillers = self._text.draw(rng, len(n_pairs), length)
         depths = np.where(rng.random(len(n_pairs)) < self._needles.at_start, 0.0, np.nan)
         tokens, is_target = np.empty((len(n_pairs), length), np.int64), np.zeros((len(n_pairs), length), bool)
-        for row, (filler, depth, pairs, questions) in enumerate(zip(fillers, depths, n_pairs.tolist(), n_questions.tolist(), strict=True)):
+        for row, (filler, depth, pairs, questions) in enumerate(
+            zip(fillers, depths, n_pairs.tolist(), n_questions.tolist(), strict=True)
+        ):
             document = self._maker.make(rng, filler, length, None if np.isnan(depth) else 0.0, pairs, questions)
             tokens[row] = document.tokens
             for start, stop in document.answer_spans:

@@ -61,11 +61,17 @@ def make_loader(
         return CurriculumLoader(corpus, data, seed, ranks.rank, ranks.size, ranks.accumulation)
     _check_windows(corpus, data, original_window_tokens, target_window_tokens)
     return SegmentLoader(
-        corpus, LongAttention(data.long_attention), seed, ranks, data.group_segments or default_group(dp_size, segments_per_step)
+        corpus,
+        LongAttention(data.long_attention),
+        seed,
+        ranks,
+        data.group_segments or default_group(dp_size, segments_per_step),
     )
 
 
-def _check_windows(corpus: Corpus, data: DataConfig, original_window_tokens: int | None, target_window_tokens: int | None) -> None:
+def _check_windows(
+    corpus: Corpus, data: DataConfig, original_window_tokens: int | None, target_window_tokens: int | None
+) -> None:
     for key, planned, wanted in (
         ("data.segment_tokens", corpus.segment_tokens, data.segment_tokens),
         ("model.original_window_tokens", corpus.original_window_tokens, original_window_tokens),
@@ -150,11 +156,15 @@ class SegmentLoader:
             low.
     """
 
-    def __init__(self, corpus: Corpus, long_attention: LongAttention, seed: int, ranks: Ranks, group_segments: int) -> None:
+    def __init__(
+        self, corpus: Corpus, long_attention: LongAttention, seed: int, ranks: Ranks, group_segments: int
+    ) -> None:
         ranks.check_groups(group_segments)
         self._tables = {window: _plain(corpus.segment_table(window)) for window in WINDOWS}
         if not any(table.n_segments for table in self._tables.values()):
-            raise UserError(f"the corpus {corpus.folder} has no segment; prepare more documents, or a smaller data.segment_tokens")
+            raise UserError(
+                f"the corpus {corpus.folder} has no segment; prepare more documents, or a smaller data.segment_tokens"
+            )
         stores = corpus.stores()
         self._names = corpus.source_names
         allow_open_files(sum(len(store.first) - 1 for store in stores))
@@ -191,7 +201,9 @@ class SegmentLoader:
         """Window and number of a rank's segments of a step, one for each micro-batch; ``rank`` None is this rank."""
         rank = self._ranks.rank if rank is None else rank
         groups = (self._order.group(step * self._groups_per_step + nth) for nth in range(self._groups_per_step))
-        return [(window, int(segment)) for window, segments in groups for segment in part(segments, rank, self._ranks.size)]
+        return [
+            (window, int(segment)) for window, segments in groups for segment in part(segments, rank, self._ranks.size)
+        ]
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, short and long ones interleaved."""
@@ -199,7 +211,10 @@ class SegmentLoader:
 
     def described(self, step: int) -> list[str]:
         """Window, number and sources of each of this rank's segments of a step."""
-        return [f"{window} {segment} ({', '.join(self._sources_of(window, segment))})" for window, segment in self.segments(step)]
+        return [
+            f"{window} {segment} ({', '.join(self._sources_of(window, segment))})"
+            for window, segment in self.segments(step)
+        ]
 
     def _sources_of(self, window: str, segment: int) -> list[str]:
         table = self._tables[window]
@@ -218,7 +233,9 @@ class SegmentLoader:
 
 def _plain(table: SegmentTable) -> SegmentTable:
     """The same table as plain arrays: slicing a numpy.memmap costs as much as copying a small document."""
-    return SegmentTable(*(np.asarray(getattr(table, column)) for column in COLUMNS), segment_tokens=table.segment_tokens)
+    return SegmentTable(
+        *(np.asarray(getattr(table, column)) for column in COLUMNS), segment_tokens=table.segment_tokens
+    )
 
 
 def attention_costs(table: SegmentTable, whole: bool) -> np.ndarray:

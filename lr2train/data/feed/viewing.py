@@ -101,13 +101,24 @@ class Viewer:
 
     def _document(self, batch: Batch, row: int, text_chars: int) -> DocumentView:
         columns = ("source", "document", "start", "stop", "offset")
-        source, document, start, stop, at = (int(getattr(self._tables[batch.window], column)[row]) for column in columns)
+        source, document, start, stop, at = (
+            int(getattr(self._tables[batch.window], column)[row]) for column in columns
+        )
         store, end = self._stores[source], at + stop - start
         head, tail = ends(self._tokenizer, batch.tokens[at:end], text_chars)
         ignored = batch.breaks[0, batch.breaks[1] == IGNORE]
         learned = end - at - int(np.count_nonzero((at <= ignored) & (ignored < end)))
         return DocumentView(
-            at, self._names[source], document, store.origin(document), start, stop, int(store.lengths[document]), learned, head, tail
+            at,
+            self._names[source],
+            document,
+            store.origin(document),
+            start,
+            stop,
+            int(store.lengths[document]),
+            learned,
+            head,
+            tail,
         )
 
 

@@ -56,7 +56,11 @@ class Bucket:
     @property
     def range_text(self) -> str:
         """The lengths for a person."""
-        return f"over {self.above_tokens:,}" if self.to_tokens == ENDLESS else f"{self.above_tokens + 1:,}-{self.to_tokens:,}"
+        return (
+            f"over {self.above_tokens:,}"
+            if self.to_tokens == ENDLESS
+            else f"{self.above_tokens + 1:,}-{self.to_tokens:,}"
+        )
 
 
 def window_of(length_tokens: int, original_window_tokens: int) -> str:
@@ -75,7 +79,9 @@ def resolve(data: DataConfig, original_window_tokens: int) -> list[Bucket]:
     """
     for one in data.buckets:
         if one.window not in WINDOWS:
-            raise UserError(f"data.buckets.{one.name}.window={one.window} is not one of {', '.join(WINDOWS)}; set it to one of them")
+            raise UserError(
+                f"data.buckets.{one.name}.window={one.window} is not one of {', '.join(WINDOWS)}; set it to one of them"
+            )
     listed = {window: [one for one in data.buckets if one.window == window] for window in WINDOWS}
     buckets = [
         _resolved(one, data, original_window_tokens)
@@ -92,7 +98,16 @@ def _resolved(one: BucketConfig, data: DataConfig, original_window_tokens: int) 
     above = one.above_tokens if one.above_tokens is not None else 0 if short else original_window_tokens
     to = one.to_tokens if one.to_tokens is not None else original_window_tokens if short else ENDLESS
     limit = original_window_tokens if short else data.segment_tokens
-    return Bucket(one.name, one.window, above, to, one.weight, dict(one.sources), limit, OverLong(one.over_limit or data.over_long))
+    return Bucket(
+        one.name,
+        one.window,
+        above,
+        to,
+        one.weight,
+        dict(one.sources),
+        limit,
+        OverLong(one.over_limit or data.over_long),
+    )
 
 
 def _check_names_and_weights(buckets: Sequence[Bucket], data: DataConfig) -> None:
@@ -100,18 +115,26 @@ def _check_names_and_weights(buckets: Sequence[Bucket], data: DataConfig) -> Non
     for one in buckets:
         where = f"data.buckets.{one.name}"
         if names.count(one.name) > 1:
-            raise UserError(f"data.buckets has the name {one.name} {names.count(one.name)} times; give each bucket its own name")
+            raise UserError(
+                f"data.buckets has the name {one.name} {names.count(one.name)} times; give each bucket its own name"
+            )
         if not 0 <= one.above_tokens < one.to_tokens:
             raise UserError(
                 f"{where} holds lengths above {one.above_tokens} and up to {one.to_tokens}, which is none; set "
                 f"{where}.above_tokens and {where}.to_tokens (each defaults to a border of the window)"
             )
-        for key, weight in (("weight", one.weight), *((f"sources.{name}", weight) for name, weight in one.sources.items())):
+        for key, weight in (
+            ("weight", one.weight),
+            *((f"sources.{name}", weight) for name, weight in one.sources.items()),
+        ):
             if not weight >= 0:
                 raise UserError(f"{where}.{key}={weight} is not 0 or more; set it to a share")
         unknown = sorted(one.sources.keys() - known)
         if unknown:
-            raise UserError(f"{where}.sources names {unknown[0]}, and data.sources has {', '.join(sorted(known))}; name one of these")
+            raise UserError(
+                f"{where}.sources names {unknown[0]}, and data.sources has {', '.join(sorted(known))}; name one of "
+                "these"
+            )
     for window in WINDOWS:
         named = [one.name for one in buckets if one.window == window and one.sources]
         without = [one.name for one in buckets if one.window == window and not one.sources]

@@ -54,7 +54,11 @@ def check(data: DataConfig, original_window_tokens: int) -> tuple[list[Bucket], 
 
 
 def compose_segments(
-    data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], original_window_tokens: int, seed: int
+    data: DataConfig,
+    lengths: Sequence[np.ndarray],
+    usable: Sequence[np.ndarray | None],
+    original_window_tokens: int,
+    seed: int,
 ) -> Mixture:
     """Compose the segments of both windows.
 
@@ -72,8 +76,12 @@ def compose_segments(
     cells = []
     for source, of_source, mask in zip(data.sources, lengths, usable, strict=True):
         kept = _kept(data, source.name, of_source, mask, seed)
-        cells.append([buckets.cell_of(of_source, kept, one) if one.serves(source) else buckets.NO_DOCUMENTS for one in ranges])
-    targets = mix.targets(data, ranges, np.array([[cell.tokens for cell in row] for row in cells]).reshape(len(cells), len(ranges)))
+        cells.append(
+            [buckets.cell_of(of_source, kept, one) if one.serves(source) else buckets.NO_DOCUMENTS for one in ranges]
+        )
+    targets = mix.targets(
+        data, ranges, np.array([[cell.tokens for cell in row] for row in cells]).reshape(len(cells), len(ranges))
+    )
     drawn = [
         [
             buckets.draw(cell, int(tokens), stream(seed, "plan", source.name, one.name))
@@ -90,19 +98,27 @@ def compose_segments(
 
 
 def _selection(
-    window: str, ranges: Sequence[Bucket], cells: Sequence[Sequence[Cell]], drawn: Sequence[Sequence[np.ndarray]], seed: int
+    window: str,
+    ranges: Sequence[Bucket],
+    cells: Sequence[Sequence[Cell]],
+    drawn: Sequence[Sequence[np.ndarray]],
+    seed: int,
 ) -> packing.Selection:
     """The drawn documents of a window, shuffled together."""
     parts = []
     for source, (row, rows_of) in enumerate(zip(cells, drawn, strict=True)):
         for one, cell, rows in zip(ranges, row, rows_of, strict=True):
             if one.window == window:
-                parts.append(packing.whole_documents(np.full(len(rows), source), cell.document[rows], cell.length[rows]))
+                parts.append(
+                    packing.whole_documents(np.full(len(rows), source), cell.document[rows], cell.length[rows])
+                )
     together = packing.concatenate(parts)
     return together.take(stream(seed, "plan", window).permutation(len(together)))
 
 
-def _kept(data: DataConfig, source: str, lengths: np.ndarray, usable: np.ndarray | None, seed: int) -> np.ndarray | None:
+def _kept(
+    data: DataConfig, source: str, lengths: np.ndarray, usable: np.ndarray | None, seed: int
+) -> np.ndarray | None:
     """bool [documents]: which may be planned, after ``keep_below`` has thinned the short ones; None is all."""
     share = data.keep_below.get(source, 1.0)
     if share >= 1.0:
@@ -117,6 +133,10 @@ def _check_keep_below(data: DataConfig) -> None:
     names = {source.name for source in data.sources}
     for name, share in data.keep_below.items():
         if name not in names:
-            raise UserError(f"data.keep_below names {name}, and data.sources has {', '.join(sorted(names))}; name one of these")
+            raise UserError(
+                f"data.keep_below names {name}, and data.sources has {', '.join(sorted(names))}; name one of these"
+            )
         if not 0 <= share <= 1:
-            raise UserError(f"data.keep_below.{name}={share} is not between 0 and 1; set it to the share of short documents to keep")
+            raise UserError(
+                f"data.keep_below.{name}={share} is not between 0 and 1; set it to the share of short documents to keep"
+            )

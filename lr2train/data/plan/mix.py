@@ -42,7 +42,10 @@ def check(data: DataConfig, buckets: Sequence[Bucket]) -> None:
         raise UserError(f"data.max_repeats={data.max_repeats} is not above 0; set it to a number of passes such as 4")
     for window, budget in budgets(data).items():
         if budget < 0:
-            raise UserError(f"data.{window}_tokens={budget} is below 0; set it to a number of tokens, or to 0 for every document once")
+            raise UserError(
+                f"data.{window}_tokens={budget} is below 0; set it to a number of tokens, or to 0 for every document "
+                "once"
+            )
     for source in data.sources:
         if not 0 <= source.weight < np.inf:
             raise UserError(f"data.sources.{source.name}.weight={source.weight} is not 0 or more; set it to a share")
@@ -62,7 +65,10 @@ def _check_corpus_weights(data: DataConfig, buckets: Sequence[Bucket]) -> None:
                 "cells"
             )
     if not sum(source.weight for source in data.sources) > 0:
-        raise UserError("data.sources.*.weight add up to 0, and data.weights_of=corpus divides all tokens by them; give a source a weight")
+        raise UserError(
+            "data.sources.*.weight add up to 0, and data.weights_of=corpus divides all tokens by them; give a source "
+            "a weight"
+        )
 
 
 def targets(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarray) -> np.ndarray:
@@ -83,7 +89,9 @@ def targets(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarray) 
     check(data, buckets)
     wanted = _by_bucket(data, buckets, available)
     cells = (
-        _by_corpus(data, buckets, wanted, available) if data.weights_of is WeightsOf.corpus else _inside(data, buckets, wanted, available)
+        _by_corpus(data, buckets, wanted, available)
+        if data.weights_of is WeightsOf.corpus
+        else _inside(data, buckets, wanted, available)
     )
     # a share of less than one token of an empty cell is 0
     return np.where(available > 0, np.rint(cells), 0).astype(np.int64)
@@ -99,7 +107,8 @@ def _by_bucket(data: DataConfig, buckets: Sequence[Bucket], available: np.ndarra
         weight = np.array([sum(one.sources.values()) if one.sources else one.weight for one in buckets]) * inside
         if not weight.sum() > 0:
             raise UserError(
-                f"the weights of data.buckets with window={window} add up to 0; set data.{window}_tokens=0, or give one a weight"
+                f"the weights of data.buckets with window={window} add up to 0; set data.{window}_tokens=0, or give "
+                "one a weight"
             )
         wanted[inside] = (budget * weight / weight.sum())[inside]
         for at in np.flatnonzero(inside & (wanted > 0) & (available.sum(axis=0) == 0)).tolist():
@@ -139,7 +148,11 @@ def _refuse_shortfall(data: DataConfig, bucket: Bucket, wanted: np.ndarray, avai
     short = wanted - np.floor(data.max_repeats * available)
     for source, missing, asked, there in zip(data.sources, short, wanted, available, strict=True):
         if missing >= 1:
-            key = f"data.buckets.{bucket.name}.sources.{source.name}" if bucket.sources else f"data.sources.{source.name}.weight"
+            key = (
+                f"data.buckets.{bucket.name}.sources.{source.name}"
+                if bucket.sources
+                else f"data.sources.{source.name}.weight"
+            )
             raise UserError(
                 f"{source.name} cannot fill its {asked:.0f} tokens of bucket {bucket.name} ({bucket.range_text} "
                 f"tokens): it has {there}, at most {data.max_repeats:g} times, so {missing:.0f} are missing; raise its "
@@ -171,7 +184,9 @@ def proportional_fit(natural: np.ndarray, rows: np.ndarray, columns: np.ndarray,
     table = natural
     for _ in range(_ROUNDS):
         a = np.array([_factor(amounts, d, wanted, max_repeats) for amounts, wanted in zip(natural, rows, strict=True)])
-        d = np.array([_factor(amounts, a, wanted, max_repeats) for amounts, wanted in zip(natural.T, columns, strict=True)])
+        d = np.array(
+            [_factor(amounts, a, wanted, max_repeats) for amounts, wanted in zip(natural.T, columns, strict=True)]
+        )
         table = natural * np.minimum(max_repeats, np.outer(a, d))
         if np.abs(table.sum(axis=1) - rows).max() <= _SETTLED * rows.sum():
             break
@@ -191,7 +206,9 @@ def _factor(amounts: np.ndarray, others: np.ndarray, wanted: float, most: float)
     return float(np.interp(wanted, sums, corners))
 
 
-def _refuse_unfillable(data: DataConfig, buckets: Sequence[Bucket], rows: np.ndarray, columns: np.ndarray, available: np.ndarray) -> None:
+def _refuse_unfillable(
+    data: DataConfig, buckets: Sequence[Bucket], rows: np.ndarray, columns: np.ndarray, available: np.ndarray
+) -> None:
     """Refuse marginals that cannot both be met; the text names the set of buckets that lacks most.
 
     They can be met unless some set of buckets asks for more than all sources together can give to it: the minimum cut
@@ -213,7 +230,8 @@ def _refuse_unfillable(data: DataConfig, buckets: Sequence[Bucket], rows: np.nda
     inside, most = np.flatnonzero(chosen[worst]).tolist(), documents[worst]
     asking = ", ".join(f"{buckets[at].name} ({buckets[at].range_text} tokens)" for at in inside)
     giving = ", ".join(
-        f"{source.name} {min(there, budget):.0f} ({'all of its budget' if budget <= there else 'its documents of these lengths'})"
+        f"{source.name} {min(there, budget):.0f} "
+        f"({'all of its budget' if budget <= there else 'its documents of these lengths'})"
         for source, there, budget in zip(data.sources, most, rows, strict=True)
     )
     raise UserError(

@@ -59,7 +59,10 @@ class Selection:
 
 def whole_documents(source: np.ndarray, document: np.ndarray, length: np.ndarray) -> Selection:
     """Documents from their beginning."""
-    columns = (np.asarray(column).astype(np.int32, copy=False) for column in (source, document, np.zeros(len(length), np.int32), length))
+    columns = (
+        np.asarray(column).astype(np.int32, copy=False)
+        for column in (source, document, np.zeros(len(length), np.int32), length)
+    )
     return Selection(*columns)
 
 
@@ -77,7 +80,9 @@ def split(documents: Selection, limit_tokens: int) -> Selection:
     owner = np.repeat(np.arange(len(documents)), -(-documents.length // limit_tokens))  # the document of each part
     parts = documents.take(owner)
     begin = _within(np.full(len(parts), limit_tokens), owner).astype(np.int32)
-    return Selection(parts.source, parts.document, parts.start + begin, np.minimum(parts.length - begin, np.int32(limit_tokens)))
+    return Selection(
+        parts.source, parts.document, parts.start + begin, np.minimum(parts.length - begin, np.int32(limit_tokens))
+    )
 
 
 def sequence_shards(align_sp: Any) -> int:
@@ -92,7 +97,8 @@ def sequence_shards(align_sp: Any) -> int:
     asked = list(align_sp) if isinstance(align_sp, list | tuple) else [align_sp]
     if not asked or any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in asked):
         raise UserError(
-            f"data.align_sp={align_sp} is not a number of sequence shards of at least 1, or a list of such numbers; set it to 8 or [8, 16]"
+            f"data.align_sp={align_sp} is not a number of sequence shards of at least 1, or a list of such numbers; "
+            "set it to 8 or [8, 16]"
         )
     return lcm(*asked)
 
@@ -124,7 +130,9 @@ def check_sequence_shards(segment_tokens: int, align_sp: int, limit_tokens: int)
     return shard_tokens
 
 
-def pack_short(documents: Selection, segment_tokens: int, align_sp: int = 1, rng: np.random.Generator | None = None) -> SegmentTable:
+def pack_short(
+    documents: Selection, segment_tokens: int, align_sp: int = 1, rng: np.random.Generator | None = None
+) -> SegmentTable:
     """Uncut documents into segments; no document crosses a border between sequence shards.
 
     Args:
@@ -139,14 +147,23 @@ def pack_short(documents: Selection, segment_tokens: int, align_sp: int = 1, rng
         UserError: T is not divisible by align_sp, or a document is longer than a sequence shard.
     """
     shard_tokens = check_sequence_shards(segment_tokens, align_sp, int(documents.length.max(initial=0)))
-    shard = best_fit(documents.length, shard_tokens) if rng is None else _varied(documents.length, shard_tokens, align_sp, rng)
+    shard = (
+        best_fit(documents.length, shard_tokens)
+        if rng is None
+        else _varied(documents.length, shard_tokens, align_sp, rng)
+    )
     if rng is not None and len(shard):
         shuffled = rng.permutation(len(documents))
-        documents, shard = documents.take(shuffled), rng.permutation(int(shard.max()) + 1).astype(np.int32)[shard[shuffled]]
+        documents, shard = (
+            documents.take(shuffled),
+            rng.permutation(int(shard.max()) + 1).astype(np.int32)[shard[shuffled]],
+        )
     order = np.argsort(shard, kind="stable")
     documents, shard = documents.take(order), shard[order]
     offset = _within(documents.length, shard) + shard % align_sp * shard_tokens
-    return _table(shard // align_sp, documents, documents.start, documents.start + documents.length, offset, segment_tokens)
+    return _table(
+        shard // align_sp, documents, documents.start, documents.start + documents.length, offset, segment_tokens
+    )
 
 
 def _varied(length: np.ndarray, capacity: int, align_sp: int, rng: np.random.Generator) -> np.ndarray:

@@ -22,7 +22,9 @@ _OCTAVES, _PER_OCTAVE = 24, 4  # the histogram of document lengths has four bins
 _BARS = 40  # at most, in the histogram of documents a segment
 
 
-def report_of(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], mixture: Mixture) -> dict[str, Any]:
+def report_of(
+    data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], mixture: Mixture
+) -> dict[str, Any]:
     """Plain JSON values about a mixture.
 
     Args:
@@ -52,11 +54,17 @@ def report_of(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[
         for at, bucket in enumerate(buckets)
     ]
     ranges = {
-        one.name: {"above_tokens": one.above_tokens, "to_tokens": None if one.to_tokens == ENDLESS else one.to_tokens} for one in buckets
+        one.name: {"above_tokens": one.above_tokens, "to_tokens": None if one.to_tokens == ENDLESS else one.to_tokens}
+        for one in buckets
     }
     return {
-        "windows": {window: _window(tables[window], [row for row in rows if row["window"] == window], names) for window in WINDOWS},
-        "lost_tokens": {cause: sum(row[f"{cause}_tokens"] for row in rows) for cause in ("tail", "truncated", "dropped")},
+        "windows": {
+            window: _window(tables[window], [row for row in rows if row["window"] == window], names)
+            for window in WINDOWS
+        },
+        "lost_tokens": {
+            cause: sum(row[f"{cause}_tokens"] for row in rows) for cause in ("tail", "truncated", "dropped")
+        },
         "cells": [row for row in rows if row["documents"] or row["target_tokens"]],
         "by_source": [_sum("source", name, rows) for name in names],
         "by_bucket": [{**_sum("bucket", one.name, rows), "window": one.window, **ranges[one.name]} for one in buckets],
@@ -80,7 +88,9 @@ def _planned_tokens(table: SegmentTable, lengths: Sequence[np.ndarray], cells: S
     return planned
 
 
-def _cell_row(name: str, lengths: np.ndarray, bucket: Bucket, cell: Cell, target: int, rows: np.ndarray, planned: int) -> dict[str, Any]:
+def _cell_row(
+    name: str, lengths: np.ndarray, bucket: Bucket, cell: Cell, target: int, rows: np.ndarray, planned: int
+) -> dict[str, Any]:
     drawn_tokens = int(cell.length[rows].sum(dtype=np.int64))
     cut = bucket.over_limit is OverLong.truncate
     return {
@@ -112,7 +122,10 @@ def _sum(what: str, name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 def _window(table: SegmentTable, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     by_source = {
-        name: {key: sum(row[key] for row in rows if row["source"] == name) for key in ("documents", "tokens", "planned_tokens")}
+        name: {
+            key: sum(row[key] for row in rows if row["source"] == name)
+            for key in ("documents", "tokens", "planned_tokens")
+        }
         for name in names
     }
     each = np.bincount(table.segment, minlength=table.n_segments)
@@ -133,10 +146,18 @@ def _summary(counts: np.ndarray) -> dict[str, Any]:
     step = -(-(most - least + 1) // _BARS)
     edges = np.arange(least, most + step + 1, step)
     heights = np.histogram(counts, edges)[0]
-    return {"mean": round(float(counts.mean()), 3), "least": least, "most": most, "edges": edges.tolist(), "segments": heights.tolist()}
+    return {
+        "mean": round(float(counts.mean()), 3),
+        "least": least,
+        "most": most,
+        "edges": edges.tolist(),
+        "segments": heights.tolist(),
+    }
 
 
-def _unplanned(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], mixture: Mixture) -> dict[str, Any]:
+def _unplanned(
+    data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence[np.ndarray | None], mixture: Mixture
+) -> dict[str, Any]:
     """``outside``: usable documents in no bucket of their source. ``left_out``: all others that were not taken."""
     outside, left_out = [0, 0], [0, 0]
     for source, of_source, mask, row in zip(data.sources, lengths, usable, mixture.cells, strict=True):
@@ -157,11 +178,15 @@ def _unplanned(data: DataConfig, lengths: Sequence[np.ndarray], usable: Sequence
     }
 
 
-def _length_histograms(names: Sequence[str], lengths: Sequence[np.ndarray], tables: dict[str, SegmentTable]) -> dict[str, Any]:
+def _length_histograms(
+    names: Sequence[str], lengths: Sequence[np.ndarray], tables: dict[str, SegmentTable]
+) -> dict[str, Any]:
     """Tokens by document length, stored and planned; bin i begins above 2 ** (i / per_octave)."""
     n_bins, found = _OCTAVES * _PER_OCTAVE, {}
     for source, (name, of_source) in enumerate(zip(names, lengths, strict=True)):
-        bin_of = (np.ceil(np.log2(np.maximum(of_source, 1), dtype=np.float32) * _PER_OCTAVE).astype(np.int16) - 1).clip(0, n_bins - 1)
+        bin_of = (np.ceil(np.log2(np.maximum(of_source, 1), dtype=np.float32) * _PER_OCTAVE).astype(np.int16) - 1).clip(
+            0, n_bins - 1
+        )
         planned = np.zeros(n_bins)
         for one in tables.values():
             mine = np.flatnonzero(one.source == source)
@@ -191,7 +216,11 @@ def as_text(report: dict[str, Any]) -> str:
             f"{window}: {one['segments']:,} segments, {one['padding_share']:.3%} padding, {each['mean']:.1f} {kind} "
             f"each ({each['least']} … {each['most']})"
         )
-    causes = {"tail": "after the last full long segment", "truncated": "over the limit", "dropped": "of documents over the limit"}
+    causes = {
+        "tail": "after the last full long segment",
+        "truncated": "over the limit",
+        "dropped": "of documents over the limit",
+    }
     lost = ", ".join(f"{report['lost_tokens'][cause]:,} {words}" for cause, words in causes.items())
     outside, left_out = report["outside"], report["left_out"]
     lines.append(f"lost tokens: {lost}")
@@ -203,9 +232,16 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _marginal(row: dict[str, Any]) -> tuple[str, str, str]:
-    return f"{row['target_tokens']:,}", f"{row['planned_tokens']:,}", f"{row['error']:+.3%}" if row["target_tokens"] else ""
+    return (
+        f"{row['target_tokens']:,}",
+        f"{row['planned_tokens']:,}",
+        f"{row['error']:+.3%}" if row["target_tokens"] else "",
+    )
 
 
 def _line(source: str, bucket: str, *figures: str) -> str:
     widths = (12, 16, 16, 16, 10, 8)
-    return (f"{source:<19} {bucket:<13} " + "".join(f"{figure:>{width}}" for figure, width in zip(figures, widths, strict=True))).rstrip()
+    return (
+        f"{source:<19} {bucket:<13} "
+        + "".join(f"{figure:>{width}}" for figure, width in zip(figures, widths, strict=True))
+    ).rstrip()

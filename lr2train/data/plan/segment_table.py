@@ -113,4 +113,6 @@ def verify(path: Path, about: dict[str, Any]) -> None:
 
 
 def _unusable(path: Path, why: str) -> UserError:
-    return UserError(f"the segment table {path} is unusable ({why}); remove it and run prepare again, which tokenises nothing anew")
+    return UserError(
+        f"the segment table {path} is unusable ({why}); remove it and run prepare again, which tokenises nothing anew"
+    )

@@ -85,11 +85,17 @@ def ensure_segment_tables(
 
 def _write(folder: Path, head: dict[str, Any], mixture: Mixture, report: dict[str, Any]) -> None:
     """The segment tables, the report, and the manifest last."""
-    files = {window: segment_table.write(segment_table.file_of(folder, window), table) for window, table in mixture.tables.items()}
+    files = {
+        window: segment_table.write(segment_table.file_of(folder, window), table)
+        for window, table in mixture.tables.items()
+    }
     write_json(folder / PLAN_JSON, report)
     write_text(folder / PLAN_TEXT, as_text(report) + "\n")
     mix = {key: report[key] for key in ("cells", "by_source", "by_bucket", "by_window")}
-    seal(folder / MANIFEST, {**head, "windows": report["windows"], "lost_tokens": report["lost_tokens"], "mix": mix, "plan": files})
+    seal(
+        folder / MANIFEST,
+        {**head, "windows": report["windows"], "lost_tokens": report["lost_tokens"], "mix": mix, "plan": files},
+    )
 
 
 def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -101,7 +107,11 @@ def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     if not (folder / MANIFEST).exists():
         return None
     manifest = sealed(folder / MANIFEST)
-    files = [folder / PLAN_JSON, folder / PLAN_TEXT, *(segment_table.file_of(folder, window) for window in manifest["plan"])]
+    files = [
+        folder / PLAN_JSON,
+        folder / PLAN_TEXT,
+        *(segment_table.file_of(folder, window) for window in manifest["plan"]),
+    ]
     if manifest.get("fingerprint") != fingerprint or not all(file.exists() for file in files):
         return None
     for window, about in manifest["plan"].items():
@@ -110,7 +120,11 @@ def _finished(folder: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _fingerprint(
-    data: DataConfig, made: Sequence[dict[str, Any]], usable: Sequence[np.ndarray | None], original_window_tokens: int, seed: int
+    data: DataConfig,
+    made: Sequence[dict[str, Any]],
+    usable: Sequence[np.ndarray | None],
+    original_window_tokens: int,
+    seed: int,
 ) -> str:
     """Stands for all settings and tokens that decide which token stands where."""
     plain = to_dict(data)
@@ -130,10 +144,10 @@ def _remarks(data: DataConfig, made: Sequence[dict[str, Any]], report: dict[str,
     if data.holdout == 1:
         yield "segments: all documents are held out; the corpus serves searches and evaluations, but no training"
     elif not any(one["holdout_documents"] for one in made):
-        yield "nothing is held out, so the search and the evaluation will have no text; prepare more documents, or a greater data.holdout"
+        yield "nothing is held out, so search and evaluate will have no text; prepare more documents, or a greater data.holdout"
     for window in WINDOWS:
         if not report["windows"][window]["segments"] and data.holdout < 1:
-            yield f"segments: no {window} one, because documents of that window fill none; training will see the other window alone"
+            yield f"no {window} segment: the documents of that window fill none; training will see the other window alone"
     yield from _absent(data, report)
     for what in ("source", "bucket"):
         for one in report[f"by_{what}"]:

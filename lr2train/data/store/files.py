@@ -81,7 +81,9 @@ def naming(path: Path) -> Iterator[None]:
 
 def unreadable(error: OSError, path: Path) -> UserError:
     """The sentence for a file that the system refuses to give: it is not damaged, so it is not to be removed."""
-    return UserError(f"{error.filename or path} cannot be read ({error.strerror}); make it and the folders that it lies in readable")
+    return UserError(
+        f"{error.filename or path} cannot be read ({error.strerror}); make it and the folders that it lies in readable"
+    )
 
 
 def broken(prefix: Path, why: str) -> UserError:

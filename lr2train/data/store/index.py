@@ -44,7 +44,9 @@ class Index(NamedTuple):
             raise ValueError(_CUT_SHORT)
         magic, version, code, n, n_index = _HEADER.unpack(raw[: _HEADER.size].tobytes())
         if magic != MAGIC or version != VERSION or code not in _DTYPES or n_index != n + 1:
-            raise ValueError("its .idx is not one that we write (Megatron version 1, uint16 or int32, a sequence a document)")
+            raise ValueError(
+                "its .idx is not one that we write (Megatron version 1, uint16 or int32, a sequence a document)"
+            )
         if len(raw) != _HEADER.size + 4 * n + 8 * n + 8 * (n + 1):
             raise ValueError(_CUT_SHORT)
         end = _HEADER.size + 4 * n

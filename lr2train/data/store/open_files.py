@@ -17,7 +17,9 @@ T = TypeVar("T")
 
 _FILES_A_SHARD = 3  # of a token shard that is read: .bin mapped, .bin read ahead, .targets.npy
 _FILES_BESIDES = 256  # of everything else in the process
-_REMEDY = "raise the limit (`ulimit -Hn`, nofile in limits.conf), or prepare another corpus with a greater data.shard_bytes"
+_REMEDY = (
+    "raise the limit (`ulimit -Hn`, nofile in limits.conf), or prepare another corpus with a greater data.shard_bytes"
+)
 
 
 def allow_open_files(n_shards: int) -> None:
@@ -32,7 +34,8 @@ def allow_open_files(n_shards: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UserError(
-            f"the corpus has {n_shards} token shards, which take {needed} open files, and this system allows a process {hard}; {_REMEDY}"
+            f"the corpus has {n_shards} token shards, which take {needed} open files, and this system allows a "
+            f"process {hard}; {_REMEDY}"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
@@ -50,6 +53,8 @@ def with_files(open_it: Callable[[], T]) -> T:
             raise
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:
-        raise UserError(f"the corpus has more token shards than this system lets a process open files ({hard}); {_REMEDY}")
+        raise UserError(
+            f"the corpus has more token shards than this system lets a process open files ({hard}); {_REMEDY}"
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return open_it()

@@ -103,7 +103,9 @@ class StoreWriter:
             ".lengths.npy": lambda file: np.save(file, lengths),
             ".targets.npy": lambda file: np.save(file, targets),
             ".hashes.npy": lambda file: np.save(file, hashes),
-            ".origins.txt": lambda file: file.write("".join(f"{json.dumps(origin)}\n" for origin in self._origins).encode()),
+            ".origins.txt": lambda file: file.write(
+                "".join(f"{json.dumps(origin)}\n" for origin in self._origins).encode()
+            ),
         }
         written = [self._file]
         try:
@@ -115,7 +117,12 @@ class StoreWriter:
             for one in written:
                 one.abandon()
             raise
-        counts = {"documents": len(lengths), "tokens": self._tokens, "targets": len(self._targets), "dtype": self._dtype.name}
+        counts = {
+            "documents": len(lengths),
+            "tokens": self._tokens,
+            "targets": len(self._targets),
+            "dtype": self._dtype.name,
+        }
         self.manifest = {**self._about, **counts, "files": files}
         self.files = [suffixed(self._prefix, suffix) for suffix in files]
         if self._sealed:

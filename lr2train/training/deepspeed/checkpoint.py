@@ -199,12 +199,17 @@ def _choose(of: Checkpoints, resume_from: int | None) -> tuple[str, dict[str, An
             raise UserError(f"{of.latest} is missing or damaged, and {of.folder} holds checkpoints; {_offer(of)}")
         if of.latest.exists():
             raise UserError(
-                f"{of.latest} is damaged, and {of.folder} holds no checkpoint; restore the folder, or choose another name= to start over"
+                f"{of.latest} is damaged, and {of.folder} holds no checkpoint; restore the folder, or choose another "
+                "name= to start over"
             )
         return None
     with _offering(of, of.folder / tag):
         manifest = _manifest(of, of.folder / tag)
-    return tag, manifest, resume_from if going_back or (resume_from is None and "went_back_to" in latest) else _AS_BEFORE
+    return (
+        tag,
+        manifest,
+        resume_from if going_back or (resume_from is None and "went_back_to" in latest) else _AS_BEFORE,
+    )
 
 
 def _manifest(of: Checkpoints, checkpoint: Path) -> dict[str, Any]:
@@ -232,7 +237,9 @@ def _offering(of: Checkpoints, checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:  # not Unusable: the error may come from another rank, and its class does not travel
-        raise UserError(f"the checkpoint {checkpoint} cannot be used ({error}); {_offer(of, but=checkpoint)}") from error
+        raise UserError(
+            f"the checkpoint {checkpoint} cannot be used ({error}); {_offer(of, but=checkpoint)}"
+        ) from error
 
 
 def _offer(of: Checkpoints, but: Path | None = None) -> str:
@@ -246,7 +253,9 @@ def _offer(of: Checkpoints, but: Path | None = None) -> str:
             with contextlib.suppress(Unusable):
                 manifest = _manifest(of, checkpoint)
                 shard_files.refuse_other_sizes(checkpoint, manifest["files"])
-                return f"set engine.resume_from={manifest['step']} to go on from {checkpoint.name}, the newest whole one"
+                return (
+                    f"set engine.resume_from={manifest['step']} to go on from {checkpoint.name}, the newest whole one"
+                )
     return "no whole checkpoint of this run is left besides: restore the folder, or choose another name= to start over"
 
 
@@ -293,7 +302,9 @@ def load(
         with _offering(of, checkpoint):
             control.together(lambda: shard_files.refuse_damaged(checkpoint, manifest["files"]))
         _load_on_other_ranks(engine, checkpoint, stage, saved_world)
-    control.together(lambda: _name_latest(of, tag, went_back_to) if rank() == 0 and went_back_to != _AS_BEFORE else None)
+    control.together(
+        lambda: _name_latest(of, tag, went_back_to) if rank() == 0 and went_back_to != _AS_BEFORE else None
+    )
     progress.say("checkpoint", f"{checkpoint}: checked and read in {time.monotonic() - started:.1f} s")
     return int(manifest["step"])
 
@@ -310,7 +321,11 @@ def _load_on_other_ranks(engine: Any, checkpoint: Path, stage: int, saved_world:
 def _read_shard(engine: Any, checkpoint: Path, stage: int, saved_world: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state that all ranks have in common, and this rank's own state of the optimizer."""
     if stage not in partitions.STAGES or engine.zero_nvme_offload_optimizer():
-        how = "with its optimizer on NVMe" if stage in partitions.STAGES else f"by ZeRO stage {stage} with a divided optimizer"
+        how = (
+            "with its optimizer on NVMe"
+            if stage in partitions.STAGES
+            else f"by ZeRO stage {stage} with a divided optimizer"
+        )
         raise UserError(
             f"the checkpoint {checkpoint} was written by {saved_world} ranks {how}, and this job's {world()} ranks "
             f"cannot read it; start {saved_world} ranks, or choose another name= to start over"
@@ -318,7 +333,11 @@ def _read_shard(engine: Any, checkpoint: Path, stage: int, saved_world: int) -> 
     try:
         common = shard_files.opened(checkpoint / shard_files.weights_file(stage, 0))
         saved_sizes, sizes = (_sizes(shapes) for shapes in (common["param_shapes"], engine._get_zero_param_shapes()))
-        form, live, files = partitions.STAGES[stage], engine.optimizer.state_dict(), shard_files.optimizer_files(checkpoint)
+        form, live, files = (
+            partitions.STAGES[stage],
+            engine.optimizer.state_dict(),
+            shard_files.optimizer_files(checkpoint),
+        )
         saved = cache(lambda of_rank: shard_files.opened(files[of_rank])["optimizer_state_dict"])
         return common, partitions.repartitioned(saved, saved_world, saved_sizes, form, live, sizes, rank(), world())
     except UNREADABLE as error:

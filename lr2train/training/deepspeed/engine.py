@@ -76,7 +76,9 @@ class Engine:
         self.accumulation = accumulation_of(config, mesh.dp_size)
         ds_config = deepspeed_config(config, self.accumulation)
         weights = _weights(config, hf_config)
-        lm = load.assembled(hf_config, config.model.dtype, weights, lambda: self._init_context(ds_config), self._gather(modifier_rank=0))
+        lm = load.assembled(
+            hf_config, config.model.dtype, weights, lambda: self._init_context(ds_config), self._gather(modifier_rank=0)
+        )
         self.attention = install(lm, mesh, config.parallel.strategy)
         if config.engine.activation_checkpointing:
             lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -96,7 +98,9 @@ class Engine:
             fused=self.device.type == "cuda",
         )
         with quiet():
-            engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+            engine, *_ = deepspeed.initialize(
+                model=self.model, optimizer=optimizer, config=ds_config, dist_init_required=False
+            )
         return engine
 
     def _init_context(self, ds_config: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
@@ -124,13 +128,17 @@ class Engine:
         # Made while ranks compare: a rank that no strategy serves tells the others.
         attentions: list[SegmentAttention] = []
         agree(lambda: self._described(batches, attentions), self.mesh.sp_size)
-        assert len(batches) == self.accumulation, f"{len(batches)} micro-batches for an accumulation of {self.accumulation}"
+        assert len(batches) == self.accumulation, (
+            f"{len(batches)} micro-batches for an accumulation of {self.accumulation}"
+        )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         with told_to_all():
             return self._step(batches, attentions, interrupted)
 
-    def _step(self, batches: Sequence[Batch], attentions: Sequence[SegmentAttention], interrupted: Callable[[], bool]) -> StepStats:
+    def _step(
+        self, batches: Sequence[Batch], attentions: Sequence[SegmentAttention], interrupted: Callable[[], bool]
+    ) -> StepStats:
         """Forward, backward and update.
 
         Backward starts from ``sum_CE_local * world * accumulation / n_target_tokens``. DeepSpeed divides gradients by
@@ -230,7 +238,9 @@ class Engine:
         for name, parameter in self.model.named_parameters():
             yield f"the weight {name.removeprefix(MODULE_PREFIX)}", getattr(parameter, "ds_tensor", parameter).detach()
         for states in getattr(self._engine.optimizer, "optimizer", self._engine.optimizer).state.values():
-            yield from ((f"the optimizer's {key}", value) for key, value in states.items() if isinstance(value, torch.Tensor))
+            yield from (
+                (f"the optimizer's {key}", value) for key, value in states.items() if isinstance(value, torch.Tensor)
+            )
 
     def save(self, checkpoints: Checkpoints, step: int) -> None:
         """Write a checkpoint after ``step`` steps, as ``checkpoint.save`` does. A collective.
@@ -242,7 +252,9 @@ class Engine:
         with quiet():
             checkpoint.save(self._engine, checkpoints, step)
 
-    def load(self, checkpoints: Checkpoints, resume_from: int | None = None, accept: Callable[[int], None] = lambda _: None) -> int:
+    def load(
+        self, checkpoints: Checkpoints, resume_from: int | None = None, accept: Callable[[int], None] = lambda _: None
+    ) -> int:
         """Read the latest checkpoint, or the one to go back to, as ``checkpoint.load`` does; returns the number of
         steps done. A collective.
 

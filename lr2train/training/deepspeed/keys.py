@@ -46,11 +46,15 @@ def refuse_keys(given: Mapping[str, Any]) -> None:
     for key, value in _paths(given):
         if key in OURS:
             raise UserError(
-                f"engine.deepspeed.{key}={value} is decided by {OURS[key]}; remove it from engine.deepspeed and set {OURS[key]}"
+                f"engine.deepspeed.{key}={value} is decided by {OURS[key]}; remove it from engine.deepspeed and set "
+                f"{OURS[key]}"
             )
     for key, value in _paths(given):
         if value == "auto":
-            raise UserError(f"engine.deepspeed.{key}=auto: only Hugging Face's trainer knows auto; remove it to get DeepSpeed's default")
+            raise UserError(
+                f"engine.deepspeed.{key}=auto: only Hugging Face's trainer knows auto; remove it to get DeepSpeed's "
+                "default"
+            )
     _ask_deepspeed(given)
 
 
@@ -75,7 +79,9 @@ def _ask_deepspeed(given: Mapping[str, Any]) -> None:
             raise UserError(_of_section(error, given)) from error
         except (DeepSpeedConfigError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"engine.deepspeed={dict(given)} is refused by DeepSpeed ({reason}); correct engine.deepspeed") from error
+            raise UserError(
+                f"engine.deepspeed={dict(given)} is refused by DeepSpeed ({reason}); correct engine.deepspeed"
+            ) from error
     for key in given:
         if key not in asked.keys_asked:
             raise UserError(f"engine.deepspeed.{key} is not a key of DeepSpeed's config{_near(key, asked.keys_asked)}")
@@ -110,9 +116,12 @@ def _of_section(error: Any, given: Mapping[str, Any]) -> str:
     """The first refusal of a pydantic model of DeepSpeed, with the full path of the key."""
     first = error.errors()[0]
     inside = ".".join(str(part) for part in first["loc"])
-    key = next((path for path, value in _paths(given) if path.endswith(f".{inside}") and value == first["input"]), inside)
+    key = next(
+        (path for path, value in _paths(given) if path.endswith(f".{inside}") and value == first["input"]), inside
+    )
     if first["type"] == "extra_forbidden":
-        return f"engine.deepspeed.{key} is not a key of DeepSpeed's config{_near(str(first['loc'][-1]), _keys_of_sections())}"
+        meant = _near(str(first["loc"][-1]), _keys_of_sections())
+        return f"engine.deepspeed.{key} is not a key of DeepSpeed's config{meant}"
     return f"engine.deepspeed.{key}={first['input']} is refused by DeepSpeed ({first['msg']}); correct it"
 
 

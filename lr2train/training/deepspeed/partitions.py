@@ -57,7 +57,12 @@ class ParameterShards:
 
     def of_rank(self, rank: int, group: int) -> list[tuple[str, Slice]]:
         """The slices in a rank's shard of a group."""
-        return [(name, one) for name, slices in self.slices.items() for one in slices if (one.rank, one.group) == (rank, group)]
+        return [
+            (name, one)
+            for name, slices in self.slices.items()
+            for one in slices
+            if (one.rank, one.group) == (rank, group)
+        ]
 
 
 def by_parameter(sizes: Sizes, world: int) -> ParameterShards:
@@ -91,7 +96,9 @@ def by_group(sizes: Sizes, world: int) -> ParameterShards:
         for name, numel in members.items():
             owners = range(first // part, -(-(first + numel) // part))
             cuts = [(rank, max(first, rank * part), min(first + numel, (rank + 1) * part)) for rank in owners]
-            slices[name] = [Slice(group, rank, begin - first, begin - rank * part, end - begin) for rank, begin, end in cuts]
+            slices[name] = [
+                Slice(group, rank, begin - first, begin - rank * part, end - begin) for rank, begin, end in cuts
+            ]
             first += numel
         shard_numels.append(part)
     return ParameterShards(slices, shard_numels)
@@ -164,7 +171,9 @@ def repartitioned(
         found: dict[str, Any] = saved(0)[form.optimizer]["state"][before]
         # A step count is copied: two groups that were one before must not share the tensor, or AdamW would count twice.
         return {
-            key: shard(group, lambda r, g, key=key: saved(r)[form.optimizer]["state"][g][key]) if _is_flat(value) else deepcopy(value)
+            key: shard(group, lambda r, g, key=key: saved(r)[form.optimizer]["state"][g][key])
+            if _is_flat(value)
+            else deepcopy(value)
             for key, value in found.items()
         }
 
@@ -197,10 +206,13 @@ def _refuse_unknown(state: Mapping[str, Any], form: StageFormat, shards: Paramet
     found, expected = [weights.numel() for weights in state[form.weights]], list(shards.shard_numels)
     # ZeRO-1 and 2 may leave the end's padding out of the weights.
     cut_off = state.get("group_paddings", [0] * len(expected))
-    fitting = len(found) == len(expected) and all(n - p <= f <= n for f, n, p in zip(found, expected, cut_off, strict=True))
+    fitting = len(found) == len(expected) and all(
+        n - p <= f <= n for f, n, p in zip(found, expected, cut_off, strict=True)
+    )
     if not fitting or any(map(any, state.get("param_alignment_paddings", []))):
         raise UserError(
-            f"the optimizer's groups have {found} elements per rank, and only {expected} can be divided anew; go on with "
+            f"the optimizer's groups have {found} elements per rank, and only {expected} can be divided anew; go on "
+            "with "
             "the number of ranks that wrote the checkpoint, or choose a new name= without the keys of engine.deepspeed "
             "that change how ZeRO divides parameters"
         )

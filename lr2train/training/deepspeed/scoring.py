@@ -18,7 +18,9 @@ from lr2train.model import load
 from lr2train.training.deepspeed.start import dtype_sections, gathered, merged, quiet, start_deepspeed, zero_init
 
 
-def load_sharded(model_config: ModelConfig, device: torch.device, deepspeed_config: Mapping[str, Any] | None = None) -> Any:
+def load_sharded(
+    model_config: ModelConfig, device: torch.device, deepspeed_config: Mapping[str, Any] | None = None
+) -> Any:
     """Load a model for scoring with its weights divided over all ranks. Starts DeepSpeed. A collective.
 
     Every rank has to make the same calls in the same order. Documents and RoPE factors may differ by rank: the tables
@@ -39,11 +41,14 @@ def load_sharded(model_config: ModelConfig, device: torch.device, deepspeed_conf
     start_deepspeed(device)
     hf_config = load.config_of(model_config)
     written = {
-        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 10**12, **dtype_sections(model_config.dtype)
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 10**12,
+        **dtype_sections(model_config.dtype)
     }  # fmt: skip
     ds_config = merged(written, dict(deepspeed_config or {}))
     weights, ranks = load.safetensors_of(load.folder_of(model_config)), dist.get_world_size()
-    model = load.assembled(hf_config, model_config.dtype, weights, lambda: zero_init(ds_config, ranks), gathered(modifier_rank=0))
+    model = load.assembled(
+        hf_config, model_config.dtype, weights, lambda: zero_init(ds_config, ranks), gathered(modifier_rank=0)
+    )
     _gather_in_forward(model.eval().requires_grad_(False), ds_config)
     return model
 

@@ -34,7 +34,8 @@ def weights_file(stage: int, of_rank: int) -> str:
 def optimizer_files(checkpoint: Path) -> list[Path]:
     """The files of the optimizer's shards, in order of rank; none under ZeRO stage 0, which divides nothing."""
     return sorted(
-        checkpoint.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=lambda path: int(path.name.split("_rank_")[1].split("_")[0])
+        checkpoint.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"),
+        key=lambda path: int(path.name.split("_rank_")[1].split("_")[0]),
     )
 
 
@@ -49,7 +50,9 @@ def refuse_other_sizes(checkpoint: Path, files: dict[str, Any]) -> None:
     for name, about in files.items():
         found = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else None
         if found != about["bytes"]:
-            raise Unusable(f"{name} " + ("is missing" if found is None else f"has {found} bytes, {about['bytes']} were written"))
+            raise Unusable(
+                f"{name} " + ("is missing" if found is None else f"has {found} bytes, {about['bytes']} were written")
+            )
 
 
 def refuse_damaged(checkpoint: Path, files: dict[str, Any]) -> None:

@@ -87,7 +87,9 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
 
 def dtype_sections(dtype: str) -> dict[str, Any]:
     """The section of DeepSpeed's config that a dtype needs; float32 needs none."""
-    return {section: {"enabled": True} for section, name in (("bf16", "bfloat16"), ("fp16", "float16")) if dtype == name}
+    return {
+        section: {"enabled": True} for section, name in (("bf16", "bfloat16"), ("fp16", "float16")) if dtype == name
+    }
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +109,8 @@ def accumulation_of(config: Config, dp_size: int) -> int:
     total = config.optim.segments_per_step
     if total % dp_size:
         raise UserError(
-            f"optim.segments_per_step={total} is not divisible by the {dp_size} data-parallel ranks (world / parallel.sp); "
+            f"optim.segments_per_step={total} is not divisible by the {dp_size} data-parallel ranks (world / "
+            "parallel.sp); "
             f"set optim.segments_per_step to {-(-total // dp_size) * dp_size} or change parallel.sp"
         )
     return total // dp_size
@@ -128,7 +131,9 @@ def zero_init(ds_config: dict[str, Any], batch_size: int) -> contextlib.Abstract
 
 
 def gathered(modifier_rank: int | None) -> load.Gather:
-    """A context that gathers divided parameters; on exit the changes of ``modifier_rank`` are kept (None: no changes)."""
+    """A context that gathers divided parameters; on exit the changes of ``modifier_rank`` are kept (None: no
+    changes).
+    """
     import deepspeed
 
     return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)

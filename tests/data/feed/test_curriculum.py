@@ -106,7 +106,9 @@ def test_shares_hold_in_each_batch(data):
 
 
 def test_stages_follow_each_other_and_the_last_goes_on(data):
-    made = loader(data, StageConfig(steps=2, length_tokens=32, **REPEATS), StageConfig(steps=3, length_tokens=64, **TEXT))
+    made = loader(
+        data, StageConfig(steps=2, length_tokens=32, **REPEATS), StageConfig(steps=3, length_tokens=64, **TEXT)
+    )
     assert made.steps_per_epoch == 5
     assert [made.batches(step)[0].spans[0][1] for step in (0, 1, 2, 4, 5, 99)] == [32, 32, 64, 64, 64, 64]
 
@@ -117,7 +119,9 @@ def test_batches_do_not_depend_on_the_number_of_ranks(data):
     whole = {batch.tokens.tobytes() for batch in alone.batches(3)}
     assert whole == {batch.tokens.tobytes() for batch in loader(data, stage).batches(3)}
     assert len(whole) == 4
-    assert whole == {batch.tokens.tobytes() for rank in range(2) for batch in loader(data, stage, rank=rank, size=2).batches(3)}
+    assert whole == {
+        batch.tokens.tobytes() for rank in range(2) for batch in loader(data, stage, rank=rank, size=2).batches(3)
+    }
     assert whole.isdisjoint(batch.tokens.tobytes() for batch in alone.batches(4))
     assert whole.isdisjoint(batch.tokens.tobytes() for batch in loader(data, stage, seed=1).batches(3))
     assert alone.fingerprint == loader(data, stage, rank=1, size=2).fingerprint
@@ -130,7 +134,10 @@ def test_batches_do_not_depend_on_the_number_of_ranks(data):
         (r"data\.stages\[0\] .*steps=0", StageConfig(steps=0, length_tokens=64, **TEXT)),
         (r"data\.stages\[0\] .*length_tokens=4;", StageConfig(steps=1, length_tokens=4, **TEXT)),
         (r"data\.stages\[0\] .*repeats=0\.0.* set one above 0", StageConfig(steps=1, length_tokens=64)),
-        (r"data\.stages\[0\]\.length_tokens=12 .*data\.needles\.wording=code", StageConfig(steps=1, length_tokens=12, **NEEDLES)),
+        (
+            r"data\.stages\[0\]\.length_tokens=12 .*data\.needles\.wording=code",
+            StageConfig(steps=1, length_tokens=12, **NEEDLES),
+        ),
     ],
 )
 def test_a_stage_that_cannot_be_made_is_refused_before_training(data, words, stage):

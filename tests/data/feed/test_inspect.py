@@ -74,7 +74,9 @@ def test_a_step_of_a_run_takes_seed_batch_groups_and_skips_of_the_run(folder, ca
     (run / "train.config.json").write_text(json.dumps(saved))
     (run / FILE).write_text(json.dumps({"group_segments": 2, "skipped": [[2, 4]]}))
     segments = shown(folder, "run=first", "inspect.step=3", "inspect.dp_size=1")
-    config = tiny.config("train", folder, "name=x", "data.group_segments=2", "optim.segments_per_step=4", f"data.segment_tokens={tiny.L}")
+    config = tiny.config(
+        "train", folder, "name=x", "data.group_segments=2", "optim.segments_per_step=4", f"data.segment_tokens={tiny.L}"
+    )
     expected = make_loader(Corpus.open(folder / "corpus"), config.data, 5, 0, 1, 4).segments(2)
     assert [(one.window, one.number) for one in segments] == expected
     assert capsys.readouterr().out.startswith("step 3 (passed over: data.skip_steps): 4 segments in groups of 2")

@@ -48,7 +48,10 @@ def config(tmp_path_factory) -> Config:
 def loaders(config: Config, size: int, segments_per_step: int = 8, seed: int = 0):
     """A loader for each rank, with the smallest groups."""
     data = replace(config.data, group_segments=size)
-    return [make_loader(Corpus.open(config.data.path), data, seed, rank, size, segments_per_step, 128, 512) for rank in range(size)]
+    return [
+        make_loader(Corpus.open(config.data.path), data, seed, rank, size, segments_per_step, 128, 512)
+        for rank in range(size)
+    ]
 
 
 def segments(loader, step: int) -> list[tuple[str, bytes]]:
@@ -81,7 +84,9 @@ def test_ranks_share_the_window_of_each_micro_batch(config, size):
 def test_an_epoch_holds_each_segment_on_any_number_of_ranks(config, size):
     ranks = loaders(config, size)
     groups = sum(-(-ranks[0].n_segments(window) // size) for window in (SHORT, LONG))
-    seen = [[segment for step in range(rank.steps_per_epoch) for segment in rank.segments(step)][:groups] for rank in ranks]
+    seen = [
+        [segment for step in range(rank.steps_per_epoch) for segment in rank.segments(step)][:groups] for rank in ranks
+    ]
     times = Counter(segment for of_rank in seen for segment in of_rank)
     for window in (SHORT, LONG):
         assert {number for tag, number in times if tag == window} == set(range(ranks[0].n_segments(window)))
@@ -118,7 +123,11 @@ def test_prefetching_changes_no_batch(config, first, ahead, threads):
     (loader,) = loaders(config, 1)
     steps = range(first, first + 6)
     made = list(prefetched(loader.batches, steps, ahead, threads))
-    assert all(same(a, b) for step, batches in zip(steps, made, strict=True) for a, b in zip(batches, loader.batches(step), strict=True))
+    assert all(
+        same(a, b)
+        for step, batches in zip(steps, made, strict=True)
+        for a, b in zip(batches, loader.batches(step), strict=True)
+    )
 
 
 def test_windows_are_spread_evenly_and_each_epoch_has_its_own_order(config):
@@ -131,12 +140,16 @@ def test_windows_are_spread_evenly_and_each_epoch_has_its_own_order(config):
     assert sorted(order[:n_long]) == sorted(order[n_long : 2 * n_long])
     assert order[:n_long] != order[n_long : 2 * n_long]
     (other,) = loaders(config, 1, seed=1)
-    assert order != [one for step in range(3 * loader.steps_per_epoch) for tag, one in other.segments(step) if tag == LONG]
+    assert order != [
+        one for step in range(3 * loader.steps_per_epoch) for tag, one in other.segments(step) if tag == LONG
+    ]
 
 
 @pytest.mark.parametrize("attention", list(LongAttention))
 def test_labels_never_cross_documents(config, attention):
-    loader = make_loader(Corpus.open(config.data.path), replace(config.data, long_attention=attention), 0, 0, 1, 8, 128, 512)
+    loader = make_loader(
+        Corpus.open(config.data.path), replace(config.data, long_attention=attention), 0, 0, 1, 8, 128, 512
+    )
     bos, eos = 0, 1
     for batch in (batch for step in range(6) for batch in loader.batches(step)):
         inside = np.concatenate([np.arange(start, stop) for start, stop in batch.spans])
@@ -180,7 +193,16 @@ def test_a_window_with_fewer_segments_than_a_group_is_logged(config, capsys):
     assert capsys.readouterr().err == ""
     few = loader.n_segments(LONG)
     segments_per_step = 4 * (few + 1)
-    make_loader(Corpus.open(config.data.path), replace(config.data, group_segments=few + 1), 0, 0, 1, segments_per_step, 128, 512)
+    make_loader(
+        Corpus.open(config.data.path),
+        replace(config.data, group_segments=few + 1),
+        0,
+        0,
+        1,
+        segments_per_step,
+        128,
+        512,
+    )
     assert f"only {few} long segments for groups of {few + 1}" in capsys.readouterr().err
 
 
@@ -215,7 +237,9 @@ def test_a_low_limit_of_open_files_is_raised_as_far_as_the_system_allows(config)
     try:
         assert len(make_loader(Corpus.open(config.data.path), config.data, 0, 0, 1, 8, 128, 512).batches(0)) == 8
         if hard != resource.RLIM_INFINITY:
-            with pytest.raises(UserError, match=rf"{10**12} token shards.* {3 * 10**12 + 256} open files.* {hard}; .*data\.shard_bytes"):
+            with pytest.raises(
+                UserError, match=rf"{10**12} token shards.* {3 * 10**12 + 256} open files.* {hard}; .*data\.shard_bytes"
+            ):
                 allow_open_files(10**12)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

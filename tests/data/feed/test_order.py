@@ -35,7 +35,9 @@ def streams(order: Order, groups: int) -> dict[str, list[list[int]]]:
     found: dict[str, list[list[int]]] = {window: [] for window in WINDOWS}
     for number in range(groups):
         window, segments = order.group(number)
-        assert order.schedule.locate(number) == (window, len(found[window])), "a group of a window is missing or comes twice"
+        assert order.schedule.locate(number) == (window, len(found[window])), (
+            "a group of a window is missing or comes twice"
+        )
         found[window].append(segments.tolist())
     return found
 
@@ -53,7 +55,9 @@ def test_each_epoch_of_a_window_holds_each_segment_once(counts, group, seed):
         for at in range(len(found) + 1):
             seen = Counter(segment for one in found[:at] for segment in one)
             whole, rest = divmod(at * group, n) if n else (0, 0)
-            assert sum(seen[segment] > whole for segment in range(n)) == rest, "an epoch begins before the previous one has ended"
+            assert sum(seen[segment] > whole for segment in range(n)) == rest, (
+                "an epoch begins before the previous one has ended"
+            )
             assert all(whole <= seen[segment] <= whole + 1 for segment in range(n))
 
 
@@ -95,7 +99,9 @@ def test_orders_differ_by_epoch_seed_and_window():
 
 def waiting(groups: np.ndarray, costs: np.ndarray, size: int) -> float:
     """Share of the time for which ranks wait: a micro-batch lasts as long as its costliest segment."""
-    micro_batches = costs[np.concatenate([[part(group, rank, size) for group in groups] for rank in range(size)])].reshape(size, -1)
+    micro_batches = costs[
+        np.concatenate([[part(group, rank, size) for group in groups] for rank in range(size)])
+    ].reshape(size, -1)
     return float(1 - micro_batches.mean() / micro_batches.max(axis=0).mean())
 
 

@@ -78,7 +78,9 @@ def test_duplicates_are_not_planned(runs):
     planned = {
         (int(source), int(document))
         for window in ("short", "long")
-        for source, document in zip(corpus.segment_table(window).source, corpus.segment_table(window).document, strict=True)
+        for source, document in zip(
+            corpus.segment_table(window).source, corpus.segment_table(window).document, strict=True
+        )
     }
     assert all(marks[source][document] for source, document in planned)
     tokens = sum(one["planned_tokens"] for one in result["windows"].values())

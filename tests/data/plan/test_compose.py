@@ -42,7 +42,8 @@ def stores_of(folder: Path, documents: list[list[list[int]]]) -> list[SourceStor
 def data_of(lengths: list[list[int]], **changes) -> DataConfig:
     names = "abc"[: len(lengths)]
     return DataConfig(
-        sources=[SourceConfig(name=name, weight=1.0 + number) for number, name in enumerate(names)], **{"segment_tokens": T, **changes}
+        sources=[SourceConfig(name=name, weight=1.0 + number) for number, name in enumerate(names)],
+        **{"segment_tokens": T, **changes},
     )
 
 
@@ -81,7 +82,13 @@ def test_each_planned_token_comes_once_as_an_input_and_once_as_a_target(
     # The short bucket reaches past L0, so that short documents are cut too; the long bucket has all longer ones.
     ranges = [BucketConfig(name="s", window=SHORT, to_tokens=20), BucketConfig(name="l", above_tokens=20)]
     data = data_of(
-        lengths, align_sp=align_sp, over_long=over_long, short_tokens=budget, long_tokens=budget, buckets=ranges, max_repeats=1e6
+        lengths,
+        align_sp=align_sp,
+        over_long=over_long,
+        short_tokens=budget,
+        long_tokens=budget,
+        buckets=ranges,
+        max_repeats=1e6,
     )
     try:
         mixture = composed(data, lengths, seed)
@@ -115,7 +122,10 @@ def check_sequence_shards(table, window: str, shards: int) -> None:
 @given(corpora, st.sampled_from(list(OverLong)), st.integers(0, 99))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_the_report_counts_every_document_and_every_token(lengths, over_long, seed):
-    ranges = [BucketConfig(name="s", window=SHORT, to_tokens=20), BucketConfig(name="l", above_tokens=20, to_tokens=100)]
+    ranges = [
+        BucketConfig(name="s", window=SHORT, to_tokens=20),
+        BucketConfig(name="l", above_tokens=20, to_tokens=100),
+    ]
     data = data_of(lengths, over_long=over_long, buckets=ranges, keep_below={"a": 0.5}, keep_below_tokens=10)
     mixture = composed(data, lengths, seed)
     arrays, masks = [np.array(one, np.int32) for one in lengths], [None] * len(lengths)
@@ -123,7 +133,11 @@ def test_the_report_counts_every_document_and_every_token(lengths, over_long, se
     everything = sum(map(sum, lengths))
     lost = report["lost_tokens"]
     in_windows = sum(one["planned_tokens"] for one in report["windows"].values())
-    assert in_windows == sum(table.tokens for table in mixture.tables.values()) == sum(row["planned_tokens"] for row in report["cells"])
+    assert (
+        in_windows
+        == sum(table.tokens for table in mixture.tables.values())
+        == sum(row["planned_tokens"] for row in report["cells"])
+    )
     assert in_windows + sum(lost.values()) + report["outside"]["tokens"] + report["left_out"]["tokens"] == everything
     assert report["outside"]["tokens"] == sum(length for one in lengths for length in one if length > 100)
     assert lost["dropped"] == (
@@ -145,7 +159,10 @@ def realistic(n: int, seed: int) -> np.ndarray:
 def test_the_realised_mix_is_within_half_a_percent_of_both_marginals():
     lengths = [realistic(20_000, seed) for seed in range(3)]
     data = data_of([[]] * 3, align_sp=4, short_tokens=150_000, long_tokens=300_000, weights_of=WeightsOf.corpus)
-    data.buckets = [BucketConfig(name="m", to_tokens=60, weight=1), BucketConfig(name="l", above_tokens=60, to_tokens=300, weight=2)]
+    data.buckets = [
+        BucketConfig(name="m", to_tokens=60, weight=1),
+        BucketConfig(name="l", above_tokens=60, to_tokens=300, weight=2),
+    ]
     report = report_of(data, lengths, [None] * 3, compose_segments(data, lengths, [None] * 3, L0, 0))
     targets = [[row["target_tokens"] for row in report[f"by_{what}"]] for what in ("bucket", "source")]
     np.testing.assert_allclose(targets[0], [150_000, 100_000, 200_000], atol=3)  # each of nine cells is a whole number
@@ -159,7 +176,9 @@ def test_a_document_that_is_not_usable_is_never_planned():
     mixture = compose_segments(data_of([[]]), lengths, [usable], L0, 0)
     seen = np.unique(np.concatenate([table.document for table in mixture.tables.values()]))
     assert usable[seen].all()
-    assert set(np.flatnonzero(usable)) - set(seen) <= set(np.flatnonzero(lengths[0] > L0)), "a usable short document is missing"
+    assert set(np.flatnonzero(usable)) - set(seen) <= set(np.flatnonzero(lengths[0] > L0)), (
+        "a usable short document is missing"
+    )
 
 
 def test_keep_below_thins_short_documents_of_its_source_and_no_others():
@@ -200,7 +219,9 @@ def test_the_seed_alone_decides_draws_and_orders():
     data = data_of(lengths, short_tokens=2_000, long_tokens=5_000)
     first, again, other = (composed(data, lengths, seed) for seed in (0, 0, 1))
     for window in (SHORT, LONG):
-        columns = [[one.tables[window].document.tolist(), one.tables[window].offset.tolist()] for one in (first, again, other)]
+        columns = [
+            [one.tables[window].document.tolist(), one.tables[window].offset.tolist()] for one in (first, again, other)
+        ]
         assert columns[0] == columns[1] != columns[2]
 
 

@@ -56,7 +56,9 @@ def test_the_fit_meets_both_marginals_and_no_nearer_table_does(n_rows, n_columns
     # Optimality without its formula: tokens moved around any rectangle keep the marginals, and must not give a nearer
     # table.
     here, step = entropy(table, natural), 1e-4 * table.sum()
-    for (a, b), (c, d) in itertools.product(itertools.permutations(range(n_rows), 2), itertools.combinations(range(n_columns), 2)):
+    for (a, b), (c, d) in itertools.product(
+        itertools.permutations(range(n_rows), 2), itertools.combinations(range(n_columns), 2)
+    ):
         moved = table.copy()
         moved[[a, b], [c, d]] += step
         moved[[a, b], [d, c]] -= step
@@ -192,7 +194,10 @@ def test_the_missing_tokens_of_a_mix_over_the_corpus_are_the_least_that_would_do
 
 def test_a_window_without_a_bucket_gets_one_of_all_its_documents():
     ranges = buckets.resolve(data_of({"a": 1}, buckets=[]), 512)
-    assert [(one.name, one.above_tokens, one.to_tokens) for one in ranges] == [("short", 0, 512), ("long", 512, ENDLESS)]
+    assert [(one.name, one.above_tokens, one.to_tokens) for one in ranges] == [
+        ("short", 0, 512),
+        ("long", 512, ENDLESS),
+    ]
     masks = [one.holds(np.array([3, 512, 513, 10**6])).tolist() for one in ranges]
     assert masks == [[True, True, False, False], [False, False, True, True]]
 
@@ -205,8 +210,10 @@ def test_a_window_without_a_bucket_gets_one_of_all_its_documents():
         ([BucketConfig(name="x", to_tokens=512)], r"data\.buckets\.x holds lengths above 512 and up to 512"),
         ([BucketConfig(name="x", weight=-1)], r"data\.buckets\.x\.weight=-1"),
         ([BucketConfig(name="x", sources={"z": 1.0})], r"data\.buckets\.x\.sources names z"),
-        ([BucketConfig(name="x", to_tokens=900, sources={"a": 1.0}), BucketConfig(name="y", above_tokens=900)], r"buckets\.x .*buckets\.y .*give sources"),
-        ([BucketConfig(name="x"), BucketConfig(name="y", above_tokens=900)], r"a of 901 tokens .*set data\.buckets\.x\.to_tokens to at most 900"),
+        ([BucketConfig(name="x", to_tokens=900, sources={"a": 1.0}), BucketConfig(name="y", above_tokens=900)],
+        r"buckets\.x .*buckets\.y .*give sources"),
+        ([BucketConfig(name="x"), BucketConfig(name="y", above_tokens=900)],
+        r"a of 901 tokens .*set data\.buckets\.x\.to_tokens to at most 900"),
     ],
 )  # fmt: skip
 def test_buckets_out_of_their_limits_are_refused(listed, words):
@@ -218,7 +225,9 @@ def bucket(over_limit: OverLong) -> Bucket:
     return Bucket("b", "long", 4, 90, 1.0, {}, 10, over_limit)
 
 
-@pytest.mark.parametrize(("over_limit", "tokens"), [(OverLong.split, 5 + 90 + 10), (OverLong.truncate, 5 + 10 + 10), (OverLong.drop, 15)])
+@pytest.mark.parametrize(
+    ("over_limit", "tokens"), [(OverLong.split, 5 + 90 + 10), (OverLong.truncate, 5 + 10 + 10), (OverLong.drop, 15)]
+)
 def test_documents_over_the_limit_are_split_truncated_or_dropped_and_counted(over_limit, tokens):
     cell = buckets.cell_of(np.array([4, 5, 90, 91, 10], np.int32), None, bucket(over_limit))
     assert cell.tokens == tokens
@@ -239,7 +248,9 @@ def test_documents_are_drawn_up_to_the_target_and_none_twice_before_each_came_on
     assert times.max() - times.min() <= 1
     if target % sum(lengths):
         before = cell.length[rows[:-1]].sum()
-        others = [length for row, length in enumerate(lengths) if times[row] == target // sum(lengths) or row == rows[-1]]
+        others = [
+            length for row, length in enumerate(lengths) if times[row] == target // sum(lengths) or row == rows[-1]
+        ]
         assert cell.length[rows[-1]] == min(length for length in others if before + length >= target), (
             "another document would exceed the target less"
         )

@@ -70,18 +70,23 @@ def test_short_segments_hold_each_token_once_inside_its_sequence_shard(tmp_path_
     store = store_of(tmp_path_factory.mktemp("short"), documents)
     rng = None if seed is None else np.random.default_rng(seed)
     table = packing.pack_short(selection(lengths), 48, align_sp, rng)
-    assert table.n_segments <= -(-len(best_fit_slowly(lengths, 48 // align_sp)) // align_sp), "more segments than best-fit"
+    assert table.n_segments <= -(-len(best_fit_slowly(lengths, 48 // align_sp)) // align_sp), (
+        "more segments than best-fit"
+    )
     target, seen = next_token(documents), []
     for segment in range(table.n_segments):
         batch = batch_of(table, segment, [store], "short", False, PADDING)
         labels, positions, inside = labels_of(batch), positions_of(batch), np.zeros(48, bool)
         for start, stop in batch.spans:
             inside[start:stop] = True
-            assert start // (48 // align_sp) == (stop - 1) // (48 // align_sp), "a document crosses a border between sequence shards"
+            assert start // (48 // align_sp) == (stop - 1) // (48 // align_sp), (
+                "a document crosses a border between sequence shards"
+            )
             assert positions[start:stop].tolist() == list(range(stop - start))
         seen += batch.tokens[inside].tolist()
         assert labels.tolist() == [
-            target.get(token, IGNORE) if real else IGNORE for token, real in zip(batch.tokens.tolist(), inside, strict=True)
+            target.get(token, IGNORE) if real else IGNORE
+            for token, real in zip(batch.tokens.tolist(), inside, strict=True)
         ]
         assert (batch.tokens[~inside] == PADDING).all()
         assert (positions[~inside] == 0).all()
@@ -91,13 +96,17 @@ def test_short_segments_hold_each_token_once_inside_its_sequence_shard(tmp_path_
 
 @given(st.lists(st.integers(5, 70), min_size=1, max_size=30), st.sampled_from([16, 24]), st.booleans())
 @settings(max_examples=80, deadline=None, derandomize=True)
-def test_long_segments_hold_whole_documents_first_and_then_follow_the_stream(tmp_path_factory, lengths, segment_tokens, whole):
+def test_long_segments_hold_whole_documents_first_and_then_follow_the_stream(
+    tmp_path_factory, lengths, segment_tokens, whole
+):
     documents = unique_documents(lengths)
     filled = [len(document) // segment_tokens * segment_tokens for document in documents]
     # Documents of a segment's length or more fill segments of their own; their rests and all other documents follow as
     # one stream.
     alone = [int(token) for document, stop in zip(documents, filled, strict=True) for token in document[:stop]]
-    stream = alone + [int(token) for document, start in zip(documents, filled, strict=True) for token in document[start:]]
+    stream = alone + [
+        int(token) for document, start in zip(documents, filled, strict=True) for token in document[start:]
+    ]
     store = store_of(tmp_path_factory.mktemp("long"), documents)
     table = packing.pack_long(selection(lengths), segment_tokens)
     batches = [batch_of(table, segment, [store], "long", whole, PADDING) for segment in range(table.n_segments)]
@@ -105,7 +114,9 @@ def test_long_segments_hold_whole_documents_first_and_then_follow_the_stream(tmp
     n_full = len(stream) // segment_tokens * segment_tokens
     assert tokens == stream[:n_full]
     target = next_token(documents)
-    assert [label for batch in batches for label in labels_of(batch).tolist()] == [target.get(token, IGNORE) for token in tokens]
+    assert [label for batch in batches for label in labels_of(batch).tolist()] == [
+        target.get(token, IGNORE) for token in tokens
+    ]
     for batch in batches:
         check_long_spans(batch, segment_tokens, whole, target)
 
@@ -121,7 +132,10 @@ def check_long_spans(batch, segment_tokens, whole, target):
     for start, stop in batch.spans:
         assert positions[start:stop].tolist() == list(range(stop - start))
         assert all(
-            target[a] == b for a, b in zip(batch.tokens[start : stop - 1].tolist(), batch.tokens[start + 1 : stop].tolist(), strict=True)
+            target[a] == b
+            for a, b in zip(
+                batch.tokens[start : stop - 1].tolist(), batch.tokens[start + 1 : stop].tolist(), strict=True
+            )
         )
 
 
@@ -129,7 +143,9 @@ def test_each_token_but_the_first_is_a_target_once_even_where_a_document_is_cut(
     documents = unique_documents([40])
     table = packing.pack_long(selection([40]), 10)
     store = store_of(tmp_path, documents)
-    labels = np.concatenate([labels_of(batch_of(table, segment, [store], "long", True, PADDING)) for segment in range(4)])
+    labels = np.concatenate(
+        [labels_of(batch_of(table, segment, [store], "long", True, PADDING)) for segment in range(4)]
+    )
     assert labels.tolist() == [*documents[0][1:].tolist(), IGNORE]
 
 
@@ -138,7 +154,11 @@ def test_each_token_but_the_first_is_a_target_once_even_where_a_document_is_cut(
 def test_the_parts_of_split_documents_are_the_same_tokens_in_order(lengths, limit):
     parts = packing.split(selection(lengths), limit)
     assert parts.length.max() <= limit
-    tokens = [(int(d), int(s) + i) for d, s, n in zip(parts.document, parts.start, parts.length, strict=True) for i in range(n)]
+    tokens = [
+        (int(d), int(s) + i)
+        for d, s, n in zip(parts.document, parts.start, parts.length, strict=True)
+        for i in range(n)
+    ]
     assert tokens == [(document, place) for document, length in enumerate(lengths) for place in range(length)]
     assert len(parts) == sum(-(-length // limit) for length in lengths), "only the last part of a document is not full"
 
@@ -159,7 +179,9 @@ def test_an_align_sp_that_is_no_number_of_sequence_shards_is_refused(align_sp):
         packing.sequence_shards(align_sp)
 
 
-@given(st.lists(st.integers(1, 16), max_size=80), st.integers(16, 50), st.integers(0, 99), st.sampled_from([0.0, 1.1, 9.0]))
+@given(
+    st.lists(st.integers(1, 16), max_size=80), st.integers(16, 50), st.integers(0, 99), st.sampled_from([0.0, 1.1, 9.0])
+)
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_bins_of_varied_lengths_hold_what_fits_and_are_numbered_without_gaps(lengths, capacity, seed, kept_back):
     bin_of = packing.varied_fit(np.array(lengths, np.int32), capacity, np.random.default_rng(seed), kept_back)
@@ -187,9 +209,13 @@ def test_best_fit_fills_the_room_that_is_left_in_partly_filled_bins(rooms, lengt
 def test_documents_of_one_length_do_not_gather_in_a_segment(align_sp):
     """The mean length of a segment's documents varies about as in a random draw; best-fit's varies far more."""
     lengths = np.random.default_rng(0).lognormal(5, 1, 40_000).astype(np.int64).clip(2, 1024)
-    tight, varied = (packing.pack_short(selection(lengths), 8192, align_sp, rng) for rng in (None, np.random.default_rng(0)))
+    tight, varied = (
+        packing.pack_short(selection(lengths), 8192, align_sp, rng) for rng in (None, np.random.default_rng(0))
+    )
     assert varied.n_segments <= tight.n_segments + 1
-    spread = [np.median(np.abs(np.bincount(one.segment) / len(lengths) * one.n_segments - 1)) for one in (tight, varied)]
+    spread = [
+        np.median(np.abs(np.bincount(one.segment) / len(lengths) * one.n_segments - 1)) for one in (tight, varied)
+    ]
     # of a renewal process, normal
     by_chance = 0.6745 * np.sqrt(np.square(lengths.astype(float)).mean() / lengths.mean() / 8192)
     assert spread[1] < 1.5 * by_chance, "1.5, because the documents that fill gaps are not drawn at random"
@@ -199,7 +225,8 @@ def test_documents_of_one_length_do_not_gather_in_a_segment(align_sp):
 
 
 @pytest.mark.parametrize(
-    ("align_sp", "words"), [(3, r"data\.segment_tokens=64 .* data\.align_sp"), (8, r"9 tokens .* set data\.align_sp to 7")]
+    ("align_sp", "words"),
+    [(3, r"data\.segment_tokens=64 .* data\.align_sp"), (8, r"9 tokens .* set data\.align_sp to 7")],
 )
 def test_sequence_shards_that_cannot_hold_the_documents_are_refused(align_sp, words):
     with pytest.raises(UserError, match=words):

@@ -22,7 +22,9 @@ def config_of(folder, **changes) -> Config:
     config = Config(name="corpus", runs_folder=str(folder))
     config.model.original_window_tokens = 128
     given = {"segment_tokens": 512, "vocab_size": 400, "holdout": 0.1, "align_sp": [2, 4], **changes}
-    config.data.sources = [SourceConfig(name="definitions", kind="stdlib", max_bytes=80_000, options={"unit": "definition"})]
+    config.data.sources = [
+        SourceConfig(name="definitions", kind="stdlib", max_bytes=80_000, options={"unit": "definition"})
+    ]
     for key, value in given.items():
         setattr(config.data, key, value)
     return config
@@ -69,7 +71,10 @@ def test_a_flipped_bit_of_a_table_is_found(tmp_path, place):
 def test_a_table_that_is_cut_or_missing_or_another_array_is_refused(tmp_path):
     about = segment_table.write(tmp_path / "p.npy", table_of([7, 30, 2, 9, 31]))
     os.truncate(tmp_path / "p.npy", 200)
-    for call in (lambda: segment_table.verify(tmp_path / "p.npy", about), lambda: segment_table.read(tmp_path / "p.npy", 64)):
+    for call in (
+        lambda: segment_table.verify(tmp_path / "p.npy", about),
+        lambda: segment_table.read(tmp_path / "p.npy", 64),
+    ):
         with pytest.raises(UserError, match=r"p\.npy is unusable .*run prepare again"):
             call()
     with pytest.raises(UserError, match=r"none\.npy is unusable"):
@@ -121,7 +126,9 @@ def test_another_mix_makes_other_segments_of_the_same_tokens(prepared, tmp_path,
     os.link(corpus.folder / "tokenizer.manifest.json", tmp_path / "corpus" / "tokenizer.manifest.json")
     tokens = (corpus.folder / "store" / "definitions" / "train-00000.bin").stat()
     changed = prepare(config_of(tmp_path, **change))
-    assert (tmp_path / "corpus" / "store" / "definitions" / "train-00000.bin").stat().st_ino == tokens.st_ino, "tokenised again"
+    assert (tmp_path / "corpus" / "store" / "definitions" / "train-00000.bin").stat().st_ino == tokens.st_ino, (
+        "tokenised again"
+    )
     assert changed["fingerprint"] != result["fingerprint"]
     assert prepare(config)["fingerprint"] == result["fingerprint"], "the first corpus has changed"
 
@@ -157,7 +164,9 @@ def test_documents_in_no_bucket_are_logged(tmp_path, capsys):
 
 def test_a_source_without_documents_of_a_bucket_is_logged_with_its_share(tmp_path, capsys):
     """The other sources take the share, so the mix over sources differs from the weights."""
-    (tmp_path / "a.txt").write_text("".join(map(str, np.random.default_rng(0).integers(10, size=420))))  # 129 to 300 tokens
+    (tmp_path / "a.txt").write_text(
+        "".join(map(str, np.random.default_rng(0).integers(10, size=420)))
+    )  # 129 to 300 tokens
     ranges = [BucketConfig(name="to_300", to_tokens=300), BucketConfig(name="rest", above_tokens=300, weight=3)]
     config = config_of(tmp_path / "runs", holdout=0.0, buckets=ranges, long_tokens=4000, max_repeats=99.0)
     config.data.sources.append(SourceConfig(name="a", path=str(tmp_path / "a.txt")))

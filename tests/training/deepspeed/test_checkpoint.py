@@ -1,4 +1,6 @@
-"""Checkpoints: any number of ranks goes on from them bit for bit; a damaged, unfinished or foreign checkpoint is refused in one sentence."""
+"""Checkpoints: any number of ranks goes on from them bit for bit; a damaged, unfinished or foreign checkpoint is
+refused in one sentence.
+"""
 
 import contextlib
 import json
@@ -31,7 +33,11 @@ OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 VARIANTS = {
     "stage 3": ({"deepspeed": RELEASE_ALL}, {}, 1e-6),
     "stage 3, kept parameters": ({"deepspeed": {}}, {}, 1e-6),  # below DeepSpeed's threshold: whole on every rank
-    "stage 3, small groups": ({"deepspeed": SMALL_GROUPS}, {}, 1e-6),  # groups are cut by a rank's share: two and four ranks have others
+    "stage 3, small groups": (
+        {"deepspeed": SMALL_GROUPS},
+        {},
+        1e-6,
+    ),  # groups are cut by a rank's share: two and four ranks have others
     "stage 3, offload": ({"deepspeed": OFFLOAD}, {}, 1e-6),
     "stage 3, bfloat16": ({"deepspeed": RELEASE_ALL}, {"dtype": "bfloat16"}, 1e-2),
     "stage 2": ({"zero_stage": 2, "deepspeed": {}}, {}, 1e-6),
@@ -61,7 +67,9 @@ def engine_of(world: int, sp: int, variant: str):
 
 
 def trained(rank: int, world: int, cases: list[tuple[int, str]], folder: Path) -> list[Trained]:
-    """Losses by step, and the whole optimizer state after ``SAVED`` steps; for each (sp, variant), from its checkpoint if there is one."""
+    """Losses by step, and the whole optimizer state after ``SAVED`` steps; for each (sp, variant), from its checkpoint
+    if there is one.
+    """
     return [train(world, sp, folder / variant, variant) for sp, variant in cases]
 
 
@@ -83,26 +91,40 @@ def train(world: int, sp: int, folder: Path, variant: str) -> Trained:
 
 
 def whole_state(engine) -> dict[str, np.ndarray]:
-    """Master weights and moments of every parameter, gathered by DeepSpeed, and the options and step counts of torch's optimizer."""
+    """Master weights and moments of every parameter, gathered by DeepSpeed, and the options and step counts of torch's
+    optimizer.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     optimizer, found = engine._engine.optimizer, {}
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2: where a parameter's moments lie is looked up once
+    if hasattr(
+        optimizer, "_lazy_init_hp_params_optimizer_state"
+    ):  # ZeRO-1 and 2: where a parameter's moments lie is looked up once
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.model.named_parameters() if engine.config.engine.zero_stage else ():
         found[name] = safe_get_full_fp32_param(parameter).numpy()
-        found |= {f"{name}/{key}": safe_get_full_optimizer_state(parameter, key).numpy() for key in ("exp_avg", "exp_avg_sq")}
+        found |= {
+            f"{name}/{key}": safe_get_full_optimizer_state(parameter, key).numpy() for key in ("exp_avg", "exp_avg_sq")
+        }
     inner = getattr(optimizer, "optimizer", optimizer)
     found |= {
-        f"{key}{number}": np.array(group[key]) for number, group in enumerate(inner.param_groups) for key in ("weight_decay", "betas")
+        f"{key}{number}": np.array(group[key])
+        for number, group in enumerate(inner.param_groups)
+        for key in ("weight_decay", "betas")
     }
     return found | {"steps": np.unique([float(state["step"]) for state in inner.state.values()])}
 
 
 # All begin on two ranks. Ranks that go on -> cases (sp, variant): every way of dividing meets more ranks and fewer.
 LATER = {
-    1: [(1, "stage 3, small groups"), (1, "stage 3, offload"), (1, "stage 3, bfloat16"), (1, "stage 1"), (1, "stage 0")],
+    1: [
+        (1, "stage 3, small groups"),
+        (1, "stage 3, offload"),
+        (1, "stage 3, bfloat16"),
+        (1, "stage 1"),
+        (1, "stage 0"),
+    ],
     4: [
         (1, "stage 3"),
         (2, "stage 3"),
@@ -116,7 +138,11 @@ LATER = {
 
 def test_any_number_of_ranks_goes_on_bit_for_bit_where_two_were(tmp_path):
     undisturbed = dict(
-        zip(VARIANTS, run_ranks(trained, 2, [(1, v) for v in VARIANTS], tmp_path, tmp_path=tmp_path, timeout_s=240)[0], strict=True)
+        zip(
+            VARIANTS,
+            run_ranks(trained, 2, [(1, v) for v in VARIANTS], tmp_path, tmp_path=tmp_path, timeout_s=240)[0],
+            strict=True,
+        )
     )
     for world, cases in LATER.items():
         for (sp, variant), (losses, state) in zip(
@@ -128,7 +154,9 @@ def test_any_number_of_ranks_goes_on_bit_for_bit_where_two_were(tmp_path):
             assert state["steps"] == SAVED, case
             for name, value in written.items():
                 np.testing.assert_array_equal(state[name], value, err_msg=f"{case}: {name}")
-            assert losses == pytest.approx({step: expected[step] for step in range(SAVED, len(STEPS))}, rel=VARIANTS[variant][2]), case
+            assert losses == pytest.approx(
+                {step: expected[step] for step in range(SAVED, len(STEPS))}, rel=VARIANTS[variant][2]
+            ), case
 
 
 def cut_short(file: Path) -> None:
@@ -151,7 +179,9 @@ def flipped_bit(file: Path) -> None:
 
 def swapped(file: Path) -> None:
     """The shards of two ranks have changed places."""
-    other = file.with_name(file.name.replace("pp_rank_0", "pp_rank_x").replace("pp_rank_1", "pp_rank_0").replace("pp_rank_x", "pp_rank_1"))
+    other = file.with_name(
+        file.name.replace("pp_rank_0", "pp_rank_x").replace("pp_rank_1", "pp_rank_0").replace("pp_rank_x", "pp_rank_1")
+    )
     one, two = file.read_bytes(), other.read_bytes()
     file.write_bytes(two)
     other.write_bytes(one)
@@ -305,11 +335,16 @@ def after_kills(rank: int, world: int, folder: Path) -> list[list[str]]:
                 file.write_bytes(b"the beginning of")
         dist.barrier()
         engine.save(Checkpoints(folder), step)
-        left.append([f"{path.name}: {len(list(path.glob('*optim_states.pt')))}" for path in sorted(folder.glob("step_*"))])
+        left.append(
+            [f"{path.name}: {len(list(path.glob('*optim_states.pt')))}" for path in sorted(folder.glob("step_*"))]
+        )
         dist.barrier()  # both have looked
     return [
         *left,
-        [json.loads(Checkpoints(folder).latest.read_text())["tag"], str(engine_of(world, 1, "stage 3").load(Checkpoints(folder)))],
+        [
+            json.loads(Checkpoints(folder).latest.read_text())["tag"],
+            str(engine_of(world, 1, "stage 3").load(Checkpoints(folder))),
+        ],
     ]
 
 
@@ -351,7 +386,9 @@ def test_a_full_disk_is_one_sentence_on_every_rank_and_the_last_checkpoint_stays
     said = [(tmp_path / "checkpoints" / f"{rank}.said").read_text() for rank in range(2)]
     assert said[0] == f"rank 1: {said[1]}"
     assert said[1].startswith(f"the checkpoint {tmp_path}/checkpoints/step_00000002 cannot be written (RuntimeError: ")
-    assert said[1].endswith("; free some room on that disk, and run the same command again to go on from the checkpoint before it")
+    assert said[1].endswith(
+        "; free some room on that disk, and run the same command again to go on from the checkpoint before it"
+    )
     assert run_ranks(step_read, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120) == [1, 1]
 
 
@@ -365,7 +402,9 @@ GROUPS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size
 FORMS = {"by parameter": partitions.STAGES[3], "by group": partitions.STAGES[1]}
 
 
-def plain_parts(groups: list[dict[str, torch.Tensor]], world: int, form: partitions.StageFormat) -> list[list[torch.Tensor]]:
+def plain_parts(
+    groups: list[dict[str, torch.Tensor]], world: int, form: partitions.StageFormat
+) -> list[list[torch.Tensor]]:
     """By rank and group, in whole vectors: the reference."""
 
     def cut(whole: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -400,7 +439,9 @@ def test_a_state_divided_anew_is_what_the_new_ranks_would_have_written(form, gro
     ]
     after = [{name: values} for group in before for name, values in group.items()] if cut_anew else before
     shards = [plain_state(before, rank, old, form) for rank in range(old)]
-    sizes, sizes_after = ([{name: len(values) for name, values in group.items()} for group in part] for part in (before, after))
+    sizes, sizes_after = (
+        [{name: len(values) for name, values in group.items()} for group in part] for part in (before, after)
+    )
     for rank in range(new):
         expected = plain_state(after, rank, new, form)
         empty = {**expected, form.weights: [torch.zeros_like(part) for part in expected[form.weights]]}
@@ -432,4 +473,6 @@ def test_another_way_of_dividing_is_refused():
     form, groups = FORMS["by group"], [{"w": torch.arange(5.0)}]
     for change in ({form.weights: [torch.zeros(7)]}, {"param_alignment_paddings": [[3]]}):
         with pytest.raises(UserError, match="go on with the number of ranks that wrote the checkpoint"):
-            partitions.repartitioned({}.__getitem__, 1, [{"w": 5}], form, {**plain_state(groups, 0, 1, form), **change}, [{"w": 5}], 0, 1)
+            partitions.repartitioned(
+                {}.__getitem__, 1, [{"w": 5}], form, {**plain_state(groups, 0, 1, form), **change}, [{"w": 5}], 0, 1
+            )

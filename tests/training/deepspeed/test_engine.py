@@ -1,4 +1,6 @@
-"""The engine against one plain process: equal losses and gradients for all ranks, sequence parallelism and accumulation."""
+"""The engine against one plain process: equal losses and gradients for all ranks, sequence parallelism and
+accumulation.
+"""
 
 import math
 from dataclasses import replace
@@ -14,7 +16,8 @@ from lr2train.data.batch import Batch
 
 T, VOCAB, L0, L = 64, 96, 32, 64
 ARCHITECTURE = {
-    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": L0,
     "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
 }  # fmt: skip
@@ -45,7 +48,8 @@ def segment(index: int) -> Batch:
 def config_for(sp: int, accumulation: int, world: int) -> Config:
     return Config(
         name="parity", seed=3, model=ModelConfig(architecture=ARCHITECTURE), parallel=ParallelConfig(sp=sp),
-        optim=OptimConfig(segments_per_step=accumulation * world // sp, clip=0.0), engine=EngineConfig(loss_chunk_tokens=10, deepspeed=RELEASE_ALL),
+        optim=OptimConfig(segments_per_step=accumulation * world // sp, clip=0.0),
+        engine=EngineConfig(loss_chunk_tokens=10, deepspeed=RELEASE_ALL),
     )  # fmt: skip
 
 
@@ -58,10 +62,15 @@ def factors():
 
 def steps(rank: int, world: int, cases: list[tuple[int, int, int]], segments: list[list[int]]):
     """Losses and gradients of one optimizer step of the real engine, for each case."""
-    return [one_step(rank, world, sp, accumulation, used) for (_, sp, accumulation), used in zip(cases, segments, strict=True)]
+    return [
+        one_step(rank, world, sp, accumulation, used)
+        for (_, sp, accumulation), used in zip(cases, segments, strict=True)
+    ]
 
 
-def one_step(rank: int, world: int, sp: int, accumulation: int, segments: list[int], engine_changes=None, model_changes=None):
+def one_step(
+    rank: int, world: int, sp: int, accumulation: int, segments: list[int], engine_changes=None, model_changes=None
+):
     import torch.distributed as dist
 
     from lr2train.model import load
@@ -71,7 +80,11 @@ def one_step(rank: int, world: int, sp: int, accumulation: int, segments: list[i
 
     start_deepspeed(torch.device("cpu"))
     config, mesh = config_for(sp, accumulation, world), make_mesh(sp)
-    config = replace(config, engine=replace(config.engine, **(engine_changes or {})), model=replace(config.model, **(model_changes or {})))
+    config = replace(
+        config,
+        engine=replace(config.engine, **(engine_changes or {})),
+        model=replace(config.model, **(model_changes or {})),
+    )
     engine = Engine(config, mesh, factors(), load.config_of(config.model), torch.device("cpu"))
     gradients = captured_gradients(engine)
     mine = segments[mesh.dp_rank :: mesh.dp_size]
@@ -96,7 +109,9 @@ def captured_gradients(engine) -> dict[str, torch.Tensor]:
 
 
 def plain_step(segments: list[int]):
-    """The reference: plain transformers in fp64 with an explicit mask and full logits, no code of ours but the tokens."""
+    """The reference: plain transformers in fp64 with an explicit mask and full logits, no code of ours but the
+    tokens.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lr2train.model import load
@@ -117,7 +132,9 @@ def plain_step(segments: list[int]):
         batch = segment(index)
         mask = torch.full((T, T), -math.inf, dtype=torch.float64)
         for start, stop in (*batch.spans, *((t, t + 1) for t in range(batch.spans[-1][1], T))):
-            mask[start:stop, start:stop] = torch.triu(torch.full((stop - start, stop - start), -math.inf, dtype=torch.float64), 1)
+            mask[start:stop, start:stop] = torch.triu(
+                torch.full((stop - start, stop - start), -math.inf, dtype=torch.float64), 1
+            )
         logits = models[batch.window](
             input_ids=torch.from_numpy(batch.tokens).long()[None],
             position_ids=torch.from_numpy(positions_of(batch)).long()[None],
@@ -138,19 +155,29 @@ def plain_step(segments: list[int]):
         )
         for name, _ in models["short"].named_parameters()
     }
-    return loss.item(), {w: float(total[w].detach() / n_targets[w]) for w in total if n_targets[w]}, sum(n_targets.values()), gradients
+    return (
+        loss.item(),
+        {w: float(total[w].detach() / n_targets[w]) for w in total if n_targets[w]},
+        sum(n_targets.values()),
+        gradients,
+    )
 
 
 def cases_of(world: int) -> tuple[list[tuple[int, int, int]], list[list[int]]]:
-    """(world, sp, accumulation) and the segments of each case; in the last one, with sp=2, a sequence shard is all padding."""
+    """(world, sp, accumulation) and the segments of each case; in the last one, with sp=2, a sequence shard is all
+    padding.
+    """
     cases = [case for case in CASES if case[0] == world]
-    segments = [[2 * j + (m % 2) + 1 for m in range(accumulation) for j in range(world // sp)] for _, sp, accumulation in cases]
+    segments = [
+        [2 * j + (m % 2) + 1 for m in range(accumulation) for j in range(world // sp)] for _, sp, accumulation in cases
+    ]
     return [*cases, (world, world, 2)], [*segments, [EMPTY_SHARD, 3]]
 
 
 # Strategy -> segments of its step, all on one engine. Odd numbers are long segments, even ones short; see `segment`.
 STRATEGIES = {
-    "auto": [1, 2], "ulysses": [1, EMPTY_SHARD], "ring": [2, 3], "gather": [EMPTY_SHARD, 5], "ulysses_ring": [1, 2], "local": [WITHIN, WITHIN]
+    "auto": [1, 2], "ulysses": [1, EMPTY_SHARD], "ring": [2, 3], "gather": [EMPTY_SHARD, 5], "ulysses_ring": [1, 2],
+    "local": [WITHIN, WITHIN]
 }  # fmt: skip
 
 
@@ -171,7 +198,9 @@ def every_strategy(rank: int, world: int):
     for strategy, segments in STRATEGIES.items():
         engine.attention.strategy = strategy
         stats = engine.step([segment(i) for i in segments], lr=0.0)
-        found.append((strategy, stats, {name: gradient.numpy() for name, gradient in gradients.items()} if rank == 0 else None))
+        found.append(
+            (strategy, stats, {name: gradient.numpy() for name, gradient in gradients.items()} if rank == 0 else None)
+        )
     dist.barrier()
     engine._engine.destroy()
     return found
@@ -193,7 +222,11 @@ VARIANTS = {  # other settings, on two ranks that share segments: overrides of c
     "offload": ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}, {}, 1e-5),
     "stage 1": ({"zero_stage": 1, "deepspeed": {}}, {}, 1e-5),
     "stage 2": ({"zero_stage": 2, "deepspeed": {}}, {}, 1e-5),
-    "bfloat16": ({}, {"dtype": "bfloat16"}, 3e-2),  # eight bits of mantissa; the norm of all gradients, as single ones may cancel
+    "bfloat16": (
+        {},
+        {"dtype": "bfloat16"},
+        3e-2,
+    ),  # eight bits of mantissa; the norm of all gradients, as single ones may cancel
 }
 
 
@@ -223,9 +256,9 @@ def test_loss_and_gradients_equal_one_plain_process(world, tmp_path):
         assert all(other[0] == stats for other in others), case
         assert stats.n_target_tokens == n_targets, case
         assert stats.loss == pytest.approx(loss, rel=1e-5), case
-        assert {w: v for w, v in (("short", stats.loss_short), ("long", stats.loss_long)) if v is not None} == pytest.approx(
-            by_window, rel=1e-5
-        ), case
+        assert {
+            w: v for w, v in (("short", stats.loss_short), ("long", stats.loss_long)) if v is not None
+        } == pytest.approx(by_window, rel=1e-5), case
         for name, gradient in expected.items():
             error = np.abs(gradients[name] - gradient.numpy()).max() / gradient.abs().max().item()
             assert error < 1e-5, f"{case} {name}: {error:.1e}"

@@ -1,4 +1,6 @@
-"""engine.deepspeed: a key that lr2train decides or DeepSpeed does not know is refused by name; other keys reach DeepSpeed."""
+"""engine.deepspeed: a key that lr2train decides or DeepSpeed does not know is refused by name; other keys reach
+DeepSpeed.
+"""
 
 import pytest
 
@@ -31,8 +33,14 @@ def test_other_keys_reach_deepspeed(good):
     ("wrong", "tells"),
     [
         ({"train_batch_size": "auto"}, ["engine.deepspeed.train_batch_size=auto", "optim.segments_per_step"]),
-        ({"train_micro_batch_size_per_gpu": 4}, ["engine.deepspeed.train_micro_batch_size_per_gpu=4", "optim.segments_per_step"]),
-        ({"gradient_accumulation_steps": 2}, ["engine.deepspeed.gradient_accumulation_steps=2", "optim.segments_per_step"]),
+        (
+            {"train_micro_batch_size_per_gpu": 4},
+            ["engine.deepspeed.train_micro_batch_size_per_gpu=4", "optim.segments_per_step"],
+        ),
+        (
+            {"gradient_accumulation_steps": 2},
+            ["engine.deepspeed.gradient_accumulation_steps=2", "optim.segments_per_step"],
+        ),
         ({"gradient_clipping": "auto"}, ["engine.deepspeed.gradient_clipping=auto", "optim.clip"]),
         ({"zero_optimization": {"stage": 2}}, ["engine.deepspeed.zero_optimization.stage=2", "engine.zero_stage"]),
         ({"bf16": {"enabled": "auto"}}, ["engine.deepspeed.bf16", "model.dtype"]),
@@ -42,10 +50,22 @@ def test_other_keys_reach_deepspeed(good):
             {"zero_optimization": {"reduce_bucket_size": "auto"}},
             ["engine.deepspeed.zero_optimization.reduce_bucket_size=auto", "remove it"],
         ),
-        ({"zero_optimisation": {"stage": 2}}, ["engine.deepspeed.zero_optimisation ", "did you mean zero_optimization?"]),
-        ({"zero_optimization": {"overlap_com": True}}, ["engine.deepspeed.zero_optimization.overlap_com ", "did you mean overlap_comm?"]),
-        ({"zero_optimization": {"offload_param": {"devise": "cpu"}}}, ["zero_optimization.offload_param.devise", "did you mean device?"]),
-        ({"zero_optimization": {"offload_param": {"device": "gpu"}}}, ["zero_optimization.offload_param.device=gpu", "'cpu' or 'nvme'"]),
+        (
+            {"zero_optimisation": {"stage": 2}},
+            ["engine.deepspeed.zero_optimisation ", "did you mean zero_optimization?"],
+        ),
+        (
+            {"zero_optimization": {"overlap_com": True}},
+            ["engine.deepspeed.zero_optimization.overlap_com ", "did you mean overlap_comm?"],
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"devise": "cpu"}}},
+            ["zero_optimization.offload_param.devise", "did you mean device?"],
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "gpu"}}},
+            ["zero_optimization.offload_param.device=gpu", "'cpu' or 'nvme'"],
+        ),
         ({"comms_logger": {"enabledd": True}}, ["engine.deepspeed.comms_logger.enabledd", "did you mean enabled?"]),
         ({"zero_optimization": 3}, ["zero_optimization", "refused by DeepSpeed"]),
     ],

@@ -1,4 +1,6 @@
-"""A bad step (loss or gradient norm not finite) makes no update on any rank, under every ZeRO stage; bad weights are never saved."""
+"""A bad step (loss or gradient norm not finite) makes no update on any rank, under every ZeRO stage; bad weights are
+never saved.
+"""
 
 import math
 
@@ -16,7 +18,9 @@ VARIANTS = ("stage 3", "stage 3, offload", "stage 3, bfloat16", "stage 2", "stag
 
 
 def struck(rank: int, world: int) -> list[dict]:
-    """For each variant: a sound step, one with an infinite loss on rank 1 alone, one with a NaN gradient on rank 1 alone, and a sound one."""
+    """For each variant: a sound step, one with an infinite loss on rank 1 alone, one with a NaN gradient on rank 1
+    alone, and a sound one.
+    """
     return [strike(rank, world, variant) for variant in VARIANTS]
 
 
@@ -38,7 +42,9 @@ def strike(rank: int, world: int, variant: str) -> dict:
     loss_head.forward = infinite_once
     infinite = engine.step(mine, lr=1e-2)
     after_infinite = weights(engine)
-    hook = engine.model.lm.base_model.norm.weight.register_hook(lambda gradient: gradient * (math.nan if rank == 1 else 1.0))
+    hook = engine.model.lm.base_model.norm.weight.register_hook(
+        lambda gradient: gradient * (math.nan if rank == 1 else 1.0)
+    )
     nan = engine.step(mine, lr=1e-2)
     after_nan = weights(engine)
     hook.remove()

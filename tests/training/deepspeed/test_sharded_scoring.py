@@ -1,4 +1,6 @@
-"""A model divided over two ranks gives the scores of a whole model, with documents and factors of its own on each rank."""
+"""A model divided over two ranks gives the scores of a whole model, with documents and factors of its own on each
+rank.
+"""
 
 import gc
 
@@ -15,13 +17,15 @@ from lr2train.rope import METHODS, Factors, Spectrum
 
 L0, L, VOCAB = 64, 256, 400
 ARCHITECTURE = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "head_dim": 8, "max_position_embeddings": L0, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
 }  # fmt: skip
 # As with a large model: no parameter is too small to be divided, and not all of it is fetched ahead.
 LARGE = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 6000}}
-# tied embeddings, dtype, and how far apart two orders of the same sums may be (a gathered weight lies elsewhere in memory)
+# tied embeddings, dtype, and how far apart two orders of the same sums may be (a gathered weight lies elsewhere in
+# memory)
 KINDS = {"tied": (True, "float32", 1e-6), "untied": (False, "float32", 1e-6), "bfloat16": (True, "bfloat16", 1e-2)}
 
 
@@ -32,7 +36,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for kind, (tied, *_) in KINDS.items():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **ARCHITECTURE, tie_word_embeddings=tied))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("llama", **ARCHITECTURE, tie_word_embeddings=tied)
+        )
         load.write_folder(model, load.plain_config(model.config), folder / kind)
     return folder
 
@@ -78,7 +84,9 @@ def on_one_kind(rank: int, folder, dtype: str, load_sharded):
     model = load_sharded(ModelConfig(path=str(folder), dtype=dtype), torch.device("cpu"), LARGE)
     table = rotary.install(model, factors(0))
     gc.collect()  # nothing that is needed hangs on a forgotten reference
-    score_module.CHUNK = 10  # ranks whose documents have unlike numbers of answers look at unlike numbers of chunks of logits
+    score_module.CHUNK = (
+        10  # ranks whose documents have unlike numbers of answers look at unlike numbers of chunks of logits
+    )
     gathered: list[int] = []
     for layer in model.base_model.layers:
         layer.self_attn.register_forward_hook(lambda *_: gathered.append(numbers_here(model)))
@@ -86,7 +94,14 @@ def on_one_kind(rank: int, folder, dtype: str, load_sharded):
     kept = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
     after = numbers_here(model)
     whole = load.load_whole(folder, dtype)
-    return found, scores(whole, rotary.install(whole, factors(0)), rank), kept, max(gathered), after, numbers_here(whole)
+    return (
+        found,
+        scores(whole, rotary.install(whole, factors(0)), rank),
+        kept,
+        max(gathered),
+        after,
+        numbers_here(whole),
+    )
 
 
 def test_two_ranks_score_as_a_whole_model_and_hold_half_of_it(folder, tmp_path):
