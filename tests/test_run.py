@@ -1,4 +1,4 @@
-"""A run folder belongs to one verb, one config and one set of inputs; only listed keys may change between two starts."""
+"""A run folder belongs to one verb, one config and one set of inputs; only listed keys may change between starts."""
 
 import json
 import os

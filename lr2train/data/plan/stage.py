@@ -144,10 +144,10 @@ def _remarks(data: DataConfig, made: Sequence[dict[str, Any]], report: dict[str,
     if data.holdout == 1:
         yield "segments: all documents are held out; the corpus serves searches and evaluations, but no training"
     elif not any(one["holdout_documents"] for one in made):
-        yield "nothing is held out, so search and evaluate will have no text; prepare more documents, or a greater data.holdout"
+        yield "nothing is held out, so search and evaluate have no text; prepare more documents, or raise data.holdout"
     for window in WINDOWS:
         if not report["windows"][window]["segments"] and data.holdout < 1:
-            yield f"no {window} segment: the documents of that window fill none; training will see the other window alone"
+            yield f"no {window} segment: its documents fill none; training will see the other window alone"
     yield from _absent(data, report)
     for what in ("source", "bucket"):
         for one in report[f"by_{what}"]:
