@@ -103,7 +103,7 @@ def _log(job: run.Run, message: str) -> None:
 
 
 def _refuse_to_overwrite(folder: Path) -> None:
-    """Raises UserError unless the folder is missing, empty or an earlier export: an export replaces the whole folder."""
+    """Refuse a folder that is neither missing, empty nor an earlier export: an export replaces the whole folder."""
     ours = (folder / "config.json").exists() and (folder / "factors.json").exists()
     if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
@@ -144,7 +144,7 @@ def _companions(config: Config, job: run.Run) -> list[Path]:
 def _write(
     job: run.Run, folder: Path, factors: Factors, dtype: str, device: str, config: Config
 ) -> dict[str, torch.Tensor]:
-    """Write the folder; returns the model's last logits by window. Logits that are not finite stop the export before."""
+    """Write the folder; returns the model's last logits by window. Nothing is written where a logit is not finite."""
     model = load.load_whole(job.folder / "model", dtype, device)
     values = load.plain_config(model.config)
     if factors.target_window_tokens > factors.spectrum.window_tokens:
