@@ -179,8 +179,8 @@ _REMEDIES = {
     errno.EPERM: "let this user read and write there, or set runs_folder, or the key of this path, to another place",
     errno.EFBIG: "raise the limit of a file's size (`ulimit -f`) or take another disk, and run the same command again",
     errno.ENAMETOOLONG: "give a shorter name=, runs_folder or path",
-    errno.ENOTDIR: "name a folder where a folder is wanted, or remove the file that stands in its place",
-    errno.EEXIST: "name a folder where a folder is wanted, or remove the file that stands in its place",
+    errno.ENOTDIR: "set runs_folder, or the key that names this path, to a folder",
+    errno.EEXIST: "set runs_folder, or the key that names this path, to a folder",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
     errno.EIO: "have the disk looked at, and copy what is on it",
 }

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lr2train import progress
 from lr2train.config import ModelConfig, UserError
 from lr2train.model import config_json
 from lr2train.model.folder import GENERATION_FILES, copy_companions, write_folder
@@ -122,6 +123,11 @@ def assembled(
     hf_config = copy.deepcopy(hf_config)  # transformers writes dtype and attention into the config of a model
     twin, conversions = _twin_of(hf_config, dtype, tensors)
     if _two_heads(twin, conversions, tensors):
+        progress.say(
+            "model",
+            "config.json ties the output head to the embeddings, and the weights hold a head of its own: "
+            "this head is used",
+        )
         hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = False
         _, conversions = _twin_of(hf_config, dtype, tensors)
     model = build_empty(hf_config, dtype, init_context)

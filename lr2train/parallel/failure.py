@@ -17,6 +17,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 from torch.distributed.distributed_c10d import _get_default_store
@@ -24,12 +25,14 @@ from torch.distributed.distributed_c10d import _get_default_store
 from lr2train.config import UserError
 from lr2train.io import for_user
 from lr2train.parallel.control import PeerGone, alone
-from lr2train.ranks import rank
+from lr2train.ranks import rank, world
 
 _KEY = "lr2train/failure"
 _STORE_S = 10.0  # time-out; a working store answers in milliseconds
+_OTHERS_S = 10.0  # after a time-out, ranks that run notice it within seconds of each other
 # Parts of gloo's messages for a peer that has ended, or that does not answer.
-_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+_TIMED_OUT = "Timed out waiting"
+_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", _TIMED_OUT)
 
 
 @contextlib.contextmanager
@@ -56,14 +59,14 @@ def told_to_all() -> Iterator[None]:
 def _first_reason(error: Exception) -> Exception | None:
     """The error of another rank that ended the common work; None where this rank's ``error`` did."""
     own = _of(error)
-    told = _first_told(own)
+    told = _first_told(own, timed_out=_closed(error) and _TIMED_OUT in str(error))
     number, of_user, text = told
     if number == rank() or told[1:] == own[1:]:  # the first, or every rank says the same
         return PeerGone(text) if _closed(error) and not isinstance(error, PeerGone) else None
     return (UserError if of_user else RuntimeError)(f"rank {number}: {text}")
 
 
-def _first_told(own: list[int | bool | str]) -> list[Any]:
+def _first_told(own: list[int | bool | str], timed_out: bool) -> list[Any]:
     """The reason that the first rank wrote into the store; ``own`` where this rank is the first, or the store does not
     answer.
 
@@ -74,15 +77,29 @@ def _first_told(own: list[int | bool | str]) -> list[Any]:
 
     def ask() -> None:
         with contextlib.suppress(RuntimeError, ValueError):  # the store went with its rank
-            told.append(json.loads(_get_default_store().compare_set(_KEY, "", json.dumps(own))))
+            store = _get_default_store()
+            store.set(f"{_KEY}/{rank()}", "ended")
+            if timed_out and (silent := _silent_ranks(store)):
+                own[2] = (
+                    f"no answer from rank {', '.join(map(str, silent))}: stopped, or the machine is lost ({own[2]})"
+                )
+            told.append(json.loads(store.compare_set(_KEY, "", json.dumps(own))))
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(_STORE_S)
+    asking.join(_STORE_S + (_OTHERS_S if timed_out else 0.0))
     if asking.is_alive() and rank() != 0:
         number, of_user, text = own
         return [number, of_user, f"rank 0 does not answer: it was stopped, or its machine is lost ({text})"]
     return told[-1]
+
+
+def _silent_ranks(store: Any) -> list[int]:
+    """The ranks that have not written into the store that their work ended, within ``_OTHERS_S``."""
+    keys = {f"{_KEY}/{number}": number for number in range(world())}
+    with contextlib.suppress(RuntimeError):  # DistStoreError is the store's time-out
+        store.wait(list(keys), timedelta(seconds=_OTHERS_S))
+    return [number for key, number in keys.items() if not store.check([key])]
 
 
 def _of(error: Exception) -> list[int | bool | str]:

@@ -57,6 +57,8 @@ class Jsonl:
                 "not affected",
             )
         kept = [line for line in lines if line.get("step", math.inf) <= done_steps]
+        if done_steps and not kept:
+            progress.say("train", f"{path} has no figures of the {done_steps} steps that are done; the run goes on")
         io.write_text(path, "".join(_text(line) for line in kept))
         self.last = kept[-1] if kept else None
 

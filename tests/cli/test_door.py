@@ -217,7 +217,7 @@ def test_a_full_disk_is_named_though_the_write_does_not_say_which_file(monkeypat
     [
         (f"name={'y' * 300}", "File name too long; give a shorter name="),
         ("name=x/../../etc", "no name of a folder"),
-        ("runs_folder=file", "name a folder where a folder is wanted"),
+        ("runs_folder=file", "Not a directory; set runs_folder, or the key that names this path, to a folder"),
     ],
     ids=["long", "dots", "file"],
 )
