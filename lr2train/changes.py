@@ -1,7 +1,7 @@
 """Which config keys may change between two starts of a run, and which keys differ between two configs.
 
-Choice: this file lists the keys that may change. A new key is refused until the list names the key. Cost: the list has
-to be kept by hand.
+Choice: this file lists the keys that may change, and a change of any other key is refused. A key that the saved config
+lacks is passed over, because a later release has added the key. Cost: the list has to be kept by hand.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# Beginnings of ``key:``. A change of any other key is refused.
+# Prefixes of ``key: old -> new``. A prefix that ends with ":" stands for one key, a prefix that ends with "." for all
+# keys below.
 MAY_CHANGE = (
     # the number of ranks
     "parallel.",
     # paths: the contents of the inputs are compared instead
     "model.path:", "model.revision:", "model.allow_download:", "data.path:", "rope.factors:",
     # read by prepare alone: the contents of the corpus are compared instead
-    *(f"data.{key}" for key in (
-        "sources", "tokenizer", "vocab_size", "shard_bytes", "deduplicate", "decontaminate", "short_tokens",
-        "long_tokens", "buckets", "weights_of",
-        "max_repeats", "keep_below", "over_long", "holdout", "align_sp", "workers",
+    *(f"data.{key}{end}" for end in ":." for key in (
+        "sources", "tokenizer", "tokenizer_train_bytes", "tokenizer_backend", "vocab_size", "shard_bytes",
+        "deduplicate", "decontaminate", "short_tokens", "long_tokens", "buckets", "weights_of", "max_repeats",
+        "keep_below", "keep_below_tokens", "over_long", "holdout", "align_sp", "workers",
     )),
     # how data are read; lr2train.training.steps has its own rule for skipped steps and groups
     "data.verify:", "data.prefetch_steps:", "data.loader_threads:", "data.skip_steps:", "data.group_segments:",

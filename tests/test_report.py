@@ -315,7 +315,7 @@ def test_the_page_of_an_empty_run_names_the_verbs_to_run(tmp_path):
     folder.mkdir()
     page = report([folder], tmp_path / "out" / "page.html").read_text()
     for verb in ("prepare", "search", "train", "evaluate", "export", "generate"):
-        assert f"python -m lr2train.{verb}" in page
+        assert f"lr2train {verb} " in page
     assert "Nothing has been recorded here yet." in page
     _Parsed(page)
 

@@ -399,7 +399,7 @@ def test_any_model_folder_can_be_measured(world, tmp_path):
             ["run=refused", "eval.lengths_tokens=[512]"],
             r"eval\.lengths_tokens=\[512\] are all beyond the target window of 256",
         ),
-        (["run=refused", "eval.text_documents=0"], r"eval\.text_documents=0 is below 1"),
+        (["run=refused", "eval.text_documents=0"], r"eval\.text_documents=0 is not between 1"),
         (["run=refused", "eval.depths=[0.5,1.5]"], r"eval\.depths\.1=1\.5 is not between 0 and 1"),
         (["run=refused", "eval.depths=[]"], r"eval\.depths=\[\] .* leave nothing to measure"),
     ],

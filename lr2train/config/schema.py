@@ -230,7 +230,7 @@ class SourceConfig:
     windows: list[str] = field(default_factory=lambda: ["short", "long"])
     # Share of the tokens of each bucket, or of the corpus (data.weights_of), relative to the other sources.
     weight: float = number(1.0, least=0)
-    # Further settings of the kind (needles: lengths, wording …).
+    # Further settings of the kind. needles: lengths_tokens, count, max_pairs, questions, answers_only.
     options: dict[str, Any] = field(default_factory=dict)
 
 

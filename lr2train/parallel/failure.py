@@ -28,6 +28,7 @@ from lr2train.parallel.control import PeerGone, alone
 from lr2train.ranks import rank, world
 
 _KEY = "lr2train/failure"
+_USER, _DEFECT, _GONE = "user", "defect", "gone"  # kinds of a reason
 _STORE_S = 10.0  # time-out; a working store answers in milliseconds
 _OTHERS_S = 10.0  # after a time-out, ranks that run notice it within seconds of each other
 # Parts of gloo's messages for a peer that has ended, or that does not answer.
@@ -41,7 +42,7 @@ def told_to_all() -> Iterator[None]:
 
     Raises:
         UserError: another rank raised a UserError first; the text names the rank.
-        PeerGone: a rank ended without writing a reason.
+        PeerGone: a rank ended without a reason, or did not answer; on every rank that is left.
         RuntimeError: another rank raised another error first; the text names the rank, the class and the reason.
         Exception: this rank's own error, unchanged, where this rank was the first, or where all ranks raised the same.
     """
@@ -60,13 +61,15 @@ def _first_reason(error: Exception) -> Exception | None:
     """The error of another rank that ended the common work; None where this rank's ``error`` did."""
     own = _of(error)
     told = _first_told(own, timed_out=_closed(error) and _TIMED_OUT in str(error))
-    number, of_user, text = told
+    number, kind, text = told
+    if kind == _GONE:  # the writer is not to blame, so the text does not begin with its number
+        return None if isinstance(error, PeerGone) else PeerGone(text)
     if number == rank() or told[1:] == own[1:]:  # the first, or every rank says the same
-        return PeerGone(text) if _closed(error) and not isinstance(error, PeerGone) else None
-    return (UserError if of_user else RuntimeError)(f"rank {number}: {text}")
+        return None
+    return (UserError if kind == _USER else RuntimeError)(f"rank {number}: {text}")
 
 
-def _first_told(own: list[int | bool | str], timed_out: bool) -> list[Any]:
+def _first_told(own: list[Any], timed_out: bool) -> list[Any]:
     """The reason that the first rank wrote into the store; ``own`` where this rank is the first, or the store does not
     answer.
 
@@ -89,8 +92,7 @@ def _first_told(own: list[int | bool | str], timed_out: bool) -> list[Any]:
     asking.start()
     asking.join(_STORE_S + (_OTHERS_S if timed_out else 0.0))
     if asking.is_alive() and rank() != 0:
-        number, of_user, text = own
-        return [number, of_user, f"rank 0 does not answer: it was stopped, or its machine is lost ({text})"]
+        return [own[0], _GONE, f"rank 0 does not answer: it was stopped, or its machine is lost ({own[2]})"]
     return told[-1]
 
 
@@ -102,17 +104,16 @@ def _silent_ranks(store: Any) -> list[int]:
     return [number for key, number in keys.items() if not store.check([key])]
 
 
-def _of(error: Exception) -> list[int | bool | str]:
-    """[rank, whether it is a UserError, text]: the form of a reason in the store."""
+def _of(error: Exception) -> list[Any]:
+    """[rank, kind, text]: the form of a reason in the store."""
     told = for_user(error)
     text = " ".join(str(told or error).split())
     if isinstance(error, PeerGone):
-        pass  # the text names the rank
-    elif _closed(error):
-        text = f"a rank is gone or does not answer, its own log says why (seen by rank {rank()}: {text[:200]})"
-    elif told is None:
-        text = f"{type(error).__name__}: {text}"
-    return [rank(), told is not None, text]
+        return [rank(), _GONE, text]  # the text names the rank
+    if _closed(error):
+        seen = f"a rank is gone or does not answer, its own log says why (seen by rank {rank()}: {text[:200]})"
+        return [rank(), _GONE, seen]
+    return [rank(), _DEFECT, f"{type(error).__name__}: {text}"] if told is None else [rank(), _USER, text]
 
 
 def _closed(error: Exception) -> bool:

@@ -89,7 +89,7 @@ def compose_segments(
         ]
         for source, row, asked in zip(data.sources, cells, targets, strict=True)
     ]
-    short = packing.split(_selection(SHORT, ranges, cells, drawn, seed), original_window_tokens)
+    short = packing.split_short(_selection(SHORT, ranges, cells, drawn, seed), original_window_tokens)
     tables = {
         SHORT: packing.pack_short(short, data.segment_tokens, shards, stream(seed, "plan", "deal")),
         LONG: packing.pack_long(_selection(LONG, ranges, cells, drawn, seed), data.segment_tokens),

@@ -73,7 +73,7 @@ def concatenate(parts: Sequence[Selection]) -> Selection:
     return Selection(*(np.concatenate([empty, *(getattr(part, column) for part in parts)]) for column in columns))
 
 
-def split(documents: Selection, limit_tokens: int) -> Selection:
+def split_short(documents: Selection, limit_tokens: int) -> Selection:
     """The same tokens in parts of at most ``limit_tokens``: of each document, full parts and then its rest."""
     if not len(documents) or documents.length.max() <= limit_tokens:
         return documents

@@ -152,7 +152,7 @@ def test_each_token_but_the_first_is_a_target_once_even_where_a_document_is_cut(
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 20))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_the_parts_of_split_documents_are_the_same_tokens_in_order(lengths, limit):
-    parts = packing.split(selection(lengths), limit)
+    parts = packing.split_short(selection(lengths), limit)
     assert parts.length.max() <= limit
     tokens = [
         (int(d), int(s) + i)
