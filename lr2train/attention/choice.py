@@ -109,7 +109,7 @@ def choose(strategy: str, layers: Layers, segment: PackedSegment) -> AttentionCh
         return AttentionChoice(names, chosen.layout_kind, f"parallel.strategy={strategy}")
     whole = replace(segment, spans=((0, segment.n_tokens),))
     for work in works if strategy == "local" else layers.works(whole):
-        _refuse(chosen, work)
+        _refuse_work(chosen, work)
     found = _cheapest(works, segment)
     why = f"parallel.strategy={strategy} serves one span over the whole segment and leaves others to auto"
     return replace(found, reason=f"{why}: {found.reason}")
@@ -145,7 +145,7 @@ def _is_usable(ulysses: int, sp: int, n_heads: int, ranks_per_node: int) -> bool
     return n_heads % ulysses == 0 and inside_a_node
 
 
-def refuse(strategy: str, layers: Layers, longest_span: int, n_tokens: int, sp: int, ring: int) -> None:
+def refuse_settings(strategy: str, layers: Layers, longest_span: int, n_tokens: int, sp: int, ring: int) -> None:
     """Refuse a strategy that cannot serve a segment of ``n_tokens`` with a document of ``longest_span``.
 
     ``local`` is not refused here: that depends on where the documents come to lie.
@@ -166,14 +166,14 @@ def _cheapest(works: dict[SegmentWork, int], segment: PackedSegment) -> Attentio
     if segment.sp == 1:
         return _all_local(works, "parallel.sp=1")
     if all(_serves(STRATEGIES["local"], work) for work in works):
-        return _all_local(works, "every span lies inside one shard: nothing is sent")
+        return _all_local(works, "every attention span lies inside one sequence shard: nothing is sent")
     serving = {work: _serving(work) for work in works}
     even = {work: [one for one in strategies if _is_even(one, work)] for work, strategies in serving.items()}
     best = _least(even, works, _sent)
     reason = "nothing spreads the work evenly, and others do less" if best is None else _reason(best, even)
-    best = best or _least(serving, works, _of_the_busiest)
+    best = best or _least(serving, works, _most_pairs)
     if best is None:
-        _refuse(STRATEGIES["gather"], next(iter(works)))  # serves any heads: what stops gather stops the others
+        _refuse_work(STRATEGIES["gather"], next(iter(works)))  # serves any heads: what stops gather stops the others
         raise AssertionError(f"no strategy serves {works}")
     names = tuple((work.sliding_window, strategy.name) for work, strategy in best.items())
     return AttentionChoice(names, next(iter(best.values())).layout_kind, reason, _figures(serving))
@@ -208,7 +208,7 @@ def _sent(strategy: Strategy, work: SegmentWork) -> int:
     return strategy.bytes_sent(work).total
 
 
-def _of_the_busiest(strategy: Strategy, work: SegmentWork) -> int:
+def _most_pairs(strategy: Strategy, work: SegmentWork) -> int:
     return max(strategy.pairs(work, rank) for rank in range(work.segment.sp))
 
 
@@ -221,13 +221,13 @@ def _serving(work: SegmentWork) -> list[Strategy]:
 
 def _serves(strategy: Strategy, work: SegmentWork) -> bool:
     try:
-        _refuse(strategy, work)
+        _refuse_work(strategy, work)
     except UserError:
         return False
     return True
 
 
-def _refuse(strategy: Strategy, work: SegmentWork) -> None:
+def _refuse_work(strategy: Strategy, work: SegmentWork) -> None:
     """Raises UserError when the strategy cannot serve the work, or its layout cannot cut the segment."""
     strategy.refuse(work)
     work.segment.layout(strategy.layout_kind, 0)

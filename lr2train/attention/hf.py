@@ -157,7 +157,7 @@ def refuse_config(
     refuse_model(config)
     layers = layers_of(config)
     ring = choice.ring_ranks(parallel.ring, parallel.sp, layers.n_heads, ranks_per_node)
-    choice.refuse(parallel.strategy, layers, longest_span, segment_tokens, parallel.sp, ring)
+    choice.refuse_settings(parallel.strategy, layers, longest_span, segment_tokens, parallel.sp, ring)
     for sliding_window, n_layers in layers.sliding_windows:
         if sliding_window is not None and sliding_window < longest_span:
             log.info(

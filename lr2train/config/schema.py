@@ -190,7 +190,8 @@ class RopeConfig:
     factors: str | None = a_path()
     # RoPE scaling method: a name of lr2train.rope.METHODS.
     method: str = "longrope2"
-    # The real critical dimension rcd as a zero-based frequency index, for longrope2, yarn_rcd and ntk_rcd.
+    # The real critical dimension rcd as a zero-based frequency index, for methods that take one (longrope2, yarn_rcd,
+    # ntk_rcd).
     critical_index: int | None = number(None, least=1)
     # Rescale factors from the critical index on, for longrope2. A list of one number is a constant tail.
     tail: list[float] = number([], above=0)
@@ -331,7 +332,7 @@ class DataConfig:
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     # Whether the corpus' files are compared with their checksums before training (once, as long as they do not change).
     verify: bool = True
-    # Tokens of a segment: the target window.
+    # Tokens of a segment. Training wants rope.target_window_tokens here.
     segment_tokens: int = number(131072, least=2)
     # Tokens in short segments. 0: every document once.
     short_tokens: int = number(0, least=0)
@@ -350,7 +351,7 @@ class DataConfig:
     keep_below_tokens: int = number(4096, least=0)
     # Document mask of long segments. Short segments always mask documents.
     long_attention: str = one_of(LongAttention.segment)
-    # What becomes of a document over its bucket's limit.
+    # What becomes of a document over the segment (long) or over the original window (short).
     over_long: str = one_of(OverLong.split)
     # Share of documents kept out of training, for the search and the evaluation.
     holdout: float = number(0.02, least=0, most=1)

@@ -1,8 +1,8 @@
 """kind: needles. Synthetic training documents: numbers hidden in the text of other sources, and asked for at the end.
 
-Choice: the documents are made after the stores of text, from their training documents, and none is held out. With
-``answers_only`` the loss covers the answers alone: a hidden number cannot be predicted where it is hidden, and learning
-it there teaches not to copy. Cost: other text makes other needle documents.
+Choice: the documents are made after the stores of text, from their training documents, and none is held out. With the
+source's option ``answers_only`` (default: true) the loss covers the answers alone: a hidden number cannot be predicted
+where it is hidden, and learning it there teaches not to copy. Cost: other text makes other needle documents.
 """
 
 from __future__ import annotations

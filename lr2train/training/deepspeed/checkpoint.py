@@ -9,10 +9,11 @@ The last file lies beside the folder, so that a lost folder is noticed.
 
 Choice: DeepSpeed writes, and reads where the number of ranks is the same. On another number of ranks, every rank reads
 its new shard of the weights and of AdamW's moments out of the old files, bit for bit (``partitions``). Files and
-folders are synced to the disk before the latest checkpoint is named. A start compares every file with its checksum, and
-refuses the checkpoint of another run. No random state is kept: there is no dropout, and the data of a step follow from
-its number. Cost: reading on another number of ranks depends on DeepSpeed's file format. An optimizer on NVMe keeps its
-state elsewhere, so it needs the same number of ranks.
+folders are synced to the disk before the latest checkpoint is named. The ranks together compare every file with its
+checksum: each rank its own files, or every n-th file on another number of ranks. Another run's checkpoint is refused.
+No random state is kept: there is no dropout, and the data of a step follow from its number. Cost: reading on another
+number of ranks depends on DeepSpeed's file format. An optimizer on NVMe keeps its state elsewhere, so it needs the same
+number of ranks.
 """
 
 from __future__ import annotations
@@ -281,7 +282,7 @@ def load(
         UserError: no checkpoint is named the latest although some exist, or the checkpoint is damaged, of another run,
             not visible on every machine, or not readable by this number of ranks; on every rank.
     """
-    # Rank 0 alone looks: the file cache of another machine may show something else.
+    # Rank 0 alone chooses, because the file cache of another machine may show another state. Every rank checks files.
     chosen, *_ = control.together(lambda: _choose(of, resume_from) if rank() == 0 else None)
     accept(0 if chosen is None else int(chosen[1]["step"]))
     if chosen is None:

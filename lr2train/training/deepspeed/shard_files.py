@@ -56,7 +56,9 @@ def refuse_other_sizes(checkpoint: Path, files: dict[str, Any]) -> None:
 
 
 def refuse_damaged(checkpoint: Path, files: dict[str, Any]) -> None:
-    """Compare the sizes of all files, and the checksums of this rank's share of the files, with the manifest.
+    """Compare the sizes of all files, and the checksums of every n-th file on n ranks, with the manifest.
+
+    For another number of ranks than wrote the checkpoint; the same number uses ``read_checked``.
 
     Raises:
         Unusable: a file differs, or cannot be read.
@@ -70,6 +72,8 @@ def refuse_damaged(checkpoint: Path, files: dict[str, Any]) -> None:
 
 def read_checked(checkpoint: Path, files: dict[str, Any], weights: str) -> dict[str, dict[str, Any]]:
     """Read the files that this rank wrote, and the file ``weights``; check each against the manifest while it is read.
+
+    For the same number of ranks as wrote the checkpoint. Below ZeRO-3 rank 0 wrote ``weights`` for all ranks.
 
     Returns:
         File name -> content. Not memory-mapped: DeepSpeed keeps tensors of a file as the optimizer's state.
