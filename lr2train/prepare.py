@@ -160,7 +160,7 @@ def original_window(model: ModelConfig) -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What a person wants to see: the planned mix, and what was held out, broken and not read."""
+    """A summary for a person: the planned mix, and what was held out, broken and not read."""
     mix = (Path(result["folder"]) / stage.PLAN_TEXT).read_text().rstrip()
     held = sum(source["holdout_documents"] for source in result["sources"])
     broken, lost = (sum(source.get(key, 0) for source in result["sources"]) for key in ("broken", "lost_bytes"))

@@ -5,11 +5,11 @@ strategy *fits* when
 
 - it can serve the documents, the heads and the sliding windows (its own ``refuse``), and the segment can be cut as its
   layout wants; and
-- it spreads the (query, key) pairs evenly: the busiest rank exceeds its share by no more than ``EVEN`` of a rank's work
-  of a segment that one document fills. So the ranks of a long window are even within ``EVEN``. Short documents are a
-  small part of such work and may be less even. ``local`` need not be even: the packer has made it as even as it can be.
+- it spreads the (query, key) pairs evenly: the rank with most pairs exceeds its share by at most ``EVEN`` times a
+  rank's pairs of a segment that one document fills. So the ranks of a long window are even within ``EVEN``. Short
+  documents are a small part of such work and may be less even. ``local`` need not be even: the packer decides.
 
-Where no strategy is even, the one that leaves the busiest rank the least work is taken. Tokens are cut once for all
+Where no strategy is even, the strategy with the fewest pairs on its fullest rank is taken. Tokens are cut once for all
 layers, so the layout with the smallest sum over layers wins, and each kind of layer (full, sliding) takes the cheapest
 strategy of that layout.
 

@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Which numbers a field takes; of a list or a dict, which numbers may stand in it."""
+    """The numbers that a field takes. In a list or a dictionary every number has to keep the limits."""
 
     least: float | None = None
     above: float | None = None
@@ -29,7 +29,7 @@ class Limits:
     count: int | None = None  # how many numbers a list has
 
     def why_not(self, value: float) -> str | None:
-        """What is wrong with a number, or None."""
+        """The fault of a number as a predicate, or None."""
         low, high = self.least if self.above is None else self.above, self.most if self.below is None else self.below
         if math.isnan(value) or (math.isinf(value) and not self.infinite):
             kind = "number" if self.infinite else "finite number"

@@ -213,4 +213,4 @@ _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
     (("train", "inspect", "plan"), _check_group),
     (("train", "plan"), _check_shards),
 )
-"""What depends on several keys, and the verbs that read all of them."""
+"""Checks of several keys, and the verbs that read all these keys."""

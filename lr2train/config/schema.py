@@ -275,7 +275,7 @@ class BucketConfig:
     # Weight of each source in this bucket, relative to all such weights of the window. `weight` and the sources' own
     # weights then do nothing.
     sources: dict[str, float] = number({}, least=0)
-    # What becomes of a document over the limit. null: data.over_long.
+    # Treatment of a document over the limit. null: data.over_long.
     over_limit: str | None = one_of(None, OverLong)
 
 
@@ -340,7 +340,7 @@ class DataConfig:
     long_tokens: int = number(0, least=0)
     # Budgets by document length. A window without a bucket has one of all its documents.
     buckets: list[BucketConfig] = field(default_factory=list)
-    # What the weights of sources are shares of. corpus: the mix nearest to the documents' own lengths.
+    # The total that a source's weight is a share of. corpus: the mix nearest to the documents' own lengths.
     weights_of: str = one_of(WeightsOf.bucket)
     # Times that a document may be used. Four passes over a text are about as good as new text (Muennighoff et al.,
     # 2023).
@@ -351,7 +351,7 @@ class DataConfig:
     keep_below_tokens: int = number(4096, least=0)
     # Document mask of long segments. Short segments always mask documents.
     long_attention: str = one_of(LongAttention.segment)
-    # What becomes of a document over the segment (long) or over the original window (short).
+    # Treatment of a document over the segment (long) or over the original window (short).
     over_long: str = one_of(OverLong.split)
     # Share of documents kept out of training, for the search and the evaluation.
     holdout: float = number(0.02, least=0, most=1)
@@ -591,7 +591,7 @@ class GenerateConfig:
 
 @dataclass
 class InspectConfig:
-    """Which segments to look at, and how closely."""
+    """The segments to look at, and how closely."""
 
     # Window of the segments. null: both.
     window: str | None = one_of(None, Window)

@@ -209,7 +209,8 @@ class GaussianProcess:
     ) -> None:
         self._features, self._candidate, self._rows = features, candidate, rows
         self._mean, self._variance = float(values.mean()), max(float(values.var()), 1e-6)
-        # What candidates do not decide, [evaluations, evaluations]: a wide prior of the mean (1), and the documents.
+        # [evaluations, evaluations], the covariance that candidates do not decide: a wide prior of the mean (1), and
+        # the documents.
         shared = _DOCUMENT * (document[:, None] == document[None]) + 1.0
         grid = (_Hyperparameters(*choice) for choice in itertools.product(_LENGTHS, _ATTENTION_LENGTHS, _NOISE_SHARES))
         factors = ((hyper, self._factor(hyper, shared)) for hyper in grid)

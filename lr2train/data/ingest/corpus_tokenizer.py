@@ -78,7 +78,7 @@ def ensure_tokenizer(
 
 
 def _fingerprint(data: DataConfig, splits: dict[str, list[InputSplit]]) -> str:
-    """Of everything that decides the tokenizer."""
+    """A digest of everything that decides the tokenizer."""
     if data.tokenizer:
         return fingerprint_of(tokenizers.load(data.tokenizer).fingerprint)
     recipes: list[Any] = [

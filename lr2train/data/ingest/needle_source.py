@@ -116,7 +116,7 @@ def ensure_needles(
 
 
 def _verified_summary(folder: Path, source: SourceConfig, fingerprint: str) -> dict[str, Any] | None:
-    """What finished stores hold, after a comparison with their checksums; None where they are to be made."""
+    """The counts of finished stores, after a comparison with their checksums; None where they are to be made."""
     found = _summary(folder, source, fingerprint)
     if found is None or not (source_folder(folder, source.name) / SOURCE).exists():
         return None
@@ -133,5 +133,5 @@ def _summary(folder: Path, source: SourceConfig, fingerprint: str) -> dict[str, 
 
 
 def _prefixes(folder: Path, source: SourceConfig) -> Sequence[Path]:
-    """Of the two stores, training and held-out; the held-out store is empty."""
+    """Path prefixes of the two stores, training and held-out; the held-out store is empty."""
     return [store_prefix(folder, source.name, split, 0) for split in (TRAIN, HOLDOUT)]

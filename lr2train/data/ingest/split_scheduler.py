@@ -77,7 +77,7 @@ class SplitScheduler:
 
 
 def _subtract(limits: Limits, manifest: dict[str, Any]) -> Limits:
-    """What is left of limits after a split."""
+    """The limits that remain after a split."""
     read = {
         "documents": manifest["read_documents"],
         "text_bytes": manifest["text_bytes"],

@@ -103,7 +103,7 @@ class TextSource:
         return [self._prefix(split, number) for number in self._finished for split in (TRAIN, HOLDOUT)]
 
     def _prefix(self, split: str, number: int) -> Path:
-        """Of the store of a shard's training (``TRAIN``) or held-out documents (``HOLDOUT``)."""
+        """Path prefix of the store of a shard's training (``TRAIN``) or held-out documents (``HOLDOUT``)."""
         return store_prefix(self._folder, self._source.name, split, number)
 
     def _manifest_file(self, split: str, number: int) -> Path:
@@ -273,7 +273,7 @@ class TextSource:
             )
 
     def _summary(self, manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """What all shards of the source hold together."""
+        """The counts of all shards of the source together."""
         reasons = sum((Counter(one["reasons"]) for one in manifests), Counter[str]())
         examples = chain.from_iterable(one["contaminated_examples"] for one in manifests)
         return {
@@ -357,7 +357,7 @@ def first_example(examples: Sequence[dict[str, str]]) -> str:
 
 
 def summary_line(summary: dict[str, Any]) -> str:
-    """What a source holds, for the log."""
+    """The counts of a source, for the log."""
     held = f", {summary['holdout_documents']} documents with {summary['holdout_tokens']} tokens held out"
     reasons = ", ".join(f"{count} {reason}" for reason, count in summary.get("broken_by_reason", {}).items())
     lost = f" ({summary['lost_bytes']} bytes: {reasons})" if reasons else ""

@@ -64,7 +64,7 @@ def ensure_stores(
         log: takes lines for a person.
 
     Returns:
-        What the stores of each source hold, in the order of ``data.sources``.
+        The counts of each source's stores, in the order of ``data.sources``.
 
     Raises:
         UserError: a source gives no document or too many broken records, its settings have changed, or a store is

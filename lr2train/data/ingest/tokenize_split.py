@@ -57,7 +57,7 @@ class SplitTask(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizeSettings:
-    """What every worker process needs.
+    """The settings that every worker process needs.
 
     Attributes:
         folder: the run folder.
@@ -230,7 +230,7 @@ def is_held_out(id: str, share: float) -> bool:
 
 
 def _store_prefixes(folder: Path, task: SplitTask) -> list[Path]:
-    """Of the training and the held-out store."""
+    """Path prefixes of the training and the held-out store."""
     return [store_prefix(folder, task.source.name, split, task.number) for split in (TRAIN, HOLDOUT)]
 
 
