@@ -4,8 +4,7 @@
 # The checkout and .venv lie at the same path on every machine. Give plain key=value: lists and braces do not survive
 # the remote shell.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source .venv/bin/activate
+source "$(dirname "$0")/../.venv/bin/activate"
 verb=$1
 shift
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
