@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 # Prefixes of ``key: old -> new``. A prefix that ends with ":" stands for one key, a prefix that ends with "." for all
-# keys below.
+# keys below, any other prefix for every key that begins so.
 MAY_CHANGE = (
     # the number of ranks
     "parallel.",

@@ -7,7 +7,7 @@ strategy *fits* when
   layout wants; and
 - it spreads the (query, key) pairs evenly: the rank with most pairs exceeds its share by at most ``EVEN`` times a
   rank's pairs of a segment that one document fills. So the ranks of a long window are even within ``EVEN``. Short
-  documents are a small part of such work and may be less even. ``local`` need not be even: the packer decides.
+  documents are a small part of such work and may be less even. ``local`` need not be even: the packer decided it.
 
 Where no strategy is even, the strategy with the fewest pairs on its fullest rank is taken. Tokens are cut once for all
 layers, so the layout with the smallest sum over layers wins, and each kind of layer (full, sliding) takes the cheapest

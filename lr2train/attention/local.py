@@ -1,4 +1,4 @@
-"""Local: every document lies inside one sequence shard, so each rank attends in its own documents and nothing is sent.
+"""Local: every attention span lies inside one sequence shard, so each rank attends alone and nothing is sent.
 
 Choice: short windows are packed so (``data.align_sp`` keeps documents from crossing shard borders). Most tokens of a
 mid-training mix are short, and would pay for an exchange that they have no use for. Cost: the packer leaves a little

@@ -2,8 +2,8 @@
 
 Choice: the failing rank writes its reason into the store of the process group, then leaves. The others are blocked in a
 collective that the failing rank never joins. gloo wakes them when the process ends; they read the store and raise the
-reason instead of "connection closed". An error before the first collective belongs into ``control.together``, which
-leaves the job intact.
+reason instead of "connection closed". An error before the first collective is better raised inside
+``control.together``, which keeps the process group usable.
 
 Cost: the store has to outlive the failing rank. Under the ``deepspeed`` launcher rank 0 holds the store; if rank 0
 fails, the others can only say that a rank is gone. Under nccl a blocked rank waits on the device and is not woken: the

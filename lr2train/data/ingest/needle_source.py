@@ -1,4 +1,4 @@
-"""kind: needles. Synthetic training documents: numbers hidden in the text of other sources, and asked for at the end.
+"""The source kind ``needles``: numbers hidden in the text of other sources, and asked for at the end.
 
 Choice: the documents are made after the stores of text, from their training documents, and none is held out. With the
 source's option ``answers_only`` (default: true) the loss covers the answers alone: a hidden number cannot be predicted

@@ -6,8 +6,8 @@ alone would make segments of documents of one length; it serves where documents 
 runs over *counts of equal lengths*, so its time grows with distinct lengths and bins, not with millions of documents.
 Cost: up to two thousandths more segments than the tightest packing.
 
-Choice, long window: one stream of documents, cut where a segment is full. The document goes on in the next segment, so
-only the stream's last, incomplete segment is lost. Cost: a later part of a document is read without its beginning.
+Choice, long window: a document longer than a segment first fills segments of its own. All rests form one stream, which
+is cut where a segment is full and goes on in the next, so only the last, incomplete segment is lost. Cost: a later part of a document is read without its beginning.
 """
 
 from __future__ import annotations

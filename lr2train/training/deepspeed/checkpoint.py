@@ -10,10 +10,10 @@ The last file lies beside the folder, so that a lost folder is noticed.
 Choice: DeepSpeed writes, and reads where the number of ranks is the same. On another number of ranks, every rank reads
 its new shard of the weights and of AdamW's moments out of the old files, bit for bit (``partitions``). Files and
 folders are synced to the disk before the latest checkpoint is named. The ranks together compare every file with its
-checksum: each rank its own files, or every n-th file on another number of ranks. Another run's checkpoint is refused.
-No random state is kept: there is no dropout, and the data of a step follow from its number. Cost: reading on another
-number of ranks depends on DeepSpeed's file format. An optimizer on NVMe keeps its state elsewhere, so it needs the same
-number of ranks.
+checksum: each rank the files it wrote and the weights file, or every n-th file on another number of ranks. Another
+run's checkpoint is refused. No random state is kept: there is no dropout, and the data of a step follow from its
+number. Cost: reading on another number of ranks depends on DeepSpeed's file format. An optimizer on NVMe keeps its
+state elsewhere, so it needs the same number of ranks.
 """
 
 from __future__ import annotations

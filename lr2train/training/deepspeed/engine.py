@@ -157,7 +157,7 @@ class Engine:
             total = self._engine(*shard, segment_attention=attention, window=batch.window)
             losses.append(total.detach().double())
             sums[int(batch.window == "long")] += losses[-1]
-            # The division by all target tokens of the global batch.
+            # Divides by the target tokens of the global batch; world and accumulation cancel DeepSpeed's averaging.
             scale = torch.full_like(losses[-1], self.mesh.world * self.accumulation / n_targets, dtype=total.dtype)
             if number == len(batches):
                 sums[2] = float(interrupted())
