@@ -7,7 +7,8 @@ runs over *counts of equal lengths*, so its time grows with distinct lengths and
 Cost: up to two thousandths more segments than the tightest packing.
 
 Choice, long window: a document longer than a segment first fills segments of its own. All rests form one stream, which
-is cut where a segment is full and goes on in the next, so only the last, incomplete segment is lost. Cost: a later part of a document is read without its beginning.
+is cut where a segment is full and goes on in the next, so only the last, incomplete segment is lost. Cost: a later part
+of a document is read without its beginning.
 """
 
 from __future__ import annotations
