@@ -1,4 +1,4 @@
-"""evaluate: needle retrieval and perplexity by length, of the untrained and the trained model, beside other methods.
+"""evaluate: needle accuracy and perplexity by length, before and after training, compared with other methods.
 
     lr2train evaluate run=tiny_4k                                    a finished training run
     lr2train evaluate name=other model.path=… rope.factors=… data.path=runs/corpus     any model folder

@@ -1,4 +1,4 @@
-"""export: a folder that other runtimes load, with weights, config (``longrope``), tokenizer and model card.
+"""export: write a Hugging Face folder for other runtimes: weights, config (``longrope``), tokenizer, model card.
 
     lr2train export run=tiny_4k [export.dtype=bfloat16] [export.folder=…]
 

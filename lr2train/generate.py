@@ -1,4 +1,4 @@
-"""generate: text from a model, across the window switch.
+"""generate: write text; the rescaled RoPE is used once the text exceeds the original window.
 
     lr2train generate run=tiny_4k generate.prompt='import os'
     lr2train generate model.path=runs/tiny_4k/export generate.prompt_file=book.txt

@@ -1,4 +1,4 @@
-"""inspect: look at planned segments: their documents, where these come from, and how they read.
+"""inspect: show segments of a corpus: their documents, sources and text.
 
     lr2train inspect data.path=runs/corpus                                   the first segment of each window
     lr2train inspect data.path=runs/corpus inspect.window=long inspect.segment=3
@@ -6,7 +6,7 @@
     lr2train inspect data.path=runs/corpus optim.segments_per_step=64 inspect.step=17
 
 Steps are counted as in metrics.jsonl. ``run=`` takes the corpus, the seed, the global batch and the groups of a
-training run. In the bar a letter is a source, capital and small in turn by document, and a dot is padding. In the table
+training run. In the bar a letter is a source, a dot is padding; case alternates by document. In the table
 ``<`` marks a document that begins before this segment, and ``>`` a document that goes on after it. The files of the
 corpus are first compared with their checksums, once (``data.verify``).
 """

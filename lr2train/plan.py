@@ -1,4 +1,4 @@
-"""plan: cost estimate of an experiment before anything is downloaded or started: memory of a GPU, steps, hours, price.
+"""plan: estimate memory per GPU, steps, hours and price of an experiment, without GPU, weights or download.
 
     lr2train plan experiment=llama3_8b_128k [hardware.gpus=128 hardware.mfu=0.35 parallel.sp=4 …]
 

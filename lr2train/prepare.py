@@ -1,13 +1,13 @@
-"""prepare: documents -> token stores -> planned segments.
+"""prepare: tokenize documents and pack them into segments (training sequences).
 
     lr2train prepare experiment=tiny_4k name=corpus
 
-The story: check the config, list the input, make the tokenizer, tokenise (stage 1, ``data.ingest``), plan the segments
+Steps: check the config, list the input, make the tokenizer, tokenise (stage 1, ``data.ingest``), plan the segments
 (stage 2, ``data.plan``). Writes ``runs/<name>/`` with tokenizer/, store/, segments.*.npy, corpus.json
 (``data.corpus``), plan.json, plan.txt, pictures/ and prepare.json.
 
-Killed at any time, the same command goes on at the input splits that were in work. With other limits, weights or
-budgets it plans again from the tokens that are there. A change that would give a source other tokens is refused
+After a kill at any time, the same command resumes at the unfinished input splits. With other limits, weights
+or budgets it plans again from the existing tokens. A change that would change the tokens of a source is an error
 (``data.ingest.text_source``).
 """
 

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         type=Path,
         metavar="runs/NAME",
-        help="the run, then its search, corpus or base run where the run does not record them",
+        help="the run, then its search, corpus or base run if the run did not record them",
     )
     parser.add_argument("--out", type=Path, help="path of the page (default: report.html in the first folder)")
     given = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""search: find RoPE factors by needle-driven evolutionary search (paper, Section 3.2).
+"""search: find RoPE rescale factors by evolutionary search on needle perplexity (paper, Section 3.2).
 
     deepspeed --no_local_rank --module lr2train search experiment=tiny_4k name=factors
 

@@ -1,9 +1,9 @@
-"""train: mid-train a model with mixed context windows, or a tiny base model from scratch.
+"""train: continue pretraining on mixed context windows, or train a tiny base model from scratch.
 
     deepspeed --no_local_rank --module lr2train train experiment=tiny_4k name=first
 
-The same command resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, factors.json, model/ (a Hugging Face
-folder), train.steps.json (lr2train.training.steps), train.json.
+Repeated, it resumes. Writes ``runs/<name>/``: metrics.jsonl, checkpoints/, factors.json, model/ (a Hugging Face
+folder), train.steps.json (see lr2train.training.steps), train.json.
 """
 
 from __future__ import annotations

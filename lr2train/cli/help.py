@@ -31,7 +31,7 @@ _TYPES = {int: "integer", float: "number", str: "text", bool: "true | false", An
 _FLAGS = """Flags:
   --cfg job            print the whole config that this command line gives, and run nothing
   --multirun           run a job for each combination of values: optim.lr=1e-5,2e-5
-  --config-dir DIR     search DIR for YAML files before conf/ of the working folder and those of lr2train
+  --config-dir DIR     YAML files in DIR take precedence over conf/ of the working folder and of lr2train
   --hydra-help         all flags of Hydra"""
 
 
@@ -41,13 +41,13 @@ def overview() -> str:
     lines = [f"  {verb:{width}}  {summary(verb)}" for verb in VERBS]
     return "\n".join(
         [
-            "lr2train extends the context window of a language model (LongRoPE2).",
+            "lr2train extends the context window of a pretrained causal language model with LongRoPE2.",
             "",
-            "  lr2train VERB key=value …      lr2train VERB --help",
+            "  lr2train VERB key=value …      lr2train VERB --help      (VERB is a subcommand:)",
             "",
             *lines,
             "",
-            "On several ranks: deepspeed --no_local_rank --module lr2train train experiment=tiny_4k name=first",
+            "On several ranks: deepspeed --no_local_rank --module lr2train train … (also search)",
         ]
     )
 
@@ -78,13 +78,13 @@ def of_verb(verb: str, about: str, composed: DictConfig, folders: Sequence[Path]
         folders: where presets are searched.
     """
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
-    parts = [about, "Keys, with the value that this command line gives, type and limits:"]
+    parts = [about, "Config keys, each with the value that results from this command line, its type and its limits:"]
     for group, keys in itertools.groupby(
         _keys_of(verb), lambda key: key.name.partition(".")[0] if "." in key.name else ""
     ):
         head = [f"{group}: {_doc(Config, group)}" if group else "general", *_presets(group, folders)]
         parts.append("\n".join([*head, *(line for key in keys for line in _entry(key, composed, width))]))
-    parts += ["\n".join(["experiment: values of several groups", *_presets("experiment", folders)])]
+    parts += ["\n".join(["experiment: presets that set keys of several groups", *_presets("experiment", folders)])]
     return "\n\n".join([*parts, _FLAGS])
 
 

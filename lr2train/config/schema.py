@@ -130,7 +130,7 @@ class Schedule(StrEnum):
 
 class Algorithm(StrEnum):
     """evolution: the paper's. surrogate: its mutations, chosen by a Gaussian process over all evaluations. cmaes:
-    CMA-ES over three numbers.
+    CMA-ES over five numbers.
     """
 
     evolution = "evolution"
@@ -166,17 +166,17 @@ class ModelConfig:
 
     # Folder with config.json and safetensors, or a hub id. null: model.architecture is trained from scratch.
     path: str | None = a_path()
-    # Commit of a hub model, so that a run can be repeated. null: the newest.
+    # Commit (revision) of a hub model, for repeatable runs. null: the newest.
     revision: str | None = None
     # Whether a hub id may be downloaded. false, so that nothing is downloaded by surprise.
     allow_download: bool = False
-    # Values of a transformers config, `model_type` first. Used where model.path is null.
+    # Model config in transformers' keys, `model_type` first. Used if model.path is null.
     architecture: dict[str, Any] = field(default_factory=dict)
-    # Values of a transformers config, laid over those of model.path, such as sliding_window: null.
+    # Keys of the model's config.json to override, such as sliding_window: null.
     overrides: dict[str, Any] = field(default_factory=dict)
     # The original window L0, tokens. null: read from the model's own config.
     original_window_tokens: int | None = number(None, least=1)
-    # The type that weights are held and multiplied in. Optimizer states are float32 always.
+    # Data type of weights and matrix products. Optimizer states are always float32.
     dtype: str = one_of(Dtype.float32)
 
 
@@ -186,19 +186,19 @@ class RopeConfig:
 
     # The target window L, tokens.
     target_window_tokens: int = number(131072, least=1)
-    # A factors.json, or a model folder whose config carries a `longrope` dict. Wins over rope.method.
+    # A factors.json, or a model folder whose config has RoPE type `longrope`. Takes precedence over rope.method.
     factors: str | None = a_path()
-    # RoPE scaling method: a name of lr2train.rope.METHODS.
+    # RoPE scaling method, a key of lr2train.rope.METHODS (the presets rope=… set it).
     method: str = "longrope2"
     # The real critical dimension rcd as a zero-based frequency index, for methods that take one (longrope2, yarn_rcd,
     # ntk_rcd).
     critical_index: int | None = number(None, least=1)
     # Rescale factors from the critical index on, for longrope2. A list of one number is a constant tail.
     tail: list[float] = number([], above=0)
-    # Attention factor (YaRN's mscale): multiplies cos and sin in the long window; 1 in the short window. null: the
-    # method's own.
+    # Attention factor (YaRN's mscale): multiplies cos and sin in the long window. null: the
+    # method's default.
     attention_factor: float | None = number(None, above=0)
-    # Further keyword arguments of the method.
+    # Other keyword arguments of the RoPE method.
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -216,22 +216,22 @@ class SourceConfig:
     target: str | None = None
     # Column of .jsonl, .parquet and .arrow records that holds the text; dots lead into records (meta.text).
     text_column: str = "text"
-    # Most documents that are read. null: no limit.
+    # Maximum number of documents to read. null: no limit.
     max_documents: int | None = number(None, least=1)
-    # Most bytes of text that are read, in order. null: no limit.
+    # Maximum number of bytes of text to read, in file order. null: no limit.
     max_bytes: int | None = number(None, least=1)
-    # Most tokens in documents of `windows`, BOS and EOS included; reading stops there. null: no limit.
+    # Maximum number of tokens in documents of `windows`, BOS and EOS included. null: no limit.
     max_tokens: int | None = number(None, least=1)
-    # Most bytes of a document; a longer document counts as broken. Long real documents are books, not dumps.
+    # Maximum number of bytes of a document; a longer document counts as broken.
     max_document_bytes: int = number(64 << 20, least=1)
-    # Share of a source's records, files or bytes that may be broken. The job stops beyond it, because text is being
-    # lost.
+    # Maximum share of broken records, files or bytes in a source. The job stops if it is
+    # exceeded.
     max_broken_share: float = number(0.05, least=0, most=1)
-    # Windows that the source serves. Documents of another window are skipped after tokenising.
+    # Windows (short, long) whose documents are used. Other documents are skipped after tokenising.
     windows: list[str] = field(default_factory=lambda: ["short", "long"])
-    # Share of the tokens of each bucket, or of the corpus (data.weights_of), relative to the other sources.
+    # Relative share of this source in the tokens of each bucket, or of the corpus (data.weights_of).
     weight: float = number(1.0, least=0)
-    # Further settings of the kind. needles: lengths_tokens, count, max_pairs, questions, answers_only.
+    # Other settings of this kind of source, for needles: lengths_tokens, count, max_pairs, questions, answers_only.
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -249,8 +249,8 @@ class StageConfig:
     repeats: float = number(0.0, least=0)
     # Share of segments of needle documents with 1 … data.needles.max_pairs pairs, with loss on the answers only.
     needles: float = number(0.0, least=0)
-    # Share of segments full of pairs, each asked for, with loss on the answers only. Telling many needles apart is
-    # learned slowly.
+    # Share of segments packed with key-value pairs, all asked for, with loss on the
+    # answers only.
     dense: float = number(0.0, least=0)
     # Share of segments of plain text.
     text: float = number(0.0, least=0)
@@ -272,8 +272,8 @@ class BucketConfig:
     to_tokens: int | None = number(None, least=1)
     # Share of the window's tokens, relative to the window's other buckets.
     weight: float = number(1.0, least=0)
-    # Weight of each source in this bucket, relative to all such weights of the window. `weight` and the sources' own
-    # weights then do nothing.
+    # Weight of each source in this bucket, relative to all such weights of the window. The other
+    # weights are then ignored.
     sources: dict[str, float] = number({}, least=0)
     # Treatment of a document over the limit. null: data.over_long.
     over_limit: str | None = one_of(None, OverLong)
@@ -287,11 +287,11 @@ class NeedleConfig:
     wording: str = "paper"
     # Digits of the hidden number.
     digits: int = number(7, least=1, most=18)
-    # Most needles hidden in one training document; the number is drawn from 1 to this.
+    # Maximum number of needles hidden in a training document; the number is drawn from 1 to this maximum.
     max_pairs: int = number(1, least=1, most=NEEDLE_NAMES)
-    # Share of training documents whose first asked needle stands at the very start, the farthest from its question.
+    # Share of training documents in which the first needle that is asked for is at the very start.
     at_start: float = number(0.4, least=0, most=1)
-    # Most needles asked for at the end of a training document. More questions are more answers to learn from.
+    # Maximum number of needles asked for at the end of a training document. More questions give more targets.
     max_questions: int = number(1, least=1, most=NEEDLE_NAMES)
 
 
@@ -299,9 +299,9 @@ class NeedleConfig:
 class DecontaminateConfig:
     """Evaluation sets whose text must not be trained on."""
 
-    # .txt or .jsonl files; every string of a record counts. Without files nothing is compared.
+    # Evaluation sets, .txt or .jsonl; all strings of a record are compared. Empty: no decontamination.
     files: list[str] = a_path([])
-    # Words in a row that a document and an evaluation set may not share (Brown et al., 2020, appendix C).
+    # A document that shares this many consecutive words with an evaluation set is removed (Brown et al., 2020, app. C).
     ngram: int = number(13, least=1)
 
 
@@ -311,21 +311,21 @@ class DataConfig:
 
     # The corpus that `prepare` wrote (runs/<name>).
     path: str | None = a_path()
-    # Where training's batches come from.
+    # Source of the training batches. segments: a prepared corpus. curriculum: data.stages, for a tiny base model.
     kind: str = one_of(DataKind.segments)
     # Origins of documents.
     sources: list[SourceConfig] = field(default_factory=list)
     # Folder or tokenizer.json. null: a byte-level BPE is trained on the sources.
     tokenizer: str | None = a_path()
-    # Tokens of the trained tokenizer. The least is its specials, bytes and pairs of digits.
+    # Vocabulary size of the trained tokenizer. The minimum covers special tokens, bytes and pairs of digits.
     vocab_size: int = number(1024, least=358)
-    # Bytes of text that the tokenizer learns from, an equal part from each source. Merges settle long before.
+    # Bytes of text to train the tokenizer on, in equal parts from each source.
     tokenizer_train_bytes: int = number(100_000_000, least=1)
     # Library that tokenises.
     tokenizer_backend: str = one_of(TokenizerBackend.hf)
     # Processes that tokenise. 0: one for each core.
     workers: int = number(0, least=0, most=_MOST_THREADS)
-    # Bytes of an input split, which a process takes at a time and a kill may cost. A compressed file is one split.
+    # Size of an input split in bytes: the unit of work, and of loss after a kill. A compressed file is one split.
     shard_bytes: int = number(64 << 20, least=1)
     # Whether exact duplicates are left out.
     deduplicate: str = one_of(Deduplicate.none)
@@ -334,40 +334,40 @@ class DataConfig:
     verify: bool = True
     # Tokens of a segment. Training wants rope.target_window_tokens here.
     segment_tokens: int = number(131072, least=2)
-    # Tokens in short segments. 0: every document once.
+    # Tokens to plan in short segments. 0: every short document once.
     short_tokens: int = number(0, least=0)
-    # Tokens in long segments. 0: every document once.
+    # Tokens to plan in long segments. 0: every long document once.
     long_tokens: int = number(0, least=0)
     # Budgets by document length. A window without a bucket has one of all its documents.
     buckets: list[BucketConfig] = field(default_factory=list)
     # The total that a source's weight is a share of. corpus: the mix nearest to the documents' own lengths.
     weights_of: str = one_of(WeightsOf.bucket)
-    # Times that a document may be used. Four passes over a text are about as good as new text (Muennighoff et al.,
+    # Maximum number of uses of a document. Up to four passes are about as good as new text (Muennighoff et al.,
     # 2023).
     max_repeats: float = number(4.0, above=0)
-    # Share kept of a source's documents below data.keep_below_tokens, by source: data.keep_below.NAME=0.1
+    # Share of short documents (below data.keep_below_tokens) to keep, by source: data.keep_below.NAME=0.1
     keep_below: dict[str, float] = number({}, least=0, most=1)
     # Tokens of a document below which data.keep_below applies. Fu et al. (2024) keep a tenth of documents below 4096.
     keep_below_tokens: int = number(4096, least=0)
-    # Document mask of long segments. Short segments always mask documents.
+    # segment: attention over the whole long segment. document: a document mask, as short segments always have.
     long_attention: str = one_of(LongAttention.segment)
     # Treatment of a document over the segment (long) or over the original window (short).
     over_long: str = one_of(OverLong.split)
     # Share of documents kept out of training, for the search and the evaluation.
     holdout: float = number(0.02, least=0, most=1)
-    # Sequence shards of a segment (a number or a list) whose borders no short document crosses. Attention then sends
-    # nothing.
+    # Number (or list) of sequence shards per segment; no short document crosses their borders (no
+    # communication).
     align_sp: Any = 1
-    # Segments of one window that follow each other in a step, shared by the data-parallel ranks. Any number of ranks
-    # that divides this sees the same data at the same step. 0: a multiple of the first start's ranks, up to a quarter
+    # Group size: consecutive segments of one window in a step. Any number of data-parallel ranks that divides the
+    # group size gets the same data per step. 0: a multiple of the first start's data-parallel ranks, up to a quarter
     # of a step.
     group_segments: int = number(0, least=0)
-    # Steps that are passed over, as metrics.jsonl counts them: ["1200-1230", "1500"]. Their data is never trained on;
-    # the counter and the learning rate go on.
+    # Steps to skip, numbered as in metrics.jsonl: ["1200-1230", "1500"]. Their data is never used. The other
+    # steps keep number and learning rate.
     skip_steps: list[str] = field(default_factory=list)
-    # Steps whose batches are made ahead.
+    # Number of steps whose batches are prepared in advance.
     prefetch_steps: int = number(2, least=0, most=_MOST)
-    # Threads that make batches. More help where the corpus lies on a slow disk.
+    # Threads that prepare batches. More threads help if the corpus is on a slow disk.
     loader_threads: int = number(1, least=1, most=_MOST_THREADS)
     needles: NeedleConfig = field(default_factory=NeedleConfig)
     # Stages of the curriculum (data.kind=curriculum).
@@ -380,9 +380,9 @@ class ParallelConfig:
 
     # Ranks that share one segment (sequence parallel, also called context parallel).
     sp: int = number(1, least=1)
-    # Sequence-parallel attention.
+    # Strategy of sequence-parallel attention (docs/ATTENTION.md). auto: the fitting strategy that sends fewest bytes.
     strategy: str = one_of(Strategy.auto)
-    # Ranks of a ring within parallel.sp, for ulysses_ring. 0: as many as heads or one node cannot serve by ulysses.
+    # Ring size within parallel.sp, for ulysses_ring. 0: as small as the heads and nodes allow.
     ring: int = number(0, least=0)
     # Seconds that a collective waits for a rank before the job ends.
     timeout_s: float = number(600.0, above=0, most=_MOST_TIMEOUT_S)
@@ -396,15 +396,15 @@ class OptimConfig:
     lr: float = number(2e-5, above=0)
     # Decay rates of AdamW's two moments.
     betas: list[float] = number([0.9, 0.95], least=0, below=1, count=2)
-    # Added to the denominator of AdamW's update.
+    # AdamW's epsilon, added to the denominator of the update.
     eps: float = number(1e-8, above=0)
     # Weight decay of matrices. Norms and biases never decay.
     weight_decay: float = number(0.0, least=0)
     # Largest global gradient norm; larger gradients are scaled down. 0: gradients are not clipped.
     clip: float = number(1.0, least=0)
-    # The learning rate after the warm-up.
+    # Schedule of the learning rate after the warm-up.
     schedule: str = one_of(Schedule.cosine)
-    # Optimizer steps in which the learning rate grows from 0.
+    # Optimizer steps of linear learning-rate warm-up from 0.
     warmup_steps: int = number(40, least=0)
     # Learning rate at the end of the schedule, as a share of optim.lr.
     min_lr_ratio: float = number(0.0, least=0, most=1)
@@ -422,19 +422,19 @@ class EngineConfig:
     zero_stage: int = number(3, least=0, most=3)
     # Whether activations of a layer are computed again in the backward pass, to save memory.
     activation_checkpointing: bool = True
-    # Positions whose logits exist at one time.
+    # Tokens per chunk of the chunked loss; only one chunk's logits are in memory.
     loss_chunk_tokens: int = number(4096, least=1)
     # Optimizer steps between two checkpoints.
     checkpoint_every_steps: int = number(100, least=1)
     # Checkpoints that are kept; older ones are removed.
     keep_checkpoints: int = number(2, least=1)
-    # Steps in a row with a non-finite loss or gradient norm that end the run. One may be a bad document; three are the
-    # weights or settings.
+    # The run stops after this many consecutive steps with a non-finite loss or
+    # gradient norm.
     max_bad_steps: int = number(3, least=1)
-    # Step of a checkpoint to go back to, once, such as 300; the same command repeated goes on from the newest. null:
-    # the newest checkpoint.
+    # Go back to the checkpoint of this step, once. The same command repeated resumes from the
+    # newest. null: the newest.
     resume_from: int | None = number(None, least=1)
-    # Merged over the DeepSpeed config that is written, for settings that no key here names.
+    # DeepSpeed config keys that override the generated ones, for settings without a key here.
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
@@ -442,9 +442,9 @@ class EngineConfig:
 class SearchConfig:
     """Needle-driven evolutionary search for RoPE factors (paper, Algorithms 1 and 2), with racing."""
 
-    # How candidates are chosen and compared.
+    # Search algorithm. evolution: the paper's. surrogate: with a Gaussian process. cmaes: CMA-ES.
     algorithm: str = one_of(Algorithm.evolution)
-    # Which factors are free.
+    # Search space. longrope2: critical index and tail. longrope: all factors.
     space: str = one_of(Space.longrope2)
     # The loss that candidates compete on.
     objective: str = one_of(Objective.needle)
@@ -480,13 +480,13 @@ class SearchConfig:
     # Whether a candidate is dropped as soon as it cannot plausibly enter the top_k. false: every candidate is scored on
     # every document.
     racing: bool = True
-    # Standard errors by which answers must be worse than the k-th best's to be dropped. inf drops only a certain loser.
+    # A candidate is dropped if it is worse than the k-th best by this many standard errors. inf: only certain losers.
     racing_z: float = number(1.0, least=0, infinite=True)
     # Answers that have to be compared before a candidate is dropped on a likelihood.
     racing_answers: int = number(4, least=2)
     # surrogate: mutations drawn for each child that is evaluated.
     proposals: int = number(8, least=1, most=_MOST)
-    # surrogate: document-forwards of a generation for each of its children. The first look at each child is one.
+    # surrogate: forward passes over a document per child and generation, the first one of each child included.
     looks: float = number(2.25, least=1)
     # Lower bound of the tail, in multiples of s = L / L0.
     tail_low: float = number(1.0, above=0)
@@ -494,7 +494,7 @@ class SearchConfig:
     tail_high: float = number(2.0, above=0)
     # Fixes the critical index. null: searched between d10 and tcd.
     critical_index: int | None = number(None, least=1)
-    # Whether the attention factor of the long window is searched. The paper has none.
+    # Whether the attention factor of the long window is searched. The paper does not search it.
     search_attention_factor: bool = True
     # Attention factor of every candidate where it is not searched.
     attention_factor: float = number(1.0, above=0)
@@ -553,11 +553,11 @@ class LoggerConfig:
     tensorboard: bool = True
     # Whether wandb is used.
     wandb: bool = False
-    # Project on wandb. WANDB_PROJECT of the environment counts where this key is not given.
+    # Project on wandb. The variable WANDB_PROJECT is used if this key is not given.
     project: str = "lr2train"
     # Team or user on wandb. null: the default of the account.
     entity: str | None = None
-    # How wandb runs. WANDB_MODE of the environment counts where this key is not given.
+    # Mode of wandb. The variable WANDB_MODE is used if this key is not given.
     mode: str = one_of(WandbMode.online)
 
 
@@ -635,11 +635,11 @@ class Config:
     runs_folder: str = a_path("runs")
     # A finished run that evaluate, export, generate and inspect read: its name or its folder.
     run: str | None = a_path()
-    # Seed of weights from scratch, of the order of segments and of all other random draws.
+    # Random seed: initial weights, order of segments, and all other random draws.
     seed: int = number(0, least=-(2**63), most=2**63 - 1)
     # Where tensors live. auto: CUDA where there is a GPU.
     device: str = one_of(Device.auto)
-    # CPU threads of a rank. 0: OMP_NUM_THREADS without a launcher, else the machine's cores divided by the local ranks.
+    # CPU threads per rank. 0: OMP_NUM_THREADS if set and no launcher is used, else cores / local ranks; 1 in a search.
     threads: int = number(0, least=0, most=_MOST_THREADS)
     model: ModelConfig = field(default_factory=ModelConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
