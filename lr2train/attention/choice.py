@@ -253,4 +253,4 @@ def _figures(serving: dict[SegmentWork, list[Strategy]]) -> str:
 def _line(work: SegmentWork, strategies: Sequence[Strategy]) -> str:
     sent = (f"{one.name} {one.bytes_sent(work).total / 2**20:.4g}" for one in strategies)
     window = "" if work.sliding_window is None else f", sliding window {work.sliding_window}"
-    return f"MiB a rank and layer, forward and backward{window}: {', '.join(sent)}"
+    return f"MiB per rank and layer, forward and backward{window}: {', '.join(sent)}"

@@ -119,9 +119,8 @@ def _presets(group: str, folders: Sequence[Path]) -> list[str]:
 
 def _entry(key: Key, composed: DictConfig, width: int) -> Iterator[str]:
     yield f"  {key.name}{_value(key, composed)}  ({_kind(key)})"
-    yield from textwrap.wrap(
-        _comments()[key.owner.__name__, key.field.name], width, initial_indent=_INDENT, subsequent_indent=_INDENT
-    )
+    about = _comments()[key.owner.__name__, key.field.name]
+    yield from textwrap.wrap(about, width, initial_indent=_INDENT, subsequent_indent=_INDENT)
 
 
 def _value(key: Key, composed: DictConfig) -> str:
@@ -145,7 +144,8 @@ def _kind(key: Key) -> str:
     one = "path" if key.field.metadata.get("path") else _TYPES.get(core) or _TYPES[get_args(core)[-1]]
     many = {list: f"list of {one}s", dict: f"dictionary of {one}s"}
     limits: Limits | None = key.field.metadata.get("limits")
-    return many.get(get_origin(core), one) + (f" {limits.in_words()}" if limits else "") + null
+    words = limits.in_words() if limits else ""
+    return f"{many.get(get_origin(core), one)} {words}".rstrip() + null
 
 
 @cache

@@ -56,7 +56,7 @@ class Limits:
     def in_words(self) -> str:
         """The limits for a help text, such as ``above 0 and at most 1``; empty where there is none."""
         bounds = (("of at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None and abs(bound) < 2**62)
 
     def nearest(self, value: float, default: Any) -> Any:
         """A number that is allowed, in the place of one that is not: the bound where only one stands, else the default,

@@ -321,13 +321,13 @@ class DataConfig:
     vocab_size: int = number(1024, least=358)
     # Bytes of text to train the tokenizer on, in equal parts from each source.
     tokenizer_train_bytes: int = number(100_000_000, least=1)
-    # Library that tokenises.
+    # Library that tokenizes. gigatoken: the same ids as hf, many times faster. auto: gigatoken if possible.
     tokenizer_backend: str = one_of(TokenizerBackend.hf)
     # Processes that tokenise. 0: one for each core.
     workers: int = number(0, least=0, most=_MOST_THREADS)
     # Size of an input split in bytes: the unit of work, and of loss after a kill. A compressed file is one split.
     shard_bytes: int = number(64 << 20, least=1)
-    # Whether exact duplicates are left out.
+    # Whether exact duplicates are left out: within each source, or over the corpus. The first document stays.
     deduplicate: str = one_of(Deduplicate.none)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     # Whether the corpus' files are compared with their checksums before training (once, as long as they do not change).
@@ -381,6 +381,9 @@ class ParallelConfig:
     # Ranks that share one segment (sequence parallel, also called context parallel).
     sp: int = number(1, least=1)
     # Strategy of sequence-parallel attention (docs/ATTENTION.md). auto: the fitting strategy that sends fewest bytes.
+    # local: nothing is sent. ulysses: heads are exchanged. ring: keys and values travel in a ring. gather: each rank
+    # fetches the keys and values of its documents. ulysses_ring: ulysses inside a node, ring between nodes.
+    # ring_flash_attn: the ring of that library, on CUDA.
     strategy: str = one_of(Strategy.auto)
     # Ring size within parallel.sp, for ulysses_ring. 0: as small as the heads and nodes allow.
     ring: int = number(0, least=0)
@@ -446,7 +449,7 @@ class SearchConfig:
     algorithm: str = one_of(Algorithm.evolution)
     # Search space. longrope2: critical index and tail. longrope: all factors.
     space: str = one_of(Space.longrope2)
-    # The loss that candidates compete on.
+    # The loss that candidates compete on. needle: of the answer tokens. text: of all tokens (the paper's ablation).
     objective: str = one_of(Objective.needle)
     # Candidates of the first generation (P of the paper).
     population: int = number(64, least=2, most=_MOST)

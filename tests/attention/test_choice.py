@@ -146,7 +146,7 @@ def test_where_nothing_is_even_the_busiest_rank_has_as_little_as_can_be():
 def test_the_reason_names_what_would_send_more_and_does_not_change_with_the_numbers():
     first, second = (plan("auto", LLAMA3_8B, ((0, n),), L, 8) for n in (L, L - 7))
     assert first.reason == second.reason == "ring would send more"
-    assert first.figures.startswith("MiB a rank and layer, forward and backward: ulysses 560")
+    assert first.figures.startswith("MiB per rank and layer, forward and backward: ulysses 560")
     assert plan("auto", LLAMA3_8B, SHORT, L, 8).reason.startswith("every attention span lies inside one")
 
 
