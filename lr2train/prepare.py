@@ -29,7 +29,7 @@ from lr2train.data.ingest import sources
 from lr2train.data.ingest.corpus_tokenizer import ensure_tokenizer
 from lr2train.data.ingest.find_files import not_read_lines, not_read_report
 from lr2train.data.ingest.needle_source import check_needle_source
-from lr2train.data.ingest.token_stores import Inputs, ensure_stores, list_inputs
+from lr2train.data.ingest.token_stores import SourceInputs, ensure_stores, list_inputs
 from lr2train.data.needles import check_needles
 from lr2train.data.plan import compose, mix, stage
 from lr2train.reporting.mix import ensure_mix_pictures
@@ -71,7 +71,7 @@ def prepare(config: Config) -> dict[str, Any]:
     return result
 
 
-def _prepare(config: Config, original_window_tokens: int, inputs: Inputs, job: run.Run) -> dict[str, Any]:
+def _prepare(config: Config, original_window_tokens: int, inputs: SourceInputs, job: run.Run) -> dict[str, Any]:
     """Stages 1 and 2 in a locked folder."""
     integrity.refuse_damage(job.folder)
     not_read = not_read_report(inputs)

@@ -16,7 +16,7 @@ from pathlib import Path
 from lr2train import io, progress
 from lr2train.cli.door import door
 from lr2train.reporting import making, results
-from lr2train.reporting.inputs import Inputs, gather
+from lr2train.reporting.inputs import ReportInputs, gather
 from lr2train.reporting.page import Missing, page, text, wanting
 
 SECTIONS = (
@@ -52,7 +52,7 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     return path
 
 
-def render(inputs: Inputs) -> str:
+def render(inputs: ReportInputs) -> str:
     """The page as HTML."""
     made = [(anchor, name, make(inputs)) for anchor, name, make in SECTIONS]
     sections = [(anchor, name, content) for anchor, name, content in made if isinstance(content, str)]

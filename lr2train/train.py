@@ -71,7 +71,7 @@ def train(config: Config) -> dict[str, Any]:
 # ---- check ----
 
 
-class Inputs(NamedTuple):
+class TrainInputs(NamedTuple):
     """The inputs of a training run, each checked against the others."""
 
     hf_config: Any  # transformers'
@@ -79,7 +79,7 @@ class Inputs(NamedTuple):
     corpus: Corpus
 
 
-def checked_inputs(config: Config) -> Inputs:
+def checked_inputs(config: Config) -> TrainInputs:
     """Read the inputs and refuse a wrong one before any process group or weight exists.
 
     Raises:
@@ -105,7 +105,7 @@ def checked_inputs(config: Config) -> Inputs:
     if _extends(factors):
         # Factors that have no form in config.json are refused now, not after training.
         rope_hf.write(load.plain_config(hf_config), factors)
-    return Inputs(hf_config, factors, corpus)
+    return TrainInputs(hf_config, factors, corpus)
 
 
 def _longest_span_tokens(config: Config) -> int:
@@ -119,7 +119,7 @@ def _extends(factors: Factors) -> bool:
     return factors.target_window_tokens > factors.spectrum.window_tokens
 
 
-def _contents(job: run.Run, config: Config, inputs: Inputs) -> dict[str, Any]:
+def _contents(job: run.Run, config: Config, inputs: TrainInputs) -> dict[str, Any]:
     """Fingerprints of the inputs' contents. A collective.
 
     Raises:
@@ -166,7 +166,9 @@ def _verify(corpus: Corpus, config: Config) -> None:
 # ---- build ----
 
 
-def _build(job: run.Run, config: Config, inputs: Inputs, contents: dict[str, Any], device: torch.device) -> Training:
+def _build(
+    job: run.Run, config: Config, inputs: TrainInputs, contents: dict[str, Any], device: torch.device
+) -> Training:
     """Build the parts of a run and claim its folder; no checkpoint is read. A collective.
 
     Raises:
@@ -267,7 +269,7 @@ def _fit(job: run.Run, training: Training, done: int) -> None:
 # ---- write ----
 
 
-def _write_model(job: run.Run, training: Training, inputs: Inputs) -> None:
+def _write_model(job: run.Run, training: Training, inputs: TrainInputs) -> None:
     """Write ``model/``: weights, config.json with the factors, tokenizer. A collective."""
     hf_config, factors, corpus = inputs
     config = load.plain_config(hf_config)

@@ -108,7 +108,7 @@ class Deduplicate(StrEnum):
     corpus = "corpus"
 
 
-class Strategy(StrEnum):
+class StrategyName(StrEnum):
     """Sequence-parallel attention. auto: for every segment the strategy that sends least."""
 
     auto = "auto"
@@ -120,7 +120,7 @@ class Strategy(StrEnum):
     ring_flash_attn = "ring_flash_attn"
 
 
-class Schedule(StrEnum):
+class LearningRateSchedule(StrEnum):
     """The learning rate after the warm-up."""
 
     cosine = "cosine"
@@ -138,7 +138,7 @@ class Algorithm(StrEnum):
     cmaes = "cmaes"
 
 
-class Space(StrEnum):
+class SearchSpace(StrEnum):
     """longrope2: critical index and tail. longrope: every factor is free (LongRoPE v1; the paper's ablation)."""
 
     longrope2 = "longrope2"
@@ -384,7 +384,7 @@ class ParallelConfig:
     # local: nothing is sent. ulysses: heads are exchanged. ring: keys and values travel in a ring. gather: each rank
     # fetches the keys and values of its documents. ulysses_ring: ulysses inside a node, ring between nodes.
     # ring_flash_attn: the ring of that library, on CUDA.
-    strategy: str = one_of(Strategy.auto)
+    strategy: str = one_of(StrategyName.auto)
     # Ring size within parallel.sp, for ulysses_ring. 0: as small as the heads and nodes allow.
     ring: int = number(0, least=0)
     # Seconds that a collective waits for a rank before the job ends.
@@ -406,7 +406,7 @@ class OptimConfig:
     # Largest global gradient norm; larger gradients are scaled down. 0: gradients are not clipped.
     clip: float = number(1.0, least=0)
     # Schedule of the learning rate after the warm-up.
-    schedule: str = one_of(Schedule.cosine)
+    schedule: str = one_of(LearningRateSchedule.cosine)
     # Optimizer steps of linear learning-rate warm-up from 0.
     warmup_steps: int = number(40, least=0)
     # Learning rate at the end of the schedule, as a share of optim.lr.
@@ -448,7 +448,7 @@ class SearchConfig:
     # Search algorithm. evolution: the paper's. surrogate: with a Gaussian process. cmaes: CMA-ES.
     algorithm: str = one_of(Algorithm.evolution)
     # Search space. longrope2: critical index and tail. longrope: all factors.
-    space: str = one_of(Space.longrope2)
+    space: str = one_of(SearchSpace.longrope2)
     # The loss that candidates compete on. needle: of the answer tokens. text: of all tokens (the paper's ablation).
     objective: str = one_of(Objective.needle)
     # Candidates of the first generation (P of the paper).

@@ -1,4 +1,4 @@
-"""Inputs of a report: files of the run, and of the search, corpus and base run that it was made from.
+"""ReportInputs of a report: files of the run, and of the search, corpus and base run that it was made from.
 
 Choice: every file is optional. A missing file leaves its section out, so one page serves running and finished runs.
 Related runs are found by the paths that the verbs recorded. A relative path is tried from the working directory, from
@@ -22,7 +22,7 @@ RECORDING_VERBS = ("train", "search", "prepare")  # they write <verb>.config.jso
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ReportInputs:
     """Contents of all files; None or empty where a file is missing.
 
     Attributes:
@@ -81,7 +81,7 @@ class Inputs:
         return "text" if self.search_settings.get("objective") == "text" else "needle"
 
 
-def gather(folders: Sequence[Path]) -> Inputs:
+def gather(folders: Sequence[Path]) -> ReportInputs:
     """Read a run and its related runs.
 
     Args:
@@ -103,7 +103,7 @@ def gather(folders: Sequence[Path]) -> Inputs:
     model_path = recorded.get("model", {}).get("path")
     base = _pick(given, "train.json") or _base_of(run, (trained or {}).get("base") or model_path)
     model = run / "model" if (run / "model").is_dir() else _related(run, model_path, "config.json")
-    return Inputs(
+    return ReportInputs(
         folder=run,
         train=trained,
         config=config,

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from lr2train.reporting import charts, search_charts
 from lr2train.reporting.canvas import WIDE
-from lr2train.reporting.inputs import Inputs, Json
+from lr2train.reporting.inputs import Json, ReportInputs
 from lr2train.reporting.numbers import count, perplexity
 from lr2train.reporting.page import Missing, facts, figure, heading, table, text
 from lr2train.reporting.population import candidates
 
 
-def factors(inputs: Inputs) -> str | Missing:
+def factors(inputs: ReportInputs) -> str | Missing:
     """Rescale factors and periods, beside methods without a search."""
     made = inputs.factors
     if made is None or made.scale == 1:
@@ -60,7 +60,7 @@ def _below(dimensions: int) -> str:
     )
 
 
-def search(inputs: Inputs) -> str | Missing:
+def search(inputs: ReportInputs) -> str | Missing:
     """How the search found the factors."""
     lines = inputs.generations
     if not lines:
@@ -105,7 +105,7 @@ def _dropped(lines: Sequence[Json]) -> str:
     )
 
 
-def _critical_indices(inputs: Inputs) -> list[str]:
+def _critical_indices(inputs: ReportInputs) -> list[str]:
     spectrum = inputs.factors.spectrum if inputs.factors else None
     between = (
         f", between d10 = {spectrum.lowest_critical_index} and tcd = {spectrum.critical_index}" if spectrum else ""
@@ -124,7 +124,7 @@ def _critical_indices(inputs: Inputs) -> list[str]:
     ]
 
 
-def _search_sentence(inputs: Inputs) -> str:
+def _search_sentence(inputs: ReportInputs) -> str:
     forwards = (inputs.search or inputs.generations[-1]).get(
         "document_forwards", inputs.generations[-1]["document_forwards"]
     )
@@ -148,7 +148,7 @@ def _search_sentence(inputs: Inputs) -> str:
     return text(sentence + ".")
 
 
-def training(inputs: Inputs) -> str | Missing:
+def training(inputs: ReportInputs) -> str | Missing:
     """Loss, learning rate, gradients, speed."""
     if not inputs.metrics:
         return Missing("Training has not begun.", f"lr2train train experiment=… name={inputs.folder.resolve().name}")
@@ -200,7 +200,7 @@ def _bad_steps(last: Json) -> str:
     return f" {count(number_of, 'step')} made no update: loss or gradient norm was not finite."
 
 
-def _base(inputs: Inputs) -> str:
+def _base(inputs: ReportInputs) -> str:
     if not inputs.base_metrics:
         return ""
     caption = (
@@ -212,7 +212,7 @@ def _base(inputs: Inputs) -> str:
     return f'<h3>The base model</h3><div class="figures">{drawn}</div>'
 
 
-def corpus(inputs: Inputs) -> str | Missing:
+def corpus(inputs: ReportInputs) -> str | Missing:
     """Documents, tokens and segments by source and window."""
     if not inputs.corpus:
         return Missing("The corpus of this run was not found.", "lr2train prepare experiment=… name=corpus")

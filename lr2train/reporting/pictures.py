@@ -13,7 +13,7 @@ from pathlib import Path
 from lr2train.config import UserError
 from lr2train.reporting import charts, search_charts
 from lr2train.reporting.canvas import Chart, side_by_side
-from lr2train.reporting.inputs import Inputs, gather
+from lr2train.reporting.inputs import ReportInputs, gather
 
 SIZE = (6.6, 4.0)  # inches
 
@@ -39,7 +39,7 @@ def write_search_pictures(folder: Path) -> list[Path]:
     return [side_by_side(drawn, folder / "pictures" / f"{name}.png", title) for name, title, drawn in _pictures(inputs)]
 
 
-def _pictures(inputs: Inputs) -> Iterator[tuple[str, str, list[Chart]]]:
+def _pictures(inputs: ReportInputs) -> Iterator[tuple[str, str, list[Chart]]]:
     """(file name, title, charts) of each picture."""
     lines, index, of = inputs.generations, inputs.critical_index, inputs.objective
     if inputs.factors and inputs.search:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lr2train.reporting.heatmap import gradient, heatmap
-from lr2train.reporting.inputs import Inputs, Json
+from lr2train.reporting.inputs import Json, ReportInputs
 from lr2train.reporting.numbers import amount, context_length, count, duration, perplexity
 from lr2train.reporting.page import Missing, card, change, facts, fold, heading, table, text
 from lr2train.reporting.population import candidates, winner
@@ -36,7 +36,7 @@ def at_length(row: Json, length: int) -> Json:
     return next(cell for cell in row["by_length"] if cell["length_tokens"] == length)
 
 
-def header(inputs: Inputs) -> str:
+def header(inputs: ReportInputs) -> str:
     """Title, lead sentence and headline figures."""
     windows = _windows(inputs)
     title = (
@@ -52,7 +52,7 @@ def header(inputs: Inputs) -> str:
     )
 
 
-def _windows(inputs: Inputs) -> tuple[int, int] | None:
+def _windows(inputs: ReportInputs) -> tuple[int, int] | None:
     if inputs.factors:
         return inputs.factors.spectrum.window_tokens, inputs.factors.target_window_tokens
     if inputs.evaluation:
@@ -60,7 +60,7 @@ def _windows(inputs: Inputs) -> tuple[int, int] | None:
     return None
 
 
-def _sentence(inputs: Inputs) -> str:
+def _sentence(inputs: ReportInputs) -> str:
     model = _model(inputs)
     parts = [f"<strong>{text(model)}</strong>"] if model else []
     if inputs.factors and inputs.factors.scale > 1:
@@ -80,7 +80,7 @@ def _sentence(inputs: Inputs) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def _searched(inputs: Inputs) -> str:
+def _searched(inputs: ReportInputs) -> str:
     """The lead sentence about a search without training."""
     last, settings = inputs.generations[-1], inputs.search_settings
     if inputs.search is None:
@@ -90,7 +90,7 @@ def _searched(inputs: Inputs) -> str:
     return f"found in {last['generation']} generations of {len(last['perplexities'])} candidates{took}, not trained yet"
 
 
-def _model(inputs: Inputs) -> str:
+def _model(inputs: ReportInputs) -> str:
     base = (inputs.train or {}).get("base")
     config = inputs.model
     name = Path(base).parent.name + "/" + Path(base).name if base else ""
@@ -116,7 +116,7 @@ def _parameters(folder: Path) -> str:
     return f"{amount(count, 3)} parameters" if count else ""
 
 
-def _improvements(inputs: Inputs) -> list[str]:
+def _improvements(inputs: ReportInputs) -> list[str]:
     if not inputs.evaluation:
         return []
     evaluation = inputs.evaluation
@@ -156,7 +156,7 @@ def _bars(evaluation: Json, target: int) -> str:
     return f'<div class="bars">{lines}</div>'
 
 
-def _facts(inputs: Inputs) -> list[str]:
+def _facts(inputs: ReportInputs) -> list[str]:
     cards = []
     if len(inputs.generations) > 1:
         first, last = (inputs.generations[i]["best_perplexity"] for i in (0, -1))
@@ -184,7 +184,7 @@ def _facts(inputs: Inputs) -> list[str]:
     return cards
 
 
-def _winner(inputs: Inputs) -> list[str]:
+def _winner(inputs: ReportInputs) -> list[str]:
     """Cards of a search without training: winner and cost."""
     factor, _, index = winner(inputs.generations, inputs.search)
     cards = [card("Attention factor", f"{factor:g}", "of the best candidate, in the long window")]
@@ -215,7 +215,7 @@ def _winner(inputs: Inputs) -> list[str]:
     return cards
 
 
-def comparison(inputs: Inputs) -> str | Missing:
+def comparison(inputs: ReportInputs) -> str | Missing:
     """Every row of the evaluation by length, one table per measure."""
     if not inputs.evaluation:
         return Missing(
@@ -254,7 +254,7 @@ def _figure(value: float, best: float, key: str) -> str:
     return f"<td{' class=best' * (value == best)}>{shown}{bar}</td>"
 
 
-def needles(inputs: Inputs) -> str | Missing:
+def needles(inputs: ReportInputs) -> str | Missing:
     """A heat map per row of the evaluation; the trained model comes last."""
     if not inputs.evaluation:
         return Missing("Needles have not been evaluated.", f"lr2train evaluate run={inputs.folder.resolve().name}")
@@ -275,7 +275,7 @@ def _panel(row: Json, last: bool) -> str:
     return f"<figure{' class=last' * last}>{title}{heatmap(row['cells'])}</figure>"
 
 
-def sample(inputs: Inputs) -> str | Missing:
+def sample(inputs: ReportInputs) -> str | Missing:
     """A prompt and the generated text."""
     if not inputs.sample:
         return Missing(
@@ -295,7 +295,7 @@ def sample(inputs: Inputs) -> str | Missing:
     return heading("Sample", sentence) + f"<pre>{'… ' * cut}{text(prompt)}<mark>{text(one['text'])}</mark></pre>"
 
 
-def exported(inputs: Inputs) -> str | Missing:
+def exported(inputs: ReportInputs) -> str | Missing:
     """The exported folder and the check of its logits."""
     if not inputs.export:
         return Missing(
@@ -319,7 +319,7 @@ def exported(inputs: Inputs) -> str | Missing:
     return heading("Export", sentence) + facts(pairs)
 
 
-def provenance(inputs: Inputs) -> str | Missing:
+def provenance(inputs: ReportInputs) -> str | Missing:
     """Commands, versions and configs of all runs involved."""
     if not inputs.origins:
         return Missing(

@@ -15,8 +15,7 @@ from lr2train.attention import choice
 from lr2train.attention.choice import AUTO, EVEN, AttentionChoice, Layers, bytes_sent, ring_ranks
 from lr2train.attention.strategies import STRATEGIES
 from lr2train.attention.strategy import PackedSegment, SegmentWork, Strategy
-from lr2train.config import Strategy as Choices
-from lr2train.config import UserError
+from lr2train.config import StrategyName, UserError
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ATTENTION.md"
 LLAMA3_8B, PHI3_MINI, MQA = Layers(32, 8, 128), Layers(32, 32, 96), Layers(32, 1, 128)
@@ -245,4 +244,4 @@ def test_the_documented_bytes_are_the_formulas_and_auto_takes_the_bold_one():
 
 
 def test_every_strategy_can_be_configured():
-    assert {one.value for one in Choices if one is not Choices.auto} == set(STRATEGIES)
+    assert {one.value for one in StrategyName if one is not StrategyName.auto} == set(STRATEGIES)

@@ -157,7 +157,7 @@ def _map_side(folder: Path) -> tuple[float, float, Iterator[Any]]:
 def _our_side(folder: Path, backend: str) -> tuple[float, float, Iterator[Any]]:
     from lr2train.config import DecontaminateConfig, SourceConfig
     from lr2train.data.ingest import sources
-    from lr2train.data.ingest.sources import Limits
+    from lr2train.data.ingest.sources import SourceLimits
     from lr2train.data.ingest.tokenize_split import SplitTask, SplitTokenizer, TokenizeSettings
     from lr2train.data.store import SourceStore
     from lr2train.data.tokenizer import load
@@ -170,7 +170,7 @@ def _our_side(folder: Path, backend: str) -> tuple[float, float, Iterator[Any]]:
     tokenize = SplitTokenizer(settings)
     splits = sources.list_input(source, 8 << 20).splits
     for number, split in enumerate(splits):
-        tokenize(SplitTask(source, split, number, "bench", Limits()), lambda done: None)
+        tokenize(SplitTask(source, split, number, "bench", SourceLimits()), lambda done: None)
     used, wall = _cpu_s() - before, time.monotonic() - started
     store = SourceStore([home / "store" / "text" / f"train-{number:05d}" for number in range(len(splits))])
     return used, wall, (store[document][borders - 1 : -1] for document in range(len(store)))

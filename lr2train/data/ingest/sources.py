@@ -48,7 +48,7 @@ KINDS: dict[str, SourceKind] = {
 
 
 @dataclass(frozen=True)
-class Limits:
+class SourceLimits:
     """How much may still be read; None is everything."""
 
     documents: int | None = None
@@ -56,7 +56,7 @@ class Limits:
     tokens: int | None = None
 
     @classmethod
-    def of(cls, source: SourceConfig) -> Limits:
+    def of(cls, source: SourceConfig) -> SourceLimits:
         """The limits of a source's config."""
         return cls(source.max_documents, source.max_bytes, source.max_tokens)
 
@@ -104,7 +104,7 @@ def read_source(
     """
     splits = list_input(source, SPLIT_BYTES).splits if splits is None else splits
     documents = (document for split in splits for document in read_split(source, split, counts))
-    yield from Limits.of(source).admit(documents, counts)
+    yield from SourceLimits.of(source).admit(documents, counts)
     if not counts.documents:
         raise broken_share.no_document(source, counts.reasons, counts.columns)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from lr2train.data.ingest.sources import Limits
+from lr2train.data.ingest.sources import SourceLimits
 from lr2train.data.ingest.tokenize_split import SplitTask
 
 
@@ -30,7 +30,7 @@ class SplitScheduler:
 
     def __init__(self, tasks: Sequence[SplitTask], finished: dict[int, dict[str, Any]]) -> None:
         self._tasks, self._finished = tasks, dict(finished)
-        self._left = tasks[0].limits if tasks else Limits()  # after the counted splits
+        self._left = tasks[0].limits if tasks else SourceLimits()  # after the counted splits
         self._handed_out: set[int] = set(finished)
         self.counted: list[dict[str, Any]] = []
         self.complete = not tasks
@@ -76,7 +76,7 @@ class SplitScheduler:
         return all(left is None or amount <= left for left, amount in amounts)
 
 
-def _subtract(limits: Limits, manifest: dict[str, Any]) -> Limits:
+def _subtract(limits: SourceLimits, manifest: dict[str, Any]) -> SourceLimits:
     """The limits that remain after a split."""
     read = {
         "documents": manifest["read_documents"],

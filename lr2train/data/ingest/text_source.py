@@ -28,7 +28,7 @@ from lr2train.data.ingest import broken_share, decontaminate, sources
 from lr2train.data.ingest.broken_share import BrokenShare
 from lr2train.data.ingest.find_files import SourceInput
 from lr2train.data.ingest.manifest_writer import ManifestWriter
-from lr2train.data.ingest.sources import Limits
+from lr2train.data.ingest.sources import SourceLimits
 from lr2train.data.ingest.split_scheduler import SplitScheduler
 from lr2train.data.ingest.tokenize_split import SplitTask, TokenizeSettings, finished_manifest
 from lr2train.data.ingest.workers import WorkerPool
@@ -81,7 +81,7 @@ class TextSource:
         self._manifests, self._log = manifests, log
         self._store_folder = source_folder(folder, source.name)
         self._recipe = self._make_recipe(settings, tokenizer)
-        recipe, limits, splits = fingerprint_of(self._recipe), Limits.of(source), source_input.splits
+        recipe, limits, splits = fingerprint_of(self._recipe), SourceLimits.of(source), source_input.splits
         self._tasks = [
             SplitTask(source, split, number, fingerprint_of([recipe, sources.extent(split)]), limits, stamp)
             for number, (split, stamp) in enumerate(zip(splits, sources.stamps(splits), strict=True))

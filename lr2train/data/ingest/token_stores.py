@@ -29,11 +29,11 @@ from lr2train.io import fingerprint as fingerprint_of
 from lr2train.io import write_text
 
 Log = Callable[[str], None]
-Inputs = dict[str, SourceInput]
+SourceInputs = dict[str, SourceInput]
 """The input of every source of text, by the source's name."""
 
 
-def list_inputs(data: DataConfig) -> Inputs:
+def list_inputs(data: DataConfig) -> SourceInputs:
     """List the input of every source of text.
 
     Raises:
@@ -46,7 +46,7 @@ def list_inputs(data: DataConfig) -> Inputs:
 def ensure_stores(
     folder: Path,
     data: DataConfig,
-    inputs: Inputs,
+    inputs: SourceInputs,
     tokenizer: Tokenizer,
     original_window_tokens: int,
     seed: int,
@@ -85,7 +85,7 @@ def ensure_stores(
 
 
 def _ensure_text(
-    folder: Path, data: DataConfig, inputs: Inputs, tokenizer: Tokenizer, original_window_tokens: int, log: Log
+    folder: Path, data: DataConfig, inputs: SourceInputs, tokenizer: Tokenizer, original_window_tokens: int, log: Log
 ) -> dict[str, dict[str, Any]]:
     """Make the stores of the sources of text, one source after another, each by all worker processes."""
     settings = TokenizeSettings(

@@ -23,7 +23,7 @@ from lr2train.data.ingest import sources, tokenizer_backend
 from lr2train.data.ingest.decontaminate import EvaluationNgrams
 from lr2train.data.ingest.records import InputSplit, ReadCounts, SourceDocument
 from lr2train.data.ingest.source_kinds import PART
-from lr2train.data.ingest.sources import Limits
+from lr2train.data.ingest.sources import SourceLimits
 from lr2train.data.ingest.workers import ReportProgress
 from lr2train.data.plan import buckets
 from lr2train.data.store import HOLDOUT, TRAIN
@@ -50,7 +50,7 @@ class SplitTask(NamedTuple):
     split: InputSplit
     number: int
     fingerprint: str
-    limits: Limits
+    limits: SourceLimits
     stamp: str = ""
     made_before: dict[str, Any] | None = None
 
@@ -197,7 +197,7 @@ class _SplitReader:
 
 def contents_digest(task: SplitTask, manifest: dict[str, Any], report: ReportProgress) -> str:
     """The ``contents`` of a split as it is now, read as far as for the manifest and not tokenised."""
-    limits = Limits(documents=manifest["read_documents"]) if manifest["limited"] else Limits()
+    limits = SourceLimits(documents=manifest["read_documents"]) if manifest["limited"] else SourceLimits()
     reader = _SplitReader(task._replace(limits=limits), report)
     for number, _ in enumerate(reader.documents()):
         if number % _REPORT_EVERY == 0:

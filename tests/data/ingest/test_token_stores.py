@@ -26,7 +26,7 @@ from lr2train.data import tokenizer
 from lr2train.data.corpus import Corpus, source_store
 from lr2train.data.ingest import tokenize_split
 from lr2train.data.ingest.records import InputSplit
-from lr2train.data.ingest.sources import Limits
+from lr2train.data.ingest.sources import SourceLimits
 from lr2train.data.ingest.split_scheduler import SplitScheduler
 from lr2train.data.ingest.tokenize_split import SplitTask
 from lr2train.prepare import prepare
@@ -157,7 +157,7 @@ shards_of_documents = st.lists(
 some = st.one_of(st.none(), st.integers(1, 60))
 
 
-def shard_result(documents: list[tuple[int, int]], limits: Limits) -> dict:
+def shard_result(documents: list[tuple[int, int]], limits: SourceLimits) -> dict:
     """The manifest's counts after one split is read document by document; a document is (bytes, tokens)."""
     n, size, tokens, limited = 0, 0, 0, False
     for of_text, of_tokens in documents:
@@ -175,7 +175,7 @@ def shard_result(documents: list[tuple[int, int]], limits: Limits) -> dict:
 @given(shards_of_documents, some, some, some, st.integers(1, 4), st.randoms(use_true_random=False))
 @settings(max_examples=300, derandomize=True, deadline=None)
 def test_the_scheduler_ends_where_one_reader_would(documents, n, size, tokens, workers, random):
-    limits = Limits(n, size, tokens)
+    limits = SourceLimits(n, size, tokens)
     tasks = [SplitTask(SourceConfig(name="a"), InputSplit(str(i), ()), i, "f", limits) for i in range(len(documents))]
     scheduler, busy = SplitScheduler(tasks, {}), []
     while True:

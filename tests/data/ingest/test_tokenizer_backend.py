@@ -11,7 +11,7 @@ import pytest
 from lr2train.config import DecontaminateConfig, SourceConfig, UserError
 from lr2train.data import tokenizer
 from lr2train.data.ingest import tokenizer_backend
-from lr2train.data.ingest.sources import Limits, list_input
+from lr2train.data.ingest.sources import SourceLimits, list_input
 from lr2train.data.ingest.tokenize_split import SplitTask, SplitTokenizer, TokenizeSettings
 
 TEXTS = [
@@ -126,7 +126,7 @@ def test_a_split_with_differing_ids_is_tokenised_again(folder, tmp_path, monkeyp
             broken_ids(monkeypatch, 40)  # after the probes, within the split
         runs = tmp_path / f"{backend}-{strict}"
         tokenize = SplitTokenizer(TokenizeSettings(runs, folder, backend, strict, 0.0, 128, DecontaminateConfig()))
-        task = SplitTask(source, shard, 0, "f", Limits())
+        task = SplitTask(source, shard, 0, "f", SourceLimits())
         if strict:
             with pytest.raises(UserError, match="gigatoken gives other ids"):
                 tokenize(task, lambda done: None)
