@@ -16,9 +16,11 @@ to a process. A job that dies does not touch the next jobs. Cost: each job of a 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import inspect
 import itertools
+import locale
 import logging
 import os
 import signal
@@ -79,6 +81,7 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
 @contextlib.contextmanager
 def door(verb: str) -> Iterator[None]:
     """Turn errors into one sentence and an exit code. A defect keeps its traceback. SIGTERM acts as Ctrl-C."""
+    _use_utf8()
     _show_log()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -104,6 +107,15 @@ def door(verb: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _use_utf8() -> None:
+    """Start Python again in its UTF-8 mode where the locale has another encoding, such as ASCII in a bare container.
+
+    Texts, file names and arguments are UTF-8 whatever the locale says. Python decides at its start how to read them.
+    """
+    if not sys.flags.utf8_mode and codecs.lookup(locale.getencoding()).name != "utf-8":
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
 
 
 def _interrupt(*_: Any) -> None:
