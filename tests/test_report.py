@@ -369,7 +369,8 @@ def test_a_running_training_with_a_half_written_line_has_a_page(tmp_path):
     assert "Loss by window" in page
 
 
-def test_data_is_escaped_everywhere(tmp_path):
+def test_data_is_escaped_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # another corpus may lie at runs/corpus of the checkout
     folder = make_run(tmp_path / "runs", f"a&{'b'}")
     evaluation = json.loads((folder / "evaluate.json").read_text())
     evaluation["rows"][-1]["label"] = EVIL

@@ -105,7 +105,7 @@ def _recorded(files: Any) -> Iterator[list[Path]]:
     own = files.save
 
     def save_and_record(state_dict: Any, path: str) -> None:
-        own(state_dict, path)
+        own(shard_files.without_enums(state_dict), path)
         written.append(Path(path))
 
     files.save = save_and_record

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,20 @@ def read_checked(checkpoint: Path, files: dict[str, Any], weights: str) -> dict[
     return found
 
 
+def without_enums(value: Any) -> Any:
+    """The same dictionaries, lists and tuples with the values of Enums in the place of their members.
+
+    Python before 3.11.4 pickles a member as a call of ``getattr``, which ``weights_only`` refuses to read.
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: without_enums(item) for key, item in value.items()}
+    if type(value) in (list, tuple):  # a named tuple stays as it is
+        return type(value)(without_enums(item) for item in value)
+    return value
+
+
 def opened(file: Path | io.Hashed, mmap: bool = True) -> dict[str, Any]:
     """The content of a file: tensors, plain values and a few classes of DeepSpeed.
 
@@ -113,10 +128,9 @@ def brief(error: Exception) -> str:
 def _classes_in_checkpoints() -> list[Any]:
     """The classes of DeepSpeed that a checkpoint holds beside tensors and plain values."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    return [DynamicLossScaler, LossScaler, fragment_address]
 
 
 @contextlib.contextmanager
