@@ -159,16 +159,16 @@ def test_a_wrong_verb_is_refused_with_the_one_that_was_probably_meant():
 
 def test_an_ascii_locale_does_not_change_what_is_read(tmp_path):
     ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "-m", "lr2train", "train", "name=x", "model.path=Привет 世界", "--cfg", "job"]
+    command = [sys.executable, "-m", "lr2train", "inspect", "data.path=Привет 世界", "--cfg", "job"]
     done = subprocess.run(command, capture_output=True, cwd=tmp_path, env={**os.environ, **ascii_locale})
     assert done.returncode == 0, done.stderr
     assert "path: Привет 世界" in done.stdout.decode("utf-8")
 
 
 def test_a_verb_runs_as_its_module_does():
-    done = lr2train("train", "name=x", "optim.lr=-1")
+    done = lr2train("inspect", "inspect.documents=0")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "train: optim.lr=-1.0 is not above 0; set optim.lr to 2e-05\n"
+    assert done.stderr == "inspect: inspect.documents=0 is below 1; set inspect.documents to 1\n"
 
 
 def test_a_key_that_the_verb_does_not_read_is_remarked_in_one_line(monkeypatch, capsys):
