@@ -139,12 +139,12 @@ def _plain(value: Any) -> Any:
 # Ends of names; a run without them would go on as another run.
 _IDENTITY = (".config.json", ".inputs.json", "steps.json")
 _WRITERS = {
-    "corpus.json": "lr2train.prepare",
-    "factors.json": "lr2train.search, or train,",
-    "search.json": "lr2train.search",
-    "train.json": "lr2train.train",
-    "train.config.json": "lr2train.train",
-    "export.json": "lr2train.export",
+    "corpus.json": "`lr2train prepare`",
+    "factors.json": "`lr2train search` or train",
+    "search.json": "`lr2train search`",
+    "train.json": "`lr2train train`",
+    "train.config.json": "`lr2train train`",
+    "export.json": "`lr2train export`",
 }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from typing import Any, get_args, get_origin
 
@@ -231,6 +232,14 @@ def test_the_readers_of_a_key():
 
 def test_every_key_that_a_verb_reads_is_in_the_schema():
     assert [key for keys in READS.values() for key in keys if not place_of(key).known] == []
+
+
+@pytest.mark.parametrize("typed", ["done", "there/done", "./there/done/", "{tmp}/there/done"])
+def test_a_run_is_its_name_or_its_folder(tmp_path, monkeypatch, typed):
+    (tmp_path / "there" / "done").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = compose("export", [f"run={typed.format(tmp=tmp_path)}", "runs_folder=there"])
+    assert os.path.samefile(os.path.join(config.runs_folder, str(config.run)), tmp_path / "there" / "done")
 
 
 def test_a_missing_name_is_asked_for():

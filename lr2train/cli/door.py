@@ -82,6 +82,7 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
 def door(verb: str) -> Iterator[None]:
     """Turn errors into one sentence and an exit code. A defect keeps its traceback. SIGTERM acts as Ctrl-C."""
     _use_utf8()
+    _open_streams()
     _show_log()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -116,6 +117,16 @@ def _use_utf8() -> None:
     """
     if not sys.flags.utf8_mode and codecs.lookup(locale.getencoding()).name != "utf-8":
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
+
+
+def _open_streams() -> None:
+    """Open the null device for each standard stream that is closed, as a daemon may start us.
+
+    A file that is opened later would get the stream's number, and the output of a library would go into the file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
 
 
 def _interrupt(*_: Any) -> None:

@@ -36,6 +36,8 @@ def load(composed: DictConfig, verb: str) -> Config:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     _with_homes(config)
+    if config.run and not os.path.isdir(os.path.join(config.runs_folder, config.run)) and os.path.isdir(config.run):
+        config.run = os.path.abspath(config.run)  # a folder, not a name in runs_folder
     for key, one, value in _leaves(config):
         if reads(verb, key):
             _check(key, one, value)

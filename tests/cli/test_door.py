@@ -4,6 +4,7 @@ import errno
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -281,6 +282,22 @@ def test_a_sweep_of_prepare_runs_every_job_and_tells_of_the_one_that_failed(worl
     assert "job 2 of 3: failed with exit code 2: name=sweep/2" in done.stderr
     assert "job 3 of 3: done: name=sweep_3" in done.stderr
     assert "1 of 3 jobs failed" in done.stderr
+
+
+def test_a_verb_runs_with_closed_standard_streams(world):
+    typed = [
+        f"runs_folder={world}",
+        "name=silent",
+        f"data.sources=[{{name: texts, path: {world}/texts}}]",
+        f"model.original_window_tokens={tiny.L0}",
+        f"data.segment_tokens={tiny.L}",
+        f"data.tokenizer={world}/base",
+        "data.holdout=0.4",
+    ]
+    command = shlex.join([sys.executable, "-m", "lr2train.prepare", *typed])
+    done = subprocess.run(["bash", "-c", f"exec {command} <&- >&- 2>&-"], cwd=world)
+    assert done.returncode == 0
+    assert (world / "silent" / "prepare.json").exists()
 
 
 def test_a_sweep_of_train_runs_every_job(world):
