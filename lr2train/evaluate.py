@@ -202,12 +202,18 @@ def _settings(subject: Subject, config: Config, corpus: Corpus, lengths: list[in
 def _evaluated(
     subject: Subject, settings: dict[str, Any], job: run.Run, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """One row; read back where an earlier call has measured it under the same settings."""
+    """One row; read back where an earlier call has measured it under the same settings and the file is whole."""
     file = job.folder / "evaluation" / f"{re.sub(r'[^a-z0-9_]+', '_', subject.label)}.json"
-    if file.exists() and (old := io.read_json(file))["settings"] == settings:
-        return old["row"]
+    if file.exists():
+        try:
+            old = io.sealed(file, remedy="this row is measured again")
+        except UserError as damage:
+            job.log(str(damage))
+        else:
+            if old["settings"] == settings:
+                return old["row"]
     row = measure()
-    io.write_json(file, {"settings": settings, "row": row})
+    io.seal(file, {"settings": settings, "row": row})
     return row
 
 

@@ -378,6 +378,11 @@ def test_rows_are_measured_once_and_again_when_what_decides_them_changes(world, 
     tiny.make_model(folder / "model", tiny.factors_with(), seed=5)
     evaluate(evaluate_config(world, world, "run=cached", "eval.seed=1"))
     assert measured == ["longrope2 trained"], "the weights were written anew"
+    measured.clear()
+    row = folder / "evaluation" / "longrope2_trained.json"
+    row.write_text(row.read_text().replace('"accuracy": ', '"accuracy": 1', 1))
+    evaluate(evaluate_config(world, world, "run=cached", "eval.seed=1"))
+    assert measured == ["longrope2 trained"], "a damaged row is no measurement"
 
 
 def test_any_model_folder_can_be_measured(world, tmp_path):

@@ -578,7 +578,8 @@ class ExportConfig:
 class GenerateConfig:
     """Text from a model, across the window switch."""
 
-    # The prompt. null: generate.prompt_file, else standard input.
+    # The prompt. null: generate.prompt_file, else standard input. Write \${ for the characters ${, which begin an
+    # interpolation.
     prompt: str | None = None
     # A text file that holds the prompt, for long prompts.
     prompt_file: str | None = a_path()

@@ -30,7 +30,7 @@ from lr2train.ranks import rank, world
 _KEY = "lr2train/failure"
 _USER, _DEFECT, _GONE = "user", "defect", "gone"  # kinds of a reason
 _STORE_S = 10.0  # time-out; a working store answers in milliseconds
-_OTHERS_S = 10.0  # after a time-out, ranks that run notice it within seconds of each other
+_OTHERS_S = 5.0  # after a time-out, ranks that run notice it within seconds of each other
 # Parts of gloo's messages for a peer that has ended, or that does not answer.
 _TIMED_OUT = "Timed out waiting"
 _CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", _TIMED_OUT)
