@@ -300,6 +300,7 @@ def test_a_verb_runs_with_closed_standard_streams(world):
     assert (world / "silent" / "prepare.json").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_of_train_runs_every_job(world):
     settings = [
         "optim.steps=1",
