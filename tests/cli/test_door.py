@@ -161,7 +161,9 @@ def test_a_wrong_verb_is_refused_with_the_one_that_was_probably_meant():
 def test_an_ascii_locale_does_not_change_what_is_read(tmp_path):
     ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-m", "lr2train", "inspect", "data.path=Привет 世界", "--cfg", "job"]
-    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env={**os.environ, **ascii_locale})
+    done = subprocess.run(
+        command, capture_output=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), **ascii_locale}
+    )
     assert done.returncode == 0, done.stderr
     assert "path: Привет 世界" in done.stdout.decode("utf-8")
 
@@ -295,7 +297,9 @@ def test_a_verb_runs_with_closed_standard_streams(world):
         "data.holdout=0.4",
     ]
     command = shlex.join([sys.executable, "-m", "lr2train.prepare", *typed])
-    done = subprocess.run(["bash", "-c", f"exec {command} <&- >&- 2>&-"], cwd=world)
+    done = subprocess.run(
+        ["bash", "-c", f"exec {command} <&- >&- 2>&-"], cwd=world, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0
     assert (world / "silent" / "prepare.json").exists()
 
