@@ -17,22 +17,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 RANKS, BOUND = 2, 1.1  # a checked load takes at most 10 % longer
 
 
-def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold: bool) -> list[tuple[float, float]]:
-    """(seconds of an unchecked load, seconds of a checked load) by round."""
+def engine_with_moments(hidden: int) -> Any:
+    """An engine with a Llama of random weights, and the moments that AdamW creates at the first gradient."""
     import torch
-    import torch.distributed as dist
 
-    from lr2train import io
     from lr2train.config import Config, EngineConfig, ModelConfig, OptimConfig
     from lr2train.model import load
     from lr2train.parallel.mesh import make_mesh
     from lr2train.rope.methods import METHODS
     from lr2train.rope.spectrum import Spectrum
-    from lr2train.training.deepspeed import checkpoint, shard_files
     from lr2train.training.deepspeed.engine import Engine
     from lr2train.training.deepspeed.start import start_deepspeed
 
@@ -42,20 +40,27 @@ def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold
         "num_hidden_layers": 8, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64,
         "head_dim": 64, "max_position_embeddings": 512,
     }  # fmt: skip
-    config = Config(
-        name="bench", model=ModelConfig(architecture=architecture), optim=OptimConfig(), engine=EngineConfig()
-    )
+    model = ModelConfig(architecture=architecture)
+    config = Config(name="bench", model=model, optim=OptimConfig(), engine=EngineConfig())
     factors = METHODS["none"](Spectrum(64, 10000.0, 512), 512)
-    engine = Engine(config, make_mesh(1), factors, load.config_of(config.model), torch.device("cpu"))
-    for (
-        parameter
-    ) in engine._engine.optimizer.fp32_partitioned_groups_flat:  # AdamW creates its moments at the first gradient
-        parameter.grad = torch.zeros_like(parameter)
-    engine._engine.optimizer.optimizer.param_groups[0]["params"] = list(
-        engine._engine.optimizer.fp32_partitioned_groups_flat
-    )
-    engine._engine.optimizer.optimizer.step()
-    engine._engine.optimizer.optimizer.param_groups[0]["params"] = []
+    engine = Engine(config, make_mesh(1), factors, load.config_of(model), torch.device("cpu"))
+    zero = engine._engine.optimizer
+    for shard in zero.fp32_partitioned_groups_flat:
+        shard.grad = torch.zeros_like(shard)
+    zero.optimizer.param_groups[0]["params"] = list(zero.fp32_partitioned_groups_flat)
+    zero.optimizer.step()
+    zero.optimizer.param_groups[0]["params"] = []
+    return engine
+
+
+def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold: bool) -> list[tuple[float, float]]:
+    """(seconds of an unchecked load, seconds of a checked load) by round."""
+    import torch.distributed as dist
+
+    from lr2train import io
+    from lr2train.training.deepspeed import checkpoint, shard_files
+
+    engine = engine_with_moments(hidden)
     of = checkpoint.Checkpoints(folder)
     engine.save(of, 1)
     files, check = io.sealed(folder / "step_00000001" / checkpoint.MANIFEST)["files"], shard_files.read_checked

@@ -8,20 +8,15 @@ kill the same search is started on another number of ranks. The last lines read 
 bound is missed.
 """
 
-import argparse
 import json
-import os
 import random
-import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from lr2train.rope.factors import Factors
-from tools.crash.killing import seconds_to_its_end
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tools.crash import killing
+from tools.crash.killing import ROOT, begin, seconds_to_its_end
 
 END_BOUND_S = 60.0  # within which the death of a rank has to end the job
 NAME = "crash_search"
@@ -33,18 +28,8 @@ OVERRIDES = [
 
 
 def start(name: str, world: int, overrides: list[str]) -> subprocess.Popen:
-    """Start the search on ``world`` ranks in its own process group; its output goes to ``runs/<name>.log``."""
-    verb = [sys.executable, "-m", "lr2train.search"] if world == 1 else ["bash", "launch/run.sh", str(world), "search"]
-    environ = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    with (ROOT / "runs" / f"{name}.log").open("a") as log:
-        return subprocess.Popen(
-            [*verb, *OVERRIDES, *overrides, f"name={name}"],
-            cwd=ROOT,
-            env=environ,
-            start_new_session=True,
-            stdout=log,
-            stderr=log,
-        )
+    """Start the search on ``world`` ranks."""
+    return killing.start("search", world, name, [*OVERRIDES, *overrides])
 
 
 def evaluations() -> list[dict]:
@@ -88,15 +73,8 @@ def one_round(number: int, world: int, rng: random.Random, overrides: list[str])
 
 def main() -> int:
     """Run, kill and compare; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("overrides", nargs="*", help="overrides of the search's config")
-    arguments = parser.parse_args()
+    arguments = begin(__doc__, "search", NAME)
     rng = random.Random(arguments.seed)
-    for name in (NAME, f"{NAME}_reference"):
-        shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
-        (ROOT / "runs" / f"{name}.log").unlink(missing_ok=True)
     assert start(f"{NAME}_reference", 1, arguments.overrides).wait() == 0, "the undisturbed search failed"
     ends = []
     for number in range(arguments.kills):

@@ -8,19 +8,15 @@ end by itself. After each kill the same training is started with other ranks and
 read ``name: value``. Exits with 1 where a bound is missed.
 """
 
-import argparse
 import json
-import os
 import random
-import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from tools.crash.killing import seconds_to_its_end
+from tools.crash import killing
+from tools.crash.killing import ROOT, begin, seconds_to_its_end
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 24
 BOUND = 1e-5  # relative; other ranks sum fp32 in another order, over 24 steps of AdamW
 END_BOUND_S = 60.0  # within which the death of a rank has to end the job
@@ -34,12 +30,8 @@ OVERRIDES = [
 
 
 def start(name: str, world: int, sp: int, overrides: list[str]) -> subprocess.Popen:
-    """Start the training on ``world`` ranks in its own process group; its output goes to ``runs/<name>.log``."""
-    verb = [sys.executable, "-m", "lr2train.train"] if world == 1 else ["bash", "launch/run.sh", str(world), "train"]
-    environ = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    with (ROOT / "runs" / f"{name}.log").open("a") as log:
-        command = [*verb, *OVERRIDES, *overrides, f"parallel.sp={sp}", f"name={name}"]
-        return subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, stdout=log, stderr=log)
+    """Start the training on ``world`` ranks, ``sp`` of which share a segment."""
+    return killing.start("train", world, name, [*OVERRIDES, *overrides, f"parallel.sp={sp}"])
 
 
 def losses(name: str) -> dict[int, float]:
@@ -116,15 +108,8 @@ def one_round(number: int, rng: random.Random, overrides: list[str]) -> float | 
 
 def main() -> int:
     """Run, kill and compare; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("overrides", nargs="*", help="overrides of the training's config")
-    arguments = parser.parse_args()
+    arguments = begin(__doc__, "training", NAME)
     rng = random.Random(arguments.seed)
-    for name in (NAME, f"{NAME}_reference"):
-        shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
-        (ROOT / "runs" / f"{name}.log").unlink(missing_ok=True)
     assert start(f"{NAME}_reference", 2, 2, arguments.overrides).wait() == 0, (
         f"the undisturbed training failed: see runs/{NAME}_reference.log"
     )

@@ -420,11 +420,11 @@ def test_touched_and_moved_files_are_compared_by_contents_once(texts, tmp_path, 
 def test_text_beyond_a_limit_is_not_compared(texts, tmp_path):
     theirs = tmp_path / "texts"
     shutil.copytree(texts, theirs)
-    prepare(config(theirs, tmp_path, {"max_tokens": 20_000}))
+    first = prepare(config(theirs, tmp_path, {"max_tokens": 20_000}))
     for file in theirs.glob("*.jsonl"):
         os.utime(file, ns=(0, 0))
     (theirs / "8.jsonl").write_bytes((theirs / "8.jsonl").read_bytes().replace(b"a", b"b"))
-    prepare(config(theirs, tmp_path, {"max_tokens": 20_000}))
+    assert prepare(config(theirs, tmp_path, {"max_tokens": 20_000}))["fingerprint"] == first["fingerprint"]
 
 
 def test_copies_of_a_text_make_the_same_corpus(whole, texts, tmp_path):
