@@ -111,7 +111,8 @@ class Override:
         if place.entry is not None:
             at, name = place.entry
             key = f"{at}.{number_of(at, name)}{key.removeprefix(f'{at}.{name}')}"
-        value = _Value(self.value, self.key).rewritten(place.hint)
+        text = _without_interpolation(self.value) if _is_literal(self.key) else self.value
+        value = _Value(text, self.key).rewritten(place.hint)
         if place.inside_open and not _TYPABLE.fullmatch(key):  # a name that begins with a digit, for example
             key, _, name = key.rpartition(".")
             value = f"{{{_typable(name, _NAME)}: {value}}}"
@@ -213,6 +214,18 @@ class _Value:
                 "quotes"
             )
         return [part.strip() for part in _parts(text[1:-1])] if text[1:-1].strip() else []
+
+
+def _is_literal(key: str) -> bool:
+    """Whether a key is declared as text without interpolation."""
+    group, _, name = key.rpartition(".")
+    owner = place_of(group).hint if group else Config
+    return is_dataclass(owner) and any(one.name == name and one.metadata.get("literal") for one in fields(owner))
+
+
+def _without_interpolation(text: str) -> str:
+    """A text in which OmegaConf reads ``${`` as two characters, and backslashes before it as backslashes."""
+    return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", text)
 
 
 def _typable(key: str, grammar: re.Pattern[str]) -> str:

@@ -96,6 +96,11 @@ def a_path(default: Any = None) -> Any:
     return _field(default, path=True)
 
 
+def literal_text(default: str | None = None) -> Any:
+    """A field of text that the command line never interpolates: ``${`` stands for itself."""
+    return _field(default, literal=True)
+
+
 def _field(default: Any, **metadata: Any) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)

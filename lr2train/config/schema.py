@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from lr2train.config.fields import a_path, number, one_of
+from lr2train.config.fields import a_path, literal_text, number, one_of
 
 _MOST = 1_000_000  # of things that a verb counts out one by one: more is a slip of the keyboard
 _MOST_THREADS = 4096
@@ -578,9 +578,8 @@ class ExportConfig:
 class GenerateConfig:
     """Text from a model, across the window switch."""
 
-    # The prompt. null: generate.prompt_file, else standard input. Write \${ for the characters ${, which begin an
-    # interpolation.
-    prompt: str | None = None
+    # The prompt. null: generate.prompt_file, else standard input.
+    prompt: str | None = literal_text()
     # A text file that holds the prompt, for long prompts.
     prompt_file: str | None = a_path()
     # Most tokens that are generated.

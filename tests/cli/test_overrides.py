@@ -145,6 +145,11 @@ def test_quoting_is_undone_by_hydra(text):
     assert OverridesParser.create().parse_override(f"key={quoted(text)}").value() == text
 
 
+@pytest.mark.parametrize("text", ["cost ${x} now", "${oc.env:HOME}", "a\\${b}", "\\\\${b} $c {d}", "echo '${x}'"])
+def test_a_prompt_is_never_interpolated(text):
+    assert compose("generate", ["name=x", f"generate.prompt={text}"]).generate.prompt == text
+
+
 def test_home_stands_for_a_tilde_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     made = compose(
