@@ -427,6 +427,10 @@ class EngineConfig:
     activation_checkpointing: bool = True
     # Tokens per chunk of the chunked loss; only one chunk's logits are in memory.
     loss_chunk_tokens: int = number(4096, least=1)
+    # Optimizer steps between two measurements of the held-out loss, of both windows. 0: never.
+    validate_every_steps: int = number(100, least=0)
+    # Held-out segments of each window in such a measurement.
+    validate_segments: int = number(8, least=1, most=_MOST)
     # Optimizer steps between two checkpoints.
     checkpoint_every_steps: int = number(100, least=1)
     # Checkpoints that are kept; older ones are removed.
@@ -530,20 +534,48 @@ class SearchConfig:
 
 @dataclass
 class EvalConfig:
-    """Needle retrieval and perplexity by length."""
+    """What is measured, and on how much."""
 
-    # Document lengths, tokens.
+    # What is measured: names of tasks or of groups of tasks. `lr2train evaluate eval.tasks=[help]` lists all.
+    tasks: list[str] = field(default_factory=lambda: ["needles"])
+    # Lengths of prompts and documents, tokens. A length beyond the target window is refused.
     lengths_tokens: list[int] = number([4096, 8192, 16384, 32768, 65536, 131072], least=2)
     # Depths of the needle: 0 is the start of the document, 1 its end.
     depths: list[float] = number([0.0, 0.25, 0.5, 0.75, 1.0], least=0, most=1)
-    # Needle documents for each length and depth. The paper runs 10.
+    # needles: documents for each length and depth. The paper runs 10.
     samples: int = number(10, least=1, most=_MOST)
-    # Needles beside the one that is asked for (RULER's multi-key). The paper has none.
+    # needles: needles beside the one that is asked for (RULER's multi-key). The paper has none.
     distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
-    # Plain documents for each length, for perplexity.
+    # needles: wordings of needle and question. Empty: data.needles.wording.
+    wordings: list[str] = field(default_factory=list)
+    # needles: plain documents for each length, for perplexity.
     text_documents: int = number(4, least=1, most=_MOST)
-    # RoPE scaling methods that are shown beside, on the untrained model.
+    # needles: RoPE scaling methods that are shown beside, on the untrained model.
     methods: list[str] = field(default_factory=lambda: ["none", "pi", "ntk", "yarn"])
+    # RULER: samples for each task and length. The paper has 100, RULER's own code 500.
+    ruler_samples: int = number(100, least=1, most=_MOST)
+    # RULER: folder of texts that needles are hidden in. null: the held-out documents of data.path.
+    essays: str | None = a_path()
+    # RULER: SQuAD 2.0 file (dev-v2.0.json) of qa_1.
+    squad: str | None = a_path()
+    # RULER: HotpotQA file (hotpot_dev_distractor_v1.json) of qa_2.
+    hotpotqa: str | None = a_path()
+    # LOFT: folder that its download script fills (one folder a task, then a length).
+    loft: str | None = a_path()
+    # InfiniteBench: folder of its .jsonl files.
+    infinitebench: str | None = a_path()
+    # LongBench: folder of its .jsonl files.
+    longbench: str | None = a_path()
+    # Folder of further lm-eval task files (YAML). Code that a task file names is refused.
+    task_path: str | None = a_path()
+    # Most samples of a task whose samples come from a file or from lm-eval. null: all.
+    limit: int | None = number(None, least=1)
+    # Tokens that are computed together: short samples are batched up to this number.
+    batch_tokens: int = number(16384, least=1)
+    # Tokens of a chunk of a long prompt, where the activations of a whole prompt do not fit. 0: whole.
+    chunk_tokens: int = number(0, least=0)
+    # Whether the model is divided over all ranks (ZeRO-3), for a model that does not fit one device.
+    shard: bool = False
     # Seed of the documents.
     seed: int = number(0, least=-(2**63), most=2**63 - 1)
 
