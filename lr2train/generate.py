@@ -20,7 +20,6 @@ from lr2train.cli.door import main
 from lr2train.config import Config, GenerateConfig, UserError
 from lr2train.evaluation import trained_run
 from lr2train.model import decode, load, rotary
-from lr2train.model.folder import values_in
 from lr2train.parallel import processes
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
@@ -51,7 +50,9 @@ def generate(config: Config) -> dict[str, Any]:
     how = {"window": settings.window, "temperature": settings.temperature, "top_p": settings.top_p, "seed": config.seed}
     start = time.monotonic()
     new = _show(
-        decode.generate(model, table, tokens, settings.max_new_tokens, original, stop=_stops(folder, tokenizer), **how),
+        decode.generate(
+            model, table, tokens, settings.max_new_tokens, original, stop=load.stop_ids_of(folder, tokenizer), **how
+        ),
         tokenizer,
     )
     result = {
@@ -77,15 +78,6 @@ def _encoded(prompt: str, tokenizer: Any) -> list[int]:
     """Token ids of the prompt, with a single BOS where both the prompt and the tokenizer bring one."""
     tokens = tokenizer(prompt)["input_ids"]
     return tokens[1:] if tokenizer.bos_token_id is not None and tokens[:2] == [tokenizer.bos_token_id] * 2 else tokens
-
-
-def _stops(folder: Path, tokenizer: Any) -> set[int]:
-    """Token ids that end a text, from tokenizer, config.json and generation_config.json: chat models have several."""
-    named = [tokenizer.eos_token_id]
-    for name in ("config.json", "generation_config.json"):
-        said = values_in(folder / name).get("eos_token_id")
-        named += said if isinstance(said, list) else [said]
-    return {one for one in named if isinstance(one, int)}
 
 
 def _show(tokens: Iterator[int], tokenizer: Any) -> list[int]:

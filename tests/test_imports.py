@@ -22,7 +22,15 @@ FLOORS = {
     "rope": 1,
     "parallel": 0,
 }
-FREE = {"changes", "config", "io", "progress", "ranks", "run"}  # may be imported by all, and import only each other
+FREE = {
+    "changes",
+    "config",
+    "io",
+    "journals",
+    "progress",
+    "ranks",
+    "run",
+}  # may be imported by all, and import only each other
 VERBS = {*READS, "report"}
 FEW_FILES = {  # a folder ends with a slash
     "deepspeed": ("training/deepspeed/",),

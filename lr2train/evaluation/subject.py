@@ -1,17 +1,16 @@
-"""A model under evaluation: a folder, factors, and the RoPE table that serves a length."""
+"""A model under evaluation: a folder, its windows, and the RoPE table that serves a length."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-import numpy as np
 
 from lr2train.model import load, rotary
 from lr2train.model.decode import window_of
-from lr2train.model.score import Score, score
+from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 
 
@@ -22,36 +21,65 @@ class Subject:
     Attributes:
         label: its name in tables and pictures.
         folder: of the model.
-        factors: of the long window.
+        factors: of the long window. None: the model's own RoPE at every length, whatever its type, untouched.
         switches: True: the original table up to L0 and the factors beyond (LongRoPE2). False: the factors at every
             length, as most methods are published.
+        target_window_tokens: the longest text that it is asked about.
         overrides: ``model.overrides``, for a base model.
     """
 
     label: str
     folder: Path
-    factors: Factors
+    factors: Factors | None
     switches: bool
+    target_window_tokens: int
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
-    def window(self, length_tokens: int) -> str:
-        """The table for a document of this length: "short" | "long"."""
-        return window_of(length_tokens, self.factors.spectrum.window_tokens) if self.switches else "long"
+    @property
+    def original_window_tokens(self) -> int:
+        """L0; the target window where the model has one window alone."""
+        return self.factors.spectrum.window_tokens if self.factors else self.target_window_tokens
 
-    def score(
-        self, model: Any, table: rotary.WindowRotary, tokens: np.ndarray, spans: Sequence[tuple[int, int]]
-    ) -> Score:
-        """Score the ``spans`` of one document under the table for its length; ``model`` and ``table`` are from
-        ``open_model``.
-        """
-        return score(model, table, self.window(len(tokens)), tokens, spans)
+    @property
+    def attention_factor(self) -> float:
+        """Of the long window; 1 where the model's own RoPE serves."""
+        return self.factors.attention_factor if self.factors else 1.0
 
-    def score_text(self, model: Any, table: rotary.WindowRotary, tokens: np.ndarray) -> Score:
-        """Score every token of a plain text but the first, which has no context."""
-        return self.score(model, table, tokens, [(1, len(tokens))])
+    def window(self, total_tokens: int) -> str:
+        """The table for a text of this length, prompt and generated tokens together: "short" | "long"."""
+        return window_of(total_tokens, self.original_window_tokens) if self.switches else "long"
+
+    def identity(self, dtype: str) -> dict[str, Any]:
+        """Everything about the model that decides what it says, as plain JSON values."""
+        return {
+            "model": load.folder_fingerprint(self.folder),
+            "dtype": dtype,
+            "overrides": dict(self.overrides),
+            "factors": self.factors.to_json() if self.factors else None,
+            "switches": self.switches,
+        }
 
 
-def open_model(subject: Subject, dtype: str, device: str) -> tuple[Any, rotary.WindowRotary]:
-    """The subject's model with its factors installed, and the rotary module."""
-    model = load.load_whole(subject.folder, dtype, device, subject.overrides)
-    return model, rotary.install(model, subject.factors)
+def with_factors(label: str, folder: Path, factors: Factors, switches: bool, overrides: Mapping[str, Any]) -> Subject:
+    """A model under factors of ours."""
+    return Subject(label, folder, factors, switches, factors.target_window_tokens, overrides)
+
+
+def as_published(label: str, folder: Path, overrides: Mapping[str, Any]) -> Subject:
+    """A model folder as its owner published it.
+
+    A ``longrope`` config gives both tables, and the length selects one, as in transformers. Every other RoPE is left as
+    it is: its window is ``max_position_embeddings``.
+
+    Raises:
+        UserError: the config cannot be read.
+    """
+    config = load.plain_config(load.config_of(load.ModelConfig(path=str(folder), overrides=dict(overrides))))
+    if factors := rope_hf.factors_of(config):
+        return with_factors(label, folder, factors, True, overrides)
+    return Subject(label, folder, None, False, int(config["max_position_embeddings"]), overrides)
+
+
+def install(subject: Subject, model: Any) -> Any:
+    """The rotary module of a loaded model, with the subject's factors in it; its ``window`` selects the table."""
+    return rotary.install(model, subject.factors) if subject.factors else SimpleNamespace(window="long")

@@ -12,7 +12,6 @@ are computed in vain.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lr2train import io, ranks
+from lr2train import journals, ranks
 from lr2train.config import UserError
 from lr2train.evolution.documents import SearchDocument
 from lr2train.evolution.genome import Candidate, Space
@@ -34,6 +33,7 @@ Losses = Callable[[Candidate, int], np.ndarray]
 """(candidate, document) -> negative log-likelihood of each answer of the document, nats, float64 [answers]."""
 
 _HOPELESS = 8  # evaluations after which a model without any finite loss is refused: no candidate is to blame
+_ENTRY = ("candidate", "document", "answers")  # what every line of the journal holds
 WORST = 50.0  # nats a token, in the place of a loss that is not finite
 
 
@@ -75,7 +75,7 @@ class Fitness:
         self.tell = tell
         self._model, self._rotary, self._space = model, rotary, space
         self._journal, self._chunk_tokens, self._lockstep = journal, chunk_tokens, lockstep
-        entries, self.damaged = control.from_rank_0(_read_journal(journal) if ranks.rank() == 0 else ([], 0))
+        entries, self.damaged = control.from_rank_0(journals.read(journal, _ENTRY) if ranks.rank() == 0 else ([], 0))
         self._known: dict[tuple[str, int], np.ndarray] = {}
         self._some_finite = False
         self._remember(entries)
@@ -127,7 +127,7 @@ class Fitness:
         shared = control.from_all(evaluate()) if self._lockstep else control.together(evaluate)
         entries = [entry for entry in shared if entry is not None]
         self._remember(entries)
-        control.together(lambda: self._write(entries) if ranks.rank() == 0 else None)
+        control.together(lambda: journals.append(self._journal, entries) if ranks.rank() == 0 else None)
         if len(self._known) >= _HOPELESS:
             self.refuse_broken_model()
         self.tell()
@@ -144,16 +144,6 @@ class Fitness:
                 "the model's weights or its dtype are broken; "
                 "set model.path to another copy of the model, or model.dtype=float32"
             )
-
-    def _write(self, entries: Sequence[dict[str, Any]]) -> None:
-        try:
-            with self._journal.open("a") as file:
-                file.write("".join(line_of(entry) for entry in entries))
-        except OSError as error:  # a full disk; the next start removes the line that was cut short
-            raise UserError(
-                f"{self._journal} cannot be written ({error.strerror}); free some room on that disk, and run the "
-                "same command again to go on"
-            ) from error
 
     def _evaluate(self, candidate: Candidate, document: int, keep: bool) -> dict[str, Any] | None:
         """The journal's entry; None on a rank without a pair, which in lockstep joins the forward pass all the same."""
@@ -217,32 +207,3 @@ class _Attempt:
             if len(self.missing) == self._room:
                 raise _EnoughMissing
         return self._guesses[pair]
-
-
-def _read_journal(journal: Path) -> tuple[list[dict[str, Any]], int]:
-    """The evaluations, and the number of damaged lines.
-
-    Damaged lines are removed from the file, so the next append starts on a line of its own.
-    """
-    lines = journal.read_text(errors="replace").splitlines(keepends=True) if journal.exists() else []
-    parsed = [(line, _parsed(line)) for line in lines]
-    good = [(line, entry) for line, entry in parsed if entry is not None]
-    if len(good) < len(lines):
-        io.write_text(journal, "".join(line for line, _ in good))
-    return [entry for _, entry in good], len(lines) - len(good)
-
-
-def line_of(entry: dict[str, Any]) -> str:
-    """An evaluation as a line of the journal, with a checksum: a damaged loss would change the result of the search."""
-    plain = io.finite(entry)
-    return json.dumps({**plain, "check": io.fingerprint(plain)}, allow_nan=False) + "\n"
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line) if line.endswith("\n") else None
-    except json.JSONDecodeError:
-        return None
-    if not isinstance(entry, dict) or not {"candidate", "document", "answers", "check"} <= entry.keys():
-        return None
-    return entry if entry.pop("check") == io.fingerprint(entry) else None

@@ -26,7 +26,7 @@ from torch import nn
 from lr2train import progress
 from lr2train.config import ModelConfig, UserError
 from lr2train.model import config_json
-from lr2train.model.folder import GENERATION_FILES, copy_companions, write_folder
+from lr2train.model.folder import GENERATION_FILES, copy_companions, values_in, write_folder
 from lr2train.model.weight_files import StoredTensor, files_of, safetensors_of
 from lr2train.model.weights import Conversion, Gather, conversions_of, fill, owners, whole
 from lr2train.rope import hf as rope_hf
@@ -36,7 +36,7 @@ __all__ = [
     "DTYPES", "Gather", "StoredTensor", "assembled", "build_empty", "config_of", "copy_companions", "files_of",
     "folder_fingerprint",
     "folder_of", "generation_files_of", "load_tokenizer", "load_whole", "plain_config", "safetensors_of",
-    "scratch_weights", "spectrum_of",
+    "scratch_weights", "spectrum_of", "stop_ids_of",
     "whole", "write_folder",
 ]  # fmt: skip
 
@@ -271,6 +271,15 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise UserError(
             f"{folder} has no readable tokenizer ({config_json.brief(error)}); copy the model's tokenizer files into it"
         ) from error
+
+
+def stop_ids_of(folder: Path, tokenizer: Any) -> set[int]:
+    """Token ids that end a text, from tokenizer, config.json and generation_config.json: chat models have several."""
+    named = [tokenizer.eos_token_id]
+    for name in ("config.json", "generation_config.json"):
+        said = values_in(folder / name).get("eos_token_id")
+        named += said if isinstance(said, list) else [said]
+    return {one for one in named if isinstance(one, int)}
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -1,7 +1,8 @@
 """Negative log-likelihood of chosen tokens of one document, under the RoPE table of one window.
 
-Choice: one document a call. Hidden states come from ``hidden.py``; logits are computed at the scored positions only, a
-chunk of them at a time. So memory does not grow with vocabulary x window. Cost: documents are not batched.
+Choice: one long document a call, or several short texts. Hidden states come from ``hidden.py``; logits are computed at
+the scored positions only, a chunk of them at a time. So memory does not grow with vocabulary x window. Cost: short
+texts of different lengths are computed as long as the longest of their call.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ class Score:
         n_tokens: number of scored tokens.
         exact: every scored token is the most likely one after the true tokens before it, so greedy decoding produces
             it.
+        right: tokens of each span that are the most likely ones after the true tokens before them.
     """
 
     nlls: tuple[float, ...]
     n_tokens: int
     exact: bool
+    right: tuple[int, ...] = ()
 
     @property
     def nll(self) -> float:
@@ -67,32 +70,77 @@ def score(
     Raises:
         UserError: the spans hold no token, or the model cannot run in chunks.
     """
-    positions = [t - 1 for start, stop in spans for t in range(start, stop)]  # the token before predicts each token
+    rotary.window = window
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(device)
+    rows = torch.tensor(_positions(spans), device=device)
+    losses, right = _predict(model.get_output_embeddings(), hidden_rows(model, ids, rows, chunk_tokens), ids[rows + 1])
+    return _score(spans, losses, right)
+
+
+@torch.inference_mode()
+def score_together(
+    model: Any, rotary: WindowRotary, window: str, texts: Sequence[tuple[np.ndarray, Sequence[tuple[int, int]]]]
+) -> list[Score]:
+    """Score several short texts in one forward pass; texts that differ in their last token alone share a row.
+
+    Attention is causal, so tokens that fill a row on its right change nothing to their left, and no mask is needed.
+
+    Args:
+        model, rotary, window: as in ``score``.
+        texts: (ids [T], spans) each, as in ``score``.
+    """
+    rotary.window = window
+    device = next(model.parameters()).device
+    bodies = list(dict.fromkeys(np.asarray(tokens[:-1], dtype=np.int64).tobytes() for tokens, _ in texts))
+    ids = torch.zeros(len(bodies), max(map(len, bodies)) // 8, dtype=torch.int64)
+    for row, body in enumerate(bodies):
+        ids[row, : len(body) // 8] = torch.frombuffer(bytearray(body), dtype=torch.int64)
+    hidden = model.base_model(input_ids=ids.to(device), use_cache=False).last_hidden_state
+    row_of = {body: row for row, body in enumerate(bodies)}
+    parts, targets = [], []
+    for tokens, spans in texts:
+        tokens = np.asarray(tokens, dtype=np.int64)
+        positions = np.array(_positions(spans))
+        parts.append(hidden[row_of[tokens[:-1].tobytes()], torch.from_numpy(positions).to(device)])
+        targets.append(tokens[positions + 1])
+    losses, right = _predict(
+        model.get_output_embeddings(), torch.cat(parts), torch.from_numpy(np.concatenate(targets)).to(device)
+    )
+    ends = np.cumsum([len(one) for one in targets])[:-1]
+    pieces = zip(texts, np.split(losses, ends), np.split(right, ends), strict=True)
+    return [_score(spans, nlls, hits) for (_, spans), nlls, hits in pieces]
+
+
+def _positions(spans: Sequence[tuple[int, int]]) -> list[int]:
+    """The positions that predict the tokens of the spans: each token is predicted by the one before it."""
+    positions = [t - 1 for start, stop in spans for t in range(start, stop)]
     if not positions:
         raise UserError(
             "a document has no token to score (an empty answer mask would silently score ordinary text); check "
             "data.needles"
         )
     assert min(positions) >= 0, "the first token of a document has nothing before it to be predicted from"
-    rotary.window = window
-    device = next(model.parameters()).device
-    ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(device)
-    rows = torch.tensor(positions, device=device)
-    losses, right = _predict(model.get_output_embeddings(), hidden_rows(model, ids, rows, chunk_tokens), ids[rows + 1])
-    ends = np.cumsum([stop - start for start, stop in spans])  # borders of the spans in ``losses``
-    return Score(tuple(math.fsum(part) for part in np.split(losses, ends[:-1])), len(positions), right)
+    return positions
 
 
-def _predict(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, bool]:
-    """Negative log-likelihoods (float64 [n]) of ``targets`` [n] given ``hidden`` [n, H], and whether all are the most
-    likely tokens.
+def _score(spans: Sequence[tuple[int, int]], losses: np.ndarray, right: np.ndarray) -> Score:
+    """The score of one text from the losses and hits of its scored tokens, in the order of the spans."""
+    ends = np.cumsum([stop - start for start, stop in spans])[:-1]  # borders of the spans in ``losses``
+    nlls = tuple(math.fsum(part) for part in np.split(losses, ends))
+    return Score(nlls, len(losses), bool(right.all()), tuple(int(part.sum()) for part in np.split(right, ends)))
+
+
+def _predict(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Negative log-likelihoods (float64 [n]) of ``targets`` [n] given ``hidden`` [n, H], and which of them are the most
+    likely tokens (bool [n]).
 
     The head is called once, whatever the chunks. Under ZeRO-3 each call gathers the head's weights on all ranks, and
     ranks may score different numbers of tokens.
     """
     with forward_replaced(head, partial(_losses, head.forward, targets)):
         losses, right = head(hidden)
-    return losses.double().cpu().numpy(), bool(right.all())
+    return losses.double().cpu().numpy(), right.cpu().numpy()
 
 
 def _losses(

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lr2train.config import UserError
 from lr2train.model import hidden, rotary
-from lr2train.model.score import score
+from lr2train.model.score import score, score_together
 from lr2train.rope import METHODS, Spectrum
 
 L0, VOCAB, T = 64, 400, 301
@@ -178,3 +178,22 @@ def test_what_cannot_be_expressed_is_refused():
         score(model, table, "long", tokens(), SPANS, 50)
     with pytest.raises(UserError, match=r"no token to score"):
         score(model, table, "long", tokens(), [(4, 4)])
+
+
+@pytest.mark.parametrize("window", ["short", "long"])
+def test_texts_together_equal_texts_alone(window):
+    model, table = make("llama")
+    rng = np.random.default_rng(0)
+    texts = [(rng.integers(0, VOCAB, n), [(n - k, n)]) for n, k in ((40, 1), (12, 3), (57, 56), (40, 2))]
+    for last in (3, 4, 5):  # these differ in their last token alone
+        texts.append((np.append(texts[0][0][:-1], last), [(39, 40)]))
+    calls = []
+    model.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: calls.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    found = score_together(model, table, window, texts)
+    assert calls == [torch.Size([4, 56])], "rows that differ in their last token alone are computed once"
+    for one, (tokens, spans) in zip(found, texts, strict=True):
+        alone = score(model, table, window, tokens, spans)
+        assert one.nlls == pytest.approx(alone.nlls, rel=1e-5)
+        assert (one.n_tokens, one.exact, one.right) == (alone.n_tokens, alone.exact, alone.right)
