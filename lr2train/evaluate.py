@@ -1,287 +1,227 @@
-"""evaluate: needle accuracy and perplexity by length, before and after training, compared with other methods.
+"""evaluate: needle maps, perplexity, RULER, retrieval and short tasks, of one model or of several side by side.
 
-    lr2train evaluate run=tiny_4k                                    a finished training run
-    lr2train evaluate name=other model.path=… rope.factors=… data.path=runs/corpus     any model folder
+    lr2train evaluate run=tiny_4k                                   needles, before and after training
+    lr2train evaluate run=tiny_4k eval=ruler                        suites: needles ruler retrieval short paper quick
+    lr2train evaluate run=[/models/llama3,first] eval=short         any runs, folders, hub ids; the first is the base
+    lr2train evaluate name=other model.path=… rope.factors=… data.path=runs/corpus     a model under factors
 
-A run is evaluated with the dtype, corpus and needles of its training, unless the command names others. Writes into the
-run's folder: ``evaluate.json``, the printed table, and each row of the comparison under ``evaluation/`` as soon as it
-is done. The same command resumes an interrupted evaluation.
+Under a launcher (deepspeed, torchrun) the samples are spread over the ranks. A run is evaluated with the dtype, corpus
+and needles of its training, unless the command names others. Writes into the run's folder (of several: into
+``runs/<name>``): ``evaluation/table.txt``, ``scores.csv``, ``scores.json``, a folder for each model with every sample,
+and ``evaluate.json`` for the report. The same command resumes an interrupted evaluation; nothing is computed twice.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
-from lr2train import io, progress, ranks, run
+from lr2train import io, ranks, run
 from lr2train.cli.door import main
-from lr2train.config import Config, RopeConfig, UserError
+from lr2train.config import Config
 from lr2train.data.corpus import Corpus
-from lr2train.data.needles import NeedleDocument, needle_set, text_set
-from lr2train.evaluation import figures, trained_run
-from lr2train.evaluation.subject import Subject, open_model
+from lr2train.data.needles import needle_set
+from lr2train.evaluation import figures, needles, results, tables, trained_run
+from lr2train.evaluation.answers import LOCKSTEP, Answers
+from lr2train.evaluation.models import Compared, compared, lengths_of
+from lr2train.evaluation.request import Answer, Sample, Task
+from lr2train.evaluation.subject import Subject, install
+from lr2train.evaluation.tasks import Suite
+from lr2train.evaluation.window_model import WindowModel
 from lr2train.model import load
-from lr2train.model.score import Score
 from lr2train.parallel import control, processes
-from lr2train.rope.factors import Factors
-from lr2train.rope.methods import build
+
+
+@dataclass
+class Measured:
+    """What was measured of one model.
+
+    Attributes:
+        scores: of all tasks.
+        answered: task -> samples with their answers, failed ones left out; for the figures of needles and texts.
+    """
+
+    subject: Subject
+    scores: list[results.TaskScore] = field(default_factory=list)
+    answered: dict[str, list[tuple[Sample, Answer]]] = field(default_factory=dict)
 
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Run the verb; returns the contents of ``evaluate.json``.
 
     Raises:
-        UserError: bad input.
+        UserError: bad input; raised on every rank.
     """
-    ranks.refuse_ranks("evaluate")
-    config, subjects = inputs(config)
-    job = run.Run(Path(config.runs_folder) / str(config.run or config.name), "evaluate")
-    corpus, factors = Corpus.open(config.data.path), subjects[-1].factors
-    corpus.refuse_other_tokenizer(
-        load.config_of(load.ModelConfig(path=str(subjects[-1].folder))).vocab_size, subjects[-1].folder
-    )
-    lengths = _lengths(config, factors.target_window_tokens)
-    needles, texts = _documents(config, corpus, lengths)
+    models = compared(config)
+    config, lengths = models.config, lengths_of(models.config, models)
+    named = trained_run.named(config)
+    alone = len(named) == 1 and trained_run.is_run(config, named[0])
+    job = run.Run(Path(config.runs_folder) / (named[0] if alone else config.name), "evaluate")
+    suite = Suite(config, lengths, models, job.folder / "evaluation" / "cache")
+    suite.refuse_unknown()
     device = processes.start(config)
     lock = control.on_rank_0(job.lock)  # also refuses a folder that may not be written, before the work
-    corpus.verify(full=config.data.verify)
-    rows = []
-    for subject in subjects:
-        settings = _settings(subject, config, corpus, lengths)
-        rows.append(
-            _evaluated(
-                subject, settings, job, lambda subject=subject: _row(subject, config, needles, texts, str(device))
-            )
-        )
-        job.log(_summary(rows[-1]))
-    windows = {
-        "original_window_tokens": factors.spectrum.window_tokens,
-        "target_window_tokens": factors.target_window_tokens,
-    }
-    prompt = _write_prompt(config, corpus, factors.spectrum.window_tokens, job)
-    result = {**windows, "prompt": prompt, "lengths_tokens": lengths, "rows": rows, "provenance": run.provenance()}
-    job.write_json("evaluate.json", result)
-    io.write_text(job.folder / "evaluation" / "table.txt", table(result) + "\n")
-    print(table(result))
+    if suite.corpus is not None:
+        corpus = suite.corpus
+        # once a machine
+        full = config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0
+        control.together(lambda: corpus.verify(full=full))
+    everything = [_made(suite, subject) for subject in models.subjects]  # refuses bad input before any model is loaded
+    measured = [
+        _measured(subject, tasks, suite, job, device)
+        for subject, tasks in zip(models.subjects, everything, strict=True)
+    ]
+    result = _written(job, models, suite, measured, lengths)
     processes.stop()
     if lock is not None:
         lock.close()
     return result
 
 
-def inputs(config: Config) -> tuple[Config, list[Subject]]:
-    """The config, completed from the run's own, and the models to compare.
-
-    These are the untrained model under each method of ``eval.methods``, the untrained model under the run's factors,
-    and the trained model last.
-
-    Raises:
-        UserError: neither a finished run nor a model is named.
-    """
-    if config.run is None:
-        if config.model.path is None or config.data.path is None:
-            raise UserError(
-                "run is empty; set run=<name of a finished training run>, or model.path, rope and data.path for a "
-                "model of your own"
-            )
-        return config, _before(config, load.folder_of(config.model))
-    folder = trained_run.run_folder(config)
-    io.read_json(folder / "train.json")  # refuses a run that is not finished
-    factors = Factors.load(folder / "factors.json")
-    config = trained_run.completed(config)
-    extended = factors.target_window_tokens > factors.spectrum.window_tokens
-    after = Subject(f"{factors.method} trained" if extended else "base", folder / "model", factors, True)
-    if config.model.path is None:
-        return config, [after]
-    base = load.folder_of(config.model)
-    before = Subject(f"{factors.method} untrained", base, factors, True, config.model.overrides)
-    return config, [*_methods(config, base, factors), before, after]
+def _made(suite: Suite, subject: Subject) -> list[Task]:
+    """The tasks of one model, with their samples: each made on one rank, then read by all from the cache on disk."""
+    tasks = suite.tasks(subject)
+    control.together(
+        lambda: [len(task.samples()) for number, task in enumerate(tasks) if number % ranks.world() == ranks.rank()]
+    )
+    control.together(lambda: [len(task.samples()) for task in tasks])
+    return tasks
 
 
-def _before(config: Config, folder: Path) -> list[Subject]:
-    factors = build(config.rope, load.spectrum_of(load.config_of(config.model), config.model))
-    return [*_methods(config, folder, factors), Subject(factors.method, folder, factors, True, config.model.overrides)]
+def _measured(subject: Subject, tasks: list[Task], suite: Suite, job: run.Run, device: torch.device) -> Measured:
+    """Everything about one model: asked, graded and written."""
+    config, folder = suite.config, job.folder / "evaluation" / results.folder_name(subject.label)
+    control.on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True))
+    identity = {**subject.identity(config.model.dtype), "tokenizer": suite.tokenizer(subject).fingerprint}
+    answers = Answers(
+        lambda: _model(subject, suite, device),
+        identity,
+        folder / "answers.jsonl",
+        subject.target_window_tokens,
+        lambda line: job.log(f"{subject.label}: {line}"),
+    )
+    if answers.recovered:
+        job.log(f"{subject.label}: {answers.recovered} answers found in {folder / 'answers.jsonl'}")
+    answers.expect(sum(sample.request.total_tokens for task in tasks for sample in task.samples()))
+    found = Measured(subject)
+    for task in tasks:
+        _ask(task, answers, found, folder)
+        job.log(_summary([one for one in found.scores if one.task == task.name]))
+    suite.ask_harness(subject, answers, found.scores, folder, job.log)
+    return found
 
 
-def _methods(config: Config, folder: Path, factors: Factors) -> list[Subject]:
-    names = [name for name in config.eval.methods if name != factors.method]
-    return [
-        Subject(f"{name} untrained", folder, _method(name, factors), False, config.model.overrides) for name in names
-    ]
+def _ask(task: Task, answers: Answers, found: Measured, folder: Path) -> None:
+    samples, label = task.samples(), found.subject.label
+    said = answers.ask([sample.request for sample in samples], f"{label}: {task.name}")
+    answered = list(zip(samples, said, strict=True))
+    grades = [results.graded(task, sample, answer) for sample, answer in answered]
+    found.scores += results.scores_of(label, task, answered, grades)
+    if task.name in (needles.NEEDLES, needles.TEXT):
+        found.answered[task.name] = [(sample, answer) for sample, answer in answered if answer.error is None]
+    control.on_rank_0(lambda: results.write_samples(folder / f"{task.name}.jsonl", answered, grades))
 
 
-def _method(name: str, factors: Factors) -> Factors:
-    """Another method's factors for the same windows."""
-    try:
-        return build(RopeConfig(target_window_tokens=factors.target_window_tokens, method=name), factors.spectrum)
-    except UserError as error:
-        raise UserError(
-            f"eval.methods names {name}, which cannot be built from the windows alone ({error}); remove it from "
-            "eval.methods"
-        ) from error
+def _model(subject: Subject, suite: Suite, device: torch.device) -> WindowModel:
+    """The loaded model, on every rank."""
+    settings, dtype = suite.config.eval, suite.config.model.dtype
+    if settings.shard:
+        from lr2train.training.deepspeed.scoring import load_sharded  # here: DeepSpeed takes seconds to import
+
+        named = load.ModelConfig(path=str(subject.folder), dtype=dtype, overrides=dict(subject.overrides))
+        model = load_sharded(named, device)
+    else:
+        held: list[Any] = []
+        control.together(
+            lambda: held.append(load.load_whole(subject.folder, dtype, str(device), subject.overrides))
+        )  # a folder that one rank cannot read ends the job on all
+        model = held[0]
+    tokenizer = suite.tokenizer(subject)
+    return WindowModel(
+        subject,
+        model,
+        install(subject, model),
+        tokenizer,
+        load.stop_ids_of(subject.folder, tokenizer.hf),
+        batch_tokens=settings.batch_tokens,
+        chunk_tokens=settings.chunk_tokens,
+        lockstep=LOCKSTEP if settings.shard else None,
+    )
 
 
-def _lengths(config: Config, target: int) -> list[int]:
-    lengths = sorted({length for length in config.eval.lengths_tokens if length <= target})
-    if not lengths:
-        raise UserError(
-            f"eval.lengths_tokens={config.eval.lengths_tokens} are all beyond the target window of {target}; add a "
-            "shorter length"
-        )
-    return lengths
+def _summary(scores: Sequence[results.TaskScore]) -> str:
+    cells = (
+        (f"{one.length_tokens}: " if one.length_tokens else "")
+        + ", ".join(f"{name} {value:.2f}" for name, value in one.measures.items())
+        + (f" ({one.failed} of {one.samples + one.failed} failed)" if one.failed else "")
+        for one in scores
+    )
+    return f"{scores[0].model}, {scores[0].task}: {'; '.join(cells)}" if scores else "no sample"
 
 
-def _documents(config: Config, corpus: Corpus, lengths: list[int]) -> tuple[list[NeedleDocument], list[np.ndarray]]:
-    """Needle documents and plain texts of every length, the same for every model; each length has a random stream of
-    its own.
-    """
-    settings, needles, texts = config.eval, [], []
-    if not settings.depths or settings.text_documents < 1:
-        raise UserError(
-            f"eval.depths={settings.depths} and eval.text_documents={settings.text_documents} leave nothing to "
-            "measure; set at least one of each"
-        )
-    if not all(0.0 <= depth <= 1.0 for depth in settings.depths):
-        raise UserError(
-            f"eval.depths={settings.depths} are not all between 0 (start) and 1 (end); set eval.depths inside these "
-            "limits"
-        )
-    for length in lengths:
-        rng = run.stream(settings.seed, "evaluate", "needles", length)
-        needles += needle_set(
-            corpus,
-            config.data.needles,
-            settings.samples,
-            length,
-            settings.depths,
-            rng,
-            distractors=settings.distractors,
-        )
-        texts += text_set(
-            corpus, settings.text_documents, length, run.stream(settings.seed, "evaluate", "text", length)
-        )
-    return needles, texts
+# ---- what is written ----
 
 
-def _write_prompt(config: Config, corpus: Corpus, original_window_tokens: int, job: run.Run) -> dict[str, str]:
+def _written(
+    job: run.Run, models: Compared, suite: Suite, measured: Sequence[Measured], lengths: Sequence[int]
+) -> dict[str, Any]:
+    """Tables and scores on disk, and the table on stdout."""
+    scores = [score for one in measured for score in one.scores]
+    rows = [row for one in measured if (row := _row(one))]
+    windows = {
+        "original_window_tokens": models.original_window_tokens,
+        "target_window_tokens": models.target_window_tokens,
+    }
+    prompt = _write_prompt(suite, models, job)
+    result = {**windows, "prompt": prompt, "lengths_tokens": list(lengths), "rows": rows}
+    shown = tables.all_tables(result, scores, [subject.label for subject in models.subjects])
+    result |= {"scores": results.json_of(scores), "provenance": run.provenance()}
+    folder = job.folder / "evaluation"
+
+    def write() -> None:
+        io.write_text(folder / "scores.csv", results.csv_of(scores))
+        io.write_json(folder / "scores.json", {**windows, "scores": result["scores"]})
+        io.write_text(folder / "table.txt", shown + "\n")
+        job.write_json("evaluate.json", result)
+        print(shown)
+
+    control.on_rank_0(write)
+    return result
+
+
+def _row(one: Measured) -> dict[str, Any] | None:
+    """A row of the needle comparison; None where no needle was measured."""
+    of_needles, of_texts = (one.answered.get(name, []) for name in (needles.NEEDLES, needles.TEXT))
+    if not of_needles:
+        return None
+    return {
+        "label": one.subject.label,
+        "attention_factor": one.subject.attention_factor,
+        "cells": figures.cells(of_needles),
+        "by_length": figures.by_length(of_needles, of_texts),
+        "by_position": figures.by_position(of_texts),
+    }
+
+
+def _write_prompt(suite: Suite, models: Compared, job: run.Run) -> dict[str, str] | None:
     """Write a needle document that ends before its answer, for ``generate``: the answer crosses the original window's
     end.
     """
+    corpus, config = suite.corpus, suite.config
+    if not isinstance(corpus, Corpus) or needles.NEEDLES not in suite.names:
+        return None
     rng = run.stream(config.eval.seed, "evaluate", "prompt")
-    needle = needle_set(corpus, config.data.needles, 1, original_window_tokens + 2, [0.0], rng)[0]
+    needle = needle_set(corpus, config.data.needles, 1, models.original_window_tokens + 2, [0.0], rng)[0]
     tokens = needle.tokens[: needle.answer_spans[0][0]]
     borders = 0 if corpus.tokenizer.bos is None else 1  # without BOS: the tokenizer puts it before a prompt itself
-    file = job.folder / "evaluation" / "prompt.txt"
-    io.write_text(file, corpus.tokenizer.decode(tokens[borders:]))
+    file, text = job.folder / "evaluation" / "prompt.txt", corpus.tokenizer.decode(tokens[borders:])
+    control.on_rank_0(lambda: io.write_text(file, text))
     return {"file": str(file), "answer": needle.answers[0]}
-
-
-def _settings(subject: Subject, config: Config, corpus: Corpus, lengths: list[int]) -> dict[str, Any]:
-    """Everything that decides a row's figures, as JSON returns it. Other rows of the comparison do not."""
-    settings = {
-        "eval": {key: value for key, value in asdict(config.eval).items() if key != "methods"},
-        "lengths_tokens": lengths,
-        "needles": asdict(config.data.needles),
-        "corpus": corpus.fingerprint,
-        "model": load.folder_fingerprint(subject.folder),
-        "dtype": config.model.dtype,
-        "overrides": dict(subject.overrides),
-        "factors": subject.factors.to_json(),
-        "switches": subject.switches,
-    }
-    return json.loads(json.dumps(settings))  # tuples become lists, as in the file that is compared
-
-
-def _evaluated(
-    subject: Subject, settings: dict[str, Any], job: run.Run, measure: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """One row; read back where an earlier call has measured it under the same settings and the file is whole."""
-    file = job.folder / "evaluation" / f"{re.sub(r'[^a-z0-9_]+', '_', subject.label)}.json"
-    if file.exists():
-        try:
-            old = io.sealed(file, remedy="this row is measured again")
-        except UserError as damage:
-            job.log(str(damage))
-        else:
-            if old["settings"] == settings:
-                return old["row"]
-    row = measure()
-    io.seal(file, {"settings": settings, "row": row})
-    return row
-
-
-def _row(
-    subject: Subject, config: Config, needles: list[NeedleDocument], texts: list[np.ndarray], device: str
-) -> dict[str, Any]:
-    model, table = open_model(subject, config.model.dtype, device)
-
-    def scores() -> Iterator[Score]:
-        yield from (subject.score(model, table, one.tokens, one.answer_spans) for one in needles)
-        yield from (subject.score_text(model, table, tokens) for tokens in texts)
-
-    scored = list(progress.track(scores(), len(needles) + len(texts), subject.label))
-    _refuse_not_finite(subject, scored, config.model.dtype)
-    of_needles = list(zip(needles, scored[: len(needles)], strict=True))
-    of_texts = list(zip(texts, scored[len(needles) :], strict=True))
-    return {
-        "label": subject.label,
-        "attention_factor": subject.factors.attention_factor,
-        "cells": figures.cells(of_needles),
-        "by_length": figures.by_length(
-            [(len(document.tokens), one) for document, one in of_needles],
-            [(len(tokens), one) for tokens, one in of_texts],
-        ),
-    }
-
-
-def _refuse_not_finite(subject: Subject, scores: Sequence[Score], dtype: str) -> None:
-    bad = sum(not math.isfinite(score.nll) for score in scores)
-    if bad:
-        remedy = "set model.dtype=float32" if dtype != "float32" else "set model.path to an intact copy of the model"
-        raise UserError(
-            f"{subject.label}: the losses of {bad} of {len(scores)} documents are not finite (model.dtype={dtype}); "
-            f"{remedy}"
-        )
-
-
-def _summary(row: dict[str, Any]) -> str:
-    lengths = (
-        f"{one['length_tokens']}: {one['accuracy']:.0%} (answer ppl {one['answer_perplexity']:.2f})"
-        for one in row["by_length"]
-    )
-    return f"{row['label']}: {', '.join(lengths)}"
-
-
-def table(result: dict[str, Any]) -> str:
-    """The comparison as text: a row for each model and method; the attention factor, then a column for each length.
-
-    A cell holds needle accuracy, answer perplexity and text perplexity.
-    """
-    width = max(len(row["label"]) for row in result["rows"]) + 2
-    lines = [
-        "needle accuracy | answer ppl | text ppl",
-        " " * width + f"{'attention factor':>18}" + "".join(f"{length:>24}" for length in result["lengths_tokens"]),
-    ]
-    for row in result["rows"]:
-        cells = (
-            f"{one['accuracy']:.0%} | {_short(one['answer_perplexity'])} | {_short(one['text_perplexity'])}"
-            for one in row["by_length"]
-        )
-        lines.append(
-            f"{row['label']:<{width}}{row['attention_factor']:>18.3f}" + "".join(f"{cell:>24}" for cell in cells)
-        )
-    return "\n".join(lines)
-
-
-def _short(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:.1e}"
 
 
 if __name__ == "__main__":

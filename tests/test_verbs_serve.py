@@ -26,7 +26,7 @@ from lr2train.cli import door as cli
 from lr2train.cli.composition import compose
 from lr2train.config import UserError
 from lr2train.evaluate import evaluate
-from lr2train.evaluation.subject import open_model
+from lr2train.evaluation.models import compared
 from lr2train.evolution.fitness import Fitness
 from lr2train.export import export
 from lr2train.generate import generate
@@ -291,7 +291,7 @@ def test_a_corpus_of_another_vocabulary_is_refused(world, tmp_path):
 
 # ---- evaluate ----
 
-EVAL = ["eval.lengths_tokens=[64,128,256,512]", "eval.depths=[0.0,1.0]", "eval.samples=1", "eval.text_documents=1"]
+EVAL = ["eval.lengths_tokens=[64,128,256]", "eval.depths=[0.0,1.0]", "eval.samples=1", "eval.text_documents=1"]
 
 
 def evaluate_config(world, runs, *more: str):
@@ -300,10 +300,10 @@ def evaluate_config(world, runs, *more: str):
 
 @pytest.fixture
 def measured(monkeypatch) -> list[str]:
-    """Labels of the rows that are really measured."""
-    labels, row = [], evaluate_module._row
+    """Labels of the models that are really asked."""
+    labels, model = [], evaluate_module._model
     monkeypatch.setattr(
-        evaluate_module, "_row", lambda subject, *rest: (labels.append(subject.label), row(subject, *rest))[1]
+        evaluate_module, "_model", lambda subject, *rest: (labels.append(subject.label), model(subject, *rest))[1]
     )
     return labels
 
@@ -341,12 +341,13 @@ def test_evaluate_compares_before_and_after(world, capsys):
 def test_a_run_is_evaluated_with_the_settings_of_its_training(world):
     tiny.make_run(world, "alone", dtype=torch.bfloat16)
     bare = [f"runs_folder={world}", "run=alone"]
-    config, subjects = evaluate_module.inputs(compose("evaluate", bare))
+    found = compared(compose("evaluate", bare))
+    config, subjects = found.config, found.subjects
     assert (config.model.dtype, config.model.path, config.data.path) == ("bfloat16", f"{world}/base", f"{world}/corpus")
     assert (config.data.needles.wording, config.data.needles.digits) == ("code", 4)
     assert subjects[-2].folder == world / "base"
     told = [*bare, "model.dtype=float16", "data.needles.digits=5", "model.path=/elsewhere", "data.path=/other"]
-    config, _ = evaluate_module.inputs(compose("evaluate", told))
+    config = compared(compose("evaluate", told)).config
     assert (config.model.dtype, config.model.path, config.data.path) == ("float16", f"{world}/base", "/other")
     assert (config.data.needles.wording, config.data.needles.digits) == ("code", 5)
 
@@ -356,8 +357,8 @@ def test_overrides_of_a_run_are_laid_over_its_base_alone(world):
     values = json.loads((folder / "train.config.json").read_text())
     values["model"]["overrides"] = {"rms_norm_eps": 0.5}
     (folder / "train.config.json").write_text(json.dumps(values))
-    _, subjects = evaluate_module.inputs(compose("evaluate", [f"runs_folder={world}", "run=overridden"]))
-    models = [open_model(subject, "float32", "cpu")[0] for subject in subjects[-2:]]
+    subjects = compared(compose("evaluate", [f"runs_folder={world}", "run=overridden"])).subjects
+    models = [load.load_whole(subject.folder, "float32", "cpu", subject.overrides) for subject in subjects[-2:]]
     assert [model.config.rms_norm_eps for model in models] == [0.5, 1e-6]
     assert all(subject.overrides == {"rms_norm_eps": 0.5} for subject in subjects[:-1])
 
@@ -379,10 +380,10 @@ def test_rows_are_measured_once_and_again_when_what_decides_them_changes(world, 
     evaluate(evaluate_config(world, world, "run=cached", "eval.seed=1"))
     assert measured == ["longrope2 trained"], "the weights were written anew"
     measured.clear()
-    row = folder / "evaluation" / "longrope2_trained.json"
-    row.write_text(row.read_text().replace('"accuracy": ', '"accuracy": 1', 1))
+    journal = folder / "evaluation" / "longrope2_trained" / "answers.jsonl"
+    journal.write_text(journal.read_text().replace('"nlls": [', '"nlls": [1', 1))
     evaluate(evaluate_config(world, world, "run=cached", "eval.seed=1"))
-    assert measured == ["longrope2 trained"], "a damaged row is no measurement"
+    assert measured == ["longrope2 trained"], "a damaged answer is no measurement"
 
 
 def test_any_model_folder_can_be_measured(world, tmp_path):
@@ -402,7 +403,7 @@ def test_any_model_folder_can_be_measured(world, tmp_path):
         (["run=refused", "eval.methods=[yarn_rcd]"], r"eval\.methods names yarn_rcd, .* needs rope\.critical_index"),
         (
             ["run=refused", "eval.lengths_tokens=[512]"],
-            r"eval\.lengths_tokens=\[512\] are all beyond the target window of 256",
+            r"eval\.lengths_tokens holds 512, beyond the target window of 256",
         ),
         (["run=refused", "eval.text_documents=0"], r"eval\.text_documents=0 is not between 1"),
         (["run=refused", "eval.depths=[0.5,1.5]"], r"eval\.depths\.1=1\.5 is not between 0 and 1"),

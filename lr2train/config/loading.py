@@ -36,8 +36,7 @@ def load(composed: DictConfig, verb: str) -> Config:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     _with_homes(config)
-    if config.run and not os.path.isdir(os.path.join(config.runs_folder, config.run)) and os.path.isdir(config.run):
-        config.run = os.path.abspath(config.run)  # a folder, not a name in runs_folder
+    _with_runs(config, verb)
     for key, one, value in _leaves(config):
         if reads(verb, key):
             _check(key, one, value)
@@ -46,6 +45,27 @@ def load(composed: DictConfig, verb: str) -> Config:
         if verb in verbs:
             check(config)
     return config
+
+
+def _with_runs(config: Config, verb: str) -> None:
+    """Put the absolute folder in the place of a run that is a folder and not a name in runs_folder.
+
+    Raises:
+        UserError: several runs are named, and the verb takes one.
+    """
+    if config.run is None:
+        return
+    several = isinstance(config.run, list)
+    runs = [str(one) for one in config.run] if several else [str(config.run)]
+    if several and verb != "evaluate":
+        raise UserError(f"run={_typed(runs)} names several runs, and {verb} takes one; set run to {runs[0]}")
+    found = [
+        os.path.abspath(one)
+        if one and not os.path.isdir(os.path.join(config.runs_folder, one)) and os.path.isdir(one)
+        else one
+        for one in runs
+    ]
+    config.run = found if several else found[0] or None
 
 
 def _refuse_interpolation(node: Any, prefix: str = "") -> None:
@@ -95,12 +115,12 @@ def _with_homes(node: Any) -> None:
         if is_dataclass(value):
             _with_homes(value)
         elif isinstance(value, list) and one.metadata.get("path"):
-            setattr(node, one.name, [os.path.expanduser(item) for item in value])
+            setattr(node, one.name, [os.path.expanduser(str(item)) for item in value])
         elif isinstance(value, list):
             for item in filter(is_dataclass, value):
                 _with_homes(item)
         elif value is not None and one.metadata.get("path"):
-            setattr(node, one.name, os.path.expanduser(value))
+            setattr(node, one.name, os.path.expanduser(str(value)))
 
 
 def _with_members(node: Any) -> None:

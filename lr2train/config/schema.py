@@ -536,10 +536,10 @@ class SearchConfig:
 class EvalConfig:
     """What is measured, and on how much."""
 
-    # What is measured: names of tasks or of groups of tasks. `lr2train evaluate eval.tasks=[help]` lists all.
+    # What is measured: names of tasks or of groups of tasks. docs/EVALUATION.md lists all.
     tasks: list[str] = field(default_factory=lambda: ["needles"])
-    # Lengths of prompts and documents, tokens. A length beyond the target window is refused.
-    lengths_tokens: list[int] = number([4096, 8192, 16384, 32768, 65536, 131072], least=2)
+    # Lengths of prompts and documents, tokens; none beyond the target window. Empty: 4096, doubling up to it.
+    lengths_tokens: list[int] = number([], least=2)
     # Depths of the needle: 0 is the start of the document, 1 its end.
     depths: list[float] = number([0.0, 0.25, 0.5, 0.75, 1.0], least=0, most=1)
     # needles: documents for each length and depth. The paper runs 10.
@@ -668,8 +668,9 @@ class Config:
     name: str = MISSING
     # Folder of all runs. Several nodes need a shared file system here.
     runs_folder: str = a_path("runs")
-    # A finished run that evaluate, export, generate and inspect read: its name or its folder.
-    run: str | None = a_path()
+    # A finished run that evaluate, export, generate and inspect read: its name or its folder. evaluate also takes a
+    # Hugging Face folder, a hub id, or a list of all these.
+    run: Any = a_path()
     # Random seed: initial weights, order of segments, and all other random draws.
     seed: int = number(0, least=-(2**63), most=2**63 - 1)
     # Where tensors live. auto: CUDA where there is a GPU.

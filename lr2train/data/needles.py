@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 
 from lr2train.config import NeedleConfig, UserError
-from lr2train.data.corpus import HOLDOUT, Corpus
+from lr2train.data.corpus import HOLDOUT
+from lr2train.data.text import Text
 
 Encode = Callable[[str], np.ndarray]
 
@@ -322,8 +324,21 @@ def _ids(encoded: np.ndarray) -> list[int]:
     return np.asarray(encoded).tolist()
 
 
+class HeldOutText(Protocol):
+    """What needles ask a corpus for."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Has ``encode`` and ``bos``."""
+        ...
+
+    def text(self, split: str = ...) -> Text:
+        """Random stretches of a split."""
+        ...
+
+
 def needle_set(
-    corpus: Corpus,
+    corpus: HeldOutText,
     needles: NeedleConfig,
     n_documents: int,
     length_tokens: int,
@@ -359,7 +374,7 @@ def needle_set(
     ]
 
 
-def text_set(corpus: Corpus, n_documents: int, length_tokens: int, rng: np.random.Generator) -> list[np.ndarray]:
+def text_set(corpus: HeldOutText, n_documents: int, length_tokens: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Held-out text for perplexity: int64 [length_tokens] each, BOS first where the tokenizer has one.
 
     Raises:

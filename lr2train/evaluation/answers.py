@@ -56,6 +56,11 @@ class Answers:
         )
         self._known = {entry["key"]: _answer(entry["answer"]) for entry in entries}
         self.recovered, self.computed = len(self._known), 0
+        self._expected = self._done = 0
+
+    def expect(self, total_tokens: int) -> None:
+        """Tell how many tokens all requests to come have, so that progress shows the time left for all of them."""
+        self._expected += total_tokens
 
     def ask(self, requests: Sequence[Request], label: str) -> list[Answer]:
         """The answers to ``requests``, in order, on every rank; ``label`` names the work on the progress bar.
@@ -76,6 +81,7 @@ class Answers:
         missing = {key: request for key, request in wanted.items() if key not in self._known}
         if missing:
             failed |= self._compute(missing, sum(one.total_tokens for one in wanted.values()), label)
+        self._done += sum(one.total_tokens for one in requests)
         return [self._known[key] if key in self._known else failed[key] for key in keys]
 
     def _key(self, request: Request) -> str:
@@ -90,7 +96,8 @@ class Answers:
         model = self.model
         keys, requests = list(missing), list(missing.values())
         failed: dict[str, Answer] = {}
-        done = total_tokens - sum(one.total_tokens for one in requests)
+        done = self._done + total_tokens - sum(one.total_tokens for one in requests)
+        total_tokens = max(self._expected, self._done + total_tokens)
         with progress.meter(label, done) as tick:
             for batches in _rounds(model.batches(requests), requests):
                 mine = batches[min(ranks.rank(), len(batches) - 1)]

@@ -1,8 +1,4 @@
-"""Figures from scores: needle accuracy by length and depth (paper, Figure 6), answer perplexity and text perplexity.
-
-Accuracy is exact match of greedy decoding, read off one forward pass. If the most likely token is the right one at
-every answer position, given the right tokens before it, greedy decoding produces the answer.
-"""
+"""Figures from answered needle documents and texts: accuracy by length and depth (paper, Figure 6), perplexities."""
 
 from __future__ import annotations
 
@@ -11,20 +7,23 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from lr2train.data.needles import NeedleDocument
-from lr2train.model.score import Score
+from lr2train.evaluation.needles import n_scored
+from lr2train.evaluation.request import Answer, Likelihood, Sample
+
+Answered = tuple[Sample, Answer]
 
 
-def cells(scored: Sequence[tuple[NeedleDocument, Score]]) -> list[dict[str, Any]]:
-    """One row for each (length, depth): accuracy, answer perplexity and number of documents."""
-    grouped: dict[tuple[int, float], list[Score]] = defaultdict(list)
-    for document, one in scored:
-        grouped[len(document.tokens), document.depth].append(one)
+def cells(needles: Sequence[Answered]) -> list[dict[str, Any]]:
+    """One row for each (length, depth): accuracy, token recall, answer perplexity and number of documents."""
+    grouped: dict[tuple[int, float], list[Answered]] = defaultdict(list)
+    for sample, answer in needles:
+        grouped[sample.length_tokens, sample.facts["depth"]].append((sample, answer))
     return [
         {
             "length_tokens": length,
             "depth": depth,
             "accuracy": accuracy(group),
+            "recall": recall(group),
             "perplexity": perplexity(group),
             "documents": len(group),
         }
@@ -32,12 +31,12 @@ def cells(scored: Sequence[tuple[NeedleDocument, Score]]) -> list[dict[str, Any]
     ]
 
 
-def by_length(needles: Sequence[tuple[int, Score]], texts: Sequence[tuple[int, Score]]) -> list[dict[str, Any]]:
-    """One row for each length, over all depths; ``needles`` and ``texts`` are (length, score) pairs."""
+def by_length(needles: Sequence[Answered], texts: Sequence[Answered]) -> list[dict[str, Any]]:
+    """One row for each length, over all depths."""
     rows = []
-    for length in sorted({length for length, _ in needles}):
-        answers = [one for size, one in needles if size == length]
-        text = [one for size, one in texts if size == length]
+    for length in sorted({sample.length_tokens for sample, _ in needles}):
+        answers = [one for one in needles if one[0].length_tokens == length]
+        text = [one for one in texts if one[0].length_tokens == length]
         rows.append(
             {
                 "length_tokens": length,
@@ -49,11 +48,39 @@ def by_length(needles: Sequence[tuple[int, Score]], texts: Sequence[tuple[int, S
     return rows
 
 
-def accuracy(scores: Sequence[Score]) -> float:
+def by_position(texts: Sequence[Answered]) -> list[dict[str, Any]]:
+    """Perplexity of each range of positions in the longest texts: how much a longer context helps."""
+    longest = max((sample.length_tokens for sample, _ in texts), default=0)
+    sums: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for sample, answer in texts:
+        if sample.length_tokens == longest:
+            assert isinstance(sample.request, Likelihood)
+            for span, nll in zip(sample.request.spans, answer.nlls, strict=True):
+                sums[span].append(nll)
+    return [
+        {"first": start, "stop": stop, "perplexity": _exp(math.fsum(nlls) / (len(nlls) * (stop - start)))}
+        for (start, stop), nlls in sorted(sums.items())
+    ]
+
+
+def accuracy(answered: Sequence[Answered]) -> float:
     """Share of documents whose answers are all exact."""
-    return sum(one.exact for one in scores) / len(scores)
+    return sum(sum(answer.right) == n_scored(sample) for sample, answer in answered) / len(answered)
 
 
-def perplexity(scores: Sequence[Score]) -> float:
-    """exp(mean nats per scored token), capped at exp(700): float64 overflows at exp(710)."""
-    return math.exp(min(math.fsum(one.nll for one in scores) / sum(one.n_tokens for one in scores), 700.0))
+def recall(answered: Sequence[Answered]) -> float:
+    """Share of answer tokens that are the most likely ones."""
+    return sum(sum(answer.right) for _, answer in answered) / sum(n_scored(sample) for sample, _ in answered)
+
+
+def perplexity(answered: Sequence[Answered]) -> float:
+    """exp(mean nats per scored token), capped at exp(700); nan where nothing was scored."""
+    if not answered:
+        return math.nan
+    nats = math.fsum(math.fsum(answer.nlls) for _, answer in answered)
+    return _exp(nats / sum(n_scored(sample) for sample, _ in answered))
+
+
+def _exp(nats: float) -> float:
+    """exp, capped: float64 overflows at exp(710)."""
+    return math.exp(min(nats, 700.0))

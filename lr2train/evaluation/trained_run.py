@@ -17,15 +17,32 @@ from lr2train.config import Config, UserError
 T = TypeVar("T")
 
 
+def named(config: Config) -> list[str]:
+    """The runs that ``run=`` names."""
+    return [config.run] if isinstance(config.run, str) else list(config.run or [])
+
+
+def folder_of(config: Config, name: str) -> Path:
+    """The folder of a run: its name in ``runs_folder``, or a path."""
+    return Path(config.runs_folder) / name
+
+
+def is_run(config: Config, name: str) -> bool:
+    """Whether a training was started in this folder."""
+    folder = folder_of(config, name)
+    return (folder / "train.config.json").exists() or (folder / "train.json").exists()
+
+
 def run_folder(config: Config) -> Path:
-    """The folder of the run that ``run=`` names.
+    """The folder of the one run that ``run=`` names.
 
     Raises:
         UserError: ``run`` is empty.
     """
-    if config.run is None:
+    runs = named(config)
+    if not runs:
         raise UserError("run is empty; set run=<name of a finished training run>")
-    return Path(config.runs_folder) / config.run
+    return folder_of(config, runs[0])
 
 
 def completed(config: Config) -> Config:

@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from lr2train.config import UserError
-from lr2train.data.needles import NeedleDocument
 from lr2train.evaluation import figures
-from lr2train.evaluation.subject import Subject, open_model
+from lr2train.evaluation.needles import buckets
+from lr2train.evaluation.request import Answer, Likelihood, Sample
+from lr2train.evaluation.subject import Subject, install, with_factors
+from lr2train.model import load
 from lr2train.model import score as score_module
-from lr2train.model.score import Score, score
+from lr2train.model.score import score
 from lr2train.rope import METHODS
 
 
@@ -23,7 +27,13 @@ def folder(tmp_path_factory):
 
 
 def subject_of(folder, switches: bool = True) -> Subject:
-    return Subject("ours", folder, tiny.factors_with(1.2), switches)
+    return with_factors("ours", folder, tiny.factors_with(1.2), switches, {})
+
+
+def open_model(subject: Subject, dtype: str, device: str):
+    """The subject's model with its factors installed, and the rotary module."""
+    model = load.load_whole(subject.folder, dtype, device, subject.overrides)
+    return model, install(subject, model)
 
 
 def tokens_of(length: int) -> np.ndarray:
@@ -93,52 +103,54 @@ def test_the_length_chooses_the_table(folder):
     assert {published.window(n) for n in (1, tiny.L0, tiny.L)} == {"long"}
 
 
-def test_documents_are_scored_under_the_table_of_their_length(folder):
-    model, table = open_model(subject_of(folder), "float32", "cpu")
-    texts = [tokens_of(tiny.L0), tokens_of(tiny.L0 + 1)]
-    found = [subject_of(folder).score_text(model, table, text) for text in texts]
-    assert found == [
-        score(model, table, window, text, [(1, len(text))])
-        for window, text in zip(("short", "long"), texts, strict=True)
-    ]
-    answers = [[(len(text) - 3, len(text) - 1)] for text in texts]
-    found = [subject_of(folder).score(model, table, text, spans) for text, spans in zip(texts, answers, strict=True)]
-    assert found == [
-        score(model, table, window, text, spans)
-        for window, text, spans in zip(("short", "long"), texts, answers, strict=True)
-    ]
-
-
 # ---- figures of hand-made scores ----
 
 
-def document(length: int, depth: float) -> NeedleDocument:
-    return NeedleDocument(np.zeros(length, dtype=np.int64), ((length - 1, length),), depth, ("1",))
+def answered(length: int, depth: float, nlls: tuple[float, ...], right: tuple[int, ...], n_tokens: int = 1):
+    """A needle document whose spans have ``n_tokens`` each, and its answer."""
+    spans = tuple((length - n_tokens * (number + 1), length - n_tokens * number) for number in range(len(nlls)))
+    sample = Sample("needles", 0, Likelihood(np.zeros(length, np.int64), spans), ("1",), length, {"depth": depth})
+    return sample, Answer("long", nlls=nlls, right=right)
 
 
 def test_a_cell_is_a_length_and_a_depth():
     scored = [
-        (document(200, 0.5), Score((2 * math.log(3),), 2, True)),
-        (document(100, 0.0), Score((math.log(2),), 1, True)),
-        (document(200, 0.5), Score((math.log(9),), 1, False)),
-        (document(100, 1.0), Score((0.0,), 4, False)),
+        answered(200, 0.5, (2 * math.log(3),), (2,), 2),
+        answered(100, 0.0, (math.log(2),), (1,)),
+        answered(200, 0.5, (math.log(9), 0.0), (0, 1)),
+        answered(100, 1.0, (0.0,), (3,), 4),
     ]
     assert figures.cells(scored) == [
-        {"length_tokens": 100, "depth": 0.0, "accuracy": 1.0, "perplexity": pytest.approx(2.0), "documents": 1},
-        {"length_tokens": 100, "depth": 1.0, "accuracy": 0.0, "perplexity": 1.0, "documents": 1},
-        {
-            "length_tokens": 200,
-            "depth": 0.5,
-            "accuracy": 0.5,
-            "perplexity": pytest.approx(81 ** (1 / 3)),
-            "documents": 2,
-        },
-    ]
+        {"length_tokens": 100, "depth": 0.0, "accuracy": 1.0, "recall": 1.0, "perplexity": pytest.approx(2.0),
+         "documents": 1},
+        {"length_tokens": 100, "depth": 1.0, "accuracy": 0.0, "recall": 0.75, "perplexity": 1.0, "documents": 1},
+        {"length_tokens": 200, "depth": 0.5, "accuracy": 0.5, "recall": 0.75, "perplexity": pytest.approx(3.0),
+         "documents": 2},
+    ]  # fmt: skip
 
 
 def test_perplexity_averages_over_tokens_and_not_over_documents():
-    assert figures.perplexity([Score((math.log(16),), 1, True), Score((0.0,), 3, True)]) == pytest.approx(2.0)
+    found = [answered(100, 0.0, (math.log(16),), (1,)), answered(100, 0.0, (0.0,), (3,), 3)]
+    assert figures.perplexity(found) == pytest.approx(2.0)
+
+
+def test_perplexity_by_position_is_of_the_longest_texts():
+    def text(length: int, nats: float):
+        spans = buckets(length)
+        nlls = tuple(nats * (index + 1) * (stop - start) for index, (start, stop) in enumerate(spans))
+        return Sample("text", 0, Likelihood(np.zeros(length, np.int64), spans), (), length), Answer("long", nlls=nlls)
+
+    found = figures.by_position([text(600, 1.0), text(600, 3.0), text(300, 9.0)])
+    assert [(row["first"], row["stop"]) for row in found] == [(1, 256), (256, 512), (512, 600)]
+    assert [math.log(row["perplexity"]) for row in found] == pytest.approx([2.0, 4.0, 6.0])
+
+
+@given(st.integers(2, 5000))
+def test_buckets_of_positions_cover_a_text_but_its_first_token(length):
+    found = buckets(length)
+    assert [position for start, stop in found for position in range(start, stop)] == list(range(1, length))
+    assert all(stop - start <= max(256, start) for start, stop in found)
 
 
 def test_a_perplexity_too_large_for_a_float_is_capped():
-    assert figures.perplexity([Score((1e9,), 1, False)]) == math.exp(700)
+    assert figures.perplexity([answered(10, 0.0, (1e9,), (0,))]) == math.exp(700)

@@ -1,0 +1,100 @@
+"""Names of ``eval.tasks`` -> tasks: our own benchmarks, by task or by group, for the tokenizer of each model.
+
+Choice: a name that is none of ours is lm-eval's, and lm-eval is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lr2train.config import Config, UserError
+from lr2train.data.corpus import Corpus
+from lr2train.evaluation import needles
+from lr2train.evaluation.filler import TextFolder
+from lr2train.evaluation.models import Compared
+from lr2train.evaluation.request import Task
+from lr2train.evaluation.subject import Subject
+from lr2train.evaluation.tokens import PromptTokenizer
+from lr2train.model import load
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "needles": (needles.NEEDLES, needles.TEXT),
+}
+OURS = {name for names in GROUPS.values() for name in names}
+
+
+class Suite:
+    """What one command measures.
+
+    Args:
+        config: completed from the run's.
+        lengths: of prompts and documents, tokens.
+        models: that are compared.
+        cache: folder of generated samples.
+
+    Attributes:
+        names: of our own tasks, in the order of the tables.
+        harness_names: of lm-eval's tasks.
+        corpus: gives held-out text; None without ``data.path``.
+    """
+
+    def __init__(self, config: Config, lengths: list[int], models: Compared, cache: Path):
+        self.config, self.lengths, self.cache = config, lengths, cache
+        given = config.eval.tasks
+        expanded = [name for one in given for name in GROUPS.get(one, (one,))]
+        self.names = [name for name in dict.fromkeys(expanded) if name in OURS]
+        self.harness_names = [name for name in dict.fromkeys(expanded) if name not in OURS]
+        self.corpus = Corpus.open(config.data.path) if config.data.path is not None else None
+        self._models = models
+        self._tokenizers: dict[Path, PromptTokenizer] = {}
+
+    def refuse_unknown(self) -> None:
+        """Refuse a suite that measures nothing.
+
+        Raises:
+            UserError: no task is named.
+        """
+        if not self.names and not self.harness_names:
+            raise UserError("eval.tasks=[] leaves nothing to measure; set eval=needles or another suite")
+
+    def tokenizer(self, subject: Subject) -> PromptTokenizer:
+        """The tokenizer of a model; read once. Raises UserError where there is none."""
+        if subject.folder not in self._tokenizers:
+            self._tokenizers[subject.folder] = PromptTokenizer.of(subject.folder)
+        return self._tokenizers[subject.folder]
+
+    def tasks(self, subject: Subject) -> list[Task]:
+        """Our own tasks for one model.
+
+        Raises:
+            UserError: a file or a setting is wrong.
+        """
+        lengths = [length for length in self.lengths if length <= subject.target_window_tokens]
+        return [self._task(name, subject, lengths) for name in self.names]
+
+    def _task(self, name: str, subject: Subject, lengths: list[int]) -> Task:
+        settings = self.config.eval
+        if name == needles.NEEDLES:
+            return needles.NeedleTask(settings, self.config.data.needles, self._source(subject), lengths)
+        return needles.TextTask(settings, self._source(subject), lengths)
+
+    def _source(self, subject: Subject) -> Corpus | TextFolder:
+        """Where needles are hidden: ``eval.essays`` where it is set, else the held-out documents of the corpus."""
+        if self.config.eval.essays is not None:
+            return TextFolder(Path(self.config.eval.essays), self.tokenizer(subject))
+        if self.corpus is None:
+            raise UserError(
+                "neither data.path nor eval.essays is set; set eval.essays to a folder of .txt files to hide needles in"
+            )
+        vocab_size = load.config_of(load.ModelConfig(path=str(subject.folder))).vocab_size
+        self.corpus.refuse_other_tokenizer(vocab_size, subject.folder)
+        return self.corpus
+
+    def ask_harness(
+        self, subject: Subject, answers: Any, scores: list, folder: Path, log: Callable[[str], None]
+    ) -> None:
+        """Run lm-eval's tasks, if any is named."""
+        if self.harness_names:
+            raise UserError(f"eval.tasks names {self.harness_names[0]}, which is no task")
