@@ -145,7 +145,7 @@ def cut_middle(tokenizer: PromptTokenizer, text: str, most_tokens: int, *, halve
     """A prompt of at most ``most_tokens`` tokens: its first and its last ``most_tokens // 2`` where it is longer.
 
     The kept tokens are decoded and tokenised again, as both benchmarks do. If that makes more than ``most_tokens``
-    tokens, each side gives up as many tokens as are needed.
+    tokens, each side gives up a few more.
 
     Args:
         tokenizer: of the model.
@@ -166,7 +166,7 @@ def cut_middle(tokenizer: PromptTokenizer, text: str, most_tokens: int, *, halve
         again = tokenizer.encode(kept)
         if len(again) <= most_tokens:
             return Prompt(again, len(ids) - 2 * half)
-        half -= -(-(len(again) - most_tokens) // 2)
+        half -= max(1, (len(again) - most_tokens) // 8)  # a cut character costs several tokens and goes with its last
     raise ValueError(f"{most_tokens} tokens are too few for a prompt")
 
 
