@@ -150,7 +150,7 @@ class InfiniteBenchTask:
 
 
 def _value(path: Path, number: int, record: dict[str, Any]) -> tuple[str]:
-    """The value that is asked for: the published files have a list of one text, earlier files a text."""
+    """The value that is asked for; the record has a text, or a list of one text."""
     answers = [record["answer"]] if isinstance(record["answer"], str) else record["answer"]
     if len(answers) != 1:
         raise SOURCE.refuse(path, number, f"has {len(answers)} answers instead of 1")

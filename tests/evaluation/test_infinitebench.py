@@ -57,7 +57,7 @@ def test_an_oracle_has_100_and_an_empty_answer_0(tmp_path, name, record, oracle)
     assert published.said(one, sample, "") == published.said(one, sample, " \n") == 0
 
 
-def test_all_published_forms_of_an_answer_are_read(tmp_path):
+def test_all_forms_of_an_answer_are_read(tmp_path):
     assert task(tmp_path, "kv", [KV | {"answer": VALUE}]).samples()[0].answers == (VALUE,)
     for answer in (OPTIONS[1], [OPTIONS[1]], [OPTIONS[1], "B"]):
         assert task(tmp_path, "mc", [MC | {"answer": answer}]).samples()[0].answers == (OPTIONS[1], "B")
