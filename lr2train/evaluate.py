@@ -83,17 +83,41 @@ def evaluate(config: Config) -> dict[str, Any]:
     return result
 
 
-def _made(suite: Suite, subject: Subject) -> list[Task]:
-    """The tasks of one model, with their samples: each made on one rank, then read by all from the cache on disk."""
+@dataclass
+class Asked:
+    """A task of one model, with its samples where this rank has made them."""
+
+    task: Task
+    samples: Sequence[Sample] | None = None
+    total_tokens: int = 0
+
+
+def _made(suite: Suite, subject: Subject) -> list[Asked]:
+    """The tasks of one model; bad input is refused here, before a model is loaded.
+
+    Each task's samples are made by one rank, which also fills the cache on disk for the others.
+    """
     tasks = suite.tasks(subject)
-    control.together(
-        lambda: [len(task.samples()) for number, task in enumerate(tasks) if number % ranks.world() == ranks.rank()]
-    )
-    control.together(lambda: [len(task.samples()) for task in tasks])
-    return tasks
+
+    def make() -> dict[int, int]:
+        for number, one in enumerate(found):
+            if number % ranks.world() == ranks.rank():
+                one.samples = one.task.samples()
+                one.total_tokens = sum(sample.request.total_tokens for sample in _to_ask(one.samples))
+        return {number: one.total_tokens for number, one in enumerate(found) if one.samples is not None}
+
+    found = [Asked(task) for task in tasks]
+    for counted in control.together(make):
+        for number, total in counted.items():
+            found[number].total_tokens = total
+    return found
 
 
-def _measured(subject: Subject, tasks: list[Task], suite: Suite, job: run.Run, device: torch.device) -> Measured:
+def _to_ask(samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.left_out is None]
+
+
+def _measured(subject: Subject, tasks: list[Asked], suite: Suite, job: run.Run, device: torch.device) -> Measured:
     """Everything about one model: asked, graded and written."""
     config, folder = suite.config, job.folder / "evaluation" / results.folder_name(subject.label)
     control.on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -107,19 +131,26 @@ def _measured(subject: Subject, tasks: list[Task], suite: Suite, job: run.Run, d
     )
     if answers.recovered:
         job.log(f"{subject.label}: {answers.recovered} answers found in {folder / 'answers.jsonl'}")
-    answers.expect(sum(sample.request.total_tokens for task in tasks for sample in task.samples()))
+    answers.expect(sum(one.total_tokens for one in tasks))
     found = Measured(subject)
-    for task in tasks:
-        _ask(task, answers, found, folder)
-        job.log(_summary([one for one in found.scores if one.task == task.name]))
+    for one in tasks:
+        _ask(one, answers, found, folder)
+        job.log(_summary([score for score in found.scores if score.task == one.task.name]))
     suite.ask_harness(subject, answers, found.scores, folder, job.log)
     return found
 
 
-def _ask(task: Task, answers: Answers, found: Measured, folder: Path) -> None:
-    samples, label = task.samples(), found.subject.label
-    said = answers.ask([sample.request for sample in samples], f"{label}: {task.name}")
-    answered = list(zip(samples, said, strict=True))
+def _ask(one: Asked, answers: Answers, found: Measured, folder: Path) -> None:
+    task, label = one.task, found.subject.label
+    held: list[Sequence[Sample]] = [] if one.samples is None else [one.samples]
+    control.together(lambda: None if held else held.append(task.samples()))
+    samples = held[0]
+    one.samples = None  # a window of 128k tokens a sample: not held longer than needed
+    asked = _to_ask(samples)
+    said = iter(answers.ask([sample.request for sample in asked], f"{label}: {task.name}"))
+    answered = [
+        (sample, next(said) if sample.left_out is None else Answer("long", error=sample.left_out)) for sample in samples
+    ]
     grades = [results.graded(task, sample, answer) for sample, answer in answered]
     found.scores += results.scores_of(label, task, answered, grades)
     if task.name in (needles.NEEDLES, needles.TEXT):

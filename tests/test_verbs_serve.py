@@ -329,7 +329,7 @@ def test_evaluate_compares_before_and_after(world, capsys):
             (length, depth, 1) for length in (64, 128, 256) for depth in (0.0, 1.0)
         ]
     text = [[one["text_perplexity"] for one in row["by_length"]] for row in (none, pi, before, after)]
-    assert text[0][0] == text[2][0], "up to L0 the searched factors leave the original model"
+    assert text[0][0] == pytest.approx(text[2][0], rel=1e-6), "up to L0 the factors leave the original model"
     assert text[1][0] != text[0][0], "pi rescales at every length, as it was published"
     assert len({row[2] for row in text}) == 4
     assert "longrope2 trained" in (printed := capsys.readouterr().out)
@@ -381,7 +381,7 @@ def test_rows_are_measured_once_and_again_when_what_decides_them_changes(world, 
     assert measured == ["longrope2 trained"], "the weights were written anew"
     measured.clear()
     journal = folder / "evaluation" / "longrope2_trained" / "answers.jsonl"
-    journal.write_text(journal.read_text().replace('"nlls": [', '"nlls": [1', 1))
+    journal.write_text('"nlls": [1'.join(journal.read_text().rsplit('"nlls": [', 1)))
     evaluate(evaluate_config(world, world, "run=cached", "eval.seed=1"))
     assert measured == ["longrope2 trained"], "a damaged answer is no measurement"
 
@@ -407,7 +407,7 @@ def test_any_model_folder_can_be_measured(world, tmp_path):
         ),
         (["run=refused", "eval.text_documents=0"], r"eval\.text_documents=0 is not between 1"),
         (["run=refused", "eval.depths=[0.5,1.5]"], r"eval\.depths\.1=1\.5 is not between 0 and 1"),
-        (["run=refused", "eval.depths=[]"], r"eval\.depths=\[\] .* leave nothing to measure"),
+        (["run=refused", "eval.depths=[]"], r"eval\.depths=\[\] leaves nothing to measure"),
     ],
 )
 def test_bad_input_of_evaluate_is_refused(world, more, words):

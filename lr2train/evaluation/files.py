@@ -114,21 +114,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A sample that is not asked.
-
-    Attributes:
-        task: name of the task.
-        number: of the sample in its file.
-        reason: a clause for the user.
-    """
-
-    task: str
-    number: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Prompt:
     """A prompt that fits.
 

@@ -16,12 +16,12 @@ import ast
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lr2train.config import UserError
-from lr2train.evaluation.files import TEXT, LeftOut, Source
+from lr2train.evaluation.files import TEXT, Source
 from lr2train.evaluation.request import Answer, Generate, Sample
 from lr2train.evaluation.tokens import PromptTokenizer
 
@@ -220,7 +220,6 @@ class LoftTask:
         tokenizer: of the model.
         length_tokens: most tokens of a prompt with its answer.
         limit: most questions, from the beginning of the file; None: all.
-        left_out: the questions that ``samples`` left out; empty before.
     """
 
     name: str
@@ -228,7 +227,6 @@ class LoftTask:
     tokenizer: PromptTokenizer
     length_tokens: int
     limit: int | None = None
-    left_out: tuple[LeftOut, ...] = field(default=(), init=False)
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -237,7 +235,7 @@ class LoftTask:
         return (first, *(one for one in _RECALLS if one != first))
 
     def samples(self) -> list[Sample]:
-        """One sample a question that fits; the answers are numbers of documents.
+        """One sample a question, left out where it does not fit; the answers are numbers of documents.
 
         ``facts`` has the question's id, the corpus ("32k", "128k", "1m") and how many documents it has.
 
@@ -249,17 +247,14 @@ class LoftTask:
         queries = self._queries(corpus / "test_queries.jsonl", documents, self.limit)
         examples = self._queries(corpus / "few_shot_queries.jsonl", documents)
         before = _context(form, documents, examples)
-        samples, left_out = [], []
+        samples = []
         for number, query in enumerate(queries.values()):
             tokens = self.tokenizer.encode(f"{before}====== Now let's start! ======\n{form.ask(query.text)}")
             request = Generate(tokens, form.budget_tokens, _STOPS)
-            if request.total_tokens > self.length_tokens:
-                left_out.append(LeftOut(self.name, number, self._too_long(request)))
-                continue
+            too_long = self._too_long(request) if request.total_tokens > self.length_tokens else None
             right = tuple(documents[pid].number for pid in query.answers)
             facts = {"qid": query.qid, "corpus": corpus.name, "documents": len(documents)}
-            samples.append(Sample(self.name, number, request, right, facts=facts))
-        self.left_out = tuple(left_out)
+            samples.append(Sample(self.name, number, request, right, facts=facts, left_out=too_long))
         return samples
 
     def grade(self, sample: Sample, answer: Answer) -> dict[str, float]:

@@ -47,7 +47,7 @@ class NeedleTask:
     @cached_property
     def _samples(self) -> list[Sample]:
         if not self.settings.depths:
-            raise UserError("eval.depths=[] leaves no needle to measure; set eval.depths to depths between 0 and 1")
+            raise UserError("eval.depths=[] leaves nothing to measure; set eval.depths to depths between 0 and 1")
         return [
             self._sample(number, length, wording, document)
             for length in self.lengths_tokens

@@ -92,6 +92,7 @@ class Sample:
         answers: the right answers as text; what they mean is the task's affair.
         length_tokens: the length that was asked for; 0 where the task has none.
         facts: what the record of the sample keeps beside, such as a depth; plain JSON values.
+        left_out: why the sample is not asked, such as a text that is too long; None: it is asked.
     """
 
     task: str
@@ -100,6 +101,7 @@ class Sample:
     answers: tuple[str, ...] = ()
     length_tokens: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    left_out: str | None = None
 
 
 class Task(Protocol):

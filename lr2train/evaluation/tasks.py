@@ -5,13 +5,13 @@ Choice: a name that is none of ours is lm-eval's, and lm-eval is asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
-from lr2train.evaluation import needles
+from lr2train.evaluation import infinitebench, loft, longbench, needles
 from lr2train.evaluation.filler import TextFolder
 from lr2train.evaluation.models import Compared
 from lr2train.evaluation.request import Task
@@ -21,6 +21,9 @@ from lr2train.model import load
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "needles": (needles.NEEDLES, needles.TEXT),
+    "loft": tuple(loft.NAMES),
+    "infinitebench": tuple(infinitebench.NAMES),
+    "longbench": tuple(longbench.NAMES),
 }
 OURS = {name for names in GROUPS.values() for name in names}
 
@@ -60,9 +63,15 @@ class Suite:
             raise UserError("eval.tasks=[] leaves nothing to measure; set eval=needles or another suite")
 
     def tokenizer(self, subject: Subject) -> PromptTokenizer:
-        """The tokenizer of a model; read once. Raises UserError where there is none."""
+        """The tokenizer of a model, else of the corpus; read once.
+
+        Raises:
+            UserError: there is neither.
+        """
         if subject.folder not in self._tokenizers:
-            self._tokenizers[subject.folder] = PromptTokenizer.of(subject.folder)
+            own = any((subject.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+            of_corpus = self.corpus.tokenizer_folder if self.corpus is not None else subject.folder
+            self._tokenizers[subject.folder] = PromptTokenizer.of(subject.folder if own else of_corpus)
         return self._tokenizers[subject.folder]
 
     def tasks(self, subject: Subject) -> list[Task]:
@@ -72,13 +81,29 @@ class Suite:
             UserError: a file or a setting is wrong.
         """
         lengths = [length for length in self.lengths if length <= subject.target_window_tokens]
-        return [self._task(name, subject, lengths) for name in self.names]
+        made: dict[str, Task] = {}
+        for group in GROUPS:
+            names = [name for name in self.names if name in GROUPS[group]]
+            if names:
+                made |= {task.name: task for task in self._group(group, names, subject, lengths)}
+        return [made[name] for name in self.names if name in made]
 
-    def _task(self, name: str, subject: Subject, lengths: list[int]) -> Task:
+    def _group(self, group: str, names: list[str], subject: Subject, lengths: list[int]) -> Sequence[Task]:
         settings = self.config.eval
-        if name == needles.NEEDLES:
-            return needles.NeedleTask(settings, self.config.data.needles, self._source(subject), lengths)
-        return needles.TextTask(settings, self._source(subject), lengths)
+        if group == "needles":
+            source = self._source(subject)
+            own: dict[str, Task] = {
+                needles.NEEDLES: needles.NeedleTask(settings, self.config.data.needles, source, lengths),
+                needles.TEXT: needles.TextTask(settings, source, lengths),
+            }
+            return [own[name] for name in names]
+        room = max(lengths, default=subject.target_window_tokens)
+        module, folder = {
+            "loft": (loft, settings.loft),
+            "infinitebench": (infinitebench, settings.infinitebench),
+            "longbench": (longbench, settings.longbench),
+        }[group]
+        return module.tasks(names, folder, self.tokenizer(subject), room, settings.limit)
 
     def _source(self, subject: Subject) -> Corpus | TextFolder:
         """Where needles are hidden: ``eval.essays`` where it is set, else the held-out documents of the corpus."""
