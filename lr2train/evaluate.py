@@ -7,8 +7,8 @@
 
 Under a launcher (deepspeed, torchrun) the samples are spread over the ranks. A run is evaluated with the dtype, corpus
 and needles of its training, unless the command names others. Writes into the run's folder (of several: into
-``runs/<name>``): ``evaluation/table.txt``, ``scores.csv``, ``scores.json``, a folder for each model with every sample,
-and ``evaluate.json`` for the report. The same command resumes an interrupted evaluation; nothing is computed twice.
+``runs/<name>``): ``evaluate.json``, and under ``evaluation/`` table.txt, scores.csv, needles.png and a folder for each
+model with every sample. The same command resumes an interrupted evaluation; nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from lr2train import io, ranks, run
 from lr2train.cli.door import main
-from lr2train.config import Config
+from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import needle_set
 from lr2train.evaluation import figures, needles, results, tables, trained_run
@@ -35,6 +35,7 @@ from lr2train.evaluation.tasks import Suite
 from lr2train.evaluation.window_model import WindowModel
 from lr2train.model import load
 from lr2train.parallel import control, processes
+from lr2train.reporting.needle_map import write_needle_map
 
 
 @dataclass
@@ -119,12 +120,11 @@ def _to_ask(samples: Sequence[Sample]) -> list[Sample]:
 
 def _measured(subject: Subject, tasks: list[Asked], suite: Suite, job: run.Run, device: torch.device) -> Measured:
     """Everything about one model: asked, graded and written."""
-    config, folder = suite.config, job.folder / "evaluation" / results.folder_name(subject.label)
+    folder = job.folder / "evaluation" / results.folder_name(subject.label)
     control.on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True))
-    identity = {**subject.identity(config.model.dtype), "tokenizer": suite.tokenizer(subject).fingerprint}
     answers = Answers(
         lambda: _model(subject, suite, device),
-        identity,
+        suite.identity(subject),
         folder / "answers.jsonl",
         subject.target_window_tokens,
         lambda line: job.log(f"{subject.label}: {line}"),
@@ -201,28 +201,54 @@ def _summary(scores: Sequence[results.TaskScore]) -> str:
 def _written(
     job: run.Run, models: Compared, suite: Suite, measured: Sequence[Measured], lengths: Sequence[int]
 ) -> dict[str, Any]:
-    """Tables and scores on disk, and the table on stdout."""
+    """Tables and scores on disk, and the tables on stdout."""
     scores = [score for one in measured for score in one.scores]
-    rows = [row for one in measured if (row := _row(one))]
-    windows = {
+    labels = [subject.label for subject in models.subjects]
+    result: dict[str, Any] = {
         "original_window_tokens": models.original_window_tokens,
         "target_window_tokens": models.target_window_tokens,
+        "prompt": _write_prompt(suite, models, job),
+        "lengths_tokens": list(lengths),
+        "rows": [row for one in measured if (row := _row(one))],
     }
-    prompt = _write_prompt(suite, models, job)
-    result = {**windows, "prompt": prompt, "lengths_tokens": list(lengths), "rows": rows}
-    shown = tables.all_tables(result, scores, [subject.label for subject in models.subjects])
-    result |= {"scores": results.json_of(scores), "provenance": run.provenance()}
+    made = tables.all_tables(scores, labels)
+    parts = [tables.needle_table(result)] if result["rows"] else []
+    shown = "\n\n".join([*parts, *(table.text() for table in made)]) or "nothing was measured"
+    identities = {subject.label: io.fingerprint(suite.identity(subject)) for subject in models.subjects}
+    result |= {"scores": results.json_of(scores), "models": identities, "provenance": run.provenance()}
     folder = job.folder / "evaluation"
 
-    def write() -> None:
-        io.write_text(folder / "scores.csv", results.csv_of(scores))
-        io.write_json(folder / "scores.json", {**windows, "scores": result["scores"]})
+    def write() -> dict[str, Any]:
+        whole = _with_earlier(result, job.folder / "evaluate.json", labels)
+        io.write_text(folder / "scores.csv", results.csv_of(results.from_json(whole["scores"])))
         io.write_text(folder / "table.txt", shown + "\n")
-        job.write_json("evaluate.json", result)
+        if whole["rows"]:
+            write_needle_map(whole["rows"], folder / "needles.png")
+        job.write_json("evaluate.json", whole)
         print(shown)
+        return whole
 
-    control.on_rank_0(write)
-    return result
+    return control.from_rank_0(control.on_rank_0(write)) or result
+
+
+def _with_earlier(result: dict[str, Any], file: Path, labels: Sequence[str]) -> dict[str, Any]:
+    """The result, with what earlier commands have measured of the same models and this one has not."""
+    try:
+        old = io.read_json(file) if file.exists() else {}
+    except UserError:  # cut short: it is written anew
+        old = {}
+    same = {label for label, known in old.get("models", {}).items() if result["models"].get(label) == known}
+    kept = [
+        one
+        for one in old.get("scores", [])
+        if one["model"] in same
+        and not any(all(one[key] == new[key] for key in ("model", "task", "length_tokens")) for new in result["scores"])
+    ]
+    whole = {**result, "scores": [*kept, *result["scores"]]}
+    if not result["rows"] and all(row["label"] in same for row in old.get("rows", [])):
+        whole |= {key: old[key] for key in ("rows", "lengths_tokens", "prompt") if key in old}
+    made = tables.all_tables(results.from_json(whole["scores"]), labels)
+    return io.finite({**whole, "tables": [table.to_json() for table in made]})
 
 
 def _row(one: Measured) -> dict[str, Any] | None:

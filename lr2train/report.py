@@ -15,13 +15,14 @@ from pathlib import Path
 
 from lr2train import io, progress
 from lr2train.cli.door import door
-from lr2train.reporting import making, results
+from lr2train.reporting import benchmarks, making, results
 from lr2train.reporting.inputs import ReportInputs, gather
 from lr2train.reporting.page import Missing, page, text, wanting
 
 SECTIONS = (
     ("comparison", "Comparison", results.comparison),
     ("needles", "Needles", results.needles),
+    ("benchmarks", "Benchmarks", benchmarks.benchmarks),
     ("factors", "Factors", making.factors),
     ("search", "Search", making.search),
     ("training", "Training", making.training),

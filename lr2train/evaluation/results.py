@@ -120,28 +120,24 @@ def csv_of(scores: Sequence[TaskScore]) -> str:
     return out.getvalue()
 
 
+def from_json(values: Iterable[Mapping[str, Any]]) -> list[TaskScore]:
+    """The scores that ``json_of`` wrote; null is nan again."""
+
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    return [
+        TaskScore(
+            **{
+                **one,
+                "measures": {name: number(value) for name, value in one["measures"].items()},
+                "seconds": number(one["seconds"]),
+            }
+        )
+        for one in values
+    ]
+
+
 def json_of(scores: Sequence[TaskScore]) -> list[dict[str, Any]]:
     """All scores as JSON values."""
     return [io.finite(asdict(one)) for one in scores]
-
-
-def grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A table as text: labels on the left, cells right-aligned under their columns."""
-    width = max([len(label) for label, _ in rows] + [len(title)]) + 2
-    widths = [
-        max(len(column), *(len(cells[number]) for _, cells in rows)) + 2 if rows else len(column) + 2
-        for number, column in enumerate(columns)
-    ]
-    head = f"{title:<{width}}" + "".join(f"{column:>{w}}" for column, w in zip(columns, widths, strict=True))
-    lines = [
-        f"{label:<{width}}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
-        for label, cells in rows
-    ]
-    return "\n".join([head, *lines])
-
-
-def cell(score: TaskScore | None) -> str:
-    """A score in a table; a star where samples failed, a dash where there is none."""
-    if score is None or math.isnan(score.main):
-        return "-"
-    return f"{score.main:.2f}{'*' if score.failed else ''}"

@@ -1,37 +1,150 @@
-"""The tables of an evaluation as text: needles, RULER, retrieval and short tasks, as the paper prints them."""
+"""The tables of an evaluation: needles, RULER, retrieval and short tasks, as the paper prints them.
+
+Choice: a table is plain values; text, the report page and JSON show the same one.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from lr2train.evaluation import needles
-from lr2train.evaluation.results import TaskScore, cell, grid
+from lr2train.evaluation import infinitebench, loft, longbench, needles, retention
+from lr2train.evaluation.results import TaskScore
+from lr2train.evaluation.ruler import NAMES as RULER
+from lr2train.evaluation.ruler import tables as ruler_tables
+
+Value = str | int | float | None
 
 
-def all_tables(result: dict[str, Any], scores: Sequence[TaskScore], models: Sequence[str]) -> str:
-    """Every table that the scores fill, one blank line between two.
+@dataclass(frozen=True)
+class Table:
+    """A table whose empty cells are None.
+
+    Attributes:
+        title: what the cells are.
+        head: one title for each column.
+        rows: the first cell of each names the row.
+        note: what the reader must know, such as tasks that are missing; empty if nothing.
+    """
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Value, ...], ...]
+    note: str = ""
+
+    def text(self) -> str:
+        """The table with two decimals under its title, then its note."""
+        lines = [self.head, *(tuple(map(_cell, row)) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        shown = [
+            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+        ]
+        return "\n".join([self.title, *shown, *([self.note] if self.note else [])])
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def _cell(cell: Value) -> str:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return "-"
+    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+
+
+def all_tables(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table]:
+    """Every table that the scores fill, but that of the needles.
 
     Args:
-        result: windows, lengths and needle rows, as in ``evaluate.json``.
         scores: of all models and tasks.
-        models: labels, in the order of the rows.
+        models: labels, in the order of the rows; the first is the base.
     """
-    others = [one for one in scores if one.task not in (needles.NEEDLES, needles.TEXT)]
-    parts = [
-        needle_table(result) if result["rows"] else "",
-        by_length(others, models),
-        by_task([one for one in others if not one.length_tokens], models),
-    ]
-    text = "\n\n".join(part for part in parts if part)
-    if any(one.failed for one in scores):
-        text += "\n\n* some samples failed; scores are of the others. scores.csv counts them."
-    return text or "nothing was measured"
+    made = [*_ruler(scores, models), *_retrieval(scores, models), *_short(scores, models)]
+    if failed := _failed(scores):
+        made.append(failed)
+    return made
 
 
-def needle_table(result: dict[str, Any]) -> str:
-    """The needle comparison: a row for each model and method; the attention factor, then a column for each length.
+def _ruler(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table]:
+    """Averages by length (paper, Table 2), then the tasks of each model (paper, Tables 8 and 9)."""
+    of_model: dict[str, ruler_tables.Scores] = {
+        model: {
+            (one.task, one.length_tokens): one.main
+            for one in scores
+            if one.model == model and one.task in RULER and not math.isnan(one.main)
+        }
+        for model in models
+    }
+    of_model = {model: found for model, found in of_model.items() if found}
+    if not of_model:
+        return []
+    average = ruler_tables.by_length(of_model)
+    title = f"RULER, average over the tasks; effective: longest with at least {ruler_tables.LLAMA2_7B_AT_4K}"
+    tables = [Table(title, average.head, average.rows, average.note)]
+    for model, found in of_model.items():
+        by_task = ruler_tables.by_task(found)
+        tables.append(Table(f"RULER by task, {model}", by_task.head, by_task.rows))
+    return tables
+
+
+def _retrieval(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table]:
+    """Retrieval from real documents: each benchmark with its average (paper, Table 3)."""
+    tables = []
+    for title, names in (("LOFT", loft.NAMES), ("InfiniteBench", infinitebench.NAMES), ("LongBench", longbench.NAMES)):
+        found = {(one.model, one.task): one.main for one in scores if one.task in names}
+        tasks = [name for name in names if any((model, name) in found for model in models)]
+        if tasks:
+            short = [name.split("_", 1)[1] for name in tasks]
+            rows = tuple(_with_mean(model, [found.get((model, task), math.nan) for task in tasks]) for model in models)
+            tables.append(Table(title, ("", "average", *short), rows))
+    return tables
+
+
+def _with_mean(label: str, values: Sequence[float]) -> tuple[Value, ...]:
+    return (label, math.fsum(values) / len(values), *values)
+
+
+def _short(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table]:
+    """Tasks without lengths that are none of ours: scores, and shares of the first model's (paper, Table 4)."""
+    ours = {*RULER, *loft.NAMES, *infinitebench.NAMES, *longbench.NAMES, needles.NEEDLES, needles.TEXT}
+    by_model: dict[str, dict[str, float]] = {model: {} for model in models}
+    for one in scores:
+        if one.task not in ours and not one.length_tokens:
+            by_model[one.model][one.task] = one.main
+    cells = retention.cells({model: found for model, found in by_model.items() if found})
+    if not cells:
+        return []
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    labels = list(dict.fromkeys(cell.model for cell in cells))
+    tables = [Table("Short tasks, percent", ("", *tasks), _rows(cells, labels, tasks, "score"))]
+    if len(labels) > 1:
+        title = f"Short tasks, percent of the score of {labels[0]}"
+        tables.append(Table(title, ("", *tasks), _rows(cells, labels, tasks, "share")))
+    return tables
+
+
+def _rows(
+    cells: Sequence[retention.Cell], labels: Sequence[str], tasks: Sequence[str], what: str
+) -> tuple[tuple[Value, ...], ...]:
+    found: Mapping[tuple[str, str], float] = {(cell.model, cell.task): getattr(cell, what) for cell in cells}
+    return tuple((label, *(found[label, task] for task in tasks)) for label in labels)
+
+
+def _failed(scores: Sequence[TaskScore]) -> Table | None:
+    """The tasks of which samples failed: their scores are of the others."""
+    rows = tuple(
+        (one.model, one.task, one.length_tokens or None, one.failed, one.samples) for one in scores if one.failed
+    )
+    if not rows:
+        return None
+    return Table("Samples without an answer; scores are of the others", ("", "task", "length", "failed", "answered"), rows)
+
+
+def needle_table(result: Mapping[str, Any]) -> str:
+    """The needle comparison as text: a row for each model and method; the attention factor, then a column for each
+    length.
 
     A cell holds needle accuracy, answer perplexity and text perplexity.
     """
@@ -49,33 +162,13 @@ def needle_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _needle_cell(one: dict[str, Any] | None) -> str:
+def _needle_cell(one: Mapping[str, Any] | None) -> str:
     if one is None:
         return "-"
-    return f"{one['accuracy']:.0%} | {_short(one['answer_perplexity'])} | {_short(one['text_perplexity'])}"
+    return f"{one['accuracy']:.0%} | {_short_number(one['answer_perplexity'])} | {_short_number(one['text_perplexity'])}"
 
 
-def _short(value: float) -> str:
-    if math.isnan(value):
+def _short_number(value: float | None) -> str:
+    if value is None or math.isnan(value):
         return "-"
     return f"{value:.2f}" if value < 1000 else f"{value:.1e}"
-
-
-def by_length(scores: Sequence[TaskScore], models: Sequence[str]) -> str:
-    """Tasks with lengths: a table for each task, models down, lengths across."""
-    parts = []
-    for task in dict.fromkeys(one.task for one in scores if one.length_tokens):
-        of_task = {(one.model, one.length_tokens): one for one in scores if one.task == task}
-        lengths = sorted({length for _, length in of_task})
-        rows = [(model, [cell(of_task.get((model, length))) for length in lengths]) for model in models]
-        parts.append(grid(task, [f"{length}" for length in lengths], rows))
-    return "\n\n".join(parts)
-
-
-def by_task(scores: Sequence[TaskScore], models: Sequence[str]) -> str:
-    """Tasks without lengths: models down, tasks across (paper, Tables 3 and 4)."""
-    if not scores:
-        return ""
-    found = {(one.model, one.task): one for one in scores}
-    tasks = list(dict.fromkeys(one.task for one in scores))
-    return grid("score", tasks, [(model, [cell(found.get((model, task))) for task in tasks]) for model in models])

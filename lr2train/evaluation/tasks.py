@@ -74,6 +74,10 @@ class Suite:
             self._tokenizers[subject.folder] = PromptTokenizer.of(subject.folder if own else of_corpus)
         return self._tokenizers[subject.folder]
 
+    def identity(self, subject: Subject) -> dict[str, Any]:
+        """Everything about a model that decides its answers."""
+        return {**subject.identity(self.config.model.dtype), "tokenizer": self.tokenizer(subject).fingerprint}
+
     def tasks(self, subject: Subject) -> list[Task]:
         """Our own tasks for one model.
 

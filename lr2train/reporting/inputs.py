@@ -54,6 +54,16 @@ class ReportInputs:
     origins: Sequence[tuple[Path, str, Json, Json]] = ()
 
     @property
+    def needles(self) -> Json | None:
+        """The evaluation where needles were measured, at the lengths that every model was asked about."""
+        if not self.evaluation or not self.evaluation["rows"]:
+            return None
+        shared = set.intersection(
+            *({one["length_tokens"] for one in row["by_length"]} for row in self.evaluation["rows"])
+        )
+        return {**self.evaluation, "lengths_tokens": sorted(shared)} if shared else None
+
+    @property
     def critical_index(self) -> int | None:
         """rcd of the run's factors, from the search or the config; None where every dimension was searched."""
         rope = self.config.get("rope", {})

@@ -117,9 +117,9 @@ def _parameters(folder: Path) -> str:
 
 
 def _improvements(inputs: ReportInputs) -> list[str]:
-    if not inputs.evaluation:
+    if not inputs.needles:
         return []
-    evaluation = inputs.evaluation
+    evaluation = inputs.needles
     before, after = before_and_after(evaluation)
     target, original = max(evaluation["lengths_tokens"]), evaluation["original_window_tokens"]
     short = max((length for length in evaluation["lengths_tokens"] if length <= original), default=None)
@@ -161,7 +161,7 @@ def _facts(inputs: ReportInputs) -> list[str]:
     if len(inputs.generations) > 1:
         first, last = (inputs.generations[i]["best_perplexity"] for i in (0, -1))
         note = f"best of generation 0 → {inputs.generations[-1]['generation']}, before any training"
-        alone = not inputs.evaluation and not inputs.metrics
+        alone = not inputs.needles and not inputs.metrics
         cards.append(
             card(
                 f"Search: {inputs.objective} perplexity",
@@ -217,15 +217,15 @@ def _winner(inputs: ReportInputs) -> list[str]:
 
 def comparison(inputs: ReportInputs) -> str | Missing:
     """Every row of the evaluation by length, one table per measure."""
-    if not inputs.evaluation:
+    if not inputs.needles:
         return Missing(
             "The trained model has not been compared with other methods.",
             f"lr2train evaluate run={inputs.folder.resolve().name}",
         )
-    tables = "".join(_table(inputs.evaluation, *measure) for measure in MEASURES)
+    tables = "".join(_table(inputs.needles, *measure) for measure in MEASURES)
     sentence = (
         "Untrained rows are the base model under each method's factors; the last row is the trained model. "
-        f"Lengths up to {inputs.evaluation['original_window_tokens']:,} tokens lie in the original window. The best "
+        f"Lengths up to {inputs.needles['original_window_tokens']:,} tokens lie in the original window. The best "
         "figure "
         "of each column is green."
     )
@@ -256,9 +256,9 @@ def _figure(value: float, best: float, key: str) -> str:
 
 def needles(inputs: ReportInputs) -> str | Missing:
     """A heat map per row of the evaluation; the trained model comes last."""
-    if not inputs.evaluation:
+    if not inputs.needles:
         return Missing("Needles have not been evaluated.", f"lr2train evaluate run={inputs.folder.resolve().name}")
-    rows = inputs.evaluation["rows"]
+    rows = inputs.needles["rows"]
     panels = "".join(_panel(row, last=i == len(rows) - 1) for i, row in enumerate(rows))
     documents = max(cell["documents"] for row in rows for cell in row["cells"])
     sentence = (
