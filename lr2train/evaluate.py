@@ -13,11 +13,13 @@ model with every sample. The same command resumes an interrupted evaluation; not
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,6 +38,9 @@ from lr2train.evaluation.window_model import WindowModel
 from lr2train.model import load
 from lr2train.parallel import control, processes
 from lr2train.reporting.needle_map import write_needle_map
+
+if TYPE_CHECKING:
+    from lr2train.evaluation.harness import TaskResult as HarnessResult
 
 
 @dataclass
@@ -136,8 +141,20 @@ def _measured(subject: Subject, tasks: list[Asked], suite: Suite, job: run.Run, 
     for one in tasks:
         _ask(one, answers, found, folder)
         job.log(_summary([score for score in found.scores if score.task == one.task.name]))
-    suite.ask_harness(subject, answers, found.scores, folder, job.log)
+    for result in suite.ask_harness(subject, answers, job.log):
+        found.scores.append(_of_harness(subject, result))
+        lines = "".join(json.dumps(io.finite(record), allow_nan=False) + "\n" for record in result.records)
+        name = results.folder_name(result.name)
+        control.on_rank_0(lambda name=name, lines=lines: io.write_text(folder / f"{name}.jsonl", lines))
+        job.log(_summary(found.scores[-1:]))
     return found
+
+
+def _of_harness(subject: Subject, result: HarnessResult) -> results.TaskScore:
+    """A result of lm-eval among our own scores: the main metric first, all in percent."""
+    metrics = {name: metric.value for name, metric in result.metrics.items() if name != result.main}
+    failed, n = result.n_failed, result.n_samples
+    return results.TaskScore(subject.label, result.name, 0, {"score": result.score, **metrics}, n, failed, math.nan)
 
 
 def _ask(one: Asked, answers: Answers, found: Measured, folder: Path) -> None:

@@ -139,7 +139,9 @@ def _failed(scores: Sequence[TaskScore]) -> Table | None:
     )
     if not rows:
         return None
-    return Table("Samples without an answer; scores are of the others", ("", "task", "length", "failed", "answered"), rows)
+    return Table(
+        "Samples without an answer; scores are of the others", ("", "task", "length", "failed", "answered"), rows
+    )
 
 
 def needle_table(result: Mapping[str, Any]) -> str:
@@ -165,7 +167,9 @@ def needle_table(result: Mapping[str, Any]) -> str:
 def _needle_cell(one: Mapping[str, Any] | None) -> str:
     if one is None:
         return "-"
-    return f"{one['accuracy']:.0%} | {_short_number(one['answer_perplexity'])} | {_short_number(one['text_perplexity'])}"
+    return (
+        f"{one['accuracy']:.0%} | {_short_number(one['answer_perplexity'])} | {_short_number(one['text_perplexity'])}"
+    )
 
 
 def _short_number(value: float | None) -> str:

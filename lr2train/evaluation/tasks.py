@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
-from lr2train.evaluation import infinitebench, loft, longbench, needles
-from lr2train.evaluation.filler import TextFolder
+from lr2train.evaluation import infinitebench, loft, longbench, needles, ruler
+from lr2train.evaluation.answers import Answers
+from lr2train.evaluation.filler import TextFolder, essays_of
 from lr2train.evaluation.models import Compared
 from lr2train.evaluation.request import Task
 from lr2train.evaluation.subject import Subject
 from lr2train.evaluation.tokens import PromptTokenizer
 from lr2train.model import load
 
+if TYPE_CHECKING:
+    from lr2train.evaluation.harness import TaskResult as HarnessResult
+
 GROUPS: dict[str, tuple[str, ...]] = {
     "needles": (needles.NEEDLES, needles.TEXT),
+    "ruler": tuple(ruler.NAMES),
     "loft": tuple(loft.NAMES),
     "infinitebench": tuple(infinitebench.NAMES),
     "longbench": tuple(longbench.NAMES),
@@ -52,6 +57,7 @@ class Suite:
         self.corpus = Corpus.open(config.data.path) if config.data.path is not None else None
         self._models = models
         self._tokenizers: dict[Path, PromptTokenizer] = {}
+        self._ruler_tasks: dict[tuple[str, tuple[int, ...]], list[ruler.RulerTask]] = {}
 
     def refuse_unknown(self) -> None:
         """Refuse a suite that measures nothing.
@@ -101,6 +107,8 @@ class Suite:
                 needles.TEXT: needles.TextTask(settings, source, lengths),
             }
             return [own[name] for name in names]
+        if group == "ruler":
+            return self._ruler(names, subject, lengths)
         room = max(lengths, default=subject.target_window_tokens)
         module, folder = {
             "loft": (loft, settings.loft),
@@ -121,9 +129,47 @@ class Suite:
         self.corpus.refuse_other_tokenizer(vocab_size, subject.folder)
         return self.corpus
 
-    def ask_harness(
-        self, subject: Subject, answers: Any, scores: list, folder: Path, log: Callable[[str], None]
-    ) -> None:
-        """Run lm-eval's tasks, if any is named."""
-        if self.harness_names:
-            raise UserError(f"eval.tasks names {self.harness_names[0]}, which is no task")
+    def _ruler(self, names: list[str], subject: Subject, lengths: list[int]) -> list[ruler.RulerTask]:
+        """RULER's tasks, made once for models with the same tokenizer and window."""
+        tokenizer, settings = self.tokenizer(subject), self.config.eval
+        key = (tokenizer.fingerprint, tuple(lengths))
+        if key not in self._ruler_tasks:
+            essays: str | Path | None = None
+            if any(name in ruler.ESSAYS for name in names):
+                source = self._source(subject)
+                essays = essays_of(source) if isinstance(source, Corpus) else source.folder
+            self._ruler_tasks[key] = ruler.tasks(
+                names,
+                lengths,
+                settings.ruler_samples,
+                tokenizer,
+                settings.seed,
+                essays,
+                Path(settings.squad) if settings.squad else None,
+                Path(settings.hotpotqa) if settings.hotpotqa else None,
+                self.cache,
+                leave_out=len(names) * len(lengths) > 1,
+            )
+        return self._ruler_tasks[key]
+
+    def ask_harness(self, subject: Subject, answers: Answers, log: Callable[[str], None]) -> list[HarnessResult]:
+        """Run lm-eval's tasks, where any is named.
+
+        Raises:
+            UserError: lm-eval is not installed, a name is unknown, or a data set is not there.
+        """
+        if not self.harness_names:
+            return []
+        from lr2train.evaluation import harness  # here: lm-eval is optional, and takes seconds to import
+
+        settings = self.config.eval
+        return harness.run_tasks(
+            self.harness_names,
+            answers,
+            self.tokenizer(subject),
+            subject.target_window_tokens,
+            task_path=settings.task_path,
+            limit=settings.limit,
+            allow_download=self.config.model.allow_download,
+            log=log,
+        )

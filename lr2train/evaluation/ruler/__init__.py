@@ -7,8 +7,8 @@ depends on the tokenizer, its task, its length, the seed and its number alone, a
 by itself. Cost: the samples are not NVIDIA's, only drawn in the same way.
 """
 
-from lr2train.evaluation.ruler.spec import NAMES
+from lr2train.evaluation.ruler.spec import ESSAYS, NAMES
 from lr2train.evaluation.ruler.suite import tasks
 from lr2train.evaluation.ruler.task import RulerTask
 
-__all__ = ["NAMES", "RulerTask", "tasks"]
+__all__ = ["ESSAYS", "NAMES", "RulerTask", "tasks"]
