@@ -1,0 +1,215 @@
+"""The verb evaluate: models side by side, on any number of ranks, killed and started again, given wrong input."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import tiny
+from ranks import run_ranks
+
+from lr2train.cli.composition import compose
+from lr2train.config import UserError
+from lr2train.evaluate import evaluate
+from lr2train.evaluation import answers as answers_module
+from lr2train.evaluation.models import compared
+from lr2train.parallel import processes
+
+SMALL = [
+    "eval.lengths_tokens=[64,192]", "eval.depths=[0.0,1.0]", "eval.samples=2", "eval.text_documents=1",
+    "eval.methods=[none]", "eval.batch_tokens=400",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_trace_of_a_job():
+    with mock.patch.dict(os.environ):
+        yield
+        processes.stop()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny.make_corpus(folder)
+    tiny.make_model(folder / "base")
+    tiny.make_run(folder, "first")
+    tiny.make_run(folder, "second", attention_factor=1.1)
+    return folder
+
+
+def config_of(world: Path, *more: str, small: list[str] = SMALL):
+    return compose("evaluate", [*tiny.arguments(world, f"runs_folder={world}"), *small, *more])
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_every_sample_score_and_table_is_written(world):
+    result = evaluate(config_of(world, "run=first"))
+    folder = world / "first" / "evaluation"
+    for label in ("none_untrained", "longrope2_untrained", "longrope2_trained"):
+        samples = lines(folder / label / "needles.jsonl")
+        assert [one["length_tokens"] for one in samples] == [64] * 4 + [192] * 4
+        assert {one["depth"] for one in samples} == {0.0, 1.0} and all(one["answers"] for one in samples)
+    trained = [one for one in result["scores"] if one["model"] == "longrope2 trained" and one["task"] == "needles"]
+    assert [(one["length_tokens"], one["samples"], one["failed"]) for one in trained] == [(64, 4, 0), (192, 4, 0)]
+    samples = [one for one in lines(folder / "longrope2_trained" / "needles.jsonl") if one["length_tokens"] == 64]
+    assert {one["window"] for one in samples} == {"short"}
+    assert trained[0]["measures"]["recall"] == pytest.approx(sum(one["recall"] for one in samples) / 4)
+    rows = (folder / "scores.csv").read_text().splitlines()
+    assert rows[0].startswith("model,task,length_tokens,measure,value") and len(rows) == 1 + 3 * 2 * (2 + 1)
+    assert (folder / "needles.png").stat().st_size > 1000
+    positions = result["rows"][-1]["by_position"]
+    assert [(one["first"], one["stop"]) for one in positions] == [(1, 192)]
+
+
+def test_several_runs_and_folders_stand_side_by_side(world, tmp_path):
+    more = ["name=pair", f"run=[{world}/base,first,{world}/first/model]", "eval.lengths_tokens=[64]"]
+    result = evaluate(config_of(world, *more))
+    assert [row["label"] for row in result["rows"]] == ["base", "first", "model"]
+    base, first, as_published = result["rows"]
+    assert (world / "pair" / "evaluate.json").exists()
+    assert first["by_length"] == as_published["by_length"], "the folder that train wrote holds the same two tables"
+    assert base["by_length"] != first["by_length"]
+
+
+def test_a_model_is_asked_up_to_its_own_window(world):
+    result = evaluate(config_of(world, "name=windows", f"run=[{world}/base,first]"))
+    assert [[one["length_tokens"] for one in row["by_length"]] for row in result["rows"]] == [[64], [64, 192]]
+    assert "-" in (world / "windows" / "evaluation" / "table.txt").read_text().splitlines()[2]
+
+
+def test_models_of_one_name_have_labels_of_their_own(world):
+    found = compared(config_of(world, "name=x", f"run=[first,{world}/first]"))
+    assert [one.label for one in found.subjects] == ["first", "first 2"]
+
+
+def test_what_an_earlier_command_measured_stays_in_the_report(world):
+    config = [*SMALL, "run=second"]
+    evaluate(config_of(world, *config))
+    needles = json.loads((world / "second" / "evaluate.json").read_text())
+    evaluate(config_of(world, *config, "eval.tasks=[text]"))
+    both = json.loads((world / "second" / "evaluate.json").read_text())
+    assert both["rows"] == needles["rows"]
+    assert sorted(map(str, both["scores"])) == sorted(map(str, needles["scores"]))
+    tiny.make_model(world / "second" / "model", tiny.factors_with(1.1), seed=7)
+    result = evaluate(config_of(world, *config, "eval.tasks=[text]"))
+    assert not result["rows"], "rows of other weights are dropped"
+    assert not [one for one in result["scores"] if one["model"] == "longrope2 trained" and one["task"] == "needles"]
+
+
+def on_ranks(rank: int, world_size: int, world: Path, name: str):
+    """The verb inside a process group that exists already, and goes on after it."""
+    with mock.patch("lr2train.evaluate.processes.stop"):
+        result = evaluate(config_of(world, f"name={name}", f"run=[{world}/base,first]"))
+    return {key: result[key] for key in ("rows", "scores")}
+
+
+def test_scores_are_equal_on_any_number_of_ranks(world, tmp_path):
+    alone = evaluate(config_of(world, "name=one", f"run=[{world}/base,first]"))
+    for n_ranks in (2, 4):
+        found = run_ranks(on_ranks, n_ranks, world, f"ranks_{n_ranks}", tmp_path=tmp_path, timeout_s=120)
+        assert all(one["rows"] == found[0]["rows"] for one in found)
+        for ours, theirs in zip(alone["scores"], found[0]["scores"], strict=True):
+            assert {k: v for k, v in ours.items() if k not in ("seconds", "measures")} == {
+                k: v for k, v in theirs.items() if k not in ("seconds", "measures")
+            }
+            for name, value in ours["measures"].items():
+                # ranks have other numbers of threads, so sums differ in their last bits; decisions do not
+                assert theirs["measures"][name] == pytest.approx(value, rel=1e-6)
+        journal = lines(world / f"ranks_{n_ranks}" / "evaluation" / "first" / "answers.jsonl")
+        assert len({one["key"] for one in journal}) == len(journal) == 2 * 4 + 2
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(world, monkeypatch):
+    whole = evaluate(config_of(world, "name=whole", "run=[first]"))
+    append, written = answers_module.journals.append, []
+
+    def dying(file, entries):
+        append(file, entries)
+        written.extend(entries)
+        if len(written) >= 3:
+            raise Killed
+
+    monkeypatch.setattr(answers_module.journals, "append", dying)
+    folder = world / "first"
+    for file in (folder / "evaluation").rglob("answers.jsonl"):
+        file.unlink()
+    starts = 0
+    while True:
+        written.clear()
+        starts += 1
+        try:
+            again = evaluate(config_of(world, "name=whole", "run=[first]"))
+            break
+        except Killed:
+            processes.stop()
+    assert starts > 2
+    journal = lines(folder / "evaluation" / "longrope2_trained" / "answers.jsonl")
+    assert len({one["key"] for one in journal}) == len(journal), "no sample is computed twice"
+    for ours, theirs in zip(whole["rows"], again["rows"], strict=True):
+        for one, other in zip(ours["by_length"], theirs["by_length"], strict=True):
+            assert one["accuracy"] == other["accuracy"]
+            assert math.isclose(one["answer_perplexity"], other["answer_perplexity"], rel_tol=1e-5)
+
+
+def test_needles_can_be_hidden_in_a_folder_of_texts(world, tmp_path):
+    (tmp_path / "a.txt").write_text("It was a dark night. " * 400)
+    more = ["name=essays", f"run=[{world}/first/model]", f"eval.essays={tmp_path}"]
+    result = evaluate(config_of(world, *more))
+    assert [one["length_tokens"] for one in result["rows"][0]["by_length"]] == [64, 192]
+
+
+def test_several_wordings_are_measured_together(world):
+    result = evaluate(config_of(world, "name=wordings", f"run=[{world}/first/model]", "eval.wordings=[code,plain]",
+                                "eval.lengths_tokens=[192]"))  # fmt: skip
+    samples = lines(world / "wordings" / "evaluation" / "model" / "needles.jsonl")
+    assert [one["wording"] for one in samples] == ["code"] * 4 + ["plain"] * 4
+    assert result["rows"][0]["cells"][0]["documents"] == 4
+
+
+def test_a_model_of_another_type_is_measured_as_it_was_published(world, tmp_path):
+    """YaRN: a rule that is none of ours; its window is the config's."""
+    folder = tiny.make_model(tmp_path / "yarn")
+    values = json.loads((folder / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1000.0}
+    (folder / "config.json").write_text(
+        json.dumps({**values, "rope_parameters": yarn, "rope_scaling": yarn, "max_position_embeddings": 256})
+    )
+    result = evaluate(config_of(world, "name=yarn", f"run=[{folder},{world}/base]", "eval.lengths_tokens=[64,192]"))
+    assert [[one["length_tokens"] for one in row["by_length"]] for row in result["rows"]] == [[64, 192], [64]]
+    assert result["rows"][0]["by_length"][0] != result["rows"][1]["by_length"][0]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["run=[first,nothing]"], r"run=nothing: .*nothing/train\.json does not exist"),
+        (["run=[first,meta/llama]"], r"run=meta/llama: .*downloads are off"),
+        (["run=first", "eval.tasks=[]"], r"eval\.tasks=\[\] leaves nothing to measure"),
+        (["run=first", "eval.tasks=[loft]"], r"eval\.loft"),
+        (["run=first", "eval.tasks=[longbench]", "eval.longbench=/nowhere"], r"eval\.longbench=/nowhere"),
+        (["run=first", "eval.wordings=[loud]"], r"wording=loud"),
+        (["run=first", "eval.lengths_tokens=[64,300]"], r"eval\.lengths_tokens holds 300, beyond .* of 256"),
+        (["run=first", "eval.lengths_tokens=[20]"], "too short"),
+        (["run=first", "eval.essays=/nowhere"], r"eval\.essays=/nowhere holds no text"),
+    ],
+)
+def test_wrong_input_is_one_sentence(world, more, words):
+    with pytest.raises(UserError, match=words) as refused:
+        evaluate(config_of(world, "name=wrong", *more))
+    assert len(re.findall(r"\n", str(refused.value))) == 0
+
+
+def test_other_verbs_take_one_run(world):
+    with pytest.raises(UserError, match=r"run=\[first,second\] names several runs, and export takes one"):
+        compose("export", [f"runs_folder={world}", "run=[first,second]"])
