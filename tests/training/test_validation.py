@@ -180,6 +180,8 @@ def undisturbed(rank: int, world: int, sp: int) -> bool:
         for _ in range(often):
             engine.measure(held)
         assert engine.model.training
+        if often:  # no gathered weight stays in memory
+            assert {one.ds_status.name for one in engine.model.parameters()} == {"NOT_AVAILABLE"}
         weights = [getattr(one, "ds_tensor", one).detach().clone() for one in engine.model.parameters()]
         runs.append((seen, weights, torch.rand(4)))
         engine._engine.destroy()
