@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from lr2train.reporting.axes import legend_inside, mark_indices, plain
+from lr2train.reporting.axes import legend_above, legend_inside, mark_indices, plain
 from lr2train.reporting.canvas import WIDE, Look, chart
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import METHODS
@@ -123,7 +123,10 @@ def loss_by_window(
             named = f"{label}, held out"
             axes.plot(steps, values, "o--", color=look.series[color], markersize=3.5, linewidth=1.2, label=named)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)")
-    axes.legend(loc="upper right")
+    if held_out:
+        legend_above(figure, axes)  # four entries would cover the curves
+    else:
+        axes.legend(loc="upper right")
     return f"{'training and held-out' if held_out else 'training'} loss of {whose} by window"
 
 
