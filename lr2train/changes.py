@@ -27,6 +27,8 @@ MAY_CHANGE = (
     "data.verify:", "data.prefetch_steps:", "data.loader_threads:", "data.skip_steps:", "data.group_segments:",
     # when checkpoints are written and read
     "engine.checkpoint_every_steps:", "engine.keep_checkpoints:", "engine.max_bad_steps:", "engine.resume_from:",
+    # which held-out loss is measured, and when
+    "engine.validate_every_steps:", "engine.validate_segments:",
     # memory against time
     "engine.activation_checkpointing:", "engine.loss_chunk_tokens:", "search.chunk_tokens:", "search.shard:",
     *(f"engine.deepspeed.zero_optimization.{key}" for key in (

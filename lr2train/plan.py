@@ -17,6 +17,7 @@ from lr2train.attention import hf as attention
 from lr2train.attention.strategy import PackedSegment
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
+from lr2train.model.flops import TRAINING
 from lr2train.planning import cost, memory
 from lr2train.planning.counts import ModelCounts, counts_of, hf_config_of
 from lr2train.planning.memory import GIB, MemoryItem, MemorySetting
@@ -173,6 +174,7 @@ def _cost(counts: ModelCounts, workload: Workload, config: Config) -> dict[str, 
         "parts": parts,
         "flops_per_token": flops,
         "recompute_share": again / flops,
+        "held_out_share": _held_out_share(flops, parts, config),
         "step_s": cost.gpu_hours(step_flops, hardware.gpu_bf16_tflops, hardware.mfu) * 3600 / hardware.gpus,
         "tokens_per_s_per_gpu": cost.tokens_per_s(hardware.gpu_bf16_tflops, hardware.mfu, flops),
         "total_flops": workload.steps and step_flops * workload.steps,
@@ -180,6 +182,16 @@ def _cost(counts: ModelCounts, workload: Workload, config: Config) -> dict[str, 
         "hours": hours and hours / hardware.gpus,  # None where the number of steps is unknown
         "price_usd": hours and hours * hardware.gpu_hour_price,
     }
+
+
+def _held_out_share(flops: float, parts: list[dict[str, Any]], config: Config) -> float:
+    """Time of the measurements of the held-out loss between steps, as a share of the time of training."""
+    every, dp_size = config.engine.validate_every_steps, config.hardware.gpus // config.parallel.sp
+    if not every:
+        return 0.0
+    segments = -(-config.engine.validate_segments // dp_size) * dp_size  # ranks without a segment wait
+    longest = {part["window"]: part["flops_per_token"] for part in parts}  # of a curriculum: its last stage
+    return sum(longest.values()) / TRAINING * segments / (every * config.optim.segments_per_step * flops)
 
 
 def _part(counts: ModelCounts, part: WorkloadPart, workload: Workload, config: Config) -> dict[str, Any]:
@@ -225,7 +237,7 @@ def _assumptions(config: Config) -> list[str]:
         "for fragmentation",
         "a layer has a gated MLP and two norms, as in Llama and Phi3",
         f"a GPU-hour costs {hardware.gpu_hour_price:g} USD (hardware.gpu_hour_price)",
-        "loading, evaluation, checkpoints and restarts take no time",
+        "loading, evaluation, the held-out loss, checkpoints and restarts take no time",
     ]
 
 

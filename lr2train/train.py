@@ -38,6 +38,7 @@ from lr2train.training.deepspeed.start import start_deepspeed
 from lr2train.training.loop import Training, fit
 from lr2train.training.metrics import read_jsonl, sinks
 from lr2train.training.steps import FILE, Steps
+from lr2train.training.validation import HeldOut
 
 GROUPS = ("name", "seed", "model", "rope", "data", "parallel", "optim", "engine")
 
@@ -191,10 +192,11 @@ def _build(
     )
     engine = Engine(config, mesh, factors, hf_config, device)
     total_steps = config.optim.steps or loader.steps_per_epoch
+    held_out = HeldOut.prepare(config, inputs.corpus, engine, factors.spectrum.window_tokens)
     job.claim(contents)
     fingerprint = control.from_rank_0(job.fingerprint if ranks.rank() == 0 else "")
     checkpoints = Checkpoints(job.folder / "checkpoints", fingerprint, config.engine.keep_checkpoints)
-    return Training(config, engine, loader, steps, total_steps, checkpoints)
+    return Training(config, engine, loader, steps, total_steps, checkpoints, held_out)
 
 
 def _resume(job: run.Run, training: Training, factors: Factors) -> int:
@@ -285,7 +287,7 @@ def _write_model(job: run.Run, training: Training, inputs: TrainInputs) -> None:
 def _write_result(job: run.Run, training: Training, seconds: float) -> dict[str, Any]:
     """Write ``train.json``, which marks the run as finished; returns its content. A collective."""
     lines = read_jsonl(job.folder / "metrics.jsonl") if ranks.rank() == 0 else []
-    last = lines[-1] if lines else {"loss": None, "tokens_seen": 0, "peak_gib": 0.0}
+    last = {"loss": None, "tokens_seen": 0, "peak_gib": 0.0} | (lines[-1] if lines else {})
     result = {
         "steps": training.total_steps,
         "final_loss": last["loss"],

@@ -125,6 +125,17 @@ def test_the_papers_speed_as_mfu(request, name, hours, speed, expected):
     assert cost.gpu_hours(flops * 10e9, 312, mfu) / 64 == pytest.approx(hours, rel=0.002)
 
 
+def test_the_held_out_loss_costs_forward_passes_between_steps(llama, tmp_path):
+    """Eight segments of each window among 8 data-parallel ranks, every 100 steps of 64 segments, 30 % of them short."""
+    overrides = ("experiment=llama3_8b_128k", f"runs_folder={tmp_path}")
+    mix = 0.3 * cost.training_flops_per_token(llama, 8192) + 0.7 * cost.training_flops_per_token(llama, L)
+    both = cost.forward_flops_per_token(llama, 8192) + cost.forward_flops_per_token(llama, L)
+    share = plan(composed(*overrides))["cost"]["held_out_share"]
+    assert share == pytest.approx(8 * both / (100 * 64 * mix), rel=0.01)
+    assert plan(composed(*overrides, "engine.validate_segments=9"))["cost"]["held_out_share"] == 2 * share
+    assert plan(composed(*overrides, "engine.validate_every_steps=0"))["cost"]["held_out_share"] == 0
+
+
 def test_states_by_zero_stage(llama):
     n, world = llama.parameters, 64
     setting = memory.MemorySetting.of(composed("experiment=llama3_8b_128k"))

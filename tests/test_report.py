@@ -369,6 +369,25 @@ def test_a_running_training_with_a_half_written_line_has_a_page(tmp_path):
     assert "Loss by window" in page
 
 
+def test_the_held_out_loss_stands_beside_the_training_loss(tmp_path):
+    def held_out(step: int) -> dict:
+        return {"heldout_loss_short": 2.5 - step / 40, "heldout_loss_long": None if step else 7.25}
+
+    lines = [
+        line | (held_out(line["step"]) if not line["step"] % 10 else {}) for line in metrics(20, ("short", "long"))
+    ]
+    folder = tmp_path / "measured"
+    write_jsonl(folder / "metrics.jsonl", [{"step": 0, "tokens_seen": 0, **held_out(0)}, *lines])
+    page = report([folder]).read_text()
+    assert "step 1 → 20" in page  # of the training loss
+    assert (
+        "Held-out loss: short window 2.500 (step 0) to 2.000 (step 20), long window 7.250 (step 0) to not finite "
+        "(step 20)." in page
+    )
+    assert "training and held-out loss of the run by window" in page
+    assert "Points: held-out documents" in page
+
+
 def test_data_is_escaped_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # another corpus may lie at runs/corpus of the checkout
     folder = make_run(tmp_path / "runs", f"a&{'b'}")

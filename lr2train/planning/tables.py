@@ -169,6 +169,8 @@ def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str
             "counted as useful",
         ),
     ]
+    if cost["held_out_share"]:
+        facts.append(("held-out loss", f"adds {cost['held_out_share']:.1%} of the time, which is not counted below"))
     if work["steps"] is None:
         return [
             *facts,

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from lr2train.reporting.axes import legend_inside, mark_indices, plain
+from lr2train.reporting.axes import legend_above, legend_inside, mark_indices, plain
 from lr2train.reporting.canvas import WIDE, Look, chart
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import METHODS
@@ -106,17 +106,28 @@ def periods(figure: FigureBase, look: Look, factors: Factors, critical_index: in
 
 
 @chart()
-def loss_by_window(figure: FigureBase, look: Look, metrics: Sequence[Json], whose: str) -> str:
-    """Loss of short and long segments: every step (faint) and the running mean (strong)."""
+def loss_by_window(
+    figure: FigureBase, look: Look, metrics: Sequence[Json], held_out: Sequence[Json], whose: str
+) -> str:
+    """Loss of short and long segments: every step (faint), the running mean (strong), and held-out documents
+    (points).
+    """
     axes = figure.add_subplot()
     for key, label, color in (("loss_short", "short window", 0), ("loss_long", "long window", 1)):
         steps, values = _series(metrics, key)
         if len(values):
             axes.plot(steps, values, color=look.series[color], alpha=0.25, linewidth=0.8)
             axes.plot(steps, smooth(values, len(values) // 25), color=look.series[color], linewidth=2, label=label)
+        steps, values = _series(held_out, f"heldout_{key}")
+        if len(values):
+            named = f"{label}, held out"
+            axes.plot(steps, values, "o--", color=look.series[color], markersize=3.5, linewidth=1.2, label=named)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)")
-    axes.legend(loc="upper right")
-    return f"training loss of {whose} by window"
+    if held_out:
+        legend_above(figure, axes)  # four entries would cover the curves
+    else:
+        axes.legend(loc="upper right")
+    return f"{'training and held-out' if held_out else 'training'} loss of {whose} by window"
 
 
 @chart()

@@ -18,6 +18,7 @@ from lr2train.rope.factors import Factors
 from lr2train.training.metrics import read_jsonl
 
 Json = dict[str, Any]
+HELD_OUT = ("heldout_loss_short", "heldout_loss_long")  # keys of metrics.jsonl
 RECORDING_VERBS = ("train", "search", "prepare")  # they write <verb>.config.json and <verb>.provenance.jsonl
 
 
@@ -27,6 +28,8 @@ class ReportInputs:
 
     Attributes:
         folder: the run that the report is about.
+        metrics: a line for each step.
+        held_out: the lines, also of step 0, that have a held-out loss.
         search_folder, corpus_folder, base_folder: runs that it was made from.
         model_folder: the trained model, or the model of a search.
         origins: (run, verb, config, provenance) of every verb that recorded its config.
@@ -36,6 +39,7 @@ class ReportInputs:
     train: Json | None = None
     config: Json = field(default_factory=dict)
     metrics: Sequence[Json] = ()
+    held_out: Sequence[Json] = ()
     evaluation: Json | None = None
     factors: Factors | None = None
     export: Json | None = None
@@ -51,6 +55,7 @@ class ReportInputs:
     corpus: Json | None = None
     base_folder: Path | None = None
     base_metrics: Sequence[Json] = ()
+    base_held_out: Sequence[Json] = ()
     origins: Sequence[tuple[Path, str, Json, Json]] = ()
 
     @property
@@ -112,12 +117,14 @@ def gather(folders: Sequence[Path]) -> ReportInputs:
     corpus = _pick(given, "corpus.json") or _related(run, trained_on, "corpus.json")
     model_path = recorded.get("model", {}).get("path")
     base = _pick(given, "train.json") or _base_of(run, (trained or {}).get("base") or model_path)
+    lines, base_lines = (_lines(folder) for folder in (run, base))
     model = run / "model" if (run / "model").is_dir() else _related(run, model_path, "config.json")
     return ReportInputs(
         folder=run,
         train=trained,
         config=config,
-        metrics=read_jsonl(run / "metrics.jsonl"),
+        metrics=[line for line in lines if line.get("step")],
+        held_out=_measured(lines),
         evaluation=_json(run / "evaluate.json"),
         factors=_factors(run, search),
         export=_json(run / "export.json"),
@@ -132,13 +139,22 @@ def gather(folders: Sequence[Path]) -> ReportInputs:
         corpus_folder=corpus,
         corpus=_json(corpus / "corpus.json") if corpus else None,
         base_folder=base,
-        base_metrics=read_jsonl(base / "metrics.jsonl") if base else (),
+        base_metrics=[line for line in base_lines if line.get("step")],
+        base_held_out=_measured(base_lines),
         origins=_origins([run, search, corpus, base]),
     )
 
 
 def _json(path: Path) -> Any:
     return read_json(path) if path.is_file() else None
+
+
+def _lines(run: Path | None) -> list[Json]:
+    return read_jsonl(run / "metrics.jsonl") if run else []
+
+
+def _measured(lines: Sequence[Json]) -> list[Json]:
+    return [line for line in lines if any(key in line for key in HELD_OUT)]
 
 
 def _factors(run: Path, search: Path | None) -> Factors | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lr2train.reporting import charts, search_charts
 from lr2train.reporting.canvas import WIDE
-from lr2train.reporting.inputs import Json, ReportInputs
+from lr2train.reporting.inputs import HELD_OUT, Json, ReportInputs
 from lr2train.reporting.numbers import count, perplexity
 from lr2train.reporting.page import Missing, facts, figure, heading, table, text
 from lr2train.reporting.population import candidates
@@ -156,8 +156,8 @@ def training(inputs: ReportInputs) -> str | Missing:
     figures = [
         figure(
             "Loss by window",
-            charts.loss_by_window(lines, "the run").svg(),
-            "Thin: every step. Strong: moving average over 4 % of the run.",
+            charts.loss_by_window(lines, inputs.held_out, "the run").svg(),
+            "Thin: every step. Strong: moving average over 4 % of the run." + _points(inputs.held_out),
         )
     ]
     for key, label, smoothed, caption in (
@@ -171,7 +171,7 @@ def training(inputs: ReportInputs) -> str | Missing:
                 figure(label[0].upper() + label[1:], charts.metric(lines, key, label, smoothed).svg(), caption)
             )
     return (
-        heading("Training", _training_sentence(lines))
+        heading("Training", _training_sentence(lines) + _held_out(inputs.held_out))
         + f'<div class="figures">{"".join(figures)}</div>'
         + _base(inputs)
     )
@@ -193,6 +193,24 @@ def _training_sentence(lines: Sequence[Json]) -> str:
     )
 
 
+def _points(held_out: Sequence[Json]) -> str:
+    return " Points: held-out documents, the same segments each time." if held_out else ""
+
+
+def _held_out(lines: Sequence[Json]) -> str:
+    """The first and the last held-out loss of each window."""
+    changes = []
+    for window, key in zip(("short", "long"), HELD_OUT, strict=True):
+        of_window = [line for line in lines if key in line]
+        if of_window:
+            first, last = of_window[0], of_window[-1]
+            changes.append(
+                f"{window} window {perplexity(first[key])} (step {first['step']:,}) to {perplexity(last[key])} "
+                f"(step {last['step']:,})"
+            )
+    return f" Held-out loss: {', '.join(changes)}." if changes else ""
+
+
 def _bad_steps(last: Json) -> str:
     number_of = last.get("bad_steps", 0)
     if not number_of:
@@ -205,9 +223,9 @@ def _base(inputs: ReportInputs) -> str:
         return ""
     caption = (
         f"From <code>{text(inputs.base_folder)}</code>, {len(inputs.base_metrics):,} steps from scratch. Jumps are "
-        "stages of its curriculum."
+        "stages of its curriculum." + _points(inputs.base_held_out)
     )
-    chart = replace(charts.loss_by_window(inputs.base_metrics, "the base model"), size=WIDE).svg()
+    chart = replace(charts.loss_by_window(inputs.base_metrics, inputs.base_held_out, "the base model"), size=WIDE).svg()
     drawn = figure("Loss of the base model", chart, caption, wide=True)
     return f'<h3>The base model</h3><div class="figures">{drawn}</div>'
 

@@ -28,6 +28,7 @@ from lr2train.training.deepspeed.engine import Engine, StepStats
 from lr2train.training.metrics import Sink, bad_steps_in
 from lr2train.training.schedule import learning_rate
 from lr2train.training.steps import Steps
+from lr2train.training.validation import HeldOut
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Training:
     steps: Steps
     total_steps: int
     checkpoints: Checkpoints
+    held_out: HeldOut
 
 
 class Interrupt:
@@ -91,7 +93,10 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
     bad = BadSteps(config.engine.max_bad_steps, bad_steps_in(sinks))
     tokens_seen = (done - skips.until(done).count) * config.optim.segments_per_step * config.data.segment_tokens
     parameters = _multiplied_parameters(engine)
-    steps, saved = skips.remaining(done, total_steps), done
+    steps, saved, before = skips.remaining(done, total_steps), done, done
+    held_out = training.held_out
+    if not done and steps and held_out.measures:
+        _write(sinks, 0, {"tokens_seen": 0, **held_out.measure(0)})
     ahead = prefetched(loader.batches, steps, config.data.prefetch_steps, config.data.loader_threads)
     with listen_for_interrupt() as interrupt, closing(ahead) as batches:
         # Steps count from 0, files from 1.
@@ -105,10 +110,13 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
             seconds = time.perf_counter() - start
             flops = step_flops(stats, parameters, engine.hf_config)
             figures = _figures(stats, lr, tokens_seen, seconds, waited, flops, engine, config)
-            for sink in sinks:
-                sink.write(step + 1, {**figures, "bad_steps": bad.total + (not stats.finite)})
-            bad.look(step, stats, loader)
+            figures["bad_steps"] = bad.total + (not stats.finite)
             last = step == steps[-1]
+            if held_out.due(before, step + 1, last):
+                figures |= held_out.measure(step + 1)
+            before = step + 1
+            _write(sinks, step + 1, figures)
+            bad.look(step, stats, loader)
             if last and bad.in_a_row:
                 bad.give_up(step)
             due = _due(saved, step + 1, config.engine.checkpoint_every_steps)
@@ -118,6 +126,11 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
             if stats.interrupted and not last:
                 return False
     return True
+
+
+def _write(sinks: Sequence[Sink], step: int, figures: dict[str, Any]) -> None:
+    for sink in sinks:
+        sink.write(step, figures)
 
 
 def _due(saved: int, done: int, every: int) -> bool:

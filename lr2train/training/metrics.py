@@ -2,6 +2,9 @@
 
 Choice: metrics.jsonl is the record, one JSON object for each step. On resume the file is cut back to the checkpoint's
 step, so that no step stands twice. The dashboards are copies. This is the only file that imports wandb.
+
+A step whose held-out loss was measured has it in its line. The measurement before the first step has a line of its own,
+step 0, without the figures of a step.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ class Jsonl:
 
     Args:
         path: of the file, which may hold the lines of earlier starts.
-        done_steps: of the checkpoint; later lines are dropped.
+        done_steps: of the checkpoint; later lines are dropped. 0: all lines are.
 
     Attributes:
         last: the figures of the last step before this start; None at the first start.
@@ -56,7 +59,8 @@ class Jsonl:
                 f"{damaged} damaged lines were taken out of {path}: the figures of these steps are lost, training is "
                 "not affected",
             )
-        kept = [line for line in lines if line.get("step", math.inf) <= done_steps]
+        # A run without a checkpoint begins again, with the line of step 0.
+        kept = [line for line in lines if line.get("step", math.inf) <= done_steps] if done_steps else []
         if done_steps and not kept:
             progress.say("train", f"{path} has no figures of the {done_steps} steps that are done; the run goes on")
         io.write_text(path, "".join(_text(line) for line in kept))
@@ -78,7 +82,7 @@ class TensorBoard:
     def __init__(self, folder: Path, done_steps: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=done_steps + 1)
+        self._writer = SummaryWriter(str(folder), purge_step=done_steps + 1 if done_steps else 0)
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Record each figure as a scalar."""

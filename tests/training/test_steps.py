@@ -95,11 +95,13 @@ def train(folder: Path, *overrides: str) -> starts.Ended:
 
 
 def test_training_passes_over_skipped_steps_and_refuses_another_past(folder):
-    code, err = train(folder, "name=skipping", "data.skip_steps=[2-4, 6, 12]")
+    code, err = train(folder, "name=skipping", "data.skip_steps=[2-4, 6, 12]", "engine.validate_every_steps=3")
     assert code == 0, err
     lines = [json.loads(line) for line in (folder / "skipping" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 5, 7, 8, 9, 10, 11]
-    assert [line["tokens_seen"] for line in lines] == [nth * 2 * tiny.L for nth in range(1, 8)]
+    assert [line["step"] for line in lines] == [0, 1, 5, 7, 8, 9, 10, 11]
+    assert [line["tokens_seen"] for line in lines] == [nth * 2 * tiny.L for nth in range(8)]
+    # Steps 3, 6 and 12 were due and skipped: the step after is measured, and the last.
+    assert [line["step"] for line in lines if "heldout_loss_long" in line] == [0, 5, 7, 9, 11]
     assert json.loads((folder / "skipping" / "checkpoints.latest.json").read_text()) == {"tag": "step_00000011"}
     (folder / "skipping" / "train.json").unlink()
     code, err = train(folder, "name=skipping", "data.skip_steps=[2-4]")

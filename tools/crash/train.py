@@ -39,6 +39,7 @@ def losses(name: str) -> dict[int, float]:
     file = ROOT / "runs" / name / "metrics.jsonl"
     text = file.read_text().splitlines(keepends=True) if file.exists() else []
     lines = [json.loads(line) for line in text if line.endswith("\n")]
+    lines = [line for line in lines if line["step"]]  # step 0 has the held-out loss alone
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "a step is missing or recorded twice"
     return {line["step"]: line["loss"] for line in lines}
 

@@ -57,17 +57,26 @@ PlacedSpans = Sequence[tuple[tuple[int, int], SpanTokens]]
 class SourceTokens:
     """The documents of a source, to be copied out of.
 
-    All token shards are opened at once, so that a broken one is found before training.
+    Args:
+        store: of the source.
+        at_once: opens all token shards now, so that a broken one is found before training; else each when it is read.
     """
 
-    def __init__(self, store: SourceStore) -> None:
-        self._first = store.first
-        self._shards = [TokenShard.of(one) for one in store.shards]
+    def __init__(self, store: SourceStore, at_once: bool = True) -> None:
+        self._store, self._first = store, store.first
+        self._shards: dict[int, TokenShard] = {}
+        for number in range(len(self._first) - 1 if at_once else 0):
+            self._shard(number)
+
+    def _shard(self, number: int) -> TokenShard:
+        if number not in self._shards:
+            self._shards[number] = TokenShard.of(self._store.shard(number))
+        return self._shards[number]
 
     def find(self, document: int, start: int, stop: int) -> SpanTokens:
         """Tokens [start, stop) of a document; the disk is asked for them without waiting."""
         number = bisect_right(self._first, document) - 1
-        shard, local = self._shards[number], document - self._first[number]
+        shard, local = self._shard(number), document - self._first[number]
         begin, cut = shard.starts.item(local), stop < shard.lengths.item(local)
         shard.read_ahead(begin + start, begin + stop + cut)
         # The label at a place is the next token, so the mask is one token later than the span.

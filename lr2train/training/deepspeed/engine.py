@@ -7,6 +7,8 @@ gradient of ``sum of losses / number of target tokens`` of the global batch. Cos
 one exchange of a few words on the host, in each step. The exchange finds a rank with other work than its peers before
 any rank waits for it (``training.agreement``).
 
+``measure`` computes the loss of batches without a step: no gradient, no dropout, no change of any state.
+
 A loss that is not finite makes the gradients of the step NaN on every rank. So one rule covers losses and gradients: no
 update is made where the global gradient norm is not finite. DeepSpeed's ZeRO optimizers decide this on all ranks
 together; without ZeRO, ``FiniteAdamW`` decides.
@@ -19,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ from torch import nn
 from lr2train.attention.hf import install
 from lr2train.attention.segment import SegmentAttention
 from lr2train.config import Config, UserError
-from lr2train.data.batch import Batch
+from lr2train.data.batch import LONG, WINDOWS, Batch
 from lr2train.model import load
 from lr2train.model.window_lm import WindowLM
 from lr2train.parallel import control
@@ -60,6 +62,13 @@ class StepStats:
     interrupted: bool  # some rank was asked to stop
     finite: bool = True  # loss and gradient norm are finite; False: no update was made
     suspects: tuple[int, ...] = ()  # micro-batches of this rank with a loss that is not finite
+
+
+class WindowLoss(NamedTuple):
+    """A window's loss in nats per target token, and the target tokens, over all ranks."""
+
+    loss: float
+    n_target_tokens: int
 
 
 class Engine:
@@ -156,7 +165,7 @@ class Engine:
         for number, (batch, attention, shard) in enumerate(zip(batches, attentions, shards, strict=True), 1):
             total = self._engine(*shard, segment_attention=attention, window=batch.window)
             losses.append(total.detach().double())
-            sums[int(batch.window == "long")] += losses[-1]
+            sums[int(batch.window == LONG)] += losses[-1]
             # Divides by the target tokens of the global batch; world and accumulation cancel DeepSpeed's averaging.
             scale = torch.full_like(losses[-1], self.mesh.world * self.accumulation / n_targets, dtype=total.dtype)
             if number == len(batches):
@@ -167,6 +176,47 @@ class Engine:
             self._engine.backward(total * scale)
             self._engine.step()
         return self._stats(sums, counts, torch.stack(losses))
+
+    def measure(self, batches: Sequence[Batch]) -> dict[str, WindowLoss]:
+        """The loss of each window over the batches of all ranks, without a step. A collective.
+
+        Args:
+            batches: of this data-parallel rank; every rank has as many, with the same windows in the same order.
+
+        Returns:
+            Window -> loss, the same on every rank; a window without a target token is left out. The loss may not be
+            finite.
+
+        Raises:
+            UserError: no attention strategy serves a batch; on every rank.
+            RuntimeError: ranks were given different work, or a rank failed; the text has the reason, on every rank.
+        """
+        attentions: list[SegmentAttention] = []
+        agree(lambda: self._described(batches, attentions), self.mesh.sp_size)
+        sums = torch.zeros(len(WINDOWS), 2, dtype=torch.float64, device=self.device)  # [summed loss, target tokens]
+        with told_to_all(), self._evaluating():
+            for batch, attention in zip(batches, attentions, strict=True):
+                tokens, labels = self._shard(batch, attention)
+                total = self._engine(tokens, labels, segment_attention=attention, window=batch.window)
+                sums[WINDOWS.index(batch.window)] += torch.stack([total.double(), (labels != -100).sum().double()])
+            dist.all_reduce(sums)
+            found = zip(WINDOWS, sums.tolist(), strict=True)
+        return {
+            window: WindowLoss(loss / n_targets, int(n_targets)) for window, (loss, n_targets) in found if n_targets
+        }
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Forward passes that keep no activations and draw no random numbers (dropout)."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+        if self.config.engine.zero_stage == 3:
+            # The last forward pass has begun to gather weights for a backward pass that does not come.
+            self._engine.optimizer.empty_partition_cache()
 
     def _described(self, batches: Sequence[Batch], attentions: list[SegmentAttention]) -> list[MicroBatch]:
         """The micro-batches as ranks compare them; fills ``attentions`` with the attention of each."""
@@ -186,7 +236,7 @@ class Engine:
         """
         counts = torch.zeros(6, dtype=torch.int64, device=self.device)
         for batch, (tokens, labels) in zip(batches, shards, strict=True):
-            long = int(batch.window == "long")
+            long = int(batch.window == LONG)
             counts[long] += (labels != -100).sum()
             counts[2] += len(tokens)
             counts[3] += long
