@@ -72,21 +72,28 @@ def evaluate(config: Config) -> dict[str, Any]:
     suite.refuse_unknown()
     device = processes.start(config)
     lock = control.on_rank_0(job.lock)  # also refuses a folder that may not be written, before the work
-    if suite.corpus is not None:
-        corpus = suite.corpus
+    try:
+        result = _evaluated(job, models, suite, lengths, device)
+    finally:
+        if lock is not None:
+            lock.close()
+    processes.stop()
+    return result
+
+
+def _evaluated(
+    job: run.Run, models: Compared, suite: Suite, lengths: Sequence[int], device: torch.device
+) -> dict[str, Any]:
+    if (corpus := suite.corpus) is not None:
         # once a machine
-        full = config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0
+        full = suite.config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0
         control.together(lambda: corpus.verify(full=full))
     everything = [_made(suite, subject) for subject in models.subjects]  # refuses bad input before any model is loaded
     measured = [
         _measured(subject, tasks, suite, job, device)
         for subject, tasks in zip(models.subjects, everything, strict=True)
     ]
-    result = _written(job, models, suite, measured, lengths)
-    processes.stop()
-    if lock is not None:
-        lock.close()
-    return result
+    return _written(job, models, suite, measured, lengths)
 
 
 @dataclass
