@@ -1,0 +1,111 @@
+"""All RULER tasks over one tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from lr2train import progress
+from lr2train.config import UserError
+from lr2train.evaluation.ruler import spec
+from lr2train.evaluation.ruler.draft import Generator
+from lr2train.evaluation.ruler.essays import Essays
+from lr2train.evaluation.ruler.frequencies import CommonGenerator, FrequentGenerator
+from lr2train.evaluation.ruler.niah import NiahGenerator
+from lr2train.evaluation.ruler.questions import QuestionGenerator, read_hotpotqa, read_squad
+from lr2train.evaluation.ruler.task import RulerTask
+from lr2train.evaluation.ruler.variables import VariableGenerator
+from lr2train.evaluation.tokens import PromptTokenizer
+
+_KEYS = {spec.SQUAD: "eval.squad", spec.HOTPOTQA: "eval.hotpotqa"}
+
+
+def _tell(message: str) -> None:
+    progress.say("evaluate", message)
+
+
+def tasks(
+    names: Sequence[str],
+    lengths: Sequence[int],
+    count: int,
+    tokenizer: PromptTokenizer,
+    seed: int,
+    essays: str | Path | None = None,
+    squad: Path | None = None,
+    hotpotqa: Path | None = None,
+    folder: Path | None = None,
+    leave_out: bool = False,
+    say: Callable[[str], None] = _tell,
+) -> list[RulerTask]:
+    """The tasks, in RULER's order, whatever the order of ``names``.
+
+    Args:
+        names: of ``spec.NAMES``.
+        lengths: tokens of a prompt and what is generated, together.
+        count: samples of each task and length.
+        tokenizer: of the model.
+        seed: of the samples.
+        essays: text to hide needles in: a ``Path`` is a folder of .txt files, a ``str`` the text itself.
+        squad: SQuAD's file; None leaves qa_1 out.
+        hotpotqa: HotpotQA's file; None leaves qa_2 out.
+        folder: cache of made samples; None: none are kept.
+        leave_out: whether a length that has no room for a task is left out of that task with a message; if not, it is
+            refused.
+        say: gets each message.
+
+    Raises:
+        UserError: a name is unknown, a file is unusable, there is no text to hide needles in, or a length has no room.
+    """
+    unknown = [name for name in names if name not in spec.NAMES]
+    if unknown:
+        raise UserError(
+            f"eval.tasks names {unknown[0]}, which is no task of RULER ({', '.join(spec.NAMES)}); remove it"
+        )
+    if any(name in spec.ESSAYS for name in names):
+        if essays is None:
+            raise UserError("RULER has no text to hide needles in; set eval.essays to a folder of .txt files")
+        say("RULER's scores are comparable with NVIDIA's only where eval.essays has Paul Graham's essays, as theirs")
+    files = {spec.SQUAD: squad, spec.HOTPOTQA: hotpotqa}
+    source = cache(lambda: Essays.of(essays) if essays is not None else None)
+    made = []
+    for name in spec.NAMES:
+        if name not in names:
+            continue
+        if name in files and files[name] is None:
+            say(f"{name} is left out of RULER, whose average is then over fewer tasks: {_KEYS[name]} is null")
+            continue
+        generator = _generator(name, tokenizer, source, files.get(name))
+        task = RulerTask(name, tuple(dict.fromkeys(lengths)), count, tokenizer, seed, generator, folder)
+        if task.n_samples < count:
+            say(f"{name} has {task.n_samples} questions, not {count}: {_KEYS[name]} has no more")
+        made.append(_with_room(task, leave_out, say))
+    return [task for task in made if task.lengths]
+
+
+def _generator(
+    name: str, tokenizer: PromptTokenizer, essays: Callable[[], Essays | None], file: Path | None
+) -> Generator:
+    if name in spec.NIAH:
+        return NiahGenerator(spec.NIAH[name], essays() if name in spec.ESSAYS else None)
+    if name == spec.VT:
+        return VariableGenerator(tokenizer)
+    if name == spec.CWE:
+        return CommonGenerator()
+    if name == spec.FWE:
+        return FrequentGenerator()
+    assert file is not None
+    return QuestionGenerator(read_squad(file) if name == spec.SQUAD else read_hotpotqa(file))
+
+
+def _with_room(task: RulerTask, leave_out: bool, say: Callable[[str], None]) -> RulerTask:
+    """The task at the lengths that have room for it."""
+    sentences = {length: task.too_short(length) for length in task.lengths}
+    for sentence in filter(None, sentences.values()):
+        if not leave_out:
+            raise UserError(
+                f"{sentence}; remove shorter lengths from eval.lengths_tokens, or {task.name} from eval.tasks"
+            )
+        say(f"{sentence}; this length is left out of {task.name}")
+    return replace(task, lengths=tuple(length for length in task.lengths if sentences[length] is None))
