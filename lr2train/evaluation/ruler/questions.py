@@ -159,7 +159,7 @@ class _Raw:
 def _read(path: Path, key: str, what: str, parse: Any) -> Questions:
     file = _file_of(path, key, what)
     try:
-        raw = list(parse(_values(file)))
+        raw = [_checked(one) for one in parse(_values(file))]
     except OSError as error:
         raise UserError(f"{key}={path} cannot be read ({error.strerror}); make it a readable file") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -173,6 +173,14 @@ def _read(path: Path, key: str, what: str, parse: Any) -> Questions:
     documents = sorted({text for one in raw for text in (*one.documents, *one.near)})
     number = {text: index for index, text in enumerate(documents)}
     return Questions(tuple(_numbered(one, number) for one in questions), tuple(documents), sha256_of(file)[:16])
+
+
+def _checked(raw: _Raw) -> _Raw:
+    """``raw``. Raises TypeError where something else stands for a text."""
+    for text in (raw.text, *raw.answers, *raw.documents):
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is no text")
+    return raw
 
 
 def _numbered(raw: _Raw, number: dict[str, int]) -> Question:

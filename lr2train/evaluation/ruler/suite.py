@@ -101,11 +101,13 @@ def _generator(
 
 def _with_room(task: RulerTask, leave_out: bool, say: Callable[[str], None]) -> RulerTask:
     """The task at the lengths that have room for it."""
-    sentences = {length: task.too_short(length) for length in task.lengths}
-    for sentence in filter(None, sentences.values()):
-        if not leave_out:
-            raise UserError(
-                f"{sentence}; remove shorter lengths from eval.lengths_tokens, or {task.name} from eval.tasks"
-            )
-        say(f"{sentence}; this length is left out of {task.name}")
-    return replace(task, lengths=tuple(length for length in task.lengths if sentences[length] is None))
+    room = []
+    for length in task.lengths:
+        shortest = task.too_short(length)
+        if shortest is None:
+            room.append(length)
+        elif leave_out:
+            say(f"{task.name} is left out of RULER at {length} tokens: with this tokenizer it needs {shortest}")
+        else:
+            raise task.no_room(length)
+    return replace(task, lengths=tuple(room))

@@ -97,17 +97,23 @@ class RulerTask:
         match = grading.string_match_part if self.is_part else grading.string_match_all
         return {"score": match(answer.text, sample.answers)}
 
-    def too_short(self, length_tokens: int) -> str | None:
-        """The sentence that says why a length has no room for the task; None where it has."""
-        if self._least(length_tokens) <= length_tokens:
-            return None
-        return (
-            f"RULER's {self.name} does not fit eval.lengths_tokens={length_tokens} with this tokenizer; "
-            f"the shortest length from there on is {self.shortest(length_tokens)}"
+    def too_short(self, length_tokens: int) -> int | None:
+        """A greater length that has room for the task; None where this length has."""
+        shortest = self.shortest(length_tokens)
+        return shortest if shortest > length_tokens else None
+
+    def no_room(self, length_tokens: int) -> UserError:
+        """The refusal of a length."""
+        return UserError(
+            f"RULER's {self.name} does not fit a length of {length_tokens} tokens with this tokenizer; "
+            f"set eval.lengths_tokens=[{self.shortest(length_tokens)}] or greater, or take {self.name} out"
         )
 
     def shortest(self, least_tokens: int = 1) -> int:
-        """The shortest length of at least ``least_tokens`` that has room for all samples."""
+        """A length of at least ``least_tokens`` that has room for all samples; hardly a shorter one has.
+
+        What is drawn depends on the length, so the need changes by a few tokens from length to length.
+        """
         length = least_tokens
         while (needs := self._least(length)) > length:
             length = needs
@@ -157,7 +163,7 @@ class RulerTask:
         try:
             fitted = fit(self._draft(length_tokens, number), self.tokenizer, room, start)
         except NoRoom:
-            raise UserError(f"{self.too_short(length_tokens)}; set eval.lengths_tokens to such lengths") from None
+            raise self.no_room(length_tokens) from None
         positions = [fitted.tokens.position(place) for place in fitted.prompt.places]
         facts = {**fitted.prompt.facts, "answer_positions": positions} if positions else dict(fitted.prompt.facts)
         return fitted.start, Made(fitted.tokens.ids, fitted.prompt.answers, facts)
