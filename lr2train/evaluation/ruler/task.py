@@ -135,9 +135,11 @@ class RulerTask:
         path = self.folder / f"{self.name}-{length_tokens}-{identity}.samples"
         known = cache.read(path, identity) or []
         if len(known) < self.n_samples:
-            cache.write(path, identity, chain(known, self._make(length_tokens, len(known))))
-            known = cache.read(path, identity)
-            assert known is not None, path
+            made = [*known, *self._make(length_tokens, len(known))]
+            cache.write(path, identity, made)
+            known = cache.read(path, identity) or []
+            if len(known) < self.n_samples:  # a job that wants fewer samples wrote the file meanwhile
+                known = made
         return known[: self.n_samples]
 
     def _identity(self, length_tokens: int) -> str:

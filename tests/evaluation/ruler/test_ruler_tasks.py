@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import remedies
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +18,10 @@ import world
 from lr2train.config import UserError
 from lr2train.evaluation import ruler
 from lr2train.evaluation.request import Answer
-from lr2train.evaluation.ruler import frequencies, spec
+from lr2train.evaluation.ruler import cache, frequencies, spec
 from lr2train.evaluation.ruler.draft import NoRoom, Prompt, Tokens, fit
 from lr2train.evaluation.ruler.essays import Essays, ends_sentence
+from lr2train.evaluation.ruler.task import FORMAT
 
 ALL = ruler.NAMES
 
@@ -137,6 +139,44 @@ def test_a_cached_sample_is_used_and_not_made(tmp_path, monkeypatch):
     again = world.build(tmp_path, names=["vt"], lengths=(1500,), folder=tmp_path / "cache")
     monkeypatch.setattr(ruler.RulerTask, "_fitted", None)
     assert all(same(*pair) for pair in zip(kept, again[0].samples(), strict=True))
+
+
+def test_ranks_share_the_making_of_samples(tmp_path, monkeypatch):
+    names, lengths, folder = ["niah_single_1", "vt", "fwe"], (1200, 1500), tmp_path / "cache"
+    alone = world.build(tmp_path, names=names, lengths=lengths)
+    for part in range(2):
+        ruler.make(world.build(tmp_path, names=names, lengths=lengths, folder=folder), part, 2)
+        assert len(list(folder.iterdir())) == 3 * (part + 1)
+    wanted = [one for task in alone for one in task.samples()]
+    monkeypatch.setattr(ruler.RulerTask, "_fitted", None)
+    found = [
+        one for task in world.build(tmp_path, names=names, lengths=lengths, folder=folder) for one in task.samples()
+    ]
+    assert all(same(*pair) for pair in zip(wanted, found, strict=True))
+
+
+def test_a_file_that_another_job_rewrites_with_fewer_samples_costs_nothing(tmp_path, monkeypatch):
+    def task(count):
+        return world.build(tmp_path, names=["vt"], lengths=(1200,), count=count, folder=tmp_path / "cache")[0]
+
+    write = cache.write
+    monkeypatch.setattr(cache, "write", lambda path, identity, samples: write(path, identity, list(samples)[:1]))
+    assert len(task(3).samples()) == 3
+
+
+def test_texts_are_those_of_this_format(tmp_path):
+    """A change of these numbers needs another ``task.FORMAT``: caches hold samples of the former generators."""
+    sizes = {"fwe": 400}
+    found = {}
+    for task in world.build(tmp_path, lengths=(6000,), count=1):
+        text = task._draft(6000, 0).prompt(sizes.get(task.name, 40)).text
+        found[task.name] = xxhash.xxh3_64(text.encode()).hexdigest()[:6]
+    assert (FORMAT, found) == (1, {
+        "niah_single_1": "ec9629", "niah_single_2": "b739c7", "niah_single_3": "e29250", "niah_multikey_1": "59677b",
+        "niah_multikey_2": "db2b8c", "niah_multikey_3": "cba49f", "niah_multivalue": "f0ec2b",
+        "niah_multiquery": "d8cce6", "vt": "922d32", "cwe": "a16254", "fwe": "9cf1c9", "qa_1": "7703de",
+        "qa_2": "0066de",
+    })  # fmt: skip
 
 
 def test_positions_count_the_tokens_before_an_answer(tmp_path):
