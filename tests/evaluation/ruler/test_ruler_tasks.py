@@ -205,6 +205,15 @@ def test_depths_are_rulers_and_needles_stand_there(tmp_path):
         assert position / len(one.request.tokens) == pytest.approx(depth, abs=0.03)
 
 
+def test_answers_stand_at_all_depths_alike(tmp_path):
+    names = ["niah_single_1", "niah_multikey_1", "niah_multikey_2", "niah_multiquery", "vt"]
+    for task in world.build(tmp_path, names=names, count=1):
+        drafts = (task._draft(4096, number).prompt(150) for number in range(200))
+        depths = [depth for one in drafts for depth in one.facts["depths"]]
+        fifths = np.histogram(depths, 5, (0, 1))[0] / len(depths)
+        assert np.abs(fifths - 0.2).max() < 0.08  # three standard deviations of a share of 200
+
+
 @pytest.mark.parametrize(
     ("length", "listed", "example"),
     [(2800, {6: 10, 1: None}, {3: 10, 1: 10}), (5600, {30: 10, 3: None}, {10: 10, 3: 30})],
