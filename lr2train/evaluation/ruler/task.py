@@ -167,7 +167,9 @@ class RulerTask:
         except NoRoom:
             raise self.no_room(length_tokens) from None
         positions = [fitted.tokens.position(place) for place in fitted.prompt.places]
-        facts = {**fitted.prompt.facts, "answer_positions": positions} if positions else dict(fitted.prompt.facts)
+        facts = {"size": fitted.start.size, **fitted.prompt.facts}
+        if positions:
+            facts["answer_positions"] = positions
         return fitted.start, Made(fitted.tokens.ids, fitted.prompt.answers, facts)
 
     def _draft(self, length_tokens: int, number: int) -> Draft:
