@@ -44,6 +44,7 @@ from tools.bench.figures import Figure, conclude
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIMEOUT_S = 1800  # NVIDIA's scripts never end where a length is too short
+_REPEATS = (spec.CWE_REPEATS, spec.CWE_FEWER_REPEATS)
 _SHIMS = {
     "punkt": "from punkt import sent_tokenize\n",
     "ours": "from lr2train.evaluation.ruler.essays import Essays\n"
@@ -252,7 +253,9 @@ def cwe_again(text: str, answers: Sequence[str]) -> str:
     lists = [numbered_again(part.split("\n")[1]) for part in (shown, asked)]
     common = numbered_again(shown.split("list are: ")[1].rstrip("\n"))
     times = Counter(lists[1])
-    if {word for word, n in times.items() if n == max(times.values())} != set(answers):
+    repeats = [set(Counter(one).values()) for one in lists]
+    known = [[{how.example_common, how.example_uncommon}, {how.common, how.uncommon}] for how in _REPEATS]
+    if repeats not in known or {word for word, n in times.items() if n == max(times.values())} != set(answers):
         return ""
     return frequencies.example(lists[0], common) + frequencies.cwe_question(lists[1])
 
