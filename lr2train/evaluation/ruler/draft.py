@@ -30,7 +30,8 @@ class Prompt:
     Attributes:
         text: the whole prompt, with the beginning of the answer.
         answers: the right answers.
-        places: characters in ``text`` whose token positions the record keeps, where the answers stand.
+        places: characters in ``text`` whose token positions the record keeps: of the answers, or of the documents of a
+            question.
         facts: for the record; plain JSON values.
     """
 

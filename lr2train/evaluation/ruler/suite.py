@@ -84,6 +84,22 @@ def tasks(
     return [task for task in made if task.lengths]
 
 
+def make(made: Sequence[RulerTask], part: int = 0, parts: int = 1) -> None:
+    """Make one part of the samples into the cache. Each rank makes another part; then ``samples`` finds all of them.
+
+    Args:
+        made: tasks with a cache folder that all ranks see.
+        part: 0 … ``parts`` - 1.
+        parts: number of ranks.
+
+    Raises:
+        UserError: as ``RulerTask.samples``.
+    """
+    pairs = sorted(((length, task.name, task) for task in made for length in task.lengths), key=lambda one: one[:2])
+    for length, _, task in pairs[::-1][part::parts]:
+        task.of_length(length)
+
+
 def _generator(
     name: str, tokenizer: PromptTokenizer, essays: Callable[[], Essays | None], file: Path | None
 ) -> Generator:

@@ -135,9 +135,11 @@ class RulerTask:
         path = self.folder / f"{self.name}-{length_tokens}-{identity}.samples"
         known = cache.read(path, identity) or []
         if len(known) < self.n_samples:
-            cache.write(path, identity, chain(known, self._make(length_tokens, len(known))))
-            known = cache.read(path, identity)
-            assert known is not None, path
+            made = [*known, *self._make(length_tokens, len(known))]
+            cache.write(path, identity, made)
+            known = cache.read(path, identity) or []
+            if len(known) < self.n_samples:  # a job that wants fewer samples wrote the file meanwhile
+                known = made
         return known[: self.n_samples]
 
     def _identity(self, length_tokens: int) -> str:
@@ -165,7 +167,9 @@ class RulerTask:
         except NoRoom:
             raise self.no_room(length_tokens) from None
         positions = [fitted.tokens.position(place) for place in fitted.prompt.places]
-        facts = {**fitted.prompt.facts, "answer_positions": positions} if positions else dict(fitted.prompt.facts)
+        facts = {"size": fitted.start.size, **fitted.prompt.facts}
+        if positions:
+            facts["answer_positions"] = positions
         return fitted.start, Made(fitted.tokens.ids, fitted.prompt.answers, facts)
 
     def _draft(self, length_tokens: int, number: int) -> Draft:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import string
 import uuid
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 
@@ -43,7 +44,7 @@ class Draws:
         """New random letters."""
         return self._new(lambda: "".join(_LETTERS[upper][index] for index in self._rng.integers(26, size=letters)))
 
-    def _new(self, make) -> str:
+    def _new(self, make: Callable[[], str]) -> str:
         while (made := make()) in self.taken:
             pass
         self.taken.add(made)

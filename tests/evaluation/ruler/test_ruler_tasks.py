@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import remedies
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +18,10 @@ import world
 from lr2train.config import UserError
 from lr2train.evaluation import ruler
 from lr2train.evaluation.request import Answer
-from lr2train.evaluation.ruler import frequencies, spec
+from lr2train.evaluation.ruler import cache, frequencies, spec
 from lr2train.evaluation.ruler.draft import NoRoom, Prompt, Tokens, fit
 from lr2train.evaluation.ruler.essays import Essays, ends_sentence
+from lr2train.evaluation.ruler.task import FORMAT
 
 ALL = ruler.NAMES
 
@@ -35,7 +37,7 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("kind", world.KINDS)
 def test_answers_that_are_read_out_of_a_prompt_score_100_and_prompts_fill_their_length(tmp_path, kind):
     tokenizer = world.tokenizer(kind)
-    made = world.build(tmp_path, kind, lengths=(4096, 9000), count=2, leave_out=True)
+    made = world.build(tmp_path, kind, lengths=(4096, 6000), count=2, leave_out=True)
     assert [task.name for task in made] == list(ALL)
     for task in made:
         assert task.measures == ("score",)
@@ -45,7 +47,7 @@ def test_answers_that_are_read_out_of_a_prompt_score_100_and_prompts_fill_their_
         ]
         for one in samples:
             where = (task.name, one.length_tokens, one.number)
-            text = task._draft(one.length_tokens, one.number).prompt(size_of(task, one)).text
+            text = task._draft(one.length_tokens, one.number).prompt(one.facts["size"]).text
             assert np.array_equal(tokenizer.encode(text), one.request.tokens), where
             assert one.request.max_new_tokens == spec.NEW_TOKENS[task.name]
             assert 0.95 * one.length_tokens <= one.request.total_tokens <= one.length_tokens, where
@@ -55,15 +57,6 @@ def test_answers_that_are_read_out_of_a_prompt_score_100_and_prompts_fill_their_
             assert sorted(right) == sorted(one.answers) or task.is_part
             assert task.grade(one, Answer("short", text=f" {', '.join(right).upper()}.")) == {"score": 100}
             assert task.grade(one, Answer("short", text="")) == {"score": 0}
-
-
-def size_of(task, sample) -> int:
-    """The size that the sample was fitted to; the record of qa counts documents, so its size is searched."""
-    if not task.is_part:
-        return sample.facts["haystack_units"]
-    room = sample.length_tokens - task.max_new_tokens
-    start = None if sample.number == 0 else task._fitted(sample.length_tokens, 0, None)[0]
-    return fit(task._draft(sample.length_tokens, sample.number), task.tokenizer, room, start).start.size
 
 
 def test_a_byte_level_prompt_is_its_text(tmp_path):
@@ -76,7 +69,7 @@ def test_a_byte_level_prompt_is_its_text(tmp_path):
             assert set(world.solve(task.name, text)) == set(one.answers)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(name=st.sampled_from(ALL), length=st.integers(2600, 7000), seed=st.integers(-5, 2**40), number=st.integers(0, 9))
 def test_every_sample_of_every_seed_and_length_fits(tmp_path_factory, name, length, seed, number):
     folder = tmp_path_factory.mktemp("any")
@@ -139,6 +132,44 @@ def test_a_cached_sample_is_used_and_not_made(tmp_path, monkeypatch):
     assert all(same(*pair) for pair in zip(kept, again[0].samples(), strict=True))
 
 
+def test_ranks_share_the_making_of_samples(tmp_path, monkeypatch):
+    names, lengths, folder = ["niah_single_1", "vt", "fwe"], (1200, 1500), tmp_path / "cache"
+    alone = world.build(tmp_path, names=names, lengths=lengths)
+    for part in range(2):
+        ruler.make(world.build(tmp_path, names=names, lengths=lengths, folder=folder), part, 2)
+        assert len(list(folder.iterdir())) == 3 * (part + 1)
+    wanted = [one for task in alone for one in task.samples()]
+    monkeypatch.setattr(ruler.RulerTask, "_fitted", None)
+    found = [
+        one for task in world.build(tmp_path, names=names, lengths=lengths, folder=folder) for one in task.samples()
+    ]
+    assert all(same(*pair) for pair in zip(wanted, found, strict=True))
+
+
+def test_a_file_that_another_job_rewrites_with_fewer_samples_costs_nothing(tmp_path, monkeypatch):
+    def task(count):
+        return world.build(tmp_path, names=["vt"], lengths=(1200,), count=count, folder=tmp_path / "cache")[0]
+
+    write = cache.write
+    monkeypatch.setattr(cache, "write", lambda path, identity, samples: write(path, identity, list(samples)[:1]))
+    assert len(task(3).samples()) == 3
+
+
+def test_texts_are_those_of_this_format(tmp_path):
+    """A change of these numbers needs another ``task.FORMAT``: caches hold samples of the former generators."""
+    sizes = {"fwe": 400}
+    found = {}
+    for task in world.build(tmp_path, lengths=(6000,), count=1):
+        text = task._draft(6000, 0).prompt(sizes.get(task.name, 40)).text
+        found[task.name] = xxhash.xxh3_64(text.encode()).hexdigest()[:6]
+    assert (FORMAT, found) == (1, {
+        "niah_single_1": "ec9629", "niah_single_2": "b739c7", "niah_single_3": "e29250", "niah_multikey_1": "59677b",
+        "niah_multikey_2": "db2b8c", "niah_multikey_3": "cba49f", "niah_multivalue": "f0ec2b",
+        "niah_multiquery": "d8cce6", "vt": "922d32", "cwe": "a16254", "fwe": "9cf1c9", "qa_1": "7703de",
+        "qa_2": "0066de",
+    })  # fmt: skip
+
+
 def test_positions_count_the_tokens_before_an_answer(tmp_path):
     tokenizer = world.tokenizer("bytes")
     for task in world.build(tmp_path, names=["niah_multivalue", "niah_single_3", "vt"], lengths=(2500,)):
@@ -163,6 +194,15 @@ def test_depths_are_rulers_and_needles_stand_there(tmp_path):
         assert round(depth * 100) in spec.DEPTHS_PERCENT
         (position,) = one.facts["answer_positions"]
         assert position / len(one.request.tokens) == pytest.approx(depth, abs=0.03)
+
+
+def test_answers_stand_at_all_depths_alike(tmp_path):
+    names = ["niah_single_1", "niah_multikey_1", "niah_multikey_2", "niah_multiquery", "vt"]
+    for task in world.build(tmp_path, names=names, count=1):
+        drafts = (task._draft(4096, number).prompt(150) for number in range(200))
+        depths = [depth for one in drafts for depth in one.facts["depths"]]
+        fifths = np.histogram(depths, 5, (0, 1))[0] / len(depths)
+        assert np.abs(fifths - 0.2).max() < 0.08  # three standard deviations of a share of 200
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def solve(name: str, text: str) -> list[str]:
         query = re.search(r"What (?:is|are all) the special magic \w+ for (.*?) mentioned in", text)
         assert query
         keys = re.split(r", and |, ", query[1])
-        pairs = re.findall(r"One of the special magic \w+ for (\S+) is: (\S+)\.", text)
+        pairs = re.findall(r"One of the special magic \w+ for (.+?) is: (\S+)\.", text)
         return [value for key in keys for known, value in pairs if known == key]
     if name == spec.VT:
         text = text[text.rindex("Memorize and track") :]
