@@ -214,7 +214,20 @@ def make_run(runs: Path, name: str = "first") -> Path:
     ]
     write_json(
         folder / "evaluate.json",
-        {"original_window_tokens": L0, "target_window_tokens": L, "lengths_tokens": LENGTHS, "rows": rows},
+        {
+            "original_window_tokens": L0,
+            "target_window_tokens": L,
+            "lengths_tokens": LENGTHS,
+            "rows": rows,
+            "tables": [
+                {
+                    "title": "RULER, average",
+                    "head": ["", "512", "4096"],
+                    "note": "Averages over 11 of 13 tasks.",
+                    "rows": [["before", 40.25, None], ["after", 50.5, 31.75]],
+                },
+            ],
+        },
     )
     write_json(
         folder / "export.json",
@@ -260,6 +273,12 @@ def test_the_page_refers_to_no_other_file(page):
     assert not re.search(r"url\((?!#)", page)
     assert "@import" not in page
     assert parsed.tags.count("svg") == 6 + 2 + 5 + 4 + 1  # needle maps, factors, search, training, base
+
+
+def test_benchmarks_are_tables_with_their_best_figure(page):
+    part = page[page.index('id="benchmarks"') :]
+    assert "<td class=best>50.50</td>" in part and "<td>40.25</td>" in part
+    assert "Averages over 11 of 13 tasks." in part
 
 
 def test_a_finished_run_fills_every_section(page):

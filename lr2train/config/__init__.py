@@ -9,7 +9,7 @@ once, at the top of a verb. Nothing here imports another part of lr2train, and e
 from pathlib import Path
 
 from lr2train.config.fields import Limits, UserError
-from lr2train.config.loading import load, to_dict, typed_key
+from lr2train.config.loading import load, runs_of, to_dict, typed_key
 from lr2train.config.schema import (
     NEEDLE_NAMES,
     Algorithm,
@@ -98,6 +98,7 @@ __all__ = [
     "Window",
     "load",
     "reads",
+    "runs_of",
     "to_dict",
     "typed_key",
 ]

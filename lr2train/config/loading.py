@@ -47,25 +47,28 @@ def load(composed: DictConfig, verb: str) -> Config:
     return config
 
 
+def runs_of(run: str | None) -> list[str]:
+    """The runs that ``run=`` names: one, or several between brackets; a folder that is there is one."""
+    if run is None or not run.strip():
+        return []
+    several = run.startswith("[") and run.endswith("]") and not os.path.isdir(run)
+    return [one.strip().strip("'\"") for one in run[1:-1].split(",") if one.strip()] if several else [run]
+
+
 def _with_runs(config: Config, verb: str) -> None:
     """Put the absolute folder in the place of a run that is a folder and not a name in runs_folder.
 
     Raises:
         UserError: several runs are named, and the verb takes one.
     """
-    if config.run is None:
-        return
-    several = isinstance(config.run, list)
-    runs = [str(one) for one in config.run] if several else [str(config.run)]
-    if several and verb != "evaluate":
-        raise UserError(f"run={_typed(runs)} names several runs, and {verb} takes one; set run to {runs[0]}")
+    runs = runs_of(config.run)
+    if len(runs) > 1 and verb != "evaluate":
+        raise UserError(f"run={config.run} names several runs, and {verb} takes one; set run to {runs[0]}")
     found = [
-        os.path.abspath(one)
-        if one and not os.path.isdir(os.path.join(config.runs_folder, one)) and os.path.isdir(one)
-        else one
-        for one in runs
+        os.path.abspath(one) if not os.path.isdir(os.path.join(config.runs_folder, one)) and os.path.isdir(one) else one
+        for one in map(os.path.expanduser, runs)
     ]
-    config.run = found if several else found[0] or None
+    config.run = f"[{','.join(found)}]" if len(found) > 1 else found[0] if found else None
 
 
 def _refuse_interpolation(node: Any, prefix: str = "") -> None:
@@ -115,12 +118,12 @@ def _with_homes(node: Any) -> None:
         if is_dataclass(value):
             _with_homes(value)
         elif isinstance(value, list) and one.metadata.get("path"):
-            setattr(node, one.name, [os.path.expanduser(str(item)) for item in value])
+            setattr(node, one.name, [os.path.expanduser(item) for item in value])
         elif isinstance(value, list):
             for item in filter(is_dataclass, value):
                 _with_homes(item)
         elif value is not None and one.metadata.get("path"):
-            setattr(node, one.name, os.path.expanduser(str(value)))
+            setattr(node, one.name, os.path.expanduser(value))
 
 
 def _with_members(node: Any) -> None:

@@ -669,8 +669,8 @@ class Config:
     # Folder of all runs. Several nodes need a shared file system here.
     runs_folder: str = a_path("runs")
     # A finished run that evaluate, export, generate and inspect read: its name or its folder. evaluate also takes a
-    # Hugging Face folder, a hub id, or a list of all these.
-    run: Any = a_path()
+    # Hugging Face folder, a hub id, or several of all these in brackets: [first,/models/llama].
+    run: str | None = a_path()
     # Random seed: initial weights, order of segments, and all other random draws.
     seed: int = number(0, least=-(2**63), most=2**63 - 1)
     # Where tensors live. auto: CUDA where there is a GPU.

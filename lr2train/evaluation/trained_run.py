@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lr2train import io
-from lr2train.config import Config, UserError
+from lr2train.config import Config, UserError, runs_of
 
 T = TypeVar("T")
 
 
 def named(config: Config) -> list[str]:
     """The runs that ``run=`` names."""
-    return [config.run] if isinstance(config.run, str) else list(config.run or [])
+    return runs_of(config.run)
 
 
 def folder_of(config: Config, name: str) -> Path:

@@ -82,10 +82,14 @@ def test_the_lists_of_keys_are_not_empty():
     assert {"name", "model.revision", "generate.prompt", "data.sources.x.text_column"} <= set(TEXTS)
     assert PATHS == [
         "runs_folder", "run", "model.path", "rope.factors", "data.path", "data.sources.x.path", "data.tokenizer",
-        "export.folder",
+        "eval.essays", "eval.squad", "eval.hotpotqa", "eval.loft", "eval.infinitebench", "eval.longbench",
+        "eval.task_path", "export.folder",
         "generate.prompt_file",
     ]  # fmt: skip
-    assert LISTS_OF_TEXT == ["data.sources.x.windows", "data.decontaminate.files", "data.skip_steps", "eval.methods"]
+    assert LISTS_OF_TEXT == [
+        "data.sources.x.windows", "data.decontaminate.files", "data.skip_steps", "eval.tasks", "eval.wordings",
+        "eval.methods",
+    ]  # fmt: skip
 
 
 def composed(*arguments: str) -> Any:
@@ -227,7 +231,7 @@ def test_a_sweep_splits_at_commas_that_are_not_quoted(argument, alternatives):
 
 GROUPS = "model|rope|data|parallel|optim|engine|search|eval|logger|export|generate|inspect|hardware"
 KEY = re.compile(rf"(?<![\w./])((?:{GROUPS})(?:\.[A-Za-z_<][\w<>*]*)+)")
-FILES = {"data.source", "search.json", "export.json", "generate.json"}  # a document source, results
+FILES = {"eval.txt", "data.source", "search.json", "export.json", "generate.json"}  # a document source, results
 
 
 def _texts_of_errors() -> list[str]:
