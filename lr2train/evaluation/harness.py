@@ -1,0 +1,301 @@
+"""lm-eval's benchmarks on our model: MMLU, HellaSwag, GSM8K, the leaderboards, and task files of the user.
+
+Choice: lm-eval makes the prompts and grades the answers. ``Answers`` answers: so windows, batches, ranks, the journal
+and failures are those of all benchmarks. Every rank runs lm-eval over all documents, and ``Answers`` spreads the
+requests over the ranks. Cost: every rank holds all documents.
+
+lm-eval is optional. Import this file only where a task needs lm-eval.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lr2train import ranks
+from lr2train.config import UserError
+from lr2train.evaluation.answers import Answers
+from lr2train.evaluation.tokens import PromptTokenizer
+from lr2train.parallel import control
+
+try:
+    import lm_eval  # noqa: F401
+except ModuleNotFoundError as missing:
+    if missing.name != "lm_eval":
+        raise
+    raise UserError(
+        "eval.tasks names a task of lm-eval, which is not installed; install lm-eval with "
+        "`pip install -r requirements-eval.txt`"
+    ) from missing
+
+from lm_eval.api.group import Group
+from lm_eval.evaluator import evaluate
+
+from lr2train.evaluation.harness_model import Asked, HarnessModel
+from lr2train.evaluation.harness_tasks import Loaded, lm_eval_as_data, load_on_all_ranks, manager_of
+
+# lm-eval's metrics from 0 to 1; tables show them in percent.
+FRACTIONS = {
+    "acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "exact", "em", "f1", "prompt_level_strict_acc",
+    "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc",
+}  # fmt: skip
+BOOTSTRAP_RESAMPLES = 1000  # for the standard error of a metric without a formula; lm-eval's command line takes 100 000
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a task.
+
+    Attributes:
+        value: as lm-eval gives it.
+        stderr: its standard error; None where lm-eval has none.
+        higher_is_better: None where lm-eval does not say.
+    """
+
+    value: float
+    stderr: float | None = None
+    higher_is_better: bool | None = None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What lm-eval found for a task, or for a group of tasks.
+
+    Attributes:
+        name: as tables show it: lm-eval's name, and ``@`` with the number of few-shot examples where it was given.
+        main: the metric that stands in tables; empty where every sample failed.
+        metrics: by lm-eval's name; of a filter other than "none": ``metric,filter``.
+        n_samples: samples that were graded.
+        n_failed: samples without an answer; no metric counts them.
+        n_truncated: samples that lost their beginning, as they did not fit the window.
+        n_fewshot: examples in each prompt; None where the tasks of a group differ.
+        records: one for each sample, plain JSON values; of a group: of all its tasks.
+        parts: the tasks of a group.
+    """
+
+    name: str
+    main: str
+    metrics: Mapping[str, Metric]
+    n_samples: int
+    n_failed: int
+    n_truncated: int
+    n_fewshot: int | None
+    records: tuple[dict[str, Any], ...] = ()
+    parts: tuple[TaskResult, ...] = ()
+
+    @property
+    def score(self) -> float:
+        """The main metric, in percent where lm-eval gives a fraction; nan where every sample failed."""
+        if not self.main:
+            return math.nan
+        return self.metrics[self.main].value * (100 if self.main.split(",")[0] in FRACTIONS else 1)
+
+
+def run_tasks(
+    names: Sequence[str],
+    answers: Answers,
+    tokenizer: PromptTokenizer,
+    longest_tokens: int,
+    *,
+    task_path: str | Path | None = None,
+    limit: int | None = None,
+    allow_download: bool = False,
+    chat_template: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> list[TaskResult]:
+    """Run tasks of lm-eval; the same results on every rank. Every rank calls it with the same arguments.
+
+    Every task is loaded before the first request, so a wrong name costs no computation.
+
+    Args:
+        names: of tasks, groups and tags of lm-eval or of ``task_path``. ``mmlu@5`` sets the number of few-shot
+            examples; without ``@`` the task's own number holds.
+        answers: of the model.
+        tokenizer: of the model.
+        longest_tokens: of the longest text that the model is asked about.
+        task_path: ``eval.task_path``.
+        limit: ``eval.limit``, samples of each task.
+        allow_download: ``model.allow_download``: whether a data set may be fetched.
+        chat_template: whether prompts are chats in the tokenizer's template.
+        log: takes one line about a setting that has no effect, or about truncated prompts.
+
+    Returns:
+        For each name its result; for a group without a metric of its own, and for a tag: the results of its tasks.
+
+    Raises:
+        UserError: a name is unknown; a task file names code or cannot be read; a data set is not there and must not be
+            fetched; the tokenizer has no chat template.
+    """
+    if chat_template and not getattr(tokenizer.hf, "chat_template", None):
+        raise UserError("the tokenizer has no chat template; evaluate without one")
+    results: list[TaskResult] = []
+    with lm_eval_as_data(allow_download):
+        for loaded in load_on_all_ranks(names, task_path, allow_download, log):
+            lm = HarnessModel(answers, tokenizer, longest_tokens, log=log)
+            results += control.from_rank_0(_run(loaded, lm, limit, chat_template))
+    for result in results:
+        if result.n_truncated:
+            log(
+                f"{result.name}: {result.n_truncated} samples were beyond the window of {longest_tokens} tokens and "
+                "lost their beginning"
+            )
+    return results
+
+
+def all_tasks(task_path: str | Path | None = None) -> list[str]:
+    """The names of all tasks, groups and tags.
+
+    Raises:
+        UserError: as ``run_tasks``, for ``task_path``.
+    """
+    with lm_eval_as_data(False):
+        return manager_of((), task_path, True).all_tasks
+
+
+def _run(loaded: Loaded, lm: HarnessModel, limit: int | None, chat_template: bool) -> list[TaskResult]:
+    """The results behind one name."""
+    lm.label = loaded.name
+    for task in loaded.tasks["tasks"].values():
+        task.doc_iterator = partial(_without_failed, task.doc_iterator, task.task_name, lm.asked)
+    with loaded.generators.used(), _one_process():
+        found: Any = evaluate(
+            lm,
+            loaded.tasks,
+            limit=limit,
+            log_samples=True,
+            apply_chat_template=chat_template,
+            fewshot_as_multiturn=chat_template,
+            bootstrap_iters=BOOTSTRAP_RESAMPLES if ranks.rank() == 0 else 0,
+        )
+    groups: Mapping[str, Group] = loaded.tasks.get("groups") or {}
+    leaves = {name: _leaf(name, loaded.suffix, found, lm.asked) for name in loaded.tasks["tasks"]}
+    if loaded.task in groups:
+        return _of_group(groups[loaded.task], loaded.suffix, found, leaves)
+    return list(leaves.values())
+
+
+def _without_failed(
+    documents: Callable[..., Iterator[tuple[int, Any]]], task: str, asked: Mapping[tuple[str, int], Asked], **how: Any
+) -> Iterator[tuple[int, Any]]:
+    """A task's documents without those that have no answer: lm-eval would grade them as wrong, or even as right.
+
+    lm-eval goes through the documents before it asks, when none has failed, and again when it grades.
+    """
+    for number, document in documents(**how):
+        if asked.get((task, number), Asked()).error is None:
+            yield number, document
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """lm-eval would fork a pool of processes for standard errors, beside threads of the device and of the ranks."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
+
+
+def _of_group(group: Any, suffix: str, found: Any, leaves: Mapping[str, TaskResult]) -> list[TaskResult]:
+    """A group's result; where it has no metric of its own, those of its members."""
+    parts = tuple(leaves[task.task_name] for task in group.get_all_tasks())
+    metrics = _metrics(found["results"].get(group.name, {}), {})
+    if not group.aggregate_metric_list:
+        members = (
+            _of_group(one, suffix, found, leaves) if isinstance(one, Group) else [leaves[one.task_name]]
+            for one in group
+        )
+        return [result for member in members for result in member]
+    shots = {part.n_fewshot for part in parts}
+    return [
+        TaskResult(
+            group.name + suffix,
+            _main(metrics),
+            metrics,
+            n_samples=sum(part.n_samples for part in parts),
+            n_failed=sum(part.n_failed for part in parts),
+            n_truncated=sum(part.n_truncated for part in parts),
+            n_fewshot=shots.pop() if len(shots) == 1 else None,
+            records=tuple(record for part in parts for record in part.records),
+            parts=parts,
+        )
+    ]
+
+
+def _leaf(name: str, suffix: str, found: Any, asked: Mapping[tuple[str, int], Asked]) -> TaskResult:
+    mine = {number: one for (task, number), one in asked.items() if task == name}
+    records = {number: _record(name, number, one) for number, one in sorted(mine.items())}
+    for sample in found["samples"][name]:
+        _grade(records[sample["doc_id"]], sample)
+    metrics = _metrics(found["results"][name], found["higher_is_better"].get(name) or {})
+    failed = sum(one.error is not None for one in mine.values())
+    return TaskResult(
+        name + suffix,
+        _main(metrics),
+        metrics,
+        n_samples=len(mine) - failed,
+        n_failed=failed,
+        n_truncated=sum(one.truncated for one in mine.values()),
+        n_fewshot=found["n-shot"].get(name),
+        records=tuple(records.values()),
+    )
+
+
+def _record(name: str, number: int, asked: Asked) -> dict[str, Any]:
+    record: dict[str, Any] = {"task": name, "number": number, "tokens": asked.tokens, "window": asked.window}
+    return record | {"truncated": asked.truncated, "error": asked.error}
+
+
+def _grade(record: dict[str, Any], sample: Mapping[str, Any]) -> None:
+    """Add what lm-eval noted for one filter: the right answer, the model's, and the grades."""
+    said = [answer[0] for answer in sample["resps"]]
+    record["target"] = _plain(sample["target"])
+    record["answer"] = [one if isinstance(one, str | float) else one[0] for one in said]
+    grades = record.setdefault("grades", {})
+    for metric in sample["metrics"]:
+        grades[_key(f"{metric},{sample['filter']}")] = _plain(sample[metric])
+
+
+def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]) -> dict[str, Metric]:
+    metrics = {}
+    for key, value in found.items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        stderr = found.get(f"{metric}_stderr,{kind}")
+        error = float(stderr) if isinstance(stderr, int | float) else None
+        metrics[_key(key)] = Metric(float(value), error, higher_is_better.get(metric))
+    return metrics
+
+
+def _main(metrics: Mapping[str, Metric]) -> str:
+    """``acc_norm`` where there is one, as on the Open LLM Leaderboard; else the first metric of the first filter."""
+    return "acc_norm" if "acc_norm" in metrics else next(iter(metrics), "")
+
+
+def _key(key: str) -> str:
+    """Without lm-eval's filter "none"."""
+    return key.removesuffix(",none")
+
+
+def _plain(value: Any) -> Any:
+    """As a plain JSON value."""
+    if isinstance(value, bool | np.bool_ | np.number):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
