@@ -40,7 +40,7 @@ from lm_eval.api.group import Group
 from lm_eval.evaluator import evaluate
 
 from lr2train.evaluation.harness_model import Asked, HarnessModel
-from lr2train.evaluation.harness_tasks import Loaded, lm_eval_as_data, load_on_all_ranks, manager_of
+from lr2train.evaluation.harness_tasks import MEAN_OF_TASKS, Loaded, lm_eval_as_data, load_on_all_ranks, manager_of
 
 # lm-eval's metrics from 0 to 1; tables show them in percent.
 FRACTIONS = {
@@ -71,8 +71,10 @@ class TaskResult:
 
     Attributes:
         name: as tables show it: lm-eval's name, and ``@`` with the number of few-shot examples where it was given.
-        main: the metric that stands in tables; empty where every sample failed.
-        metrics: by lm-eval's name; of a filter other than "none": ``metric,filter``.
+        main: the metric that stands in tables: the one that was asked for; else ``acc_norm`` where there is one, as on
+            the Open LLM Leaderboard; else the first metric under its first filter. Empty where every sample failed.
+        metrics: by lm-eval's name; of a filter other than "none": ``metric,filter``. A group has, beside lm-eval's mean
+            over its samples, the mean over its tasks: ``acc_mean_of_tasks`` for ``acc``.
         n_samples: samples that were graded.
         n_failed: samples without an answer; no metric counts them.
         n_truncated: samples that lost their beginning, as they did not fit the window.
@@ -96,7 +98,8 @@ class TaskResult:
         """The main metric, in percent where lm-eval gives a fraction; nan where every sample failed."""
         if not self.main:
             return math.nan
-        return self.metrics[self.main].value * (100 if self.main.split(",")[0] in FRACTIONS else 1)
+        metric = self.main.split(",")[0].removesuffix(MEAN_OF_TASKS)
+        return self.metrics[self.main].value * (100 if metric in FRACTIONS else 1)
 
 
 def run_tasks(
@@ -117,7 +120,8 @@ def run_tasks(
 
     Args:
         names: of tasks, groups and tags of lm-eval or of ``task_path``. ``mmlu@5`` sets the number of few-shot
-            examples; without ``@`` the task's own number holds.
+            examples; without ``@`` the task's own number holds. ``mmlu@5:acc_mean_of_tasks`` also says which metric
+            stands in tables.
         answers: of the model.
         tokenizer: of the model.
         longest_tokens: of the longest text that the model is asked about.
@@ -162,7 +166,7 @@ def all_tasks(task_path: str | Path | None = None) -> list[str]:
 
 def _run(loaded: Loaded, lm: HarnessModel, limit: int | None, chat_template: bool) -> list[TaskResult]:
     """The results behind one name."""
-    lm.label = loaded.name
+    lm.label = loaded.named(loaded.task)
     for task in loaded.tasks["tasks"].values():
         task.doc_iterator = partial(_without_failed, task.doc_iterator, task.task_name, lm.asked)
     with loaded.generators.used(), _one_process():
@@ -176,9 +180,9 @@ def _run(loaded: Loaded, lm: HarnessModel, limit: int | None, chat_template: boo
             bootstrap_iters=BOOTSTRAP_RESAMPLES if ranks.rank() == 0 else 0,
         )
     groups: Mapping[str, Group] = loaded.tasks.get("groups") or {}
-    leaves = {name: _leaf(name, loaded.suffix, found, lm.asked) for name in loaded.tasks["tasks"]}
+    leaves = {name: _leaf(name, loaded, found, lm.asked) for name in loaded.tasks["tasks"]}
     if loaded.task in groups:
-        return _of_group(groups[loaded.task], loaded.suffix, found, leaves)
+        return _of_group(groups[loaded.task], loaded, found, leaves)
     return list(leaves.values())
 
 
@@ -208,21 +212,23 @@ def _one_process() -> Iterator[None]:
             os.environ["DISABLE_MULTIPROC"] = before
 
 
-def _of_group(group: Any, suffix: str, found: Any, leaves: Mapping[str, TaskResult]) -> list[TaskResult]:
+def _of_group(group: Any, loaded: Loaded, found: Any, leaves: Mapping[str, TaskResult]) -> list[TaskResult]:
     """A group's result; where it has no metric of its own, those of its members."""
-    parts = tuple(leaves[task.task_name] for task in group.get_all_tasks())
-    metrics = _metrics(found["results"].get(group.name, {}), {})
     if not group.aggregate_metric_list:
         members = (
-            _of_group(one, suffix, found, leaves) if isinstance(one, Group) else [leaves[one.task_name]]
+            _of_group(one, loaded, found, leaves) if isinstance(one, Group) else [leaves[one.task_name]]
             for one in group
         )
         return [result for member in members for result in member]
+    parts = tuple(leaves[task.task_name] for task in group.get_all_tasks())
+    higher = {key: metric.higher_is_better for part in parts for key, metric in part.metrics.items()}
+    metrics = _metrics(found["results"][group.name], {key.split(",")[0]: value for key, value in higher.items()})
+    metrics |= _means_of_tasks(metrics, parts)
     shots = {part.n_fewshot for part in parts}
     return [
         TaskResult(
-            group.name + suffix,
-            _main(metrics),
+            loaded.named(group.name),
+            _main(metrics, loaded),
             metrics,
             n_samples=sum(part.n_samples for part in parts),
             n_failed=sum(part.n_failed for part in parts),
@@ -234,7 +240,22 @@ def _of_group(group: Any, suffix: str, found: Any, leaves: Mapping[str, TaskResu
     ]
 
 
-def _leaf(name: str, suffix: str, found: Any, asked: Mapping[tuple[str, int], Asked]) -> TaskResult:
+def _means_of_tasks(metrics: Mapping[str, Metric], parts: Sequence[TaskResult]) -> dict[str, Metric]:
+    """The metrics of a group with every task counted alike, whatever its number of samples."""
+    means = {}
+    for key, metric in metrics.items():
+        of_parts = [part.metrics[key] for part in parts if key in part.metrics]
+        errors = [one.stderr for one in of_parts if one.stderr is not None]
+        name, comma, kind = key.partition(",")
+        means[f"{name}{MEAN_OF_TASKS}{comma}{kind}"] = Metric(
+            math.fsum(one.value for one in of_parts) / len(of_parts),
+            math.sqrt(math.fsum(one**2 for one in errors)) / len(errors) if len(errors) == len(of_parts) else None,
+            metric.higher_is_better,
+        )
+    return means
+
+
+def _leaf(name: str, loaded: Loaded, found: Any, asked: Mapping[tuple[str, int], Asked]) -> TaskResult:
     mine = {number: one for (task, number), one in asked.items() if task == name}
     records = {number: _record(name, number, one) for number, one in sorted(mine.items())}
     for sample in found["samples"][name]:
@@ -242,8 +263,8 @@ def _leaf(name: str, suffix: str, found: Any, asked: Mapping[tuple[str, int], As
     metrics = _metrics(found["results"][name], found["higher_is_better"].get(name) or {})
     failed = sum(one.error is not None for one in mine.values())
     return TaskResult(
-        name + suffix,
-        _main(metrics),
+        loaded.named(name),
+        _main(metrics, loaded),
         metrics,
         n_samples=len(mine) - failed,
         n_failed=failed,
@@ -272,7 +293,7 @@ def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool | Non
     metrics = {}
     for key, value in found.items():
         metric, comma, kind = key.partition(",")
-        if not comma or metric.endswith("_stderr"):
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
             continue
         stderr = found.get(f"{metric}_stderr,{kind}")
         error = float(stderr) if isinstance(stderr, int | float) else None
@@ -280,9 +301,10 @@ def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool | Non
     return metrics
 
 
-def _main(metrics: Mapping[str, Metric]) -> str:
-    """``acc_norm`` where there is one, as on the Open LLM Leaderboard; else the first metric of the first filter."""
-    return "acc_norm" if "acc_norm" in metrics else next(iter(metrics), "")
+def _main(metrics: Mapping[str, Metric], loaded: Loaded) -> str:
+    wanted = loaded.metric or "acc_norm"
+    fitting = (key for key in metrics if key == wanted or key.startswith(f"{wanted},"))
+    return next(fitting, next(iter(metrics), ""))
 
 
 def _key(key: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import logging
 import os
 import random
@@ -37,6 +38,7 @@ from lr2train import ranks
 from lr2train.config import UserError
 from lr2train.parallel import control
 
+MEAN_OF_TASKS = "_mean_of_tasks"  # the end of the name of a group's metric
 _NAMES_CODE = ("class", "custom_dataset", "use_prompt", "unsafe_code")  # keys of a task file
 
 
@@ -66,17 +68,25 @@ class _Generators:
 
 @dataclass
 class Loaded:
-    """The tasks behind one name."""
+    """The tasks behind one name.
 
-    name: str
+    Attributes:
+        task: lm-eval's name.
+        shots: few-shot examples; None: the task's own number.
+        metric: that stands in tables; None: see ``harness.TaskResult``.
+        tasks: lm-eval's objects.
+        generators: the random numbers of these tasks.
+    """
+
     task: str
     shots: int | None
+    metric: str | None
     tasks: Any = None
     generators: _Generators = field(default_factory=_Generators)
 
-    @property
-    def suffix(self) -> str:
-        return "" if self.shots is None else f"@{self.shots}"
+    def named(self, task: str) -> str:
+        """A task as tables show it."""
+        return task if self.shots is None else f"{task}@{self.shots}"
 
 
 def load_on_all_ranks(
@@ -98,12 +108,14 @@ def load_on_all_ranks(
 
 
 def _parsed(name: str) -> Loaded:
-    task, at, shots = name.partition("@")
-    if not task or (at and not re.fullmatch(r"\d{1,4}", shots)):
+    parts = re.fullmatch(r"([^@:]+)(?:@(\d{1,4}))?(?::([^@:]+))?", name)
+    if parts is None:
         raise UserError(
-            f"eval.tasks names {name!r}, which is no task and number of few-shot examples; write it like mmlu@5"
+            f"eval.tasks names {name!r}, which has another form than task, task@examples or task@examples:metric; "
+            "write it like mmlu@5"
         )
-    return Loaded(name, task, int(shots) if at else None)
+    task, shots, metric = parts.groups()
+    return Loaded(task, None if shots is None else int(shots), metric)
 
 
 def manager_of(wanted: Sequence[str], task_path: str | Path | None, allow_download: bool) -> TaskManager:
@@ -112,14 +124,32 @@ def manager_of(wanted: Sequence[str], task_path: str | Path | None, allow_downlo
     lm-eval's own 14 000 tasks take ten seconds to index. They are left out where the folder has all that is wanted.
     """
     if task_path is None:
-        return TaskManager()
+        return _lm_evals_own()
     folder = Path(task_path).expanduser()
     _check_folder(folder, allow_download)
     alone = TaskManager(include_path=str(folder), include_defaults=False)
-    found = [alone.task_index.get(name) for name in wanted]
-    if found and all(one is not None and one.kind.name == "TASK" for one in found):
+    if wanted and all(_is_whole(alone.task_index, name) for name in wanted):
         return alone
     return TaskManager(include_path=str(folder))
+
+
+@functools.cache  # one evaluation asks for several models
+def _lm_evals_own() -> TaskManager:
+    return TaskManager()
+
+
+def _is_whole(index: Mapping[str, Any], name: str) -> bool:
+    """Whether an index has a name and all that a group of this name lists."""
+    return name in index and all(one == name or _is_whole(index, one) for one in _members(index[name]))
+
+
+def _members(entry: Any) -> list[str]:
+    """The names that a group or tag lists."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    listed = (entry.cfg or {}).get("task")  # of a single task: its name
+    names = [one.get("task") or one.get("group") if isinstance(one, dict) else one for one in listed or ()]
+    return [one for one in names if isinstance(one, str)] if isinstance(listed, list) else []
 
 
 def _load(one: Loaded, manager: TaskManager, allow_download: bool, log: Callable[[str], None]) -> None:
@@ -141,11 +171,24 @@ def _load(one: Loaded, manager: TaskManager, allow_download: bool, log: Callable
         raise
     except Exception as error:  # of data sets, templates, missing packages: a dozen kinds, each means the same
         raise _not_loaded(one.task, error) from error
+    _check_metric(one)
     for task in one.tasks["tasks"].values():
         _set_shots(task, one.shots, log)
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             why = "runs code that the model wrote" if getattr(task, "UNSAFE_CODE", False) else "needs images or sound"
             raise UserError(f"the task {task.task_name} of lm-eval {why}, which is not supported; leave it out")
+
+
+def _check_metric(one: Loaded) -> None:
+    if one.metric is None:
+        return
+    known = {metric for task in one.tasks["tasks"].values() for metric in task.aggregation()}
+    of_groups = {metric + MEAN_OF_TASKS for metric in known} if one.tasks.get("groups") else set()
+    if one.metric.split(",")[0] not in known | of_groups:
+        raise UserError(
+            f"eval.tasks asks for the metric {one.metric} of {one.task}, which has "
+            f"{', '.join(sorted(known | of_groups))}; name one of these"
+        )
 
 
 def _set_shots(task: Any, shots: int | None, log: Callable[[str], None]) -> None:
@@ -163,12 +206,8 @@ def _makes_data_by_code(index: Mapping[str, Any], name: str) -> str | None:
     entry = index.get(name)
     if entry is None:
         return None
-    config = entry.cfg or {}
-    members = sorted(entry.tags) if entry.kind.name == "TAG" else config.get("task")
-    listed = members if isinstance(members, list) else []  # of a single task: its name
-    names = [one if isinstance(one, str) else one.get("task") or one.get("group") for one in listed]
-    inner = (_makes_data_by_code(index, one) for one in names if isinstance(one, str) and one != name)
-    return name if config.get("custom_dataset") else next((one for one in inner if one), None)
+    inner = (_makes_data_by_code(index, one) for one in _members(entry) if one != name)
+    return name if (entry.cfg or {}).get("custom_dataset") else next((one for one in inner if one), None)
 
 
 def _not_loaded(task: str, error: Exception) -> UserError:
