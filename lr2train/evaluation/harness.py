@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from lr2train import ranks
@@ -169,16 +170,21 @@ def _run(loaded: Loaded, lm: HarnessModel, limit: int | None, chat_template: boo
     lm.label = loaded.named(loaded.task)
     for task in loaded.tasks["tasks"].values():
         task.doc_iterator = partial(_without_failed, task.doc_iterator, task.task_name, lm.asked)
-    with loaded.generators.used(), _one_process():
-        found: Any = evaluate(
-            lm,
-            loaded.tasks,
-            limit=limit,
-            log_samples=True,
-            apply_chat_template=chat_template,
-            fewshot_as_multiturn=chat_template,
-            bootstrap_iters=BOOTSTRAP_RESAMPLES if ranks.rank() == 0 else 0,
-        )
+    try:
+        with loaded.generators.used(), _one_process():
+            found: Any = evaluate(
+                lm,
+                loaded.tasks,
+                limit=limit,
+                log_samples=True,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
+                bootstrap_iters=BOOTSTRAP_RESAMPLES if ranks.rank() == 0 else 0,
+            )
+    except (jinja2.TemplateError, SyntaxError) as error:  # lm-eval tried the first document alone when it was loaded
+        raise UserError(
+            f"a template of the task {loaded.task} fails ({' '.join(str(error).split())[:200]}); correct its task file"
+        ) from error
     groups: Mapping[str, Group] = loaded.tasks.get("groups") or {}
     leaves = {name: _leaf(name, loaded, found, lm.asked) for name in loaded.tasks["tasks"]}
     if loaded.task in groups:

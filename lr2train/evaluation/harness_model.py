@@ -7,6 +7,7 @@ of a task that asks for sampling or beams has no effect; that is told once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,11 +154,16 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, nats; a text beyond the window is scored in windows that do not overlap."""
-        windows = [(request, self._likelihood(*pair)) for request in requests for pair in self._windows(*request.args)]
+        of_texts = [self._windows(*request.args) for request in requests]
+        windows = [
+            (request, self._likelihood(*pair))
+            for request, pairs in zip(requests, of_texts, strict=True)
+            for pair in pairs
+        ]
         answers = self._ask([one for _, one in windows])
         self._note([(request, one, answer) for (request, one), answer in zip(windows, answers, strict=True)])
         found = iter(_value(one, answer)[0] for (_, one), answer in zip(windows, answers, strict=True))
-        return [sum(next(found) for _ in self._windows(*request.args)) for request in requests]
+        return [math.fsum(itertools.islice(found, len(pairs))) for pairs in of_texts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The most likely continuation of each (context, how to generate), without the stop string."""

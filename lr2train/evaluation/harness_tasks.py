@@ -322,6 +322,7 @@ def lm_eval_as_data(allow_download: bool) -> Iterator[None]:
     with contextlib.ExitStack() as changes:
         changes.enter_context(_replaced(lm_eval_utils, "env", sandbox))
         changes.enter_context(_replaced(lm_eval_task, "tqdm", lambda items, **_: items))
+        changes.enter_context(_replaced(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False))  # asks the network too
         if not allow_download:
             changes.enter_context(_replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
             changes.enter_context(_replaced(datasets.config, "HF_HUB_OFFLINE", True))

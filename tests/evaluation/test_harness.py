@@ -5,9 +5,13 @@ ranks; failures, resuming, and files that must not be trusted.
 import json
 import math
 import re
+import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -284,22 +288,18 @@ def test_the_figures_of_tasks_are_those_of_lm_eval(world, tasks, tmp_path):
     """On a model with one window, so that HFLM needs one model."""
     tokenizer = make_tokenizer(True)
     answers = answers_of(world, tokenizer, tmp_path / "answers", name="base")
-    names = ["choice@1", "text@0", "both", "choice_b@5"]
+    names = ["choice@1", "text@1", "both", "choice_b@5"]
     ours = run_tasks(names, answers, tokenizer, tiny.L0, task_path=tasks, limit=8, log=print)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     lm = hflm(world, "base", tokenizer, tiny.L0)
-
-    def lm_evals(task, shots=None):
-        return simple_evaluate(lm, tasks=[task], num_fewshot=shots, limit=8, task_manager=manager)
-
-    assert of(ours[0]) == expected_of(lm_evals("choice", 1), "choice")
-    assert of(ours[1]) == expected_of(lm_evals("text", 0), "text")
-    group = lm_evals("both")
+    single = simple_evaluate(lm, tasks=["choice", "text"], num_fewshot=1, limit=8, task_manager=manager)
+    group = simple_evaluate(lm, tasks=["both"], limit=8, task_manager=manager)
+    assert of(ours[0]) == expected_of(single, "choice") and of(ours[1]) == expected_of(single, "text")
     assert {key: value for key, value in of(ours[2]).items() if "mean" not in key} == expected_of(group, "both")
     assert [of(part) for part in ours[2].parts] == [expected_of(group, one) for one in ("choice", "choice_b")]
-    assert of(ours[3]) == expected_of(lm_evals("choice_b"), "choice_b"), "0 examples in its own file stay 0"
-    assert [one.name for one in ours] == ["choice@1", "text@0", "both", "choice_b@5"]
-    assert [one.n_fewshot for one in ours] == [1, 0, None, 0]
+    assert of(ours[3]) == expected_of(group, "choice_b"), "0 examples in its own file stay 0"
+    assert [one.name for one in ours] == names
+    assert [one.n_fewshot for one in ours] == [1, 1, None, 0]
     assert [one.main for one in ours] == ["acc_norm", "exact_match", "acc", "acc_norm"]
     assert ours[0].score == 100 * ours[0].metrics["acc_norm"].value
     parts = [part.metrics["acc"].value for part in ours[2].parts]
@@ -483,20 +483,63 @@ def test_broken_tasks_have_one_sentence(refused, tasks):
     files = {"dataset_kwargs": {"data_files": {"test": str(tasks / "missing.jsonl")}}}
     write_tasks(tasks, evil=CHOICE | files | {"test_split": "test"})
     assert "cannot load the task evil" in refused(["evil"], tasks)
+    later = "{% if question.startswith('" + text_of(8, 1)[:12] + "') %}{{no_such_field}}{% endif %}{{question}}"
+    write_tasks(tasks, evil=CHOICE | {"doc_to_text": later})
+    assert "no_such_field" in refused(["evil@0"], tasks)
 
 
-def test_nothing_is_downloaded_without_permission(refused, tasks, monkeypatch):
-    """No request leaves: a session of the hub's client would be a failed test."""
-    import huggingface_hub.utils._http as http
+class NetworkAsked(BaseException):
+    pass
 
-    monkeypatch.setattr(http, "get_session", lambda: pytest.fail("the network was asked"))
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+
+@pytest.fixture
+def watched_network(monkeypatch):
+    """As where HF_HUB_OFFLINE is not set; the first packet ends the test."""
+
+    def connect(*_):
+        raise NetworkAsked
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+
+def test_nothing_is_downloaded_without_permission(refused, tasks, watched_network, monkeypatch):
     assert "model.allow_download=true" in refused(["gsm8k"])
     assert "model.allow_download=true" in refused(["ruler"]), "its data set is made by code"
     write_tasks(tasks, remote=CHOICE | {"dataset_kwargs": {"data_files": {"test": "https://example.org/x.jsonl"}}})
     assert "https://example.org" in refused(["choice"], tasks)
+    with pytest.raises(NetworkAsked):
+        refused(["gsm8k"], allow_download=True)
+    with pytest.raises(pytest.fail.Exception, match="a model was made"):  # local files need no network
+        refused(["text"], tasks, allow_download=True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE" in refused(["gsm8k"])
+
+
+def test_a_data_set_in_the_local_cache_needs_no_permission(world, tasks, tmp_path, watched_network, monkeypatch):
+    """The cache as the library leaves it: prepared from a file, then named as the hub's data set."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with harness.lm_eval_as_data(False):
+        datasets.load_dataset("json", data_files={"test": str(tasks / "test.jsonl"), "dev": str(tasks / "dev.jsonl")})
+    (made,) = (tmp_path / "cache" / "json").glob("*/*/*/dataset_info.json")
+    cached = tmp_path / "cache" / "someone___questions" / "default" / "0.0.0" / "0123abcd"
+    cached.parent.mkdir(parents=True)
+    made.parent.rename(cached)
+    for file in cached.glob("json-*.arrow"):
+        file.rename(cached / file.name.replace("json", "questions"))
+    tokenizer = make_tokenizer(True)
+    answers = answers_of(world, tokenizer, tmp_path / "answers")
+    from_file = run_tasks(["choice"], answers, tokenizer, tiny.L, task_path=tasks)
+    for name, path in (("choice", "someone/questions"), ("unknown", "someone/else")):
+        config = CHOICE | {"task": name, "dataset_path": path}
+        (tasks / f"{name}.yaml").write_text(json.dumps(config))
+    from_cache = run_tasks(["choice"], answers, tokenizer, tiny.L, task_path=tasks)
+    assert of(from_cache[0]) == of(from_file[0]) and answers.computed == 48
+    with pytest.raises(UserError, match="model.allow_download=true"):
+        run_tasks(["unknown"], answers, tokenizer, tiny.L, task_path=tasks)
 
 
 def test_without_lm_eval_the_sentence_says_how_to_install_it(monkeypatch):
@@ -529,11 +572,7 @@ def test_the_benchmark_finds_no_difference(world, tasks):
     by_name = {figure.name: figure for figure in figures}
     assert all(figure.holds for figure in figures)
     assert by_name["loglikelihoods"].value == 16 and by_name["texts"].value == 4
-    assert not replace_value(by_name["largest_loglikelihood_error"], math.nan).holds
-
-
-def replace_value(figure, value):
-    return figure._replace(value=value)
+    assert not by_name["largest_loglikelihood_error"]._replace(value=math.nan).holds
 
 
 def test_every_task_of_the_short_suite_exists():
@@ -541,7 +580,7 @@ def test_every_task_of_the_short_suite_exists():
 
     from lr2train.evaluation import harness_tasks
 
-    root = harness.Path(__file__).parents[2]
+    root = Path(__file__).parents[2]
     names = yaml.safe_load((root / "conf/eval/short.yaml").read_text())["tasks"]
     known = set(harness.all_tasks())
     assert len(names) == 5 and all(harness_tasks._parsed(name).task in known for name in names)

@@ -5,7 +5,8 @@
 Both run in float32 on the CPU. HFLM has the model as plain transformers loads it, and batches of one; ours has batches
 of ``--batch-tokens``. The last lines read
 ``name: value``. Exits with 1 where a bound is missed. The times are of one run each, one after the other: they tell a
-factor, not a percentage.
+factor, not a percentage. Of a folder with two windows, transformers takes its table by the tokens so far, ours by the
+whole length; so compare there with prompts that are all beyond the original window, or take a folder with one window.
 """
 
 from __future__ import annotations
