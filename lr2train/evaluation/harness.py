@@ -145,7 +145,9 @@ def run_tasks(
     with lm_eval_as_data(allow_download):
         for loaded in load_on_all_ranks(names, task_path, allow_download, log):
             lm = HarnessModel(answers, tokenizer, longest_tokens, log=log)
-            results += control.from_rank_0(_run(loaded, lm, limit, chat_template))
+            mine: list[TaskResult] = []
+            control.together(partial(_run, mine, loaded, lm, limit, chat_template))
+            results += control.from_rank_0(mine)
     for result in results:
         if result.n_truncated:
             log(
@@ -165,8 +167,8 @@ def all_tasks(task_path: str | Path | None = None) -> list[str]:
         return manager_of((), task_path, True).all_tasks
 
 
-def _run(loaded: Loaded, lm: HarnessModel, limit: int | None, chat_template: bool) -> list[TaskResult]:
-    """The results behind one name."""
+def _run(results: list[TaskResult], loaded: Loaded, lm: HarnessModel, limit: int | None, chat_template: bool) -> None:
+    """Add the results behind one name."""
     lm.label = loaded.named(loaded.task)
     for task in loaded.tasks["tasks"].values():
         task.doc_iterator = partial(_without_failed, task.doc_iterator, task.task_name, lm.asked)
@@ -187,9 +189,8 @@ def _run(loaded: Loaded, lm: HarnessModel, limit: int | None, chat_template: boo
         ) from error
     groups: Mapping[str, Group] = loaded.tasks.get("groups") or {}
     leaves = {name: _leaf(name, loaded, found, lm.asked) for name in loaded.tasks["tasks"]}
-    if loaded.task in groups:
-        return _of_group(groups[loaded.task], loaded, found, leaves)
-    return list(leaves.values())
+    group = groups.get(loaded.task)
+    results += list(leaves.values()) if group is None else _of_group(group, loaded, found, leaves)
 
 
 def _without_failed(
