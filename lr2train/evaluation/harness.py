@@ -38,6 +38,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from lm_eval.api.group import Group
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 
 from lr2train.evaluation.harness_model import Asked, HarnessModel
@@ -80,6 +81,7 @@ class TaskResult:
         n_failed: samples without an answer; no metric counts them.
         n_truncated: samples that lost their beginning, as they did not fit the window.
         n_fewshot: examples in each prompt; None where the tasks of a group differ.
+        seconds: a sample took on the mean.
         records: one for each sample, plain JSON values; of a group: of all its tasks.
         parts: the tasks of a group.
     """
@@ -91,44 +93,68 @@ class TaskResult:
     n_failed: int
     n_truncated: int
     n_fewshot: int | None
+    seconds: float = 0.0
     records: tuple[dict[str, Any], ...] = ()
     parts: tuple[TaskResult, ...] = ()
 
     @property
+    def measures(self) -> dict[str, float]:
+        """The metrics, the main one first; lm-eval's fractions in percent."""
+        names = sorted(self.metrics, key=lambda name: name != self.main)
+        return {name: self.metrics[name].value * (100 if _is_fraction(name) else 1) for name in names}
+
+    @property
     def score(self) -> float:
-        """The main metric, in percent where lm-eval gives a fraction; nan where every sample failed."""
-        if not self.main:
-            return math.nan
-        metric = self.main.split(",")[0].removesuffix(MEAN_OF_TASKS)
-        return self.metrics[self.main].value * (100 if metric in FRACTIONS else 1)
+        """The main metric, as in ``measures``; nan where every sample failed."""
+        return self.measures[self.main] if self.main else math.nan
 
 
-def run_tasks(
+def _is_fraction(metric: str) -> bool:
+    return metric.split(",")[0].removesuffix(MEAN_OF_TASKS) in FRACTIONS
+
+
+def load_tasks(
     names: Sequence[str],
-    answers: Answers,
-    tokenizer: PromptTokenizer,
-    longest_tokens: int,
-    *,
     task_path: str | Path | None = None,
-    limit: int | None = None,
     allow_download: bool = False,
-    chat_template: bool = False,
     log: Callable[[str], None] = lambda line: None,
-) -> list[TaskResult]:
-    """Run tasks of lm-eval; the same results on every rank. Every rank calls it with the same arguments.
-
-    Every task is loaded before the first request, so a wrong name costs no computation.
+) -> list[Loaded]:
+    """The tasks, for ``run_tasks``, with their documents. Every rank calls it with the same arguments.
 
     Args:
         names: of tasks, groups and tags of lm-eval or of ``task_path``. ``mmlu@5`` sets the number of few-shot
             examples; without ``@`` the task's own number holds. ``mmlu@5:acc_mean_of_tasks`` also says which metric
             stands in tables.
+        task_path: ``eval.task_path``.
+        allow_download: ``model.allow_download``: whether a data set may be fetched.
+        log: takes one line about a number of examples that has no effect.
+
+    Raises:
+        UserError: a name is unknown; a task file names code or cannot be read; a data set is not there and must not be
+            fetched; a task needs images or runs code that a model wrote.
+    """
+    with lm_eval_as_data(allow_download):
+        return load_on_all_ranks(names, task_path, allow_download, log)
+
+
+def run_tasks(
+    tasks: Sequence[Loaded],
+    answers: Answers,
+    tokenizer: PromptTokenizer,
+    longest_tokens: int,
+    *,
+    limit: int | None = None,
+    chat_template: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> list[TaskResult]:
+    """What one model says to the tasks; the same results on every rank. Every rank calls it with the same arguments.
+
+    Args:
+        tasks: from ``load_tasks``; may be run with one model after the other.
         answers: of the model.
         tokenizer: of the model.
         longest_tokens: of the longest text that the model is asked about.
-        task_path: ``eval.task_path``.
         limit: ``eval.limit``, samples of each task.
-        allow_download: ``model.allow_download``: whether a data set may be fetched.
         chat_template: whether prompts are chats in the tokenizer's template.
         log: takes one line about a setting that has no effect, or about truncated prompts.
 
@@ -136,18 +162,17 @@ def run_tasks(
         For each name its result; for a group without a metric of its own, and for a tag: the results of its tasks.
 
     Raises:
-        UserError: a name is unknown; a task file names code or cannot be read; a data set is not there and must not be
-            fetched; the tokenizer has no chat template.
+        UserError: a template fails on a document, or the tokenizer has no chat template.
     """
     if chat_template and not getattr(tokenizer.hf, "chat_template", None):
         raise UserError("the tokenizer has no chat template; evaluate without one")
     results: list[TaskResult] = []
-    with lm_eval_as_data(allow_download):
-        for loaded in load_on_all_ranks(names, task_path, allow_download, log):
-            lm = HarnessModel(answers, tokenizer, longest_tokens, log=log)
-            mine: list[TaskResult] = []
+    for loaded in tasks:
+        lm = HarnessModel(answers, tokenizer, longest_tokens, log=log)
+        mine: list[TaskResult] = []
+        with lm_eval_as_data(loaded.allow_download):
             control.together(partial(_run, mine, loaded, lm, limit, chat_template))
-            results += control.from_rank_0(mine)
+        results += control.from_rank_0(mine)
     for result in results:
         if result.n_truncated:
             log(
@@ -171,9 +196,9 @@ def _run(results: list[TaskResult], loaded: Loaded, lm: HarnessModel, limit: int
     """Add the results behind one name."""
     lm.label = loaded.named(loaded.task)
     for task in loaded.tasks["tasks"].values():
-        task.doc_iterator = partial(_without_failed, task.doc_iterator, task.task_name, lm.asked)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     try:
-        with loaded.generators.used(), _one_process():
+        with loaded.generators.used(), _one_process(), _without_failed(loaded, lm.asked):
             found: Any = evaluate(
                 lm,
                 loaded.tasks,
@@ -193,13 +218,25 @@ def _run(results: list[TaskResult], loaded: Loaded, lm: HarnessModel, limit: int
     results += list(leaves.values()) if group is None else _of_group(group, loaded, found, leaves)
 
 
-def _without_failed(
+@contextlib.contextmanager
+def _without_failed(loaded: Loaded, asked: Mapping[tuple[str, int], Asked]) -> Iterator[None]:
+    """Documents that have no answer are not graded: lm-eval would grade them as wrong, or even as right.
+
+    lm-eval goes through a task's documents before it asks, when none has failed, and again when it grades.
+    """
+    tasks = loaded.tasks["tasks"].values()
+    for task in tasks:
+        task.doc_iterator = partial(_answered, task.doc_iterator, task.task_name, asked)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            del task.doc_iterator  # of the object; its class has another
+
+
+def _answered(
     documents: Callable[..., Iterator[tuple[int, Any]]], task: str, asked: Mapping[tuple[str, int], Asked], **how: Any
 ) -> Iterator[tuple[int, Any]]:
-    """A task's documents without those that have no answer: lm-eval would grade them as wrong, or even as right.
-
-    lm-eval goes through the documents before it asks, when none has failed, and again when it grades.
-    """
     for number, document in documents(**how):
         if asked.get((task, number), Asked()).error is None:
             yield number, document
@@ -241,6 +278,7 @@ def _of_group(group: Any, loaded: Loaded, found: Any, leaves: Mapping[str, TaskR
             n_failed=sum(part.n_failed for part in parts),
             n_truncated=sum(part.n_truncated for part in parts),
             n_fewshot=shots.pop() if len(shots) == 1 else None,
+            seconds=_mean([part.seconds for part in parts], [part.n_samples for part in parts]),
             records=tuple(record for part in parts for record in part.records),
             parts=parts,
         )
@@ -277,8 +315,15 @@ def _leaf(name: str, loaded: Loaded, found: Any, asked: Mapping[tuple[str, int],
         n_failed=failed,
         n_truncated=sum(one.truncated for one in mine.values()),
         n_fewshot=found["n-shot"].get(name),
+        seconds=_mean([one.seconds for one in mine.values() if one.error is None]),
         records=tuple(records.values()),
     )
+
+
+def _mean(values: Sequence[float], counts: Sequence[int] = ()) -> float:
+    counts = counts or [1] * len(values)
+    total = sum(counts)
+    return math.fsum(value * count for value, count in zip(values, counts, strict=True)) / total if total else 0.0
 
 
 def _record(name: str, number: int, asked: Asked) -> dict[str, Any]:

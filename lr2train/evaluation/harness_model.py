@@ -37,12 +37,14 @@ class Asked:
         tokens: of its longest request, all that may be generated included.
         window: that served the longest request: "short" | "long".
         truncated: whether a request lost its beginning.
+        seconds: spent on all its requests.
         error: of the first request without an answer.
     """
 
     tokens: int = 0
     window: str = ""
     truncated: bool = False
+    seconds: float = 0.0
     error: str | None = None
 
 
@@ -228,6 +230,7 @@ class HarnessModel(TemplateLM):
             if prepared.request is not None and prepared.request.total_tokens >= asked.tokens:
                 asked.tokens, asked.window = prepared.request.total_tokens, answer.window
             asked.truncated |= prepared.truncated
+            asked.seconds += answer.seconds
             asked.error = asked.error or answer.error
 
 

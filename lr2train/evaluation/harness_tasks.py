@@ -16,7 +16,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +46,22 @@ class _Generators:
     """Python's and numpy's global random numbers, seeded as lm-eval's command line does; ours come back afterwards."""
 
     def __init__(self) -> None:
-        self._state: Any = None
+        self._after_loading: Any = None
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """The first time from the seed on, then from where the last time ended."""
+        """The first time, when tasks are loaded, from the seed on; later from where loading ended."""
         before = random.getstate(), np.random.get_state()
-        if self._state is None:
+        if self._after_loading is None:
             random.seed(DEFAULT_RANDOM_SEED)
             np.random.seed(DEFAULT_OTHER_SEED)
         else:
-            random.setstate(self._state[0])
-            np.random.set_state(self._state[1])
+            random.setstate(self._after_loading[0])
+            np.random.set_state(self._after_loading[1])
         try:
             yield
         finally:
-            self._state = random.getstate(), np.random.get_state()
+            self._after_loading = self._after_loading or (random.getstate(), np.random.get_state())
             random.setstate(before[0])
             np.random.set_state(before[1])
 
@@ -74,6 +74,7 @@ class Loaded:
         task: lm-eval's name.
         shots: few-shot examples; None: the task's own number.
         metric: that stands in tables; None: see ``harness.TaskResult``.
+        allow_download: whether the tasks may fetch something.
         tasks: lm-eval's objects.
         generators: the random numbers of these tasks.
     """
@@ -81,6 +82,7 @@ class Loaded:
     task: str
     shots: int | None
     metric: str | None
+    allow_download: bool = False
     tasks: Any = None
     generators: _Generators = field(default_factory=_Generators)
 
@@ -96,10 +98,10 @@ def load_on_all_ranks(
     held: list[Loaded] = []
 
     def load() -> None:
-        wanted = [_parsed(name) for name in names]
+        wanted = [replace(parsed(name), allow_download=allow_download) for name in names]
         manager = manager_of([one.task for one in wanted], task_path, allow_download)
         for one in wanted:
-            _load(one, manager, allow_download, log)
+            _load(one, manager, log)
         held.extend(wanted)
 
     control.on_rank_0(load)
@@ -107,7 +109,7 @@ def load_on_all_ranks(
     return held
 
 
-def _parsed(name: str) -> Loaded:
+def parsed(name: str) -> Loaded:
     parts = re.fullmatch(r"([^@:]+)(?:@(\d{1,4}))?(?::([^@:]+))?", name)
     if parts is None:
         raise UserError(
@@ -152,14 +154,14 @@ def _members(entry: Any) -> list[str]:
     return [one for one in names if isinstance(one, str)] if isinstance(listed, list) else []
 
 
-def _load(one: Loaded, manager: TaskManager, allow_download: bool, log: Callable[[str], None]) -> None:
+def _load(one: Loaded, manager: TaskManager, log: Callable[[str], None]) -> None:
     if one.task not in manager.task_index:
         near = difflib.get_close_matches(one.task, manager.all_tasks, 3)
         remedy = (
             f"; the closest names are {', '.join(near)}" if near else "; set eval.task_path to a folder that has it"
         )
         raise UserError(f"eval.tasks names {one.task}, which lm-eval does not know{remedy}")
-    if not allow_download and (maker := _makes_data_by_code(manager.task_index, one.task)):
+    if not one.allow_download and (maker := _makes_data_by_code(manager.task_index, one.task)):
         raise UserError(
             f"the task {maker} of lm-eval makes its data set with code that downloads, and downloads are off; "
             "set model.allow_download=true"
@@ -198,7 +200,6 @@ def _set_shots(task: Any, shots: int | None, log: Callable[[str], None]) -> None
         log(f"{task.task_name} has no few-shot examples by its own definition, so @{shots} has no effect")
     elif shots is not None or own is None:
         task.set_config(key="num_fewshot", value=shots or 0)
-    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def _makes_data_by_code(index: Mapping[str, Any], name: str) -> str | None:

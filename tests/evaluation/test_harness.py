@@ -33,7 +33,8 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from lr2train.evaluation import harness
-from lr2train.evaluation.harness import HarnessModel, run_tasks
+from lr2train.evaluation.harness import HarnessModel
+from lr2train.evaluation.harness_tasks import parsed
 from tools.bench import harness as bench
 
 WORDS = [
@@ -41,6 +42,11 @@ WORDS = [
     "yellow", "silver",
 ]  # fmt: skip
 CHAT = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}[assistant]"
+
+
+def run_tasks(names, answers, tokenizer, longest, task_path=None, allow_download=False, log=print, **how):
+    tasks = harness.load_tasks(names, task_path, allow_download, log)
+    return harness.run_tasks(tasks, answers, tokenizer, longest, log=log, **how)
 
 
 def text_of(n_words: int, seed: int = 0) -> str:
@@ -301,7 +307,8 @@ def test_the_figures_of_tasks_are_those_of_lm_eval(world, tasks, tmp_path):
     assert [one.name for one in ours] == names
     assert [one.n_fewshot for one in ours] == [1, 1, None, 0]
     assert [one.main for one in ours] == ["acc_norm", "exact_match", "acc", "acc_norm"]
-    assert ours[0].score == 100 * ours[0].metrics["acc_norm"].value
+    assert ours[0].score == 100 * ours[0].metrics["acc_norm"].value == next(iter(ours[0].measures.values()))
+    assert ours[0].seconds > 0 and ours[2].measures.keys() == ours[2].metrics.keys()
     parts = [part.metrics["acc"].value for part in ours[2].parts]
     assert ours[2].metrics["acc_mean_of_tasks"].value == pytest.approx(sum(parts) / 2)
     assert json.dumps([one.records for one in ours])
@@ -372,6 +379,18 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(world, tasks, tmp_path):
     assert len(keys) == len(set(keys))
     again, answers = run(lambda requests: pytest.fail("everything was known"))
     assert [of(one) for one in again] == [of(one) for one in resumed]
+
+
+def test_loaded_tasks_serve_one_model_after_the_other(world, tasks, tmp_path):
+    """Few-shot examples that are drawn at random are the same for every model."""
+    tokenizer = make_tokenizer(True)
+    write_tasks(tasks, drawn=CHOICE | {"fewshot_config": {"sampler": "default"}, "num_fewshot": 1})
+    loaded = harness.load_tasks(["drawn"], tasks)
+    first = answers_of(world, tokenizer, tmp_path / "first")
+    again = answers_of(world, tokenizer, tmp_path / "second")
+    results = [harness.run_tasks(loaded, one, tokenizer, tiny.L) for one in (first, again)]
+    assert results[0][0].records == results[1][0].records
+    assert first._known.keys() == again._known.keys() and len(first._known) == 48
 
 
 def test_a_failed_sample_is_counted_and_graded_by_no_metric(world, tasks, tmp_path):
@@ -578,9 +597,7 @@ def test_the_benchmark_finds_no_difference(world, tasks):
 def test_every_task_of_the_short_suite_exists():
     import yaml
 
-    from lr2train.evaluation import harness_tasks
-
     root = Path(__file__).parents[2]
     names = yaml.safe_load((root / "conf/eval/short.yaml").read_text())["tasks"]
     known = set(harness.all_tasks())
-    assert len(names) == 5 and all(harness_tasks._parsed(name).task in known for name in names)
+    assert len(names) == 5 and all(parsed(name).task in known for name in names)

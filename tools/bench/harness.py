@@ -43,7 +43,7 @@ def compare(
     with tempfile.TemporaryDirectory() as scratch:
         answers = _answers(subject, model, rotary, tokenizer, stop_ids, batch_tokens, Path(scratch) / "answers.jsonl")
         start = time.monotonic()
-        ours = harness.run_tasks(names, answers, tokenizer, longest, task_path=task_path, limit=limit, log=print)
+        ours = harness.run_tasks(harness.load_tasks(names, task_path), answers, tokenizer, longest, limit=limit)
         seconds = time.monotonic() - start
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     start = time.monotonic()
