@@ -161,7 +161,11 @@ def _load(one: Loaded, manager: TaskManager, log: Callable[[str], None]) -> None
             f"; the closest names are {', '.join(near)}" if near else "; set eval.task_path to a folder that has it"
         )
         raise UserError(f"eval.tasks names {one.task}, which lm-eval does not know{remedy}")
-    if not one.allow_download and (maker := _makes_data_by_code(manager.task_index, one.task)):
+    if unsafe := _first_with("unsafe_code", manager.task_index, one.task):
+        raise UserError(
+            f"the task {unsafe} of lm-eval runs code that the model wrote, which is not supported; leave it out"
+        )
+    if not one.allow_download and (maker := _first_with("custom_dataset", manager.task_index, one.task)):
         raise UserError(
             f"the task {maker} of lm-eval makes its data set with code that downloads, and downloads are off; "
             "set model.allow_download=true"
@@ -176,9 +180,8 @@ def _load(one: Loaded, manager: TaskManager, log: Callable[[str], None]) -> None
     _check_metric(one)
     for task in one.tasks["tasks"].values():
         _set_shots(task, one.shots, log)
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            why = "runs code that the model wrote" if getattr(task, "UNSAFE_CODE", False) else "needs images or sound"
-            raise UserError(f"the task {task.task_name} of lm-eval {why}, which is not supported; leave it out")
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"the task {task.task_name} of lm-eval needs images or sound; leave it out")
 
 
 def _check_metric(one: Loaded) -> None:
@@ -202,13 +205,13 @@ def _set_shots(task: Any, shots: int | None, log: Callable[[str], None]) -> None
         task.set_config(key="num_fewshot", value=shots or 0)
 
 
-def _makes_data_by_code(index: Mapping[str, Any], name: str) -> str | None:
-    """The first task behind a name whose data set is made by a function of lm-eval."""
+def _first_with(key: str, index: Mapping[str, Any], name: str) -> str | None:
+    """The first task behind a name whose file sets a key; no code of the file is looked at."""
     entry = index.get(name)
     if entry is None:
         return None
-    inner = (_makes_data_by_code(index, one) for one in _members(entry) if one != name)
-    return name if (entry.cfg or {}).get("custom_dataset") else next((one for one in inner if one), None)
+    inner = (_first_with(key, index, one) for one in _members(entry) if one != name)
+    return name if (entry.cfg or {}).get(key) else next((one for one in inner if one), None)
 
 
 def _not_loaded(task: str, error: Exception) -> UserError:
