@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from lr2train import ranks
@@ -37,10 +38,11 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from lm_eval.api.group import Group
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 
 from lr2train.evaluation.harness_model import Asked, HarnessModel
-from lr2train.evaluation.harness_tasks import Loaded, lm_eval_as_data, load_on_all_ranks, manager_of
+from lr2train.evaluation.harness_tasks import MEAN_OF_TASKS, Loaded, lm_eval_as_data, load_on_all_ranks, manager_of
 
 # lm-eval's metrics from 0 to 1; tables show them in percent.
 FRACTIONS = {
@@ -71,12 +73,15 @@ class TaskResult:
 
     Attributes:
         name: as tables show it: lm-eval's name, and ``@`` with the number of few-shot examples where it was given.
-        main: the metric that stands in tables; empty where every sample failed.
-        metrics: by lm-eval's name; of a filter other than "none": ``metric,filter``.
+        main: the metric that stands in tables: the one that was asked for; else ``acc_norm`` where there is one, as on
+            the Open LLM Leaderboard; else the first metric under its first filter. Empty where every sample failed.
+        metrics: by lm-eval's name; of a filter other than "none": ``metric,filter``. A group has, beside lm-eval's mean
+            over its samples, the mean over its tasks: ``acc_mean_of_tasks`` for ``acc``.
         n_samples: samples that were graded.
         n_failed: samples without an answer; no metric counts them.
         n_truncated: samples that lost their beginning, as they did not fit the window.
         n_fewshot: examples in each prompt; None where the tasks of a group differ.
+        seconds: a sample took on the mean.
         records: one for each sample, plain JSON values; of a group: of all its tasks.
         parts: the tasks of a group.
     """
@@ -88,42 +93,68 @@ class TaskResult:
     n_failed: int
     n_truncated: int
     n_fewshot: int | None
+    seconds: float = 0.0
     records: tuple[dict[str, Any], ...] = ()
     parts: tuple[TaskResult, ...] = ()
 
     @property
+    def measures(self) -> dict[str, float]:
+        """The metrics, the main one first; lm-eval's fractions in percent."""
+        names = sorted(self.metrics, key=lambda name: name != self.main)
+        return {name: self.metrics[name].value * (100 if _is_fraction(name) else 1) for name in names}
+
+    @property
     def score(self) -> float:
-        """The main metric, in percent where lm-eval gives a fraction; nan where every sample failed."""
-        if not self.main:
-            return math.nan
-        return self.metrics[self.main].value * (100 if self.main.split(",")[0] in FRACTIONS else 1)
+        """The main metric, as in ``measures``; nan where every sample failed."""
+        return self.measures[self.main] if self.main else math.nan
+
+
+def _is_fraction(metric: str) -> bool:
+    return metric.split(",")[0].removesuffix(MEAN_OF_TASKS) in FRACTIONS
+
+
+def load_tasks(
+    names: Sequence[str],
+    task_path: str | Path | None = None,
+    allow_download: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> list[Loaded]:
+    """The tasks, for ``run_tasks``, with their documents. Every rank calls it with the same arguments.
+
+    Args:
+        names: of tasks, groups and tags of lm-eval or of ``task_path``. ``mmlu@5`` sets the number of few-shot
+            examples; without ``@`` the task's own number holds. ``mmlu@5:acc_mean_of_tasks`` also says which metric
+            stands in tables.
+        task_path: ``eval.task_path``.
+        allow_download: ``model.allow_download``: whether a data set may be fetched.
+        log: takes one line about a number of examples that has no effect.
+
+    Raises:
+        UserError: a name is unknown; a task file names code or cannot be read; a data set is not there and must not be
+            fetched; a task needs images or runs code that a model wrote.
+    """
+    with lm_eval_as_data(allow_download):
+        return load_on_all_ranks(names, task_path, allow_download, log)
 
 
 def run_tasks(
-    names: Sequence[str],
+    tasks: Sequence[Loaded],
     answers: Answers,
     tokenizer: PromptTokenizer,
     longest_tokens: int,
     *,
-    task_path: str | Path | None = None,
     limit: int | None = None,
-    allow_download: bool = False,
     chat_template: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[TaskResult]:
-    """Run tasks of lm-eval; the same results on every rank. Every rank calls it with the same arguments.
-
-    Every task is loaded before the first request, so a wrong name costs no computation.
+    """What one model says to the tasks; the same results on every rank. Every rank calls it with the same arguments.
 
     Args:
-        names: of tasks, groups and tags of lm-eval or of ``task_path``. ``mmlu@5`` sets the number of few-shot
-            examples; without ``@`` the task's own number holds.
+        tasks: from ``load_tasks``; may be run with one model after the other.
         answers: of the model.
         tokenizer: of the model.
         longest_tokens: of the longest text that the model is asked about.
-        task_path: ``eval.task_path``.
         limit: ``eval.limit``, samples of each task.
-        allow_download: ``model.allow_download``: whether a data set may be fetched.
         chat_template: whether prompts are chats in the tokenizer's template.
         log: takes one line about a setting that has no effect, or about truncated prompts.
 
@@ -131,16 +162,17 @@ def run_tasks(
         For each name its result; for a group without a metric of its own, and for a tag: the results of its tasks.
 
     Raises:
-        UserError: a name is unknown; a task file names code or cannot be read; a data set is not there and must not be
-            fetched; the tokenizer has no chat template.
+        UserError: a template fails on a document, or the tokenizer has no chat template.
     """
     if chat_template and not getattr(tokenizer.hf, "chat_template", None):
         raise UserError("the tokenizer has no chat template; evaluate without one")
     results: list[TaskResult] = []
-    with lm_eval_as_data(allow_download):
-        for loaded in load_on_all_ranks(names, task_path, allow_download, log):
-            lm = HarnessModel(answers, tokenizer, longest_tokens, log=log)
-            results += control.from_rank_0(_run(loaded, lm, limit, chat_template))
+    for loaded in tasks:
+        lm = HarnessModel(answers, tokenizer, longest_tokens, log=log)
+        mine: list[TaskResult] = []
+        with lm_eval_as_data(loaded.allow_download):
+            control.together(partial(_run, mine, loaded, lm, limit, chat_template))
+        results += control.from_rank_0(mine)
     for result in results:
         if result.n_truncated:
             log(
@@ -160,35 +192,51 @@ def all_tasks(task_path: str | Path | None = None) -> list[str]:
         return manager_of((), task_path, True).all_tasks
 
 
-def _run(loaded: Loaded, lm: HarnessModel, limit: int | None, chat_template: bool) -> list[TaskResult]:
-    """The results behind one name."""
-    lm.label = loaded.name
+def _run(results: list[TaskResult], loaded: Loaded, lm: HarnessModel, limit: int | None, chat_template: bool) -> None:
+    """Add the results behind one name."""
+    lm.label = loaded.named(loaded.task)
     for task in loaded.tasks["tasks"].values():
-        task.doc_iterator = partial(_without_failed, task.doc_iterator, task.task_name, lm.asked)
-    with loaded.generators.used(), _one_process():
-        found: Any = evaluate(
-            lm,
-            loaded.tasks,
-            limit=limit,
-            log_samples=True,
-            apply_chat_template=chat_template,
-            fewshot_as_multiturn=chat_template,
-            bootstrap_iters=BOOTSTRAP_RESAMPLES if ranks.rank() == 0 else 0,
-        )
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    try:
+        with loaded.generators.used(), _one_process(), _without_failed(loaded, lm.asked):
+            found: Any = evaluate(
+                lm,
+                loaded.tasks,
+                limit=limit,
+                log_samples=True,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
+                bootstrap_iters=BOOTSTRAP_RESAMPLES if ranks.rank() == 0 else 0,
+            )
+    except (jinja2.TemplateError, SyntaxError) as error:  # lm-eval tried the first document alone when it was loaded
+        raise UserError(
+            f"a template of the task {loaded.task} fails ({' '.join(str(error).split())[:200]}); correct its task file"
+        ) from error
     groups: Mapping[str, Group] = loaded.tasks.get("groups") or {}
-    leaves = {name: _leaf(name, loaded.suffix, found, lm.asked) for name in loaded.tasks["tasks"]}
-    if loaded.task in groups:
-        return _of_group(groups[loaded.task], loaded.suffix, found, leaves)
-    return list(leaves.values())
+    leaves = {name: _leaf(name, loaded, found, lm.asked) for name in loaded.tasks["tasks"]}
+    group = groups.get(loaded.task)
+    results += list(leaves.values()) if group is None else _of_group(group, loaded, found, leaves)
 
 
-def _without_failed(
+@contextlib.contextmanager
+def _without_failed(loaded: Loaded, asked: Mapping[tuple[str, int], Asked]) -> Iterator[None]:
+    """Documents that have no answer are not graded: lm-eval would grade them as wrong, or even as right.
+
+    lm-eval goes through a task's documents before it asks, when none has failed, and again when it grades.
+    """
+    tasks = loaded.tasks["tasks"].values()
+    for task in tasks:
+        task.doc_iterator = partial(_answered, task.doc_iterator, task.task_name, asked)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            del task.doc_iterator  # of the object; its class has another
+
+
+def _answered(
     documents: Callable[..., Iterator[tuple[int, Any]]], task: str, asked: Mapping[tuple[str, int], Asked], **how: Any
 ) -> Iterator[tuple[int, Any]]:
-    """A task's documents without those that have no answer: lm-eval would grade them as wrong, or even as right.
-
-    lm-eval goes through the documents before it asks, when none has failed, and again when it grades.
-    """
     for number, document in documents(**how):
         if asked.get((task, number), Asked()).error is None:
             yield number, document
@@ -208,33 +256,51 @@ def _one_process() -> Iterator[None]:
             os.environ["DISABLE_MULTIPROC"] = before
 
 
-def _of_group(group: Any, suffix: str, found: Any, leaves: Mapping[str, TaskResult]) -> list[TaskResult]:
+def _of_group(group: Any, loaded: Loaded, found: Any, leaves: Mapping[str, TaskResult]) -> list[TaskResult]:
     """A group's result; where it has no metric of its own, those of its members."""
-    parts = tuple(leaves[task.task_name] for task in group.get_all_tasks())
-    metrics = _metrics(found["results"].get(group.name, {}), {})
     if not group.aggregate_metric_list:
         members = (
-            _of_group(one, suffix, found, leaves) if isinstance(one, Group) else [leaves[one.task_name]]
+            _of_group(one, loaded, found, leaves) if isinstance(one, Group) else [leaves[one.task_name]]
             for one in group
         )
         return [result for member in members for result in member]
+    parts = tuple(leaves[task.task_name] for task in group.get_all_tasks())
+    higher = {key: metric.higher_is_better for part in parts for key, metric in part.metrics.items()}
+    metrics = _metrics(found["results"][group.name], {key.split(",")[0]: value for key, value in higher.items()})
+    metrics |= _means_of_tasks(metrics, parts)
     shots = {part.n_fewshot for part in parts}
     return [
         TaskResult(
-            group.name + suffix,
-            _main(metrics),
+            loaded.named(group.name),
+            _main(metrics, loaded),
             metrics,
             n_samples=sum(part.n_samples for part in parts),
             n_failed=sum(part.n_failed for part in parts),
             n_truncated=sum(part.n_truncated for part in parts),
             n_fewshot=shots.pop() if len(shots) == 1 else None,
+            seconds=_mean([part.seconds for part in parts], [part.n_samples for part in parts]),
             records=tuple(record for part in parts for record in part.records),
             parts=parts,
         )
     ]
 
 
-def _leaf(name: str, suffix: str, found: Any, asked: Mapping[tuple[str, int], Asked]) -> TaskResult:
+def _means_of_tasks(metrics: Mapping[str, Metric], parts: Sequence[TaskResult]) -> dict[str, Metric]:
+    """The metrics of a group with every task counted alike, whatever its number of samples."""
+    means = {}
+    for key, metric in metrics.items():
+        of_parts = [part.metrics[key] for part in parts if key in part.metrics]
+        errors = [one.stderr for one in of_parts if one.stderr is not None]
+        name, comma, kind = key.partition(",")
+        means[f"{name}{MEAN_OF_TASKS}{comma}{kind}"] = Metric(
+            math.fsum(one.value for one in of_parts) / len(of_parts),
+            math.sqrt(math.fsum(one**2 for one in errors)) / len(errors) if len(errors) == len(of_parts) else None,
+            metric.higher_is_better,
+        )
+    return means
+
+
+def _leaf(name: str, loaded: Loaded, found: Any, asked: Mapping[tuple[str, int], Asked]) -> TaskResult:
     mine = {number: one for (task, number), one in asked.items() if task == name}
     records = {number: _record(name, number, one) for number, one in sorted(mine.items())}
     for sample in found["samples"][name]:
@@ -242,15 +308,22 @@ def _leaf(name: str, suffix: str, found: Any, asked: Mapping[tuple[str, int], As
     metrics = _metrics(found["results"][name], found["higher_is_better"].get(name) or {})
     failed = sum(one.error is not None for one in mine.values())
     return TaskResult(
-        name + suffix,
-        _main(metrics),
+        loaded.named(name),
+        _main(metrics, loaded),
         metrics,
         n_samples=len(mine) - failed,
         n_failed=failed,
         n_truncated=sum(one.truncated for one in mine.values()),
         n_fewshot=found["n-shot"].get(name),
+        seconds=_mean([one.seconds for one in mine.values() if one.error is None]),
         records=tuple(records.values()),
     )
+
+
+def _mean(values: Sequence[float], counts: Sequence[int] = ()) -> float:
+    counts = counts or [1] * len(values)
+    total = sum(counts)
+    return math.fsum(value * count for value, count in zip(values, counts, strict=True)) / total if total else 0.0
 
 
 def _record(name: str, number: int, asked: Asked) -> dict[str, Any]:
@@ -272,7 +345,7 @@ def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool | Non
     metrics = {}
     for key, value in found.items():
         metric, comma, kind = key.partition(",")
-        if not comma or metric.endswith("_stderr"):
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
             continue
         stderr = found.get(f"{metric}_stderr,{kind}")
         error = float(stderr) if isinstance(stderr, int | float) else None
@@ -280,9 +353,10 @@ def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool | Non
     return metrics
 
 
-def _main(metrics: Mapping[str, Metric]) -> str:
-    """``acc_norm`` where there is one, as on the Open LLM Leaderboard; else the first metric of the first filter."""
-    return "acc_norm" if "acc_norm" in metrics else next(iter(metrics), "")
+def _main(metrics: Mapping[str, Metric], loaded: Loaded) -> str:
+    wanted = loaded.metric or "acc_norm"
+    fitting = (key for key in metrics if key == wanted or key.startswith(f"{wanted},"))
+    return next(fitting, next(iter(metrics), ""))
 
 
 def _key(key: str) -> str:

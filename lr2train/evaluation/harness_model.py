@@ -7,6 +7,7 @@ of a task that asks for sampling or beams has no effect; that is told once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,12 +37,14 @@ class Asked:
         tokens: of its longest request, all that may be generated included.
         window: that served the longest request: "short" | "long".
         truncated: whether a request lost its beginning.
+        seconds: spent on all its requests.
         error: of the first request without an answer.
     """
 
     tokens: int = 0
     window: str = ""
     truncated: bool = False
+    seconds: float = 0.0
     error: str | None = None
 
 
@@ -153,11 +156,16 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, nats; a text beyond the window is scored in windows that do not overlap."""
-        windows = [(request, self._likelihood(*pair)) for request in requests for pair in self._windows(*request.args)]
+        of_texts = [self._windows(*request.args) for request in requests]
+        windows = [
+            (request, self._likelihood(*pair))
+            for request, pairs in zip(requests, of_texts, strict=True)
+            for pair in pairs
+        ]
         answers = self._ask([one for _, one in windows])
         self._note([(request, one, answer) for (request, one), answer in zip(windows, answers, strict=True)])
         found = iter(_value(one, answer)[0] for (_, one), answer in zip(windows, answers, strict=True))
-        return [sum(next(found) for _ in self._windows(*request.args)) for request in requests]
+        return [math.fsum(itertools.islice(found, len(pairs))) for pairs in of_texts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The most likely continuation of each (context, how to generate), without the stop string."""
@@ -222,6 +230,7 @@ class HarnessModel(TemplateLM):
             if prepared.request is not None and prepared.request.total_tokens >= asked.tokens:
                 asked.tokens, asked.window = prepared.request.total_tokens, answer.window
             asked.truncated |= prepared.truncated
+            asked.seconds += answer.seconds
             asked.error = asked.error or answer.error
 
 

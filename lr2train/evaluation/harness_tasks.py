@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import logging
 import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from lr2train import ranks
 from lr2train.config import UserError
 from lr2train.parallel import control
 
+MEAN_OF_TASKS = "_mean_of_tasks"  # the end of the name of a group's metric
 _NAMES_CODE = ("class", "custom_dataset", "use_prompt", "unsafe_code")  # keys of a task file
 
 
@@ -44,39 +46,49 @@ class _Generators:
     """Python's and numpy's global random numbers, seeded as lm-eval's command line does; ours come back afterwards."""
 
     def __init__(self) -> None:
-        self._state: Any = None
+        self._after_loading: Any = None
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """The first time from the seed on, then from where the last time ended."""
+        """The first time, when tasks are loaded, from the seed on; later from where loading ended."""
         before = random.getstate(), np.random.get_state()
-        if self._state is None:
+        if self._after_loading is None:
             random.seed(DEFAULT_RANDOM_SEED)
             np.random.seed(DEFAULT_OTHER_SEED)
         else:
-            random.setstate(self._state[0])
-            np.random.set_state(self._state[1])
+            random.setstate(self._after_loading[0])
+            np.random.set_state(self._after_loading[1])
         try:
             yield
         finally:
-            self._state = random.getstate(), np.random.get_state()
+            self._after_loading = self._after_loading or (random.getstate(), np.random.get_state())
             random.setstate(before[0])
             np.random.set_state(before[1])
 
 
 @dataclass
 class Loaded:
-    """The tasks behind one name."""
+    """The tasks behind one name.
 
-    name: str
+    Attributes:
+        task: lm-eval's name.
+        shots: few-shot examples; None: the task's own number.
+        metric: that stands in tables; None: see ``harness.TaskResult``.
+        allow_download: whether the tasks may fetch something.
+        tasks: lm-eval's objects.
+        generators: the random numbers of these tasks.
+    """
+
     task: str
     shots: int | None
+    metric: str | None
+    allow_download: bool = False
     tasks: Any = None
     generators: _Generators = field(default_factory=_Generators)
 
-    @property
-    def suffix(self) -> str:
-        return "" if self.shots is None else f"@{self.shots}"
+    def named(self, task: str) -> str:
+        """A task as tables show it."""
+        return task if self.shots is None else f"{task}@{self.shots}"
 
 
 def load_on_all_ranks(
@@ -86,10 +98,10 @@ def load_on_all_ranks(
     held: list[Loaded] = []
 
     def load() -> None:
-        wanted = [_parsed(name) for name in names]
+        wanted = [replace(parsed(name), allow_download=allow_download) for name in names]
         manager = manager_of([one.task for one in wanted], task_path, allow_download)
         for one in wanted:
-            _load(one, manager, allow_download, log)
+            _load(one, manager, log)
         held.extend(wanted)
 
     control.on_rank_0(load)
@@ -97,13 +109,15 @@ def load_on_all_ranks(
     return held
 
 
-def _parsed(name: str) -> Loaded:
-    task, at, shots = name.partition("@")
-    if not task or (at and not re.fullmatch(r"\d{1,4}", shots)):
+def parsed(name: str) -> Loaded:
+    parts = re.fullmatch(r"([^@:]+)(?:@(\d{1,4}))?(?::([^@:]+))?", name)
+    if parts is None:
         raise UserError(
-            f"eval.tasks names {name!r}, which is no task and number of few-shot examples; write it like mmlu@5"
+            f"eval.tasks names {name!r}, which has another form than task, task@examples or task@examples:metric; "
+            "write it like mmlu@5"
         )
-    return Loaded(name, task, int(shots) if at else None)
+    task, shots, metric = parts.groups()
+    return Loaded(task, None if shots is None else int(shots), metric)
 
 
 def manager_of(wanted: Sequence[str], task_path: str | Path | None, allow_download: bool) -> TaskManager:
@@ -112,24 +126,46 @@ def manager_of(wanted: Sequence[str], task_path: str | Path | None, allow_downlo
     lm-eval's own 14 000 tasks take ten seconds to index. They are left out where the folder has all that is wanted.
     """
     if task_path is None:
-        return TaskManager()
+        return _lm_evals_own()
     folder = Path(task_path).expanduser()
     _check_folder(folder, allow_download)
     alone = TaskManager(include_path=str(folder), include_defaults=False)
-    found = [alone.task_index.get(name) for name in wanted]
-    if found and all(one is not None and one.kind.name == "TASK" for one in found):
+    if wanted and all(_is_whole(alone.task_index, name) for name in wanted):
         return alone
     return TaskManager(include_path=str(folder))
 
 
-def _load(one: Loaded, manager: TaskManager, allow_download: bool, log: Callable[[str], None]) -> None:
+@functools.cache  # one evaluation asks for several models
+def _lm_evals_own() -> TaskManager:
+    return TaskManager()
+
+
+def _is_whole(index: Mapping[str, Any], name: str) -> bool:
+    """Whether an index has a name and all that a group of this name lists."""
+    return name in index and all(one == name or _is_whole(index, one) for one in _members(index[name]))
+
+
+def _members(entry: Any) -> list[str]:
+    """The names that a group or tag lists."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    listed = (entry.cfg or {}).get("task")  # of a single task: its name
+    names = [one.get("task") or one.get("group") if isinstance(one, dict) else one for one in listed or ()]
+    return [one for one in names if isinstance(one, str)] if isinstance(listed, list) else []
+
+
+def _load(one: Loaded, manager: TaskManager, log: Callable[[str], None]) -> None:
     if one.task not in manager.task_index:
         near = difflib.get_close_matches(one.task, manager.all_tasks, 3)
         remedy = (
             f"; the closest names are {', '.join(near)}" if near else "; set eval.task_path to a folder that has it"
         )
         raise UserError(f"eval.tasks names {one.task}, which lm-eval does not know{remedy}")
-    if not allow_download and (maker := _makes_data_by_code(manager.task_index, one.task)):
+    if unsafe := _first_with("unsafe_code", manager.task_index, one.task):
+        raise UserError(
+            f"the task {unsafe} of lm-eval runs code that the model wrote, which is not supported; leave it out"
+        )
+    if not one.allow_download and (maker := _first_with("custom_dataset", manager.task_index, one.task)):
         raise UserError(
             f"the task {maker} of lm-eval makes its data set with code that downloads, and downloads are off; "
             "set model.allow_download=true"
@@ -141,11 +177,23 @@ def _load(one: Loaded, manager: TaskManager, allow_download: bool, log: Callable
         raise
     except Exception as error:  # of data sets, templates, missing packages: a dozen kinds, each means the same
         raise _not_loaded(one.task, error) from error
+    _check_metric(one)
     for task in one.tasks["tasks"].values():
         _set_shots(task, one.shots, log)
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            why = "runs code that the model wrote" if getattr(task, "UNSAFE_CODE", False) else "needs images or sound"
-            raise UserError(f"the task {task.task_name} of lm-eval {why}, which is not supported; leave it out")
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"the task {task.task_name} of lm-eval needs images or sound; leave it out")
+
+
+def _check_metric(one: Loaded) -> None:
+    if one.metric is None:
+        return
+    known = {metric for task in one.tasks["tasks"].values() for metric in task.aggregation()}
+    of_groups = {metric + MEAN_OF_TASKS for metric in known} if one.tasks.get("groups") else set()
+    if one.metric.split(",")[0] not in known | of_groups:
+        raise UserError(
+            f"eval.tasks asks for the metric {one.metric} of {one.task}, which has "
+            f"{', '.join(sorted(known | of_groups))}; name one of these"
+        )
 
 
 def _set_shots(task: Any, shots: int | None, log: Callable[[str], None]) -> None:
@@ -155,20 +203,15 @@ def _set_shots(task: Any, shots: int | None, log: Callable[[str], None]) -> None
         log(f"{task.task_name} has no few-shot examples by its own definition, so @{shots} has no effect")
     elif shots is not None or own is None:
         task.set_config(key="num_fewshot", value=shots or 0)
-    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
-def _makes_data_by_code(index: Mapping[str, Any], name: str) -> str | None:
-    """The first task behind a name whose data set is made by a function of lm-eval."""
+def _first_with(key: str, index: Mapping[str, Any], name: str) -> str | None:
+    """The first task behind a name whose file sets a key; no code of the file is looked at."""
     entry = index.get(name)
     if entry is None:
         return None
-    config = entry.cfg or {}
-    members = sorted(entry.tags) if entry.kind.name == "TAG" else config.get("task")
-    listed = members if isinstance(members, list) else []  # of a single task: its name
-    names = [one if isinstance(one, str) else one.get("task") or one.get("group") for one in listed]
-    inner = (_makes_data_by_code(index, one) for one in names if isinstance(one, str) and one != name)
-    return name if config.get("custom_dataset") else next((one for one in inner if one), None)
+    inner = (_first_with(key, index, one) for one in _members(entry) if one != name)
+    return name if (entry.cfg or {}).get(key) else next((one for one in inner if one), None)
 
 
 def _not_loaded(task: str, error: Exception) -> UserError:
@@ -283,6 +326,7 @@ def lm_eval_as_data(allow_download: bool) -> Iterator[None]:
     with contextlib.ExitStack() as changes:
         changes.enter_context(_replaced(lm_eval_utils, "env", sandbox))
         changes.enter_context(_replaced(lm_eval_task, "tqdm", lambda items, **_: items))
+        changes.enter_context(_replaced(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False))  # asks the network too
         if not allow_download:
             changes.enter_context(_replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
             changes.enter_context(_replaced(datasets.config, "HF_HUB_OFFLINE", True))

@@ -5,7 +5,8 @@
 Both run in float32 on the CPU. HFLM has the model as plain transformers loads it, and batches of one; ours has batches
 of ``--batch-tokens``. The last lines read
 ``name: value``. Exits with 1 where a bound is missed. The times are of one run each, one after the other: they tell a
-factor, not a percentage.
+factor, not a percentage. Of a folder with two windows, transformers takes its table by the tokens so far, ours by the
+whole length; so compare there with prompts that are all beyond the original window, or take a folder with one window.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def compare(
     with tempfile.TemporaryDirectory() as scratch:
         answers = _answers(subject, model, rotary, tokenizer, stop_ids, batch_tokens, Path(scratch) / "answers.jsonl")
         start = time.monotonic()
-        ours = harness.run_tasks(names, answers, tokenizer, longest, task_path=task_path, limit=limit, log=print)
+        ours = harness.run_tasks(harness.load_tasks(names, task_path), answers, tokenizer, longest, limit=limit)
         seconds = time.monotonic() - start
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     start = time.monotonic()
