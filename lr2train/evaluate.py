@@ -14,7 +14,6 @@ model with every sample. The same command resumes an interrupted evaluation; not
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,6 +87,7 @@ def _evaluated(
         # once a machine
         full = suite.config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0
         control.together(lambda: corpus.verify(full=full))
+    suite.load_harness(job.log)
     everything = [_made(suite, subject) for subject in models.subjects]  # refuses bad input before any model is loaded
     measured = [
         _measured(subject, tasks, suite, job, device)
@@ -157,11 +157,9 @@ def _measured(subject: Subject, tasks: list[Asked], suite: Suite, job: run.Run, 
     return found
 
 
-def _of_harness(subject: Subject, result: HarnessResult) -> results.TaskScore:
-    """A result of lm-eval among our own scores: the main metric first, all in percent."""
-    metrics = {name: metric.value for name, metric in result.metrics.items() if name != result.main}
-    failed, n = result.n_failed, result.n_samples
-    return results.TaskScore(subject.label, result.name, 0, {"score": result.score, **metrics}, n, failed, math.nan)
+def _of_harness(subject: Subject, one: HarnessResult) -> results.TaskScore:
+    """A result of lm-eval among our own scores."""
+    return results.TaskScore(subject.label, one.name, 0, one.measures, one.n_samples, one.n_failed, one.seconds)
 
 
 def _ask(one: Asked, answers: Answers, found: Measured, folder: Path) -> None:

@@ -36,6 +36,7 @@ FEW_FILES = {  # a folder ends with a slash
     "deepspeed": ("training/deepspeed/",),
     "wandb": ("training/metrics.py",),
     "flash_attn": ("attention/cuda.py",),
+    "lm_eval": ("evaluation/harness",),
     "hydra": ("cli/composition.py", "cli/overrides.py", "cli/door.py"),
 }
 FILES = sorted(ROOT.rglob("*.py"))

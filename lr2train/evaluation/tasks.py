@@ -22,6 +22,7 @@ from lr2train.model import load
 
 if TYPE_CHECKING:
     from lr2train.evaluation.harness import TaskResult as HarnessResult
+    from lr2train.evaluation.harness_tasks import Loaded as HarnessTask
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "needles": (needles.NEEDLES, needles.TEXT),
@@ -29,8 +30,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "loft": tuple(loft.NAMES),
     "infinitebench": tuple(infinitebench.NAMES),
     "longbench": tuple(longbench.NAMES),
+    # lm-eval's, with the settings of conf/eval/short.yaml
+    "short": ("mmlu@5:acc_mean_of_tasks", "mmlu_pro", "hellaswag@10", "truthfulqa_mc2", "gsm8k_cot"),
 }
-OURS = {name for names in GROUPS.values() for name in names}
+OURS = {name for group, names in GROUPS.items() if group != "short" for name in names}
 
 
 class Suite:
@@ -57,6 +60,7 @@ class Suite:
         self.corpus = Corpus.open(config.data.path) if config.data.path is not None else None
         self._models = models
         self._tokenizers: dict[Path, PromptTokenizer] = {}
+        self._loaded: list[HarnessTask] = []
         self._ruler_tasks: dict[tuple[str, tuple[int, ...]], list[ruler.RulerTask]] = {}
 
     def refuse_unknown(self) -> None:
@@ -152,24 +156,27 @@ class Suite:
             )
         return self._ruler_tasks[key]
 
-    def ask_harness(self, subject: Subject, answers: Answers, log: Callable[[str], None]) -> list[HarnessResult]:
-        """Run lm-eval's tasks, where any is named.
+    def load_harness(self, log: Callable[[str], None]) -> None:
+        """Load lm-eval's tasks with their documents, where any is named; a wrong name costs no computation.
 
         Raises:
             UserError: lm-eval is not installed, a name is unknown, or a data set is not there.
         """
-        if not self.harness_names:
-            return []
-        from lr2train.evaluation import harness  # here: lm-eval is optional, and takes seconds to import
+        if self.harness_names:
+            from lr2train.evaluation import harness  # here: lm-eval is optional, and takes seconds to import
 
-        settings = self.config.eval
+            settings = self.config.eval
+            self._loaded = harness.load_tasks(
+                self.harness_names, settings.task_path, self.config.model.allow_download, log
+            )
+
+    def ask_harness(self, subject: Subject, answers: Answers, log: Callable[[str], None]) -> list[HarnessResult]:
+        """Run lm-eval's tasks, where any is loaded."""
+        if not self._loaded:
+            return []
+        from lr2train.evaluation import harness
+
+        longest = subject.target_window_tokens
         return harness.run_tasks(
-            self.harness_names,
-            answers,
-            self.tokenizer(subject),
-            subject.target_window_tokens,
-            task_path=settings.task_path,
-            limit=settings.limit,
-            allow_download=self.config.model.allow_download,
-            log=log,
+            self._loaded, answers, self.tokenizer(subject), longest, limit=self.config.eval.limit, log=log
         )
