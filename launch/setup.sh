@@ -9,11 +9,14 @@ if [ ! -f "$venv/ready" ]; then
   touch "$venv/ready"
 fi
 source "$venv/bin/activate"
-if ! cmp -s "$checkout/requirements.txt" "$venv/requirements.stamp"; then
-  echo "[setup] installing requirements.txt into .venv (some minutes, once)" >&2
-  python -m pip install --quiet --disable-pip-version-check -r "$checkout/requirements.txt"
-  python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable "$checkout"  # the command `lr2train`
-  cp "$checkout/requirements.txt" "$venv/requirements.stamp"
-fi
+installed() { cmp -s "$checkout/$1.txt" "$venv/$1.stamp"; }
+install() {  # the packages of one list, where the list is new
+  installed "$1" && return
+  echo "[setup] installing $1.txt into .venv (some minutes, once)" >&2
+  python -m pip install --quiet --disable-pip-version-check -r "$checkout/$1.txt"
+  [ "$1" != requirements ] || python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable "$checkout"  # the command `lr2train`
+  cp "$checkout/$1.txt" "$venv/$1.stamp"
+}
+install requirements
 command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
 export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1

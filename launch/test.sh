@@ -3,6 +3,7 @@
 set -euo pipefail
 export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1
 source "$(dirname "$0")/setup.sh"
+install requirements-eval
 cd "$checkout"
 ruff check .
 pyright
