@@ -182,7 +182,7 @@ def _ask(one: Asked, answers: Answers, found: Measured, folder: Path) -> None:
 
 def _model(subject: Subject, suite: Suite, device: torch.device) -> WindowModel:
     """The loaded model, on every rank."""
-    settings, dtype = suite.config.eval, suite.config.model.dtype
+    settings, dtype = suite.config.eval, suite.dtype(subject)
     if settings.shard:
         from lr2train.training.deepspeed.scoring import load_sharded  # here: DeepSpeed takes seconds to import
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ class Subject:
             length, as most methods are published.
         target_window_tokens: the longest text that it is asked about.
         overrides: ``model.overrides``, for a base model.
+        dtype: of the weights, where they serve as they were published; None: ``model.dtype`` alone decides.
     """
 
     label: str
@@ -34,6 +35,7 @@ class Subject:
     switches: bool
     target_window_tokens: int
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
 
     @property
     def original_window_tokens(self) -> int:
@@ -75,9 +77,10 @@ def as_published(label: str, folder: Path, overrides: Mapping[str, Any]) -> Subj
         UserError: the config cannot be read.
     """
     config = load.plain_config(load.config_of(load.ModelConfig(path=str(folder), overrides=dict(overrides))))
+    dtype = config.get("dtype") if config.get("dtype") in load.DTYPES else None
     if factors := rope_hf.factors_of(config):
-        return with_factors(label, folder, factors, True, overrides)
-    return Subject(label, folder, None, False, int(config["max_position_embeddings"]), overrides)
+        return replace(with_factors(label, folder, factors, True, overrides), dtype=dtype)
+    return Subject(label, folder, None, False, int(config["max_position_embeddings"]), overrides, dtype)
 
 
 def install(subject: Subject, model: Any) -> Any:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.evaluation import infinitebench, loft, longbench, needles, ruler
@@ -84,9 +86,14 @@ class Suite:
             self._tokenizers[subject.folder] = PromptTokenizer.of(subject.folder if own else of_corpus)
         return self._tokenizers[subject.folder]
 
+    def dtype(self, subject: Subject) -> str:
+        """Of weights and matrix products: ``model.dtype``; on a GPU a published model's own, unless another is set."""
+        given, on_gpu = self.config.model.dtype, self.config.device != "cpu" and torch.cuda.is_available()
+        return subject.dtype if given == "float32" and on_gpu and subject.dtype else given
+
     def identity(self, subject: Subject) -> dict[str, Any]:
         """Everything about a model that decides its answers."""
-        return {**subject.identity(self.config.model.dtype), "tokenizer": self.tokenizer(subject).fingerprint}
+        return {**subject.identity(self.dtype(subject)), "tokenizer": self.tokenizer(subject).fingerprint}
 
     def tasks(self, subject: Subject) -> list[Task]:
         """Our own tasks for one model.
