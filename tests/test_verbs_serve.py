@@ -21,13 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lr2train import evaluate as evaluate_module
 from lr2train import export as export_module
-from lr2train import io, run
+from lr2train import io, journals, run
 from lr2train.cli import door as cli
 from lr2train.cli.composition import compose
 from lr2train.config import UserError
 from lr2train.evaluate import evaluate
 from lr2train.evaluation.models import compared
-from lr2train.evolution.fitness import Fitness
 from lr2train.export import export
 from lr2train.generate import generate
 from lr2train.model import load
@@ -165,14 +164,14 @@ def test_a_journal_of_another_model_under_the_same_path_is_refused(world, tmp_pa
 
 def killed_after(n_evaluations: int, arguments: list[str]) -> None:
     """The verb from its command line, in a process that kills itself as soon as the journal holds ``n_evaluations``."""
-    write = Fitness._write
+    append = journals.append
 
-    def write_and_die(self, entries):
-        write(self, entries)
-        if self.computed >= n_evaluations:
+    def append_and_die(file, entries):
+        append(file, entries)
+        if len(lines(file)) >= n_evaluations:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Fitness._write = write_and_die
+    journals.append = append_and_die
     sys.argv = ["search", *arguments]
     cli.main("search", search)
 
