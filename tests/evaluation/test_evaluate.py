@@ -4,13 +4,18 @@ import json
 import math
 import os
 import re
+import signal
+import sys
 from pathlib import Path
 from unittest import mock
 
+import published
 import pytest
 import tiny
-from ranks import run_ranks
+from ranks import RankError, forking, run_ranks
 
+from lr2train import journals
+from lr2train.cli import door
 from lr2train.cli.composition import compose
 from lr2train.config import UserError
 from lr2train.evaluate import evaluate
@@ -213,3 +218,53 @@ def test_wrong_input_is_one_sentence(world, more, words):
 def test_other_verbs_take_one_run(world):
     with pytest.raises(UserError, match=r"run=\[first,second\] names several runs, and export takes one"):
         compose("export", [f"runs_folder={world}", "run=[first,second]"])
+
+
+def killed_after(n_answers: int, arguments: list[str]) -> None:
+    """The verb from its command line, in a process that kills itself after so many more answers in a journal."""
+    append, written = journals.append, []
+
+    def append_and_die(file, entries):
+        append(file, entries)
+        written.extend(entries)
+        if len(written) >= n_answers:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    journals.append = append_and_die
+    sys.argv = ["evaluate", *arguments]
+    door.main("evaluate", evaluate)
+
+
+def one_of_two_killed(rank: int, world_size: int, arguments: list[str]) -> None:
+    killed_after(4, arguments)
+
+
+def test_an_evaluation_killed_with_kill_9_goes_on_to_the_same_scores(world, tmp_path):
+    """On one rank, then on two ranks of which the first is killed; scores are those of an undisturbed evaluation."""
+    published.write_lines(
+        tmp_path / "trec.jsonl",
+        [
+            {"input": f"Where is {'a ' * number}?", "context": "x", "answers": ["Date"], "all_classes": ["Date"]}
+            for number in range(6)
+        ],
+    )
+    mixed = [f"eval.longbench={tmp_path}", "eval.tasks=[needles,longbench_trec]", "run=[first,second]"]
+    arguments = [*tiny.arguments(world), *SMALL, *mixed]
+    process = forking().Process(target=killed_after, args=(5, [*arguments, "name=killed"]))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    with pytest.raises(RankError):
+        run_ranks(one_of_two_killed, 2, [*arguments, "name=killed"], tmp_path=tmp_path)
+    folder = world / "killed" / "evaluation"
+    assert not (world / "killed" / "evaluate.json").exists()
+    assert sum(len(lines(file)) for file in folder.rglob("answers.jsonl")) >= 9, "answers of both starts are kept"
+    again, whole = (evaluate(config_of(world, *mixed, f"name={name}")) for name in ("killed", "undisturbed"))
+    for label in ("first", "second"):
+        journal = lines(folder / label / "answers.jsonl")
+        assert len({one["key"] for one in journal}) == len(journal)
+        undisturbed = lines(world / "undisturbed" / "evaluation" / label / "answers.jsonl")
+        assert {one["key"] for one in journal} == {one["key"] for one in undisturbed}
+    for ours, theirs in zip(whole["scores"], again["scores"], strict=True):
+        assert theirs["measures"] == pytest.approx(ours["measures"], rel=1e-6)
+        assert (theirs["samples"], theirs["failed"]) == (ours["samples"], ours["failed"])
