@@ -124,13 +124,10 @@ class Answers:
         try:
             return self.model.answer(requests)
         except (UserError, RuntimeError) as error:
-            return self._one_by_one(requests, error)
-
-    def _one_by_one(self, requests: list[Request], error: Exception) -> list[Answer]:
-        """Answers after the batch failed: each request alone, so that the others do not fail with it."""
-        if len(requests) > 1:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+        # Outside the handler: inside, the error's traceback would hold the memory of the batch that failed.
+        if len(requests) > 1:  # each alone, so that the others do not fail with it
             return [answer for request in requests for answer in self._answered([request], True)]
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         return [Answer(self.model.subject.window(requests[0].total_tokens), error=reason)]
 
     def _take(self, keys: Sequence[str], answers: Sequence[Answer], failed: dict[str, Answer]) -> None:

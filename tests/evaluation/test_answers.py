@@ -4,6 +4,7 @@ however many ranks.
 
 import json
 import math
+import weakref
 
 import asked
 import numpy as np
@@ -171,6 +172,22 @@ def test_a_request_that_fails_is_told_and_the_rest_goes_on(model, tmp_path, monk
     computed.clear()
     again = asked.answers_of(model, tmp_path / "j").ask(asked.requests(), "x")
     assert all(one.error is None for one in again)
+
+
+def test_the_memory_of_a_batch_that_failed_is_free_when_its_requests_are_tried_alone(model, tmp_path, monkeypatch):
+    answer, held, free = WindowModel.answer, [], []
+
+    def failing(self, some):
+        if len(some) > 1:
+            hidden = torch.zeros(3)
+            held.append(weakref.ref(hidden))
+            raise RuntimeError("out of memory")
+        free.extend(one() is None for one in held)
+        return answer(self, some)
+
+    monkeypatch.setattr(WindowModel, "answer", failing)
+    found = asked.answers_of(model, tmp_path / "j", batch_tokens=4096).ask(asked.requests(), "x")
+    assert free and all(free) and all(one.error is None for one in found)
 
 
 def test_a_text_beyond_the_window_is_no_answer(model, tmp_path, computed):
