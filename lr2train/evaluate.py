@@ -194,13 +194,12 @@ def _model(subject: Subject, suite: Suite, device: torch.device) -> WindowModel:
             lambda: held.append(load.load_whole(subject.folder, dtype, str(device), subject.overrides))
         )  # a folder that one rank cannot read ends the job on all
         model = held[0]
-    tokenizer = suite.tokenizer(subject)
     return WindowModel(
         subject,
         model,
         install(subject, model),
-        tokenizer,
-        load.stop_ids_of(subject.folder, tokenizer.hf),
+        suite.tokenizer(subject),
+        suite.stop_ids(subject),
         batch_tokens=settings.batch_tokens,
         chunk_tokens=settings.chunk_tokens,
         lockstep=LOCKSTEP if settings.shard else None,

@@ -93,7 +93,14 @@ class Suite:
 
     def identity(self, subject: Subject) -> dict[str, Any]:
         """Everything about a model that decides its answers."""
-        return {**subject.identity(self.dtype(subject)), "tokenizer": self.tokenizer(subject).fingerprint}
+        tokenizer = self.tokenizer(subject)
+        # Beside the weights: the ids that end a text, and how ids become text, stand in files of their own.
+        texts = {"stop_ids": sorted(self.stop_ids(subject)), "cleaned": tokenizer.hf.clean_up_tokenization_spaces}
+        return {**subject.identity(self.dtype(subject)), "tokenizer": tokenizer.fingerprint, **texts}
+
+    def stop_ids(self, subject: Subject) -> set[int]:
+        """Ids that end a text of a model."""
+        return load.stop_ids_of(subject.folder, self.tokenizer(subject).hf)
 
     def tasks(self, subject: Subject) -> list[Task]:
         """Our own tasks for one model.

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from lr2train.config import UserError
 from lr2train.evaluate import evaluate
 from lr2train.evaluation import answers as answers_module
 from lr2train.evaluation.models import compared
+from lr2train.evaluation.tasks import Suite
 from lr2train.parallel import processes
 
 SMALL = [
@@ -129,6 +131,22 @@ def test_scores_are_equal_on_any_number_of_ranks(world, tmp_path):
                 assert theirs["measures"][name] == pytest.approx(value, rel=1e-6)
         journal = lines(world / f"ranks_{n_ranks}" / "evaluation" / "first" / "answers.jsonl")
         assert len({one["key"] for one in journal}) == len(journal) == 2 * 4 + 2
+
+
+def test_another_end_of_texts_is_another_model(world, tmp_path):
+    """The weights are the same: generation_config.json says which ids end a text, and answers depend on them."""
+    folder = tmp_path / "model"
+    shutil.copytree(world / "first" / "model", folder)
+    config = config_of(world, "name=ends", f"run=[{folder},first]")
+
+    def identity():
+        models = compared(config)
+        return Suite(models.config, [64], models, tmp_path).identity(models.subjects[0])
+
+    before = identity()
+    assert identity() == before
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 9]}))
+    assert identity() != before
 
 
 class Killed(BaseException):
