@@ -556,9 +556,9 @@ class EvalConfig:
     ruler_samples: int = number(100, least=1, most=_MOST)
     # RULER: folder of texts that needles are hidden in. null: the held-out documents of data.path.
     essays: str | None = a_path()
-    # RULER: SQuAD 2.0 file (dev-v2.0.json) of qa_1.
+    # RULER: SQuAD 2.0 file (dev-v2.0.json) of qa_1, or rajpurkar/squad_v2 with model.allow_download=true.
     squad: str | None = a_path()
-    # RULER: HotpotQA file (hotpot_dev_distractor_v1.json) of qa_2.
+    # RULER: HotpotQA file (hotpot_dev_distractor_v1.json) of qa_2, or hotpotqa/hotpot_qa with allow_download.
     hotpotqa: str | None = a_path()
     # LOFT: folder that its download script fills (one folder a task, then a length).
     loft: str | None = a_path()

@@ -163,10 +163,11 @@ class Suite:
                 tokenizer,
                 settings.seed,
                 essays,
-                Path(settings.squad) if settings.squad else None,
-                Path(settings.hotpotqa) if settings.hotpotqa else None,
+                settings.squad,
+                settings.hotpotqa,
                 self.cache,
                 leave_out=len(names) * len(lengths) > 1,
+                allow_download=self.config.model.allow_download,
             )
         return self._ruler_tasks[key]
 

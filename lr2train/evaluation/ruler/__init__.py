@@ -9,7 +9,7 @@ by itself. Cost: the samples are not NVIDIA's, only drawn in the same way.
 """
 
 from lr2train.evaluation.ruler.spec import ESSAYS, NAMES
-from lr2train.evaluation.ruler.suite import make, tasks
+from lr2train.evaluation.ruler.suite import tasks
 from lr2train.evaluation.ruler.task import RulerTask
 
-__all__ = ["ESSAYS", "NAMES", "RulerTask", "make", "tasks"]
+__all__ = ["ESSAYS", "NAMES", "RulerTask", "tasks"]

@@ -13,7 +13,7 @@ from typing import Any
 from lr2train.config import UserError
 from lr2train.evaluation.ruler import spec
 from lr2train.evaluation.ruler.draft import Prompt, Streams
-from lr2train.io import sha256_of
+from lr2train.io import fingerprint, sha256_of
 
 _FRAME = len("\n\n" + spec.QA_DOCUMENT.format(number=1000, text=""))  # characters around a document
 
@@ -127,22 +127,43 @@ def qa_question(documents: Sequence[str], question: str) -> str:
     return spec.QA_TEXT.format(context=context, query=question)
 
 
-def read_squad(path: Path) -> Questions:
-    """Questions with an answer from SQuAD: its own JSON file, or the .jsonl file of the hub's data set.
+@dataclass(frozen=True)
+class _Source:
+    """Where the questions of a task come from.
+
+    Attributes:
+        key: of the config.
+        what: the benchmark's own file.
+        hub_id: the same questions on the hub.
+        hub_config: of the hub's data set.
+    """
+
+    key: str
+    what: str
+    hub_id: str
+    hub_config: str | None = None
+
+
+_SQUAD = _Source("eval.squad", "SQuAD 2.0 (dev-v2.0.json)", "rajpurkar/squad_v2")
+_HOTPOTQA = _Source("eval.hotpotqa", "HotpotQA (hotpot_dev_distractor_v1.json)", "hotpotqa/hotpot_qa", "distractor")
+
+
+def read_squad(path: str | Path, allow_download: bool = False) -> Questions:
+    """Questions with an answer from SQuAD.
+
+    Args:
+        path: its own JSON file; a .jsonl file or a folder of the hub's data set; or the id of that data set.
+        allow_download: whether a data set of the hub may be fetched.
 
     Raises:
         UserError: the file is missing, has another form, or holds no question with an answer.
     """
-    return _read(path, "eval.squad", "SQuAD 2.0 (dev-v2.0.json)", _squad)
+    return _read(path, _SQUAD, _squad, allow_download)
 
 
-def read_hotpotqa(path: Path) -> Questions:
-    """Questions of HotpotQA: its own JSON file (distractor setting), or the .jsonl file of the hub's data set.
-
-    Raises:
-        UserError: the file is missing, has another form, or holds no question.
-    """
-    return _read(path, "eval.hotpotqa", "HotpotQA (hotpot_dev_distractor_v1.json)", _hotpotqa)
+def read_hotpotqa(path: str | Path, allow_download: bool = False) -> Questions:
+    """Questions of HotpotQA (distractor setting). Arguments and errors as in ``read_squad``."""
+    return _read(path, _HOTPOTQA, _hotpotqa, allow_download)
 
 
 @dataclass(frozen=True)
@@ -156,12 +177,15 @@ class _Raw:
     others: Sequence[str] = ()
 
 
-def _read(path: Path, key: str, what: str, parse: Any) -> Questions:
-    file = _file_of(path, key, what)
+def _read(path: str | Path, source: _Source, parse: Any, allow_download: bool) -> Questions:
+    key, what = source.key, source.what
     try:
-        raw = [_checked(one) for one in parse(_values(file))]
+        values, identity = _values(path, source, allow_download)
+        raw = [_checked(one) for one in parse(values)]
     except OSError as error:
         raise UserError(f"{key}={path} cannot be read ({error.strerror}); make it a readable file") from None
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(
             f"{key}={path} does not have the form of {what} ({type(error).__name__}: {error}); "
@@ -172,7 +196,7 @@ def _read(path: Path, key: str, what: str, parse: Any) -> Questions:
         raise UserError(f"{key}={path} holds no question with an answer; set {key} to an unchanged copy of {what}")
     documents = sorted({text for one in raw for text in (*one.documents, *one.near)})
     number = {text: index for index, text in enumerate(documents)}
-    return Questions(tuple(_numbered(one, number) for one in questions), tuple(documents), sha256_of(file)[:16])
+    return Questions(tuple(_numbered(one, number) for one in questions), tuple(documents), identity)
 
 
 def _checked(raw: _Raw) -> _Raw:
@@ -190,27 +214,48 @@ def _numbered(raw: _Raw, number: dict[str, int]) -> Question:
     return Question(raw.text, answers, own, near)
 
 
-def _file_of(path: Path, key: str, what: str) -> Path:
-    """The file itself, or the only .json or .jsonl file of a folder."""
-    if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
-        if len(found) != 1:
-            raise UserError(
-                f"{key}={path} is a folder with {len(found)} .json or .jsonl files; set {key} to the file of {what}"
-            )
-        return found[0]
-    if not path.is_file():
-        raise UserError(f"{key}={path} does not exist; set {key} to the file of {what}")
-    return path
-
-
-def _values(file: Path) -> Any:
+def _values(path: str | Path, source: _Source, allow_download: bool) -> tuple[Any, str]:
+    """The contents of a file, or the rows of a data set of the hub, and a fingerprint of them."""
+    file = Path(path)
+    if file.is_dir():
+        files = sorted(one for one in file.iterdir() if one.suffix in (".json", ".jsonl"))
+        if len(files) != 1:
+            return _rows(path, source, allow_download=True)  # a local copy
+        file = files[0]
+    if not file.exists():
+        return _rows(path, source, allow_download)
     text = file.read_text(encoding="utf-8")
-    return (
-        [json.loads(line) for line in text.splitlines() if line.strip()]
-        if file.suffix == ".jsonl"
-        else json.loads(text)
-    )
+    lines = file.suffix == ".jsonl"
+    values = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+    return values, sha256_of(file)[:16]
+
+
+def _rows(path: str | Path, source: _Source, allow_download: bool) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a data set in the hub's form: a folder of such a data set, or an id.
+
+    Raises:
+        UserError: the path is neither, the download is not allowed or fails, or the data set cannot be read.
+    """
+    import datasets  # here: it takes a second to import
+
+    local = Path(path).is_dir()
+    if not local and str(path).count("/") != 1:
+        raise UserError(
+            f"{source.key}={path} does not exist; set {source.key} to the file of {source.what}, or to {source.hub_id} "
+            "with model.allow_download=true"
+        )
+    if not local and not allow_download:
+        raise UserError(f"{source.key}={path} would be downloaded; set model.allow_download=true, or a local file")
+    config = None if local else source.hub_config
+    try:
+        rows = list(datasets.load_dataset(str(path), config, split="validation"))
+    except Exception as error:  # datasets raises a dozen kinds; each means the same to the user
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{source.key}={path} cannot be read as a data set ({type(error).__name__}: {reason}); set {source.key} to "
+            f"the file of {source.what}"
+        ) from None
+    return rows, fingerprint(rows)  # type: ignore[arg-type, return-value]
 
 
 def _squad(values: Any) -> Iterator[_Raw]:

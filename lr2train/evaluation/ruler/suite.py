@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from lr2train import progress
@@ -14,7 +14,7 @@ from lr2train.evaluation.ruler.draft import Generator
 from lr2train.evaluation.ruler.essays import Essays
 from lr2train.evaluation.ruler.frequencies import CommonGenerator, FrequentGenerator
 from lr2train.evaluation.ruler.niah import NiahGenerator
-from lr2train.evaluation.ruler.questions import QuestionGenerator, read_hotpotqa, read_squad
+from lr2train.evaluation.ruler.questions import QuestionGenerator, Questions, read_hotpotqa, read_squad
 from lr2train.evaluation.ruler.task import RulerTask
 from lr2train.evaluation.ruler.variables import VariableGenerator
 from lr2train.evaluation.tokens import PromptTokenizer
@@ -33,10 +33,11 @@ def tasks(
     tokenizer: PromptTokenizer,
     seed: int,
     essays: str | Path | None = None,
-    squad: Path | None = None,
-    hotpotqa: Path | None = None,
+    squad: str | Path | None = None,
+    hotpotqa: str | Path | None = None,
     folder: Path | None = None,
     leave_out: bool = False,
+    allow_download: bool = False,
     say: Callable[[str], None] = _tell,
 ) -> list[RulerTask]:
     """The tasks, in RULER's order, whatever the order of ``names``.
@@ -48,11 +49,12 @@ def tasks(
         tokenizer: of the model.
         seed: of the samples.
         essays: text to hide needles in: a ``Path`` is a folder of .txt files, a ``str`` the text itself.
-        squad: SQuAD's file; None leaves qa_1 out.
-        hotpotqa: HotpotQA's file; None leaves qa_2 out.
+        squad: SQuAD's file, or the id of the data set on the hub; None leaves qa_1 out.
+        hotpotqa: the same of HotpotQA; None leaves qa_2 out.
         folder: cache of made samples; None: none are kept.
         leave_out: whether a length that has no room for a task is left out of that task with a message; if not, it is
             refused.
+        allow_download: whether a data set of the hub may be fetched.
         say: gets each message.
 
     Raises:
@@ -76,7 +78,9 @@ def tasks(
         if name in files and files[name] is None:
             say(f"{name} is left out of RULER, whose average is then over fewer tasks: {_KEYS[name]} is null")
             continue
-        generator = _generator(name, tokenizer, source, files.get(name))
+        generator = _generator(
+            name, tokenizer, source, partial(_questions, name, files.get(name) or "", allow_download)
+        )
         task = RulerTask(name, tuple(dict.fromkeys(lengths)), count, tokenizer, seed, generator, folder)
         if task.n_samples < count:
             say(f"{name} has {task.n_samples} questions, not {count}: {_KEYS[name]} has no more")
@@ -84,24 +88,11 @@ def tasks(
     return [task for task in made if task.lengths]
 
 
-def make(made: Sequence[RulerTask], part: int = 0, parts: int = 1) -> None:
-    """Make one part of the samples into the cache. Each rank makes another part; then ``samples`` finds all of them.
-
-    Args:
-        made: tasks with a cache folder that all ranks see.
-        part: 0 … ``parts`` - 1.
-        parts: number of ranks.
-
-    Raises:
-        UserError: as ``RulerTask.samples``.
-    """
-    pairs = sorted(((length, task.name, task) for task in made for length in task.lengths), key=lambda one: one[:2])
-    for length, _, task in pairs[::-1][part::parts]:
-        task.of_length(length)
-
-
 def _generator(
-    name: str, tokenizer: PromptTokenizer, essays: Callable[[], Essays | None], file: Path | None
+    name: str,
+    tokenizer: PromptTokenizer,
+    essays: Callable[[], Essays | None],
+    questions: Callable[[], Questions],
 ) -> Generator:
     if name in spec.NIAH:
         return NiahGenerator(spec.NIAH[name], essays() if name in spec.ESSAYS else None)
@@ -111,8 +102,11 @@ def _generator(
         return CommonGenerator()
     if name == spec.FWE:
         return FrequentGenerator()
-    assert file is not None
-    return QuestionGenerator(read_squad(file) if name == spec.SQUAD else read_hotpotqa(file))
+    return QuestionGenerator(questions())
+
+
+def _questions(name: str, path: str | Path, allow_download: bool) -> Questions:
+    return (read_squad if name == spec.SQUAD else read_hotpotqa)(path, allow_download)
 
 
 def _with_room(task: RulerTask, leave_out: bool, say: Callable[[str], None]) -> RulerTask:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -172,6 +174,11 @@ def test_the_forms_of_both_sets_are_read_alike(tmp_path):
     (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one, other = questions.read_hotpotqa(hotpotqa), questions.read_hotpotqa(folder)
     assert (one.questions, one.documents) == (other.questions, other.documents)
+    parquet = tmp_path / "published"
+    parquet.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), parquet / "validation-00000-of-00001.parquet")
+    from_parquet = questions.read_hotpotqa(parquet)
+    assert (one.questions, one.documents) == (from_parquet.questions, from_parquet.documents)
     assert one.documents[one.questions[0].documents[0]].startswith("Title ")
 
 
@@ -197,8 +204,10 @@ def test_a_malformed_file_is_one_sentence_with_its_key(tmp_path, content, read, 
 def test_a_missing_file_and_an_unclear_folder_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"eval\.squad=.*does not exist"):
         questions.read_squad(tmp_path / "none.json")
-    with pytest.raises(UserError, match=r"eval\.hotpotqa=.*a folder with 0"):
+    with pytest.raises(UserError, match=r"eval\.hotpotqa=.*cannot be read as a data set"):
         questions.read_hotpotqa(tmp_path)
+    with pytest.raises(UserError, match=r"eval\.squad=rajpurkar/squad_v2 would be downloaded"):
+        questions.read_squad("rajpurkar/squad_v2")
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"eval\.squad"):
         questions.read_squad(tmp_path / "bytes.json")
