@@ -89,6 +89,7 @@ def _evaluated(
         control.together(lambda: corpus.verify(full=full))
     suite.load_harness(job.log)
     everything = [_made(suite, subject) for subject in models.subjects]  # refuses bad input before any model is loaded
+    suite.refuse_nothing(any(everything))
     measured = [
         _measured(subject, tasks, suite, job, device)
         for subject, tasks in zip(models.subjects, everything, strict=True)

@@ -74,6 +74,21 @@ class Suite:
         if not self.names and not self.harness_names:
             raise UserError("eval.tasks=[] leaves nothing to measure; set eval=needles or another suite")
 
+    def refuse_nothing(self, made: bool) -> None:
+        """Refuse a suite of which every task was left out: earlier results would be overwritten by empty tables.
+
+        Args:
+            made: whether a task of our own is left.
+
+        Raises:
+            UserError: neither such a task nor one of lm-eval is left.
+        """
+        if not made and not self._loaded:
+            raise UserError(
+                f"eval.tasks=[{','.join(self.names)}] leaves nothing to measure at eval.lengths_tokens={self.lengths}; "
+                "set greater lengths, or other tasks"
+            )
+
     def tokenizer(self, subject: Subject) -> PromptTokenizer:
         """The tokenizer of a model, else of the corpus; read once.
 
