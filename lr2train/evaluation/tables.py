@@ -71,7 +71,8 @@ def _perplexity(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Tabl
     """Perplexity of text by length, where no needle was measured: the needle comparison has it beside."""
     if any(one.task == needles.NEEDLES for one in scores):
         return []
-    found = {(one.model, one.length_tokens): math.exp(min(one.main, 700.0)) for one in scores if one.task == needles.TEXT}
+    texts = (one for one in scores if one.task == needles.TEXT)
+    found = {(one.model, one.length_tokens): math.exp(min(one.main, 700.0)) for one in texts}
     lengths = sorted({length for _, length in found})
     rows = tuple((model, *(found.get((model, length)) for length in lengths)) for model in models)
     return [Table("Perplexity of held-out text, by length", ("", *map(str, lengths)), rows)] if found else []
