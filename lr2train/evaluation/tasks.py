@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lr2train import progress
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.evaluation import infinitebench, loft, longbench, needles, ruler
@@ -74,6 +75,21 @@ class Suite:
         if not self.names and not self.harness_names:
             raise UserError("eval.tasks=[] leaves nothing to measure; set eval=needles or another suite")
 
+    def refuse_nothing(self, made: bool) -> None:
+        """Refuse a suite of which every task was left out: earlier results would be overwritten by empty tables.
+
+        Args:
+            made: whether a task of our own is left.
+
+        Raises:
+            UserError: neither such a task nor one of lm-eval is left.
+        """
+        if not made and not self._loaded:
+            raise UserError(
+                f"eval.tasks=[{','.join(self.names)}] leaves nothing to measure at eval.lengths_tokens={self.lengths}; "
+                "set greater lengths, or other tasks"
+            )
+
     def tokenizer(self, subject: Subject) -> PromptTokenizer:
         """The tokenizer of a model, else of the corpus; read once.
 
@@ -128,8 +144,17 @@ class Suite:
         if group == "ruler":
             return self._ruler(names, subject, lengths)
         room = max(lengths, default=subject.target_window_tokens)
+        if group == "loft":
+            made = loft.tasks(names, settings.loft, self.tokenizer(subject), room, settings.limit)
+            if room == max(self.lengths):
+                return made
+            # A base model has a shorter window than the extended one, which is measured all the same.
+            fitting = [task for task in made if task.has_room()]
+            if len(fitting) < len(made):
+                absent = ", ".join(task.name for task in made if task not in fitting)
+                progress.say("evaluate", f"{subject.label}: left out, as no corpus fits {room} tokens: {absent}")
+            return fitting
         module, folder = {
-            "loft": (loft, settings.loft),
             "infinitebench": (infinitebench, settings.infinitebench),
             "longbench": (longbench, settings.longbench),
         }[group]
@@ -182,7 +207,11 @@ class Suite:
 
             settings = self.config.eval
             self._loaded = harness.load_tasks(
-                self.harness_names, settings.task_path, self.config.model.allow_download, log
+                self.harness_names,
+                settings.task_path,
+                self.config.model.allow_download,
+                log,
+                others=sorted({*GROUPS, *OURS}),
             )
 
     def ask_harness(self, subject: Subject, answers: Answers, log: Callable[[str], None]) -> list[HarnessResult]:

@@ -21,6 +21,7 @@ from lr2train.cli.composition import compose
 from lr2train.config import UserError
 from lr2train.evaluate import evaluate
 from lr2train.evaluation import answers as answers_module
+from lr2train.evaluation import loft
 from lr2train.evaluation.models import compared
 from lr2train.evaluation.tasks import Suite
 from lr2train.parallel import processes
@@ -91,6 +92,19 @@ def test_a_model_is_asked_up_to_its_own_window(world):
     assert "-" in (world / "windows" / "evaluation" / "table.txt").read_text().splitlines()[2]
 
 
+def test_a_corpus_that_only_the_longer_model_has_room_for_is_left_out_of_the_other(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(loft, "LENGTHS", {"32k": 100})
+    corpus = tmp_path / "nq" / "32k"
+    published.write_lines(corpus / "corpus.jsonl", [{"pid": "a", "title_text": "t", "passage_text": "a text"}])
+    for name in ("few_shot", "test"):
+        asked = {"qid": name, "query_text": "Which?", "answers": [["a", 1]]}
+        published.write_lines(corpus / f"{name}_queries.jsonl", [asked])
+    more = ["name=loft", f"run=[{world}/base,first]", f"eval.loft={tmp_path}", "eval.tasks=[loft_nq]"]
+    found = evaluate(config_of(world, *more))["scores"]
+    assert [(one["model"], one["samples"] + one["failed"]) for one in found] == [("first", 1)]
+    assert re.search(r"base +- +-\n", (world / "loft" / "evaluation" / "table.txt").read_text())
+
+
 def test_models_of_one_name_have_labels_of_their_own(world):
     found = compared(config_of(world, "name=x", f"run=[first,{world}/first]"))
     assert [one.label for one in found.subjects] == ["first", "first 2"]
@@ -108,6 +122,20 @@ def test_what_an_earlier_command_measured_stays_in_the_report(world):
     result = evaluate(config_of(world, *config, "eval.tasks=[text]"))
     assert not result["rows"], "rows of other weights are dropped"
     assert not [one for one in result["scores"] if one["model"] == "longrope2 trained" and one["task"] == "needles"]
+
+
+def test_text_files_keep_the_tables_of_earlier_commands(world, capsys):
+    config = ["name=tables", f"run=[{world}/first/model]", "eval.lengths_tokens=[192]"]
+    text = evaluate(config_of(world, *config, "eval.tasks=[text]"))
+    shown = capsys.readouterr().out
+    (score,) = text["scores"]
+    assert shown.splitlines()[0] == "Perplexity of held-out text, by length"
+    assert shown.split()[-1] == f"{math.exp(score['measures']['nats']):.2f}"
+    evaluate(config_of(world, *config))
+    needles = (world / "tables" / "evaluation" / "table.txt").read_text()
+    evaluate(config_of(world, *config, "eval.tasks=[text]"))
+    assert (world / "tables" / "evaluation" / "table.txt").read_text() == needles
+    assert "needle accuracy" in needles
 
 
 def on_ranks(rank: int, world_size: int, world: Path, name: str):
@@ -216,10 +244,12 @@ def test_a_model_of_another_type_is_measured_as_it_was_published(world, tmp_path
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["run=[first,nothing]"], r"run=nothing: .*nothing/train\.json does not exist"),
+        (["run=[first,nothing]"], r"run=nothing: .*nothing/train\.json does not exist, .*; set run to a finished run"),
         (["run=[first,meta/llama]"], r"run=meta/llama: .*downloads are off"),
         (["run=first", "eval.tasks=[]"], r"eval\.tasks=\[\] leaves nothing to measure"),
         (["run=first", "eval.tasks=[loft]"], r"eval\.loft"),
+        (["run=first", "eval.tasks=[qa_1]"], r"eval\.tasks names qa_1, and eval\.squad is null; set eval\.squad"),
+        (["run=first", "eval.tasks=[cwe,vt]"], r"eval\.tasks=\[cwe,vt\] leaves nothing to measure at .*=\[64, 192\]"),
         (["run=first", "eval.tasks=[longbench]", "eval.longbench=/nowhere"], r"eval\.longbench=/nowhere"),
         (["run=first", "eval.wordings=[loud]"], r"wording=loud"),
         (["run=first", "eval.lengths_tokens=[64,300]"], r"eval\.lengths_tokens holds 300, beyond .* of 256"),

@@ -58,7 +58,8 @@ def tasks(
         say: gets each message.
 
     Raises:
-        UserError: a name is unknown, a file is unusable, there is no text to hide needles in, or a length has no room.
+        UserError: a name is unknown, a file is unusable, every task lacks its file, there is no text to hide needles
+            in, or a length has no room.
     """
     unknown = [name for name in names if name not in spec.NAMES]
     if unknown:
@@ -70,12 +71,15 @@ def tasks(
             raise UserError("RULER has no text to hide needles in; set eval.essays to a folder of .txt files")
         say("RULER's scores are comparable with NVIDIA's only where eval.essays has Paul Graham's essays, as theirs")
     files = {spec.SQUAD: squad, spec.HOTPOTQA: hotpotqa}
+    absent = [name for name in names if name in files and files[name] is None]
+    if absent and len(absent) == len(names):
+        raise UserError(f"eval.tasks names {absent[0]}, and {_KEYS[absent[0]]} is null; set {_KEYS[absent[0]]}")
     source = cache(lambda: Essays.of(essays) if essays is not None else None)
     made = []
     for name in spec.NAMES:
         if name not in names:
             continue
-        if name in files and files[name] is None:
+        if name in absent:
             say(f"{name} is left out of RULER, whose average is then over fewer tasks: {_KEYS[name]} is null")
             continue
         generator = _generator(
