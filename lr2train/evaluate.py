@@ -223,7 +223,7 @@ def _summary(scores: Sequence[results.TaskScore]) -> str:
 def _written(
     job: run.Run, models: Compared, suite: Suite, measured: Sequence[Measured], lengths: Sequence[int]
 ) -> dict[str, Any]:
-    """Tables and scores on disk, and the tables on stdout."""
+    """Tables and scores on disk, with those of earlier commands; the tables of this one on stdout."""
     scores = [score for one in measured for score in one.scores]
     labels = [subject.label for subject in models.subjects]
     result: dict[str, Any] = {
@@ -233,19 +233,20 @@ def _written(
         "lengths_tokens": list(lengths),
         "rows": [row for one in measured if (row := _row(one))],
     }
-    made = tables.all_tables(scores, labels)
-    parts = [tables.needle_table(result)] if result["rows"] else []
-    shown = "\n\n".join([*parts, *(table.text() for table in made)]) or "nothing was measured"
+    shown = _text_of({**result, "tables": tables.all_tables(scores, labels)})
     identities = {subject.label: io.fingerprint(suite.identity(subject)) for subject in models.subjects}
     result |= {"scores": results.json_of(scores), "models": identities, "provenance": run.provenance()}
     folder = job.folder / "evaluation"
 
     def write() -> dict[str, Any]:
-        whole = _with_earlier(result, job.folder / "evaluate.json", labels)
-        io.write_text(folder / "scores.csv", results.csv_of(results.from_json(whole["scores"])))
-        io.write_text(folder / "table.txt", shown + "\n")
+        whole = _with_earlier(result, job.folder / "evaluate.json")
+        known = results.from_json(whole["scores"])
+        made = tables.all_tables(known, labels)
+        io.write_text(folder / "scores.csv", results.csv_of(known))
+        io.write_text(folder / "table.txt", _text_of({**whole, "tables": made}) + "\n")
         if whole["rows"]:
             write_needle_map(whole["rows"], folder / "needles.png")
+        whole = io.finite({**whole, "tables": [table.to_json() for table in made]})
         job.write_json("evaluate.json", whole)
         print(shown)
         return whole
@@ -253,7 +254,13 @@ def _written(
     return control.from_rank_0(control.on_rank_0(write)) or result
 
 
-def _with_earlier(result: dict[str, Any], file: Path, labels: Sequence[str]) -> dict[str, Any]:
+def _text_of(result: dict[str, Any]) -> str:
+    """The needle comparison, where there is one, and all tables as text."""
+    parts = [tables.needle_table(result)] if result["rows"] else []
+    return "\n\n".join([*parts, *(table.text() for table in result["tables"])])
+
+
+def _with_earlier(result: dict[str, Any], file: Path) -> dict[str, Any]:
     """The result, with what earlier commands have measured of the same models and this one has not."""
     try:
         old = io.read_json(file) if file.exists() else {}
@@ -269,8 +276,7 @@ def _with_earlier(result: dict[str, Any], file: Path, labels: Sequence[str]) -> 
     whole = {**result, "scores": [*kept, *result["scores"]]}
     if not result["rows"] and all(row["label"] in same for row in old.get("rows", [])):
         whole |= {key: old[key] for key in ("rows", "lengths_tokens", "prompt") if key in old}
-    made = tables.all_tables(results.from_json(whole["scores"]), labels)
-    return io.finite({**whole, "tables": [table.to_json() for table in made]})
+    return whole
 
 
 def _row(one: Measured) -> dict[str, Any] | None:

@@ -61,10 +61,21 @@ def all_tables(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table
         scores: of all models and tasks.
         models: labels, in the order of the rows; the first is the base.
     """
-    made = [*_ruler(scores, models), *_retrieval(scores, models), *_short(scores, models)]
+    made = [*_perplexity(scores, models), *_ruler(scores, models), *_retrieval(scores, models), *_short(scores, models)]
     if failed := _failed(scores):
         made.append(failed)
     return made
+
+
+def _perplexity(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table]:
+    """Perplexity of text by length, where no needle was measured: the needle comparison has it beside."""
+    if any(one.task == needles.NEEDLES for one in scores):
+        return []
+    texts = (one for one in scores if one.task == needles.TEXT)
+    found = {(one.model, one.length_tokens): math.exp(min(one.main, 700.0)) for one in texts}
+    lengths = sorted({length for _, length in found})
+    rows = tuple((model, *(found.get((model, length)) for length in lengths)) for model in models)
+    return [Table("Perplexity of held-out text, by length", ("", *map(str, lengths)), rows)] if found else []
 
 
 def _ruler(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table]:

@@ -110,6 +110,20 @@ def test_what_an_earlier_command_measured_stays_in_the_report(world):
     assert not [one for one in result["scores"] if one["model"] == "longrope2 trained" and one["task"] == "needles"]
 
 
+def test_text_files_keep_the_tables_of_earlier_commands(world, capsys):
+    config = ["name=tables", f"run=[{world}/first/model]", "eval.lengths_tokens=[192]"]
+    text = evaluate(config_of(world, *config, "eval.tasks=[text]"))
+    shown = capsys.readouterr().out
+    (score,) = text["scores"]
+    assert shown.splitlines()[0] == "Perplexity of held-out text, by length"
+    assert shown.split()[-1] == f"{math.exp(score['measures']['nats']):.2f}"
+    evaluate(config_of(world, *config))
+    needles = (world / "tables" / "evaluation" / "table.txt").read_text()
+    evaluate(config_of(world, *config, "eval.tasks=[text]"))
+    assert (world / "tables" / "evaluation" / "table.txt").read_text() == needles
+    assert "needle accuracy" in needles
+
+
 def on_ranks(rank: int, world_size: int, world: Path, name: str):
     """The verb inside a process group that exists already, and goes on after it."""
     with mock.patch("lr2train.evaluate.processes.stop"):
