@@ -118,6 +118,7 @@ def load_tasks(
     task_path: str | Path | None = None,
     allow_download: bool = False,
     log: Callable[[str], None] = lambda line: None,
+    others: Sequence[str] = (),
 ) -> list[Loaded]:
     """The tasks, for ``run_tasks``, with their documents. Every rank calls it with the same arguments.
 
@@ -128,13 +129,14 @@ def load_tasks(
         task_path: ``eval.task_path``.
         allow_download: ``model.allow_download``: whether a data set may be fetched.
         log: takes one line about a number of examples that has no effect.
+        others: names of our own tasks, which an unknown name may mean.
 
     Raises:
         UserError: a name is unknown; a task file names code or cannot be read; a data set is not there and must not be
             fetched; a task needs images or runs code that a model wrote.
     """
     with lm_eval_as_data(allow_download):
-        return load_on_all_ranks(names, task_path, allow_download, log)
+        return load_on_all_ranks(names, task_path, allow_download, log, others)
 
 
 def run_tasks(

@@ -92,15 +92,25 @@ class Loaded:
 
 
 def load_on_all_ranks(
-    names: Sequence[str], task_path: str | Path | None, allow_download: bool, log: Callable[[str], None]
+    names: Sequence[str],
+    task_path: str | Path | None,
+    allow_download: bool,
+    log: Callable[[str], None],
+    others: Sequence[str] = (),
 ) -> list[Loaded]:
-    """All tasks, on every rank; rank 0 comes first, so that a data set is fetched once."""
+    """All tasks, on every rank; rank 0 comes first, so that a data set is fetched once.
+
+    Args:
+        names, task_path, allow_download, log: as in ``harness.load_tasks``.
+        others: names that are none of lm-eval's, and may be meant by an unknown one.
+    """
     held: list[Loaded] = []
 
     def load() -> None:
         wanted = [replace(parsed(name), allow_download=allow_download) for name in names]
         manager = manager_of([one.task for one in wanted], task_path, allow_download)
         for one in wanted:
+            _refuse_unknown(one.task, manager, others)
             _load(one, manager, log)
         held.extend(wanted)
 
@@ -154,13 +164,15 @@ def _members(entry: Any) -> list[str]:
     return [one for one in names if isinstance(one, str)] if isinstance(listed, list) else []
 
 
+def _refuse_unknown(task: str, manager: TaskManager, others: Sequence[str]) -> None:
+    if task in manager.task_index:
+        return
+    near = difflib.get_close_matches(task, [*others, *manager.all_tasks], 3)
+    remedy = f"; the closest names are {', '.join(near)}" if near else "; set eval.task_path to a folder that has it"
+    raise UserError(f"eval.tasks names {task}, which neither lr2train nor lm-eval knows{remedy}")
+
+
 def _load(one: Loaded, manager: TaskManager, log: Callable[[str], None]) -> None:
-    if one.task not in manager.task_index:
-        near = difflib.get_close_matches(one.task, manager.all_tasks, 3)
-        remedy = (
-            f"; the closest names are {', '.join(near)}" if near else "; set eval.task_path to a folder that has it"
-        )
-        raise UserError(f"eval.tasks names {one.task}, which lm-eval does not know{remedy}")
     if unsafe := _first_with("unsafe_code", manager.task_index, one.task):
         raise UserError(
             f"the task {unsafe} of lm-eval runs code that the model wrote, which is not supported; leave it out"

@@ -80,8 +80,12 @@ def _model_folder(config: Config, name: str) -> Path:
     try:
         return load.folder_of(replace(config.model, path=name))
     except UserError as error:
-        there = trained_run.folder_of(config, name)
-        raise UserError(f"run={name}: {there / 'train.json'} does not exist, and {error}") from error
+        missing = f"run={name}: {trained_run.folder_of(config, name) / 'train.json'} does not exist"
+        if load.is_hub_id(name):
+            raise UserError(f"{missing}, and {error}") from error
+        raise UserError(
+            f"{missing}, and {name} is no folder; set run to a finished run or to a Hugging Face model folder"
+        ) from error
 
 
 def _trained(config: Config) -> Compared:

@@ -196,7 +196,11 @@ class Suite:
 
             settings = self.config.eval
             self._loaded = harness.load_tasks(
-                self.harness_names, settings.task_path, self.config.model.allow_download, log
+                self.harness_names,
+                settings.task_path,
+                self.config.model.allow_download,
+                log,
+                others=sorted({*GROUPS, *OURS}),
             )
 
     def ask_harness(self, subject: Subject, answers: Answers, log: Callable[[str], None]) -> list[HarnessResult]:

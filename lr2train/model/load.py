@@ -35,7 +35,7 @@ from lr2train.rope.spectrum import Spectrum
 __all__ = [
     "DTYPES", "Gather", "StoredTensor", "assembled", "build_empty", "config_of", "copy_companions", "files_of",
     "folder_fingerprint",
-    "folder_of", "generation_files_of", "load_tokenizer", "load_whole", "plain_config", "safetensors_of",
+    "folder_of", "generation_files_of", "is_hub_id", "load_tokenizer", "load_whole", "plain_config", "safetensors_of",
     "scratch_weights", "spectrum_of", "stop_ids_of",
     "whole", "write_folder",
 ]  # fmt: skip
@@ -67,8 +67,7 @@ def folder_of(model: ModelConfig) -> Path:
     path = Path(str(model.path)).expanduser()
     if path.is_dir():
         return path
-    looks_like_hub_id = str(model.path).count("/") == 1 and not str(model.path).startswith((".", "/", "~", "runs/"))
-    if not looks_like_hub_id:
+    if not is_hub_id(str(model.path)):
         raise UserError(f"model.path={model.path} is no folder; set model.path to a Hugging Face model folder")
     if not model.allow_download:
         raise UserError(
@@ -77,6 +76,11 @@ def folder_of(model: ModelConfig) -> Path:
             "to fetch it from the hub"
         )
     return _download(model)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be a repository of the Hugging Face hub, and is no path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~", "runs/"))
 
 
 def generation_files_of(model: ModelConfig) -> list[Path]:

@@ -230,7 +230,7 @@ def test_a_model_of_another_type_is_measured_as_it_was_published(world, tmp_path
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["run=[first,nothing]"], r"run=nothing: .*nothing/train\.json does not exist"),
+        (["run=[first,nothing]"], r"run=nothing: .*nothing/train\.json does not exist, .*; set run to a finished run"),
         (["run=[first,meta/llama]"], r"run=meta/llama: .*downloads are off"),
         (["run=first", "eval.tasks=[]"], r"eval\.tasks=\[\] leaves nothing to measure"),
         (["run=first", "eval.tasks=[loft]"], r"eval\.loft"),

@@ -489,6 +489,10 @@ def test_a_template_cannot_leave_its_sandbox(refused, tasks, tmp_path):
 
 def test_wrong_names_and_folders_have_one_sentence(refused, tasks, tmp_path):
     assert "hellaswag" in refused(["hellaswagg"])
+    with pytest.raises(
+        UserError, match="neddles, which neither lr2train nor lm-eval knows; the closest names are needles"
+    ):
+        harness.load_tasks(["neddles"], others=["needles"])
     assert "code that the model wrote" in refused(["humaneval"], allow_download=True)
     assert "mmlu@5" in refused(["choice@five"], tasks) and "mmlu@5" in refused([""], tasks)
     assert "acc_norm" in refused(["choice:f1"], tasks)

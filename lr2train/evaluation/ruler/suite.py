@@ -56,8 +56,8 @@ def tasks(
         say: gets each message.
 
     Raises:
-        UserError: a name is unknown, a file is unusable or lacks for every task, there is no text to hide needles in, or
-            a length has no room.
+        UserError: a name is unknown, a file is unusable, every task lacks its file, there is no text to hide needles
+            in, or a length has no room.
     """
     unknown = [name for name in names if name not in spec.NAMES]
     if unknown:
