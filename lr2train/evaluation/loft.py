@@ -264,28 +264,41 @@ class LoftTask:
         found = recalls(sample.answers, said if known.issuperset(said) else [])
         return {name: 100.0 * value for name, value in found.items()}
 
+    def has_room(self) -> bool:
+        """Whether the length has room for a corpus.
+
+        Raises:
+            UserError: the folder has no corpus at all.
+        """
+        return any(LENGTHS[one.name] <= self.length_tokens for one in self._corpora())
+
     def corpus(self) -> Path:
         """The folder of the largest corpus whose length fits.
 
         Raises:
             UserError: there is none.
         """
+        there = self._corpora()
+        fitting = [one for one in there if LENGTHS[one.name] <= self.length_tokens]
+        if not fitting:
+            shortest = LENGTHS[there[0].name]
+            raise UserError(
+                f"the shortest corpus of {self.name} is made for {shortest} tokens, and the length is "
+                f"{self.length_tokens}; set eval.lengths_tokens to at least {shortest}, or leave LOFT out of eval.tasks"
+            )
+        return fitting[-1]
+
+    def _corpora(self) -> list[Path]:
+        """The folders of all corpora that are there, by length."""
         short = self.name.removeprefix("loft_")
         places = [self.folder / inner / short for inner in ("", "retrieval", "data/retrieval")]
         place = next((one for one in places if one.is_dir()), None)
         if place is None:
             raise UserError(f"{self.folder} has no folder {short} ({SOURCE.key}); {SOURCE.get}")
-        there = [length for length in LENGTHS if (place / length).is_dir()]
+        there = [place / length for length in LENGTHS if (place / length).is_dir()]
         if not there:
             raise UserError(f"{place} has no folder 32k, 128k or 1m ({SOURCE.key}); {SOURCE.get}")
-        fitting = [length for length in there if LENGTHS[length] <= self.length_tokens]
-        if not fitting:
-            raise UserError(
-                f"the shortest corpus of {self.name} is made for {LENGTHS[there[0]]} tokens, and the length is "
-                f"{self.length_tokens}; set eval.lengths_tokens to at least {LENGTHS[there[0]]}, or leave LOFT out of "
-                "eval.tasks"
-            )
-        return place / fitting[-1]
+        return there
 
     def _too_long(self, request: Generate) -> str:
         return (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lr2train import progress
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.evaluation import infinitebench, loft, longbench, needles, ruler
@@ -143,8 +144,17 @@ class Suite:
         if group == "ruler":
             return self._ruler(names, subject, lengths)
         room = max(lengths, default=subject.target_window_tokens)
+        if group == "loft":
+            made = loft.tasks(names, settings.loft, self.tokenizer(subject), room, settings.limit)
+            if room == max(self.lengths):
+                return made
+            # A base model has a shorter window than the extended one, which is measured all the same.
+            fitting = [task for task in made if task.has_room()]
+            if len(fitting) < len(made):
+                absent = ", ".join(task.name for task in made if task not in fitting)
+                progress.say("evaluate", f"{subject.label}: left out, as no corpus fits {room} tokens: {absent}")
+            return fitting
         module, folder = {
-            "loft": (loft, settings.loft),
             "infinitebench": (infinitebench, settings.infinitebench),
             "longbench": (longbench, settings.longbench),
         }[group]

@@ -21,6 +21,7 @@ from lr2train.cli.composition import compose
 from lr2train.config import UserError
 from lr2train.evaluate import evaluate
 from lr2train.evaluation import answers as answers_module
+from lr2train.evaluation import loft
 from lr2train.evaluation.models import compared
 from lr2train.evaluation.tasks import Suite
 from lr2train.parallel import processes
@@ -89,6 +90,19 @@ def test_a_model_is_asked_up_to_its_own_window(world):
     result = evaluate(config_of(world, "name=windows", f"run=[{world}/base,first]"))
     assert [[one["length_tokens"] for one in row["by_length"]] for row in result["rows"]] == [[64], [64, 192]]
     assert "-" in (world / "windows" / "evaluation" / "table.txt").read_text().splitlines()[2]
+
+
+def test_a_corpus_that_only_the_longer_model_has_room_for_is_left_out_of_the_other(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(loft, "LENGTHS", {"32k": 100})
+    corpus = tmp_path / "nq" / "32k"
+    published.write_lines(corpus / "corpus.jsonl", [{"pid": "a", "title_text": "t", "passage_text": "a text"}])
+    for name in ("few_shot", "test"):
+        asked = {"qid": name, "query_text": "Which?", "answers": [["a", 1]]}
+        published.write_lines(corpus / f"{name}_queries.jsonl", [asked])
+    more = ["name=loft", f"run=[{world}/base,first]", f"eval.loft={tmp_path}", "eval.tasks=[loft_nq]"]
+    found = evaluate(config_of(world, *more))["scores"]
+    assert [(one["model"], one["samples"] + one["failed"]) for one in found] == [("first", 1)]
+    assert re.search(r"base +- +-\n", (world / "loft" / "evaluation" / "table.txt").read_text())
 
 
 def test_models_of_one_name_have_labels_of_their_own(world):
