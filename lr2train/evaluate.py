@@ -6,9 +6,10 @@
     lr2train evaluate name=other model.path=… rope.factors=… data.path=runs/corpus     a model under factors
 
 Under a launcher (deepspeed, torchrun) the samples are spread over the ranks. A run is evaluated with the dtype, corpus
-and needles of its training, unless the command names others. Writes into the run's folder (of several: into
-``runs/<name>``): ``evaluate.json``, and under ``evaluation/`` table.txt, scores.csv, needles.png and a folder for each
-model with every sample. The same command resumes an interrupted evaluation; nothing is computed twice.
+and needles of its training, unless the command names others. Writes into the run's folder (of several, or of a
+read-only run: into ``runs/<name>``): ``evaluate.json``, and under ``evaluation/`` table.txt, scores.csv, needles.png
+and a folder for each model with every sample. The same command resumes an interrupted evaluation; nothing is computed
+twice.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lr2train import io, ranks, run
+from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
@@ -64,9 +65,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     models = compared(config)
     config, lengths = models.config, lengths_of(models.config, models)
-    named = trained_run.named(config)
-    alone = len(named) == 1 and trained_run.is_run(config, named[0])
-    job = run.Run(Path(config.runs_folder) / (named[0] if alone else config.name), "evaluate")
+    job = run.Run(_folder(config), "evaluate")
     suite = Suite(config, lengths, models, job.folder / "evaluation" / "cache")
     suite.refuse_unknown()
     device = processes.start(config)
@@ -78,6 +77,18 @@ def evaluate(config: Config) -> dict[str, Any]:
             lock.close()
     processes.stop()
     return result
+
+
+def _folder(config: Config) -> Path:
+    """The folder of the one run that is evaluated; of several, and of a run that is read-only: ``runs/<name>``."""
+    named, other = trained_run.named(config), Path(config.runs_folder) / config.name
+    if len(named) != 1 or not trained_run.is_run(config, named[0]):
+        return other
+    own = trained_run.folder_of(config, named[0])
+    if os.access(own, os.W_OK):
+        return own
+    progress.say("evaluate", f"{own} cannot be written; the results go to {other}")
+    return other
 
 
 def _evaluated(

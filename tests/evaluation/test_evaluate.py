@@ -105,6 +105,14 @@ def test_a_corpus_that_only_the_longer_model_has_room_for_is_left_out_of_the_oth
     assert re.search(r"base +- +-\n", (world / "loft" / "evaluation" / "table.txt").read_text())
 
 
+def test_a_run_that_is_read_only_is_evaluated_into_another_folder(world, monkeypatch, capsys):
+    own = world / "second" / "evaluation"
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
+    evaluate(config_of(world, "name=elsewhere", "run=second", "eval.lengths_tokens=[64]"))
+    assert (world / "elsewhere" / "evaluate.json").exists() and not own.exists()
+    assert f"second cannot be written; the results go to {world}/elsewhere" in capsys.readouterr().err
+
+
 def test_models_of_one_name_have_labels_of_their_own(world):
     found = compared(config_of(world, "name=x", f"run=[first,{world}/first]"))
     assert [one.label for one in found.subjects] == ["first", "first 2"]
