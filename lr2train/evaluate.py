@@ -155,6 +155,8 @@ def _measured(subject: Subject, tasks: list[Asked], suite: Suite, job: run.Run, 
     )
     if answers.recovered:
         job.log(f"{subject.label}: {answers.recovered} answers found in {folder / 'answers.jsonl'}")
+    if answers.damaged:
+        job.log(f"{subject.label}: {answers.damaged} damaged lines of the journal are computed again")
     answers.expect(sum(one.total_tokens for one in tasks))
     found = Measured(subject)
     for one in tasks:
