@@ -6,9 +6,10 @@
     lr2train evaluate name=other model.path=… rope.factors=… data.path=runs/corpus     a model under factors
 
 Under a launcher (deepspeed, torchrun) the samples are spread over the ranks. A run is evaluated with the dtype, corpus
-and needles of its training, unless the command names others. Writes into the run's folder (of several: into
-``runs/<name>``): ``evaluate.json``, and under ``evaluation/`` table.txt, scores.csv, needles.png and a folder for each
-model with every sample. The same command resumes an interrupted evaluation; nothing is computed twice.
+and needles of its training, unless the command names others. Writes into the run's folder (of several, or of a
+read-only run: into ``runs/<name>``): ``evaluate.json``, and under ``evaluation/`` table.txt, scores.csv, needles.png
+and a folder for each model with every sample. The same command resumes an interrupted evaluation; nothing is computed
+twice.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lr2train import io, ranks, run
+from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
@@ -64,9 +65,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     models = compared(config)
     config, lengths = models.config, lengths_of(models.config, models)
-    named = trained_run.named(config)
-    alone = len(named) == 1 and trained_run.is_run(config, named[0])
-    job = run.Run(Path(config.runs_folder) / (named[0] if alone else config.name), "evaluate")
+    job = run.Run(_folder(config), "evaluate")
     suite = Suite(config, lengths, models, job.folder / "evaluation" / "cache")
     suite.refuse_unknown()
     device = processes.start(config)
@@ -80,6 +79,18 @@ def evaluate(config: Config) -> dict[str, Any]:
     return result
 
 
+def _folder(config: Config) -> Path:
+    """The folder of the one run that is evaluated; of several, and of a run that is read-only: ``runs/<name>``."""
+    named, other = trained_run.named(config), Path(config.runs_folder) / config.name
+    if len(named) != 1 or not trained_run.is_run(config, named[0]):
+        return other
+    own = trained_run.folder_of(config, named[0])
+    if os.access(own, os.W_OK):
+        return own
+    progress.say("evaluate", f"{own} cannot be written; the results go to {other}")
+    return other
+
+
 def _evaluated(
     job: run.Run, models: Compared, suite: Suite, lengths: Sequence[int], device: torch.device
 ) -> dict[str, Any]:
@@ -88,7 +99,9 @@ def _evaluated(
         full = suite.config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0
         control.together(lambda: corpus.verify(full=full))
     suite.load_harness(job.log)
-    everything = [_made(suite, subject) for subject in models.subjects]  # refuses bad input before any model is loaded
+    everything = [
+        _made(suite, subject, number == 0) for number, subject in enumerate(models.subjects)
+    ]  # refuses bad input before any model is loaded
     suite.refuse_nothing(any(everything))
     measured = [
         _measured(subject, tasks, suite, job, device)
@@ -106,19 +119,21 @@ class Asked:
     total_tokens: int = 0
 
 
-def _made(suite: Suite, subject: Subject) -> list[Asked]:
+def _made(suite: Suite, subject: Subject, keep: bool) -> list[Asked]:
     """The tasks of one model; bad input is refused here, before a model is loaded.
 
-    Each task's samples are made by one rank, which also fills the cache on disk for the others.
+    Each task's samples are made by one rank, which also fills the cache on disk for the others. They are kept for the
+    first model alone: those of all models may not fit into memory.
     """
     tasks = suite.tasks(subject)
 
     def make() -> dict[int, int]:
-        for number, one in enumerate(found):
-            if number % ranks.world() == ranks.rank():
-                one.samples = one.task.samples()
-                one.total_tokens = sum(sample.request.total_tokens for sample in _to_ask(one.samples))
-        return {number: one.total_tokens for number, one in enumerate(found) if one.samples is not None}
+        counted = {}
+        for number in range(ranks.rank(), len(found), ranks.world()):
+            samples = found[number].task.samples()
+            counted[number] = sum(sample.request.total_tokens for sample in _to_ask(samples))
+            found[number].samples = samples if keep else None
+        return counted
 
     found = [Asked(task) for task in tasks]
     for counted in control.together(make):
@@ -144,6 +159,8 @@ def _measured(subject: Subject, tasks: list[Asked], suite: Suite, job: run.Run, 
     )
     if answers.recovered:
         job.log(f"{subject.label}: {answers.recovered} answers found in {folder / 'answers.jsonl'}")
+    if answers.damaged:
+        job.log(f"{subject.label}: {answers.damaged} damaged lines of the journal are computed again")
     answers.expect(sum(one.total_tokens for one in tasks))
     found = Measured(subject)
     for one in tasks:

@@ -550,8 +550,12 @@ class EvalConfig:
     wordings: list[str] = field(default_factory=list)
     # needles: plain documents for each length, for perplexity.
     text_documents: int = number(4, least=1, most=_MOST)
-    # needles: RoPE scaling methods that are shown beside, on the untrained model.
+    # RoPE scaling methods that are shown beside, on the untrained model; none is the model as it was.
     methods: list[str] = field(default_factory=lambda: ["none", "pi", "ntk", "yarn"])
+    # Whether the untrained model under the run's factors has a row of its own.
+    untrained: bool = True
+    # Whether prompts of lm-eval's tasks are chats, in the template of the model's tokenizer.
+    chat_template: bool = False
     # RULER: samples for each task and length. The paper has 100, RULER's own code 500.
     ruler_samples: int = number(100, least=1, most=_MOST)
     # RULER: folder of texts that needles are hidden in. null: the held-out documents of data.path.

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lr2train import io
 from lr2train.config import UserError
 from lr2train.data.corpus import HOLDOUT, Corpus
 from lr2train.data.text import Text
@@ -57,11 +56,6 @@ class TextFolder:
                 f"eval.essays={self.folder} holds no text in .txt files; set eval.essays to a folder that does"
             )
         return found
-
-    @property
-    def fingerprint(self) -> str:
-        """Stands for the texts."""
-        return io.fingerprint(self.texts)
 
     def text(self, split: str = HOLDOUT) -> Text:
         """Random stretches of the texts; every split is the same."""

@@ -42,7 +42,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 
 from lr2train.evaluation.harness_model import Asked, HarnessModel
-from lr2train.evaluation.harness_tasks import MEAN_OF_TASKS, Loaded, lm_eval_as_data, load_on_all_ranks, manager_of
+from lr2train.evaluation.harness_tasks import MEAN_OF_TASKS, Loaded, lm_eval_as_data, load_on_all_ranks
 
 # lm-eval's metrics from 0 to 1; tables show them in percent.
 FRACTIONS = {
@@ -182,16 +182,6 @@ def run_tasks(
                 "lost their beginning"
             )
     return results
-
-
-def all_tasks(task_path: str | Path | None = None) -> list[str]:
-    """The names of all tasks, groups and tags.
-
-    Raises:
-        UserError: as ``run_tasks``, for ``task_path``.
-    """
-    with lm_eval_as_data(False):
-        return manager_of((), task_path, True).all_tasks
 
 
 def _run(results: list[TaskResult], loaded: Loaded, lm: HarnessModel, limit: int | None, chat_template: bool) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from lr2train import io
 from lr2train.config import Config, RopeConfig, UserError
 from lr2train.evaluation import trained_run
+from lr2train.evaluation.results import folder_name
 from lr2train.evaluation.subject import Subject, as_published, with_factors
 from lr2train.model import load
 from lr2train.rope.factors import Factors
@@ -59,10 +60,7 @@ def compared(config: Config) -> Compared:
     if len(named) == 1:
         return _one(replace(config, run=named[0]))
     each = [_one(replace(config, run=one, eval=replace(config.eval, methods=[]))) for one in named]
-    subjects = [
-        replace(one.subjects[-1], label=Path(name).name.removesuffix("/"))
-        for name, one in zip(named, each, strict=True)
-    ]
+    subjects = [replace(one.subjects[-1], label=Path(name).name) for name, one in zip(named, each, strict=True)]
     trained = [one.config for name, one in zip(named, each, strict=True) if trained_run.is_run(config, name)]
     return Compared(replace(trained[0] if trained else config, run=config.run), _distinct(subjects))
 
@@ -100,7 +98,8 @@ def _trained(config: Config) -> Compared:
         return Compared(config, [after])
     base, overrides = load.folder_of(config.model), config.model.overrides
     before = with_factors(f"{factors.method} untrained", base, factors, True, overrides)
-    return Compared(config, [*_methods(config, base, factors), before, after])
+    untrained = [before] if config.eval.untrained else []
+    return Compared(config, [*_methods(config, base, factors), *untrained, after])
 
 
 def _before(config: Config, folder: Path) -> list[Subject]:
@@ -129,13 +128,14 @@ def _method(name: str, factors: Factors) -> Factors:
 
 
 def _distinct(subjects: Sequence[Subject]) -> list[Subject]:
-    """The same models under labels of their own."""
-    labels: dict[str, int] = {}
+    """The same models under labels of their own, which also name folders of their own."""
+    taken: set[str] = set()
     found = []
     for subject in subjects:
-        labels[subject.label] = labels.get(subject.label, 0) + 1
-        number = labels[subject.label]
-        found.append(replace(subject, label=f"{subject.label} {number}") if number > 1 else subject)
+        labels = (subject.label, *(f"{subject.label} {number}" for number in range(2, len(subjects) + 1)))
+        label = next(one for one in labels if folder_name(one) not in taken)
+        taken.add(folder_name(label))
+        found.append(replace(subject, label=label))
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from lr2train.config import UserError
 from lr2train.model import load, rotary
 from lr2train.model.decode import window_of
 from lr2train.rope import hf as rope_hf
@@ -74,13 +75,19 @@ def as_published(label: str, folder: Path, overrides: Mapping[str, Any]) -> Subj
     it is: its window is ``max_position_embeddings``.
 
     Raises:
-        UserError: the config cannot be read.
+        UserError: the config cannot be read, or names no window.
     """
     config = load.plain_config(load.config_of(load.ModelConfig(path=str(folder), overrides=dict(overrides))))
     dtype = config.get("dtype") if config.get("dtype") in load.DTYPES else None
     if factors := rope_hf.factors_of(config):
         return replace(with_factors(label, folder, factors, True, overrides), dtype=dtype)
-    return Subject(label, folder, None, False, int(config["max_position_embeddings"]), overrides, dtype)
+    window = config.get("max_position_embeddings")
+    if not isinstance(window, int):
+        raise UserError(
+            f"{folder / 'config.json'} has no max_position_embeddings, so the longest text of this model is not known; "
+            "set it there, or leave this model out of run"
+        )
+    return Subject(label, folder, None, False, window, overrides, dtype)
 
 
 def install(subject: Subject, model: Any) -> Any:

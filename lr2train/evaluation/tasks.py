@@ -220,7 +220,13 @@ class Suite:
             return []
         from lr2train.evaluation import harness
 
-        longest = subject.target_window_tokens
+        longest, settings = subject.target_window_tokens, self.config.eval
         return harness.run_tasks(
-            self._loaded, answers, self.tokenizer(subject), longest, limit=self.config.eval.limit, log=log
+            self._loaded,
+            answers,
+            self.tokenizer(subject),
+            longest,
+            limit=settings.limit,
+            chat_template=settings.chat_template,
+            log=log,
         )

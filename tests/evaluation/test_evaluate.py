@@ -23,6 +23,8 @@ from lr2train.evaluate import evaluate
 from lr2train.evaluation import answers as answers_module
 from lr2train.evaluation import loft
 from lr2train.evaluation.models import compared
+from lr2train.evaluation.results import folder_name
+from lr2train.evaluation.subject import as_published
 from lr2train.evaluation.tasks import Suite
 from lr2train.parallel import processes
 
@@ -105,9 +107,39 @@ def test_a_corpus_that_only_the_longer_model_has_room_for_is_left_out_of_the_oth
     assert re.search(r"base +- +-\n", (world / "loft" / "evaluation" / "table.txt").read_text())
 
 
+def test_a_run_that_is_read_only_is_evaluated_into_another_folder(world, monkeypatch, capsys):
+    own = world / "second" / "evaluation"
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
+    evaluate(config_of(world, "name=elsewhere", "run=second", "eval.lengths_tokens=[64]"))
+    assert (world / "elsewhere" / "evaluate.json").exists() and not own.exists()
+    assert f"second cannot be written; the results go to {world}/elsewhere" in capsys.readouterr().err
+
+
 def test_models_of_one_name_have_labels_of_their_own(world):
     found = compared(config_of(world, "name=x", f"run=[first,{world}/first]"))
     assert [one.label for one in found.subjects] == ["first", "first 2"]
+    shutil.copytree(world / "first", world / "First")
+    shutil.copytree(world / "first", world / "first 2")
+    found = compared(config_of(world, "name=x", "run=[first,First,first 2]"))
+    assert [folder_name(one.label) for one in found.subjects] == ["first", "first_2", "first_2_2"]
+
+
+def test_a_damaged_line_of_the_journal_is_told_and_computed_again(world):
+    config = config_of(world, "name=damaged", f"run=[{world}/first/model]", "eval.lengths_tokens=[64]")
+    whole = evaluate(config)
+    journal = world / "damaged" / "evaluation" / "model" / "answers.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b"nlls", b"nlXs", 1))
+    again = evaluate(config)
+    assert "1 damaged lines of the journal are computed again" in (world / "damaged" / "log.txt").read_text()
+    assert again["rows"][0]["by_length"][0]["accuracy"] == whole["rows"][0]["by_length"][0]["accuracy"]
+
+
+def test_a_model_without_a_window_has_one_sentence(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config(n_positions=64).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no max_position_embeddings"):
+        as_published("gpt2", tmp_path, {})
 
 
 def test_what_an_earlier_command_measured_stays_in_the_report(world):

