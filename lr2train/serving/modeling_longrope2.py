@@ -9,6 +9,7 @@ refused: a cache that a caller carries across L0, speculative decoding, continuo
 Without ``trust_remote_code`` this file is not read, and the folder loads as plain ``longrope``.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -135,6 +136,8 @@ class LongRope2ForCausalLM(Base):
         new = next_sequence_length or (input_ids.shape[1] if positions is None else len(positions))
         if self._prompt_lengths is not None:
             lengths = self._prompt_lengths
+            if positions is not None:
+                kwargs.pop("position_ids", None)  # of chunks they count padding in; the mask tells better
         elif attention_mask is not None and attention_mask.dim() == 2:
             lengths = attention_mask.sum(-1)
         else:
@@ -156,8 +159,9 @@ class LongRope2ForCausalLM(Base):
         )
         return {**inputs, "text_lengths": lengths}
 
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    @contextlib.contextmanager
+    def _whole_prompt(self, input_ids, generation_config, cache, mask):
+        """Each chunk of a prompt uses the table of the whole prompt."""
         if generation_config.prefill_chunk_size is not None:
             cached = int(cache.get_seq_length()) if cache is not None else 0
             width = getattr(generation_config, "_mask_length", None) or input_ids.shape[1]
@@ -165,9 +169,19 @@ class LongRope2ForCausalLM(Base):
             self._refuse_a_cache_across_the_switch(cached, width - cached, lengths)
             self._prompt_lengths = lengths
         try:
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+            yield
         finally:
             self._prompt_lengths = None
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        with self._whole_prompt(input_ids, generation_config, cache, mask):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _prefill_chunking(self, input_ids, generation_config, **kwargs):  # transformers 4
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        with self._whole_prompt(input_ids, generation_config, cache, mask):
+            return super()._prefill_chunking(input_ids, generation_config, **kwargs)
 
     def generate(self, *args, **kwargs):
         """As the architecture's own, and exact across the switch.
