@@ -4,14 +4,15 @@ Configs are plain dicts (config.json, or ``config.to_dict()``). transformers 5 k
 ``rope_parameters``. Before, there were ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling``, with "type" for
 "rope_type" and "su" (Phi-3, at times "yarn") for "longrope".
 
-Choice: ``write`` puts one dict under both names, with every number written out, so a runtime has nothing to infer:
+Choice: ``write`` (both windows), ``write_one_table`` (the long table alone) and ``write_short_window`` put one dict
+under both names, with every number written out, so a runtime has nothing to infer. What runtimes do with both windows:
 
 - transformers applies ``attention_factor`` to both windows. Below the original window its model is the trained one only
   where this factor equals the short window's own. The config has no key that would say otherwise.
 - vLLM and SGLang read ``short_mscale`` and ``long_mscale`` instead, and fall back to sqrt(1 + ln s / ln L0) for both
   windows. ``write`` gives the short window's own factor and the long factor. Cost: transformers logs one "Unrecognized
   keys" warning and ignores both.
-- llama.cpp's converter computes sqrt(1 + ln s / ln L0) itself, whatever is written.
+- llama.cpp's converter reads the type alone for Llama and Mistral, and writes no factors.
 - Phi-3 in transformers 4 accepts exactly three keys in ``rope_scaling`` and refuses these dicts; that is better than a
   wrong attention factor.
 

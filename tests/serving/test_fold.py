@@ -3,10 +3,13 @@
 import pytest
 import serving_families as families
 import torch
+from safetensors.torch import load_file
 from serving_families import FAMILIES, L0, tokens
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from lr2train.config import UserError
 from lr2train.model import load, rotary
-from lr2train.serving import folders
+from lr2train.serving import fold, folders
 
 CARDS = dict.fromkeys(folders.FOLDERS, "a card")
 
@@ -61,3 +64,49 @@ def test_every_family_in_bf16(family, tmp_path):
     own.window = "short"
     short = families.loaded(tmp_path / "short", torch.bfloat16)(text[:, :L0]).logits
     assert torch.equal(short, model(text[:, :L0]).logits), "bit for bit"
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"model_type": "olmo", "clip_qkv": 0.2}, "computes other numbers with the factor in its weights"),
+        (
+            {"model_type": "falcon", "multi_query": True, "new_decoder_architecture": False},
+            "has a query_key_value that",
+        ),
+        ({"model_type": "bloom"}, "has a query_key_value that|cannot be run alone"),
+    ],
+)
+def test_an_attention_that_cannot_be_folded_is_refused(values, why):
+    """A clamp after the projection, other fused rows, no rotation at all."""
+    sizes = {**families.SIZES, **values}
+    config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=rf"cannot be put into the weights, because .*({why}).*export\.runtime=transf"):
+        fold.rotated_rows(twin, 8)
+
+
+def test_a_refused_fold_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "olmo, clamped", {"model_type": "olmo", "clip_qkv": 0.2})
+    trained = families.train(tmp_path / "model", "olmo, clamped", torch.float32)
+    with pytest.raises(UserError, match="cannot be put into the weights"):
+        folders.write(trained.source("float32"), tmp_path / "export", folders.FOLDERS, CARDS)
+    assert not list((tmp_path / "export").iterdir())
+    assert folders.write(trained.source("float32"), tmp_path / "export", ("two",), CARDS) == {"two": True}
+
+
+def test_only_the_rotated_rows_change(tmp_path):
+    """Bit for bit: every other tensor is the trained one, and a folded one is the fp32 product, rounded once."""
+    trained = families.train(tmp_path / "model", "phi3, partial", torch.bfloat16)
+    folders.write(trained.source("bfloat16"), tmp_path, ("long",), CARDS)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "long"))
+    head = torch.arange(8) < 4  # a head's 8 dimensions, half of them rotated
+    rows = torch.cat([head.repeat(4 + 2), (head & False).repeat(2)])
+    for name, tensor in before.items():
+        if name.endswith("qkv_proj.weight"):
+            product = (tensor.float() * 1.3).to(torch.bfloat16)
+            assert torch.equal(after[name], torch.where(rows[:, None], product, tensor))
+        else:
+            assert torch.equal(after[name], tensor)
+    assert before.keys() == after.keys()
