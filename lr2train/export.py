@@ -1,15 +1,21 @@
-"""export: write a Hugging Face folder for other runtimes: weights, config (``longrope``), tokenizer, model card.
+"""export: write Hugging Face folders for other runtimes: weights, config, tokenizer, model card.
 
-    lr2train export run=tiny_4k [export.dtype=bfloat16] [export.folder=…]
+    lr2train export run=tiny_4k [export.runtime=vllm] [export.dtype=bfloat16] [export.folder=…]
 
-Plain transformers loads the folder, and its logits are compared in both windows with those of the exported model. The
-differences are in ``export.json`` of the run's folder, where that may be written.
+    runs/tiny_4k/export/long/    one table at every length, the attention factor in the weights: for every runtime
+    runs/tiny_4k/export/short/   the original window alone: for every runtime
+    runs/tiny_4k/export/two/     both tables: for `lr2train generate`, and for transformers with trust_remote_code=True
+
+Weights are read and written as a stream. Then the logits of each folder are compared with the run's, one model at a
+time (``export.check``). The differences are in ``export.json`` of the run's folder, where that may be written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +28,21 @@ from lr2train.evaluation import trained_run
 from lr2train.model import load, rotary
 from lr2train.model.folder import GENERATION_FILES
 from lr2train.parallel import processes
-from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
+from lr2train.serving import engines, folders
 
 TOKENIZER_FILES = ("*token*", "*.model", "vocab.json", "merges.txt")
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [long-context, longrope2, lr2train]
----
-# {name}
-
-{base} extended from {original} to {target} tokens with LongRoPE2 (mixed context window training, lr2train).
-
-- RoPE: `longrope` with searched factors ({method}); original RoPE up to {original} tokens, rescaled RoPE beyond.
-- The text's total length (prompt + generated) decides the table. A runtime that changes tables in the middle of a text
-  has to compute its
-  cache anew; `lr2train generate model.path=<this folder>` does. vLLM chooses once, from `--max-model-len`; llama.cpp
-  from the
-  context size.
-- attention_factor {attention_factor:g} multiplies cos and sin in the long window; the model was trained with
-  {short_factor:g} in the short
-  window. {note}
-"""
-EXACT = "They are the same, so transformers, vLLM and SGLang are exact in both windows."
-SCALED = (
-    "transformers has one attention_factor for both windows: below {original} tokens its logits differ from the "
-    "trained model's. "
-    "To serve short texts exactly, load with `rope_parameters={{'rope_type': 'default', 'rope_theta': {theta:g}}}`."
-)
+WINDOWS_OF = {"long": ("long",), "short": ("short",), "two": ("short", "long")}
+_OLD_LAYOUT = ("config.json", "factors.json")  # files of an export that was one folder
 
 
 def export(config: Config) -> dict[str, Any]:
     """Run the verb; returns the contents of ``export.json``.
 
     Raises:
-        UserError: the run is not finished; the dtype is unknown; the folder holds other files or cannot be written; or
-            the model computes logits that are not finite. Nothing is replaced then, unless such logits come from plain
-            transformers alone.
+        UserError: the run is not finished; the dtype is unknown; the folder holds other files or cannot be written; the
+            attention factor cannot be put into the weights; or the model computes logits that are not finite. Nothing
+            is replaced then, unless such logits come from an exported folder alone.
     """
     ranks.refuse_ranks("export")
     job = run.Run(trained_run.run_folder(config), "export")
@@ -70,30 +53,77 @@ def export(config: Config) -> dict[str, Any]:
         )
     io.read_json(job.folder / "train.json")  # refuses a run that is not finished
     factors = Factors.load(job.folder / "factors.json")
-    folder = Path(config.export.folder or job.folder / "export")
-    _refuse_to_overwrite(folder)
-    _refuse_unwritable(folder)
+    root = Path(config.export.folder or job.folder / "export")
+    _refuse_to_overwrite(root)
+    _refuse_unwritable(root)
     with job.lock(needed=False) or contextlib.nullcontext():  # another user's run may be exported: it is only read
-        return _export(config, job, factors, folder)
+        return _export(config, job, factors, root)
 
 
-def _export(config: Config, job: run.Run, factors: Factors, folder: Path) -> dict[str, Any]:
+def _export(config: Config, job: run.Run, factors: Factors, root: Path) -> dict[str, Any]:
     config = trained_run.completed(config)
-    dtype = config.export.dtype or io.read_json(job.folder / "model" / "config.json")["dtype"]
+    source = _source(config, job, factors)
+    names = _names(config, source)
     device = str(processes.pick_device(config.device))
-    ours = _write(job, folder, factors, dtype, device, config)
-    differences = _differences(ours, _their_logits(folder, factors, device), folder, dtype)
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    result = {"folder": str(folder), "dtype": dtype, "bytes": size, **differences, "provenance": run.provenance()}
+    ours = _our_logits(source, device, names) if config.export.check else {}
+    windows = engines.Windows(factors, source.short_factor, source.plain_short)
+    cards = {name: engines.card(name, str(config.run), config.model.path, windows) for name in names}
+    written = folders.write(source, root, names, cards)
+    _remove_outdated(job, source, root, names)
+    of_folder = {
+        name: {
+            "window_tokens": source.window_of(name),
+            "written": written[name],
+            **(_differences(ours, root / name, name, source, device) if ours else {}),
+        }
+        for name in names
+    }
+    result = {
+        "folder": str(root),
+        "dtype": source.dtype,
+        "bytes": _bytes_of(root / name for name in names),
+        "attention_factor": factors.attention_factor,
+        "short_attention_factor": source.short_factor,
+        "folders": of_folder,
+        "provenance": run.provenance(),
+    }
     if reason := io.write_json_where_allowed(job.folder / "export.json", result):
         progress.say("export", f"{job.folder / 'export.json'} is not written ({reason})")
-    _log(
-        job,
-        f"{folder}: largest logit difference between transformers and lr2train: long window "
-        f"{result['long_logit_difference']:.2e}, "
-        f"short window {result['short_logit_difference']:.2e}",
-    )
+    _tell(job, result, engines.lines_of(windows, names))
     return result
+
+
+def _source(config: Config, job: run.Run, factors: Factors) -> folders.Source:
+    """The run as the folders are made from it."""
+    model = job.folder / "model"
+    values = load.plain_config(load.config_of(load.ModelConfig(path=str(model))))
+    return folders.Source(
+        model=model,
+        values=values,
+        factors=factors,
+        dtype=config.export.dtype or io.read_json(model / "config.json")["dtype"],
+        companions=tuple(_companions(config, job)),
+    )
+
+
+def _names(config: Config, source: folders.Source) -> tuple[str, ...]:
+    """The folders to write; a model with one window has one folder."""
+    return engines.FOLDERS_OF[str(config.export.runtime)] if source.extended else ("short",)
+
+
+def _tell(job: run.Run, result: dict[str, Any], lines: Sequence[engines.Line]) -> None:
+    """The differences, then runtime by runtime the folder, the command and what is exact."""
+    for name, said in result["folders"].items():
+        differences = [
+            f"{window} window {said[f'{window}_logit_difference']:.2e}"
+            for window in WINDOWS_OF[name]
+            if f"{window}_logit_difference" in said
+        ]
+        state = "written" if said["written"] else "complete already"
+        compared = f"; largest logit difference from lr2train: {', '.join(differences)}" if differences else ""
+        _log(job, f"{Path(result['folder']) / name}: {state}, {said['window_tokens']} tokens{compared}")
+    for line in lines:
+        _log(job, engines.in_words(line, Path(result["folder"]) / line.folder))
 
 
 def _log(job: run.Run, message: str) -> None:
@@ -102,26 +132,52 @@ def _log(job: run.Run, message: str) -> None:
         job.log(message)
 
 
-def _refuse_to_overwrite(folder: Path) -> None:
-    """Refuse a folder that is neither missing, empty nor an earlier export: an export replaces the whole folder."""
-    ours = (folder / "config.json").exists() and (folder / "factors.json").exists()
-    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+def _former(root: Path) -> bool:
+    """Whether an export is here: of today's layout, or of the layout with one folder."""
+    return any((root / name / folders.RECORD).exists() for name in folders.FOLDERS) or _is_old_layout(root)
+
+
+def _is_old_layout(root: Path) -> bool:
+    return all((root / name).exists() for name in _OLD_LAYOUT)
+
+
+def _refuse_to_overwrite(root: Path) -> None:
+    """Refuse a folder that is neither missing, empty nor an earlier export."""
+    if not root.exists() or (root.is_dir() and _former(root)):
+        return
+    leftovers = {f".{name}{io.TEMPORARY}" for name in folders.FOLDERS}  # of a first export that was killed
+    if not root.is_dir() or any(file.name not in leftovers for file in root.iterdir()):
         raise UserError(
-            f"export.folder={folder} exists and is no former export, and would be replaced; set export.folder to a "
+            f"export.folder={root} exists and is no former export, and would be replaced; set export.folder to a "
             "new folder"
         )
 
 
-def _refuse_unwritable(folder: Path) -> None:
-    """Raises UserError before the work: the export is made beside its place, so the parent folder has to take files."""
+def _refuse_unwritable(root: Path) -> None:
+    """Raises UserError before the work."""
+    place = root if root.is_dir() else root.parent
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder.parent).close()
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise UserError(
-            f"{folder.parent} cannot be written ({error.strerror}), and the export would go there; set export.folder "
+            f"{place} cannot be written ({error.strerror}), and the export would go there; set export.folder "
             "to a folder of yours"
         ) from error
+
+
+def _remove_outdated(job: run.Run, source: folders.Source, root: Path, names: Sequence[str]) -> None:
+    """Remove what an earlier export left of other weights, so that no folder contradicts another."""
+    for name in folders.FOLDERS:
+        if name not in names and (root / name / folders.RECORD).exists():
+            if folders.weights_in(root / name) == source.weights_of(name):
+                continue
+            shutil.rmtree(root / name)
+            _log(job, f"{root / name} held other weights, and is removed; export.runtime=all writes it anew")
+    if _is_old_layout(root):
+        for file in root.iterdir():
+            if file.is_file():
+                file.unlink()
 
 
 def _companions(config: Config, job: run.Run) -> list[Path]:
@@ -141,68 +197,47 @@ def _companions(config: Config, job: run.Run) -> list[Path]:
     return [*generation_files, *sorted(file for pattern in TOKENIZER_FILES for file in trained.glob(pattern))]
 
 
-def _write(
-    job: run.Run, folder: Path, factors: Factors, dtype: str, device: str, config: Config
-) -> dict[str, torch.Tensor]:
-    """Write the folder; returns the model's last logits by window. Nothing is written where a logit is not finite."""
-    model = load.load_whole(job.folder / "model", dtype, device)
-    values = load.plain_config(model.config)
-    if factors.target_window_tokens > factors.spectrum.window_tokens:
-        values = rope_hf.write(values, factors)
-    table = rotary.install(model, factors)
-    logits = {}  # before anything is written: a model without finite logits replaces no export
-    for table.window, length in _lengths(factors).items():
-        logits[table.window] = _last_logits(model, length)
-        _refuse_not_finite(logits[table.window], str(job.folder / "model"), table.window, dtype)
-    companions = _companions(config, job)
-    card = _card(str(config.run), factors, table.tables["short"].attention_factor, config.model.path)
+def _bytes_of(places: Iterator[Path]) -> int:
+    """Bytes on the disk; a file with several names counts once."""
+    facts = [file.stat() for place in places for file in place.iterdir()]
+    return sum({(one.st_dev, one.st_ino): one.st_size for one in facts}.values())
 
-    def extras(temporary: Path) -> None:
-        load.copy_companions(companions, temporary, factors.target_window_tokens)
-        io.write_text(temporary / "README.md", card)
-        factors.save(temporary / "factors.json")
 
-    load.write_folder(model, values, folder, extras=extras)
+# ---- the logits of each folder, compared with the run's ----
+
+
+def _our_logits(source: folders.Source, device: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The run's last logits by window, in the exported dtype: a model without finite logits replaces no export."""
+    model = load.load_whole(source.model, source.dtype, device)
+    table = rotary.install(model, source.factors)
+    windows = {window for name in names for window in WINDOWS_OF[name]}
+    logits = {}
+    for table.window in sorted(windows):
+        logits[table.window] = _last_logits(model, _length(source.factors, table.window))
+        _refuse_not_finite(logits[table.window], str(source.model), table.window, source.dtype)
     return logits
 
 
-def _card(name: str, factors: Factors, short_factor: float, base: str | None) -> str:
-    spectrum = factors.spectrum
-    exact = factors.attention_factor == short_factor
-    return CARD.format(
-        name=name,
-        base=Path(base or "A model trained from scratch").name,
-        original=spectrum.window_tokens,
-        target=factors.target_window_tokens,
-        method=factors.method,
-        attention_factor=factors.attention_factor,
-        short_factor=short_factor,
-        note=EXACT if exact else SCALED.format(original=spectrum.window_tokens, theta=spectrum.base),
-    )
-
-
-def _lengths(factors: Factors, extra_tokens: int = 64) -> dict[str, int]:
-    """Length in tokens of the compared text, by window."""
+def _length(factors: Factors, window: str, extra_tokens: int = 64) -> int:
+    """Length in tokens of the compared text."""
     original = factors.spectrum.window_tokens
-    return {"short": min(original, 2048), "long": min(original + extra_tokens, factors.target_window_tokens)}
-
-
-def _their_logits(folder: Path, factors: Factors, device: str) -> dict[str, torch.Tensor]:
-    """The last logits of the folder in plain transformers, by window."""
-    from transformers import AutoModelForCausalLM
-
-    load_model: Any = AutoModelForCausalLM.from_pretrained
-    model = load_model(folder, trust_remote_code=False).to(device).eval()
-    return {window: _last_logits(model, length) for window, length in _lengths(factors).items()}
+    return min(original, 2048) if window == "short" else min(original + extra_tokens, factors.target_window_tokens)
 
 
 def _differences(
-    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], folder: Path, dtype: str
+    ours: dict[str, torch.Tensor], folder: Path, name: str, source: folders.Source, device: str
 ) -> dict[str, float]:
-    """The largest absolute difference in each window."""
-    for window, logits in theirs.items():
-        _refuse_not_finite(logits, f"{folder} in plain transformers", window, dtype)
-    return {f"{window}_logit_difference": (theirs[window] - ours[window]).abs().max().item() for window in ours}
+    """The largest absolute difference in each window of a folder; ``two`` is loaded with its modelling file's class."""
+    from transformers import AutoModelForCausalLM
+
+    load_model: Any = (folders.class_of(folder) if name == "two" else AutoModelForCausalLM).from_pretrained
+    model = load_model(folder, **({} if name == "two" else {"trust_remote_code": False})).to(device).eval()
+    found = {}
+    for window in WINDOWS_OF[name]:
+        theirs = _last_logits(model, _length(source.factors, window))
+        _refuse_not_finite(theirs, f"{folder} in transformers", window, source.dtype)
+        found[f"{window}_logit_difference"] = (theirs - ours[window]).abs().max().item()
+    return found
 
 
 def _refuse_not_finite(logits: torch.Tensor, of: str, window: str, dtype: str) -> None:

@@ -1,7 +1,7 @@
 """generate: write text; the rescaled RoPE is used once the text exceeds the original window.
 
     lr2train generate run=tiny_4k generate.prompt='import os'
-    lr2train generate model.path=runs/tiny_4k/export generate.prompt_file=book.txt
+    lr2train generate model.path=runs/tiny_4k/export/two generate.prompt_file=book.txt
 
 Up to the original window the original RoPE serves. When the text grows beyond it, the cache is computed anew under the
 rescaled RoPE. New text goes to stdout as it comes.
@@ -19,7 +19,7 @@ from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
 from lr2train.config import Config, GenerateConfig, UserError
 from lr2train.evaluation import trained_run
-from lr2train.model import decode, load, rotary
+from lr2train.model import config_json, decode, load, rotary
 from lr2train.parallel import processes
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
@@ -106,11 +106,13 @@ def _refuse_bad_settings(settings: GenerateConfig) -> None:
 def _folder(config: Config) -> Path:
     if config.run is None and config.model.path is None:
         raise UserError(
-            "neither run nor model.path is set; set run=<name of a finished run>, or model.path to an exported folder"
+            "neither run nor model.path is set; set run=<name of a finished run>, or model.path to the folder two/ of "
+            "an export"
         )
     if config.run is None:
-        return load.folder_of(config.model)
-    found = [path for path in (_run_folder(config) / "export", _run_folder(config) / "model") if path.is_dir()]
+        folder = load.folder_of(config.model)
+        return folder / "two" if (folder / "two" / config_json.NAME).exists() else folder  # the whole export is named
+    found = [path for path in (_run_folder(config) / "export" / "two", _run_folder(config) / "model") if path.is_dir()]
     if not found:
         raise UserError(f"run={config.run} has no model in {_run_folder(config)}; set run to a finished training run")
     return found[0]

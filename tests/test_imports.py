@@ -16,6 +16,7 @@ FLOORS = {
     "training": 3,
     "evolution": 3,
     "evaluation": 3,
+    "serving": 3,
     "model": 2,
     "data": 2,
     "attention": 1,

@@ -235,8 +235,11 @@ def make_run(runs: Path, name: str = "first") -> Path:
             "folder": f"runs/{name}/export",
             "dtype": "float32",
             "bytes": 3_400_000,
-            "short_logit_difference": 0.4,
-            "long_logit_difference": 2e-6,
+            "folders": {
+                "long": {"window_tokens": 4096, "long_logit_difference": 2e-6},
+                "short": {"window_tokens": 512, "short_logit_difference": 0.0},
+                "two": {"window_tokens": 4096},
+            },
         },
     )
     sample = {

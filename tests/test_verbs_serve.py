@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lr2train import evaluate as evaluate_module
-from lr2train import export as export_module
 from lr2train import io, journals, run
 from lr2train.cli import door as cli
 from lr2train.cli.composition import compose
@@ -29,11 +28,15 @@ from lr2train.evaluate import evaluate
 from lr2train.evaluation.models import compared
 from lr2train.export import export
 from lr2train.generate import generate
+from lr2train.model import folder as folder_module
 from lr2train.model import load
+from lr2train.model.weights import TensorReader
 from lr2train.parallel import processes
 from lr2train.rope import Factors
 from lr2train.rope import hf as rope_hf
 from lr2train.search import search
+from lr2train.serving import folders
+from lr2train.serving.folders import class_of
 
 SEARCH = [
     "search=racing",
@@ -422,31 +425,173 @@ def export_config(world, *more: str):
     return compose("export", tiny.arguments(world, *more))
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 @pytest.mark.parametrize("attention_factor", [1.0, 1.2])
-def test_an_export_is_the_model_in_plain_transformers(world, attention_factor):
+def test_an_export_is_the_model_in_plain_transformers(world, attention_factor, capsys):
     folder = tiny.make_run(world, f"exported_{attention_factor}", attention_factor)
     result = export(export_config(world, f"run={folder.name}"))
-    assert result["long_logit_difference"] < 1e-5
-    if attention_factor == 1:
-        assert result["long_logit_difference"] == result["short_logit_difference"] == 0.0, "bit for bit in both windows"
-    else:
-        assert result["short_logit_difference"] > 1e-3, "one attention factor for both windows, as the card says"
-    values = json.loads((folder / "export" / "config.json").read_text())
-    assert (said := rope_hf.factors_of(values)) is not None
-    assert said.rescale == Factors.load(folder / "factors.json").rescale
-    assert values["max_position_embeddings"] == tiny.L
-    assert result["bytes"] == sum(file.stat().st_size for file in (folder / "export").iterdir())
-    card = (folder / "export" / "README.md").read_text()
-    assert card.startswith("---\n")
-    assert f"# {folder.name}\n" in card
-    assert ("exact in both windows" in card) == (attention_factor == 1)
+    of = result["folders"]
+    assert of["short"]["short_logit_difference"] == 0.0, "bit for bit"
+    assert of["two"]["short_logit_difference"] == of["two"]["long_logit_difference"] == 0.0, "bit for bit"
+    assert of["long"]["long_logit_difference"] < 5e-5, "folding rounds: logits are of the order of 10"
+    assert (of["long"]["long_logit_difference"] == 0) == (attention_factor == 1)
+    assert {name: one["window_tokens"] for name, one in of.items()} == {"long": tiny.L, "short": tiny.L0, "two": tiny.L}
     assert json.loads((folder / "export.json").read_text()) == result
+    assert result["bytes"] == sum(
+        {file.stat().st_ino: file.stat().st_size for file in folder.glob("export/*/*")}.values()
+    )
 
-    independent = AutoModelForCausalLM.from_pretrained(folder / "export").eval()
     original = load_file(folder / "model" / "model.safetensors")
-    assert all(torch.equal(original[name], parameter) for name, parameter in independent.named_parameters())
-    tokenizer = AutoTokenizer.from_pretrained(folder / "export")
-    assert tokenizer.decode(tokenizer("some words 1234")["input_ids"], skip_special_tokens=True) == "some words 1234"
+    for name in ("long", "short", "two"):  # without code of the folder
+        independent = AutoModelForCausalLM.from_pretrained(folder / "export" / name).eval()
+        assert type(independent).__name__ == "LlamaForCausalLM"
+        same = [torch.equal(original[key], parameter) for key, parameter in independent.named_parameters()]
+        assert all(same) == (name != "long" or attention_factor == 1)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "export" / name)
+        assert (
+            tokenizer.decode(tokenizer("some words 1234")["input_ids"], skip_special_tokens=True) == "some words 1234"
+        )
+        assert tokenizer.model_max_length == independent.config.max_position_embeddings == of[name]["window_tokens"]
+        card = (folder / "export" / name / "README.md").read_text()
+        assert card.startswith("---\n")
+        assert f"# {folder.name}\n" in card
+    said = capsys.readouterr().err
+    for runtime in ("transformers", "vLLM", "SGLang", "llama.cpp", "TensorRT-LLM"):
+        assert f"[export] {runtime}, " in said
+    assert ("up to 64 tokens are exact too" in said) == (attention_factor == 1)
+
+
+def test_the_configs_of_an_export(world):
+    """One table in long/, plain RoPE in short/, both tables in two/."""
+    folder = tiny.make_run(world, "configs")
+    export(export_config(world, "run=configs"))
+    long, short, two = (io.read_json(folder / "export" / name / "config.json") for name in ("long", "short", "two"))
+    factors = Factors.load(folder / "factors.json")
+    assert (both := rope_hf.factors_of(two)) is not None
+    assert (both.rescale, both.attention_factor, both.short_attention_factor) == (factors.rescale, 1.2, 1.0)
+    assert set(two["auto_map"]) == {"AutoModelForCausalLM"}
+    for rope in (long["rope_parameters"], long["rope_scaling"]):
+        assert rope["short_factor"] == rope["long_factor"] == list(factors.rescale)
+        assert rope["attention_factor"] == rope["short_mscale"] == rope["long_mscale"] == rope["factor"] == 1
+        assert rope["rope_type"] == rope["type"] == "longrope"
+        assert rope["original_max_position_embeddings"] == tiny.L
+        assert rope["rope_theta"] == factors.spectrum.base
+    assert long["original_max_position_embeddings"] == long["max_position_embeddings"] == tiny.L
+    assert (short["max_position_embeddings"], short["rope_parameters"]["rope_type"]) == (tiny.L0, "default")
+    assert short.get("rope_scaling") is None
+    for values in (long, short, two):
+        assert values["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "names"), [("transformers", {"two"}), ("vllm", {"long", "short"}), ("sglang", {"long", "short"})]
+)
+def test_a_runtime_gets_the_folders_that_it_needs(world, runtime, names):
+    folder = tiny.make_run(world, f"for_{runtime}")
+    result = export(export_config(world, f"run={folder.name}", f"export.runtime={runtime}", "export.check=false"))
+    assert {file.name for file in (folder / "export").iterdir()} == set(result["folders"]) == names
+
+
+@pytest.mark.parametrize("attention_factor", [1.0, 1.2])
+def test_folders_with_the_same_weights_share_their_files(world, attention_factor, monkeypatch):
+    monkeypatch.setattr("lr2train.model.folder.SHARD_BYTES", 20_000)
+    folder = tiny.make_run(world, f"links_{attention_factor}", attention_factor)
+    export(export_config(world, f"run={folder.name}", "export.check=false"))
+    inodes = [
+        {file.name: file.stat().st_ino for file in (folder / "export" / name).glob("*.safetensors*")}
+        for name in ("short", "two", "long")
+    ]
+    assert len(inodes[0]) > 3, "several shards and their index"
+    assert inodes[0] == inodes[1]
+    assert (inodes[0] == inodes[2]) == (attention_factor == 1)
+    values = AutoModelForCausalLM.from_pretrained(folder / "export" / "two").state_dict()
+    assert all(torch.equal(values[key], one) for key, one in load_weights(folder / "model").items())
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: one for file in folder.glob("*.safetensors") for key, one in load_file(file).items()}
+
+
+def test_an_export_on_a_disk_without_hard_links_copies(world, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refused)
+    folder = tiny.make_run(world, "copies")
+    export(export_config(world, "run=copies"))
+    short, two = (folder / "export" / name / "model.safetensors" for name in ("short", "two"))
+    assert short.read_bytes() == two.read_bytes()
+    assert short.stat().st_ino != two.stat().st_ino
+
+
+def test_an_export_streams_its_weights(world, monkeypatch):
+    """Without the check no model is built, and no more than one file of weights is in memory."""
+    monkeypatch.setattr("lr2train.model.folder.SHARD_BYTES", 10_000)
+    monkeypatch.setattr(load, "load_whole", lambda *_: pytest.fail("must not load the model"))
+    folder = tiny.make_run(world, "streamed")
+    alive, most = [], 0
+    read = TensorReader.read
+
+    def watched(self, name, *rest):
+        nonlocal most
+        value = read(self, name, *rest)
+        alive.append((weakref.ref(value), value.nbytes))
+        most = max(most, sum(size for reference, size in alive if reference() is not None))
+        return value
+
+    monkeypatch.setattr(TensorReader, "read", watched)
+    export(export_config(world, "run=streamed", "export.check=false"))
+    sizes = [one.nbytes for one in load_weights(folder / "model").values()]
+    assert most <= 10_000 + 2 * max(sizes) < sum(sizes)
+
+
+def test_a_complete_folder_is_not_written_again(world, monkeypatch):
+    folder = tiny.make_run(world, "again")
+    first = export(export_config(world, "run=again"))
+    before = {path: path.stat().st_ino for path in folder.glob("export/*/*")}
+    second = export(export_config(world, "run=again"))
+    assert {path: path.stat().st_ino for path in folder.glob("export/*/*")} == before
+    assert {one["written"] for one in first["folders"].values()} == {True}
+    assert {one["written"] for one in second["folders"].values()} == {False}
+    (folder / "export" / "two" / "model.safetensors").unlink()
+    (folder / "model" / "tokenizer_config.json").write_text("{}")
+    monkeypatch.setattr(folders, "_stream", lambda *_: pytest.fail("the same weights are linked, and not read"))
+    third = export(export_config(world, "run=again"))
+    assert {one["written"] for one in third["folders"].values()} == {True}, "a file of them has changed"
+    assert (folder / "export" / "two" / "model.safetensors").exists()
+
+
+def test_folders_of_former_weights_do_not_stay(world):
+    folder = tiny.make_run(world, "trained_on")
+    export(export_config(world, "run=trained_on"))
+    tiny.make_model(folder / "model", tiny.factors_with(), seed=9)
+    export(export_config(world, "run=trained_on", "export.runtime=vllm"))
+    assert {file.name for file in (folder / "export").iterdir()} == {"long", "short"}
+    stored = load_weights(folder / "export" / "short")
+    assert all(torch.equal(stored[key], one) for key, one in load_weights(folder / "model").items())
+
+
+def test_an_export_of_one_folder_is_replaced_by_the_three(world):
+    folder = tiny.make_run(world, "old_layout")
+    shutil.copytree(folder / "model", folder / "export")
+    shutil.copyfile(folder / "factors.json", folder / "export" / "factors.json")
+    export(export_config(world, "run=old_layout"))
+    assert {file.name for file in (folder / "export").iterdir()} == {"long", "short", "two"}
+
+
+def test_a_model_with_one_window_has_one_folder(world):
+    from lr2train.rope import METHODS
+
+    folder = tiny.make_run(world, "one_window")
+    tiny.make_model(folder / "model")
+    METHODS["none"](tiny.SPECTRUM, tiny.L0).save(folder / "factors.json")
+    result = export(export_config(world, "run=one_window"))
+    assert result["folders"]["short"]["short_logit_difference"] == 0.0
+    assert {file.name for file in (folder / "export").iterdir()} == set(result["folders"]) == {"short"}
 
 
 def test_an_export_keeps_the_trained_dtype_unless_told(world):
@@ -454,9 +599,10 @@ def test_an_export_keeps_the_trained_dtype_unless_told(world):
     for more, name in (([], "bfloat16"), (["export.dtype=float16"], "float16")):
         result = export(export_config(world, "run=bf16", *more))
         assert result["dtype"] == name
-        assert json.loads((folder / "export" / "config.json").read_text())["dtype"] == name
-        stored = load_file(folder / "export" / "model.safetensors")
-        assert {tensor.dtype for tensor in stored.values()} == {load.DTYPES[name]}
+        for one in ("long", "short", "two"):
+            assert json.loads((folder / "export" / one / "config.json").read_text())["dtype"] == name
+            stored = load_file(folder / "export" / one / "model.safetensors")
+            assert {tensor.dtype for tensor in stored.values()} == {load.DTYPES[name]}
 
 
 def test_an_export_replaces_only_an_earlier_export(world, tmp_path):
@@ -468,23 +614,71 @@ def test_an_export_replaces_only_an_earlier_export(world, tmp_path):
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years"
     for _ in range(2):
         export(export_config(world, "run=careful", f"export.folder={tmp_path}/new/model"))
-    assert (tmp_path / "new" / "model" / "model.safetensors").exists()
+    assert (tmp_path / "new" / "model" / "two" / "model.safetensors").exists()
 
 
 def test_an_export_cut_short_leaves_the_old_one_and_can_be_repeated(world, monkeypatch):
     folder = tiny.make_run(world, "cut")
     export(export_config(world, "run=cut"))
-    before = {file.name: file.read_bytes() for file in (folder / "export").iterdir()}
+    before = contents(folder / "export")
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(export_module.Factors, "save", killed)
+        patch.setattr(folder_module, "copy_companions", killed)
         with pytest.raises(KeyboardInterrupt):
             export(export_config(world, "run=cut", "export.dtype=bfloat16"))
-    assert {file.name: file.read_bytes() for file in (folder / "export").iterdir()} == before
+    assert contents(folder / "export") == before
     assert export(export_config(world, "run=cut", "export.dtype=bfloat16"))["dtype"] == "bfloat16"
+
+
+def export_and_die(arguments: list[str], after: int) -> None:
+    """The export in this process, which kills itself after so many tensors."""
+    read, done = TensorReader.read, []
+
+    def read_and_die(self, *rest):
+        if len(done) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(1)
+        return read(self, *rest)
+
+    TensorReader.read = read_and_die
+    export(compose("export", arguments))
+
+
+def kill_exports(folder: Path, arguments: list[str], n_tensors: int) -> None:
+    """Kill an export in its first folder, then in its second, and note what each kill leaves."""
+    noted = []
+    for after in (3, n_tensors + 3):
+        if (pid := os.fork()) == 0:
+            export_and_die(arguments, after)
+        _, status = os.waitpid(pid, 0)
+        noted.append([os.WTERMSIG(status), sorted(file.name for file in (folder / "export").iterdir())])
+    (folder / "kills.json").write_text(json.dumps(noted))
+
+
+def test_an_export_killed_with_kill_9_is_made_whole_by_the_same_command(world):
+    folder, undisturbed = tiny.make_run(world, "killed"), tiny.make_run(world, "undisturbed")
+    arguments = tiny.arguments(world, "run=killed", "export.check=false")
+    n_tensors = len(load_weights(folder / "model"))
+    process = forking().Process(target=kill_exports, args=(folder, arguments, n_tensors))
+    process.start()
+    process.join(60)
+    assert json.loads((folder / "kills.json").read_text()) == [
+        [signal.SIGKILL, [".long.tmp"]],
+        [signal.SIGKILL, [".short.tmp", "long"]],
+    ]
+    result = export(compose("export", arguments))
+    assert {name: one["written"] for name, one in result["folders"].items()} == {
+        "long": False, "short": True, "two": True,
+    }  # fmt: skip
+    export(compose("export", tiny.arguments(world, "run=undisturbed", "export.check=false")))
+    of_run = [contents(one / "export") for one in (folder, undisturbed)]
+    for files in of_run:
+        for name in ("long", "short", "two"):
+            files.pop(f"{name}/README.md"), files.pop(f"{name}/lr2train.json")  # name of the run, time of its weights
+    assert of_run[0] == of_run[1]
 
 
 def test_an_export_copies_the_base_models_sampling_settings_and_templates(world, tmp_path):
@@ -497,8 +691,9 @@ def test_an_export_copies_the_base_models_sampling_settings_and_templates(world,
     values["model"]["path"] = str(base)
     (folder / "train.config.json").write_text(json.dumps(values))
     export(export_config(world, "run=talks"))
-    assert json.loads((folder / "export" / "generation_config.json").read_text()) == settings
-    assert (folder / "export" / "chat_template.jinja").read_text() == "{{ messages }}"
+    for name in ("long", "short", "two"):
+        assert json.loads((folder / "export" / name / "generation_config.json").read_text()) == settings
+        assert (folder / "export" / name / "chat_template.jinja").read_text() == "{{ messages }}"
     shutil.rmtree(base)
     export(export_config(world, "run=talks"))
     assert "is not here any more" in (folder / "log.txt").read_text()
@@ -519,8 +714,15 @@ def test_the_check_of_an_export_holds_one_model_at_a_time(world, monkeypatch):
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched(AutoModelForCausalLM.from_pretrained))
     monkeypatch.setattr(load, "load_whole", watched(load.load_whole))
+    monkeypatch.setattr(folders, "class_of", lambda folder: watched_class(folder, watched))
     export(export_config(world, "run=frugal"))
-    assert len(models) == 2
+    assert len(models) == 4
+
+
+def watched_class(folder: Path, watched):
+    made = class_of(folder)
+    made.from_pretrained = watched(made.from_pretrained)
+    return made
 
 
 def test_an_export_has_the_new_window_and_no_path_of_this_machine(world, tmp_path):
@@ -544,20 +746,23 @@ def test_an_export_has_the_new_window_and_no_path_of_this_machine(world, tmp_pat
         export(export_config(world, "run=window"))
     finally:
         os.umask(umask)
-    exported = folder / "export"
-    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=False)
-    assert tokenizer.model_max_length == tiny.L
-    generation = json.loads((exported / "generation_config.json").read_text())
-    assert generation == {"max_length": tiny.L, "eos_token_id": [1, 7]}
-    assert {file.name for file in exported.iterdir()} == {
-        "README.md", "config.json", "factors.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    usual = {
+        "README.md", "config.json", "generation_config.json", "lr2train.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
-    assert {file.stat().st_mode & 0o777 for file in exported.iterdir()} == {0o640}
-    for file in exported.iterdir():
-        assert str(tmp_path).encode() not in file.read_bytes()
-        assert str(world).encode() not in file.read_bytes()
-    assert "auto_map" not in (exported / "tokenizer_config.json").read_text()
+    for name, window in (("long", tiny.L), ("short", tiny.L0), ("two", tiny.L)):
+        exported = folder / "export" / name
+        tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=False)
+        assert tokenizer.model_max_length == window
+        generation = json.loads((exported / "generation_config.json").read_text())
+        assert generation == {"max_length": window, "eos_token_id": [1, 7]}
+        more = {"factors.json", "modeling_longrope2.py"} if name == "two" else set()
+        assert {file.name for file in exported.iterdir()} == usual | more
+        assert {file.stat().st_mode & 0o777 for file in exported.iterdir()} == {0o640}
+        for file in exported.iterdir():
+            assert str(tmp_path).encode() not in file.read_bytes()
+            assert str(world).encode() not in file.read_bytes()
+        assert "auto_map" not in (exported / "tokenizer_config.json").read_text()
 
 
 def test_an_export_is_on_the_disk_before_it_has_its_name(world, monkeypatch):
@@ -567,14 +772,14 @@ def test_an_export_is_on_the_disk_before_it_has_its_name(world, monkeypatch):
     monkeypatch.setattr(io, "sync_folder", lambda path: synced.append(f"{path.name}/"))
 
     def renamed(self, target):
-        if Path(target) == folder / "export":
+        if Path(target).parent == folder / "export":
             assert {file.name for file in self.iterdir()} | {f"{self.name}/"} <= set(synced)
             synced.clear()
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", renamed)
     export(export_config(world, "run=synced"))
-    assert "synced/" in synced
+    assert "export/" in synced
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 3e38])
@@ -582,16 +787,16 @@ def test_a_model_with_logits_that_are_not_finite_replaces_no_export(world, bad):
     """A weight that is not finite is refused at load; finite ones whose products are not are found by the logits."""
     folder = tiny.make_run(world, "useless")
     export(export_config(world, "run=useless"))
-    before = {file.name: file.read_bytes() for file in (folder / "export").iterdir()}
+    before = contents(folder / "export")
     said = (folder / "export.json").read_bytes()
     tensors = load_file(folder / "model" / "model.safetensors")
     tensors["model.norm.weight"][:] = bad
     save_file(tensors, folder / "model" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="not finite"):
         export(export_config(world, "run=useless"))
-    assert {file.name: file.read_bytes() for file in (folder / "export").iterdir()} == before
+    assert contents(folder / "export") == before
     assert (folder / "export.json").read_bytes() == said
-    assert not list(folder.glob(".export*"))
+    assert {file.name for file in (folder / "export").iterdir()} == {"long", "short", "two"}
 
 
 def refused_to(monkeypatch, folder: Path) -> None:
@@ -617,7 +822,7 @@ def test_a_run_in_a_folder_without_write_access_is_exported_and_generates(world,
         refused_to(patch, folder)
         export(export_config(world, "run=theirs", elsewhere))
         generate(generate_config(world, "run=theirs", "generate.prompt=ab"))
-    assert (tmp_path / "mine" / "model.safetensors").exists()
+    assert (tmp_path / "mine" / "long" / "model.safetensors").exists()
     said = capsys.readouterr().err
     assert f"{folder}/export.json is not written (Permission denied)" in said
     assert f"{folder}/generate.json is not written (Permission denied)" in said
@@ -671,7 +876,7 @@ def expected_text(folder: Path, prompt: str, n: int) -> str:
     """Greedy and without a cache: the run's weights under plain RoPE up to L0, in the exported longrope beyond."""
     tokenizer, long = (
         AutoTokenizer.from_pretrained(folder / "model"),
-        AutoModelForCausalLM.from_pretrained(folder / "export").eval(),
+        AutoModelForCausalLM.from_pretrained(folder / "export" / "two").eval(),
     )
     hf_config = load.config_of(load.ModelConfig(architecture={"model_type": "llama", **tiny.ARCHITECTURE}))
     short = AutoModelForCausalLM.from_config(hf_config).eval()
@@ -711,17 +916,19 @@ def test_generate_from_an_export_equals_generate_from_its_run(served, world):
     (world / "prompt.txt").write_text(prompt)
     file = f"generate.prompt_file={world}/prompt.txt"
     of_run = generate(generate_config(world, "run=served", file))
-    of_folder = generate(generate_config(world, f"model.path={served}/export", "name=elsewhere", file))
+    of_folder = generate(generate_config(world, f"model.path={served}/export/two", "name=elsewhere", file))
     assert without_times(of_folder) == without_times(of_run)
     assert json.loads((world / "elsewhere" / "generate.json").read_text()) == of_folder
+    whole_export = generate(generate_config(world, f"model.path={served}/export", file))
+    assert without_times(whole_export) == without_times(of_run)
     # an export that lost our file still has its config
-    (served / "export" / "factors.json").rename(world / "aside.json")
+    (served / "export" / "two" / "factors.json").rename(world / "aside.json")
     try:
-        assert without_times(generate(generate_config(world, f"model.path={served}/export", file))) == without_times(
-            of_run
-        )
+        assert without_times(
+            generate(generate_config(world, f"model.path={served}/export/two", file))
+        ) == without_times(of_run)
     finally:
-        (world / "aside.json").rename(served / "export" / "factors.json")
+        (world / "aside.json").rename(served / "export" / "two" / "factors.json")
 
 
 def test_a_base_run_generates_with_the_factors_of_its_folder(world):
@@ -747,7 +954,7 @@ def test_a_prompt_that_begins_with_bos_has_one(served, world, tmp_path):
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_each_of_several_end_tokens_ends_a_text(served, world, tmp_path, file):
     folder = tmp_path / "m"
-    shutil.copytree(served / "export", folder)
+    shutil.copytree(served / "export" / "two", folder)
     settings = [f"model.path={folder}", "generate.prompt=ab", "name=ends"]
     words = generate(generate_config(world, *settings))
     tokenizer = AutoTokenizer.from_pretrained(folder)

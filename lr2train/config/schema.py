@@ -83,6 +83,15 @@ class OverLong(Enum):  # no StrEnum, because `split` is a method of str
         return self.value
 
 
+class Runtime(StrEnum):
+    """A runtime that an export is for."""
+
+    all = "all"
+    transformers = "transformers"
+    vllm = "vllm"
+    sglang = "sglang"
+
+
 class WeightsOf(StrEnum):
     """A source's weight is a share of the tokens of each bucket, or of all tokens of the corpus; then every bucket is
     met too.
@@ -602,12 +611,16 @@ class LoggerConfig:
 
 @dataclass
 class ExportConfig:
-    """A folder for other runtimes."""
+    """Model folders for other runtimes."""
 
-    # The folder. null: runs/<run>/export.
+    # The folder that holds long/, short/ and two/. null: runs/<run>/export.
     folder: str | None = a_path()
     # The type of the exported weights. null: the trained weights' type.
     dtype: str | None = one_of(None, Dtype)
+    # The runtime whose folders are written. transformers: two/. vllm, sglang: long/ and short/. all: the three.
+    runtime: str = one_of(Runtime.all)
+    # Compare the logits of each folder with the run's. One whole model is in memory then, and never two.
+    check: bool = True
 
 
 @dataclass

@@ -9,7 +9,9 @@ the disk holds the old and the new folder for a moment.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -56,15 +58,65 @@ def write_folder(
         dtype: of the written weights; None: each parameter keeps its own.
         extras: called on rank 0 with the unfinished folder, to write further files into it.
     """
+    with replacing(folder) as temporary:
+        _write(model, config, temporary, gather, dtype, extras)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``folder``, which takes its place when the block ends. After an error it is removed.
+
+    Every rank may enter; rank 0 alone makes, renames and removes folders.
+    """
     temporary = folder.with_name(f".{folder.name}{io.TEMPORARY}")
     try:
-        _write(model, config, temporary, gather, dtype, extras)
+        if rank() == 0:
+            _remove(temporary)
+            temporary.mkdir(parents=True)
+        yield temporary
     except BaseException:
         if rank() == 0:
             _remove(temporary)  # gigabytes, and the disk may be full
         raise
     if rank() == 0:
         _take_the_place_of(folder, temporary)
+
+
+def write_stream(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> str:
+    """Write tensors to the safetensors files of a new folder as they come; no more than one file is held in memory.
+
+    Args:
+        tensors: (published name, value); in one process.
+        folder: exists, and holds no weights.
+
+    Returns:
+        The dtype of the first tensor, which is the embeddings'.
+    """
+    shards = _Shards(folder)
+    for name, tensor in tensors:
+        shards.add(name, tensor.contiguous())
+    shards.close()
+    return shards.dtype
+
+
+def share_weights(source: Path, folder: Path) -> None:
+    """Give a folder the weight files of another by hard links; where the disk has no links, by copies."""
+    names = [file.name for file in weight_files.files_of(source)[1:]]
+    for name in [*names, *([weight_files.INDEX] if (source / weight_files.INDEX).exists() else [])]:
+        try:
+            os.link(source / name, folder / name)
+        except OSError:
+            shutil.copyfile(source / name, folder / name)
+
+
+def shareable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the keys that name code which is not shipped, or a path of this machine."""
+    return {key: value for key, value in config.items() if key not in (*_CODE, *_PATHS)}
+
+
+def facts_of(model: Any) -> dict[str, Any]:
+    """The keys of config.json that follow from the model itself: its class, and whether its embeddings are tied."""
+    return _facts(model, model.state_dict(keep_vars=True))
 
 
 def _write(
@@ -79,9 +131,6 @@ def _write(
 
     own = model.state_dict(keep_vars=True)  # the parameters themselves: ZeRO gathers no copies
     shards = _Shards(folder)
-    if rank() == 0:
-        _remove(folder)
-        folder.mkdir(parents=True)
     for group in _groups(model, own):
         with gather([own[name] for name in group if isinstance(own[name], nn.Parameter)]):
             if rank() == 0:
@@ -90,8 +139,7 @@ def _write(
                     shards.add(name, tensor.contiguous())
     if rank() == 0:
         shards.close()
-        said = {key: value for key, value in config.items() if key not in (*_CODE, *_PATHS)}
-        io.write_json(folder / "config.json", {**said, **_facts(model, own), "dtype": shards.dtype})
+        io.write_json(folder / "config.json", {**shareable(config), **_facts(model, own), "dtype": shards.dtype})
         if extras is not None:
             extras(folder)
 
@@ -214,7 +262,7 @@ def _remove(folder: Path) -> None:
 def copy_companions(files: Iterable[Path], folder: Path, window_tokens: int) -> None:
     """Copy tokenizer, sampling and template files into the folder of a model with another window.
 
-    The tokenizer's ``model_max_length`` becomes the window, and ``max_length`` of generation is raised to the window.
+    The tokenizer's ``model_max_length`` and the ``max_length`` of generation, where there is one, become the window.
     Temporary files of a killed writer and unreadable JSON files are left out.
 
     Args:
@@ -228,21 +276,18 @@ def copy_companions(files: Iterable[Path], folder: Path, window_tokens: int) -> 
         if file.name == "tokenizer_config.json":
             _rewrite(file, folder, lambda values: {**values, "model_max_length": window_tokens})
         elif file.name == "generation_config.json":
-            _rewrite(file, folder, lambda values: {**values, **_longer(values, window_tokens)})
+            _rewrite(file, folder, lambda values: {**values, **_max_length(values, window_tokens)})
         else:
             shutil.copyfile(file, folder / file.name)
 
 
-def _longer(values: Mapping[str, Any], window_tokens: int) -> dict[str, Any]:
-    length = values.get("max_length")
-    return {"max_length": max(length, window_tokens)} if isinstance(length, (int, float)) else {}
+def _max_length(values: Mapping[str, Any], window_tokens: int) -> dict[str, Any]:
+    return {"max_length": window_tokens} if isinstance(values.get("max_length"), (int, float)) else {}
 
 
 def _rewrite(file: Path, folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     if values := values_in(file):
-        io.write_json(
-            folder / file.name, {key: value for key, value in change(values).items() if key not in (*_CODE, *_PATHS)}
-        )
+        io.write_json(folder / file.name, shareable(change(values)))
 
 
 def values_in(file: Path) -> dict[str, Any]:

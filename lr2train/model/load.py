@@ -35,7 +35,8 @@ from lr2train.rope.spectrum import Spectrum
 __all__ = [
     "DTYPES", "Gather", "StoredTensor", "assembled", "build_empty", "config_of", "copy_companions", "files_of",
     "folder_fingerprint",
-    "folder_of", "generation_files_of", "is_hub_id", "load_tokenizer", "load_whole", "plain_config", "safetensors_of",
+    "folder_of", "generation_files_of", "is_hub_id", "load_tokenizer", "load_whole", "plain_config", "planned",
+    "safetensors_of",
     "scratch_weights", "spectrum_of", "stop_ids_of",
     "whole", "write_folder",
 ]  # fmt: skip
@@ -124,6 +125,18 @@ def assembled(
     Raises:
         UserError: the weights do not belong to this model, or hold numbers that are not finite; raised on every rank.
     """
+    hf_config, _, conversions = planned(hf_config, dtype, tensors)
+    model = build_empty(hf_config, dtype, init_context)
+    fill(model, conversions, tensors, gather)
+    return model
+
+
+def planned(hf_config: Any, dtype: str, tensors: Mapping[str, StoredTensor]) -> tuple[Any, nn.Module, list[Conversion]]:
+    """A copy of the config that says whether the head is tied, the model on the meta device, and how it is filled.
+
+    Raises:
+        UserError: as ``assembled``, except for numbers that are not finite: none is read.
+    """
     hf_config = copy.deepcopy(hf_config)  # transformers writes dtype and attention into the config of a model
     twin, conversions = _twin_of(hf_config, dtype, tensors)
     if _two_heads(twin, conversions, tensors):
@@ -133,10 +146,8 @@ def assembled(
             "this head is used",
         )
         hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = False
-        _, conversions = _twin_of(hf_config, dtype, tensors)
-    model = build_empty(hf_config, dtype, init_context)
-    fill(model, conversions, tensors, gather)
-    return model
+        twin, conversions = _twin_of(hf_config, dtype, tensors)
+    return hf_config, twin, conversions
 
 
 def _twin_of(hf_config: Any, dtype: str, tensors: Mapping[str, StoredTensor]) -> tuple[Any, list[Conversion]]:

@@ -49,10 +49,14 @@ class WindowRotary(nn.Module):
     Attributes:
         window: "short" | "long", the table of the next forward pass.
         tables: window -> table.
+        keeps_fp32: cos and sin stay in fp32, whatever x's dtype (OLMo).
     """
 
-    def __init__(self, short_inv_freq: torch.Tensor, short_attention_factor: float, factors: Factors):
+    def __init__(
+        self, short_inv_freq: torch.Tensor, short_attention_factor: float, factors: Factors, keeps_fp32: bool = False
+    ):
         super().__init__()
+        self.keeps_fp32 = keeps_fp32
         self.tables = {"short": RopeTable(short_inv_freq, short_attention_factor)}
         self.use(factors)
         self.window = "short"
@@ -69,7 +73,8 @@ class WindowRotary(nn.Module):
             table = self.tables[self.window] = table.to(x.device)
         half = position_ids[..., None].float() * table.inv_freq  # [B, T, D]
         angles = torch.cat((half, half), dim=-1)  # [B, T, 2D]: dimensions i and i + D of a head turn together
-        return (angles.cos() * table.attention_factor).to(x.dtype), (angles.sin() * table.attention_factor).to(x.dtype)
+        dtype = torch.float32 if self.keeps_fp32 else x.dtype
+        return (angles.cos() * table.attention_factor).to(dtype), (angles.sin() * table.attention_factor).to(dtype)
 
 
 def long_table(factors: Factors) -> RopeTable:
@@ -101,29 +106,51 @@ def install(model: Any, factors: Factors) -> WindowRotary:
             f"{type(model).__name__} has no standard rotary_emb on its base model; set model.path to a RoPE model of "
             "the standard interface"
         )
-    inv_freq, attention_factor = _own_table(own, model.config)
+    fresh = _fresh(own, model.config)
+    inv_freq, attention_factor = _own_table(fresh, model.config)
     if len(inv_freq) != len(factors.rescale):
         raise UserError(
             f"the factors have {len(factors.rescale)} entries, the model rotates {len(inv_freq)} pairs; "
             "set rope.factors to factors of this model"
         )
-    base.rotary_emb = WindowRotary(inv_freq, attention_factor, factors)
+    base.rotary_emb = WindowRotary(inv_freq, attention_factor, factors, _keeps_fp32(fresh))
     return base.rotary_emb
 
 
-def _own_table(own: nn.Module, config: Any) -> tuple[torch.Tensor, float]:
-    """inv_freq [D] and attention factor of the model's own short window.
+def keeps_fp32(model: Any) -> bool:
+    """Whether the model's own rotary module returns cos and sin in fp32, whatever the model's dtype.
 
-    The module is built anew in fp32 on the CPU: the model's may have been built in another dtype or divided over ranks.
-    A ``longrope`` module starts with its short table. Its attention factor serves both windows in transformers; a
-    config with ``short_mscale`` names the short window's own.
+    Args:
+        model: a Hugging Face causal LM on any device, the meta device too, with its own rotary module.
+    """
+    return _keeps_fp32(_fresh(model.base_model.rotary_emb, model.config))
+
+
+def _fresh(own: nn.Module, config: Any) -> Any:
+    """The module built anew in fp32 on the CPU: the model's may have been built in another dtype or divided over
+    ranks.
     """
     default_dtype = torch.get_default_dtype()  # model code may compute its table in this dtype
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("cpu"):
-            fresh: Any = type(own)(copy.deepcopy(config))
+            make: Any = type(own)
+            return make(copy.deepcopy(config))
     finally:
         torch.set_default_dtype(default_dtype)
+
+
+@torch.no_grad()
+def _keeps_fp32(fresh: Any) -> bool:
+    x, positions = torch.zeros(1, 1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64)
+    return fresh(x, positions)[0].dtype == torch.float32
+
+
+def _own_table(fresh: Any, config: Any) -> tuple[torch.Tensor, float]:
+    """inv_freq [D] and attention factor of the model's own short window.
+
+    A ``longrope`` module starts with its short table. Its attention factor serves both windows in transformers; a
+    config with ``short_mscale`` names the short window's own.
+    """
     published = rope_hf.factors_of(config.to_dict())
     return fresh.inv_freq, float(published.short_attention_factor if published else fresh.attention_scaling)

@@ -227,7 +227,7 @@ def fill(
             tensors were read.
     """
     own = model.state_dict(keep_vars=True)
-    reader = _TensorReader(tensors)
+    reader = TensorReader(tensors)
     for group in _groups(conversions, own):
         parameters = {id(own[target]): own[target] for conversion in group for target in conversion.targets}
         gathered = [one for one in parameters.values() if isinstance(one, nn.Parameter)]
@@ -258,7 +258,7 @@ def bytes_of(tensor: Any) -> int:
     return getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
 
 
-class _TensorReader:
+class TensorReader:
     """Reads tensors and collects errors instead of raising them: a rank that left in the middle of a gather would hang
     the others.
     """
@@ -276,16 +276,21 @@ class _TensorReader:
             return
         dtype = own[conversion.targets[0]].dtype
         try:
-            for target, value in conversion.make(lambda name: self._read(name, dtype)).items():
+            for target, value in conversion.make(lambda name: self.read(name, dtype)).items():
                 own[target].copy_(value)
         except (OSError, SafetensorError) as error:
             why = config_json.brief(error)
             self._error = f"{some_of(conversion.sources)} cannot be read ({why}); fetch the model folder again"
 
-    def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor in the model's dtype; it is cast before it is stacked, as in transformers."""
+    def read(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The tensor, changed, in the model's dtype; it is cast before it is stacked, as in transformers."""
         stored = self._tensors[name]()
-        value = stored.to(dtype)
+        value = (change(stored) if change else stored).to(dtype)
         if not all_finite(value):
             count = int((~torch.isfinite(value)).sum())
             cast = f" in {str(dtype).removeprefix('torch.')}, which is too narrow" if all_finite(stored) else ""

@@ -307,14 +307,19 @@ def exported(inputs: ReportInputs) -> str | Missing:
         ("folder", f"<code>{text(one['folder'])}</code>"),
         ("size", f"{one['bytes'] / 1e6:,.1f} MB, {text(one['dtype'])}"),
     ]
-    for window in ("long", "short"):
-        pairs.append((f"{window} window", f"largest logit difference {one[f'{window}_logit_difference']:.2e}"))
+    for name, folder in one.get("folders", {}).items():
+        compared = [
+            f"largest logit difference {folder[key]:.2e} in the {window} window"
+            for window in ("short", "long")
+            if (key := f"{window}_logit_difference") in folder
+        ]
+        said = "; ".join([f"{folder['window_tokens']:,} tokens", *(compared or ["not compared"])])
+        pairs.append((f"<code>{text(name)}/</code>", said))
     sentence = (
-        "Plain transformers loaded the folder, and its logits were compared with lr2train's. The format has one "
-        "attention "
-        "factor for both windows. With a factor other than 1, the short window differs by design; the model card "
-        "says how "
-        "to serve it."
+        "transformers loaded each folder, and its logits were compared with lr2train's. long/ has one RoPE table for "
+        "every length and the attention factor in its weights; short/ is the original window; two/ has both tables "
+        "and is exact in both windows with trust_remote_code=True. The model card in each folder says what each "
+        "runtime does with it."
     )
     return heading("Export", sentence) + facts(pairs)
 

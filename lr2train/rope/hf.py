@@ -4,14 +4,15 @@ Configs are plain dicts (config.json, or ``config.to_dict()``). transformers 5 k
 ``rope_parameters``. Before, there were ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling``, with "type" for
 "rope_type" and "su" (Phi-3, at times "yarn") for "longrope".
 
-Choice: ``write`` puts one dict under both names, with every number written out, so a runtime has nothing to infer:
+Choice: ``write`` (both windows), ``write_one_table`` (the long table alone) and ``write_short_window`` put one dict
+under both names, with every number written out, so a runtime has nothing to infer. What runtimes do with both windows:
 
 - transformers applies ``attention_factor`` to both windows. Below the original window its model is the trained one only
   where this factor equals the short window's own. The config has no key that would say otherwise.
 - vLLM and SGLang read ``short_mscale`` and ``long_mscale`` instead, and fall back to sqrt(1 + ln s / ln L0) for both
   windows. ``write`` gives the short window's own factor and the long factor. Cost: transformers logs one "Unrecognized
   keys" warning and ignores both.
-- llama.cpp's converter computes sqrt(1 + ln s / ln L0) itself, whatever is written.
+- llama.cpp's converter reads the type alone for Llama and Mistral, and writes no factors.
 - Phi-3 in transformers 4 accepts exactly three keys in ``rope_scaling`` and refuses these dicts; that is better than a
   wrong attention factor.
 
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +51,7 @@ _SHARES = ("partial_rotary_factor", "rotary_pct")
 _TABLES = ("long_factor", "short_factor")
 _DICTS = ("rope_scaling", "rope_parameters")
 _TEXTS = ("rope_type", "type")
+_WRITTEN = (*_DICTS, "rope_theta", "original_max_position_embeddings")  # what ``write`` puts into a config
 
 
 def refuse_wrong_values(config: Mapping[str, Any], where: str) -> None:
@@ -196,6 +198,51 @@ def write(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
     Raises:
         UserError: the factors were made for another rotary dimension or base than the config's.
     """
+    _refuse_other_spectrum(config, factors)
+    rope = _longrope_dict(factors, factors_of(config))
+    return _with_longrope(config, rope, factors.spectrum.window_tokens, factors)
+
+
+def write_one_table(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
+    """A copy of the config with the long table at every length, for weights that hold the attention factor.
+
+    Both tables are the long one, the original window is the target, and every factor is 1, so that no runtime can
+    choose or infer anything else.
+
+    Raises:
+        UserError: as ``write``.
+    """
+    _refuse_other_spectrum(config, factors)
+    rescale, target = factors.rescale, factors.target_window_tokens
+    rope = _table_dict(factors.spectrum.base, 1.0, target, rescale, rescale, (1.0, 1.0))
+    return _with_longrope(config, rope, target, factors)
+
+
+def write_short_window(config: dict[str, Any], window_tokens: int) -> dict[str, Any]:
+    """A copy of a trained model's config for texts of its original window alone: plain RoPE, or the base's own short
+    table.
+
+    Args:
+        config: plain, or as ``write`` made it.
+        window_tokens: L0.
+    """
+    own = factors_of(config)
+    said = {key: value for key, value in copy.deepcopy(config).items() if key not in _WRITTEN}
+    said |= {"max_position_embeddings": window_tokens, "original_max_position_embeddings": window_tokens}
+    if own is None:
+        return said | {key: copy.deepcopy(config[key]) for key in ("rope_theta", *_DICTS) if config.get(key)}
+    short, factor, base = own.short_rescale or (), own.short_attention_factor, own.spectrum.base
+    partial = {} if (share := _partial(config)) is None else {"partial_rotary_factor": share}
+    if factor == 1 and all(value == 1 for value in short):
+        rope = {"rope_type": "default", "rope_theta": base, **partial}
+        return said | {"rope_theta": base, "rope_parameters": rope}
+    rope = _table_dict(base, 1.0, window_tokens, short, short, (factor, factor)) | partial
+    return (
+        said | {"rope_theta": base} | _head_dim(config) | {"rope_parameters": rope, "rope_scaling": copy.deepcopy(rope)}
+    )
+
+
+def _refuse_other_spectrum(config: dict[str, Any], factors: Factors) -> None:
     own, made_for = spectrum_of(config), factors.spectrum
     if (own.rotary_dim, own.base) != (made_for.rotary_dim, made_for.base):
         raise UserError(
@@ -203,32 +250,55 @@ def write(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
             f"but the model has {own.rotary_dim} and {own.base:g}; "
             "set rope.factors to factors of this model"
         )
-    rope = _longrope_dict(factors, factors_of(config))
+
+
+def _with_longrope(
+    config: dict[str, Any], rope: dict[str, Any], window_tokens: int, factors: Factors
+) -> dict[str, Any]:
+    """The config with a ``longrope`` dict under both names, and the switch at ``window_tokens``."""
     if (partial := _partial(config)) is not None:
         rope["partial_rotary_factor"] = partial
-    return copy.deepcopy(config) | {
-        "max_position_embeddings": factors.target_window_tokens,
-        "original_max_position_embeddings": made_for.window_tokens,  # Phi-3 and converters read the outer key
-        "rope_theta": made_for.base,
-        "rope_parameters": rope,
-        "rope_scaling": copy.deepcopy(rope),
-    }
+    return (
+        copy.deepcopy(config)
+        | _head_dim(config)
+        | {
+            "max_position_embeddings": factors.target_window_tokens,
+            "original_max_position_embeddings": window_tokens,  # Phi-3 and converters read the outer key
+            "rope_theta": factors.spectrum.base,
+            "rope_parameters": rope,
+            "rope_scaling": copy.deepcopy(rope),
+        }
+    )
 
 
 def _longrope_dict(factors: Factors, own: Factors | None) -> dict[str, Any]:
     """The keys of ``longrope``; ``own`` are the factors that the config carries already."""
     short = (own and own.short_rescale) or (1.0,) * factors.spectrum.n_dims
+    scales = (own.short_attention_factor if own else 1.0, factors.attention_factor)
+    spectrum = factors.spectrum
+    return _table_dict(spectrum.base, factors.scale, spectrum.window_tokens, short, factors.rescale, scales)
+
+
+def _table_dict(
+    base: float,
+    factor: float,
+    window_tokens: int,
+    short: Sequence[float],
+    long: Sequence[float],
+    scales: tuple[float, float],
+) -> dict[str, Any]:
+    """Every key of ``longrope`` that a runtime reads; ``scales`` are the attention factors (short, long)."""
     return {
         "rope_type": "longrope",
         "type": "longrope",
-        "rope_theta": factors.spectrum.base,
-        "factor": factors.scale,
-        "original_max_position_embeddings": factors.spectrum.window_tokens,
-        "long_factor": list(factors.rescale),
+        "rope_theta": base,
+        "factor": factor,
+        "original_max_position_embeddings": window_tokens,
+        "long_factor": list(long),
         "short_factor": list(short),
-        "attention_factor": factors.attention_factor,
-        "long_mscale": factors.attention_factor,
-        "short_mscale": own.short_attention_factor if own else 1.0,
+        "attention_factor": scales[1],
+        "long_mscale": scales[1],
+        "short_mscale": scales[0],
     }
 
 
@@ -257,6 +327,13 @@ def _kind(rope: dict[str, Any]) -> str:
 def _rotary_dim(config: dict[str, Any]) -> int:
     head_dim = config.get("head_dim") or int(_need(config, "hidden_size")) // int(_need(config, "num_attention_heads"))
     return int(head_dim * _first(_partial(config), 1.0))
+
+
+def _head_dim(config: dict[str, Any]) -> dict[str, int]:
+    """The head dimension where its key is null (Mixtral), against which transformers checks tables of ``longrope``."""
+    if "head_dim" not in config or config["head_dim"] is not None:
+        return {}
+    return {"head_dim": int(_need(config, "hidden_size")) // int(_need(config, "num_attention_heads"))}
 
 
 def _original_window(config: dict[str, Any], rope: dict[str, Any]) -> int:

@@ -1,0 +1,192 @@
+"""What each runtime does with each folder of an export: command, what is exact, what is not. For cards and terminal.
+
+Each sentence was checked by running the runtime (transformers 5.23, vLLM 0.32 on CPU, llama.cpp), or, where ``READ`` is
+said, in the runtime's code alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lr2train.rope.factors import Factors
+
+HERE = "."  # a folder in its own model card: a card names no path of the machine that wrote the card
+FOLDERS_OF = {
+    "all": ("long", "short", "two"),
+    "transformers": ("two",),
+    "vllm": ("long", "short"),
+    "sglang": ("long", "short"),
+}
+_READ = "Read in its code, not run."
+
+
+@dataclass(frozen=True)
+class Line:
+    """One runtime and one folder.
+
+    Attributes:
+        runtime: its name.
+        folder: "long" | "short" | "two".
+        command: with ``{folder}`` in the place of the folder.
+        exact: what is computed as in training.
+        limits: what is not, or what to mind.
+    """
+
+    runtime: str
+    folder: str
+    command: str
+    exact: str
+    limits: str = ""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The two windows of a model.
+
+    Attributes:
+        factors: of the long window.
+        short_factor: attention factor of the short window.
+        plain_short: the short window has plain RoPE, and no table of its own.
+    """
+
+    factors: Factors
+    short_factor: float = 1.0
+    plain_short: bool = True
+
+
+def lines_of(windows: Windows, folders: Sequence[str]) -> list[Line]:
+    """The lines for the folders that an export holds."""
+    original, target = windows.factors.spectrum.window_tokens, windows.factors.target_window_tokens
+    every = [
+        *_transformers(windows, original),
+        *_server("vLLM", "vllm serve {folder}", original, target, ""),
+        *_server("SGLang", "python -m sglang.launch_server --model-path {folder}", original, target, _READ),
+        Line(
+            "llama.cpp", "short", "python convert_hf_to_gguf.py {folder}", f"texts of up to {original} tokens",
+            "Do not convert long/ or two/ of a Llama or Mistral with it: it leaves the factors out, and llama.cpp "
+            "serves plain RoPE at every length without a word. For Qwen2 and Qwen3 it has no factors at all.",
+        ),
+        Line(
+            "TensorRT-LLM", "long", "trtllm-serve {folder}", f"texts of {original + 1} to {target} tokens",
+            f"Shorter texts are under the long table too. {_READ}",
+        ),
+        Line("TensorRT-LLM", "short", "trtllm-serve {folder}", f"texts of up to {original} tokens", _READ),
+    ]  # fmt: skip
+    if not windows.plain_short:
+        every = [line for line in every if line.runtime != "llama.cpp"]  # not checked
+    if target <= original:
+        every = [_one_window(line) for line in every if line.folder == "short"]
+    return [line for line in every if line.folder in folders]
+
+
+def _one_window(line: Line) -> Line:
+    return Line(line.runtime, line.folder, line.command, line.exact)
+
+
+def _transformers(windows: Windows, original: int) -> list[Line]:
+    load = "AutoModelForCausalLM.from_pretrained('{folder}'"
+    factor, short_factor = windows.factors.attention_factor, windows.short_factor
+    below = (
+        f"Texts of up to {original} tokens are exact too."
+        if factor == short_factor
+        else f"Texts of up to {original} tokens get the attention factor {factor:g} in the place of "
+        f"{short_factor:g}, and are off."
+    )
+    return [
+        Line(
+            "transformers", "two", f"{load}, trust_remote_code=True)",
+            "every length, across the switch in generate; each text of a padded batch; chunked prefill, static cache",
+            "Refused: a cache that a caller carries across the switch, speculative decoding, continuous batching.",
+        ),
+        Line(
+            "transformers", "two", f"{load})", f"batches of one length, above {original} tokens",
+            f"{below} Only the Phi-3 family computes its cache anew when a text grows beyond {original} tokens. One "
+            "long text puts all texts of its batch under the long table.",
+        ),
+        Line(
+            "transformers", "long", f"{load})", f"texts of more than {original} tokens",
+            "Shorter texts are under the long table too.",
+        ),
+        Line("transformers", "short", f"{load})", f"texts of up to {original} tokens"),
+    ]  # fmt: skip
+
+
+def _server(runtime: str, command: str, original: int, target: int, read: str) -> list[Line]:
+    hand_over = "A text that ends here for its length goes on at a server of long/: send prompt and text there. "
+    return [
+        Line(
+            runtime, "long", command, f"texts of {original + 1} to {target} tokens",
+            f"Shorter texts are under the long table too. Do not serve two/: one table would serve all. {read}".strip(),
+        ),
+        Line(runtime, "short", command, f"texts of up to {original} tokens", f"{hand_over}{read}".strip()),
+    ]  # fmt: skip
+
+
+def in_words(line: Line, folder: str | Path) -> str:
+    """One line for the terminal."""
+    limits = f" {line.limits}" if line.limits else ""
+    return f"{line.runtime}, {line.folder}/: {line.command.format(folder=folder)}: exact for {line.exact}.{limits}"
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [long-context, longrope2, lr2train]
+---
+# {name}
+
+{base} extended from {original} to {target} tokens with LongRoPE2 (mixed context window training, lr2train).
+
+{about}
+
+| runtime | command | exact for | limits |
+|---|---|---|---|
+{rows}
+
+The model was trained with its original RoPE up to {original} tokens (attention factor {short_factor:g}) and with
+searched factors ({method}, attention factor {factor:g}) beyond. The text's total length, prompt and generated tokens
+together, decides. When a text grows beyond {original} tokens, its cache has to be computed anew.
+"""
+_ABOUT = {
+    "long": "This folder is for texts of more than {original} tokens. It has one RoPE table for every length, and the "
+    "attention factor is part of the weights of q and k, so that no runtime has to choose or know anything.",
+    "short": "This folder is for texts of up to {original} tokens. It has the trained weights and the model's original "
+    "RoPE.",
+    "two": "This folder has both RoPE tables (`longrope`). `modeling_longrope2.py` chooses the table of each text; "
+    "`lr2train generate model.path=<this folder>` does so too.",
+}
+_ONE_WINDOW_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [lr2train]
+---
+# {name}
+
+{base} trained with lr2train at its original window of {original} tokens.
+
+| runtime | command | exact for | limits |
+|---|---|---|---|
+{rows}
+"""
+
+
+def card(folder: str, name: str, base: str | None, windows: Windows) -> str:
+    """The model card of a folder."""
+    lines, factors = lines_of(windows, (folder,)), windows.factors
+    rows = [
+        f"| {line.runtime} | `{line.command.format(folder=HERE)}` | {line.exact} | {line.limits} |" for line in lines
+    ]
+    original, target = factors.spectrum.window_tokens, factors.target_window_tokens
+    return (_CARD if target > original else _ONE_WINDOW_CARD).format(
+        name=name,
+        base=Path(base or "A model trained from scratch").name,
+        original=original,
+        target=target,
+        about=_ABOUT[folder].format(original=original),
+        rows="\n".join(rows),
+        short_factor=windows.short_factor,
+        method=factors.method,
+        factor=factors.attention_factor,
+    )

@@ -1,0 +1,106 @@
+"""Tiny trained-looking models of every family that `train` takes, windows 32 -> 128, and what they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lr2train.model import load, rotary
+from lr2train.rope import METHODS, Factors
+from lr2train.rope import hf as rope_hf
+from lr2train.serving import folders
+
+L0, L, VOCAB = 32, 128, 40
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": L0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+OWN_TABLE = {
+    "type": "longrope", "short_factor": [1.0, 1.05, 1.1, 2.0], "long_factor": [1.0, 4.0, 8.0, 8.0],
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2, biases": {"model_type": "qwen2"},
+    "qwen3, norms of a head": {"model_type": "qwen3", "head_dim": 16},
+    "phi3, partial": {"model_type": "phi3", "partial_rotary_factor": 0.5, "original_max_position_embeddings": L0},
+    "phi3, own short table": {
+        "model_type": "phi3", "rope_scaling": OWN_TABLE, "original_max_position_embeddings": L0,
+        "max_position_embeddings": 4 * L0,
+    },
+    "olmo2, norms of a projection": {"model_type": "olmo2"},
+    "stablelm, partial, norms, biases": {
+        "model_type": "stablelm", "partial_rotary_factor": 0.5, "qk_layernorm": True, "use_qkv_bias": True,
+    },
+    "smollm3, a layer without RoPE": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "granite": {"model_type": "granite"},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_neox, partial": {"model_type": "gpt_neox", "rotary_pct": 0.5, "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+def tokens(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    """Random ids [rows, length], no special ones."""
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model folder as `train` leaves it, and its factors."""
+
+    folder: Path
+    factors: Factors
+
+    def source(self, dtype: str) -> folders.Source:
+        """For ``folders.write``."""
+        values = load.plain_config(load.config_of(load.ModelConfig(path=str(self.folder))))
+        return folders.Source(self.folder, values, self.factors, dtype)
+
+    def ours(self, dtype: torch.dtype) -> tuple[Any, rotary.WindowRotary]:
+        """The model under our own two tables; in fp64 the attention factor is not rounded to fp32."""
+        model = loaded(self.folder, dtype)
+        table = rotary.install(model, self.factors)
+        if dtype == torch.float64:
+            table.__class__ = ExactScale
+        return model, table
+
+
+class ExactScale(rotary.WindowRotary):
+    """cos and sin as transformers has them, in fp32, times the attention factor in x's dtype."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``WindowRotary``."""
+        scale, table = self.tables[self.window].attention_factor, self.tables[self.window]
+        self.tables[self.window] = table._replace(attention_factor=1.0)
+        cos, sin = super().forward(x, position_ids)
+        self.tables[self.window] = table
+        return cos.to(x.dtype) * scale, sin.to(x.dtype) * scale
+
+
+def loaded(folder: Path, dtype: torch.dtype, **more: Any) -> Any:
+    """By plain transformers, unless told otherwise."""
+    attention = {} if dtype != torch.float64 else {"experts_implementation": "eager"}  # the default takes no fp64
+    config = AutoConfig.from_pretrained(folder)
+    attention = attention if hasattr(config, "num_local_experts") else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **attention, **more).eval()
+
+
+def train(folder: Path, family: str, dtype: torch.dtype, factor: float = 1.3) -> Trained:
+    """Random weights, norms and biases too: a row that is folded wrongly shows."""
+    torch.manual_seed(0)
+    values = {**SIZES, **FAMILIES[family]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), dtype=dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 1.0)
+    values = load.plain_config(model.config)
+    spectrum = rope_hf.spectrum_of(values)
+    tail = [4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 8.5, 9.0][: spectrum.n_dims - 1]
+    factors = METHODS["longrope2"](spectrum, L, critical_index=1, tail=tail, attention_factor=factor)
+    load.write_folder(model, rope_hf.write(values, factors), folder, dtype=dtype)
+    return Trained(folder, factors)
