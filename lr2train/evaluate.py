@@ -1,15 +1,17 @@
-"""evaluate: needle maps, perplexity, RULER, retrieval and short tasks, of one model or of several side by side.
+"""evaluate: needle maps, perplexity, RULER, retrieval and short tasks, for one model or several models side by side.
 
     lr2train evaluate run=tiny_4k                                   needles, before and after training
     lr2train evaluate run=tiny_4k eval=ruler                        suites: needles ruler retrieval short paper quick
-    lr2train evaluate run=[/models/llama3,first] eval=short         any runs, folders, hub ids; the first is the base
-    lr2train evaluate name=other model.path=… rope.factors=… data.path=runs/corpus     a model under factors
+    lr2train evaluate 'run=[/models/llama3,first]' eval=short       runs, folders, hub ids; the first is the base
+    lr2train evaluate name=other model.path=… rope.factors=… data.path=runs/corpus     no run: a model under factors
 
 Under a launcher (deepspeed, torchrun) the samples are spread over the ranks. A run is evaluated with the dtype, corpus
-and needles of its training, unless the command names others. Writes into the run's folder (of several, or of a
-read-only run: into ``runs/<name>``): ``evaluate.json``, and under ``evaluation/`` table.txt, scores.csv, needles.png
-and a folder for each model with every sample. The same command resumes an interrupted evaluation; nothing is computed
-twice.
+and needles of its training, unless the command sets others.
+
+Results of one run go to the run's folder. All other results go to ``runs/<name>``: several models, a model folder, or a
+read-only run. The files are ``evaluate.json``, and under ``evaluation/`` table.txt, scores.csv, needles.png and one
+folder per model with every sample. The same command resumes an interrupted evaluation: an answer in the journal is not
+computed again.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     lr2train export run=tiny_4k [export.runtime=vllm] [export.dtype=bfloat16] [export.folder=…]
 
-    runs/tiny_4k/export/long/    one table at every length, the attention factor in the weights: for every runtime
-    runs/tiny_4k/export/short/   the original window alone: for every runtime
+    runs/tiny_4k/export/long/    the rescaled table at every length, the attention factor in the weights: long texts
+    runs/tiny_4k/export/short/   the original window alone: short texts, in every runtime
     runs/tiny_4k/export/two/     both tables: for `lr2train generate`, and for transformers with trust_remote_code=True
 
-Weights are read and written as a stream. Then the logits of each folder are compared with the run's, one model at a
-time (``export.check``). The differences are in ``export.json`` of the run's folder, where that may be written.
+docs/SERVING.md says which runtime needs which folder. Weights are read and written as a stream. Then the logits of each
+folder are compared with the run's, one model at a time (``export.check``). The run's ``export.json`` holds the
+differences; it is left out if the run's folder is read-only.
 """
 
 from __future__ import annotations

@@ -547,49 +547,53 @@ class EvalConfig:
 
     # What is measured: names of tasks or of groups of tasks. docs/EVALUATION.md lists all.
     tasks: list[str] = field(default_factory=lambda: ["needles"])
-    # Lengths of prompts and documents, tokens; none beyond the target window. Empty: 4096, doubling up to it.
+    # Lengths of prompts and documents, tokens. A length beyond the target window is refused.
+    # Empty: 4096 (L0, if L0 is smaller), doubling, and the target window.
     lengths_tokens: list[int] = number([], least=2)
     # Depths of the needle: 0 is the start of the document, 1 its end.
     depths: list[float] = number([0.0, 0.25, 0.5, 0.75, 1.0], least=0, most=1)
-    # needles: documents for each length and depth. The paper runs 10.
+    # needles: documents for each length, depth and wording. The paper has 10.
     samples: int = number(10, least=1, most=_MOST)
-    # needles: needles beside the one that is asked for (RULER's multi-key). The paper has none.
+    # needles: further needles in a document that are not asked for (RULER's multi-key). The paper has none.
     distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
     # needles: wordings of needle and question. Empty: data.needles.wording.
     wordings: list[str] = field(default_factory=list)
-    # needles: plain documents for each length, for perplexity.
+    # needles: documents without needles for each length, for text perplexity.
     text_documents: int = number(4, least=1, most=_MOST)
-    # RoPE scaling methods that are shown beside, on the untrained model; none is the model as it was.
+    # RoPE scaling methods of the untrained model, one row each; none: no RoPE scaling. Read for one training run, or
+    # for model.path without run.
     methods: list[str] = field(default_factory=lambda: ["none", "pi", "ntk", "yarn"])
-    # Whether the untrained model under the run's factors has a row of its own.
+    # Whether the untrained model under the run's factors has a row. Read for one training run.
     untrained: bool = True
-    # Whether prompts of lm-eval's tasks are chats, in the template of the model's tokenizer.
+    # Whether prompts of lm-eval's tasks are put into the chat template of the model's tokenizer.
     chat_template: bool = False
     # RULER: samples for each task and length. The paper has 100, RULER's own code 500.
     ruler_samples: int = number(100, least=1, most=_MOST)
-    # RULER: folder of texts that needles are hidden in. null: the held-out documents of data.path.
+    # needles and RULER: folder of .txt files to hide needles in. null: the held-out documents of data.path.
     essays: str | None = a_path()
-    # RULER: SQuAD 2.0 file (dev-v2.0.json) of qa_1, or rajpurkar/squad_v2 with model.allow_download=true.
+    # RULER: SQuAD 2.0 file (dev-v2.0.json) for qa_1, or rajpurkar/squad_v2 with model.allow_download=true.
     squad: str | None = a_path()
-    # RULER: HotpotQA file (hotpot_dev_distractor_v1.json) of qa_2, or hotpotqa/hotpot_qa with allow_download.
+    # RULER: HotpotQA file (hotpot_dev_distractor_v1.json) for qa_2, or hotpotqa/hotpot_qa with
+    # model.allow_download=true.
     hotpotqa: str | None = a_path()
-    # LOFT: folder that its download script fills (one folder a task, then a length).
+    # LOFT: folder that LOFT's download script fills (a folder for each task, in it one for each length).
     loft: str | None = a_path()
-    # InfiniteBench: folder of its .jsonl files.
+    # InfiniteBench: folder of the benchmark's .jsonl files.
     infinitebench: str | None = a_path()
-    # LongBench: folder of its .jsonl files.
+    # LongBench: folder of the benchmark's .jsonl files.
     longbench: str | None = a_path()
     # Folder of further lm-eval task files (YAML). Code that a task file names is refused.
     task_path: str | None = a_path()
-    # Most samples of a task whose samples come from a file or from lm-eval. null: all.
+    # LOFT, InfiniteBench, LongBench and lm-eval: most samples of a task. null: all.
     limit: int | None = number(None, least=1)
-    # Tokens that are computed together: short samples are batched up to this number.
+    # Short samples are batched up to this number of tokens. A longer sample, or eval.shard=true: one sample a batch.
     batch_tokens: int = number(16384, least=1)
-    # Tokens of a chunk of a long prompt, where the activations of a whole prompt do not fit. 0: whole.
+    # Tokens of a chunk of a long prompt or scored document; smaller chunks need less memory for activations. 0: prompts
+    # in chunks of 8192 tokens, scored documents whole.
     chunk_tokens: int = number(0, least=0)
     # Whether the model is divided over all ranks (ZeRO-3), for a model that does not fit one device.
     shard: bool = False
-    # Seed of the documents.
+    # Seed of needle documents, texts and RULER's samples.
     seed: int = number(0, least=-(2**63), most=2**63 - 1)
 
 
@@ -613,13 +617,13 @@ class LoggerConfig:
 class ExportConfig:
     """Model folders for other runtimes."""
 
-    # The folder that holds long/, short/ and two/. null: runs/<run>/export.
+    # The folder for long/, short/ and two/. null: runs/<run>/export.
     folder: str | None = a_path()
-    # The type of the exported weights. null: the trained weights' type.
+    # Data type of the exported weights. null: the data type of the trained weights.
     dtype: str | None = one_of(None, Dtype)
-    # The runtime whose folders are written. transformers: two/. vllm, sglang: long/ and short/. all: the three.
+    # The runtime whose folders are written. transformers: two/. vllm, sglang: long/ and short/. all: all three.
     runtime: str = one_of(Runtime.all)
-    # Compare the logits of each folder with the run's. One whole model is in memory then, and never two.
+    # Whether the logits of each folder are compared with the run's. The comparison holds one whole model in memory.
     check: bool = True
 
 
