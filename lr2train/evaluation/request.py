@@ -1,7 +1,7 @@
 """What is asked of a model and what the model answers: the types that all benchmarks share.
 
 Choice: a benchmark is a ``Task``: it makes samples, and grades answers. It knows nothing of models, ranks or files. Who
-asks the model (``asking``) knows nothing of benchmarks. Cost: a task whose second question depends on the first answer
+asks the model (``answers``) knows nothing of benchmarks. Cost: a task whose second question depends on the first answer
 cannot be written.
 """
 
