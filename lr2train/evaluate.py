@@ -101,9 +101,8 @@ def _evaluated(
         full = suite.config.data.verify and int(os.environ.get("LOCAL_RANK", 0)) == 0
         control.together(lambda: corpus.verify(full=full))
     suite.load_harness(job.log)
-    everything = [
-        _made(suite, subject, number == 0) for number, subject in enumerate(models.subjects)
-    ]  # refuses bad input before any model is loaded
+    # refuses bad input before any model is loaded
+    everything = [_made(suite, subject, number == 0) for number, subject in enumerate(models.subjects)]
     suite.refuse_nothing(any(everything))
     measured = [
         _measured(subject, tasks, suite, job, device)
@@ -127,9 +126,10 @@ def _made(suite: Suite, subject: Subject, keep: bool) -> list[Asked]:
     Each task's samples are made by one rank, which also fills the cache on disk for the others. They are kept for the
     first model alone: those of all models may not fit into memory.
     """
-    tasks = suite.tasks(subject)
+    found: list[Asked] = []
 
     def make() -> dict[int, int]:
+        found.extend(map(Asked, suite.tasks(subject)))
         counted = {}
         for number in range(ranks.rank(), len(found), ranks.world()):
             samples = found[number].task.samples()
@@ -137,7 +137,6 @@ def _made(suite: Suite, subject: Subject, keep: bool) -> list[Asked]:
             found[number].samples = samples if keep else None
         return counted
 
-    found = [Asked(task) for task in tasks]
     for counted in control.together(make):
         for number, total in counted.items():
             found[number].total_tokens = total
@@ -258,6 +257,7 @@ def _written(
     folder = job.folder / "evaluation"
 
     def write() -> dict[str, Any]:
+        """Every file; returns the contents of ``evaluate.json``."""
         whole = _with_earlier(result, job.folder / "evaluate.json")
         known = results.from_json(whole["scores"])
         made = tables.all_tables(known, labels)

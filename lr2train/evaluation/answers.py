@@ -103,9 +103,14 @@ class Answers:
                 mine = batches[min(ranks.rank(), len(batches) - 1)]
                 kept = ranks.rank() < len(batches)  # in lockstep the others answer too, and drop what they said
                 answers = control.from_all(self._answered([requests[number] for number in mine], kept))
-                for batch, said in zip(batches, answers, strict=False):
-                    self._take([keys[number] for number in batch], said, failed)
-                    done += sum(requests[number].total_tokens for number in batch)
+                # a rank without a batch of its own has said nothing that is kept
+                said = {
+                    keys[n]: one
+                    for batch, some in zip(batches, answers, strict=False)
+                    for n, one in zip(batch, some, strict=True)
+                }
+                self._take(said, failed)
+                done += sum(requests[number].total_tokens for batch in batches for number in batch)
                 tick(done, total_tokens, f"{len(failed)} failed" if failed else "")
         return failed
 
@@ -130,14 +135,13 @@ class Answers:
             return [answer for request in requests for answer in self._answered([request], True)]
         return [Answer(self.model.subject.window(requests[0].total_tokens), error=reason)]
 
-    def _take(self, keys: Sequence[str], answers: Sequence[Answer], failed: dict[str, Answer]) -> None:
-        """Remember the answers of a batch, on every rank, and write them down on rank 0."""
-        good = {key: answer for key, answer in zip(keys, answers, strict=True) if answer.error is None}
-        for key, answer in zip(keys, answers, strict=True):
-            if key not in good:
-                if not failed:
-                    self._log(f"a sample failed and the rest goes on: {answer.error}")
-                failed[key] = answer
+    def _take(self, said: Mapping[str, Answer], failed: dict[str, Answer]) -> None:
+        """Remember the answers of a round, on every rank, and write them down on rank 0."""
+        good = {key: answer for key, answer in said.items() if answer.error is None}
+        bad = {key: answer for key, answer in said.items() if answer.error is not None}
+        if bad and not failed:
+            self._log(f"a sample failed and the rest goes on: {next(iter(bad.values())).error}")
+        failed |= bad
         self._known |= good
         self.computed += len(good)
         entries = [{"key": key, "answer": asdict(answer)} for key, answer in good.items()]

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -111,6 +111,45 @@ class Source:
             if not _KINDS[kind](record[name]):
                 raise self.refuse(path, number, f"has a field {name} that is not {kind}")
         return record
+
+
+@dataclass(frozen=True)
+class FolderTask:
+    """A task over published files; a benchmark's own class says how samples are made and graded.
+
+    Attributes:
+        source: of the benchmark, the same for all its tasks.
+        name: of the task.
+        folder: holds the benchmark's files.
+        tokenizer: of the model.
+        length_tokens: most tokens of a prompt with its answer.
+        limit: most samples, from the beginning of the file; None: all.
+    """
+
+    source: ClassVar[Source]
+
+    name: str
+    folder: Path
+    tokenizer: PromptTokenizer
+    length_tokens: int
+    limit: int | None = None
+
+    @classmethod
+    def of_folder(
+        cls,
+        names: Sequence[str],
+        folder: str | Path | None,
+        tokenizer: PromptTokenizer,
+        length_tokens: int,
+        limit: int | None = None,
+    ) -> list[Self]:
+        """The tasks ``names`` over the files in ``folder``.
+
+        Raises:
+            UserError: there is no such folder.
+        """
+        where = cls.source.folder(folder)
+        return [cls(name, where, tokenizer, length_tokens, limit) for name in names]
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,11 @@ def load_on_all_ranks(
 
 
 def parsed(name: str) -> Loaded:
+    """A name of ``eval.tasks`` (``task``, ``task@examples``, ``task@examples:metric``), not loaded yet.
+
+    Raises:
+        UserError: the name has another form.
+    """
     parts = re.fullmatch(r"([^@:]+)(?:@(\d{1,4}))?(?::([^@:]+))?", name)
     if parts is None:
         raise UserError(

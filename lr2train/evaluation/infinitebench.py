@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lr2train.evaluation.files import TEXT, TEXT_OR_TEXTS, TEXTS, Source, fitted
+from lr2train.evaluation.files import TEXT, TEXT_OR_TEXTS, TEXTS, FolderTask, Source, fitted
 from lr2train.evaluation.request import Answer, Generate, Sample
-from lr2train.evaluation.tokens import PromptTokenizer
 
 SOURCE = Source(
     "eval.infinitebench",
@@ -99,23 +98,10 @@ FORMS = {
 NAMES = tuple(FORMS)
 
 
-@dataclass(frozen=True)
-class InfiniteBenchTask:
-    """One task.
+class InfiniteBenchTask(FolderTask):
+    """One task."""
 
-    Attributes:
-        name: one of ``NAMES``.
-        folder: of the .jsonl files.
-        tokenizer: of the model.
-        length_tokens: most tokens of a prompt with its answer.
-        limit: most samples, from the beginning of the file; None: all.
-    """
-
-    name: str
-    folder: Path
-    tokenizer: PromptTokenizer
-    length_tokens: int
-    limit: int | None = None
+    source = SOURCE
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -171,17 +157,4 @@ def _options(path: Path, number: int, record: dict[str, Any]) -> tuple[dict[str,
     return by_letter, (given[0], LETTERS[options.index(given[0])])
 
 
-def tasks(
-    names: Sequence[str],
-    folder: str | Path | None,
-    tokenizer: PromptTokenizer,
-    length_tokens: int,
-    limit: int | None = None,
-) -> list[InfiniteBenchTask]:
-    """The tasks ``names``, each of ``NAMES``, over the .jsonl files of ``folder``.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    where = SOURCE.folder(folder)
-    return [InfiniteBenchTask(name, where, tokenizer, length_tokens, limit) for name in names]
+tasks = InfiniteBenchTask.of_folder

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from lr2train.config import UserError
-from lr2train.evaluation.files import TEXT, Source
+from lr2train.evaluation.files import TEXT, FolderTask, Source
 from lr2train.evaluation.request import Answer, Generate, Sample
-from lr2train.evaluation.tokens import PromptTokenizer
 
 SOURCE = Source(
     "eval.loft",
@@ -210,23 +209,10 @@ class Query:
     cited: tuple[str, ...]
 
 
-@dataclass
-class LoftTask:
-    """One data set.
+class LoftTask(FolderTask):
+    """One data set."""
 
-    Attributes:
-        name: one of ``NAMES``.
-        folder: holds a folder for each data set.
-        tokenizer: of the model.
-        length_tokens: most tokens of a prompt with its answer.
-        limit: most questions, from the beginning of the file; None: all.
-    """
-
-    name: str
-    folder: Path
-    tokenizer: PromptTokenizer
-    length_tokens: int
-    limit: int | None = None
+    source = SOURCE
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -366,17 +352,4 @@ def _context(form: Form, documents: Mapping[str, Document], examples: Mapping[st
     return "".join(parts)
 
 
-def tasks(
-    names: Sequence[str],
-    folder: str | Path | None,
-    tokenizer: PromptTokenizer,
-    length_tokens: int,
-    limit: int | None = None,
-) -> list[LoftTask]:
-    """The tasks ``names``, each of ``NAMES``, over the data sets in ``folder``.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    where = SOURCE.folder(folder)
-    return [LoftTask(name, where, tokenizer, length_tokens, limit) for name in names]
+tasks = LoftTask.of_folder

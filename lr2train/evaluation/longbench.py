@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lr2train.evaluation.files import TEXT, TEXTS, Source, fitted
+from lr2train.evaluation.files import TEXT, TEXTS, FolderTask, Source, fitted
 from lr2train.evaluation.request import Answer, Generate, Sample
-from lr2train.evaluation.tokens import PromptTokenizer
 
 SOURCE = Source(
     "eval.longbench", "LongBench", "set eval.longbench to the unpacked data.zip of the data set THUDM/LongBench"
@@ -119,23 +118,10 @@ FORMS = {
 NAMES = tuple(FORMS)
 
 
-@dataclass(frozen=True)
-class LongBenchTask:
-    """One data set.
+class LongBenchTask(FolderTask):
+    """One data set."""
 
-    Attributes:
-        name: one of ``NAMES``.
-        folder: of the .jsonl files.
-        tokenizer: of the model.
-        length_tokens: most tokens of a prompt with its answer.
-        limit: most samples, from the beginning of the file; None: all.
-    """
-
-    name: str
-    folder: Path
-    tokenizer: PromptTokenizer
-    length_tokens: int
-    limit: int | None = None
+    source = SOURCE
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -177,17 +163,4 @@ class LongBenchTask:
         )
 
 
-def tasks(
-    names: Sequence[str],
-    folder: str | Path | None,
-    tokenizer: PromptTokenizer,
-    length_tokens: int,
-    limit: int | None = None,
-) -> list[LongBenchTask]:
-    """The tasks ``names``, each of ``NAMES``, over the .jsonl files of ``folder``.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    where = SOURCE.folder(folder)
-    return [LongBenchTask(name, where, tokenizer, length_tokens, limit) for name in names]
+tasks = LongBenchTask.of_folder
