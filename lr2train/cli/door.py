@@ -98,7 +98,7 @@ def door(verb: str) -> Iterator[None]:
         _die(verb, told)
     except PeerGone as gone:
         print(
-            f"{verb} (rank {ranks.rank()}): {gone}; the same command goes on from the last checkpoint",
+            f"{verb} (rank {ranks.rank()}): {gone}; the same command goes on from what was saved",
             file=sys.stderr,
             flush=True,
         )

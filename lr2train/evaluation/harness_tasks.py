@@ -172,7 +172,7 @@ def _members(entry: Any) -> list[str]:
 def _refuse_unknown(task: str, manager: TaskManager, others: Sequence[str]) -> None:
     if task in manager.task_index:
         return
-    near = difflib.get_close_matches(task, [*others, *manager.all_tasks], 3)
+    near = difflib.get_close_matches(task, {*others, *manager.all_tasks}, 3)
     remedy = f"; the closest names are {', '.join(near)}" if near else "; set eval.task_path to a folder that has it"
     raise UserError(f"eval.tasks names {task}, which neither lr2train nor lm-eval knows{remedy}")
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 from lr2train import run
 from lr2train.config import EvalConfig, NeedleConfig, UserError
 from lr2train.data.corpus import Corpus
-from lr2train.data.needles import NeedleDocument, needle_set, text_set
+from lr2train.data.needles import WORDINGS, NeedleDocument, needle_set, text_set
 from lr2train.evaluation.filler import TextFolder
 from lr2train.evaluation.request import Answer, Likelihood, Sample
 
@@ -48,6 +48,8 @@ class NeedleTask:
     def _samples(self) -> list[Sample]:
         if not self.settings.depths:
             raise UserError("eval.depths=[] leaves nothing to measure; set eval.depths to depths between 0 and 1")
+        if unknown := [one for one in self.settings.wordings if one not in WORDINGS]:
+            raise UserError(f"eval.wordings holds {unknown[0]}, which is not one of {', '.join(WORDINGS)}; remove it")
         return [
             self._sample(number, length, wording, document)
             for length in self.lengths_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class PromptTokenizer:
 
     def __init__(self, hf: Any):
         self.hf = hf
+        hf.model_max_length = sys.maxsize  # haystacks are cut to length after they are tokenised: no warning
         self.fingerprint = hashlib.sha256(hf.backend_tokenizer.to_str().encode()).hexdigest()[:16]
 
     @classmethod

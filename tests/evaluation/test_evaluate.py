@@ -283,7 +283,7 @@ def test_a_model_of_another_type_is_measured_as_it_was_published(world, tmp_path
         (["run=first", "eval.tasks=[qa_1]"], r"eval\.tasks names qa_1, and eval\.squad is null; set eval\.squad"),
         (["run=first", "eval.tasks=[cwe,vt]"], r"eval\.tasks=\[cwe,vt\] leaves nothing to measure at .*=\[64, 192\]"),
         (["run=first", "eval.tasks=[longbench]", "eval.longbench=/nowhere"], r"eval\.longbench=/nowhere"),
-        (["run=first", "eval.wordings=[loud]"], r"wording=loud"),
+        (["run=first", "eval.wordings=[loud]"], r"eval\.wordings holds loud"),
         (["run=first", "eval.lengths_tokens=[64,300]"], r"eval\.lengths_tokens holds 300, beyond .* of 256"),
         (["run=first", "eval.lengths_tokens=[20]"], "too short"),
         (["run=first", "eval.essays=/nowhere"], r"eval\.essays=/nowhere holds no text"),
