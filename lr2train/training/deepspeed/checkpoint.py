@@ -195,6 +195,11 @@ def _choose(of: Checkpoints, resume_from: int | None) -> tuple[str, dict[str, An
     latest = _latest(of) or {}
     going_back = resume_from is not None and latest.get("went_back_to") != resume_from
     tag = _tag(resume_from) if going_back and resume_from is not None else latest.get("tag")
+    if tag is None and not of.latest.exists() and len(of.steps) == 1:
+        # A kill hit the first checkpoint before its name was written: the checkpoint is whole, or nothing is lost.
+        tag = of.steps[0].name
+        if not (of.folder / tag / MANIFEST).exists():
+            return None
     if tag is None:
         if of.steps:
             raise UserError(f"{of.latest} is missing or damaged, and {of.folder} holds checkpoints; {_offer(of)}")

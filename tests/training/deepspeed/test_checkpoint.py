@@ -251,7 +251,17 @@ def other_starts(rank: int, world: int, folder: Path) -> list[str | int]:
             heard.append(str(error))
         dist.barrier()
 
-    for step in (1, 2, 3):
+    if rank == 0:  # a kill hit the first checkpoint
+        (folder / "step_00000001").mkdir(parents=True)
+        (folder / "step_00000001" / "begun.pt").write_bytes(b"0")
+    dist.barrier()
+    load()
+    engine.save(ours, 1)
+    if rank == 0:  # or came after its last file and before its name
+        ours.latest.unlink()
+    dist.barrier()
+    load()
+    for step in (2, 3):
         engine.save(ours, step)
     load(Checkpoints(folder, "another run"))
     if rank == 0:
@@ -280,7 +290,8 @@ def other_starts(rank: int, world: int, folder: Path) -> list[str | int]:
 def test_a_start_reads_the_runs_own_newest_checkpoint_or_the_one_to_go_back_to(tmp_path):
     first, second = run_ranks(other_starts, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
     assert first == second
-    foreign, two, lost, unknown, *steps, renamed, vanished = first
+    begun, named, foreign, two, lost, unknown, *steps, renamed, vanished = first
+    assert (begun, named) == (0, 1), "a kill in the first checkpoint loses nothing, and the same command goes on"
     assert "another run wrote it" in foreign and "no whole checkpoint of this run is left" in foreign
     assert two == 2
     assert "latest.json is missing or damaged" in lost and "set engine.resume_from=3 " in lost
