@@ -178,7 +178,8 @@ def _measured(subject: Subject, tasks: list[Asked], suite: Suite, job: run.Run, 
 
 def _of_harness(subject: Subject, one: HarnessResult) -> results.TaskScore:
     """A result of lm-eval among our own scores."""
-    return results.TaskScore(subject.label, one.name, 0, one.measures, one.n_samples, one.n_failed, one.seconds)
+    counts = one.n_samples, one.n_failed, one.seconds
+    return results.TaskScore(subject.label, one.name, 0, one.measures, *counts, percent=one.percent)
 
 
 def _ask(one: Asked, answers: Answers, found: Measured, folder: Path) -> None:

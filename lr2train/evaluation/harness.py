@@ -108,6 +108,11 @@ class TaskResult:
         """The main metric, as in ``measures``; nan where every sample failed."""
         return self.measures[self.main] if self.main else math.nan
 
+    @property
+    def percent(self) -> bool:
+        """Whether the score is a percentage."""
+        return not self.main or _is_fraction(self.main)
+
 
 def _is_fraction(metric: str) -> bool:
     return metric.split(",")[0].removesuffix(MEAN_OF_TASKS) in FRACTIONS

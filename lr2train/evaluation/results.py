@@ -33,6 +33,7 @@ class TaskScore:
         samples: answered samples.
         failed: samples without an answer.
         seconds: a sample took on the mean.
+        percent: whether the first measure is a percentage; metrics such as bleu or a perplexity are not.
     """
 
     model: str
@@ -42,6 +43,7 @@ class TaskScore:
     samples: int
     failed: int
     seconds: float
+    percent: bool = True
 
     @property
     def main(self) -> float:

@@ -120,10 +120,14 @@ def _with_mean(label: str, values: Sequence[float]) -> tuple[Value, ...]:
 def _short(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table]:
     """Tasks without lengths that are none of ours: scores, and shares of the first model's (paper, Table 4)."""
     ours = {*RULER, *loft.NAMES, *infinitebench.NAMES, *longbench.NAMES, needles.NEEDLES, needles.TEXT}
+    short = [one for one in scores if one.task not in ours and not one.length_tokens]
+    return [*_percentages([one for one in short if one.percent], models), *_other_metrics(short)]
+
+
+def _percentages(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table]:
     by_model: dict[str, dict[str, float]] = {model: {} for model in models}
     for one in scores:
-        if one.task not in ours and not one.length_tokens:
-            by_model[one.model][one.task] = one.main
+        by_model[one.model][one.task] = one.main
     cells = retention.cells({model: found for model, found in by_model.items() if found})
     if not cells:
         return []
@@ -134,6 +138,12 @@ def _short(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table]:
         title = f"Short tasks, percent of the score of {labels[0]}"
         tables.append(Table(title, ("", *tasks), _rows(cells, labels, tasks, "share")))
     return tables
+
+
+def _other_metrics(scores: Sequence[TaskScore]) -> list[Table]:
+    """Scores that are no percentages: a mean over tasks or a share of the base's score would mean nothing."""
+    rows = tuple((one.model, one.task, next(iter(one.measures)), one.main) for one in scores if not one.percent)
+    return [Table("Short tasks, in lm-eval's own units", ("", "task", "metric", "score"), rows)] if rows else []
 
 
 def _rows(

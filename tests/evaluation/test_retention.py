@@ -40,6 +40,14 @@ def test_the_tables_have_a_line_a_model_and_a_figure_a_cell():
     assert shares[4].split()[:3] == ["LongRoPE2", "98.45", "97.58"]
 
 
+def test_a_metric_that_is_no_percentage_has_a_table_of_its_own():
+    found = [TaskScore("base", "MMLU", 0, {"acc": 66.0}, 10, 0, 1.0)]
+    found += [TaskScore("base", "wmt", 0, {"bleu": 31.5}, 10, 0, 1.0, percent=False)]
+    percentages, others = (table.text().splitlines() for table in tables.all_tables(found, ["base"]))
+    assert percentages[1].split() == ["average", "MMLU"] and percentages[2].split() == ["base", "66.00", "66.00"]
+    assert others[1].split() == ["task", "metric", "score"] and others[2].split() == ["base", "wmt", "bleu", "31.50"]
+
+
 def test_a_missing_score_leaves_its_cells_and_the_average_empty():
     partly = {"base": SCORES["LLaMA3-8B"], "other": {"MMLU": 60.0, "extra": 10.0}, "zero": {"extra": 0.0}}
     found = retention.cells(partly)
