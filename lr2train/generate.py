@@ -2,105 +2,256 @@
 
     lr2train generate run=tiny_4k generate.prompt='import os'
     lr2train generate model.path=runs/tiny_4k/export/two generate.prompt_file=book.txt
+    lr2train generate run=tiny_4k generate.prompts_file=many.jsonl > texts.jsonl
 
 Up to the original window the original RoPE serves. When the text grows beyond it, the cache is computed anew under the
-rescaled RoPE. New text goes to stdout as it comes.
+rescaled RoPE. The text of one prompt goes to stdout as it comes. Several prompts are decoded together, and stdout gets
+one JSON object a prompt, in their order.
 """
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import errno
+import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import jinja2
+import torch
 
 from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
-from lr2train.config import Config, GenerateConfig, UserError
+from lr2train.config import Config, UserError
+from lr2train.data import prompts
 from lr2train.evaluation import trained_run
 from lr2train.model import config_json, decode, load, rotary
+from lr2train.model.text import Text, special_stops
 from lr2train.parallel import processes
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import build
 
+Decoding = Callable[[list[decode.Row]], Iterator[int]]
+"""``decode.decode`` with everything but the rows."""
+
 
 def generate(config: Config) -> dict[str, Any]:
-    """Run the verb; returns the contents of ``generate.json`` in the run's folder (without ``run=``: in
-    ``runs/<name>``).
+    """Run the verb.
+
+    Returns:
+        The contents of ``generate.json`` in the run's folder (without ``run=``: in ``runs/<name>``); of several
+        prompts ``{"texts": […]}``, the lines of ``generate.jsonl``.
 
     Raises:
-        UserError: there is no model or no prompt, the text is longer than the target window, or a logit is not finite.
+        UserError: there is no model or no prompt, a text is longer than the target window, or a logit is not finite.
+        Interrupted: Ctrl-C; what was generated is written.
     """
     ranks.refuse_ranks("generate")
-    _refuse_bad_settings(config.generate)
+    settings = config.generate
+    _check_stop_strings(settings.stop)
+    asked = prompts.read(settings)
     folder = _folder(config)
     config = trained_run.completed(config) if config.run else config
-    prompt = _prompt(config)
     factors = factors_of(folder, config)
     tokenizer = load.load_tokenizer(folder)
-    tokens = _encoded(prompt, tokenizer)
-    _refuse_too_long(len(tokens), config, factors)
+    rows = _rows(asked, tokenizer, folder, config, factors)
     device = processes.pick_device(config.device)
     model = load.load_whole(folder, config.model.dtype, str(device), _overrides(config))
-    _refuse_unknown(tokens, model.get_input_embeddings().num_embeddings, folder)
-    table = rotary.install(model, factors)
-    original, settings = factors.spectrum.window_tokens, config.generate
-    how = {"window": settings.window, "temperature": settings.temperature, "top_p": settings.top_p, "seed": config.seed}
-    start = time.monotonic()
-    new = _show(
-        decode.generate(
-            model, table, tokens, settings.max_new_tokens, original, stop=load.stop_ids_of(folder, tokenizer), **how
-        ),
-        tokenizer,
+    _refuse_unknown(asked, rows, model.get_input_embeddings().num_embeddings, folder)
+    decoding = partial(
+        decode.decode, model, rotary.install(model, factors), temperature=settings.temperature, top_p=settings.top_p
     )
-    result = {
-        "prompt": prompt,
-        "prompt_tokens": len(tokens),
-        "new_tokens": len(new),
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        "window": table.window,
-        "switched": settings.window == "auto" and len(tokens) <= original and table.window == "long",
-        "seconds": time.monotonic() - start,
-        "provenance": run.provenance(),
-    }
-    if reason := io.write_json_where_allowed(_run_folder(config) / "generate.json", result):
-        progress.say("generate", f"{_run_folder(config) / 'generate.json'} is not written ({reason})")
-    switch = " after a switch with re-prefill" if result["switched"] else ""
+    texts = [Text(tokenizer, settings.stop) for _ in rows]
+    if prompts.are_several(settings):
+        results = [_Result(*one) for one in zip(asked, rows, texts, strict=True)]
+        return _several(results, decoding, settings.batch_tokens, _run_folder(config) / "generate.jsonl")
+    return _one(_Result(asked[0], rows[0], texts[0]), decoding, model.dtype, _run_folder(config) / "generate.json")
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A prompt, its row, and its text."""
+
+    prompt: prompts.Prompt
+    row: decode.Row
+    text: Text
+
+    def take(self) -> None:
+        """Read the row's new tokens; a stop string ends the row."""
+        self.text.take(self.row.tokens)
+        if self.text.stopped:
+            self.row.finish = "stop"
+
+    def values(self) -> dict[str, Any]:
+        """The line of the prompt with what was generated."""
+        row = self.row
+        found = (
+            self.text.whole(row.tokens),
+            "stop" if row.finish == "end" else row.finish,
+            len(row.prompt),
+            len(row.tokens),
+            row.table,
+            row.table == "long" and row.window(len(row.prompt)) == "short",
+            row.seed,
+        )
+        return {**self.prompt.given, **dict(zip(prompts.RESULTS, found, strict=True))}
+
+
+def _one(result: _Result, decoding: Decoding, dtype: torch.dtype, file: Path) -> dict[str, Any]:
+    """Print the text as it comes, and write ``generate.json``."""
+    row, start = result.row, time.monotonic()
+    try:
+        shown = 0
+        for _ in decoding([row]):
+            decode.refuse_not_finite(row, dtype)
+            result.take()
+            certain = result.text.certain
+            print(certain[shown:], end="", flush=True)
+            shown = max(shown, len(certain))
+        print(result.text.whole(row.tokens)[shown:])
+    except KeyboardInterrupt:
+        row.finish = "interrupted"
+        print(flush=True)
+    values = {**result.values(), "seconds": time.monotonic() - start, "provenance": run.provenance()}
+    if reason := io.write_json_where_allowed(file, values):
+        progress.say("generate", f"{file} is not written ({reason})")
+    switch = " after a switch with re-prefill" if values["switched"] else ""
     progress.say(
-        "generate", f"{len(tokens)} + {len(new)} tokens, window {table.window}{switch}, {result['seconds']:.1f} s"
+        "generate",
+        f"{values['prompt_tokens']} + {values['new_tokens']} tokens, window {row.table}{switch}, "
+        f"{values['seconds']:.1f} s" + (f"; interrupted, {file} has the text so far" * (row.finish == "interrupted")),
     )
-    return result
+    if row.finish == "interrupted":
+        raise run.Interrupted
+    return values
 
 
-def _encoded(prompt: str, tokenizer: Any) -> list[int]:
-    """Token ids of the prompt, with a single BOS where both the prompt and the tokenizer bring one."""
-    tokens = tokenizer(prompt)["input_ids"]
-    return tokens[1:] if tokenizer.bos_token_id is not None and tokens[:2] == [tokenizer.bos_token_id] * 2 else tokens
+def _several(results: list[_Result], decoding: Decoding, batch_tokens: int, file: Path) -> dict[str, Any]:
+    """Decode in batches, in the order of the prompts; the lines go to stdout and to ``generate.jsonl``."""
+    lines: list[dict[str, Any]] = []
+    interrupted = False
+    with _written_where_allowed(file) as out, progress.meter("generate") as tick:
+        for batch in _batches(results, batch_tokens):
+            try:
+                for number in decoding([one.row for one in batch]):
+                    batch[number].take()
+                    tick(*_done(results))
+            except KeyboardInterrupt:
+                interrupted = True
+                for one in batch:
+                    one.row.finish = one.row.finish or "interrupted"
+            for one in batch:
+                lines.append(one.values())
+                line = json.dumps(lines[-1], ensure_ascii=False)
+                print(line, flush=True)
+                print(line, file=out, flush=True)
+            if interrupted:
+                break
+    failed = [one for one in results if one.row.finish == "not finite"]
+    where = f"{len(lines)} of {len(results)} texts are in {file}"
+    if interrupted:
+        progress.say("generate", f"interrupted; {where}")
+        raise run.Interrupted
+    if failed:
+        raise UserError(
+            f"the logits after {failed[0].row.n_tokens} tokens of {failed[0].prompt.source} are not finite, as are "
+            f"those of {len(failed) - 1} other prompts; {where}, and these end early"
+        )
+    progress.say("generate", where)
+    return {"texts": lines}
 
 
-def _show(tokens: Iterator[int], tokenizer: Any) -> list[int]:
-    """Print the text as tokens come, in whole characters; returns the tokens."""
-    new, shown = [], ""
-    for token in tokens:
-        new.append(token)
-        text = tokenizer.decode(new, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the character is not complete yet
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
-    return new
+def _done(results: list[_Result]) -> tuple[float, float, str]:
+    """Generated tokens, of all that may be; a text that has ended counts as whole."""
+    rows = [one.row for one in results]
+    ended = sum(bool(row.finish) for row in rows)
+    done = sum(row.max_new_tokens if row.finish else len(row.tokens) for row in rows)
+    return float(done), float(sum(row.max_new_tokens for row in rows)), f"{ended}/{len(rows)} texts"
 
 
-def _refuse_bad_settings(settings: GenerateConfig) -> None:
-    for key, value, good, limit in (
-        ("max_new_tokens", settings.max_new_tokens, settings.max_new_tokens >= 1, "at least 1"),
-        ("temperature", settings.temperature, settings.temperature >= 0, "at least 0 (greedy)"),
-        ("top_p", settings.top_p, 0 < settings.top_p <= 1, "above 0 and at most 1"),
-    ):
-        if not good:
-            raise UserError(f"generate.{key}={value} is out of its limits; set generate.{key} to {limit}")
+def _batches(results: list[_Result], batch_tokens: int) -> Iterator[list[_Result]]:
+    """Neighbours whose number times the longest has at most ``batch_tokens`` tokens."""
+    batch: list[_Result] = []
+    for one in results:
+        longest = max(len(other.row.prompt) + other.row.max_new_tokens for other in (*batch, one))
+        if batch and (len(batch) + 1) * longest > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(one)
+    yield batch
+
+
+@contextlib.contextmanager
+def _written_where_allowed(file: Path) -> Iterator[IO[str]]:
+    """A text file for writing; the null device, with a message, where its folder is read-only."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        out = file.open("w", encoding="utf-8")
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        progress.say("generate", f"{file} is not written ({error.strerror})")
+        out = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (closed below)
+    with out:
+        yield out
+
+
+def _rows(
+    asked: list[prompts.Prompt], tokenizer: Any, folder: Path, config: Config, factors: Factors
+) -> list[decode.Row]:
+    """A row for each prompt; prompt number i samples with seed ``seed + i``."""
+    settings = config.generate
+    window = partial(decode.window_of, original_window_tokens=factors.spectrum.window_tokens, window=settings.window)
+    stop_ids = load.stop_ids_of(folder, tokenizer) | special_stops(tokenizer, settings.stop)
+    rows = []
+    for number, one in enumerate(asked):
+        tokens = _encoded(one, tokenizer, folder, settings.chat)
+        if not tokens:
+            raise UserError(f"{one.source} is empty; write some text there")
+        _refuse_too_long(one, len(tokens), config, factors)
+        rows.append(decode.Row(tokens, settings.max_new_tokens, window, stop_ids, config.seed + number))
+    return rows
+
+
+def _encoded(prompt: prompts.Prompt, tokenizer: Any, folder: Path, chat: bool) -> list[int]:
+    """Token ids of the prompt, with a single BOS where both the prompt and the tokenizer bring one.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or its template fails.
+    """
+    if not chat:
+        tokens = tokenizer(prompt.text)["input_ids"]
+        bos = tokenizer.bos_token_id
+        return tokens[1:] if bos is not None and tokens[:2] == [bos] * 2 else tokens
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"generate.chat=true, and the tokenizer in {folder} has no chat template; set generate.chat=false"
+        )
+    message = [{"role": "user", "content": prompt.text}]
+    try:
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise UserError(
+            f"the chat template in {folder} fails for a user's message ({error}); set generate.chat=false"
+        ) from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _check_stop_strings(stops: list[str]) -> None:
+    """Refuse an empty stop string; tell where one has a backslash for what the user may mean as a line break."""
+    for number, stop in enumerate(stops):
+        if not stop:
+            raise UserError(f"generate.stop.{number} is empty and would end every text; leave it out")
+        if "\\n" in stop:
+            progress.say(
+                "generate", f"the stop string {stop} has a backslash and an n; a line break is typed $'\\n' in bash"
+            )
 
 
 def _folder(config: Config) -> Path:
@@ -127,29 +278,6 @@ def _overrides(config: Config) -> dict[str, Any]:
     return {} if config.run else config.model.overrides
 
 
-def _prompt(config: Config) -> str:
-    if config.generate.prompt_file is not None:
-        try:
-            return Path(config.generate.prompt_file).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"generate.prompt_file={config.generate.prompt_file} cannot be read ({error}); set it to a text file"
-            ) from error
-    if config.generate.prompt is None:
-        if sys.stdin.isatty():
-            raise UserError("generate.prompt is empty; set generate.prompt, generate.prompt_file, or pipe a text in")
-        return _not_empty(sys.stdin.read())
-    return config.generate.prompt
-
-
-def _not_empty(piped: str) -> str:
-    if not piped:
-        raise UserError(
-            "nothing was piped in as a prompt; set generate.prompt or generate.prompt_file, or pipe a text in"
-        )
-    return piped
-
-
 def factors_of(folder: Path, config: Config) -> Factors:
     """The factors of a model folder.
 
@@ -165,23 +293,23 @@ def factors_of(folder: Path, config: Config) -> Factors:
     )
 
 
-def _refuse_unknown(tokens: list[int], n_ids: int, folder: Path) -> None:
+def _refuse_unknown(asked: list[prompts.Prompt], rows: list[decode.Row], n_ids: int, folder: Path) -> None:
     """Raises UserError where the tokenizer has tokens that the model does not know."""
-    if max(tokens, default=0) >= n_ids:
-        raise UserError(
-            f"the tokenizer in {folder} gives the prompt the token id {max(tokens)}, and the model knows {n_ids} "
-            "ids; put the model's own "
-            "tokenizer into its folder"
-        )
+    for one, row in zip(asked, rows, strict=True):
+        if max(row.prompt) >= n_ids:
+            raise UserError(
+                f"the tokenizer in {folder} gives {one.source} the token id {max(row.prompt)}, and the model knows "
+                f"{n_ids} ids; put the model's own tokenizer into its folder"
+            )
 
 
-def _refuse_too_long(prompt_tokens: int, config: Config, factors: Factors) -> None:
-    total = prompt_tokens + config.generate.max_new_tokens
+def _refuse_too_long(prompt: prompts.Prompt, n_tokens: int, config: Config, factors: Factors) -> None:
+    total = n_tokens + config.generate.max_new_tokens
     if total > factors.target_window_tokens:
         raise UserError(
-            f"the prompt's {prompt_tokens} tokens and generate.max_new_tokens={config.generate.max_new_tokens} make "
-            f"{total}, beyond the "
-            f"model's window of {factors.target_window_tokens}; shorten the prompt or lower generate.max_new_tokens"
+            f"the {n_tokens} tokens of {prompt.source} and generate.max_new_tokens={config.generate.max_new_tokens} "
+            f"make {total}, beyond the model's window of {factors.target_window_tokens}; shorten the prompt or lower "
+            "generate.max_new_tokens"
         )
 
 

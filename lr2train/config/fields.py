@@ -96,8 +96,8 @@ def a_path(default: Any = None) -> Any:
     return _field(default, path=True)
 
 
-def literal_text(default: str | None = None) -> Any:
-    """A field of text that the command line never interpolates: ``${`` stands for itself."""
+def literal_text(default: str | list[str] | None = None) -> Any:
+    """A field of text, or of texts, that the command line never interpolates: ``${`` stands for itself."""
     return _field(default, literal=True)
 
 

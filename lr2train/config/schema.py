@@ -631,18 +631,30 @@ class ExportConfig:
 class GenerateConfig:
     """Text from a model, across the window switch."""
 
-    # The prompt. null: generate.prompt_file, else standard input.
+    # The prompt. null: one of the next three keys, else standard input.
     prompt: str | None = literal_text()
     # A text file that holds the prompt, for long prompts.
     prompt_file: str | None = a_path()
-    # Most tokens that are generated.
+    # Several prompts, between brackets. Their texts are written as JSON lines.
+    prompts: list[str] = literal_text([])
+    # Many prompts: a file of JSON lines, each an object whose "prompt" is a text. Its other keys come back with the
+    # text.
+    prompts_file: str | None = a_path()
+    # The prompt is a user's message: the tokenizer's chat template is put around it.
+    chat: bool = False
+    # Most tokens that are generated for a prompt.
     max_new_tokens: int = number(64, least=1)
+    # Strings that end a text; it is cut before the first of them. The model's end tokens end a text by themselves.
+    stop: list[str] = literal_text([])
     # Softmax temperature of sampling. 0: greedy.
     temperature: float = number(0.0, least=0)
     # Probability mass that is sampled from.
     top_p: float = number(1.0, above=0, most=1)
     # Which RoPE table serves. auto: the cache is computed anew where the text exceeds the original window.
     window: str = one_of(GenerateWindow.auto)
+    # Prompts are decoded together up to this number of tokens, new ones included: the number of prompts times the
+    # longest. More is faster and takes more memory for keys and values. A longer text is decoded alone.
+    batch_tokens: int = number(16384, least=1)
 
 
 @dataclass

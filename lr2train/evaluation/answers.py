@@ -18,7 +18,7 @@ from lr2train import io, journals, progress, ranks
 from lr2train.config import UserError
 from lr2train.evaluation.request import Answer, Generate, Request
 from lr2train.evaluation.window_model import WindowModel
-from lr2train.model.greedy import Lockstep
+from lr2train.model.decode import Lockstep
 from lr2train.parallel import control
 
 LOCKSTEP = Lockstep(lambda mine: max(control.from_all(mine)))

@@ -11,16 +11,14 @@ import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
-
-import torch
 
 from lr2train.evaluation.request import Answer, Generate, Likelihood, Request
 from lr2train.evaluation.subject import Subject
 from lr2train.evaluation.tokens import PromptTokenizer
-from lr2train.model.greedy import ALONE, Continuation, Lockstep, continue_prompts
+from lr2train.model.decode import ALONE, Lockstep, Row, decode
 from lr2train.model.score import Score, score, score_together
+from lr2train.model.text import Text, special_stops
 
 
 class WindowModel:
@@ -33,7 +31,7 @@ class WindowModel:
         tokenizer: of the model.
         stop_ids: ids that end a text (``load.stop_ids_of``).
         batch_tokens: tokens that are computed together.
-        chunk_tokens: of a chunk of a long text; 0: whole texts, and prompts in ``greedy.CHUNK_TOKENS``.
+        chunk_tokens: of a chunk of a long text; 0: whole texts, and prompts in ``decode.CHUNK_TOKENS``.
         lockstep: of ranks that divide the weights; every rank then answers at the same time, with as many requests.
     """
 
@@ -95,48 +93,36 @@ class WindowModel:
         return [score(self._model, self._rotary, window, one.tokens, one.spans, self._chunk_tokens)]
 
     def _generate(self, requests: Sequence[Generate], window: str) -> list[Answer]:
-        special = [self._special_stops(one.stops) for one in requests]
+        rows = [self._row(one, window) for one in requests]
+        texts = [Text(self.tokenizer.hf, one.stops) for one in requests]
+        lockstep = self.lockstep or ALONE
+        for number in decode(self._model, self._rotary, rows, chunk_tokens=self._chunk_tokens, lockstep=lockstep):
+            request = requests[number]
+            if request.stops or request.enough:
+                texts[number].take(rows[number].tokens)
+                if texts[number].stopped or _is_enough(texts[number].so_far, request.enough):
+                    rows[number].finish = "stop"
+        return [_generated(row, text, window) for row, text in zip(rows, texts, strict=True)]
 
-        def ended(row: int, tokens: list[int]) -> bool:
-            return tokens[-1] in special[row] or self._ended(requests[row], tokens)
-
-        found = continue_prompts(
-            self._model,
-            self._rotary,
-            window,
-            [torch.from_numpy(one.tokens) for one in requests],
-            [one.max_new_tokens for one in requests],
-            self._stop_ids,
-            ended,
-            self._chunk_tokens,
-            self.lockstep or ALONE,
-        )
-        return list(map(partial(self._text, window), requests, found))
-
-    def _text(self, window: str, request: Generate, found: Continuation) -> Answer:
-        text = self.tokenizer.decode(found.tokens)
-        cut = min((at for stop in request.stops if stop and (at := text.find(stop)) >= 0), default=len(text))
-        error = None if found.finite else f"the logits after {len(found.tokens)} new tokens are not finite"
-        return Answer(window, error=error, text=text[:cut], n_new_tokens=len(found.tokens))
-
-    def _ended(self, request: Generate, tokens: list[int]) -> bool:
-        if not (request.stops or request.enough):
-            return False
-        text = self.tokenizer.decode(tokens)
-        if any(stop in text for stop in request.stops if stop):
-            return True
-        lower = text.lower()
-        return bool(request.enough) and all(one.lower() in lower for one in request.enough)
-
-    def _special_stops(self, stops: Sequence[str]) -> set[int]:
-        """Ids of the stop strings that are special tokens: the text of an answer does not show them."""
-        known = dict(zip(self.tokenizer.hf.all_special_tokens, self.tokenizer.hf.all_special_ids, strict=True))
-        return {known[stop] for stop in stops if stop in known}
+    def _row(self, request: Generate, window: str) -> Row:
+        stop_ids = self._stop_ids | special_stops(self.tokenizer.hf, request.stops)
+        return Row(request.tokens.tolist(), request.max_new_tokens, lambda _: window, stop_ids)
 
 
 def _order(request: Request) -> tuple[int, bytes]:
     """Longest first; texts that differ in their last token alone stand together."""
     return -request.total_tokens, request.tokens[:-1].tobytes()
+
+
+def _is_enough(text: str, enough: Sequence[str]) -> bool:
+    lower = text.lower()
+    return bool(enough) and all(one.lower() in lower for one in enough)
+
+
+def _generated(row: Row, text: Text, window: str) -> Answer:
+    finite = row.finish != "not finite"
+    error = None if finite else f"the logits after {len(row.tokens)} new tokens are not finite"
+    return Answer(window, error=error, text=text.whole(row.tokens), n_new_tokens=len(row.tokens))
 
 
 def _scored(found: Score, window: str) -> Answer:

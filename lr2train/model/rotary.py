@@ -1,10 +1,10 @@
 """RoPE with two tables: ``WindowRotary`` takes the place of a Hugging Face model's rotary module.
 
-Choice: a tag ("short" or "long") selects the table, never a length. "short" is the model's own table, bit for bit;
-"long" has the rescaled frequencies theta_i / lambda_i (paper, Eq. 8). The expression and its precision are
-transformers' own. transformers' ``longrope`` selects by the largest position instead: the ranks of one sequence then
-disagree, and position restarts of packed documents flip the table. Cost: the caller of the model has to name the
-window.
+Choice: a tag ("short" or "long") selects the table, never a length; rows that decode together may have a tag each.
+"short" is the model's own table, bit for bit; "long" has the rescaled frequencies theta_i / lambda_i (paper, Eq. 8).
+The expression and its precision are transformers' own. transformers' ``longrope`` selects by the largest position
+instead: the ranks of one sequence then disagree, and position restarts of packed documents flip the table. Cost: the
+caller of the model has to name the window.
 
 The tables are plain attributes and no buffers, so a cast of the module to bfloat16 leaves them in float32. At 128k
 positions a bfloat16 frequency is noise.
@@ -47,7 +47,7 @@ class WindowRotary(nn.Module):
     """cos and sin of ``position * inv_freq``, times the attention factor, for the selected window (paper, Eq. 5 and 8).
 
     Attributes:
-        window: "short" | "long", the table of the next forward pass.
+        window: "short" | "long", the table of the next forward pass; or one for each row of the batch.
         tables: window -> table.
         keeps_fp32: cos and sin stay in fp32, whatever x's dtype (OLMo).
     """
@@ -59,7 +59,7 @@ class WindowRotary(nn.Module):
         self.keeps_fp32 = keeps_fp32
         self.tables = {"short": RopeTable(short_inv_freq, short_attention_factor)}
         self.use(factors)
-        self.window = "short"
+        self.window: Any = "short"
 
     def use(self, factors: Factors) -> None:
         """Replace the long table by the table of other factors; the short table stays the model's own."""
@@ -68,13 +68,24 @@ class WindowRotary(nn.Module):
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each [B, T, rotary_dim] in x's dtype, for position_ids [B, T]; angles are computed in fp32."""
-        table = self.tables[self.window]
-        if table.inv_freq.device != x.device:
-            table = self.tables[self.window] = table.to(x.device)
-        half = position_ids[..., None].float() * table.inv_freq  # [B, T, D]
+        inv_freq, attention_factor = self._selected(x.device)
+        half = position_ids[..., None].float() * inv_freq  # [B, T, D]
         angles = torch.cat((half, half), dim=-1)  # [B, T, 2D]: dimensions i and i + D of a head turn together
         dtype = torch.float32 if self.keeps_fp32 else x.dtype
-        return (angles.cos() * table.attention_factor).to(dtype), (angles.sin() * table.attention_factor).to(dtype)
+        return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
+
+    def _selected(self, device: torch.device) -> tuple[torch.Tensor, float | torch.Tensor]:
+        """inv_freq and attention factor of the window; of a window for each row, [B, 1, D] and [B, 1, 1]."""
+        if isinstance(self.window, str):
+            return self._on(self.window, device)
+        tables = [self._on(window, device) for window in self.window]
+        factors = torch.tensor([table.attention_factor for table in tables], dtype=torch.float32, device=device)
+        return torch.stack([table.inv_freq for table in tables])[:, None], factors[:, None, None]
+
+    def _on(self, window: str, device: torch.device) -> RopeTable:
+        if self.tables[window].inv_freq.device != device:
+            self.tables[window] = self.tables[window].to(device)
+        return self.tables[window]
 
 
 def long_table(factors: Factors) -> RopeTable:

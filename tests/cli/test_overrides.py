@@ -84,11 +84,11 @@ def test_the_lists_of_keys_are_not_empty():
         "runs_folder", "run", "model.path", "rope.factors", "data.path", "data.sources.x.path", "data.tokenizer",
         "eval.essays", "eval.squad", "eval.hotpotqa", "eval.loft", "eval.infinitebench", "eval.longbench",
         "eval.task_path", "export.folder",
-        "generate.prompt_file",
+        "generate.prompt_file", "generate.prompts_file",
     ]  # fmt: skip
     assert LISTS_OF_TEXT == [
         "data.sources.x.windows", "data.decontaminate.files", "data.skip_steps", "eval.tasks", "eval.wordings",
-        "eval.methods",
+        "eval.methods", "generate.prompts", "generate.stop",
     ]  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def test_text_ends_after_the_stop_token(models):
     model, table, _ = models
     text = reference(models, prompt_of(8), 30)
     stop = text[6]
-    assert list(generate(model, table, prompt_of(8), 30, L0, stop={stop, V})) == text[: text.index(stop) + 1]
+    assert list(generate(model, table, prompt_of(8), 30, L0, stop={stop, V})) == text[: text.index(stop)]
 
 
 def test_samples_depend_on_the_seed_alone(models):
