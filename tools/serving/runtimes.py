@@ -12,9 +12,11 @@ where its runtime cannot tell.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+from lr2train.serving.gguf_longrope import Tables
 from tools.serving.cases import Setup, alone, together
 
 EVERY = ("short", "crossing", "at L0", "long")
@@ -52,4 +54,24 @@ def vllm(export: Path) -> list[Setup]:
     ]
 
 
-RUNTIMES: dict[str, Callable[[Path], list[Setup]]] = {"transformers": transformers, "vllm": vllm}
+def llama(export: Path) -> list[Setup]:
+    """Files in ``gguf/`` of the export, made in fp32 as docs/SERVING.md says; ``converted.gguf`` is ``two/`` converted
+    alone.
+    """
+    files = export / "gguf"
+    tables = Tables.of(json.loads((export / "two" / "config.json").read_text()))
+    corrected = tables.short_scale / tables.long_scale
+    both = {"original": {"tokens": tables.original, "attn_factor": corrected}}
+    alike = (*alone("short", "crossing", "at L0", "long"), together(*EVERY))
+    short = (*alone("short"), together("short", "crossing"))
+    return [
+        Setup(files / "two.gguf", "two contexts", alike, EVERY, both),
+        Setup(files / "two.gguf", "context L", alone("long", "short"), ("long",)),
+        Setup(files / "two.gguf", "context L0", short, ("short", "crossing"), {"attn_factor": corrected}, "original"),
+        Setup(files / "long.gguf", "", (*alone("long", "short"), together(*EVERY)), ("long",)),
+        Setup(files / "short.gguf", "", short, ("short", "crossing"), window="original"),
+        Setup(files / "converted.gguf", "no tables added", alone("short", "crossing", "long")),
+    ]
+
+
+RUNTIMES: dict[str, Callable[[Path], list[Setup]]] = {"transformers": transformers, "vllm": vllm, "llama": llama}
