@@ -488,7 +488,13 @@ def test_the_configs_of_an_export(world):
 
 
 @pytest.mark.parametrize(
-    ("runtime", "names"), [("transformers", {"two"}), ("vllm", {"long", "short"}), ("sglang", {"long", "short"})]
+    ("runtime", "names"),
+    [
+        ("transformers", {"two"}),
+        ("vllm", {"long", "short"}),
+        ("sglang", {"long", "short"}),
+        ("gguf", {"long", "two"}),
+    ],
 )
 def test_a_runtime_gets_the_folders_that_it_needs(world, runtime, names):
     folder = tiny.make_run(world, f"for_{runtime}")
@@ -757,6 +763,7 @@ def test_an_export_has_the_new_window_and_no_path_of_this_machine(world, tmp_pat
         generation = json.loads((exported / "generation_config.json").read_text())
         assert generation == {"max_length": window, "eos_token_id": [1, 7]}
         more = {"factors.json", "modeling_longrope2.py"} if name == "two" else set()
+        more |= set() if name == "short" else {"gguf_longrope.py"}
         assert {file.name for file in exported.iterdir()} == usual | more
         assert {file.stat().st_mode & 0o777 for file in exported.iterdir()} == {0o640}
         for file in exported.iterdir():

@@ -1,7 +1,7 @@
 """What each runtime does with each folder of an export: command, what is exact, what is not. For cards and terminal.
 
-Each sentence was checked by running the runtime (transformers 5.23, vLLM 0.32 on CPU, llama.cpp), or, where ``READ`` is
-said, in the runtime's code alone.
+Each sentence was checked by running the runtime (transformers 5.23, vLLM 0.32 on CPU, llama-cpp-python 0.3.36), or,
+where ``READ`` is said, in the runtime's code alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lr2train.rope.factors import Factors
+from lr2train.serving import gguf_longrope
 
 HERE = "."  # a folder in its own model card: a card names no path of the machine that wrote the card
 FOLDERS_OF = {
@@ -18,7 +19,10 @@ FOLDERS_OF = {
     "transformers": ("two",),
     "vllm": ("long", "short"),
     "sglang": ("long", "short"),
+    "gguf": ("long", "two"),
 }
+# Model types whose graphs in llama.cpp take RoPE tables. All were run.
+GGUF_TYPES = ("llama", "mistral", "mixtral", "phi3", "granite")
 _READ = "Read in its code, not run."
 
 
@@ -49,11 +53,13 @@ class Windows:
         factors: of the long window.
         short_factor: attention factor of the short window.
         plain_short: the short window has plain RoPE, and no table of its own.
+        model_type: as in config.json.
     """
 
     factors: Factors
     short_factor: float = 1.0
     plain_short: bool = True
+    model_type: str = "llama"
 
 
 def lines_of(windows: Windows, folders: Sequence[str]) -> list[Line]:
@@ -63,19 +69,13 @@ def lines_of(windows: Windows, folders: Sequence[str]) -> list[Line]:
         *_transformers(windows, original),
         *_server("vLLM", "vllm serve {folder}", original, target, ""),
         *_server("SGLang", "python -m sglang.launch_server --model-path {folder}", original, target, _READ),
-        Line(
-            "llama.cpp", "short", "python convert_hf_to_gguf.py {folder}", f"texts of up to {original} tokens",
-            "Do not convert long/ or two/ of a Llama or Mistral with it: it leaves the factors out, and llama.cpp "
-            "serves plain RoPE at every length without a word. For Qwen2 and Qwen3 it has no factors at all.",
-        ),
+        *_llama_cpp(windows, original, target),
         Line(
             "TensorRT-LLM", "long", "trtllm-serve {folder}", f"texts of {original + 1} to {target} tokens",
             f"Shorter texts are under the long table too. {_READ}",
         ),
         Line("TensorRT-LLM", "short", "trtllm-serve {folder}", f"texts of up to {original} tokens", _READ),
     ]  # fmt: skip
-    if not windows.plain_short:
-        every = [line for line in every if line.runtime != "llama.cpp"]  # not checked
     if target <= original:
         every = [_one_window(line) for line in every if line.folder == "short"]
     return [line for line in every if line.folder in folders]
@@ -122,6 +122,41 @@ def _server(runtime: str, command: str, original: int, target: int, read: str) -
         ),
         Line(runtime, "short", command, f"texts of up to {original} tokens", f"{hand_over}{read}".strip()),
     ]  # fmt: skip
+
+
+def _llama_cpp(windows: Windows, original: int, target: int) -> list[Line]:
+    """Of short/ with a table of its own, the converter would write another attention factor: two/ has it right."""
+    convert = "python convert_hf_to_gguf.py {folder} --outfile converted.gguf"
+    if windows.model_type not in GGUF_TYPES:
+        why = f"llama.cpp takes no RoPE tables for {windows.model_type}: do not convert long/ or two/."
+        every = [Line("llama.cpp", "short", convert, f"texts of up to {original} tokens", why)]
+    else:
+        serve = "llama-server -m model.gguf"
+        add = f"{convert} && python {{folder}}/{gguf_longrope.NAME} converted.gguf model.gguf && {serve}"
+        flags = gguf_longrope.short_flags(original, windows.short_factor / windows.factors.attention_factor)
+        context = gguf_longrope.short_context(original)
+        warning = "The second command adds the tables; without it, plain RoPE is computed at every length."
+        long_texts = f"texts of {original + 1} to {target} tokens"
+        every = [
+            Line(
+                "llama.cpp", "two", f"{add} -c {target}", long_texts,
+                f"{warning} Shorter texts are under the long table too.",
+            ),
+            Line(
+                "llama.cpp", "two", f"{serve} {flags}", f"texts of up to {context} tokens",
+                "The same file. A text that ends here for its length goes on at the server above: send prompt and text "
+                "there.",
+            ),
+            Line(
+                "llama.cpp", "long", f"{add} -c {target}", long_texts,
+                f"{warning} One table in every context, for programs that choose the context themselves. Shorter texts "
+                "are under the long table too.",
+            ),
+            Line("llama.cpp", "short", convert, f"texts of up to {original} tokens"),
+        ]  # fmt: skip
+        if not context:  # llama.cpp has no context of fewer than 256 tokens
+            del every[1]
+    return [line for line in every if windows.plain_short or line.folder != "short"]
 
 
 def in_words(line: Line, folder: str | Path) -> str:

@@ -30,10 +30,11 @@ from lr2train.model import folder as model_folder
 from lr2train.model.weights import Conversion, TensorReader
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
-from lr2train.serving import fold
+from lr2train.serving import engines, fold, gguf_longrope
 
 FOLDERS = ("long", "short", "two")
 CODE = "modeling_longrope2.py"
+GGUF_CODE = gguf_longrope.NAME
 RECORD = "lr2train.json"
 _VERSION = 1  # of what a folder holds; raised when the same inputs make another folder
 _BASE_LINE = "Base: Any = transformers.LlamaForCausalLM"
@@ -101,7 +102,7 @@ def code_of(architecture: str, keeps_fp32: bool) -> str:
         architecture: a class of transformers, such as ``LlamaForCausalLM``.
         keeps_fp32: as ``rotary.keeps_fp32`` says.
     """
-    text = Path(__file__).with_name(CODE).read_text(encoding="utf-8")
+    text = _text(CODE)
     for line, own in (
         (_BASE_LINE, f"Base: Any = transformers.{architecture}"),
         (_FP32_LINE, f"KEEPS_FP32 = {keeps_fp32}"),
@@ -156,8 +157,19 @@ def write(source: Source, root: Path, names: Sequence[str], cards: dict[str, str
 def _fingerprint(source: Source, name: str, card: str) -> str:
     """Of all that goes into a folder, without a path: the same inputs elsewhere make the same folder."""
     companions = [[file.name, io.sha256_of(file)] for file in source.companions if file.is_file()]
-    code = Path(__file__).with_name(CODE).read_text(encoding="utf-8") if name == "two" else ""
-    return io.fingerprint([name, source.weights_of(name), source.config_of(name), companions, card, code])
+    codes = [_text(CODE)] if name == "two" else []
+    codes += [_text(GGUF_CODE)] if _for_gguf(source, name) else []
+    return io.fingerprint([name, source.weights_of(name), source.config_of(name), companions, card, codes])
+
+
+def _for_gguf(source: Source, name: str) -> bool:
+    """Whether the folder holds the script that gives llama.cpp the tables."""
+    return name != "short" and source.values["model_type"] in engines.GGUF_TYPES
+
+
+def _text(name: str) -> str:
+    """The text of a file of this package that goes into folders."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -218,6 +230,8 @@ def _write_rest(source: Source, name: str, folder: Path, twin: Any, card: str) -
     config = {**model_folder.shareable(source.config_of(name)), **facts, "dtype": source.dtype}
     model_folder.copy_companions(source.companions, folder, source.window_of(name))
     io.write_text(folder / "README.md", card)
+    if _for_gguf(source, name):
+        io.write_text(folder / GGUF_CODE, _text(GGUF_CODE))
     if name == "two":
         architecture = facts["architectures"][0]
         io.write_text(folder / CODE, code_of(architecture, rotary.keeps_fp32(twin)))
