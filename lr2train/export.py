@@ -67,7 +67,7 @@ def _export(config: Config, job: run.Run, factors: Factors, root: Path) -> dict[
     names = _names(config, source)
     device = str(processes.pick_device(config.device))
     ours = _our_logits(source, device, names) if config.export.check else {}
-    windows = engines.Windows(factors, source.short_factor, source.plain_short, source.values["model_type"])
+    windows = engines.Windows(factors, source.short_factor, source.plain_short, source.values)
     cards = {name: engines.card(name, str(config.run), config.model.path, windows) for name in names}
     written = folders.write(source, root, names, cards)
     _remove_outdated(job, source, root, names)
@@ -111,15 +111,15 @@ def _names(config: Config, source: folders.Source) -> tuple[str, ...]:
     """The folders to write; a model with one window has one folder.
 
     Raises:
-        UserError: llama.cpp is asked for, and takes no RoPE tables for the model's architecture.
+        UserError: llama.cpp is asked for, and cannot compute the long window of the model's architecture.
     """
     if not source.extended:
         return ("short",)
-    if (runtime := str(config.export.runtime)) == "gguf" and source.values["model_type"] not in engines.GGUF_TYPES:
+    runtime = str(config.export.runtime)
+    if runtime == "gguf" and (why := engines.why_no_gguf(source.values, source.window_of("two"))):
         raise UserError(
-            f"llama.cpp takes no RoPE tables for {source.values['model_type']}, so it would compute plain RoPE beyond "
-            f"{source.window_of('short')} tokens, and export.runtime=gguf is refused; set export.runtime=all, and "
-            f"convert its folder short/ for texts of up to {source.window_of('short')} tokens"
+            f"{why}, so no GGUF has the window of {source.window_of('two')} tokens (export.runtime=gguf); set "
+            "export.runtime=all to export for the other runtimes"
         )
     return engines.FOLDERS_OF[runtime]
 

@@ -6,9 +6,10 @@ where ``READ`` is said, in the runtime's code alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lr2train.rope.factors import Factors
 from lr2train.serving import gguf_longrope
@@ -53,13 +54,13 @@ class Windows:
         factors: of the long window.
         short_factor: attention factor of the short window.
         plain_short: the short window has plain RoPE, and no table of its own.
-        model_type: as in config.json.
+        config: the model's config.json.
     """
 
     factors: Factors
     short_factor: float = 1.0
     plain_short: bool = True
-    model_type: str = "llama"
+    config: Mapping[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
 
 
 def lines_of(windows: Windows, folders: Sequence[str]) -> list[Line]:
@@ -124,39 +125,54 @@ def _server(runtime: str, command: str, original: int, target: int, read: str) -
     ]  # fmt: skip
 
 
+def why_no_gguf(config: Mapping[str, Any], window_tokens: int, extended: bool = True) -> str:
+    """Why llama.cpp cannot compute texts of a window; empty: it can.
+
+    Args:
+        config: the model's config.json.
+        window_tokens: length of the longest text.
+        extended: the window needs RoPE tables.
+    """
+    model_type, sliding = config["model_type"], config.get("sliding_window")
+    if extended and model_type not in GGUF_TYPES:
+        return f"llama.cpp takes no RoPE tables for {model_type}"
+    if model_type in GGUF_TYPES and sliding and sliding < window_tokens:
+        return f"llama.cpp has no sliding window for {model_type}"
+    return ""
+
+
 def _llama_cpp(windows: Windows, original: int, target: int) -> list[Line]:
     """Of short/ with a table of its own, the converter would write another attention factor: two/ has it right."""
     convert = "python convert_hf_to_gguf.py {folder} --outfile converted.gguf"
-    if windows.model_type not in GGUF_TYPES:
-        why = f"llama.cpp takes no RoPE tables for {windows.model_type}: do not convert long/ or two/."
-        every = [Line("llama.cpp", "short", convert, f"texts of up to {original} tokens", why)]
-    else:
-        serve = "llama-server -m model.gguf"
-        add = f"{convert} && python {{folder}}/{gguf_longrope.NAME} converted.gguf model.gguf && {serve}"
-        flags = gguf_longrope.short_flags(original, windows.short_factor / windows.factors.attention_factor)
-        context = gguf_longrope.short_context(original)
-        warning = "The second command adds the tables; without it, plain RoPE is computed at every length."
-        long_texts = f"texts of {original + 1} to {target} tokens"
-        every = [
-            Line(
-                "llama.cpp", "two", f"{add} -c {target}", long_texts,
-                f"{warning} Shorter texts are under the long table too.",
-            ),
-            Line(
-                "llama.cpp", "two", f"{serve} {flags}", f"texts of up to {context} tokens",
-                "The same file. A text that ends here for its length goes on at the server above: send prompt and text "
-                "there.",
-            ),
-            Line(
-                "llama.cpp", "long", f"{add} -c {target}", long_texts,
-                f"{warning} One table in every context, for programs that choose the context themselves. Shorter texts "
-                "are under the long table too.",
-            ),
-            Line("llama.cpp", "short", convert, f"texts of up to {original} tokens"),
-        ]  # fmt: skip
-        if not context:  # llama.cpp has no context of fewer than 256 tokens
-            del every[1]
-    return [line for line in every if windows.plain_short or line.folder != "short"]
+    why = why_no_gguf(windows.config, target)
+    lines = []
+    if windows.plain_short and not why_no_gguf(windows.config, original, extended=False):
+        warning = f"{why}: do not convert long/ or two/." if why else ""
+        lines = [Line("llama.cpp", "short", convert, f"texts of up to {original} tokens", warning)]
+    return lines if why else [*_with_tables(windows, original, target, convert), *lines]
+
+
+def _with_tables(windows: Windows, original: int, target: int, convert: str) -> list[Line]:
+    """Of files that ``gguf_longrope.py`` has treated."""
+    serve = "llama-server -m model.gguf"
+    add = f"{convert} && python {{folder}}/{gguf_longrope.NAME} converted.gguf model.gguf && {serve} -c {target}"
+    flags = gguf_longrope.short_flags(original, windows.short_factor / windows.factors.attention_factor)
+    context = gguf_longrope.short_context(original)
+    warning = "The second command adds the tables; without it, plain RoPE is computed at every length."
+    below = "Shorter texts are under the long table too."
+    long_texts = f"texts of {original + 1} to {target} tokens"
+    lines = [
+        Line("llama.cpp", "two", add, long_texts, f"{warning} {below}"),
+        Line(
+            "llama.cpp", "two", f"{serve} {flags}", f"texts of up to {context} tokens",
+            "The same file. To go on after this length, send prompt and text to the server of the long context.",
+        ),
+        Line(
+            "llama.cpp", "long", add, long_texts,
+            f"{warning} One table in every context, for programs that choose the context themselves. {below}",
+        ),
+    ]  # fmt: skip
+    return lines if context else [lines[0], lines[2]]  # llama.cpp has no context of fewer than 256 tokens
 
 
 def in_words(line: Line, folder: str | Path) -> str:

@@ -164,7 +164,7 @@ def _fingerprint(source: Source, name: str, card: str) -> str:
 
 def _for_gguf(source: Source, name: str) -> bool:
     """Whether the folder holds the script that gives llama.cpp the tables."""
-    return name != "short" and source.values["model_type"] in engines.GGUF_TYPES
+    return name != "short" and not engines.why_no_gguf(source.values, source.window_of(name))
 
 
 def _text(name: str) -> str:

@@ -314,17 +314,16 @@ def test_the_flags_of_the_short_window(original, short, long):
     assert np.float32(factor or 1) * np.float32(long) == pytest.approx(short, rel=2e-7)
 
 
-def windows(model_type: str, **more) -> engines.Windows:
-    factors = METHODS["yarn"](Spectrum(8, 10000.0, 4096), 16384)
-    return engines.Windows(factors, model_type=model_type, **more)
+FACTORS = METHODS["yarn"](Spectrum(8, 10000.0, 4096), 16384)
 
 
-def lines(**more) -> list[engines.Line]:
-    return [line for line in engines.lines_of(windows(**more), folders.FOLDERS) if line.runtime == "llama.cpp"]
+def lines(plain_short: bool = True, **config) -> list[engines.Line]:
+    windows = engines.Windows(FACTORS, plain_short=plain_short, config=config)
+    return [line for line in engines.lines_of(windows, folders.FOLDERS) if line.runtime == "llama.cpp"]
 
 
 def test_each_window_has_its_command():
-    ratio = 1 / windows("llama").factors.attention_factor
+    ratio = 1 / FACTORS.attention_factor
     long, short, one_table, alone = lines(model_type="llama")
     assert (long.folder, short.folder, one_table.folder, alone.folder) == ("two", "two", "long", "short")
     for line in (long, one_table):
@@ -343,13 +342,28 @@ def test_an_architecture_without_tables_has_its_short_window_alone():
     assert "takes no RoPE tables for qwen3: do not convert long/ or two/" in line.limits
 
 
+def test_a_sliding_window_that_llama_cpp_lacks_is_no_promise():
+    """Its graphs of Mistral and Phi-3 attend to the whole text."""
+    assert (
+        len(lines(model_type="mistral", sliding_window=None))
+        == len(lines(model_type="phi3", sliding_window=2**18))
+        == 4
+    )
+    (line,) = lines(model_type="mistral", sliding_window=4096)
+    assert (line.folder, line.limits) == (
+        "short",
+        "llama.cpp has no sliding window for mistral: do not convert long/ or two/.",
+    )
+    assert lines(model_type="phi3", sliding_window=2047) == []
+
+
 def test_an_export_for_llama_cpp_is_refused_where_it_takes_no_tables(world):
     config = Config()
     config.export.runtime = "gguf"
     sources = [
-        folders.Source(Path(), io.read_json(world / family / "two" / "config.json"), windows("").factors, "bfloat16")
+        folders.Source(Path(), io.read_json(world / family / "two" / "config.json"), FACTORS, "bfloat16")
         for family in ("llama", "qwen3, norms of a head")
     ]
     assert _names(config, sources[0]) == ("long", "two")
-    with pytest.raises(UserError, match=r"takes no RoPE tables for qwen3.*set export\.runtime=all.*short/"):
+    with pytest.raises(UserError, match=r"^llama.cpp takes no RoPE tables for qwen3.*; set export\.runtime=all"):
         _names(config, sources[1])
