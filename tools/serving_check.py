@@ -147,7 +147,9 @@ def _run(runtime: str, python: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(folder: Path, n_tokens: int, vocabulary: int) -> list[int]:
-    """Token ids of this repository's pages, repeated where they are too few."""
+    """Token ids of this repository's pages, repeated where they are too few; without a tokenizer any ids."""
+    if not (folder / "tokenizer.json").exists():
+        return [n * 7919 % vocabulary for n in range(n_tokens)]  # multiples of a prime visit the whole vocabulary
     root = Path(__file__).resolve().parents[1]
     pages = [page for name in TEXT for page in sorted((root / name).glob("*.md")) or [root / name]]
     words = load.load_tokenizer(folder)("\n".join(page.read_text() for page in pages))["input_ids"]

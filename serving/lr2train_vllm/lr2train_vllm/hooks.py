@@ -83,7 +83,8 @@ def _replace_completion(config_class: Any, reason: str | None) -> None:
     @functools.wraps(complete)
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
         if _switch_of(self) is None:
-            return complete(self, *args, **kwargs)
+            complete(self, *args, **kwargs)
+            return _say_how_to_serve_both(self)
         if reason is not None:
             raise refusals.Refused(f"{reason}; use vLLM {RUN_WITH[-1]}, or serve the folder short/ or long/")
         refusals.refuse_before(self)
@@ -107,6 +108,18 @@ def _switch_of(config: Any) -> int | None:
     return None if part else windows.switch_of(config)
 
 
+def _say_how_to_serve_both(config: Any) -> None:
+    """vLLM's default window of a folder with two tables is L0; so a user may think that all is served."""
+    original = windows.original_window_of(config)
+    if original is not None:
+        _logger().info(
+            "lr2train_vllm: the server's window ends where the RoPE table changes (%d tokens); for both tables set "
+            "--max-model-len to at most %d",
+            original,
+            windows.longest_of(config),
+        )
+
+
 def _mark(config: Any) -> None:
     """Write the plugin into the config.
 
@@ -123,19 +136,23 @@ def _mark(config: Any) -> None:
 def _finish(config: Any) -> None:
     """Refuse, or say what is served."""
     from vllm import __version__, envs
-    from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
     refusals.refuse_after(config, bool(envs.VLLM_USE_V2_MODEL_RUNNER), current_platform.device_name)
-    logger = init_logger("vllm.lr2train_vllm")
-    logger.info(
+    _logger().info(
         "lr2train_vllm: two RoPE tables; a request of more than %d tokens has the long one, up to %d tokens",
         windows.switch_of(config),
         config.model_config.max_model_len,
     )
     if __version__ not in RUN_WITH:
-        logger.warning(
+        _logger().warning(
             "lr2train_vllm was run with vLLM %s, and not with %s; compare once with tools/serving_check.py of lr2train",
             ", ".join(RUN_WITH),
             __version__,
         )
+
+
+def _logger() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.lr2train_vllm")

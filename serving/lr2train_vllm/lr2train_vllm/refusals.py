@@ -9,11 +9,14 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from lr2train_vllm.windows import SCHEDULER
+from lr2train_vllm import windows
 
 
-class Refused(ValueError):
-    """The server would not compute what the model was trained for."""
+class Refused(RuntimeError):
+    """The server would not compute what the model was trained for.
+
+    No ValueError: pydantic would put its own words around the sentence.
+    """
 
     def __init__(self, reason: str):
         super().__init__(f"lr2train_vllm: {reason}")
@@ -31,7 +34,7 @@ def refuse_before(config: Any) -> None:
             "async scheduling would compute a token under the short RoPE table after the text has outgrown it; leave "
             "--async-scheduling out"
         )
-    if scheduler.scheduler_cls not in (None, SCHEDULER):
+    if scheduler.scheduler_cls not in (None, windows.SCHEDULER):
         raise Refused(
             f"the scheduler {scheduler.scheduler_cls} does not compute a request anew when it outgrows its RoPE table; "
             "leave --scheduler-cls out"
@@ -53,7 +56,7 @@ def refuse_after(config: Any, v2_asked: bool, platform: str) -> None:
 
 def _reasons(config: Any, v2_asked: bool, platform: str) -> Iterator[str]:
     model, parallel = config.model_config, config.parallel_config
-    longest = getattr(model.hf_text_config, "max_position_embeddings", model.max_model_len)
+    longest = windows.longest_of(config)
     if v2_asked:
         yield "the V2 model runner does not choose a RoPE table for each request; unset VLLM_USE_V2_MODEL_RUNNER"
     if getattr(config.attention_config, "hisparse_config", None) or getattr(config, "watermark_config", None):

@@ -30,17 +30,25 @@ def original_window(rope: Any) -> int | None:
     return None if same else int(rope["original_max_position_embeddings"])
 
 
+def original_window_of(config: Any) -> int | None:
+    """``original_window`` of the model that a VllmConfig serves."""
+    model = getattr(config, "model_config", None)
+    return None if model is None else original_window(getattr(model.hf_text_config, "rope_parameters", None))
+
+
+def longest_of(config: Any) -> int:
+    """The tokens for which vLLM makes RoPE tables."""
+    return int(config.model_config.hf_text_config.max_position_embeddings)
+
+
 def switch_of(config: Any) -> int | None:
     """L0 where a server crosses it: its folder has two tables, and its window is longer; else None.
 
     Args:
         config: a VllmConfig.
     """
-    model = getattr(config, "model_config", None)
-    if model is None:
-        return None
-    original = original_window(getattr(model.hf_text_config, "rope_parameters", None))
-    return original if original is not None and model.max_model_len > original else None
+    original = original_window_of(config)
+    return original if original is not None and config.model_config.max_model_len > original else None
 
 
 def row_offsets(lengths: Sequence[int], n_scheduled: np.ndarray, original: int) -> np.ndarray:
