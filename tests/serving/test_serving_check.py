@@ -27,7 +27,7 @@ def export(tmp_path_factory):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 1.0)
     model.save_pretrained(folder / "base")
-    extend.extend(folder / "base", folder / "export", families.L, 1.3)
+    extend.extend(folder / "base", folder / "export", families.L, 1.3, None)
     return folder / "export"
 
 
@@ -101,9 +101,8 @@ def test_a_script_that_fails_refuses_every_row(ours):
     _, every, text, _ = ours
     request = cases.request_of(SETUP, every, text, {"original": 32, "target": 128}, "float32")
     given = serving_check._run("vllm", Path(sys.executable), request)
-    assert given["refused"] == dict.fromkeys(
-        ["short", "crossing", "long"], "ModuleNotFoundError: No module named 'vllm'"
-    )
+    reason = "ModuleNotFoundError: No module named 'vllm'"
+    assert given["refused"] == dict.fromkeys(("short", "crossing", "long"), reason)
     assert not given["rows"]
 
 
