@@ -1,6 +1,8 @@
 """The vLLM plugin's parts that need no vLLM: which folder, which table, which salt, and what is refused."""
 
+import importlib
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,10 @@ from lr2train.model import decode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "serving" / "lr2train_vllm"))
 
 from lr2train_vllm import refusals, windows
+
+from tools.serving import with_vllm
+
+PACKAGE = Path(refusals.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +139,12 @@ def test_a_changed_function_of_vllm_is_named():
     assert refusals.changed([(function, "f", ("request",))], "9.9") is None
     assert "vLLM 9.9 takes (request, timestamp)" in refusals.changed([(function, "f", ("request", "drop"))], "9.9")
     assert "is missing" in refusals.changed([(None, "f", ())], "9.9")
+
+
+def test_the_entry_point_is_the_one_that_the_check_asks_for():
+    said = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]["entry-points"][with_vllm.GROUP]
+    module, function = said[with_vllm.PLUGIN].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    for name in (windows.SCHEDULER, windows.EXTENSION):
+        module, found = name.rsplit(".", 1)
+        assert f"class {found}" in (PACKAGE / (module.replace(".", "/") + ".py")).read_text()

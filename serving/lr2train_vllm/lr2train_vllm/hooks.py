@@ -78,7 +78,9 @@ def _replace_completion(config_class: Any, reason: str | None) -> None:
         config_class: VllmConfig.
         reason: why a folder with two tables cannot be served at all, or None.
     """
-    complete, uses_v2 = config_class.__post_init__, config_class.use_v2_model_runner
+    complete, uses_v2 = config_class.__post_init__, getattr(config_class, "use_v2_model_runner", None)
+    if uses_v2 is None:
+        reason = reason or "VllmConfig has no use_v2_model_runner"
 
     @functools.wraps(complete)
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -90,6 +92,7 @@ def _replace_completion(config_class: Any, reason: str | None) -> None:
         refusals.refuse_before(self)
         self.scheduler_config.scheduler_cls = windows.SCHEDULER
         self.scheduler_config.async_scheduling = False
+        self.parallel_config.worker_extension_cls = self.parallel_config.worker_extension_cls or windows.EXTENSION
         _mark(self)
         complete(self, *args, **kwargs)
         _finish(self)
@@ -99,7 +102,8 @@ def _replace_completion(config_class: Any, reason: str | None) -> None:
 
     setattr(post_init, _MARK, True)
     config_class.__post_init__ = post_init
-    config_class.use_v2_model_runner = property(use_v2_model_runner)
+    if uses_v2 is not None:
+        config_class.use_v2_model_runner = property(use_v2_model_runner)
 
 
 def _switch_of(config: Any) -> int | None:

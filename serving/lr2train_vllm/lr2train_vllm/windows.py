@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 SCHEDULER = "lr2train_vllm.scheduler.TwoTablesScheduler"
+EXTENSION = "lr2train_vllm.workers.NeedsPlugin"
 _SHORT, _LONG = "lr2train:short:", "lr2train:long:"
 
 
