@@ -18,6 +18,8 @@ from lr2train.model.loss import LossHead
 from lr2train.model.router import router_loss_of
 from lr2train.rope.factors import Factors
 
+MODULE_PREFIX = "lm."  # of the Hugging Face model's names inside WindowLM
+
 
 class WindowLM(nn.Module):
     """``(tokens, labels, segment_attention, window) -> losses`` over a Hugging Face causal LM.

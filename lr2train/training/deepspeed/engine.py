@@ -32,7 +32,7 @@ from lr2train.attention.segment import SegmentAttention
 from lr2train.config import Config, UserError
 from lr2train.data.batch import LONG, WINDOWS, Batch
 from lr2train.model import load
-from lr2train.model.window_lm import WindowLM
+from lr2train.model.window_lm import MODULE_PREFIX, WindowLM
 from lr2train.parallel import control
 from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.mesh import Mesh
@@ -43,8 +43,6 @@ from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.finite import FiniteAdamW, refuse_non_finite
 from lr2train.training.deepspeed.start import accumulation_of, deepspeed_config, gathered, quiet, zero_init
 from lr2train.training.segment import tensors_of
-
-MODULE_PREFIX = "lm."  # the Hugging Face model's names inside WindowLM
 
 
 @dataclass(frozen=True)
