@@ -87,7 +87,8 @@ def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> Model
     refuse_model(model.config)
     if any("sinks" in module._parameters for module in model.modules()):
         raise UserError(
-            f"{type(model).__name__} has attention sinks, which no kernel here computes; choose another model (model.path)"
+            f"{type(model).__name__} has attention sinks, which no kernel here computes; choose another model "
+            "(model.path)"
         )
     AttentionInterface.register(NAME, attention_forward)
     model.set_attn_implementation(NAME)
