@@ -6,6 +6,8 @@
     runs/tiny_4k/export/short/   the original window alone: short texts, in every runtime
     runs/tiny_4k/export/two/     both tables: for `lr2train generate`, and for transformers with trust_remote_code=True
 
+A run that is not finished is exported from a checkpoint: ``export.checkpoint=last``, or a number of steps.
+
 docs/SERVING.md says which runtime needs which folder. Weights are read and written as a stream. Then the logits of each
 folder are compared with the run's, one model at a time (``export.check``). The run's ``export.json`` holds the
 differences; it is left out if the run's folder is read-only.
@@ -25,12 +27,17 @@ import torch
 from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
+from lr2train.data.corpus import Corpus
 from lr2train.evaluation import trained_run
-from lr2train.model import load, rotary
+from lr2train.model import config_json, load, rotary, weights
+from lr2train.model import folder as model_files
 from lr2train.model.folder import GENERATION_FILES
 from lr2train.parallel import processes
 from lr2train.rope.factors import Factors
 from lr2train.serving import engines, folders
+from lr2train.training import model_folder
+from lr2train.training.deepspeed import stored_weights
+from lr2train.training.deepspeed.checkpoint import Checkpoints
 
 TOKENIZER_FILES = ("*token*", "*.model", "vocab.json", "merges.txt")
 WINDOWS_OF = {"long": ("long",), "short": ("short",), "two": ("short", "long")}
@@ -41,9 +48,10 @@ def export(config: Config) -> dict[str, Any]:
     """Run the verb; returns the contents of ``export.json``.
 
     Raises:
-        UserError: the run is not finished; the dtype is unknown; the folder holds other files or cannot be written; the
-            attention factor cannot be put into the weights; or the model computes logits that are not finite. Nothing
-            is replaced then, unless such logits come from an exported folder alone.
+        UserError: the run is not finished, and no checkpoint is named; the checkpoint cannot be read; the dtype is
+            unknown; the folder holds other files or cannot be written; the attention factor cannot be put into the
+            weights; or the model computes logits that are not finite. Nothing is replaced then, unless such logits
+            come from an exported folder alone.
     """
     ranks.refuse_ranks("export")
     job = run.Run(trained_run.run_folder(config), "export")
@@ -52,18 +60,20 @@ def export(config: Config) -> dict[str, Any]:
             f"export.dtype={config.export.dtype} is not one of {', '.join(load.DTYPES)}; set one of them, or leave it "
             "empty"
         )
-    io.read_json(job.folder / "train.json")  # refuses a run that is not finished
+    _refuse_unfinished(config, job)
     factors = Factors.load(job.folder / "factors.json")
     root = Path(config.export.folder or job.folder / "export")
     _refuse_to_overwrite(root)
     _refuse_unwritable(root)
     with job.lock(needed=False) or contextlib.nullcontext():  # another user's run may be exported: it is only read
-        return _export(config, job, factors, root)
+        with tempfile.TemporaryDirectory() as temporary:
+            return _export(config, job, factors, root, Path(temporary))
 
 
-def _export(config: Config, job: run.Run, factors: Factors, root: Path) -> dict[str, Any]:
-    config = trained_run.completed(config)
-    source = _source(config, job, factors)
+def _export(config: Config, job: run.Run, factors: Factors, root: Path, temporary: Path) -> dict[str, Any]:
+    checkpoint = _checkpoint(config, job)
+    config = trained_run.completed(config, with_model=checkpoint is None)
+    source = _source(config, job, factors) if checkpoint is None else _from(checkpoint, config, factors, temporary)
     names = _names(config, source)
     device = str(processes.pick_device(config.device))
     ours = _our_logits(source, device, names) if config.export.check else {}
@@ -81,6 +91,7 @@ def _export(config: Config, job: run.Run, factors: Factors, root: Path) -> dict[
     }
     result = {
         "folder": str(root),
+        "checkpoint": None if checkpoint is None else checkpoint.step,
         "dtype": source.dtype,
         "bytes": _bytes_of(root / name for name in names),
         "attention_factor": factors.attention_factor,
@@ -92,6 +103,58 @@ def _export(config: Config, job: run.Run, factors: Factors, root: Path) -> dict[
         progress.say("export", f"{job.folder / 'export.json'} is not written ({reason})")
     _tell(job, result, engines.lines_of(windows, names))
     return result
+
+
+def _refuse_unfinished(config: Config, job: run.Run) -> None:
+    """Refuse a run without a model, unless a checkpoint is to be exported."""
+    finished = (job.folder / "train.json").exists() and (job.folder / "model" / config_json.NAME).exists()
+    if finished or config.export.checkpoint is not None:
+        return
+    if steps := Checkpoints(job.folder / "checkpoints").steps:
+        raise UserError(
+            f"run={config.run} is not finished and has no model, and holds checkpoints up to {steps[-1].name}; set "
+            f"export.checkpoint={stored_weights.LAST} to export its newest checkpoint"
+        )
+    io.read_json(job.folder / "train.json")
+    io.read_json(job.folder / "model" / config_json.NAME)
+
+
+def _checkpoint(config: Config, job: run.Run) -> stored_weights.StoredCheckpoint | None:
+    if config.export.checkpoint is None:
+        return None
+    found = stored_weights.find(Checkpoints(job.folder / "checkpoints"), config.export.checkpoint)
+    _log(job, f"exporting {found.folder}, after {found.step} steps")
+    return found
+
+
+def _from(
+    checkpoint: stored_weights.StoredCheckpoint, config: Config, factors: Factors, temporary: Path
+) -> folders.Source:
+    """A checkpoint as the folders are made from it; ``temporary`` takes what a finished run's ``model/`` holds beside
+    its weights.
+    """
+    dtype = config.model.dtype
+    own = stored_weights.weights_of(checkpoint, load.DTYPES[dtype])
+    hf_config = load.config_of(config.model)
+    twin = load.build_empty(hf_config, dtype, lambda: torch.device("meta"))
+    if set(own) - set(weights.owners(twin.state_dict(keep_vars=True)).values()):
+        # Training found a head of its own in the weights of a base whose config ties it.
+        hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = False
+        twin = load.build_empty(hf_config, dtype, lambda: torch.device("meta"))
+    written = {**model_files.shareable(model_folder.config_values(hf_config, factors)), **model_files.facts_of(twin)}
+    io.write_json(temporary / config_json.NAME, {**written, "dtype": dtype})
+    model_folder.write_companions(
+        config.model, Corpus.open(Path(str(config.data.path))).tokenizer_folder, factors, temporary
+    )
+    return folders.Source(
+        model=temporary,
+        values=load.plain_config(load.config_of(load.ModelConfig(path=str(temporary)))),
+        factors=factors,
+        dtype=config.export.dtype or dtype,
+        companions=tuple(sorted(file for file in temporary.iterdir() if file.name != config_json.NAME)),
+        tensors=model_files.published(twin, own),
+        contents=checkpoint.fingerprint,
+    )
 
 
 def _source(config: Config, job: run.Run, factors: Factors) -> folders.Source:
@@ -221,13 +284,15 @@ def _bytes_of(places: Iterator[Path]) -> int:
 
 def _our_logits(source: folders.Source, device: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """The run's last logits by window, in the exported dtype: a model without finite logits replaces no export."""
-    model = load.load_whole(source.model, source.dtype, device)
+    hf_config = load.config_of(load.ModelConfig(path=str(source.model)))
+    model = load.assembled(hf_config, source.dtype, source.stored(), lambda: torch.device(device))
+    model.eval().requires_grad_(False)
     table = rotary.install(model, source.factors)
     windows = {window for name in names for window in WINDOWS_OF[name]}
     logits = {}
     for table.window in sorted(windows):
         logits[table.window] = _last_logits(model, _length(source.factors, table.window))
-        _refuse_not_finite(logits[table.window], str(source.model), table.window, source.dtype)
+        _refuse_not_finite(logits[table.window], "the run's model", table.window, source.dtype)
     return logits
 
 

@@ -28,9 +28,9 @@ from lr2train.parallel import control, processes
 from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.inputs import identities
 from lr2train.parallel.mesh import make_mesh
-from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import build
+from lr2train.training import model_folder
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.engine import Engine
 from lr2train.training.deepspeed.keys import refuse_keys
@@ -103,9 +103,7 @@ def checked_inputs(config: Config) -> TrainInputs:
         hf_config, config.parallel, config.data.segment_tokens, _longest_span_tokens(config), processes.ranks_per_node()
     )
     factors = build(config.rope, load.spectrum_of(hf_config, config.model))
-    if _extends(factors):
-        # Factors that have no form in config.json are refused now, not after training.
-        rope_hf.write(load.plain_config(hf_config), factors)
+    model_folder.config_values(hf_config, factors)  # factors without a form in config.json are refused now
     return TrainInputs(hf_config, factors, corpus)
 
 
@@ -113,11 +111,6 @@ def _longest_span_tokens(config: Config) -> int:
     if config.data.kind == "segments":
         return config.data.segment_tokens
     return max((stage.length_tokens for stage in config.data.stages), default=0)
-
-
-def _extends(factors: Factors) -> bool:
-    """Whether the target window is longer than the original one."""
-    return factors.target_window_tokens > factors.spectrum.window_tokens
 
 
 def _contents(job: run.Run, config: Config, inputs: TrainInputs) -> dict[str, Any]:
@@ -274,13 +267,11 @@ def _fit(job: run.Run, training: Training, done: int) -> None:
 def _write_model(job: run.Run, training: Training, inputs: TrainInputs) -> None:
     """Write ``model/``: weights, config.json with the factors, tokenizer. A collective."""
     hf_config, factors, corpus = inputs
-    config = load.plain_config(hf_config)
-    if _extends(factors):
-        config = rope_hf.write(config, factors)
-    companions = [*load.generation_files_of(training.config.model), *sorted(corpus.tokenizer_folder.iterdir())]
-    window = factors.target_window_tokens
+    model = training.config.model
     training.engine.write_model(
-        job.folder / "model", config, lambda folder: load.copy_companions(companions, folder, window)
+        job.folder / "model",
+        model_folder.config_values(hf_config, factors),
+        lambda folder: model_folder.write_companions(model, corpus.tokenizer_folder, factors, folder),
     )
 
 

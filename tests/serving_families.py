@@ -43,6 +43,52 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_neox, partial": {"model_type": "gpt_neox", "rotary_pct": 0.5, "num_key_value_heads": 4},
 }  # fmt: skip
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MORE: dict[str, dict[str, Any]] = {  # for tools/families.py alone
+    "granite, scaled": {
+        "model_type": "granite", "logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+    },
+    "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 8, "num_experts": 4, "mlp_only_layers": [], **_EXPERTS},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe", "num_experts": 4, "shared_expert_intermediate_size": 16, "mlp_only_layers": [],
+        **_EXPERTS,
+    },
+    "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {
+        "model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 4.0,
+    },
+    "phimoe": {"model_type": "phimoe", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "ernie4_5_moe": {
+        "model_type": "ernie4_5_moe", "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16,
+        "moe_layer_start_index": 0,
+    },
+    "olmo": {"model_type": "olmo"},
+    "gemma": {"model_type": "gemma", "head_dim": 8},
+    "gemma2, capped": {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 24},
+    "cohere": {"model_type": "cohere"},
+    "cohere2": {"model_type": "cohere2", "head_dim": 8, "sliding_window": 24},
+    "starcoder2": {"model_type": "starcoder2"},
+    "glm4": {"model_type": "glm4", "head_dim": 8},
+    "ernie4_5": {"model_type": "ernie4_5", "head_dim": 8},
+    "helium": {"model_type": "helium", "head_dim": 8},
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 8},
+    "hyperclovax": {"model_type": "hyperclovax", "head_dim": 8, "logits_scaling": 0.5},
+    "exaone4": {"model_type": "exaone4", "head_dim": 8, "sliding_window": None},
+    "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 8},
+    "arcee": {"model_type": "arcee", "head_dim": 8},
+    "nanochat, capped": {"model_type": "nanochat", "head_dim": 8},
+    "gpt_oss, sinks": {
+        "model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "sliding_window": 24,
+    },
+    "diffllama": {"model_type": "diffllama", "head_dim": 8},
+    "doge": {"model_type": "doge", "head_dim": 8},
+    "nemotron": {"model_type": "nemotron", "head_dim": 8},
+    "persimmon": {"model_type": "persimmon"},
+    "phi": {"model_type": "phi"},
+    "deepseek_v3": {"model_type": "deepseek_v3"},
+}  # fmt: skip
 
 
 def tokens(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:

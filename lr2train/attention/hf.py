@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,8 +85,14 @@ def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> Model
     """
     has_attention = any("Attention" in type(module).__name__ for module in model.modules())
     refuse_model(model.config)
+    if any("sinks" in module._parameters for module in model.modules()):
+        raise UserError(
+            f"{type(model).__name__} has attention sinks, which no kernel here computes; choose another model "
+            "(model.path)"
+        )
     AttentionInterface.register(NAME, attention_forward)
     model.set_attn_implementation(NAME)
+    _hand_on_segments(model)
     if model.config.get_text_config()._attn_implementation != NAME or not has_attention:
         name = type(model).__name__
         raise UserError(f"{name} does not use transformers' attention interface; choose a model (model.path) that does")
@@ -128,10 +135,38 @@ def attention_forward(
     """
     assert query.shape[0] == 1, f"batch of {query.shape[0]}: one call takes one packed segment"
     _refuse_call(module, query, key, attention_mask, dropout, kwargs)
+    segment_attention = segment_attention or module.__dict__.get(_HELD)
     assert segment_attention is not None, f"{type(module).__name__} was called without segment_attention"
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T/sp, H, D] each
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return segment_attention(q, k, v, scale, kwargs.get("sliding_window")).unsqueeze(0), None
+
+
+def _hand_on_segments(model: PreTrainedModel) -> None:
+    """Give every attention module the segment of its decoder layer: the layers of some families (StableLM, Nemotron)
+    do not hand keyword arguments on.
+
+    By hooks of the layer, so that a recomputed layer has its own segment again.
+    """
+    for layer in getattr(model.base_model, "layers", ()):
+        users = [module for module in layer.modules() if "Attention" in type(module).__name__]
+        if _HELD not in layer.__dict__:
+            layer.__dict__[_HELD] = None  # marks a layer that has its hooks
+            layer.register_forward_pre_hook(partial(_hold, users), with_kwargs=True)
+            layer.register_forward_hook(partial(_let_go, users), always_call=True)
+
+
+_HELD = "_lr2train_segment"
+
+
+def _hold(users: list[nn.Module], _: nn.Module, __: Any, given: dict[str, Any]) -> None:
+    for module in users:
+        module.__dict__[_HELD] = given.get("segment_attention")
+
+
+def _let_go(users: list[nn.Module], *_: Any) -> None:
+    for module in users:
+        module.__dict__.pop(_HELD, None)
 
 
 def refuse_config(

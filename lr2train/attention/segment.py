@@ -52,6 +52,10 @@ class SegmentAttention(Once):
         """int64 [T/sp], what RoPE rotates by: 0, 1, 2 … in every document, 0 in padding."""
         return self.once(_positions, device)
 
+    def inside(self, device: torch.device) -> Tensor:
+        """bool [T/sp], whether a token is in a document."""
+        return self.once(_inside, device)
+
 
 def _prepared(attention: SegmentAttention, sliding_window: int | None) -> Attend:
     strategy = STRATEGIES[attention.choice.strategy(sliding_window)]
@@ -62,6 +66,14 @@ def _positions(attention: SegmentAttention, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         whole = document_positions(attention.segment.spans, attention.segment.n_tokens, device)
         return attention.layout.shard(whole, 0).clone()  # a view would keep the whole segment alive
+
+
+def _inside(attention: SegmentAttention, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        whole = torch.zeros(attention.segment.n_tokens, dtype=torch.bool)
+        for start, stop in attention.segment.spans:
+            whole[start:stop] = True
+        return attention.layout.shard(whole, 0).to(device, copy=True)
 
 
 def document_positions(spans: Spans, n_tokens: int, device: torch.device) -> Tensor:

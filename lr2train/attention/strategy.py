@@ -62,6 +62,11 @@ class PackedSegment(Once):
         """Tokens of the longest document; 0 without documents."""
         return max((stop - start for start, stop in self.spans), default=0)
 
+    @cached_property
+    def n_inside(self) -> int:
+        """Tokens of all documents."""
+        return sum(stop - start for start, stop in self.spans)
+
     def over(self, sp: int) -> PackedSegment:
         """The same segment over ``sp`` ranks."""
         return self.once(_over, sp)

@@ -620,6 +620,8 @@ class ExportConfig:
 
     # The folder for long/, short/ and two/. null: runs/<run>/export.
     folder: str | None = a_path()
+    # The checkpoint to export, last or a number of steps. null: the model of a finished run.
+    checkpoint: str | None = None
     # Data type of the exported weights. null: the data type of the trained weights.
     dtype: str | None = one_of(None, Dtype)
     # The runtime whose folders are written. transformers: two/. sglang: long/ and short/. gguf (llama.cpp): long/ and

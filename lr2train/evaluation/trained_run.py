@@ -45,18 +45,22 @@ def run_folder(config: Config) -> Path:
     return folder_of(config, runs[0])
 
 
-def completed(config: Config) -> Config:
+def completed(config: Config, with_model: bool = True) -> Config:
     """``config`` over the run's ``train.config.json``: how the base is read, dtype of the weights, corpus and needles.
 
     ``model.path`` is always the run's base model, whatever an experiment names.
+
+    Args:
+        config: of the verb; ``run`` names the run.
+        with_model: whether the run has written its model, whose dtype counts. If not, the dtype of training counts.
 
     Raises:
         UserError: the run has no saved config, or no model yet.
     """
     folder = run_folder(config)
     saved = io.read_json(folder / "train.config.json")
-    dtype = io.read_json(folder / "model" / "config.json")["dtype"]  # of the written weights
-    model = _laid_over(config.model, {**saved["model"], "dtype": dtype})
+    written = io.read_json(folder / "model" / "config.json") if with_model else saved["model"]
+    model = _laid_over(config.model, {**saved["model"], "dtype": written["dtype"]})
     needles = _laid_over(config.data.needles, saved["data"]["needles"])
     data = replace(config.data, path=config.data.path or saved["data"]["path"], needles=needles)
     return replace(config, model=replace(model, path=saved["model"]["path"]), data=data)

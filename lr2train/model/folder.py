@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import nn
 from lr2train import io
 from lr2train.config import UserError
 from lr2train.model import weight_files, weights
+from lr2train.model.weight_files import StoredTensor
 from lr2train.model.weights import Gather, whole
 from lr2train.ranks import rank
 
@@ -154,10 +156,19 @@ def _facts(model: Any, own: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _groups(model: Any, own: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
-    """Names of the tensors to write, in groups of about ``GROUP_BYTES``.
+    """Names of the tensors to write, in groups of about ``GROUP_BYTES``."""
+    group: list[str] = []
+    for names in _units(model, own):
+        group += names
+        if sum(weights.bytes_of(own[name]) for name in group) >= weights.GROUP_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group
 
-    Each tensor appears once. Tensors that are published as one tensor are in one group.
-    """
+
+def _units(model: Any, own: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names of the tensors to write, each once. Tensors that are published as one tensor stand together."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, apply_converters
 
@@ -168,14 +179,44 @@ def _groups(model: Any, own: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
         if name not in (model._keys_to_ignore_on_save or ()):
             published, pattern = apply_converters(name, converters)
             units.setdefault(published if pattern else name, []).append(name)
-    group: list[str] = []
-    for names in units.values():
-        group += names
-        if sum(weights.bytes_of(own[name]) for name in group) >= weights.GROUP_BYTES:
-            yield group
-            group = []
-    if group:
-        yield group
+    return list(units.values())
+
+
+def published(model: Any, own: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors of a model as ``write_folder`` would publish them, by their published names; none is read before its use.
+
+    Args:
+        model: on the meta device.
+        own: by the model's own names; a tied tensor under the first of its names.
+    """
+    found: dict[str, StoredTensor] = {}
+    for names in _units(model, model.state_dict(keep_vars=True)):
+        unit = _Unit(model, {name: own[name] for name in names})
+        for name, (shape, dtype) in unit.made_of_shapes().items():
+            found[name] = StoredTensor(shape, dtype, partial(unit.read, name), own[names[0]].file)
+    return found
+
+
+class _Unit:
+    """Tensors of a model that are published together, such as the stacked experts of a layer."""
+
+    def __init__(self, model: Any, own: Mapping[str, StoredTensor]):
+        self._model, self._own = model, own
+        self._made: dict[str, torch.Tensor] = {}  # what was converted and is not asked for yet
+
+    def made_of_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        empty = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in self._own.items()}  # type: ignore[call-overload]
+        return {name: (tuple(one.shape), one.dtype) for name, one in self._converted(empty).items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._made:
+            self._made = self._converted({own: stored() for own, stored in self._own.items()})
+        return self._made.pop(name)
+
+    def _converted(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return dict(revert_weight_conversion(self._model, tensors))  # type: ignore[arg-type]
 
 
 class _Shards:

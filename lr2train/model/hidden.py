@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,8 +67,9 @@ def hidden_rows(model: Any, ids: Tensor, rows: Tensor, chunk_tokens: int = 0) ->
         stack.enter_context(_our_attention(model.config))
         if in_chunks:
             stack.enter_context(_layers_in_chunks(model.base_model.layers, chunk_tokens, wanted))
-        few = _Rows(wanted, len(model.base_model.layers) - 1)
-        hidden = model.base_model(input_ids=ids[None], use_cache=False, score_rows=few).last_hidden_state[0]
+        token = _wanted.set(_Rows(wanted, len(model.base_model.layers) - 1))
+        stack.callback(_wanted.reset, token)
+        hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
     return hidden[of_row] if in_chunks else hidden[rows]
 
 
@@ -81,6 +83,10 @@ class _Rows:
     def inside(self, start: int, stop: int) -> Tensor:
         """The positions in [start, stop), counted from ``start``."""
         return self.positions[(self.positions >= start) & (self.positions < stop)] - start
+
+
+# Of the call of ``hidden_rows`` in force. No keyword argument: some families' layers do not hand keyword arguments on.
+_wanted: ContextVar[_Rows] = ContextVar("wanted")
 
 
 # ---- attention ----
@@ -118,12 +124,11 @@ def _attention_forward(
     value: Tensor,
     attention_mask: MaskFunction | None,
     scaling: float | None = None,
-    score_rows: _Rows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention under transformers' interface, for the last q of n tokens; returns [1, q, Hq, D].
 
-    In the layer of ``score_rows`` the result holds zeros where no row is wanted.
+    In the last layer the result holds zeros where no row is wanted.
 
     Args:
         query: [1, Hq, q, D].
@@ -132,7 +137,7 @@ def _attention_forward(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     n_queries, n_keys = query.shape[2], key.shape[2]
-    assert score_rows is not None, "only hidden_rows calls a model under this attention"
+    score_rows = _wanted.get()
     first = n_keys - n_queries  # position of the first query
     rows = score_rows.inside(first, n_keys) if getattr(module, "layer_idx", None) == score_rows.layer else None
     if rows is not None and len(rows) * FEW <= n_queries:

@@ -25,7 +25,7 @@ from torch import nn
 
 from lr2train import progress
 from lr2train.config import ModelConfig, UserError
-from lr2train.model import config_json
+from lr2train.model import config_json, head
 from lr2train.model.folder import GENERATION_FILES, copy_companions, values_in, write_folder
 from lr2train.model.weight_files import StoredTensor, files_of, safetensors_of
 from lr2train.model.weights import Conversion, Gather, conversions_of, fill, owners, whole
@@ -184,24 +184,9 @@ def build_empty(hf_config: Any, dtype: str, init_context: InitContext) -> Any:
                 "its config.json"
             ) from error
     model.tie_weights()
-    _refuse_unusual_heads(model)
+    head.form_of(model)  # refuses a head that the chunked loss does not compute
     _refuse_mixed_dtypes(model, DTYPES[dtype])
     return model
-
-
-def _refuse_unusual_heads(model: Any) -> None:
-    head, config = model.get_output_embeddings(), model.config
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise UserError(
-            f"{type(model).__name__} has no plain linear head without bias; set model.path to a model that has one"
-        )
-    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            raise UserError(
-                f"{type(model).__name__} scales its logits ({key}={getattr(config, key)}), which the chunked loss "
-                "does not; set "
-                "model.path to a model without it"
-            )
 
 
 def _refuse_mixed_dtypes(model: Any, dtype: torch.dtype) -> None:

@@ -14,26 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lr2train.model.head import PLAIN, LogitForm
+
 IGNORE = -100
 
 
 class LossHead(nn.Module):
-    """Sum of ``-log softmax(h W^T)[label]`` over positions whose label is not -100; logits and sums are in fp32 at
-    least.
+    """Sum of ``-log softmax(z)[label]`` over positions whose label is not -100, for logits z that follow from ``h W^T``
+    by the model's ``LogitForm``; logits and sums are in fp32 at least.
 
     It holds the same weight Parameter as the model's head. Under ZeRO-3 a module's own parameters are gathered once a
     forward or backward pass.
     """
 
-    def __init__(self, head: nn.Linear, chunk_tokens: int):
+    def __init__(self, head: nn.Linear, chunk_tokens: int, form: LogitForm = PLAIN):
         super().__init__()
         assert head.bias is None, "a head with a bias is refused when the model is loaded"
         self.weight = head.weight
         self.chunk_tokens = chunk_tokens
+        self.form = form
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """hidden [T, H], labels [T] -> scalar (fp32; fp64 for fp64), the summed negative log-likelihood in nats."""
-        return _ChunkedCrossEntropy.apply(hidden, self.weight, labels, self.chunk_tokens)
+        return _ChunkedCrossEntropy.apply(hidden, self.weight, labels, self.chunk_tokens, self.form)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -43,30 +46,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int
+        ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int, form: LogitForm
     ) -> torch.Tensor:
         """hidden [T, H], weight [V, H], labels [T] -> scalar, the summed negative log-likelihood in nats."""
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.chunk_tokens = chunk_tokens
+        ctx.chunk_tokens, ctx.form = chunk_tokens, form
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         for rows in _target_chunks(labels, chunk_tokens):
-            total += F.cross_entropy(F.linear(hidden[rows], weight).to(total.dtype), labels[rows], reduction="sum")
+            logits = form.logits(F.linear(hidden[rows], weight).to(total.dtype))
+            total += F.cross_entropy(logits, labels[rows], reduction="sum")
         return total
 
     @staticmethod
     def backward(ctx, grad_total: torch.Tensor):
-        """Gradients of hidden [T, H] and weight [V, H] in their dtypes: (softmax - one-hot) through the head."""
+        """Gradients of hidden [T, H] and weight [V, H] in their dtypes: (softmax - one-hot) through form and head."""
         hidden, weight, labels = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         # Summed in fp32: in bf16 the small terms of thousands of chunks would be lost.
         grad_weight = torch.zeros(weight.shape, dtype=_wide(hidden), device=weight.device)
         for rows in _target_chunks(labels, ctx.chunk_tokens):
-            grad_logits = torch.softmax(F.linear(hidden[rows], weight).to(grad_weight.dtype), dim=-1)  # [chunk, V]
-            grad_logits[torch.arange(len(rows), device=rows.device), labels[rows]] -= 1.0
-            grad_logits = (grad_logits * grad_total).to(hidden.dtype)
-            grad_hidden[rows] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+            logits = ctx.form.logits(F.linear(hidden[rows], weight).to(grad_weight.dtype))  # [chunk, V]
+            grad = torch.softmax(logits, dim=-1)
+            grad[torch.arange(len(rows), device=rows.device), labels[rows]] -= 1.0
+            grad = (ctx.form.to_products(grad, logits) * grad_total).to(hidden.dtype)
+            grad_hidden[rows] = grad @ weight
+            grad_weight += grad.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
 def _wide(hidden: torch.Tensor) -> torch.dtype:

@@ -118,6 +118,7 @@ def install(model: Any, factors: Factors) -> WindowRotary:
             "the standard interface"
         )
     fresh = _fresh(own, model.config)
+    _refuse_interleaved(fresh, model)
     inv_freq, attention_factor = _own_table(fresh, model.config)
     if len(inv_freq) != len(factors.rescale):
         raise UserError(
@@ -126,6 +127,18 @@ def install(model: Any, factors: Factors) -> WindowRotary:
         )
     base.rotary_emb = WindowRotary(inv_freq, attention_factor, factors, _keeps_fp32(fresh))
     return base.rotary_emb
+
+
+@torch.no_grad()
+def _refuse_interleaved(fresh: Any, model: Any) -> None:
+    """Refuse a module whose table has the two entries of a pair side by side (Cohere), and not in its two halves."""
+    cos, _ = fresh(torch.zeros(1, 2, 1), torch.tensor([[1, 2]]))
+    first, second = cos.chunk(2, dim=-1)
+    if not torch.equal(first, second):
+        raise UserError(
+            f"{type(model).__name__} interleaves its RoPE table, and the rescaled table is made of two halves; set "
+            "model.path to a model whose table has two halves"
+        )
 
 
 def keeps_fp32(model: Any) -> bool:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lr2train.config import UserError
+from lr2train.model.head import LogitForm, form_of
 from lr2train.model.hidden import forward_replaced, hidden_rows
 from lr2train.model.rotary import WindowRotary
 
@@ -74,7 +74,7 @@ def score(
     device = next(model.parameters()).device
     ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(device)
     rows = torch.tensor(_positions(spans), device=device)
-    losses, right = _predict(model.get_output_embeddings(), hidden_rows(model, ids, rows, chunk_tokens), ids[rows + 1])
+    losses, right = _predict(model, hidden_rows(model, ids, rows, chunk_tokens), ids[rows + 1])
     return _score(spans, losses, right)
 
 
@@ -104,9 +104,7 @@ def score_together(
         positions = np.array(_positions(spans))
         parts.append(hidden[row_of[tokens[:-1].tobytes()], torch.from_numpy(positions).to(device)])
         targets.append(tokens[positions + 1])
-    losses, right = _predict(
-        model.get_output_embeddings(), torch.cat(parts), torch.from_numpy(np.concatenate(targets)).to(device)
-    )
+    losses, right = _predict(model, torch.cat(parts), torch.from_numpy(np.concatenate(targets)).to(device))
     ends = np.cumsum([len(one) for one in targets])[:-1]
     pieces = zip(texts, np.split(losses, ends), np.split(right, ends), strict=True)
     return [_score(spans, nlls, hits) for (_, spans), nlls, hits in pieces]
@@ -131,29 +129,29 @@ def _score(spans: Sequence[tuple[int, int]], losses: np.ndarray, right: np.ndarr
     return Score(nlls, len(losses), bool(right.all()), tuple(int(part.sum()) for part in np.split(right, ends)))
 
 
-def _predict(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _predict(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihoods (float64 [n]) of ``targets`` [n] given ``hidden`` [n, H], and which of them are the most
     likely tokens (bool [n]).
 
     The head is called once, whatever the chunks. Under ZeRO-3 each call gathers the head's weights on all ranks, and
     ranks may score different numbers of tokens.
     """
-    with forward_replaced(head, partial(_losses, head.forward, targets)):
+    head = model.get_output_embeddings()
+    with forward_replaced(head, partial(_losses, head.forward, form_of(model), targets)):
         losses, right = head(hidden)
     return losses.double().cpu().numpy(), right.cpu().numpy()
 
 
 def _losses(
-    head: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor, hidden: torch.Tensor
+    head: Callable[[torch.Tensor], torch.Tensor], form: LogitForm, targets: torch.Tensor, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihoods of ``targets`` [n], and which are the most likely tokens [n]; logits of ``CHUNK``
     positions at a time.
     """
     losses, right = [], []
     for part, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-        logits = head(part)
-        losses.append(
-            F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted, reduction="none")
-        )
+        products = head(part)
+        logits = form.logits(products.to(torch.promote_types(products.dtype, torch.float32)))
+        losses.append(F.cross_entropy(logits, wanted, reduction="none"))
         right.append(logits.argmax(-1) == wanted)
     return torch.cat(losses), torch.cat(right)

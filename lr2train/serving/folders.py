@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from lr2train import io
 from lr2train.config import UserError
 from lr2train.model import config_json, load, rotary
 from lr2train.model import folder as model_folder
+from lr2train.model.weight_files import StoredTensor
 from lr2train.model.weights import Conversion, TensorReader
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
@@ -44,14 +45,16 @@ _CLASS = "LongRope2ForCausalLM"
 
 @dataclass(frozen=True)
 class Source:
-    """A finished run, as the folders are made from it.
+    """A run, as the folders are made from it.
 
     Attributes:
-        model: folder of the trained model.
+        model: folder of the trained model; without weights where ``tensors`` holds them.
         values: its config.json.
         factors: of the long window.
         dtype: of the exported weights, a key of ``load.DTYPES`` (tests: any dtype of torch by name).
         companions: tokenizer, sampling and template files.
+        tensors: of a checkpoint, by published name; None: the weights of ``model``.
+        contents: fingerprint of ``tensors``.
     """
 
     model: Path
@@ -59,6 +62,12 @@ class Source:
     factors: Factors
     dtype: str
     companions: tuple[Path, ...] = ()
+    tensors: Mapping[str, StoredTensor] | None = None
+    contents: str = ""
+
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """The weights by published name."""
+        return load.safetensors_of(self.model) if self.tensors is None else self.tensors
 
     @property
     def extended(self) -> bool:
@@ -92,7 +101,8 @@ class Source:
 
     def weights_of(self, name: str) -> str:
         """Fingerprint of a folder's weights."""
-        return io.fingerprint([_VERSION, load.folder_fingerprint(self.model), self.dtype, self.factor_of(name)])
+        contents = self.contents or load.folder_fingerprint(self.model)
+        return io.fingerprint([_VERSION, contents, self.dtype, self.factor_of(name)])
 
 
 def code_of(architecture: str, keeps_fp32: bool) -> str:
@@ -138,7 +148,7 @@ def write(source: Source, root: Path, names: Sequence[str], cards: dict[str, str
     if not missing:
         return dict.fromkeys(names, False)
     hf_config = load.config_of(load.ModelConfig(path=str(source.model)))
-    tensors = load.safetensors_of(source.model)
+    tensors = source.stored()
     _, twin, conversions = load.planned(hf_config, source.dtype, tensors)
     for name in missing:
         with model_folder.replacing(root / name) as temporary:
@@ -159,7 +169,8 @@ def _fingerprint(source: Source, name: str, card: str) -> str:
     companions = [[file.name, io.sha256_of(file)] for file in source.companions if file.is_file()]
     codes = [_text(CODE)] if name == "two" else []
     codes += [_text(GGUF_CODE)] if _for_gguf(source, name) else []
-    return io.fingerprint([name, source.weights_of(name), source.config_of(name), companions, card, codes])
+    config = model_folder.shareable(source.config_of(name))
+    return io.fingerprint([name, source.weights_of(name), config, companions, card, codes])
 
 
 def _for_gguf(source: Source, name: str) -> bool:

@@ -38,6 +38,7 @@ FAMILIES = {
     "phi3": {},
     "olmo2": {},
     "gpt_neox": {"rotary_pct": 0.5},
+    "stablelm": {"partial_rotary_factor": 0.5},  # its layers do not hand keyword arguments on
     "mixtral": {"num_local_experts": 4, "experts_implementation": "eager"},  # the default kernel takes no fp64
     "qwen3_moe": {
         "num_experts": 4,

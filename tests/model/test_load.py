@@ -241,19 +241,10 @@ def test_a_broken_config_is_named(tmp_path):
         load.load_whole(tmp_path / "m")
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model_type": "gemma2", "head_dim": 8}, "Gemma2ForCausalLM scales its logits .final_logit_softcapping=30.0"),
-        ({"model_type": "cohere"}, "CohereForCausalLM scales its logits .logit_scale=0.0625"),
-        ({"model_type": "phi"}, "PhiForCausalLM has no plain linear head without bias"),
-    ],
-)
-def test_a_head_that_the_chunked_loss_does_not_compute_is_refused(changes, words):
-    hf_config = load.config_of(
-        ModelConfig(architecture={**ARCHITECTURE, **changes, "num_key_value_heads": 2, "pad_token_id": 0})
-    )
-    with pytest.raises(UserError, match=words):
+def test_a_head_with_a_bias_is_refused():
+    changes = {"model_type": "phi", "num_key_value_heads": 2, "pad_token_id": 0}
+    hf_config = load.config_of(ModelConfig(architecture={**ARCHITECTURE, **changes}))
+    with pytest.raises(UserError, match="PhiForCausalLM has no plain linear head without bias"):
         load.build_empty(hf_config, "float32", contextlib.nullcontext)
 
 

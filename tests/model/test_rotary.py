@@ -283,3 +283,10 @@ def test_a_model_without_rotary_is_refused():
     gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=32))
     with pytest.raises(UserError, match="GPT2LMHeadModel has no standard rotary_emb"):
         rotary.install(gpt2, METHODS["pi"](Spectrum(16, 10000.0, L0), L))
+
+
+def test_a_table_of_interleaved_pairs_is_refused():
+    """Cohere's halves of cos differ; two halves that are taken for alike would rotate by other angles."""
+    model = model_of("cohere")
+    with pytest.raises(UserError, match="CohereForCausalLM interleaves its RoPE table"):
+        rotary.install(model, factors_for(model_of(num_key_value_heads=1)))

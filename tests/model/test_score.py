@@ -25,6 +25,7 @@ FAMILIES = {
     "llama_gqa": ("llama", {}),
     "qwen2": ("qwen2", {}),
     "phi3": ("phi3", {}),
+    "stablelm": ("stablelm", {"partial_rotary_factor": 1.0}),  # its layers do not hand keyword arguments on
     "mistral_sliding": ("mistral", {"sliding_window": 50}),
     "qwen2_sliding_in_some_layers": (
         "qwen2",

@@ -253,16 +253,26 @@ def _offer(of: Checkpoints, but: Path | None = None) -> str:
 
     A checkpoint later than the latest is not offered: it belongs to a history that the user left by going back.
     """
+    for checkpoint, manifest in whole_ones(of):
+        if checkpoint != but and manifest["run"] == of.run:
+            return f"set engine.resume_from={manifest['step']} to go on from {checkpoint.name}, the newest whole one"
+    return "no whole checkpoint of this run is left besides: restore the folder, or choose another name= to start over"
+
+
+def whole_ones(of: Checkpoints) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The whole checkpoints of a folder and their manifests, newest first, whichever run wrote them.
+
+    File sizes alone decide what is whole. A checkpoint later than the latest belongs to a history that the user left by
+    going back, and is left out.
+    """
     newest = (_latest(of) or {}).get("tag", "step_99999999")
     for checkpoint in reversed(of.steps):
-        if checkpoint != but and checkpoint.name <= newest:
-            with contextlib.suppress(Unusable):
-                manifest = _manifest(of, checkpoint)
+        if checkpoint.name <= newest:
+            with contextlib.suppress(UserError):
+                manifest = io.sealed(checkpoint / MANIFEST)
                 shard_files.refuse_other_sizes(checkpoint, manifest["files"])
-                return (
-                    f"set engine.resume_from={manifest['step']} to go on from {checkpoint.name}, the newest whole one"
-                )
-    return "no whole checkpoint of this run is left besides: restore the folder, or choose another name= to start over"
+                if _tag(manifest["step"]) == checkpoint.name:
+                    yield checkpoint, manifest
 
 
 # ---- read ----

@@ -32,7 +32,7 @@ from lr2train.attention.segment import SegmentAttention
 from lr2train.config import Config, UserError
 from lr2train.data.batch import LONG, WINDOWS, Batch
 from lr2train.model import load
-from lr2train.model.window_lm import WindowLM
+from lr2train.model.window_lm import MODULE_PREFIX, WindowLM
 from lr2train.parallel import control
 from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.mesh import Mesh
@@ -43,8 +43,6 @@ from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.finite import FiniteAdamW, refuse_non_finite
 from lr2train.training.deepspeed.start import accumulation_of, deepspeed_config, gathered, quiet, zero_init
 from lr2train.training.segment import tensors_of
-
-MODULE_PREFIX = "lm."  # the Hugging Face model's names inside WindowLM
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ class StepStats:
     interrupted: bool  # some rank was asked to stop
     finite: bool = True  # loss and gradient norm are finite; False: no update was made
     suspects: tuple[int, ...] = ()  # micro-batches of this rank with a loss that is not finite
+    router_loss: float | None = None  # the experts' load-balancing loss, mean over segments, without its coefficient
 
 
 class WindowLoss(NamedTuple):
@@ -152,19 +151,22 @@ class Engine:
 
         Backward starts from ``sum_CE_local * world * accumulation / n_target_tokens``. DeepSpeed divides gradients by
         the world and losses by the accumulation, so the result is the gradient of the mean over all target tokens of
-        the global batch.
+        the global batch. The router's loss is a mean over segments: its parts are scaled by ``world * accumulation /
+        n_segments``, which is ``sp``, and by its coefficient.
         """
         shards = [self._shard(batch, attention) for batch, attention in zip(batches, attentions, strict=True)]
         counts = self._counts(batches, shards)
         n_targets = int(counts[:2].sum())
         if n_targets == 0:
             raise UserError("a step has no target token at all; check data.path: its segments hold only padding")
-        # [loss of short, loss of long, ranks asked to stop].
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        # [loss of short, loss of long, ranks asked to stop, the router's loss].
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        router_scale = self.mesh.sp_size * self.model.router_loss.coefficient if self.model.router_loss else 0.0
         losses = []
         for number, (batch, attention, shard) in enumerate(zip(batches, attentions, shards, strict=True), 1):
-            total = self._engine(*shard, segment_attention=attention, window=batch.window)
+            total, router = self._engine(*shard, segment_attention=attention, window=batch.window)
             losses.append(total.detach().double())
+            sums[3] += router.detach()
             sums[int(batch.window == LONG)] += losses[-1]
             # Divides by the target tokens of the global batch; world and accumulation cancel DeepSpeed's averaging.
             scale = torch.full_like(losses[-1], self.mesh.world * self.accumulation / n_targets, dtype=total.dtype)
@@ -173,7 +175,7 @@ class Engine:
                 dist.all_reduce(sums)
                 # NaN gradients on every rank, also where only another rank's loss is not finite.
                 scale.masked_fill_(~torch.isfinite(sums[:2].sum()), torch.nan)
-            self._engine.backward(total * scale)
+            self._engine.backward(total * scale + router * router_scale)
             self._engine.step()
         return self._stats(sums, counts, torch.stack(losses))
 
@@ -197,7 +199,7 @@ class Engine:
         with told_to_all(), self._evaluating():
             for batch, attention in zip(batches, attentions, strict=True):
                 tokens, labels = self._shard(batch, attention)
-                total = self._engine(tokens, labels, segment_attention=attention, window=batch.window)
+                total, _ = self._engine(tokens, labels, segment_attention=attention, window=batch.window)
                 sums[WINDOWS.index(batch.window)] += torch.stack([total.double(), (labels != -100).sum().double()])
             dist.all_reduce(sums)
             found = zip(WINDOWS, sums.tolist(), strict=True)
@@ -248,12 +250,13 @@ class Engine:
     def _stats(self, sums: torch.Tensor, counts: torch.Tensor, losses: torch.Tensor) -> StepStats:
         n_short, n_long, n_tokens, n_long_segments, n_segments, n_pairs = counts.tolist()
         norm = self._grad_norm()
-        short, long, asked = sums.tolist()
+        short, long, asked, router = sums.tolist()
         finite = math.isfinite(short + long) and (self._loss_scaled or norm is None or math.isfinite(norm))
         return StepStats(
             loss=(short + long) / (n_short + n_long),
             loss_short=short / n_short if n_short else None,
             loss_long=long / n_long if n_long else None,
+            router_loss=None if self.model.router_loss is None else router * self.mesh.sp_size / n_segments,
             n_target_tokens=n_short + n_long,
             n_tokens=n_tokens,
             window_mix=n_long_segments / n_segments,

@@ -158,8 +158,8 @@ def repartitioned(
             know.
     """
     old, new = form.divide(saved_sizes, saved_world), form.divide(sizes, world)
-    _refuse_unknown(live, form, new)
-    _refuse_unknown(saved(0), form, old)
+    refuse_unknown(live, form, new)
+    refuse_unknown(saved(0), form, old)
 
     mine = [new.of_rank(rank, group) for group in range(len(sizes))]
 
@@ -201,8 +201,12 @@ def _assembled(mine: Sequence[tuple[str, Slice]], numel: int, old: ParameterShar
     return out
 
 
-def _refuse_unknown(state: Mapping[str, Any], form: StageFormat, shards: ParameterShards) -> None:
-    """Refuse a state whose weights do not have the sizes of ``shards``."""
+def refuse_unknown(state: Mapping[str, Any], form: StageFormat, shards: ParameterShards) -> None:
+    """Refuse a state whose weights do not have the sizes of ``shards``.
+
+    Raises:
+        UserError: the sizes differ; the text names both.
+    """
     found, expected = [weights.numel() for weights in state[form.weights]], list(shards.shard_numels)
     # ZeRO-1 and 2 may leave the end's padding out of the weights.
     cut_off = state.get("group_paddings", [0] * len(expected))

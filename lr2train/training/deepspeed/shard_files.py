@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def refuse_damaged(checkpoint: Path, files: dict[str, Any]) -> None:
     by_size = sorted(files, key=lambda name: files[name]["bytes"])  # so that every rank gets large and small files
     for name in by_size[rank() :: world()]:
         with _naming(name):
-            _refuse_other_checksum(name, io.checksum(checkpoint / name), files)
+            refuse_other_checksum(name, io.checksum(checkpoint / name), files)
 
 
 def read_checked(checkpoint: Path, files: dict[str, Any], weights: str) -> dict[str, dict[str, Any]]:
@@ -90,7 +90,7 @@ def read_checked(checkpoint: Path, files: dict[str, Any], weights: str) -> dict[
                 try:
                     found[name] = opened(file, mmap=False)
                 finally:  # where the reading failed too, damage is the better reason
-                    _refuse_other_checksum(name, file.checksum(), files)
+                    refuse_other_checksum(name, file.checksum(), files)
     return found
 
 
@@ -142,6 +142,11 @@ def _naming(name: str) -> Iterator[None]:
         raise Unusable(f"{name}: {brief(error)}") from error
 
 
-def _refuse_other_checksum(name: str, checksum: str, files: dict[str, Any]) -> None:
+def refuse_other_checksum(name: str, checksum: str, files: Mapping[str, Any]) -> None:
+    """Compare the checksum of a file with the manifest.
+
+    Raises:
+        Unusable: the two differ.
+    """
     if checksum != files[name]["xxh3"]:
         raise Unusable(f"{name} does not have the checksum that it was written with")
