@@ -140,7 +140,8 @@ def _several(results: list[_Result], decoding: Decoding, batch_tokens: int, file
         for batch in _batches(results, batch_tokens):
             try:
                 for number in decoding([one.row for one in batch]):
-                    batch[number].take()
+                    if batch[number].text.stops:
+                        batch[number].take()
                     tick(*_done(results))
             except KeyboardInterrupt:
                 interrupted = True
@@ -156,7 +157,7 @@ def _several(results: list[_Result], decoding: Decoding, batch_tokens: int, file
     failed = [one for one in results if one.row.finish == "not finite"]
     where = f"{len(lines)} of {len(results)} texts are in {file}"
     if interrupted:
-        progress.say("generate", f"interrupted; {where}")
+        progress.say("generate", f"interrupted; {where}, the last of them unfinished")
         raise run.Interrupted
     if failed:
         raise UserError(

@@ -221,6 +221,24 @@ def test_each_of_several_prompts_has_the_text_that_it_has_alone(served, world, t
     assert found[0]["text"] != found[3]["text"], "the same prompt twice is sampled twice"
 
 
+def test_several_prompts_equal_the_exported_class_in_transformers(served, world, tmp_path, monkeypatch):
+    """One padded batch of texts in both windows, some of which cross L0."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    two = AutoModelForCausalLM.from_pretrained(served / "export" / "two", trust_remote_code=True).eval()
+    assert type(two).__name__.startswith("LongRope2")
+    tokenizer = AutoTokenizer.from_pretrained(served / "model", padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    texts = lengths_of(served)
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        said = two.generate(
+            batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=12, do_sample=False
+        )
+    wanted = tokenizer.batch_decode(said[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    found = generate(generate_config(world, "run=served", prompts_file(tmp_path, texts)))["texts"]
+    assert [row["text"] for row in found] == wanted
+
+
 def test_prompts_of_the_command_line(served, world):
     found = generate(generate_config(world, "run=served", "generate.prompts=[ab,'c, d']"))["texts"]
     assert [row["prompt"] for row in found] == ["ab", "c, d"]

@@ -98,7 +98,7 @@ class WindowModel:
         lockstep = self.lockstep or ALONE
         for number in decode(self._model, self._rotary, rows, chunk_tokens=self._chunk_tokens, lockstep=lockstep):
             request = requests[number]
-            if request.stops or request.enough:
+            if texts[number].stops or request.enough:
                 texts[number].take(rows[number].tokens)
                 if texts[number].stopped or _is_enough(texts[number].so_far, request.enough):
                     rows[number].finish = "stop"

@@ -3,11 +3,11 @@
 The original RoPE serves up to L0 tokens, prompt and generated tokens together; the rescaled RoPE serves longer texts.
 
 Choice: when a row outgrows L0, its keys and values alone are computed anew under the long table, in place. Rotating the
-cached keys anew would be cheaper and wrong: from the second layer on, keys and values depend on hidden states under the
-old table. Rows of both tables decode in one pass, because the rotary module takes a table for each row; two passes, one
-a table, would read the weights twice a token and move the keys of a row that switches. Every prompt is prefilled alone,
-in chunks, so it has no padding. Cost: one prefill of L0 tokens a row, for which the other rows wait; a row that has
-ended is computed on until the last row has ended.
+cached keys anew would be cheaper and inexact: from the second layer on, keys and values depend on hidden states under
+the old table (figures: docs/SERVING.md). Rows of both tables decode in one pass, because the rotary module takes a
+table for each row; two passes, one a table, would read the weights twice a token and move the keys of a row that
+switches. Every prompt is prefilled alone, in chunks, so it has no padding. Cost: one prefill of L0 tokens a row, for
+which the other rows wait; a row that has ended is computed on until the last row has ended.
 
 Under ZeRO-3 every rank has to make the same calls. ``Lockstep`` pads the calls of a rank that has fewer.
 """

@@ -22,14 +22,15 @@ class Text:
         stops: strings that end the text; it is cut before the first of them.
 
     Attributes:
+        stops: the stop strings.
         so_far: whole characters, special tokens left out.
         stopped: whether ``so_far`` has a stop string. A stop string that is a special token never shows in a text;
             ``special_stops`` gives its id.
     """
 
     def __init__(self, tokenizer: Any, stops: Collection[str] = ()):
-        self._tokenizer, self._stops = tokenizer, tuple(filter(None, stops))
-        self._reach = max(map(len, self._stops), default=1)
+        self._tokenizer, self.stops = tokenizer, tuple(filter(None, stops))
+        self._reach = max(map(len, self.stops), default=1)
         self._first = self._border = 0  # the tokens that are decoded begin at _first; a later beginning is _border
         self._known = 0  # characters of them that are in so_far
         self.so_far, self.stopped = "", False
@@ -52,13 +53,13 @@ class Text:
             self._known = len(self._decoded(tokens[self._first :]))
         self.so_far += added
         recent = self.so_far[-(len(added) + self._reach) :]
-        self.stopped = self.stopped or any(stop in recent for stop in self._stops)
+        self.stopped = self.stopped or any(stop in recent for stop in self.stops)
 
     @property
     def certain(self) -> str:
         """``so_far`` without what is, or may become, a stop string."""
         text = self.cut(self.so_far)
-        held = (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+        held = (size for stop in self.stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
         return text[: len(text) - max(held, default=0)]
 
     def whole(self, tokens: Sequence[int]) -> str:
@@ -67,7 +68,7 @@ class Text:
 
     def cut(self, text: str) -> str:
         """The part of a text before the first stop string."""
-        return text[: min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=len(text))]
+        return text[: min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=len(text))]
 
     def _decoded(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
