@@ -491,7 +491,7 @@ def test_the_configs_of_an_export(world):
     ("runtime", "names"),
     [
         ("transformers", {"two"}),
-        ("vllm", {"long", "short"}),
+        ("vllm", {"long", "short", "two"}),
         ("sglang", {"long", "short"}),
         ("gguf", {"long", "two"}),
     ],
@@ -575,7 +575,7 @@ def test_folders_of_former_weights_do_not_stay(world):
     folder = tiny.make_run(world, "trained_on")
     export(export_config(world, "run=trained_on"))
     tiny.make_model(folder / "model", tiny.factors_with(), seed=9)
-    export(export_config(world, "run=trained_on", "export.runtime=vllm"))
+    export(export_config(world, "run=trained_on", "export.runtime=sglang"))
     assert {file.name for file in (folder / "export").iterdir()} == {"long", "short"}
     stored = load_weights(folder / "export" / "short")
     assert all(torch.equal(stored[key], one) for key, one in load_weights(folder / "model").items())

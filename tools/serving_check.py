@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     for name in RUNTIMES:
         parser.add_argument(f"--{name}", type=Path, action="append", default=[], metavar="PYTHON")
     parser.add_argument("--rows", help="cases to run, comma-separated; default: all")
-    parser.add_argument("--only", help="setups to run: a text that their folder and description hold")
+    parser.add_argument("--only", action="append", help="setups to run: a text that their folder and description hold")
+    parser.add_argument("--alone", action="store_true", help="leave batches of several texts out")
     parser.add_argument("--longest", type=int, help="tokens of the long prompt; default: twice the original window")
     parser.add_argument("--dtype", default="float32", choices=sorted(load.DTYPES), help="of all computation")
     parser.add_argument(
@@ -109,11 +111,13 @@ def _chosen(setups: list[cases.Setup], every: dict[str, cases.Case], asked: argp
         raise UserError(f"--rows={unknown[0]} is no case; choose among {', '.join(every)}")
     chosen = []
     for setup in setups:
-        rows = tuple(tuple(row for row in batch if row.case in names) for batch in setup.batches)
-        rows = tuple(batch for batch in rows if batch)
-        wanted = not asked.only or asked.only in f"{setup.folder.name}/ {setup.how}"
-        if rows and wanted and setup.folder.exists():
-            chosen.append(cases.Setup(**{**vars(setup), "batches": rows}))
+        batches = [batch for batch in setup.batches if len(batch) == 1 or not asked.alone]
+        batches = [tuple(row for row in batch if row.case in names) for batch in batches]
+        batches = [batch for batch in batches if batch]
+        described = f"{setup.folder.name}/ {setup.how}"
+        wanted = not asked.only or any(text in described for text in asked.only)
+        if batches and wanted and setup.folder.exists():
+            chosen.append(replace(setup, batches=tuple(batches)))
     return chosen
 
 
@@ -143,7 +147,9 @@ def _run(runtime: str, python: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(folder: Path, n_tokens: int, vocabulary: int) -> list[int]:
-    """Token ids of this repository's pages, repeated where they are too few."""
+    """Token ids of this repository's pages, repeated where they are too few; without a tokenizer any ids."""
+    if not (folder / "tokenizer.json").exists():
+        return [n * 7919 % vocabulary for n in range(n_tokens)]  # multiples of a prime visit the whole vocabulary
     root = Path(__file__).resolve().parents[1]
     pages = [page for name in TEXT for page in sorted((root / name).glob("*.md")) or [root / name]]
     words = load.load_tokenizer(folder)("\n".join(page.read_text() for page in pages))["input_ids"]

@@ -622,8 +622,8 @@ class ExportConfig:
     folder: str | None = a_path()
     # Data type of the exported weights. null: the data type of the trained weights.
     dtype: str | None = one_of(None, Dtype)
-    # The runtime whose folders are written. transformers: two/. vllm, sglang: long/ and short/. gguf (llama.cpp): long/
-    # and two/. all: all three.
+    # The runtime whose folders are written. transformers: two/. sglang: long/ and short/. gguf (llama.cpp): long/ and
+    # two/. vllm, all: all three.
     runtime: str = one_of(Runtime.all)
     # Whether the logits of each folder are compared with the run's. The comparison holds one whole model in memory.
     check: bool = True

@@ -18,13 +18,14 @@ HERE = "."  # a folder in its own model card: a card names no path of the machin
 FOLDERS_OF = {
     "all": ("long", "short", "two"),
     "transformers": ("two",),
-    "vllm": ("long", "short"),
+    "vllm": ("long", "short", "two"),
     "sglang": ("long", "short"),
     "gguf": ("long", "two"),
 }
 # Model types whose graphs in llama.cpp take RoPE tables. All were run.
 GGUF_TYPES = ("llama", "mistral", "mixtral", "phi3", "granite")
 _READ = "Read in its code, not run."
+_REFUSED_BY_PLUGIN = "the V2 model runner, speculative decoding, pipeline parallelism, KV connectors"
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,17 @@ def lines_of(windows: Windows, folders: Sequence[str]) -> list[Line]:
     original, target = windows.factors.spectrum.window_tokens, windows.factors.target_window_tokens
     every = [
         *_transformers(windows, original),
-        *_server("vLLM", "vllm serve {folder}", original, target, ""),
-        *_server("SGLang", "python -m sglang.launch_server --model-path {folder}", original, target, _READ),
+        Line(
+            "vLLM", "two", f"vllm serve {{folder}} --max-model-len {target}",
+            "every length, across the switch; texts of both windows at once; chunked prefill, prefix cache",
+            "With the plugin of lr2train in vLLM's environment (pip install ./serving/lr2train_vllm); without it, the "
+            f"long table serves all texts. Run on CPU. Refused: {_REFUSED_BY_PLUGIN}.",
+        ),
+        *_server("vLLM", "vllm serve {folder}", original, target, "two/ needs the plugin."),
+        *_server(
+            "SGLang", "python -m sglang.launch_server --model-path {folder}", original, target,
+            f"Do not serve two/: one table would serve all. {_READ}",
+        ),
         *_llama_cpp(windows, original, target),
         Line(
             "TensorRT-LLM", "long", "trtllm-serve {folder}", f"texts of {original + 1} to {target} tokens",
@@ -114,14 +124,14 @@ def _transformers(windows: Windows, original: int) -> list[Line]:
     ]  # fmt: skip
 
 
-def _server(runtime: str, command: str, original: int, target: int, read: str) -> list[Line]:
-    hand_over = "A text that ends here for its length goes on at a server of long/: send prompt and text there. "
+def _server(runtime: str, command: str, original: int, target: int, more: str) -> list[Line]:
+    hand_over = "A text that ends here for its length goes on at a server of long/: send prompt and text there."
     return [
         Line(
             runtime, "long", command, f"texts of {original + 1} to {target} tokens",
-            f"Shorter texts are under the long table too. Do not serve two/: one table would serve all. {read}".strip(),
+            f"Shorter texts are under the long table too. {more}",
         ),
-        Line(runtime, "short", command, f"texts of up to {original} tokens", f"{hand_over}{read}".strip()),
+        Line(runtime, "short", command, f"texts of up to {original} tokens", f"{hand_over} {more}"),
     ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Choice: the tables come from ``factors.json`` and the weights from the safetensors, so nothing that a runtime reads in
 config.json decides here. Tokens come from ``model/decode.py``, log-probabilities from ``model/score.py``, which
-computes whole texts and no cache. Cost: each case is computed three times.
+computes whole texts and no cache. Cost: each case is computed twice; a case that crosses the switch four times.
 """
 
 from __future__ import annotations
@@ -63,23 +63,20 @@ class Reference:
         """The answer for the beginning of a text of token ids."""
         prompt = list(text[: case.prompt_tokens])
         tokens = list(decode.generate(self._model, self._table, prompt, case.new_tokens, self.original))
-        first = max(1, len(prompt) - SCORED)
-        window = decode.window_of(len(prompt), self.original)
-        return Answer(self._logprobs(prompt, first, window), tokens, self._of_new(prompt, tokens))
+        whole, first = [*prompt, *tokens], max(1, len(prompt) - SCORED)
+        if len(prompt) > self.original:
+            found = self._logprobs(whole, first, "long")
+        else:
+            switch = min(len(whole), self.original + 1)  # the short table predicts the tokens before
+            found = self._logprobs(whole[:switch], first, "short")
+            found += self._logprobs(whole, switch, "long") if switch < len(whole) else []
+        n_scored = len(prompt) - first
+        return Answer(found[:n_scored], tokens, found[n_scored:])
 
     def token_logprob(self, tokens: Sequence[int], token: int) -> float:
         """The log-probability of ``token`` after ``tokens``."""
         window = decode.window_of(len(tokens), self.original)
         return self._logprobs([*tokens, token], len(tokens), window)[0]
-
-    def _of_new(self, prompt: list[int], tokens: list[int]) -> list[float]:
-        """Each new token under the table of the text before the token."""
-        inside = max(0, min(len(tokens), self.original + 1 - len(prompt)))  # tokens that the short table predicts
-        found = []
-        for part, window in ((tokens[:inside], "short"), (tokens[inside:], "long")):
-            text = [*prompt, *part] if window == "short" else [*prompt, *tokens]
-            found += self._logprobs(text, len(text) - len(part), window) if part else []
-        return found
 
     def _logprobs(self, tokens: list[int], first: int, window: str) -> list[float]:
         """Of ``tokens[first:]``."""

@@ -10,6 +10,7 @@ New tokens always come from left-padded batches.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -36,7 +37,7 @@ def load(folder, options):
     """The model in eval mode, without any token that ends a text."""
     remote = options.get("remote_code", False)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote)
-    model = model.to(dtype=getattr(torch, options["dtype"])).eval()
+    model: Any = model.to(dtype=getattr(torch, options["dtype"])).eval()
     if torch.cuda.is_available():
         model = model.cuda()
     model.generation_config.eos_token_id = None
