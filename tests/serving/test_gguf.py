@@ -24,6 +24,7 @@ from lr2train.export import _names
 from lr2train.rope import METHODS, Spectrum
 from lr2train.serving import engines, folders, gguf_longrope
 from lr2train.serving.gguf_longrope import Refusal, add_tables
+from tools.serving import runtimes
 
 gguf = pytest.importorskip("gguf", reason="pip install -r requirements-gguf.txt")
 Type = gguf.GGMLQuantizationType
@@ -355,6 +356,19 @@ def test_a_sliding_window_that_llama_cpp_lacks_is_no_promise():
         "llama.cpp has no sliding window for mistral: do not convert long/ or two/.",
     )
     assert lines(model_type="phi3", sliding_window=2047) == []
+
+
+def test_the_serving_check_asks_llama_cpp_for_both_contexts(world, tmp_path):
+    (tmp_path / "two").mkdir()
+    shutil.copy(world / "llama" / "two" / "config.json", tmp_path / "two")
+    with pytest.raises(UserError, match=r"gguf holds no GGUF; make two\.gguf there"):
+        runtimes.llama(tmp_path)
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "two.gguf").touch()
+    both = runtimes.llama(tmp_path)[0]
+    assert both.folder == tmp_path / "gguf" / "two.gguf"
+    assert both.options == {"original": {"tokens": L0, "attn_factor": 1 / 1.3}}
+    assert set(both.exact) == {row.case for batch in both.batches for row in batch} == set(runtimes.EVERY)
 
 
 def test_an_export_for_llama_cpp_is_refused_where_it_takes_no_tables(world):

@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from lr2train.config import UserError
 from lr2train.serving.gguf_longrope import Tables
 from tools.serving.cases import Setup, alone, together
 
@@ -57,8 +58,13 @@ def vllm(export: Path) -> list[Setup]:
 def llama(export: Path) -> list[Setup]:
     """Files in ``gguf/`` of the export, made in fp32 as docs/SERVING.md says; ``converted.gguf`` is ``two/`` converted
     alone.
+
+    Raises:
+        UserError: there is none.
     """
     files = export / "gguf"
+    if not any(files.glob("*.gguf")):
+        raise UserError(f"{files} holds no GGUF; make two.gguf there, by the commands in the card of two/")
     tables = Tables.of(json.loads((export / "two" / "config.json").read_text()))
     corrected = tables.short_scale / tables.long_scale
     both = {"original": {"tokens": tables.original, "attn_factor": corrected}}

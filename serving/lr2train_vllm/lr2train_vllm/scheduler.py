@@ -41,9 +41,13 @@ class TwoTablesScheduler(Scheduler):
             self.prev_step_scheduled_req_ids.discard(request.request_id)
         for request in [one for one in self.kv_holding_waiting if self._has_to_switch(one)]:
             self._let_go(request)
-        for request in [one for one in self.waiting if self._has_to_switch(one)]:
-            _salt(request, windows.lengthened(request.cache_salt))
         return super().schedule(*args, **kwargs)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """As the base; vLLM itself may preempt a request, for want of memory, just when it has outgrown L0."""
+        super()._preempt_request(request, *args, **kwargs)
+        if self._has_to_switch(request):
+            _salt(request, windows.lengthened(request.cache_salt))
 
     def _outgrown(self, request: Request) -> bool:
         return request.num_tokens > self._original
@@ -58,6 +62,7 @@ class TwoTablesScheduler(Scheduler):
         self.kv_holding_waiting.remove_request(request)
         self._free_request_blocks(request)
         request.num_computed_tokens = 0
+        _salt(request, windows.lengthened(request.cache_salt))
         self.waiting.prepend_request(request)
 
 
