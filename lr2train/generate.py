@@ -70,7 +70,8 @@ def generate(config: Config) -> dict[str, Any]:
     texts = [Text(tokenizer, settings.stop) for _ in rows]
     if prompts.are_several(settings):
         results = [_Result(*one) for one in zip(asked, rows, texts, strict=True)]
-        return _several(results, decoding, settings.batch_tokens, _run_folder(config) / "generate.jsonl")
+        file = _run_folder(config) / "generate.jsonl"
+        return _several(results, decoding, settings.batch_tokens, model.dtype, file)
     return _one(_Result(asked[0], rows[0], texts[0]), decoding, model.dtype, _run_folder(config) / "generate.json")
 
 
@@ -132,48 +133,62 @@ def _one(result: _Result, decoding: Decoding, dtype: torch.dtype, file: Path) ->
     return values
 
 
-def _several(results: list[_Result], decoding: Decoding, batch_tokens: int, file: Path) -> dict[str, Any]:
+def _several(
+    results: list[_Result], decoding: Decoding, batch_tokens: int, dtype: torch.dtype, file: Path
+) -> dict[str, Any]:
     """Decode in batches, in the order of the prompts; the lines go to stdout and to ``generate.jsonl``."""
     lines: list[dict[str, Any]] = []
-    interrupted = False
+    going = True
     with _written_where_allowed(file) as out, progress.meter("generate") as tick:
         for batch in _batches(results, batch_tokens):
-            try:
-                for number in decoding([one.row for one in batch]):
-                    if batch[number].text.stops:
-                        batch[number].take()
-                    tick(*_done(results))
-            except KeyboardInterrupt:
-                interrupted = True
-                for one in batch:
-                    one.row.finish = one.row.finish or "interrupted"
+            going = _decode(batch, decoding, partial(_tell, tick, len(lines), len(results)))
             for one in batch:
                 lines.append(one.values())
                 line = json.dumps(lines[-1], ensure_ascii=False)
                 print(line, flush=True)
                 print(line, file=out, flush=True)
-            if interrupted:
+            if not going:
                 break
-    failed = [one for one in results if one.row.finish == "not finite"]
     where = f"{len(lines)} of {len(results)} texts are in {file}"
-    if interrupted:
+    if not going:
         progress.say("generate", f"interrupted; {where}, the last of them unfinished")
         raise run.Interrupted
-    if failed:
+    if failed := [one.prompt.source for one in results if one.row.finish == "not finite"]:
+        remedy = "" if dtype == torch.float32 else "; set model.dtype=float32"
         raise UserError(
-            f"the logits after {failed[0].row.n_tokens} tokens of {failed[0].prompt.source} are not finite, as are "
-            f"those of {len(failed) - 1} other prompts; {where}, and these end early"
+            f"{len(failed)} of {len(results)} texts end early, because logits are not finite ({failed[0]} first); "
+            f"{where}{remedy}"
         )
     progress.say("generate", where)
     return {"texts": lines}
 
 
-def _done(results: list[_Result]) -> tuple[float, float, str]:
-    """Generated tokens, of all that may be; a text that has ended counts as whole."""
-    rows = [one.row for one in results]
-    ended = sum(bool(row.finish) for row in rows)
-    done = sum(row.max_new_tokens if row.finish else len(row.tokens) for row in rows)
-    return float(done), float(sum(row.max_new_tokens for row in rows)), f"{ended}/{len(rows)} texts"
+def _decode(batch: list[_Result], decoding: Decoding, tell: Callable[[float], None]) -> bool:
+    """Decode one batch; False after Ctrl-C.
+
+    Args:
+        tell: takes the number of texts that are done; a text that goes on counts for its share of ``max_new_tokens``.
+    """
+    rows = [one.row for one in batch]
+    shares = [0.0] * len(rows)
+    done = 0.0
+    try:
+        for number in decoding(rows):
+            if batch[number].text.stops:
+                batch[number].take()
+            row, before = rows[number], shares[number]
+            shares[number] = 1.0 if row.finish else len(row.tokens) / row.max_new_tokens
+            done += shares[number] - before
+            tell(done)
+    except KeyboardInterrupt:
+        for row in rows:
+            row.finish = row.finish or "interrupted"
+        return False
+    return True
+
+
+def _tell(tick: progress.Tick, before: int, total: int, done: float) -> None:
+    tick(before + done, float(total), f"{before}/{total} texts")
 
 
 def _batches(results: list[_Result], batch_tokens: int) -> Iterator[list[_Result]]:

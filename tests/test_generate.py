@@ -355,7 +355,7 @@ def test_a_prompt_whose_logits_are_not_finite_spoils_no_other(served, world, mon
         return model
 
     monkeypatch.setattr(load, "load_whole", damaged)
-    with pytest.raises(UserError, match=r"of generate\.prompts\.1 are not finite.*2 of 2 texts are in"):
+    with pytest.raises(UserError, match=r"1 of 2 texts end early.*generate\.prompts\.1 first.*2 of 2 texts are in"):
         generate(generate_config(world, "run=served", "generate.prompts=[ab,'%']"))
     good, bad = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (good["finish_reason"], good["new_tokens"]) == ("length", 12)
