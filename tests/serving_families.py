@@ -75,7 +75,7 @@ MORE: dict[str, dict[str, Any]] = {  # for tools/families.py alone
     "glm4": {"model_type": "glm4", "head_dim": 8},
     "ernie4_5": {"model_type": "ernie4_5", "head_dim": 8},
     "helium": {"model_type": "helium", "head_dim": 8},
-    "seed_oss": {"model_type": "seed_oss", "head_dim": 8, "attention_dropout": 0.0},
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "hyperclovax": {"model_type": "hyperclovax", "head_dim": 8, "logits_scaling": 0.5},
     "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 8},
     "arcee": {"model_type": "arcee", "head_dim": 8},
