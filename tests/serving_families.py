@@ -58,7 +58,10 @@ MORE: dict[str, dict[str, Any]] = {  # for tools/families.py alone
     "granitemoe": {
         "model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 4.0,
     },
-    "phimoe": {"model_type": "phimoe", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe, without noise": {  # its router draws random numbers in training
+        "model_type": "phimoe", "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.0,
+        "input_jitter_noise": 0.0,
+    },
     "ernie4_5_moe": {
         "model_type": "ernie4_5_moe", "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16,
         "moe_layer_start_index": 0,
@@ -72,9 +75,8 @@ MORE: dict[str, dict[str, Any]] = {  # for tools/families.py alone
     "glm4": {"model_type": "glm4", "head_dim": 8},
     "ernie4_5": {"model_type": "ernie4_5", "head_dim": 8},
     "helium": {"model_type": "helium", "head_dim": 8},
-    "seed_oss": {"model_type": "seed_oss", "head_dim": 8},
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "hyperclovax": {"model_type": "hyperclovax", "head_dim": 8, "logits_scaling": 0.5},
-    "exaone4": {"model_type": "exaone4", "head_dim": 8, "sliding_window": None},
     "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 8},
     "arcee": {"model_type": "arcee", "head_dim": 8},
     "nanochat, capped": {"model_type": "nanochat", "head_dim": 8},
@@ -87,7 +89,6 @@ MORE: dict[str, dict[str, Any]] = {  # for tools/families.py alone
     "nemotron": {"model_type": "nemotron", "head_dim": 8},
     "persimmon": {"model_type": "persimmon"},
     "phi": {"model_type": "phi"},
-    "deepseek_v3": {"model_type": "deepseek_v3"},
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -146,22 +147,50 @@ def _hand_on_segments(model: PreTrainedModel) -> None:
     """Give every attention module the segment of its decoder layer: the layers of some families (StableLM, Nemotron)
     do not hand keyword arguments on.
 
-    By hooks of the layer, so that a recomputed layer has its own segment again.
+    By hooks of the layer; and inside activation checkpointing, which runs the layer again without its hooks.
     """
     for layer in getattr(model.base_model, "layers", ()):
         users = [module for module in layer.modules() if "Attention" in type(module).__name__]
         if _HELD not in layer.__dict__:
             layer.__dict__[_HELD] = None  # marks a layer that has its hooks
-            layer.register_forward_pre_hook(partial(_hold, users), with_kwargs=True)
+            layer.register_forward_pre_hook(partial(_hold_in_layer, users), with_kwargs=True)
             layer.register_forward_hook(partial(_let_go, users), always_call=True)
 
 
 _HELD = "_lr2train_segment"
 
 
-def _hold(users: list[nn.Module], _: nn.Module, __: Any, given: dict[str, Any]) -> None:
+def _hold_in_layer(users: list[nn.Module], layer: nn.Module, _: Any, given: dict[str, Any]) -> None:
+    own = layer.__dict__.get("_gradient_checkpointing_func")
+    if own is not None and not isinstance(own, _Checkpointing):
+        layer.__dict__["_gradient_checkpointing_func"] = _Checkpointing(own, users)
+    _hold(users, given.get("segment_attention"))
+
+
+@dataclass(frozen=True)
+class _Checkpointing:
+    """Activation checkpointing of a layer whose attention modules hold the segment whenever the layer is run."""
+
+    own: Callable[..., Any]
+    users: list[nn.Module]
+
+    def __call__(self, layer_forward: Any, *inputs: Any) -> Any:
+        """As ``torch.utils.checkpoint``; ``layer_forward`` is a partial with the layer's keyword arguments."""
+        segment = getattr(layer_forward, "keywords", {}).get("segment_attention")
+
+        def forward(*inputs: Any) -> Any:
+            _hold(self.users, segment)
+            try:
+                return layer_forward(*inputs)
+            finally:
+                _let_go(self.users)
+
+        return self.own(forward, *inputs)
+
+
+def _hold(users: list[nn.Module], segment: SegmentAttention | None) -> None:
     for module in users:
-        module.__dict__[_HELD] = given.get("segment_attention")
+        module.__dict__[_HELD] = segment
 
 
 def _let_go(users: list[nn.Module], *_: Any) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from lr2train.config import UserError
+from lr2train.model.head import form_of
 from lr2train.model.kv_cache import KeysAndValues
 from lr2train.model.rotary import WindowRotary
 
@@ -127,6 +128,7 @@ def decode(
         lockstep: of the ranks that divide the model; each of them has to take all that is yielded.
     """
     batch, head = _Batch(model, rotary, rows, chunk_tokens or CHUNK_TOKENS), model.get_output_embeddings()
+    form = form_of(model)
     while True:
         going = [number for number, row in enumerate(rows) if not row.finish]
         prefills = batch.prefills(going)
@@ -140,7 +142,7 @@ def decode(
         if not going:
             head(batch.idle())
             continue
-        logits = head(batch.step())[going].float()
+        logits = form.logits(head(batch.step())[going].float())
         finite = torch.isfinite(logits.amax(-1)).tolist()  # nan where any logit is nan
         chosen = _choose(logits, [rows[number] for number in going], temperature, top_p)
         for number, token, is_finite in zip(going, chosen, finite, strict=True):

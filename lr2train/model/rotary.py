@@ -118,7 +118,7 @@ def install(model: Any, factors: Factors) -> WindowRotary:
             "the standard interface"
         )
     fresh = _fresh(own, model.config)
-    _refuse_interleaved(fresh, model)
+    _refuse_another_layout(fresh, model)
     inv_freq, attention_factor = _own_table(fresh, model.config)
     if len(inv_freq) != len(factors.rescale):
         raise UserError(
@@ -130,14 +130,14 @@ def install(model: Any, factors: Factors) -> WindowRotary:
 
 
 @torch.no_grad()
-def _refuse_interleaved(fresh: Any, model: Any) -> None:
-    """Refuse a module whose table has the two entries of a pair side by side (Cohere), and not in its two halves."""
+def _refuse_another_layout(fresh: Any, model: Any) -> None:
+    """Refuse a module whose table is no two alike halves: pairs side by side (Cohere), or each pair once (gpt-oss)."""
     cos, _ = fresh(torch.zeros(1, 2, 1), torch.tensor([[1, 2]]))
     first, second = cos.chunk(2, dim=-1)
     if not torch.equal(first, second):
         raise UserError(
-            f"{type(model).__name__} interleaves its RoPE table, and the rescaled table is made of two halves; set "
-            "model.path to a model whose table has two halves"
+            f"{type(model).__name__} has a RoPE table that is not two alike halves, and the rescaled table is; set "
+            "model.path to a model with such a table"
         )
 
 

@@ -191,16 +191,21 @@ def test_on_ranks(world, tmp_path):
 
 
 def check_modes(rank: int, world: int) -> None:
-    """Recomputed activations, accumulated gradients, eval mode, no_grad, while the strategy changes between calls."""
     mesh = make_mesh(world)
-    plain = tiny_model("llama", {}, torch.float64)
+    for family in ("llama", "stablelm"):
+        check_modes_of(family, {**FAMILIES[family]}, mesh)
+
+
+def check_modes_of(family: str, changes: dict, mesh: Mesh) -> None:
+    """Recomputed activations, accumulated gradients, eval mode, no_grad, while the strategy changes between calls."""
+    plain = tiny_model(family, changes, torch.float64)
     sums: dict[str, Tensor] = {}
     model = copy.deepcopy(plain).float()
     attention = install(model, mesh)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for name in ("short, aligned", "long", "short", "long by document", "short, aligned"):
         spans = SEGMENTS[name]
-        logits, grads = explicitly("llama", {}, spans)
+        logits, grads = explicitly(family, changes, spans)
         sums = {key: grad + sums.get(key, 0) for key, grad in grads.items()}
         segment_attention = attention.segment(spans, N_TOKENS)
         layout = segment_attention.layout

@@ -288,5 +288,5 @@ def test_a_model_without_rotary_is_refused():
 def test_a_table_of_interleaved_pairs_is_refused():
     """Cohere's halves of cos differ; two halves that are taken for alike would rotate by other angles."""
     model = model_of("cohere")
-    with pytest.raises(UserError, match="CohereForCausalLM interleaves its RoPE table"):
+    with pytest.raises(UserError, match="CohereForCausalLM has a RoPE table that is not two alike halves"):
         rotary.install(model, factors_for(model_of(num_key_value_heads=1)))
