@@ -119,7 +119,7 @@ def inputs(config: Config) -> tuple[Space, list[SearchDocument], Corpus]:
             "tokens; "
             "set rope.target_window_tokens to a longer window"
         )
-    space = Space(spectrum, target, config.search)
+    space = Space(spectrum, target, config.search, config.rope.start_from)
     corpus = Corpus.open(Path(config.data.path))
     corpus.refuse_other_tokenizer(hf_config.vocab_size, load.folder_of(config.model))
     return space, draw_documents(config, corpus), corpus
@@ -141,8 +141,9 @@ def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
         if settings.objective == "needle"
         else ""
     )
+    own = " on top of the model's own table" if space.start.own_rescale else ""
     job.log(
-        f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}], "
+        f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}]{own}, "
         f"{settings.population} candidates x {settings.generations} generations x {settings.documents} "
         f"documents{asked}, "
         f"{'racing' if settings.racing else 'no racing'}"

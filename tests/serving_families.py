@@ -35,6 +35,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4 * L0,
     },
     "olmo2, norms of a projection": {"model_type": "olmo2"},
+    "llama, llama3": {
+        "model_type": "llama",
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "qwen2, yarn": {
+        "model_type": "qwen2", "hidden_size": 64, "max_position_embeddings": 8,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    },
+    "llama, linear": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 3.0}},
+    "llama, dynamic": {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "cohere, pairs": {"model_type": "cohere", "logit_scale": 1.0, "use_qk_norm": False},
+    "glm, pairs, partial": {"model_type": "glm", "partial_rotary_factor": 0.5, "head_dim": 8},
+    "gemma3, linear in global layers": {
+        "model_type": "gemma3_text", "sliding_window": 12, "num_hidden_layers": 4, "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8,
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+    },
+    "olmo3, yarn in global layers": {
+        "model_type": "olmo3", "sliding_window": 12, "num_hidden_layers": 4, "max_position_embeddings": 16,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "attention_factor": 1.1386,
+            "beta_fast": 32.0, "beta_slow": 1.0,
+        },
+    },
     "stablelm, partial, norms, biases": {
         "model_type": "stablelm", "partial_rotary_factor": 0.5, "qk_layernorm": True, "use_qkv_bias": True,
     },
@@ -121,8 +148,12 @@ class Trained:
 class ExactScale(rotary.WindowRotary):
     """cos and sin as transformers has them, in fp32, times the attention factor in x's dtype."""
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``WindowRotary``."""
+        if layer_type in self.fixed:
+            return super().forward(x, position_ids, layer_type)
         scale, table = self.tables[self.window].attention_factor, self.tables[self.window]
         self.tables[self.window] = table._replace(attention_factor=1.0)
         cos, sin = super().forward(x, position_ids)

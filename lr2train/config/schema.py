@@ -54,6 +54,13 @@ class GenerateWindow(StrEnum):
     long = "long"
 
 
+class StartFrom(StrEnum):
+    """own: factors on top of the model's own table. plain: factors of the unscaled frequencies."""
+
+    own = "own"
+    plain = "plain"
+
+
 class DataKind(StrEnum):
     """segments: planned segments of a corpus. curriculum: ``data.stages``, for a base model from scratch."""
 
@@ -198,6 +205,9 @@ class RopeConfig:
     target_window_tokens: int = number(131072, least=1)
     # A factors.json, or a model folder whose config has RoPE type `longrope`. Takes precedence over rope.method.
     factors: str | None = a_path()
+    # The frequencies that a method or a search rescales, for a model that is extended already (llama3, yarn, linear,
+    # longrope). own: those of the model's own table, because the model was trained with it. plain: the unscaled ones.
+    start_from: str = one_of(StartFrom.own)
     # RoPE scaling method, a key of lr2train.rope.METHODS (the presets rope=… set it).
     method: str = "longrope2"
     # The real critical dimension rcd as a zero-based frequency index, for methods that take one (longrope2, yarn_rcd,

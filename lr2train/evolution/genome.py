@@ -6,6 +6,12 @@ Source: paper, Section 3.2, Algorithms 1 and 2.
 rule, lambda_i = lambda_rcd^(i / rcd). ``longrope``: every factor is free, as in LongRoPE v1 (arXiv 2402.13753); under
 the needle fitness this is the paper's ablation "all dimensions".
 
+A model that is extended already has a table of its own. By default the factors of a candidate act on top of this
+table: bounds are multiples of s = L / L0, and the critical index counts periods of the own table. With
+``rope.start_from=plain`` the factors act on the unscaled frequencies, and L0 is the smaller window whose angles the own
+table covers (``Spectrum.unscaled``). So the tail has the same bounds in both, and factors below the critical index
+differ.
+
 Choice: a candidate holds only free values, on a grid. So equal candidates compare equal and are never evaluated twice.
 The paper leaves step size, crossover and mutation of rcd open; these are keys of ``SearchConfig``. Cost: values between
 two grid points cannot be found.
@@ -19,7 +25,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lr2train.config import SearchConfig, UserError
+from lr2train.config import SearchConfig, StartFrom, UserError
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import METHODS
 from lr2train.rope.spectrum import Spectrum
@@ -57,6 +63,7 @@ class Space:
         spectrum: of the original model.
         target_tokens: L.
         settings: probabilities, bounds (in multiples of s = L / L0) and grid.
+        start_from: ``rope.start_from``.
 
     Raises:
         UserError: the settings contradict each other or leave nothing to search.
@@ -65,6 +72,7 @@ class Space:
     spectrum: Spectrum
     target_tokens: int
     settings: SearchConfig
+    start_from: str = StartFrom.own
 
     def __post_init__(self) -> None:
         fixed = self.settings.critical_index
@@ -112,10 +120,15 @@ class Space:
                 f"set search.{name}_high above search.{name}_low, and both above 0"
             )
 
+    @cached_property
+    def start(self) -> Spectrum:
+        """The spectrum on which the factors of a candidate act."""
+        return self.spectrum.start(self.start_from)
+
     @property
     def scale(self) -> float:
-        """s = L / L0."""
-        return self.target_tokens / self.spectrum.window_tokens
+        """s = L / L0, with L0 of the start."""
+        return self.target_tokens / self.start.window_tokens
 
     @property
     def all_dims(self) -> bool:
@@ -136,20 +149,17 @@ class Space:
         fixed = ALL if self.all_dims else self.settings.critical_index
         if fixed is not None:
             return range(fixed, fixed + 1)
-        return range(self.spectrum.lowest_critical_index, self.spectrum.critical_index + 1)
+        return range(self.start.lowest_critical_index, self.start.critical_index + 1)
 
     def factors(self, candidate: Candidate) -> Factors:
-        """The candidate as rescale factors of all D dimensions."""
+        """The candidate as rescale factors of all D dimensions, of the model's unscaled frequencies."""
         if candidate.critical_index == ALL:
-            made = METHODS["longrope"](self.spectrum, self.target_tokens, rescale=candidate.tail)
-            return replace(made, attention_factor=candidate.attention_factor)
-        return METHODS["longrope2"](
-            self.spectrum,
-            self.target_tokens,
-            critical_index=candidate.critical_index,
-            tail=candidate.tail,
-            attention_factor=candidate.attention_factor,
-        )
+            made = METHODS["longrope"](self.start, self.target_tokens, rescale=candidate.tail)
+        else:
+            made = METHODS["longrope2"](
+                self.start, self.target_tokens, critical_index=candidate.critical_index, tail=candidate.tail
+            )
+        return replace(made, spectrum=self.spectrum, attention_factor=candidate.attention_factor)
 
     def initial(self, rng: np.random.Generator) -> list[Candidate]:
         """The initial population of P = ``search.population`` members (Algorithm 1).
@@ -168,7 +178,7 @@ class Space:
         return self.fill(members, members, self.settings.population, rng)
 
     def _like(self, method: str, rng: np.random.Generator) -> Candidate:
-        table = METHODS[method](self.spectrum, self.target_tokens).rescale
+        table = METHODS[method](self.start, self.target_tokens).rescale / self.start.own_factors
         return Candidate(ALL, tuple(self.on_grid(value) for value in table), self._draw_attention_factor(rng))
 
     def _constant(self, critical_index: int, rng: np.random.Generator) -> Candidate:
@@ -270,9 +280,12 @@ class Space:
         return _nearest(value, self.settings.mutation_step, *self.bounds)
 
     def attention_factor_at(self, share: float) -> float:
-        """The attention factor at a share 0 … 1 of its range; ``search.attention_factor`` where it is not searched."""
+        """The attention factor at a share 0 … 1 of its range.
+
+        Where it is not searched: ``search.attention_factor``, or the model's own if that is larger.
+        """
         if not self.settings.search_attention_factor:
-            return self.settings.attention_factor
+            return max(self.settings.attention_factor, self.spectrum.attention_factor)
         low, high = self.settings.attention_factor_low, self.settings.attention_factor_high
         return self._attention_on_grid(low + share * (high - low))
 

@@ -100,7 +100,7 @@ def parsed(folder: Path, overrides: Mapping[str, Any] | None = None) -> Any:
             override is no key of the config.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     values = read(folder)
     kind = values.get("model_type")
@@ -111,12 +111,16 @@ def parsed(folder: Path, overrides: Mapping[str, Any] | None = None) -> Any:
             "model.path to a model of a type that transformers knows"
         )
     where = str(folder / NAME)
-    hf_config = guarded(where, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    current = rope_hf.with_current_type(values)
+    if current is values:
+        hf_config = guarded(where, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    else:
+        hf_config = guarded(where, lambda: CONFIG_MAPPING[kind].from_dict(current))
     for name in ("_attn_implementation", "_experts_implementation"):
         # a folder may name a kernel of the hub, which is code; transformers then chooses its own
         setattr(hf_config, name, None)
     if overrides:
-        hf_config = _overridden(hf_config, values, overrides)
+        hf_config = _overridden(hf_config, current, overrides)
     _refuse_other_tasks(hf_config, where)
     return hf_config
 

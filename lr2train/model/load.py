@@ -265,8 +265,11 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    values = values_in(Path(folder) / config_json.NAME)
+    early = rope_hf.with_current_type(values) is not values  # transformers reads config.json, and would refuse this one
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = {"config": config_json.parsed(Path(folder))} if early else {}
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **config)
     except Exception as error:  # transformers and tokenizers raise a dozen kinds, bare Exception among them
         raise UserError(
             f"{folder} has no readable tokenizer ({config_json.brief(error)}); copy the model's tokenizer files into it"

@@ -62,14 +62,14 @@ def periods(figure: FigureBase, look: Look, factors: Factors, critical_index: in
     axes, spectrum = figure.add_subplot(), factors.spectrum
     first = max(spectrum.lowest_critical_index - 2, 0)
     shown = np.arange(first, min(2 * spectrum.critical_index - first, spectrum.n_dims - 1) + 1)
-    own = spectrum.period_tokens
-    axes.plot(shown, own[shown], color=look.muted, linewidth=1.3, label="original RoPE")
+    unscaled = spectrum.period_tokens
+    axes.plot(shown, spectrum.own_period_tokens[shown], color=look.muted, linewidth=1.3, label="original RoPE")
     for label, method, line, color in FIXED_METHODS[:3]:
         rescale = np.array(METHODS[method](spectrum, factors.target_window_tokens).rescale)
-        axes.plot(shown, (own * rescale)[shown], line, color=look.series[color], linewidth=1.3, label=label)
+        axes.plot(shown, (unscaled * rescale)[shown], line, color=look.series[color], linewidth=1.3, label=label)
     axes.plot(
         shown,
-        (own * factors.rescale)[shown],
+        (unscaled * factors.rescale)[shown],
         "o-",
         color=look.series[0],
         markersize=3,

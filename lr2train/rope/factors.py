@@ -4,15 +4,15 @@ Choice: one frozen value object with a JSON form of its own. It carries the spec
 another model are recognised. Only tables that cannot be built are refused. Order and bounds (non-decreasing, in [s,
 2s]) are promises of the search and of single methods: published factors break them and have to be read as they are.
 
-The short window of our training is always the model's own. For plain RoPE its factors are 1 and its attention factor is
-1. ``short_rescale`` and ``short_attention_factor`` exist for published models that differ.
+The short window is always the model's own, and a part of the spectrum. For plain RoPE its factors are 1 and its
+attention factor is 1. Rescale factors always divide the unscaled frequencies theta_i, also where the model is extended
+already.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ import numpy as np
 
 from lr2train.config import UserError
 from lr2train.io import write_json
-from lr2train.rope.spectrum import Spectrum
+from lr2train.rope.spectrum import Spectrum, checked_factor, checked_table
 
 NOTES = "search"  # key of factors.json that holds the provenance of searched factors
+_SHORT = ("short_rescale", "short_attention_factor")  # keys of factors.json for the spectrum's own table
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,6 @@ class Factors:
         spectrum: of the original model, with the original window L0.
         target_window_tokens: L >= L0.
         method: a name of METHODS.
-        short_rescale: factors of the window up to L0, D numbers; None: all are 1.
-        short_attention_factor: of the window up to L0.
 
     Raises:
         UserError: a table has the wrong length, a number is not positive and finite, or L is below L0.
@@ -50,20 +49,21 @@ class Factors:
     spectrum: Spectrum
     target_window_tokens: int
     method: str
-    short_rescale: tuple[float, ...] | None = None
-    short_attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
         extension_ratio(self.spectrum, self.target_window_tokens)
-        object.__setattr__(self, "rescale", _checked_table("rescale", self.rescale, self.spectrum))
-        object.__setattr__(self, "attention_factor", _checked_factor("attention_factor", self.attention_factor))
-        object.__setattr__(
-            self, "short_attention_factor", _checked_factor("short_attention_factor", self.short_attention_factor)
-        )
-        if self.short_rescale is not None:
-            short = _checked_table("short_rescale", self.short_rescale, self.spectrum)
-            # One form for the original RoPE, so that equal factors compare equal.
-            object.__setattr__(self, "short_rescale", None if set(short) == {1.0} else short)
+        object.__setattr__(self, "rescale", checked_table("rescale", self.rescale, self.spectrum.n_dims))
+        object.__setattr__(self, "attention_factor", checked_factor("attention_factor", self.attention_factor))
+
+    @property
+    def short_rescale(self) -> tuple[float, ...] | None:
+        """Factors of the window up to L0, D numbers: the model's own. None: all are 1."""
+        return self.spectrum.own_rescale
+
+    @property
+    def short_attention_factor(self) -> float:
+        """Of the window up to L0: the model's own."""
+        return self.spectrum.attention_factor
 
     @property
     def scale(self) -> float:
@@ -78,19 +78,17 @@ class Factors:
     @property
     def short_inv_freq(self) -> np.ndarray:
         """Frequencies of the window up to L0, radians per token, float64 [D]."""
-        return (
-            self.spectrum.inv_freq
-            if self.short_rescale is None
-            else self.spectrum.inv_freq / np.asarray(self.short_rescale)
-        )
+        return self.spectrum.own_inv_freq
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict; json.dumps and json.loads keep every float exactly."""
         data: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        # Left out at its default: files and fingerprints stay those of the releases before the key existed.
+        # The keys and their order are those of earlier releases: files and fingerprints stay as they were.
+        del data["spectrum"]["own_rescale"]
         if self.spectrum.attention_factor == 1.0:
             del data["spectrum"]["attention_factor"]
-        return data
+        own = self.short_rescale
+        return data | {_SHORT[0]: None if own is None else list(own), _SHORT[1]: self.short_attention_factor}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Factors:
@@ -99,7 +97,7 @@ class Factors:
         Raises:
             UserError: a key is missing, unknown, or has another shape.
         """
-        unknown = [key for key in data if key not in cls.__dataclass_fields__ and key != NOTES]
+        unknown = [key for key in data if key not in cls.__dataclass_fields__ and key not in (NOTES, *_SHORT)]
         if unknown:
             raise UserError(
                 f"the factors given by rope.factors hold {unknown[0]}={data[unknown[0]]!r}, which is no key of "
@@ -107,8 +105,9 @@ class Factors:
                 "set rope.factors to a factors.json that a search of this version wrote"
             )
         try:
-            given = {key: value for key, value in data.items() if key != NOTES}
-            return cls(**{**given, "spectrum": Spectrum(**data["spectrum"])})
+            given = {key: value for key, value in data.items() if key not in (NOTES, *_SHORT)}
+            own = {"own_rescale": data.get(_SHORT[0]), "attention_factor": data.get(_SHORT[1], 1.0)}
+            return cls(**{**given, "spectrum": Spectrum(**{**own, **data["spectrum"]})})
         except UserError:
             raise
         except (KeyError, TypeError, ValueError) as error:
@@ -172,29 +171,3 @@ def read_factors_json(path: Path) -> dict[str, Any]:
             "a model folder"
         )
     return data
-
-
-def _checked_table(name: str, numbers: Sequence[float], spectrum: Spectrum) -> tuple[float, ...]:
-    table = tuple(float(x) for x in numbers)
-    if len(table) != spectrum.n_dims:
-        raise UserError(
-            f"{name} has {len(table)} numbers, but a rotary dimension of {spectrum.rotary_dim} needs "
-            f"{spectrum.n_dims}; "
-            "set rope.factors to factors of this model"
-        )
-    bad = [i for i, x in enumerate(table) if not 0.0 < x < math.inf]
-    if bad:
-        raise UserError(
-            f"{name}[{bad[0]}]={table[bad[0]]} is not a positive finite number; correct rope.factors, rope.tail or "
-            "rope.options.rescale"
-        )
-    return table
-
-
-def _checked_factor(name: str, value: float) -> float:
-    if not 0.0 < value < math.inf:
-        raise UserError(
-            f"{name}={value} is not a positive finite number; set rope.attention_factor to a number such as 1.2, or "
-            "correct rope.factors"
-        )
-    return float(value)

@@ -17,7 +17,13 @@ under both names, with every number written out, so a runtime has nothing to inf
   wrong attention factor.
 
 The short window is the model's own, in training and in ``write``. A base model with plain RoPE has short factors 1 and
-attention factor 1. A base model of type ``longrope`` keeps its ``short_factor`` and its short attention factor.
+attention factor 1. A base model of type ``longrope`` keeps its ``short_factor`` and its short attention factor. A base
+model of another type (``own``) is written with its own factors as ``short_factor``. These numbers give its fp32 table
+but for the last bits, so its own RoPE keys are kept beside, under ``base_rope``: from them the short window follows
+exactly, and ``write_short_window`` puts them back.
+
+A model with a RoPE for each layer type (Gemma 3, OLMo 3) has the rescaled RoPE in its ``full_attention`` layers. The
+``sliding_attention`` layers see no more than their sliding window and stay as they are.
 """
 
 from __future__ import annotations
@@ -29,12 +35,13 @@ from dataclasses import replace
 from typing import Any
 
 from lr2train.config import UserError
+from lr2train.rope import own
 from lr2train.rope.factors import Factors, longrope_attention_factor
 from lr2train.rope.spectrum import Spectrum
 
 DEFAULT_BASE = 10000.0  # of transformers, for configs that name none
-# Types that change no frequency where their factor is 1.
-SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
+GLOBAL, SLIDING = "full_attention", "sliding_attention"  # layer types
+BASE_ROPE = "base_rope"  # key of a written config: the RoPE keys of the base model
 
 LARGEST_COUNT = 2**31 - 1
 
@@ -52,6 +59,8 @@ _TABLES = ("long_factor", "short_factor")
 _DICTS = ("rope_scaling", "rope_parameters")
 _TEXTS = ("rope_type", "type")
 _WRITTEN = (*_DICTS, "rope_theta", "original_max_position_embeddings")  # what ``write`` puts into a config
+_ORIGINAL = "original_max_position_embeddings"
+_BASE_KEYS = (*_WRITTEN, "max_position_embeddings")  # what ``base_rope`` keeps
 
 
 def refuse_wrong_values(config: Mapping[str, Any], where: str) -> None:
@@ -65,6 +74,11 @@ def refuse_wrong_values(config: Mapping[str, Any], where: str) -> None:
         UserError: a value has another JSON type than its key, or is outside the key's limits.
     """
     _refuse_wrong_keys(config, where, "")
+    kept = config.get(BASE_ROPE)
+    if kept is not None:
+        if not isinstance(kept, dict) or not set(kept) <= set(_BASE_KEYS):
+            raise wrong_value(where, BASE_ROPE, kept, f"an object of {', '.join(_BASE_KEYS)}")
+        refuse_wrong_values(kept, f"{where}: {BASE_ROPE}")
     for name in _DICTS:
         rope = config.get(name)
         if rope is None:
@@ -129,31 +143,65 @@ def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
+def with_current_type(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with "longrope" for the early name "su", which transformers 5 refuses; itself where there is none."""
+    rope = config.get("rope_scaling")
+    if not isinstance(rope, dict) or "su" not in (rope.get("type"), rope.get("rope_type")):
+        return config
+    return config | {"rope_scaling": {**rope, "type": "longrope", "rope_type": "longrope"}}
+
+
+def own_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config under which transformers computes the short window: with the base model's RoPE keys, where ``write``
+    kept them.
+    """
+    if (kept := config.get(BASE_ROPE)) is None:
+        return config
+    return {key: value for key, value in config.items() if key not in (*_BASE_KEYS, BASE_ROPE)} | copy.deepcopy(kept)
+
+
 def spectrum_of(config: dict[str, Any]) -> Spectrum:
-    """The original RoPE of a model of type default or ``longrope``.
+    """The RoPE of a model up to its window L0; of its global layers, where each layer type has a RoPE.
 
     rotary dimension = int(head_dim x partial_rotary_factor), with head_dim = hidden_size // num_attention_heads where
-    no key names it; base = rope_theta; original window = original_max_position_embeddings, else
-    max_position_embeddings.
+    no key names it; base = rope_theta; ``own`` has the window of each type. A config of ours holds the window of its
+    training.
 
     Raises:
-        UserError: a key is missing, or the model rescales its frequencies by another rule (linear, yarn, llama3 ...).
+        UserError: a key is missing, or the model rescales its frequencies by a rule that is not known here.
     """
-    rope = _rope_dict(config)
-    kind = _kind(rope)
-    if kind not in ("default", "longrope"):
+    rope, kind = _rope_dict(config), _kind(_rope_dict(config))
+    if config.get(BASE_ROPE) is not None:
+        return replace(spectrum_of(own_config(config)), window_tokens=_original_window(config, rope))
+    if kind not in own.TYPES:
         raise UserError(
-            f"the model's RoPE is of type {kind}, which already rescales its frequencies; "
-            "set model.path to a model with plain RoPE (type default)"
+            f"the model's RoPE is of type {kind}, which is not known here; set model.path to a model of type "
+            f"{', '.join(own.TYPES)}"
         )
-    base = _first(rope.get("rope_theta"), config.get("rope_theta"), DEFAULT_BASE)
-    plain = Spectrum(_rotary_dim(config), float(base), _original_window(config, rope))
-    return plain if kind == "default" else replace(plain, attention_factor=_short_attention_factor(config, rope, plain))
+    base = float(_first(rope.get("rope_theta"), config.get("rope_theta"), DEFAULT_BASE))
+    if kind in own.RESCALING:
+        original = _first(config.get(_ORIGINAL), rope.get(_ORIGINAL))
+        plain = Spectrum(_rotary_dim(config), base, int(_need(config, "max_position_embeddings")))
+        return own.own_spectrum(kind, rope, plain, original)
+    plain = Spectrum(_rotary_dim(config), base, _original_window(config, rope))
+    if kind == "default":
+        return plain
+    factor = _short_attention_factor(config, rope, plain)
+    return replace(plain, attention_factor=factor, own_rescale=_need(rope, "short_factor"))
+
+
+def is_rescaled(config: dict[str, Any]) -> bool:
+    """Whether the short window is neither plain RoPE nor the short table of a ``longrope`` config."""
+    return _kind(_rope_dict(own_config(config))) in own.RESCALING
+
+
+def by_layer_type(config: dict[str, Any]) -> bool:
+    """Whether each layer type has a RoPE of its own."""
+    return _is_nested(_rope_value(config))
 
 
 def factors_of(config: dict[str, Any]) -> Factors | None:
-    """The factors that a ``longrope`` config carries, in any order and without bounds; None for a model with plain
-    RoPE.
+    """The factors that a ``longrope`` config carries, in any order and without bounds; None for any other type.
 
     A config without an attention factor gets the default of the runtimes, sqrt(1 + ln s / ln L0), for *both* windows. A
     written ``attention_factor`` acts on both windows too, unless there is a ``short_mscale``.
@@ -174,8 +222,6 @@ def factors_of(config: dict[str, Any]) -> Factors | None:
         spectrum=spectrum,
         target_window_tokens=_target_window(config, rope, spectrum),
         method="longrope",
-        short_rescale=_need(rope, "short_factor"),
-        short_attention_factor=spectrum.attention_factor,
     )
 
 
@@ -199,8 +245,25 @@ def write(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
         UserError: the factors were made for another rotary dimension or base than the config's.
     """
     _refuse_other_spectrum(config, factors)
-    rope = _longrope_dict(factors, factors_of(config))
-    return _with_longrope(config, rope, factors.spectrum.window_tokens, factors)
+    own_window, window = spectrum_of(config), factors.spectrum.window_tokens
+    scales = (own_window.attention_factor, factors.attention_factor)
+    short = own_window.own_factors.tolist()
+    rope = _table_dict(own_window.base, factors.scale, window, short, factors.rescale, scales)
+    kept = {} if (base := _base_rope(config)) is None else {BASE_ROPE: base}
+    return _with_longrope(config, rope, window, factors) | kept
+
+
+def write_exact_short_table(config: dict[str, Any], inv_freq: Sequence[float]) -> None:
+    """Put the short window's frequencies into a config that ``write`` made, for the modelling file of an export.
+
+    1 / (short_factor x b^(2i/d)) in fp32, which transformers computes, may miss a base's own table by its last bits.
+
+    Args:
+        inv_freq: D numbers, radians per token, as the model computes with them.
+    """
+    for name in _DICTS:
+        if rope := config.get(name):
+            rope.get(GLOBAL, rope)["short_inv_freq"] = list(inv_freq)
 
 
 def write_one_table(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
@@ -219,27 +282,47 @@ def write_one_table(config: dict[str, Any], factors: Factors) -> dict[str, Any]:
 
 
 def write_short_window(config: dict[str, Any], window_tokens: int) -> dict[str, Any]:
-    """A copy of a trained model's config for texts of its original window alone: plain RoPE, or the base's own short
-    table.
+    """A copy of a trained model's config for texts of its original window alone: the base's own RoPE.
 
     Args:
-        config: plain, or as ``write`` made it.
+        config: the base's, or as ``write`` made it.
         window_tokens: L0.
     """
-    own = factors_of(config)
+    if is_rescaled(config):
+        return _with_own_rope(own_config(config), window_tokens)
+    carried = factors_of(config)
     said = {key: value for key, value in copy.deepcopy(config).items() if key not in _WRITTEN}
     said |= {"max_position_embeddings": window_tokens, "original_max_position_embeddings": window_tokens}
-    if own is None:
+    if carried is None:
         return said | {key: copy.deepcopy(config[key]) for key in ("rope_theta", *_DICTS) if config.get(key)}
-    short, factor, base = own.short_rescale or (), own.short_attention_factor, own.spectrum.base
+    short, factor, base = carried.spectrum.own_factors.tolist(), carried.short_attention_factor, carried.spectrum.base
     partial = {} if (share := _partial(config)) is None else {"partial_rotary_factor": share}
     if factor == 1 and all(value == 1 for value in short):
         rope = {"rope_type": "default", "rope_theta": base, **partial}
-        return said | {"rope_theta": base, "rope_parameters": rope}
+        return said | _flat_or_nested(config, rope, {"rope_theta": base, "rope_parameters": rope})
     rope = _table_dict(base, 1.0, window_tokens, short, short, (factor, factor)) | partial
-    return (
-        said | {"rope_theta": base} | _head_dim(config) | {"rope_parameters": rope, "rope_scaling": copy.deepcopy(rope)}
-    )
+    both = {"rope_theta": base, "rope_parameters": rope, "rope_scaling": copy.deepcopy(rope)}
+    return said | _head_dim(config) | _flat_or_nested(config, rope, both)
+
+
+def _with_own_rope(config: dict[str, Any], window_tokens: int) -> dict[str, Any]:
+    """The base's config with its RoPE dict under both names, as transformers 4 and 5 read it."""
+    said = copy.deepcopy(config) | {"max_position_embeddings": window_tokens}
+    if by_layer_type(config):
+        return said
+    rope = _rope_dict(config)
+    base = float(_first(rope.get("rope_theta"), config.get("rope_theta"), DEFAULT_BASE))
+    both = {"rope_theta": base, "rope_parameters": {**rope, "rope_theta": base}}
+    return said | copy.deepcopy(both | {"rope_scaling": both["rope_parameters"]})
+
+
+def _base_rope(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The RoPE keys from which the short window follows; None where ``short_factor`` says all."""
+    if config.get(BASE_ROPE) is not None:
+        return copy.deepcopy(config[BASE_ROPE])
+    if not is_rescaled(config):
+        return None
+    return {key: copy.deepcopy(config[key]) for key in _BASE_KEYS if config.get(key) is not None}
 
 
 def _refuse_other_spectrum(config: dict[str, Any], factors: Factors) -> None:
@@ -258,25 +341,20 @@ def _with_longrope(
     """The config with a ``longrope`` dict under both names, and the switch at ``window_tokens``."""
     if (partial := _partial(config)) is not None:
         rope["partial_rotary_factor"] = partial
-    return (
-        copy.deepcopy(config)
-        | _head_dim(config)
-        | {
-            "max_position_embeddings": factors.target_window_tokens,
-            "original_max_position_embeddings": window_tokens,  # Phi-3 and converters read the outer key
-            "rope_theta": factors.spectrum.base,
-            "rope_parameters": rope,
-            "rope_scaling": copy.deepcopy(rope),
-        }
-    )
+    windows = {
+        "max_position_embeddings": factors.target_window_tokens,
+        "original_max_position_embeddings": window_tokens,  # Phi-3 and converters read the outer key
+    }
+    both = {"rope_theta": factors.spectrum.base, "rope_parameters": rope, "rope_scaling": copy.deepcopy(rope)}
+    said = {key: value for key, value in copy.deepcopy(config).items() if key not in (BASE_ROPE, "rope_scaling")}
+    return said | _head_dim(config) | windows | _flat_or_nested(config, rope, both)
 
 
-def _longrope_dict(factors: Factors, own: Factors | None) -> dict[str, Any]:
-    """The keys of ``longrope``; ``own`` are the factors that the config carries already."""
-    short = (own and own.short_rescale) or (1.0,) * factors.spectrum.n_dims
-    scales = (own.short_attention_factor if own else 1.0, factors.attention_factor)
-    spectrum = factors.spectrum
-    return _table_dict(spectrum.base, factors.scale, spectrum.window_tokens, short, factors.rescale, scales)
+def _flat_or_nested(config: dict[str, Any], rope: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
+    """``flat``; where each layer type has a RoPE, ``rope`` in the place of the global layers' one."""
+    if not by_layer_type(config):
+        return flat
+    return {"rope_parameters": {**copy.deepcopy(_rope_value(config)), GLOBAL: rope}}
 
 
 def _table_dict(
@@ -302,15 +380,26 @@ def _table_dict(
     }
 
 
-def _rope_dict(config: dict[str, Any]) -> dict[str, Any]:
+def _rope_value(config: dict[str, Any]) -> dict[str, Any]:
     """``rope_scaling`` where it is filled, else ``rope_parameters``: the preference of transformers 5."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if any(isinstance(value, dict) for value in rope.values()):
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def _is_nested(rope: dict[str, Any]) -> bool:
+    return any(isinstance(value, dict) for value in rope.values())
+
+
+def _rope_dict(config: dict[str, Any]) -> dict[str, Any]:
+    """The RoPE dict of the model; of its global layers, where each layer type has one."""
+    rope = _rope_value(config)
+    if not _is_nested(rope):
+        return rope
+    if others := [name for name in rope if name not in (GLOBAL, SLIDING)] or [GLOBAL] * (not rope.get(GLOBAL)):
         raise UserError(
-            f"the model has one RoPE per layer type ({', '.join(rope)}); set model.path to a model with one RoPE for "
-            "all layers"
+            f"the model has one RoPE per layer type ({', '.join(rope)}), and {others[0]} is not understood; set "
+            f"model.path to a model whose layer types are {GLOBAL} and {SLIDING}"
         )
-    return rope
+    return rope[GLOBAL]
 
 
 def _kind(rope: dict[str, Any]) -> str:
@@ -319,7 +408,7 @@ def _kind(rope: dict[str, Any]) -> str:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default" and "mrope_section" in rope:  # Qwen-VL: positions of three axes under the default type
         return "mrope"
-    if kind in SCALED_BY_FACTOR and rope.get("factor") == 1 and _first(rope.get("attention_factor"), 1) == 1:
+    if kind in own.RESCALING and rope.get("factor") == 1 and _first(rope.get("attention_factor"), 1) == 1:
         return "default"
     return "longrope" if kind == "su" else kind
 
@@ -337,7 +426,7 @@ def _head_dim(config: dict[str, Any]) -> dict[str, int]:
 
 
 def _original_window(config: dict[str, Any], rope: dict[str, Any]) -> int:
-    key = "original_max_position_embeddings"
+    key = _ORIGINAL
     window = _first(config.get(key), rope.get(key))  # the config's own wins, as in transformers
     if window is None and _kind(rope) == "longrope":
         raise UserError(

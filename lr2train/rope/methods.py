@@ -8,6 +8,10 @@ not run without these parameters.
 
 A rule that is published as another base b' is written as factors: lambda_i = (b'/b)^(2i/d). Symbols are those of
 ``spectrum``; s = L / L0 is the extension ratio, L the target window.
+
+A method acts on top of the model's own table, where the spectrum has one: "theta_i", "period" and "critical index" in a
+formula are then those of the own table, and the result holds own factor x lambda_i. ``Spectrum.unscaled`` is the
+spectrum for factors of the unscaled frequencies. ``build`` chooses (``rope.start_from``).
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ import numpy as np
 
 from lr2train.config import RopeConfig, UserError
 from lr2train.rope import hf
+from lr2train.rope.curves import frequency_linear, lambda_linear, llama3_ramp, ramp_between, yarn_ramp
 from lr2train.rope.factors import Factors, extension_ratio, longrope_attention_factor, read_factors_json
-from lr2train.rope.spectrum import Spectrum
+from lr2train.rope.spectrum import Spectrum, checked_table
 
 
 def none(spectrum: Spectrum, target_tokens: int) -> Factors:
@@ -53,7 +58,10 @@ def ntk(spectrum: Spectrum, target_tokens: int) -> Factors:
 
     lambda is s at the real-valued critical index, and larger at every higher index.
     """
-    extension_ratio(spectrum, target_tokens)
+    scale = extension_ratio(spectrum, target_tokens)
+    if spectrum.own_rescale is not None:  # the same curve, told by its critical index
+        exponent = np.arange(spectrum.n_dims) / spectrum.critical_index_real
+        return _made("ntk", spectrum, target_tokens, scale**exponent)
     growth = math.log(target_tokens / (2 * math.pi)) / math.log(spectrum.window_tokens / (2 * math.pi))
     return _made("ntk", spectrum, target_tokens, _base_change(spectrum, spectrum.base ** (growth - 1.0)))
 
@@ -90,7 +98,7 @@ def yarn_rcd(spectrum: Spectrum, target_tokens: int, *, critical_index: int, bet
     """YaRN-rcd: YaRN whose ramp ends at the found critical index instead of tcd (paper, Section 4.3)."""
     high = _checked_index(spectrum, critical_index)
     low = min(max(math.floor(spectrum.index_of(beta_fast)), 0), high - 1)  # below `high`, so that s is reached there
-    return _yarn(spectrum, target_tokens, _ramp(spectrum, low, high), "yarn_rcd")
+    return _yarn(spectrum, target_tokens, ramp_between(spectrum, low, high), "yarn_rcd")
 
 
 def ntk_rcd(spectrum: Spectrum, target_tokens: int, *, critical_index: int) -> Factors:
@@ -123,9 +131,8 @@ def llama3(
             "set it below (Meta uses 1 and 4)"
         )
     factor = extension_ratio(spectrum, target_tokens) if factor is None else factor
-    n_periods = spectrum.window_tokens / spectrum.period_tokens  # inside L0
-    kept = np.clip((n_periods - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)  # 1: keep, 0: divide
-    return _made("llama3", spectrum, target_tokens, frequency_linear(1.0 - kept, factor))
+    ramp = llama3_ramp(spectrum, low_freq_factor, high_freq_factor)
+    return _made("llama3", spectrum, target_tokens, frequency_linear(ramp, factor))
 
 
 def longrope(
@@ -178,52 +185,17 @@ METHODS: dict[str, Callable[..., Factors]] = {
 }
 
 
-def yarn_ramp(spectrum: Spectrum, beta_fast: float = 32.0, beta_slow: float = 1.0) -> np.ndarray:
-    """YaRN's ramp clip((i - low) / (high - low), 0, 1), float64 [D]; 0: kept, 1: interpolated by s. ``yarn_range``
-    gives low and high.
-    """
-    if not 0.0 < beta_slow < beta_fast:
-        raise UserError(
-            f"rope.options.beta_slow={beta_slow} is not below rope.options.beta_fast={beta_fast}; set it below (YaRN "
-            "uses 1 and 32)"
-        )
-    return _ramp(spectrum, *yarn_range(spectrum, beta_fast, beta_slow))
-
-
-def yarn_range(spectrum: Spectrum, beta_fast: float = 32.0, beta_slow: float = 1.0) -> tuple[int, int]:
-    """(low, high) = max(floor(dim(beta_fast)), 0), min(ceil(dim(beta_slow)), d - 1), with dim(r) =
-    ``Spectrum.index_of(r)``.
-
-    The bound is d - 1, not D - 1, as in YaRN's own code.
-    """
-    low = max(math.floor(spectrum.index_of(beta_fast)), 0)
-    return low, min(math.ceil(spectrum.index_of(beta_slow)), spectrum.rotary_dim - 1)
-
-
-def frequency_linear(ramp: np.ndarray, scale: float) -> np.ndarray:
-    """Factors 1 / ((1 - ramp) + ramp / s): frequencies are linear between theta and theta / s (YaRN, llama3)."""
-    return 1.0 / ((1.0 - ramp) + ramp / scale)
-
-
-def lambda_linear(ramp: np.ndarray, scale: float) -> np.ndarray:
-    """Factors (1 - ramp) + s ramp: linear between 1 and s (LongRoPE v1's initial population)."""
-    return (1.0 - ramp) + scale * ramp
-
-
 def _made(
     name: str, spectrum: Spectrum, target_tokens: int, rescale: Iterable[float], attention_factor: float = 1.0
 ) -> Factors:
-    return Factors(tuple(float(x) for x in rescale), attention_factor, spectrum, target_tokens, name)
+    on_top = checked_table("rescale", tuple(rescale), spectrum.n_dims)
+    table = tuple(float(own * x) for own, x in zip(spectrum.own_factors, on_top, strict=True))
+    return Factors(table, attention_factor, spectrum, target_tokens, name)
 
 
 def _yarn(spectrum: Spectrum, target_tokens: int, ramp: np.ndarray, name: str) -> Factors:
     scale = extension_ratio(spectrum, target_tokens)
     return _made(name, spectrum, target_tokens, frequency_linear(ramp, scale), 0.1 * math.log(scale) + 1.0)
-
-
-def _ramp(spectrum: Spectrum, low: int, high: int) -> np.ndarray:
-    width = high - low or 0.001  # as in YaRN's own code: an empty ramp becomes a step above `low`
-    return np.clip((np.arange(spectrum.n_dims) - low) / width, 0.0, 1.0)
 
 
 def _base_change(spectrum: Spectrum, ratio: float) -> np.ndarray:
@@ -260,8 +232,8 @@ def _full_tail(spectrum: Spectrum, critical_index: int, tail: Sequence[float] | 
 def build(rope: RopeConfig, spectrum: Spectrum) -> Factors:
     """The factors that a config names: ``rope.factors`` where it is set, else ``rope.method``.
 
-    ``rope.attention_factor``, where it is set, replaces the attention factor of either. A method with attention factor
-    1 keeps the attention factor of the model's own window.
+    ``rope.attention_factor``, where it is set, replaces the attention factor of either. A method's attention factor is
+    at least the attention factor of the model's own window.
 
     Args:
         rope: target window, and a factors file or a method with its options.
@@ -290,11 +262,12 @@ def _from_file(rope: RopeConfig, spectrum: Spectrum) -> Factors:
             "folder that has them"
         )
     _refuse_other_model_or_target(factors, rope, spectrum, path)
-    return factors
+    return replace(factors, spectrum=spectrum)  # the short window is the model's own, whatever the file says
 
 
 def _refuse_other_model_or_target(factors: Factors, rope: RopeConfig, spectrum: Spectrum, path: Path) -> None:
-    if factors.spectrum != spectrum:
+    made_for = factors.spectrum
+    if any(getattr(made_for, key) != getattr(spectrum, key) for key in ("rotary_dim", "base", "window_tokens")):
         raise UserError(
             f"rope.factors: {path} was made for a model with {_described(factors.spectrum)}, but this model has "
             f"{_described(spectrum)}; "
@@ -318,9 +291,10 @@ def _from_method(rope: RopeConfig, spectrum: Spectrum) -> Factors:
         raise UserError(f"rope.method={rope.method} is not one of {', '.join(METHODS)}; set rope.method to one of them")
     arguments = _arguments(rope, method)
     try:
-        made = method(spectrum, rope.target_window_tokens, **arguments)
-        # A longrope base has an attention factor of its own, which such a method leaves as it is.
-        return replace(made, attention_factor=spectrum.attention_factor) if made.attention_factor == 1.0 else made
+        made = method(spectrum.start(rope.start_from), rope.target_window_tokens, **arguments)
+        # A longrope or YaRN base has an attention factor of its own. A longer window does not need a smaller one.
+        factor = max(made.attention_factor, spectrum.attention_factor)
+        return replace(made, spectrum=spectrum, attention_factor=factor)
     except UserError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:  # options are untyped in YAML

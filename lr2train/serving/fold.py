@@ -2,8 +2,9 @@
 
 The factor ``a`` multiplies cos and sin of q and of k. So a table that is fixed for all positions gives the same logits
 with factor 1, where the rotated rows of W_q and W_k and their biases are multiplied by ``a``. Where a norm follows the
-projection (Qwen3, OLMo2), the norm would undo that, so the norm's weights take the factor. Rows that partial rotary
-leaves alone are left alone.
+projection (Qwen3, OLMo2), the norm would undo that, so the norm's weights take the factor; Gemma's norms multiply by 1
++ weight, and the sum takes the factor. Rows that partial rotary leaves alone are left alone. So are sliding layers with
+a RoPE of their own, which has no factor of ours.
 
 Choice: the rows follow from the names and shapes of the model's attention modules. Then one module of each kind is run
 with random weights, unfolded and folded; a family of another structure is refused and never folded wrongly. A layer
@@ -14,13 +15,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lr2train.config import UserError
 from lr2train.model import config_json
+from lr2train.rope import hf as rope_hf
 
 _Q_NORMS = ("q_norm", "q_layernorm", "query_layernorm")
 _K_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
@@ -30,8 +32,20 @@ _PROBED_TOKENS = 5
 _TOLERANCE = 1e-4  # relative, fp32; a wrong row is off by more than a hundred times this
 
 
-def rotated_rows(twin: Any, rotary_dim: int) -> dict[str, torch.Tensor]:
-    """The rows that take the attention factor, by parameter name: bool, of a shape that broadcasts to the parameter.
+class Rows(NamedTuple):
+    """What of a parameter takes the attention factor.
+
+    Attributes:
+        mask: bool, of a shape that broadcasts to the parameter.
+        offset: the model multiplies by ``offset + parameter``.
+    """
+
+    mask: torch.Tensor
+    offset: float = 0.0
+
+
+def rotated_rows(twin: Any, rotary_dim: int) -> dict[str, Rows]:
+    """The rows that take the attention factor, by parameter name.
 
     Args:
         twin: the model, on the meta device.
@@ -40,10 +54,12 @@ def rotated_rows(twin: Any, rotary_dim: int) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the model's attention is of a structure that cannot be folded exactly.
     """
-    rows: dict[str, torch.Tensor] = {}
+    rows: dict[str, Rows] = {}
     probed: dict[Any, bool] = {}
     for prefix, module in twin.named_modules():
         if not any(isinstance(getattr(module, name, None), nn.Linear) for name in ("q_proj", *_FUSED)):
+            continue
+        if not _is_global(module, twin):
             continue
         found = _rows_of(module, twin, rotary_dim)
         if (kind := _kind(module)) not in probed:
@@ -55,10 +71,18 @@ def rotated_rows(twin: Any, rotary_dim: int) -> dict[str, torch.Tensor]:
     return rows
 
 
-def folded(tensor: torch.Tensor, rows: torch.Tensor, factor: float) -> torch.Tensor:
+def folded(tensor: torch.Tensor, rows: Rows, factor: float) -> torch.Tensor:
     """The tensor with ``factor`` times these rows, in fp32 (an fp64 tensor: in fp64); nothing is rounded yet."""
     wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    return torch.where(rows, wide * factor, wide)
+    scaled = (wide + rows.offset) * factor - rows.offset if rows.offset else wide * factor
+    return torch.where(rows.mask, scaled, wide)
+
+
+def _is_global(module: Any, twin: Any) -> bool:
+    """Whether an attention module rotates by the table of the global layers."""
+    if not hasattr(twin.base_model.rotary_emb, f"{rope_hf.GLOBAL}_attention_scaling"):
+        return True  # one RoPE for all layers
+    return twin.config.get_text_config().layer_types[module.layer_idx] == rope_hf.GLOBAL
 
 
 def _kind(module: nn.Module) -> Any:
@@ -68,7 +92,7 @@ def _kind(module: nn.Module) -> Any:
     return type(module), tuple(sorted(settings.items(), key=lambda item: item[0]))
 
 
-def _rows_of(module: Any, model: Any, rotary_dim: int) -> dict[str, torch.Tensor]:
+def _rows_of(module: Any, model: Any, rotary_dim: int) -> dict[str, Rows]:
     """The rotated rows of one attention module, by the parameter's name inside the module."""
     config = model.config.get_text_config()
     n_heads = config.num_attention_heads
@@ -83,7 +107,7 @@ def _rows_of(module: Any, model: Any, rotary_dim: int) -> dict[str, torch.Tensor
         q_k, v = rotated.repeat(n_heads + n_kv_heads), (rotated & False).repeat(n_kv_heads)
         return _of_linear("qkv_proj", module, torch.cat([q_k, v]), model)
     sides = (("q_proj", _Q_NORMS, n_heads), ("k_proj", _K_NORMS, n_kv_heads))
-    rows: dict[str, torch.Tensor] = {}
+    rows: dict[str, Rows] = {}
     for projection, norms, heads in sides:
         norm = next((name for name in norms if isinstance(getattr(module, name, None), nn.Module)), None)
         if norm is None or not list(getattr(module, norm).parameters()):
@@ -93,15 +117,15 @@ def _rows_of(module: Any, model: Any, rotary_dim: int) -> dict[str, torch.Tensor
     return rows
 
 
-def _of_linear(name: str, module: Any, rows: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
+def _of_linear(name: str, module: Any, rows: torch.Tensor, model: Any) -> dict[str, Rows]:
     linear = getattr(module, name, None)
     if not isinstance(linear, nn.Linear) or linear.out_features != len(rows):
         raise _no_fold(model, f"has a {name} that does not hold {len(rows)} rows, one for each dimension of each head")
-    bias = {} if linear.bias is None else {f"{name}.bias": rows}
-    return {f"{name}.weight": rows[:, None], **bias}
+    bias = {} if linear.bias is None else {f"{name}.bias": Rows(rows)}
+    return {f"{name}.weight": Rows(rows[:, None]), **bias}
 
 
-def _of_norm(name: str, module: Any, rotated: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
+def _of_norm(name: str, module: Any, rotated: torch.Tensor, model: Any) -> dict[str, Rows]:
     """A norm over one head, over a whole projection, or one norm for each head."""
     rows = {}
     for inner, parameter in getattr(module, name).named_parameters():
@@ -109,12 +133,25 @@ def _of_norm(name: str, module: Any, rotated: torch.Tensor, model: Any) -> dict[
             raise _no_fold(
                 model, f"has a {name} of {parameter.numel()} numbers, no multiple of a head's {len(rotated)}"
             )
-        rows[f"{name}.{inner}"] = rotated.repeat(parameter.numel() // len(rotated)).view(parameter.shape)
+        mask = rotated.repeat(parameter.numel() // len(rotated)).view(parameter.shape)
+        rows[f"{name}.{inner}"] = Rows(mask, _offset(getattr(module, name), parameter.numel()))
     return rows
 
 
 @torch.no_grad()
-def _rotates(module: nn.Module, rows: Mapping[str, torch.Tensor], rotary_dim: int, model: Any) -> bool:
+def _offset(norm: nn.Module, width: int) -> float:
+    """1 for a norm that multiplies by 1 + weight: its output is not 0 where its parameters are."""
+    probe = copy.deepcopy(norm).to_empty(device="cpu").float()
+    for parameter in probe.parameters():
+        parameter.zero_()
+    try:
+        return float(bool(probe(torch.arange(1.0, width + 1.0)[None]).any()))
+    except (TypeError, RuntimeError):  # norms of another shape, one for each head
+        return 0.0
+
+
+@torch.no_grad()
+def _rotates(module: nn.Module, rows: Mapping[str, Rows], rotary_dim: int, model: Any) -> bool:
     """Run the module with random weights; False where rotation changes nothing.
 
     Raises:
@@ -136,8 +173,8 @@ def _rotates(module: nn.Module, rows: Mapping[str, torch.Tensor], rotary_dim: in
     try:
         plain, scaled = attend(1.0), attend(_PROBED_FACTOR)
         own = dict(probe.named_parameters())
-        for name, mask in rows.items():
-            own[name].copy_(folded(own[name], mask, _PROBED_FACTOR))
+        for name, which in rows.items():
+            own[name].copy_(folded(own[name], which, _PROBED_FACTOR))
         error = (attend(1.0) - scaled).abs().max() / scaled.abs().max()
     except (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError) as failure:
         raise _no_fold(model, f"has an attention that cannot be run alone ({config_json.brief(failure)})") from failure

@@ -40,6 +40,7 @@ RECORD = "lr2train.json"
 _VERSION = 1  # of what a folder holds; raised when the same inputs make another folder
 _BASE_LINE = "Base: Any = transformers.LlamaForCausalLM"
 _FP32_LINE = "KEEPS_FP32 = False"
+_LAYOUT_LINE = 'LAYOUT = "halves"'
 _CLASS = "LongRope2ForCausalLM"
 
 
@@ -77,13 +78,13 @@ class Source:
     @property
     def short_factor(self) -> float:
         """The attention factor of the short window."""
-        published = rope_hf.factors_of(self.values)
-        return published.short_attention_factor if published else 1.0
+        return rope_hf.spectrum_of(self.values).attention_factor
 
     @property
     def plain_short(self) -> bool:
         """Whether the short window has plain RoPE, and no table of its own."""
-        return rope_hf.factors_of(self.config_of("short")) is None
+        spectrum = rope_hf.spectrum_of(self.values)
+        return spectrum.own_rescale is None and spectrum.attention_factor == 1.0
 
     def factor_of(self, name: str) -> float:
         """What the rotated rows of a folder's weights are multiplied by."""
@@ -105,17 +106,18 @@ class Source:
         return io.fingerprint([_VERSION, contents, self.dtype, self.factor_of(name)])
 
 
-def code_of(architecture: str, keeps_fp32: bool) -> str:
+def code_of(architecture: str, form: rotary.RotaryForm) -> str:
     """The modelling file of ``two/``.
 
     Args:
         architecture: a class of transformers, such as ``LlamaForCausalLM``.
-        keeps_fp32: as ``rotary.keeps_fp32`` says.
+        form: as ``rotary.form_of`` says.
     """
     text = _text(CODE)
     for line, own in (
         (_BASE_LINE, f"Base: Any = transformers.{architecture}"),
-        (_FP32_LINE, f"KEEPS_FP32 = {keeps_fp32}"),
+        (_FP32_LINE, f"KEEPS_FP32 = {form.keeps_fp32}"),
+        (_LAYOUT_LINE, f'LAYOUT = "{form.layout}"'),
     ):
         assert text.count(line) == 1
         text = text.replace(line, own)
@@ -133,7 +135,7 @@ def class_of(folder: Path) -> Any:
     twin = load.build_empty(hf_config, "float32", lambda: torch.device("meta"))
     module = types.ModuleType("lr2train_two_tables")
     architecture = type(twin).__name__
-    exec(compile(code_of(architecture, rotary.keeps_fp32(twin)), CODE, "exec"), module.__dict__)
+    exec(compile(code_of(architecture, rotary.form_of(twin)), CODE, "exec"), module.__dict__)
     return getattr(module, class_name(architecture))
 
 
@@ -245,7 +247,9 @@ def _write_rest(source: Source, name: str, folder: Path, twin: Any, card: str) -
         io.write_text(folder / GGUF_CODE, _text(GGUF_CODE))
     if name == "two":
         architecture = facts["architectures"][0]
-        io.write_text(folder / CODE, code_of(architecture, rotary.keeps_fp32(twin)))
+        io.write_text(folder / CODE, code_of(architecture, rotary.form_of(twin)))
         source.factors.save(folder / "factors.json")
+        if rope_hf.BASE_ROPE in config:
+            rope_hf.write_exact_short_table(config, rotary.short_table(twin).inv_freq.tolist())
         config["auto_map"] = {"AutoModelForCausalLM": f"{Path(CODE).stem}.{class_name(architecture)}"}
     io.write_json(folder / config_json.NAME, config)

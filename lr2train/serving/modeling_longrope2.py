@@ -18,6 +18,8 @@ from torch import nn
 
 Base: Any = transformers.LlamaForCausalLM
 KEEPS_FP32 = False  # cos and sin stay in fp32, as in the architecture's own module
+LAYOUT = "halves"  # of the angles: all of them twice ("halves"), each one twice ("pairs"), or "once"
+GLOBAL = "full_attention"  # the layers with two tables, where each layer type has a RoPE
 
 
 class TwoTables(nn.Module):
@@ -25,12 +27,16 @@ class TwoTables(nn.Module):
 
     Attributes:
         original: L0 in tokens.
+        fixed: layer type -> frequencies and attention factor, for layers with one table.
         lengths: [B] tokens of each text; None: the largest position tells.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, own_class: Any = None):
         super().__init__()
         rope: Any = getattr(config, "rope_parameters", None) or config.rope_scaling
+        self.config, self.own_class = config, own_class  # the architecture's module has the tables of other layers
+        self.others = [one for one in rope if one != GLOBAL] if GLOBAL in rope else []
+        rope = rope.get(GLOBAL, rope)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.rope: Any = rope
         self.rotary_dim = int(head_dim * (rope.get("partial_rotary_factor") or 1.0))
@@ -38,6 +44,7 @@ class TwoTables(nn.Module):
         self.original = int(rope["original_max_position_embeddings"])
         self.lengths: Any = None
         self.tables: Any = None
+        self.fixed: Any = {}
 
     def _on(self, device):
         """Tables [2, D] and attention factors [2]; made at the first call: a model may be built on the meta device."""
@@ -48,17 +55,29 @@ class TwoTables(nn.Module):
                 rescale = [torch.tensor(self.rope[f"{name}_factor"], dtype=torch.float32) for name in ("short", "long")]
                 scales = [self.rope.get("short_mscale") or 1.0, self.attention_scaling]
                 frequencies = torch.stack([1.0 / (factors * power) for factors in rescale])
+                if exact := self.rope.get("short_inv_freq"):  # a base whose own table no factors give bit for bit
+                    frequencies[0] = torch.tensor(exact, dtype=torch.float32)
                 self.tables = frequencies.to(device), torch.tensor(scales, dtype=torch.float32).to(device)
+                own: Any = self.own_class(self.config) if self.others else None
+                for one in self.others:
+                    scale = getattr(own, f"{one}_attention_scaling")
+                    self.fixed[one] = getattr(own, f"{one}_inv_freq").float().to(device), scale
         return self.tables
 
     @torch.no_grad()
-    def forward(self, x, position_ids):
+    def forward(self, x, position_ids, layer_type=None):
         """cos and sin [B, T, rotary_dim]; angles are computed in fp32."""
         frequencies, scales = self._on(x.device)
-        lengths = position_ids.max(-1).values + 1 if self.lengths is None else self.lengths.to(x.device)
-        window = (lengths > self.original).long()  # [B]: 0 short, 1 long
-        half = position_ids[..., None].float() * frequencies[window][:, None]
-        angles, scale = torch.cat((half, half), -1), scales[window][:, None, None]
+        if layer_type in self.fixed:
+            inv_freq, scale = self.fixed[layer_type]
+        else:
+            lengths = position_ids.max(-1).values + 1 if self.lengths is None else self.lengths.to(x.device)
+            window = (lengths > self.original).long()  # [B]: 0 short, 1 long
+            inv_freq, scale = frequencies[window][:, None], scales[window][:, None, None]
+        half = position_ids[..., None].float() * inv_freq
+        angles = half if LAYOUT == "once" else torch.cat((half, half), -1)
+        if LAYOUT == "pairs":
+            angles = torch.repeat_interleave(half, 2, dim=-1)
         dtype = torch.float32 if KEEPS_FP32 else x.dtype
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
@@ -68,7 +87,7 @@ class LongRope2ForCausalLM(Base):
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        self.base_model.rotary_emb = TwoTables(config)
+        self.base_model.rotary_emb = TwoTables(config, type(self.base_model.rotary_emb))
         self._prompt_lengths: Any = None  # [B], while a prompt is prefilled in chunks
 
     @property

@@ -55,7 +55,13 @@ FAMILIES = [
     ("phi3", {"partial_rotary_factor": 0.75}),
     ("phi3", {"partial_rotary_factor": 0.75, "hidden_size": 256}),  # Phi-4-mini's heads: 96 of 128 dimensions turn
     ("glm", {"partial_rotary_factor": 0.5, "head_dim": 80}),
-]
+    ("cohere", {}),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                "original_max_position_embeddings": 256}}),
+    ("llama", {"max_position_embeddings": 512, "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                                                                "original_max_position_embeddings": 512}}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -285,8 +291,97 @@ def test_a_model_without_rotary_is_refused():
         rotary.install(gpt2, METHODS["pi"](Spectrum(16, 10000.0, L0), L))
 
 
-def test_a_table_of_interleaved_pairs_is_refused():
-    """Cohere's halves of cos differ; two halves that are taken for alike would rotate by other angles."""
-    model = model_of("cohere")
-    with pytest.raises(UserError, match="CohereForCausalLM has a RoPE table that is not two alike halves"):
-        rotary.install(model, factors_for(model_of(num_key_value_heads=1)))
+BY_LAYER_TYPE = {
+    "olmo3": {
+        "num_hidden_layers": 4, "sliding_window": 8, "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+    },
+    "gemma3_text": {
+        "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8,
+        "head_dim": 32, "rope_local_base_freq": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", BY_LAYER_TYPE)
+def test_global_layers_have_two_tables_and_sliding_layers_keep_theirs(family, dtype):
+    model = model_of(family, **copy.deepcopy(BY_LAYER_TYPE[family]))
+    factors = factors_for(model)
+    own, longrope = model.base_model.rotary_emb, transformers_longrope(model, factors)
+    table, x = rotary.install(model, factors), torch.zeros(1, dtype=dtype)
+    for table.window in rotary.WINDOWS:
+        sliding = table(x, POSITIONS, "sliding_attention")
+        assert same_bits(sliding, own(x, POSITIONS, "sliding_attention"))
+        assert same_bits(sliding, longrope(x, POSITIONS, "sliding_attention"))
+        wanted = own if table.window == "short" else longrope
+        assert same_bits(table(x, POSITIONS, "full_attention"), wanted(x, POSITIONS, "full_attention"))
+    assert not same_bits(own(x, POSITIONS, "full_attention"), longrope(x, POSITIONS, "full_attention"))
+
+
+EXTENDED = [(family, changes) for family, changes in FAMILIES if "rope_scaling" in changes]
+EXTENDED += [
+    *BY_LAYER_TYPE.items(),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}),
+    ("phi3", {**PHI4, "rope_scaling": PHI4["rope_scaling"] | {"short_factor": [1 + i / 60 for i in range(48)]}}),
+]
+
+
+class SlowRotary(torch.nn.Module):
+    """cos and sin of every position and index, one by one, in fp64 from the formulas; sliding layers keep their own."""
+
+    def __init__(self, factors, own):
+        super().__init__()
+        self.factors, self.own = factors, own
+
+    def forward(self, x, position_ids, layer_type="full_attention"):
+        if layer_type != "full_attention":
+            return self.own(x, position_ids, layer_type)
+        frequencies, factor = self.factors.inv_freq, self.factors.attention_factor
+        angles = [[float(p) * f for f in [*frequencies, *frequencies]] for p in position_ids[0]]
+        both = [[[[factor * turn(a) for a in row] for row in angles]] for turn in (math.cos, math.sin)]
+        return tuple(torch.tensor(one).to(x.dtype) for one in both)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "changes"), EXTENDED)
+def test_a_base_that_is_extended_already_computes_as_before_and_under_a_slow_reference(family, changes):
+    model, base = model_of(family, **copy.deepcopy(changes)).eval(), model_of(family, **copy.deepcopy(changes)).eval()
+    factors, ids = factors_for(model), torch.arange(3, 32)[None]
+    table = rotary.install(model, factors)
+    for first in (0, factors.spectrum.window_tokens - ids.shape[1]):
+        positions = torch.arange(first, first + ids.shape[1])[None]
+        assert torch.equal(model(ids, position_ids=positions).logits, base(ids, position_ids=positions).logits)
+    table.window, positions = "long", torch.arange(100, 100 + ids.shape[1])[None]
+    base.base_model.rotary_emb = SlowRotary(factors, base.base_model.rotary_emb)
+    wanted = base(ids, position_ids=positions).logits
+    found = model(ids, position_ids=positions).logits
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(("family", "changes"), EXTENDED)
+def test_a_written_config_still_knows_the_bases_own_table(family, changes):
+    """Bit for bit, in the model of a run and in its export."""
+    model = model_of(family, **copy.deepcopy(changes))
+    factors = factors_for(model)
+    values = rope_hf.write(plain_config(model.config), factors)
+    trained = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    for found, wanted in zip(rotary.short_table(trained), rotary.short_table(model), strict=True):
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(wanted))
+    again = rope_hf.spectrum_of(plain_config(trained.config))
+    assert (again, again.attention_factor) == (factors.spectrum, factors.spectrum.attention_factor)
+
+
+class OddRotary(LlamaRotaryEmbedding):
+    """Rotates the other way."""
+
+    def forward(self, x, position_ids):
+        cos, sin = super().forward(x, position_ids)
+        return cos.flip(-1), sin.flip(-1)
+
+
+def test_a_rotation_that_is_not_known_is_refused():
+    model = model_of()
+    model.base_model.rotary_emb = OddRotary(model.config)
+    with pytest.raises(UserError, match="LlamaForCausalLM computes its RoPE in a way that is not known here"):
+        rotary.install(model, factors_for(model))

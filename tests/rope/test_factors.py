@@ -3,6 +3,7 @@
 import json
 import math
 import string
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,17 +21,23 @@ positive = st.floats(1e-3, 1e6)
 def any_factors(draw):
     n = draw(st.integers(2, 40))
     table = st.lists(positive, min_size=n, max_size=n).map(tuple)
-    spectrum = Spectrum(2 * n, draw(st.floats(1.5, 1e9)), draw(st.integers(7, 10**6)))
+    own = draw(positive), draw(st.none() | table)
+    spectrum = Spectrum(2 * n, draw(st.floats(1.5, 1e9)), draw(st.integers(7, 10**6)), *own)
     target = spectrum.window_tokens + draw(st.integers(0, 10**7))
-    short = draw(st.none() | table)
-    return Factors(
-        draw(table), draw(positive), spectrum, target, draw(st.text(string.printable)), short, draw(positive)
-    )
+    return Factors(draw(table), draw(positive), spectrum, target, draw(st.text(string.printable)))
 
 
 @given(any_factors())
 def test_json_round_trip_is_exact(factors):
-    assert Factors.from_json(json.loads(json.dumps(factors.to_json()))) == factors
+    read = Factors.from_json(json.loads(json.dumps(factors.to_json())))
+    assert (read, read.short_attention_factor) == (factors, factors.short_attention_factor)
+
+
+def test_a_file_of_a_release_whose_spectrum_held_the_attention_factor():
+    made = replace(SPECTRUM, attention_factor=1.19)
+    factors = Factors((1.0, 1.1, 2.0, 4.0), 1.2, made, 512, "longrope2")
+    old = factors.to_json() | {"short_attention_factor": 1.0}
+    assert Factors.from_json(old).short_attention_factor == 1.19
 
 
 def test_save_and_load(tmp_path):
@@ -50,16 +57,14 @@ def test_the_notes_of_a_search_are_passed_over_and_any_other_key_is_refused():
 
 
 def test_frequencies():
-    factors = Factors((1.0, 2.0, 4.0, 8.0), 1.2, SPECTRUM, 1024, "x", short_rescale=(1.0, 1.0, 1.0, 2.0))
+    factors = Factors((1.0, 2.0, 4.0, 8.0), 1.2, replace(SPECTRUM, own_rescale=(1.0, 1.0, 1.0, 2.0)), 1024, "x")
     np.testing.assert_array_equal(factors.inv_freq, SPECTRUM.inv_freq / [1, 2, 4, 8])
     np.testing.assert_array_equal(factors.short_inv_freq, SPECTRUM.inv_freq / [1, 1, 1, 2])
     assert factors.scale == 8.0
 
 
 def test_a_short_table_of_ones_is_the_original():
-    assert Factors((1.0,) * 4, 1.0, SPECTRUM, 128, "x", short_rescale=(1.0,) * 4) == Factors(
-        (1.0,) * 4, 1.0, SPECTRUM, 128, "x"
-    )
+    assert replace(SPECTRUM, own_rescale=[1.0] * 4) == SPECTRUM
 
 
 def test_published_sets_out_of_order_are_read_as_they_are():
@@ -73,11 +78,8 @@ def test_published_sets_out_of_order_are_read_as_they_are():
         ({"rescale": (1.0, 2.0, 0.0, 4.0)}, r"rescale\[2\]=0.0 is not a positive finite number"),
         ({"rescale": (1.0, 2.0, 3.0, math.nan)}, r"rescale\[3\]=nan"),
         ({"rescale": (1.0, -2.0, 3.0, 4.0)}, r"rescale\[1\]=-2.0"),
-        ({"short_rescale": (math.inf, 1.0, 1.0, 1.0)}, r"short_rescale\[0\]=inf"),
-        ({"short_rescale": ()}, "short_rescale has 0 numbers"),
         ({"attention_factor": 0.0}, "rope.attention_factor"),
         ({"attention_factor": math.nan}, "rope.attention_factor"),
-        ({"short_attention_factor": math.inf}, "short_attention_factor=inf"),
         ({"target_window_tokens": 127}, "rope.target_window_tokens=127 is below the original window of 128"),
     ],
 )
@@ -91,6 +93,19 @@ def test_refusals(changes, words):
     }
     with pytest.raises(UserError, match=words):
         Factors(**(good | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"own_rescale": (math.inf, 1.0, 1.0, 1.0)}, r"own table\[0\]=inf"),
+        ({"own_rescale": ()}, "own table has 0 numbers"),
+        ({"attention_factor": math.inf}, "own attention factor=inf"),
+    ],
+)
+def test_a_table_of_the_model_that_cannot_be_built_is_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        replace(SPECTRUM, **changes)
 
 
 @pytest.mark.parametrize(

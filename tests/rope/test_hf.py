@@ -106,19 +106,10 @@ def test_round_trip(quarter, partial, old, base, window, extra, data):
     spectrum = spectrum_of(config)
     table = st.lists(st.floats(0.1, 1e4), min_size=spectrum.n_dims, max_size=spectrum.n_dims).map(tuple)
     positive = st.floats(0.1, 10)
-    factors = Factors(
-        data.draw(table),
-        data.draw(positive),
-        spectrum,
-        window + extra,
-        "longrope",
-        data.draw(st.none() | table),
-        data.draw(positive),
-    )
+    other = replace(spectrum, own_rescale=data.draw(st.none() | table), attention_factor=data.draw(positive))
+    factors = Factors(data.draw(table), data.draw(positive), other, window + extra, "longrope")
     written = write(config, factors)
-    assert factors_of(written) == replace(factors, short_rescale=None, short_attention_factor=1.0), (
-        "the short window is the config's own"
-    )
+    assert factors_of(written) == replace(factors, spectrum=spectrum), "the short window is the config's own"
     assert spectrum_of(written) == spectrum
     assert write(written, factors) == written
 
@@ -149,8 +140,6 @@ def test_a_rescaling_by_a_factor_of_one_counts_as_plain_rope(kind, name):
     config = plain_config(old=True) | {"rope_scaling": {name: kind, "factor": 1.0}}
     assert spectrum_of(config) == spectrum_of(plain_config(old=True))
     assert factors_of(write(config, made(16))) == made(16, method="longrope")
-    with pytest.raises(UserError, match=f"type {kind}, which already rescales"):
-        spectrum_of(config | {"rope_scaling": {name: kind, "factor": 1.0, "attention_factor": 1.1}})
 
 
 ODD = {
@@ -223,7 +212,7 @@ def test_phi3_mini_as_microsoft_published_it(kind):
         "rope_scaling": {"type": kind, "short_factor": [1.05] * 48, "long_factor": [1.03] * 40 + [50.0, 64.9] * 4},
     }
     factors = factors_of(config)
-    assert factors.spectrum == Spectrum(96, 1e4, 4096)
+    assert factors.spectrum == Spectrum(96, 1e4, 4096, own_rescale=[1.05] * 48)
     assert factors.target_window_tokens == 131072
     assert factors.short_rescale == (1.05,) * 48
     assert factors.rescale[-2:] == (50.0, 64.9)
@@ -305,10 +294,13 @@ def test_spectrum_of(config, spectrum):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "type llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "type linear"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "type llama3 names no low_freq_factor"),
+        ({"rope_scaling": {"type": "linear"}}, "type linear names no factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 1000.0}}, "dynamic with alpha"),
+        ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "type proportional"),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}, "type mrope"),
-        ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "per layer type"),
+        ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "full_attention is not understood"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "chunked": {}}}, "chunked is not understood"),
         ({"hidden_size": None}, "no hidden_size"),
         ({"max_position_embeddings": None}, "no max_position_embeddings"),
         (

@@ -13,8 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lr2train.config import UserError
 from lr2train.rope import METHODS, Spectrum
+from lr2train.rope.curves import frequency_linear, lambda_linear, yarn_ramp
 from lr2train.rope.hf import spectrum_of
-from lr2train.rope.methods import frequency_linear, lambda_linear, yarn_ramp
 
 # transformers works in fp32: base^x with x rounded to 2^-24 is off by ln(base) * 6e-8 (1e-6 for base 1e7), and a few
 # roundings come on top

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lr2train.config import UserError
 from lr2train.rope import METHODS, Spectrum
-from lr2train.rope.methods import yarn_range
+from lr2train.rope.curves import yarn_range
 
 PHI3 = Spectrum(96, 1e4, 2048)
 LLAMA3 = Spectrum(128, 5e5, 8192)

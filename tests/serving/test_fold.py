@@ -11,6 +11,8 @@ from lr2train.config import UserError
 from lr2train.model import load, rotary
 from lr2train.serving import fold, folders
 
+# transformers rotates (Cohere) or computes norms (Gemma) in fp32 there, whatever the model's dtype
+LIMITS = {"cohere, pairs": 1e-5, "gemma3, linear in global layers": 1e-5}
 CARDS = dict.fromkeys(folders.FOLDERS, "a card")
 
 
@@ -34,7 +36,7 @@ def test_every_family_in_fp64(family, tmp_path, fp64):
     found = families.loaded(tmp_path / "long", torch.float64)(long).logits
     table.window = "long"
     wanted = model(long).logits
-    assert relative(found, wanted) < 1e-12
+    assert relative(found, wanted) < LIMITS.get(family, 1e-12)
     table.window = "short"
     assert relative(found, model(long).logits) > 1e-3, "the two windows differ, so the comparison says something"
     table.__class__ = rotary.WindowRotary

@@ -16,6 +16,9 @@ NEW = 10
 # gpt_neox and mixtral are published under other names, phi3 has a prepare_inputs_for_generation of its own,
 # olmo2 keeps cos and sin in fp32
 FAMILIES = ("llama", "phi3, own short table", "olmo2, norms of a projection", "gpt_neox, partial", "mixtral")
+# bases that are extended already, pairs of dimensions that turn together, a RoPE for each layer type
+FAMILIES += ("llama, llama3", "qwen2, yarn", "cohere, pairs", "olmo3, yarn in global layers")
+FAMILIES += ("gemma3, linear in global layers",)
 LENGTHS = {"stays short": 12, "reaches L0": L0 - NEW, "grows across L0": L0 - 4, "begins at L0": L0, "long": L0 + 15}
 
 
