@@ -188,7 +188,7 @@ def _decode(batch: list[_Result], decoding: Decoding, tell: Callable[[float], No
 
 
 def _tell(tick: progress.Tick, before: int, total: int, done: float) -> None:
-    tick(before + done, float(total), f"{before}/{total} texts")
+    tick(min(before + done, float(total)), float(total), f"{total} texts")  # a sum of shares is rounded
 
 
 def _batches(results: list[_Result], batch_tokens: int) -> Iterator[list[_Result]]:

@@ -101,6 +101,18 @@ def test_rows_under_one_table_equal_generate(models, window, chunk_tokens):
         assert row.table == window
 
 
+def test_a_table_for_each_row_is_the_table_of_the_row_alone_bit_for_bit(models):
+    _, table, _ = models
+    windows, positions = ["long", "short", "long"], torch.tensor([[0, 40], [1, 41], [90, 7]])
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(3, 2, 1, dtype=dtype)
+        table.window = windows
+        together = table(x, positions)
+        for row, table.window in enumerate(windows):
+            alone = table(x, positions[row : row + 1])
+            assert all(torch.equal(a[row : row + 1], b) for a, b in zip(together, alone, strict=True))
+
+
 ACROSS = [1, L0 - 9, L0 - 1, L0, L0 + 1, L0 + 20, L0 - 9]  # two rows switch in one step
 ROOM = [L0 + 6, 20, 1, 12, 15, 3, 20]
 
