@@ -152,7 +152,7 @@ def _text(folder: Path, n_tokens: int, vocabulary: int) -> list[int]:
         return [n * 7919 % vocabulary for n in range(n_tokens)]  # multiples of a prime visit the whole vocabulary
     root = Path(__file__).resolve().parents[1]
     pages = [page for name in TEXT for page in sorted((root / name).glob("*.md")) or [root / name]]
-    words = load.load_tokenizer(folder)("\n".join(page.read_text() for page in pages))["input_ids"]
+    words = load.load_tokenizer(folder)("\n".join(page.read_text() for page in pages), verbose=False)["input_ids"]
     ids = [token for token in words if token < vocabulary]
     if not ids:
         raise UserError(f"the tokenizer in {folder} gives no token that the model knows; put the model's own there")

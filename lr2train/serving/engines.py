@@ -216,7 +216,7 @@ _ABOUT = {
     "short": "This folder is for texts of up to {original} tokens. It has the trained weights and the model's original "
     "RoPE.",
     "two": "This folder has both RoPE tables (`longrope`). `modeling_longrope2.py` chooses the table of each text; "
-    "`lr2train generate model.path=<this folder>` does so too.",
+    "`lr2train generate model.path=<this folder>` and lr2train's vLLM plugin do so too.",
 }
 _ONE_WINDOW_CARD = """---
 library_name: transformers
