@@ -136,13 +136,22 @@ def add_tables(converted: Path, folder: Path, out: Path) -> Tables:
     """
     if out.exists():
         raise Refusal(f"{out} exists and would be replaced; name a new file")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _config_of(folder)
     tables, reader = Tables.of(config), _read(converted)
     _refuse_architecture(reader, converted, tables)
     _refuse_other_sizes(reader, converted, config, tables)
     _refuse_other_weights(reader, converted, folder)
     _write(reader, tables, out)
     return tables
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refusal(
+            f"{folder / 'config.json'} cannot be read ({error}); run the script that lies in long/ or two/"
+        ) from error
 
 
 def _read(converted: Path) -> Any:

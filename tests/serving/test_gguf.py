@@ -252,6 +252,8 @@ def test_a_folder_without_tables_is_refused(world, tmp_path):
     converted = convert(world / "llama" / "short", tmp_path / "converted.gguf")
     with pytest.raises(Refusal, match="has no long_factor; use the folder two/ or long/"):
         add_tables(converted, world / "llama" / "short", tmp_path / "model.gguf")
+    with pytest.raises(Refusal, match=r"config\.json cannot be read.*; run the script that lies in long/ or two/"):
+        add_tables(converted, tmp_path, tmp_path / "model.gguf")
 
 
 def test_tensors_are_copied_from_the_file_and_not_held(world, tmp_path, monkeypatch):
