@@ -58,7 +58,9 @@ class Text:
     @property
     def certain(self) -> str:
         """``so_far`` without what is, or may become, a stop string."""
-        text = self.cut(self.so_far)
+        if self.stopped:
+            return self.cut(self.so_far)
+        text = self.so_far
         held = (size for stop in self.stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
         return text[: len(text) - max(held, default=0)]
 

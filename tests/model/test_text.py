@@ -1,7 +1,7 @@
 """The text of tokens that come one by one, against decoding all of them at once."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -83,6 +83,7 @@ def test_words_keep_the_spaces_between_them(tokens):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(deadline=None, max_examples=300)
+@example(text="aa.", stops=["a."])
 @given(text=texts, stops=st.lists(st.text(st.sampled_from("ab .\u00e9"), min_size=1, max_size=4), max_size=3))
 def test_a_text_ends_before_its_first_stop_string(name, text, stops):
     tokens = tokens_of(name, text)
