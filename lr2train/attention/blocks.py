@@ -27,6 +27,27 @@ from lr2train.parallel.layout import Ranges
 _LONGEST_BAND = 256  # queries of a CPU tile under a sliding window; its mask has this many by (this + window) elements
 
 
+class CappedScale(float):
+    """A scale of scores that are capped before the softmax: ``softcap tanh(scale q k / softcap)`` (Gemma 2, arXiv
+    2408.00118, section 2).
+
+    A float, so that it travels through every strategy to its kernel like any scale.
+    """
+
+    softcap: float
+
+    def __new__(cls, scale: float, softcap: float) -> CappedScale:
+        """A scale with its cap."""
+        made = super().__new__(cls, scale)
+        made.softcap = softcap
+        return made
+
+
+def softcap_of(scale: float) -> float:
+    """The cap that travels with a scale; 0 for none."""
+    return scale.softcap if isinstance(scale, CappedScale) else 0.0
+
+
 class Queries(NamedTuple):
     """The queries' part of the input of a block's backward: q, out and grad_out [Tq, Hq, D] and lse [Tq, Hq].
 

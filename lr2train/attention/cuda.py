@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lr2train.attention.blocks import Block, Queries, Round
+from lr2train.attention.blocks import Block, Queries, Round, softcap_of
 from lr2train.config import UserError
 
 _flash = torch.ops.aten._flash_attention_forward
@@ -149,7 +149,13 @@ class CudaKernel:
 
 
 def _torch_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, scale: float) -> tuple[Tensor, Tensor]:
-    """torch's own flash attention, called as ``torch.nn.attention.varlen`` calls it."""
+    """torch's own flash attention, called as ``torch.nn.attention.varlen`` calls it.
+
+    Raises:
+        UserError: the model caps its scores, which this kernel does not.
+    """
+    if softcap_of(scale):
+        raise UserError("torch's own flash attention does not cap scores, which this model does; install flash-attn")
     out, lse, *_ = _flash(
         q, k, v, varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k, 0.0, _is_plainly_causal(varlen), False,
         scale=scale, window_size_left=varlen.left, window_size_right=varlen.right,
@@ -177,8 +183,8 @@ def _flash2_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, scale: floa
 
     out, lse, *_ = _flash_attn_varlen_forward(
         q, k, v, varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k, dropout_p=0.0, softmax_scale=scale,
-        causal=varlen.right == 0, window_size_left=varlen.left, window_size_right=varlen.right, softcap=0.0,
-        alibi_slopes=None, return_softmax=False, block_table=None,
+        causal=varlen.right == 0, window_size_left=varlen.left, window_size_right=varlen.right,
+        softcap=softcap_of(scale), alibi_slopes=None, return_softmax=False, block_table=None,
     )  # fmt: skip
     return out, lse
 
@@ -191,7 +197,7 @@ def _flash2_backward(queries: Queries, k: Tensor, v: Tensor, varlen: Varlen, sca
     _flash_attn_varlen_backward(
         grad_out, q, k, v, out, lse, *grads, varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k, dropout_p=0.0,
         softmax_scale=scale, causal=varlen.right == 0, window_size_left=varlen.left, window_size_right=varlen.right,
-        softcap=0.0, alibi_slopes=None, deterministic=False,
+        softcap=softcap_of(scale), alibi_slopes=None, deterministic=False,
     )  # fmt: skip
     return grads
 
@@ -203,9 +209,14 @@ def _flash3_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, scale: floa
     out, lse, *_ = _flash_attn_forward(
         q, k, v, cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k, max_seqlen_q=varlen.max_q,
         max_seqlen_k=varlen.max_k, softmax_scale=scale, causal=varlen.right == 0,
-        window_size_left=varlen.left, window_size_right=varlen.right,
+        window_size_left=varlen.left, window_size_right=varlen.right, **_softcap3(scale),
     )  # fmt: skip
     return out, lse
+
+
+def _softcap3(scale: float) -> dict[str, float]:
+    """flash-attn 3's keyword, where a model caps its scores."""
+    return {"softcap": softcap_of(scale)} if softcap_of(scale) else {}
 
 
 def _flash3_backward(queries: Queries, k: Tensor, v: Tensor, varlen: Varlen, scale: float) -> Sequence[Tensor]:
@@ -218,6 +229,7 @@ def _flash3_backward(queries: Queries, k: Tensor, v: Tensor, varlen: Varlen, sca
         grad_out, q, k, v, out, lse, cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k, max_seqlen_q=varlen.max_q,
         max_seqlen_k=varlen.max_k, dq=grads[0], dk=grads[1], dv=grads[2], softmax_scale=scale,
         window_size_left=varlen.left, window_size_right=varlen.right, **{causal: varlen.right == 0},
+        **_softcap3(scale),
     )  # fmt: skip
     return grads
 

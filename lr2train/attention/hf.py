@@ -4,8 +4,8 @@ Choice: transformers' AttentionInterface. Every model written for the interface 
 config, with the keyword arguments of ``model.forward``. So a ``SegmentAttention`` travels as a keyword argument, which
 activation checkpointing captures and replays. Nothing is global, and two models may differ. No mask is built, because
 transformers builds none for a name that it does not know. Cost: what a mask or a kernel option would have expressed
-must be served or refused here. A sliding window is handed to the strategy; soft-capped scores and attention sinks are
-refused.
+must be served or refused here. A sliding window is handed to the strategy, a soft cap to the kernel; attention sinks
+are refused.
 
 The strategy is chosen once for all layers of a segment (``choice.py``), and anew for each segment.
 """
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from lr2train.attention import choice
+from lr2train.attention.blocks import CappedScale
 from lr2train.attention.choice import Layers
+from lr2train.attention.kernel import kernel_name
 from lr2train.attention.segment import SegmentAttention
 from lr2train.attention.strategy import PackedSegment
 from lr2train.attention.tiles import Spans
@@ -35,7 +37,7 @@ NAME = "lr2train"
 log = logging.getLogger(__name__)
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_UNSUPPORTED = {"softcap": "soft-capped attention", "s_aux": "attention sinks", "position_bias": "a position bias"}
+_UNSUPPORTED = {"s_aux": "attention sinks", "position_bias": "a position bias"}
 
 
 @dataclass
@@ -91,6 +93,8 @@ def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> Model
             f"{type(model).__name__} has attention sinks, which no kernel here computes; choose another model "
             "(model.path)"
         )
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) and model.device.type == "cuda":
+        _refuse_kernel_without_cap(model)
     AttentionInterface.register(NAME, attention_forward)
     model.set_attn_implementation(NAME)
     _hand_on_segments(model)
@@ -140,7 +144,17 @@ def attention_forward(
     assert segment_attention is not None, f"{type(module).__name__} was called without segment_attention"
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T/sp, H, D] each
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap := kwargs.get("softcap"):
+        scale = CappedScale(scale, softcap)
     return segment_attention(q, k, v, scale, kwargs.get("sliding_window")).unsqueeze(0), None
+
+
+def _refuse_kernel_without_cap(model: PreTrainedModel) -> None:
+    if kernel_name(model.device)[0] == "torch_varlen":
+        raise UserError(
+            f"{type(model).__name__} caps attention scores, which torch's own flash attention does not; install "
+            "flash-attn"
+        )
 
 
 def _hand_on_segments(model: PreTrainedModel) -> None:
@@ -235,7 +249,7 @@ def refuse_model(config: Any) -> None:
     """Refuse a transformers config whose attention no strategy computes.
 
     Raises:
-        UserError: the model has other layers, latent attention or soft-capped scores; the text names them.
+        UserError: the model has other layers or latent attention; the text names them.
     """
     config = config.get_text_config()
     others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
@@ -249,12 +263,6 @@ def refuse_model(config: Any) -> None:
         raise UserError(
             f"{config.model_type} has value heads of {value_dim} and query heads of {query_dim} dims "
             "(latent attention), and kernels here want them alike; choose another model (model.path)"
-        )
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    if softcap is not None:
-        raise UserError(
-            f"{config.model_type} caps attention scores (attn_logit_softcapping={softcap}), "
-            "which no kernel here computes; choose another model (model.path)"
         )
 
 

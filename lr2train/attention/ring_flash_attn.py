@@ -22,6 +22,7 @@ from types import ModuleType
 import torch.distributed as dist
 from torch import Tensor
 
+from lr2train.attention.blocks import softcap_of
 from lr2train.attention.ring import refuse_uneven, ring_pairs
 from lr2train.attention.strategy import PackedSegment, SegmentWork, Strategy, Traffic
 from lr2train.config import UserError
@@ -37,7 +38,11 @@ class LibraryAttention:
     group: dist.ProcessGroup | None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D]. Raises UserError as ``zigzag_function``."""
+        """q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D]. Raises UserError as ``zigzag_function``, and for
+        scores that are capped.
+        """
+        if softcap_of(scale):
+            raise UserError("parallel.strategy=ring_flash_attn does not cap scores; set parallel.strategy=auto")
         batch = (x.contiguous().unsqueeze(0) for x in (q, k, v))
         return zigzag_function()(*batch, softmax_scale=scale, causal=True, group=self.group).squeeze(0)
 

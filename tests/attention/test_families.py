@@ -47,10 +47,12 @@ FAMILIES = {
         "experts_implementation": "eager",
     },
 }
+CAPS = {"head_dim": 16, "query_pre_attn_scalar": 4, "attn_logit_softcapping": 0.7, "final_logit_softcapping": None}
 SLIDING = {  # in every layer, in one of two, and one as long as the segment
     "mistral": {"sliding_window": 11},
     "phi3": {"sliding_window": 64},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "gemma2": {"sliding_window": 9, **CAPS},  # caps that bend most scores
     "qwen3": {"use_sliding_window": True, "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]},
 }
 SEGMENTS = {

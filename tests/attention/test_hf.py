@@ -115,7 +115,6 @@ def test_a_config_that_no_rank_could_run_is_refused_without_weights():
 @pytest.mark.parametrize(
     ("family", "changes", "text"),
     [
-        ("gemma2", {"head_dim": 16}, r"gemma2 caps attention scores \(attn_logit_softcapping=50.0\)"),
         ("gpt_oss", {"head_dim": 16, "num_local_experts": 2}, "GptOssForCausalLM has attention sinks"),
         ("bloom", {"n_head": 4}, "BloomForCausalLM does not use transformers' attention interface"),
     ],

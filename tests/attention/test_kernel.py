@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lr2train.attention import blocks, cpu
-from lr2train.attention.blocks import Block, Queries
+from lr2train.attention import blocks, cpu, cuda
+from lr2train.attention.blocks import Block, CappedScale, Queries
 from lr2train.attention.kernel import attend, attend_block, backward_block, forward_block, kernel_name, merge
 from lr2train.attention.tiles import Tile, diagonal
 from lr2train.config import UserError
@@ -19,6 +19,7 @@ from tests.attention.reference import (
     attend_explicitly,
     explicit_tiles,
     gradients_explicitly,
+    mask_of,
     random_qkv,
     relative_error,
 )
@@ -239,3 +240,37 @@ def test_agrees_with_torch_on_one_span():
     by_head = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, D] each
     expected = F.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(attend(q, k, v, FULL, 32**-0.5)[0], expected[0].transpose(0, 1))
+
+
+# ---- capped scores ----
+
+
+@pytest.mark.parametrize("sliding_window", [None, 5])
+@pytest.mark.parametrize("cells", [2**22, 50])
+def test_capped_scores_equal_their_definition(monkeypatch, sliding_window, cells):
+    """Whole, and a few queries at a time; the cap bends most scores."""
+    monkeypatch.setattr("lr2train.attention.cpu._CELLS", cells)
+    spans, cap, scale, n = ((0, 7), (8, 25)), 0.8, 0.5, 27
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(n, heads, 8, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2, 4)
+    )
+    out, lse = attend(q, k, v, spans, CappedScale(scale, cap), sliding_window=sliding_window)
+    ours = torch.autograd.grad(out, (q, k, v), grad)
+    mask = mask_of(spans, n, True, sliding_window)
+    scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(2, 1)) * scale
+    scores = (cap * torch.tanh(scores / cap)).masked_fill(~mask, -1e30)
+    inside = mask.any(-1)
+    weights = scores.softmax(-1) * inside[:, None]
+    expected = torch.einsum("hij,jhd->ihd", weights, v.repeat_interleave(2, 1))
+    theirs = torch.autograd.grad(expected, (q, k, v), grad)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(lse[inside], scores.logsumexp(-1).T[inside], rtol=1e-12, atol=1e-13)
+    for found, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_a_kernel_without_a_cap_refuses_capped_scores():
+    x = torch.zeros(4, 1, 8)
+    with pytest.raises(UserError, match="torch's own flash attention does not cap scores"):
+        cuda._torch_forward(x, x, x, None, CappedScale(1.0, 50.0))
