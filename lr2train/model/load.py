@@ -265,6 +265,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    silence_transformers()
     values = values_in(Path(folder) / config_json.NAME)
     early = rope_hf.with_current_type(values) is not values  # transformers reads config.json, and would refuse this one
     try:
