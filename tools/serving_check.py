@@ -86,11 +86,10 @@ def _main(asked: argparse.Namespace) -> int:
                 answers[row.case] = reference.answer(every[row.case], text)
             wanted = answers[row.case]
             lines.append(line_of(given["runtime"], setup, row, given, row_request, wanted, reference, tolerance))
+        if asked.json is not None:  # after each setup: a kill keeps what is known
+            said = {"windows": windows, "tolerance": tolerance, "lines": [line.values() for line in lines]}
+            io.write_json(asked.json, said)
     print(table(lines))
-    if asked.json is not None:
-        io.write_json(
-            asked.json, {"windows": windows, "tolerance": tolerance, "lines": [one.values() for one in lines]}
-        )
     return int(any(line.failed for line in lines))
 
 

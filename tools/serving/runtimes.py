@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lr2train.config import UserError
 from lr2train.serving.gguf_longrope import Tables
-from tools.serving.cases import Setup, alone, together
+from tools.serving.cases import Row, Setup, alone, together
 
 EVERY = ("short", "crossing", "at L0", "long")
 
@@ -42,7 +42,7 @@ def vllm(export: Path) -> list[Setup]:
     """``two/`` with our plugin in every way that vLLM schedules; the other folders; ``two/`` without the plugin."""
     ours = {"plugin": True}
     alike = (*alone("short", "crossing", "long"), together(*EVERY))
-    again = tuple((row,) for row in together("crossing", "long", "short", "at L0"))
+    again = tuple((Row(f"{case}, turn {n}", case),) for n, case in enumerate(("crossing", "long", "short", "at L0"), 1))
     cached = {"prompt_logprobs": False, "cached": [batch[0].name for batch in again[1:]]}
     return [
         Setup(export / "two", "plugin", alike, EVERY, ours),
