@@ -719,7 +719,7 @@ def test_the_check_of_an_export_holds_one_model_at_a_time(world, monkeypatch):
         return made
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched(AutoModelForCausalLM.from_pretrained))
-    monkeypatch.setattr(load, "load_whole", watched(load.load_whole))
+    monkeypatch.setattr(load, "assembled", watched(load.assembled))
     monkeypatch.setattr(folders, "class_of", lambda folder: watched_class(folder, watched))
     export(export_config(world, "run=frugal"))
     assert len(models) == 4
