@@ -29,6 +29,7 @@ from lr2train.evaluation import trained_run
 from lr2train.model import load, rotary
 from lr2train.model.folder import GENERATION_FILES
 from lr2train.parallel import processes
+from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 from lr2train.serving import engines, folders
 
@@ -67,7 +68,8 @@ def _export(config: Config, job: run.Run, factors: Factors, root: Path) -> dict[
     names = _names(config, source)
     device = str(processes.pick_device(config.device))
     ours = _our_logits(source, device, names) if config.export.check else {}
-    windows = engines.Windows(factors, source.short_factor, source.plain_short)
+    by_layer_type = rope_hf.by_layer_type(source.values)
+    windows = engines.Windows(factors, source.short_factor, source.plain_short, by_layer_type)
     cards = {name: engines.card(name, str(config.run), config.model.path, windows) for name in names}
     written = folders.write(source, root, names, cards)
     _remove_outdated(job, source, root, names)

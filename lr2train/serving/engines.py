@@ -49,11 +49,13 @@ class Windows:
         factors: of the long window.
         short_factor: attention factor of the short window.
         plain_short: the short window has plain RoPE, and no table of its own.
+        by_layer_type: each layer type has a RoPE of its own, and the global layers' one was extended.
     """
 
     factors: Factors
     short_factor: float = 1.0
     plain_short: bool = True
+    by_layer_type: bool = False
 
 
 def lines_of(windows: Windows, folders: Sequence[str]) -> list[Line]:
@@ -74,6 +76,8 @@ def lines_of(windows: Windows, folders: Sequence[str]) -> list[Line]:
         ),
         Line("TensorRT-LLM", "short", "trtllm-serve {folder}", f"texts of up to {original} tokens", _READ),
     ]  # fmt: skip
+    if windows.by_layer_type:  # other runtimes were not checked with these dicts
+        every = [line for line in every if line.runtime == "transformers"]
     if not windows.plain_short:
         every = [line for line in every if line.runtime != "llama.cpp"]  # not checked
     if target <= original:
@@ -139,7 +143,7 @@ tags: [long-context, longrope2, lr2train]
 
 {base} extended from {original} to {target} tokens with LongRoPE2 (mixed context window training, lr2train).
 
-{about}
+{about}{layers}
 
 | runtime | command | exact for | limits |
 |---|---|---|---|
@@ -157,6 +161,11 @@ _ABOUT = {
     "two": "This folder has both RoPE tables (`longrope`). `modeling_longrope2.py` chooses the table of each text; "
     "`lr2train generate model.path=<this folder>` does so too.",
 }
+_LAYERS = (
+    " Each layer type has a RoPE of its own. The layers with full attention have the tables above, and the layers with a "
+    "sliding window keep theirs. The config holds both in `rope_parameters`, by layer type, as transformers 5 reads "
+    "it. Other runtimes were not checked with this model."
+)
 _ONE_WINDOW_CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -185,6 +194,7 @@ def card(folder: str, name: str, base: str | None, windows: Windows) -> str:
         original=original,
         target=target,
         about=_ABOUT[folder].format(original=original),
+        layers=_LAYERS if windows.by_layer_type else "",
         rows="\n".join(rows),
         short_factor=windows.short_factor,
         method=factors.method,
