@@ -162,8 +162,8 @@ _ABOUT = {
     "`lr2train generate model.path=<this folder>` does so too.",
 }
 _LAYERS = (
-    " Each layer type has a RoPE of its own. The layers with full attention have the tables above, and the layers with a "
-    "sliding window keep theirs. The config holds both in `rope_parameters`, by layer type, as transformers 5 reads "
+    " Each layer type has a RoPE of its own. The layers with full attention have the tables above, and the layers with "
+    "a sliding window keep theirs. The config holds both in `rope_parameters`, by layer type, as transformers 5 reads "
     "it. Other runtimes were not checked with this model."
 )
 _ONE_WINDOW_CARD = """---
