@@ -252,9 +252,17 @@ def plain_config(hf_config: Any) -> dict[str, Any]:
 
 
 def spectrum_of(hf_config: Any, model: ModelConfig) -> Spectrum:
-    """The model's original RoPE; ``model.original_window_tokens``, where set, replaces the window of its config."""
-    spectrum = rope_hf.spectrum_of(plain_config(hf_config))
-    return replace(spectrum, window_tokens=model.original_window_tokens) if model.original_window_tokens else spectrum
+    """The model's own RoPE up to L0; ``model.original_window_tokens``, where set, replaces the window of its config.
+
+    Raises:
+        UserError: the config has no RoPE that is understood, or no table that serves ``model.original_window_tokens``.
+    """
+    config, window = plain_config(hf_config), model.original_window_tokens
+    spectrum = rope_hf.spectrum_of(config)
+    if window is None:
+        return spectrum
+    rope_hf.refuse_window(config, window)
+    return replace(spectrum, window_tokens=window)
 
 
 def load_tokenizer(folder: str | Path) -> Any:

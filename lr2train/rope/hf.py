@@ -190,6 +190,17 @@ def spectrum_of(config: dict[str, Any]) -> Spectrum:
     return replace(plain, attention_factor=factor, own_rescale=_need(rope, "short_factor"))
 
 
+def refuse_window(config: dict[str, Any], window_tokens: int) -> None:
+    """Raises UserError where the model's own RoPE has no fixed table up to ``model.original_window_tokens``."""
+    own_window = spectrum_of(config).window_tokens
+    if window_tokens > own_window and _kind(_rope_dict(own_config(config))) == "dynamic":
+        raise UserError(
+            f"model.original_window_tokens={window_tokens} is beyond the {own_window} tokens up to which the model's "
+            "RoPE of type dynamic is one table; "
+            f"set model.original_window_tokens to {own_window} or less"
+        )
+
+
 def is_rescaled(config: dict[str, Any]) -> bool:
     """Whether the short window is neither plain RoPE nor the short table of a ``longrope`` config."""
     return _kind(_rope_dict(own_config(config))) in own.RESCALING

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 from lr2train.serving import gguf_longrope
 
@@ -63,6 +64,11 @@ class Windows:
     plain_short: bool = True
     config: Mapping[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
 
+    @property
+    def by_layer_type(self) -> bool:
+        """Whether each layer type has a RoPE of its own, and the global layers' one was extended."""
+        return rope_hf.by_layer_type(self.config)
+
 
 def lines_of(windows: Windows, folders: Sequence[str]) -> list[Line]:
     """The lines for the folders that an export holds."""
@@ -87,6 +93,8 @@ def lines_of(windows: Windows, folders: Sequence[str]) -> list[Line]:
         ),
         Line("TensorRT-LLM", "short", "trtllm-serve {folder}", f"texts of up to {original} tokens", _READ),
     ]  # fmt: skip
+    if windows.by_layer_type:  # other runtimes were not checked with these dicts
+        every = [line for line in every if line.runtime == "transformers"]
     if target <= original:
         every = [_one_window(line) for line in every if line.folder == "short"]
     return [line for line in every if line.folder in folders]
@@ -200,7 +208,7 @@ tags: [long-context, longrope2, lr2train]
 
 {base} extended from {original} to {target} tokens with LongRoPE2 (mixed context window training, lr2train).
 
-{about}
+{about}{layers}
 
 | runtime | command | exact for | limits |
 |---|---|---|---|
@@ -218,6 +226,11 @@ _ABOUT = {
     "two": "This folder has both RoPE tables (`longrope`). `modeling_longrope2.py` chooses the table of each text; "
     "`lr2train generate model.path=<this folder>` and lr2train's vLLM plugin do so too.",
 }
+_LAYERS = (
+    " Each layer type has a RoPE of its own. The layers with full attention have the tables above, and the layers with "
+    "a sliding window keep theirs. The config holds both in `rope_parameters`, by layer type, as transformers 5 reads "
+    "it. Other runtimes were not checked with this model."
+)
 _ONE_WINDOW_CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -246,6 +259,7 @@ def card(folder: str, name: str, base: str | None, windows: Windows) -> str:
         original=original,
         target=target,
         about=_ABOUT[folder].format(original=original),
+        layers=_LAYERS if windows.by_layer_type else "",
         rows="\n".join(rows),
         short_factor=windows.short_factor,
         method=factors.method,

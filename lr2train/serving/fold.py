@@ -80,7 +80,7 @@ def folded(tensor: torch.Tensor, rows: Rows, factor: float) -> torch.Tensor:
 
 def _is_global(module: Any, twin: Any) -> bool:
     """Whether an attention module rotates by the table of the global layers."""
-    if not hasattr(twin.base_model.rotary_emb, f"{rope_hf.GLOBAL}_attention_scaling"):
+    if not hasattr(getattr(twin.base_model, "rotary_emb", None), f"{rope_hf.GLOBAL}_attention_scaling"):
         return True  # one RoPE for all layers
     return twin.config.get_text_config().layer_types[module.layer_idx] == rope_hf.GLOBAL
 

@@ -212,3 +212,22 @@ def test_longrope_candidates_stay_inside_the_space(seed, crossover):
 def test_settings_that_leave_nothing_to_search_are_refused(options, words):
     with pytest.raises(UserError, match=words):
         default_space(**options)
+
+
+@pytest.mark.parametrize("all_dims", [False, True])
+def test_a_model_that_is_extended_already_is_searched_on_top_of_its_table_or_from_plain_frequencies(all_dims):
+    own = METHODS["yarn"](Spectrum(64, 10000.0, 512), 2048)  # by 4: the own table of a window of 2048
+    spectrum = Spectrum(64, 10000.0, 2048, own.attention_factor, own.rescale)
+    more = {"space": "longrope"} if all_dims else {}
+    options = SearchConfig(population=12, top_k=2, search_attention_factor=False, attention_factor=1.0, **more)
+    on_top, plain = (Space(spectrum, 8192, options, start_from) for start_from in ("own", "plain"))
+    assert (on_top.scale, plain.scale) == (4, 16)
+    assert plain.start == Spectrum(64, 10000.0, 512)
+    for space, table in ((on_top, np.array(own.rescale)), (plain, np.ones(32))):
+        low, high = space.bounds
+        for one in space.initial(np.random.default_rng(0)):
+            made, free = space.factors(one), len(one.tail)
+            np.testing.assert_allclose(made.rescale[-free:], table[-free:] * one.tail, rtol=1e-15)
+            assert low <= min(one.tail) <= max(one.tail) <= high
+            assert made.spectrum is spectrum
+            assert made.attention_factor == spectrum.attention_factor, "at least the base's own"

@@ -51,7 +51,7 @@ def extend(base: Path, out: Path, target_tokens: int, attention_factor: float, o
     factors = replace(METHODS["yarn"](spectrum, target_tokens), attention_factor=attention_factor)
     companions = tuple(file for pattern in TOKENIZER_FILES for file in sorted(base.glob(pattern)))
     source = folders.Source(base, values, factors, "float32", companions)
-    windows = engines.Windows(factors, source.short_factor, source.plain_short)
+    windows = engines.Windows(factors, source.short_factor, source.plain_short, source.values)
     cards = {name: engines.card(name, base.name, base.name, windows) for name in folders.FOLDERS}
     folders.write(source, out, folders.FOLDERS, cards)
 
