@@ -206,7 +206,7 @@ def is_rescaled(config: dict[str, Any]) -> bool:
     return _kind(_rope_dict(own_config(config))) in own.RESCALING
 
 
-def by_layer_type(config: dict[str, Any]) -> bool:
+def by_layer_type(config: Mapping[str, Any]) -> bool:
     """Whether each layer type has a RoPE of its own."""
     return _is_nested(_rope_value(config))
 
@@ -391,7 +391,7 @@ def _table_dict(
     }
 
 
-def _rope_value(config: dict[str, Any]) -> dict[str, Any]:
+def _rope_value(config: Mapping[str, Any]) -> dict[str, Any]:
     """``rope_scaling`` where it is filled, else ``rope_parameters``: the preference of transformers 5."""
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 

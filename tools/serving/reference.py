@@ -86,7 +86,7 @@ class Reference:
 
 def _refuse_other_code(folder: Path, model: Any) -> None:
     """Raises UserError unless the modelling file is lr2train's own: runtimes will execute the file."""
-    own = folders.code_of(type(model).__name__, rotary.keeps_fp32(model))
+    own = folders.code_of(type(model).__name__, rotary.form_of(model))
     try:
         text = (folder / folders.CODE).read_text(encoding="utf-8")
     except OSError as error:
