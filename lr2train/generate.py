@@ -57,7 +57,8 @@ def generate(config: Config) -> dict[str, Any]:
     _check_stop_strings(settings.stop)
     asked = prompts.read(settings)
     folder = _folder(config)
-    config = trained_run.completed(config) if config.run else config
+    if config.run:
+        config = trained_run.completed(config, with_model=folder.name == "model")
     factors = factors_of(folder, config)
     tokenizer = load.load_tokenizer(folder)
     rows = _rows(asked, tokenizer, folder, config, factors)
@@ -279,7 +280,8 @@ def _folder(config: Config) -> Path:
     if config.run is None:
         folder = load.folder_of(config.model)
         return folder / "two" if (folder / "two" / config_json.NAME).exists() else folder  # the whole export is named
-    found = [path for path in (_run_folder(config) / "export" / "two", _run_folder(config) / "model") if path.is_dir()]
+    # model/ first: an export may be older than the model, from a checkpoint.
+    found = [path for path in (_run_folder(config) / "model", _run_folder(config) / "export" / "two") if path.is_dir()]
     if not found:
         raise UserError(f"run={config.run} has no model in {_run_folder(config)}; set run to a finished training run")
     return found[0]

@@ -32,6 +32,7 @@ RUNS = {
     "tied_bfloat16": (1, ["model.dtype=bfloat16", "model.overrides.tie_word_embeddings=true"]),
     "stage_1": (2, ["engine.zero_stage=1"]),
     "stage_0": (1, ["engine.zero_stage=0"]),
+    "tied_stage_0": (1, ["engine.zero_stage=0", "model.overrides.tie_word_embeddings=true"]),
 }
 
 

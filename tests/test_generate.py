@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lr2train import run
@@ -104,6 +105,21 @@ def test_generate_from_an_export_equals_generate_from_its_run(served, world):
         ) == without_times(of_run)
     finally:
         (world / "aside.json").rename(served / "export" / "two" / "factors.json")
+
+
+def test_an_export_of_an_earlier_checkpoint_is_not_taken_for_the_model(served, world, tmp_path):
+    prompt = text_of(served, 60)
+    run = tmp_path / "runs" / "served"
+    shutil.copytree(served, run)
+    weights = run / "export" / "two" / "model.safetensors"
+    values = load_file(weights)
+    weights.unlink()  # a hard link
+    save_file({name: torch.zeros_like(value) for name, value in values.items()}, weights, {"format": "pt"})
+    (tmp_path / "prompt.txt").write_text(prompt)
+    arguments = [f"runs_folder={tmp_path / 'runs'}", "run=served", f"generate.prompt_file={tmp_path}/prompt.txt"]
+    assert without_times(generate(generate_config(world, *arguments)))["text"] == expected_text(served, prompt, 12)
+    shutil.rmtree(run / "model")  # as before the end of a run
+    assert generate(generate_config(world, *arguments))["window"] == "long"
 
 
 def test_a_base_run_generates_with_the_factors_of_its_folder(world):

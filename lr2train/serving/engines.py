@@ -62,7 +62,7 @@ class Windows:
     factors: Factors
     short_factor: float = 1.0
     plain_short: bool = True
-    config: Mapping[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
+    config: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
 
     @property
     def by_layer_type(self) -> bool:
@@ -81,9 +81,9 @@ def lines_of(windows: Windows, folders: Sequence[str]) -> list[Line]:
             "With the plugin of lr2train in vLLM's environment (pip install ./serving/lr2train_vllm); without it, the "
             f"long table serves all texts. Run on CPU. Refused: {_REFUSED_BY_PLUGIN}.",
         ),
-        *_server("vLLM", "vllm serve {folder}", original, target, "two/ needs the plugin."),
+        *_server(windows, "vLLM", "vllm serve {folder}", "--max-model-len", "two/ needs the plugin."),
         *_server(
-            "SGLang", "python -m sglang.launch_server --model-path {folder}", original, target,
+            windows, "SGLang", "python -m sglang.launch_server --model-path {folder}", "--context-length",
             f"Do not serve two/: one table would serve all. {_READ}",
         ),
         *_llama_cpp(windows, original, target),
@@ -132,14 +132,18 @@ def _transformers(windows: Windows, original: int) -> list[Line]:
     ]  # fmt: skip
 
 
-def _server(runtime: str, command: str, original: int, target: int, more: str) -> list[Line]:
+def _server(windows: Windows, runtime: str, command: str, limit: str, more: str) -> list[Line]:
+    """Lines of a server; ``limit`` is its flag for the longest text."""
+    original, target = windows.factors.spectrum.window_tokens, windows.factors.target_window_tokens
+    # Servers multiply the config's window by the factor of a linear or dynamic RoPE, and would serve beyond L0.
+    short = f"{command} {limit} {original}" if rope_hf.is_rescaled(windows.config) else command
     hand_over = "A text that ends here for its length goes on at a server of long/: send prompt and text there."
     return [
         Line(
             runtime, "long", command, f"texts of {original + 1} to {target} tokens",
             f"Shorter texts are under the long table too. {more}",
         ),
-        Line(runtime, "short", command, f"texts of up to {original} tokens", f"{hand_over} {more}"),
+        Line(runtime, "short", short, f"texts of up to {original} tokens", f"{hand_over} {more}"),
     ]  # fmt: skip
 
 

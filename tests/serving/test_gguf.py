@@ -339,6 +339,19 @@ def test_each_window_has_its_command():
     assert [line.folder for line in lines(model_type="phi3", plain_short=False)] == ["two", "two", "long"]
 
 
+@pytest.mark.parametrize(("kind", "limited"), [("dynamic", True), ("linear", True), ("default", False)])
+def test_a_server_of_the_short_window_ends_at_it(kind, limited):
+    """vLLM and SGLang would multiply the window of such a base by its factor."""
+    config = {
+        "model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0},
+    }  # fmt: skip
+    found = engines.lines_of(engines.Windows(FACTORS, config=config), ("short",))
+    commands = {line.runtime: line.command for line in found}
+    assert commands["vLLM"].endswith(" --max-model-len 4096") == limited
+    assert commands["SGLang"].endswith(" --context-length 4096") == limited
+
+
 def test_an_architecture_without_tables_has_its_short_window_alone():
     (line,) = lines(model_type="qwen3")
     assert line.folder == "short"

@@ -125,6 +125,20 @@ def test_what_would_be_wrong_is_refused(changes, remedy):
         refusals.refuse_after(config(**changes), False, "cpu")
 
 
+def test_two_tables_in_the_layers_of_one_type_are_refused(tmp_path):
+    source = families.train(tmp_path / "model", "olmo3, yarn in global layers", torch.float32).source("float32")
+    for name, window in (("two", families.L), ("two", families.L0), ("long", families.L), ("short", families.L0)):
+        made = config()
+        made.model_config.hf_text_config.rope_parameters = source.config_of(name)["rope_parameters"]
+        made.model_config.max_model_len = window
+        assert windows.switch_of(made) is None
+        if (name, window) == ("two", families.L):
+            with pytest.raises(refusals.Refused, match="layers of type full_attention have two RoPE tables"):
+                refusals.refuse_layer_types(made)
+        else:
+            refusals.refuse_layer_types(made)
+
+
 def test_the_second_runner_and_other_devices_are_refused():
     with pytest.raises(refusals.Refused, match="VLLM_USE_V2_MODEL_RUNNER"):
         refusals.refuse_after(config(), True, "cpu")

@@ -86,6 +86,7 @@ def _replace_completion(config_class: Any, reason: str | None) -> None:
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
         if _switch_of(self) is None:
             complete(self, *args, **kwargs)
+            refusals.refuse_layer_types(self)
             return _say_how_to_serve_both(self)
         if reason is not None:
             raise refusals.Refused(f"{reason}; use vLLM {RUN_WITH[-1]}, or serve the folder short/ or long/")

@@ -22,6 +22,15 @@ class Refused(RuntimeError):
         super().__init__(f"lr2train_vllm: {reason}")
 
 
+def refuse_layer_types(config: Any) -> None:
+    """Raises Refused for a folder with two tables in the layers of one type: the plugin does not choose among them."""
+    if name := windows.switching_layer_type(config):
+        raise Refused(
+            f"the layers of type {name} have two RoPE tables, and the long one would serve all texts; generate with "
+            "lr2train or transformers instead"
+        )
+
+
 def refuse_before(config: Any) -> None:
     """Raises Refused for what a user asked for and the plugin would replace.
 

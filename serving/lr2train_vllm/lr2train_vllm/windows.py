@@ -37,6 +37,21 @@ def original_window_of(config: Any) -> int | None:
     return None if model is None else original_window(getattr(model.hf_text_config, "rope_parameters", None))
 
 
+def switching_layer_type(config: Any) -> str | None:
+    """The layer type with two tables, of a model with a RoPE for each layer type and a window beyond L0; else None.
+
+    Args:
+        config: a complete VllmConfig.
+    """
+    model = getattr(config, "model_config", None)
+    rope = None if model is None else getattr(model.hf_text_config, "rope_parameters", None)
+    for name, own in (rope or {}).items():
+        original = original_window(own)
+        if model is not None and original is not None and model.max_model_len > original:
+            return name
+    return None
+
+
 def longest_of(config: Any) -> int:
     """The tokens for which vLLM makes RoPE tables."""
     return int(config.model_config.hf_text_config.max_position_embeddings)
