@@ -52,7 +52,8 @@ def test_the_choice_is_logged_once_for_a_model(caplog):
         for _ in range(2):
             segment_attention = attention.segment(CROSSING, N_TOKENS)
             model(input_ids=ids, position_ids=positions, segment_attention=segment_attention, use_cache=False)
-    assert [record.getMessage() for record in caplog.records] == ["attention strategy local: parallel.sp=1"]
+    said = [record.getMessage() for record in caplog.records if record.name == "lr2train.attention.hf"]
+    assert said == ["attention strategy local: parallel.sp=1"]
 
 
 def test_only_the_installed_model_changes():
