@@ -250,6 +250,12 @@ tags: [lr2train]
 """
 
 
+def _name_of(base: str | None) -> str:
+    """The last part of the base's path; of the model of a run, the run's name."""
+    path = Path(base or "A model trained from scratch")
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
 def card(folder: str, name: str, base: str | None, windows: Windows) -> str:
     """The model card of a folder."""
     lines, factors = lines_of(windows, (folder,)), windows.factors
@@ -259,7 +265,7 @@ def card(folder: str, name: str, base: str | None, windows: Windows) -> str:
     original, target = factors.spectrum.window_tokens, factors.target_window_tokens
     return (_CARD if target > original else _ONE_WINDOW_CARD).format(
         name=name,
-        base=Path(base or "A model trained from scratch").name,
+        base=_name_of(base),
         original=original,
         target=target,
         about=_ABOUT[folder].format(original=original),
