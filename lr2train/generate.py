@@ -27,7 +27,7 @@ import torch
 
 from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
-from lr2train.config import Config, UserError
+from lr2train.config import Config, RopeConfig, UserError
 from lr2train.data import prompts
 from lr2train.evaluation import trained_run
 from lr2train.model import config_json, decode, load, rotary
@@ -35,7 +35,7 @@ from lr2train.model.text import Text, special_stops
 from lr2train.parallel import processes
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
-from lr2train.rope.methods import build
+from lr2train.rope.methods import METHODS, build
 
 Decoding = Callable[[list[decode.Row]], Iterator[int]]
 """``decode.decode`` with everything but the rows."""
@@ -300,15 +300,18 @@ def factors_of(folder: Path, config: Config) -> Factors:
     """The factors of a model folder.
 
     The first of these that exists: factors.json of the folder, factors.json of its run, the ``longrope`` dict of its
-    config, the ``rope`` group.
+    config, the ``rope`` group; if this names no factors either, the model's own RoPE, in its own window.
     """
     for written in (folder / "factors.json", *([_run_folder(config) / "factors.json"] if config.run else [])):
         if written.exists():
             return Factors.load(written)
     hf_config = load.config_of(load.ModelConfig(path=str(folder), overrides=_overrides(config)))
-    return rope_hf.factors_of(load.plain_config(hf_config)) or build(
-        config.rope, load.spectrum_of(hf_config, config.model)
-    )
+    if carried := rope_hf.factors_of(load.plain_config(hf_config)):
+        return carried
+    spectrum, rope = load.spectrum_of(hf_config, config.model), config.rope
+    if rope.factors is None and rope.method == RopeConfig.method and rope.critical_index is None and not rope.tail:
+        return METHODS["none"](spectrum, spectrum.window_tokens)
+    return build(rope, spectrum)
 
 
 def _refuse_unknown(asked: list[prompts.Prompt], rows: list[decode.Row], n_ids: int, folder: Path) -> None:

@@ -403,3 +403,18 @@ def test_a_piped_prompt(served, world, monkeypatch):
     monkeypatch.setattr(sys, "stdin", text_io.StringIO(""))
     with pytest.raises(UserError, match="nothing was piped in"):
         generate(generate_config(world, "run=served"))
+
+
+def test_a_published_model_without_factors_generates_in_its_own_window(world, tmp_path):
+    base = shutil.copytree(world / "corpus" / "tokenizer", tmp_path / "base")
+    shutil.copytree(world / "base", base, dirs_exist_ok=True)
+    arguments = [f"name={tmp_path.name}", f"model.path={base}", "rope=longrope2", "generate.prompt='ab ab'"]
+    result = generate(compose("generate", [f"runs_folder={world}", *arguments, "generate.max_new_tokens=12"]))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
+    ids = torch.tensor([tokenizer("ab ab")["input_ids"]])
+    with torch.inference_mode():
+        mask = torch.ones_like(ids)  # or transformers would mask the first token, which is its pad token too
+        wanted = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert result["text"] == tokenizer.decode(wanted, skip_special_tokens=True) and not result["switched"]
+    with pytest.raises(UserError, match=f"beyond the model's window of {tiny.L0};"):
+        generate(compose("generate", [f"runs_folder={world}", *arguments, "generate.max_new_tokens=999"]))

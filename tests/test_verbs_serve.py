@@ -25,6 +25,7 @@ from lr2train.cli import door as cli
 from lr2train.cli.composition import compose
 from lr2train.config import UserError
 from lr2train.evaluate import evaluate
+from lr2train.evaluation import trained_run
 from lr2train.evaluation.models import compared
 from lr2train.export import export
 from lr2train.generate import generate
@@ -703,6 +704,19 @@ def test_an_export_copies_the_base_models_sampling_settings_and_templates(world,
     shutil.rmtree(base)
     export(export_config(world, "run=talks"))
     assert "is not here any more" in (folder / "log.txt").read_text()
+
+
+def test_the_base_of_a_run_may_have_moved(world, tmp_path, capsys):
+    """Its own folder counts while it is there; then the one that the command names."""
+    folder, moved = tiny.make_run(world, "far"), tiny.make_model(tmp_path / "moved")
+    values = json.loads((folder / "train.config.json").read_text())
+    asked = export_config(world, "run=far", f"model.path={moved}")
+    assert trained_run.completed(asked).model.path == values["model"]["path"]
+    values["model"]["path"] = str(tmp_path / "gone")
+    (folder / "train.config.json").write_text(json.dumps(values))
+    assert trained_run.completed(asked).model.path == str(moved)
+    assert f"{tmp_path / 'gone'} is not here any more; model.path={moved} stands in" in capsys.readouterr().err
+    assert trained_run.completed(export_config(world, "run=far")).model.path == str(tmp_path / "gone")
 
 
 def test_the_check_of_an_export_holds_one_model_at_a_time(world, monkeypatch):

@@ -11,8 +11,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lr2train import io
+from lr2train import io, progress
 from lr2train.config import Config, UserError, runs_of
+from lr2train.model.load import is_hub_id
 
 T = TypeVar("T")
 
@@ -48,7 +49,8 @@ def run_folder(config: Config) -> Path:
 def completed(config: Config, with_model: bool = True) -> Config:
     """``config`` over the run's ``train.config.json``: how the base is read, dtype of the weights, corpus and needles.
 
-    ``model.path`` is always the run's base model, whatever an experiment names.
+    ``model.path`` is the run's base model, whatever an experiment names. Only if this folder is gone, the config's own
+    ``model.path`` stands in for it.
 
     Args:
         config: of the verb; ``run`` names the run.
@@ -63,7 +65,18 @@ def completed(config: Config, with_model: bool = True) -> Config:
     model = _laid_over(config.model, {**saved["model"], "dtype": written["dtype"]})
     needles = _laid_over(config.data.needles, saved["data"]["needles"])
     data = replace(config.data, path=config.data.path or saved["data"]["path"], needles=needles)
-    return replace(config, model=replace(model, path=saved["model"]["path"]), data=data)
+    return replace(config, model=replace(model, path=_base(config, saved["model"]["path"])), data=data)
+
+
+def _base(config: Config, trained_from: str | None) -> str | None:
+    """Where the run's base model is now: a folder may have moved since the training."""
+    given = config.model.path
+    if not trained_from or not given or is_hub_id(trained_from):
+        return trained_from
+    if Path(trained_from).expanduser().is_dir() or not Path(given).expanduser().is_dir():
+        return trained_from
+    progress.say("model", f"the run's base model {trained_from} is not here any more; model.path={given} stands in")
+    return given
 
 
 def _laid_over(given: T, saved: Mapping[str, Any]) -> T:
