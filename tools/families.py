@@ -179,8 +179,11 @@ def publish(folder: Path, family: str) -> Path:
     values = {**SIZES, **{**FAMILIES, **MORE}[family], **window}
     if "original_max_position_embeddings" in values:
         values["original_max_position_embeddings"] = tiny.L0
-    if "rope_scaling" in values:
+    scaling = values.get("rope_scaling", {})
+    if "long_factor" in scaling:
         values["max_position_embeddings"] = 4 * tiny.L0
+    elif "yarn" in scaling.values():  # its own window is factor x original
+        values["rope_scaling"] = {**scaling, "original_max_position_embeddings": tiny.L0 // int(scaling["factor"])}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     if hasattr(config, "output_router_logits") and hasattr(config, "router_aux_loss_coef"):
         config.output_router_logits, config.router_aux_loss_coef = True, _ROUTER_LOSS

@@ -17,6 +17,7 @@ positions a bfloat16 frequency is noise.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -193,11 +194,12 @@ class _Own(NamedTuple):
         config = model.config.get_text_config()
         fresh, layer_type = _fresh(type(module), config), rope_hf.GLOBAL if nested else None
         short = _table(fresh, layer_type)
-        form = _form(fresh, short, layer_type, name)
-        published = rope_hf.factors_of(values := config.to_dict())
+        published, alike = rope_hf.factors_of(values := config.to_dict()), short
         if published and rope_hf.own_config(values) is values:
-            # transformers has one attention factor for both windows; ``short_mscale`` names the short window's own
+            # transformers has one attention factor for both windows, but for PhiMoE; ``short_mscale`` names the short
+            # window's own
             short = short._replace(attention_factor=float(published.short_attention_factor))
+        form = _form(fresh, (alike, short), layer_type, name)
         others = [one for one in fresh.layer_types if one != layer_type] if nested else []
         return cls(short, {one: _table(fresh, one) for one in others}, form)
 
@@ -238,8 +240,8 @@ def _short_config(config: Any) -> Any:
 
 
 @torch.no_grad()
-def _form(fresh: Any, table: RopeTable, layer_type: str | None, name: str) -> RotaryForm:
-    """Run the module once and recognise what comes out.
+def _form(fresh: Any, tables: Sequence[RopeTable], layer_type: str | None, name: str) -> RotaryForm:
+    """Run the module once and recognise what comes out: one of these tables, which differ in their attention factor.
 
     Raises:
         UserError: the module computes something else than cos and sin of ``position * inv_freq``.
@@ -247,9 +249,8 @@ def _form(fresh: Any, table: RopeTable, layer_type: str | None, name: str) -> Ro
     named = {} if layer_type is None else {"layer_type": layer_type}
     positions = torch.tensor([[0, 3]])
     found = fresh(torch.zeros(1, 2, 1, dtype=torch.float32), positions, **named)[0]
-    half = positions[..., None].float() * table.inv_freq
-    for layout in ("halves", "pairs", "once"):
-        wanted = laid_out(half, layout).cos() * table.attention_factor
+    for layout, table in itertools.product(("halves", "pairs", "once"), tables):
+        wanted = laid_out(positions[..., None].float() * table.inv_freq, layout).cos() * table.attention_factor
         if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-6, atol=1e-6):
             keeps = fresh(torch.zeros(1, 2, 1, dtype=torch.bfloat16), positions, **named)[0].dtype == torch.float32
             return RotaryForm(keeps, layout)

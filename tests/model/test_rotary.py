@@ -359,7 +359,7 @@ def test_a_base_that_is_extended_already_computes_as_before_and_under_a_slow_ref
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
-@pytest.mark.parametrize(("family", "changes"), EXTENDED)
+@pytest.mark.parametrize(("family", "changes"), [*EXTENDED, ("phimoe", {})])
 def test_a_written_config_still_knows_the_bases_own_table(family, changes):
     """Bit for bit, in the model of a run and in its export."""
     model = model_of(family, **copy.deepcopy(changes))
