@@ -96,7 +96,7 @@ MORE: dict[str, dict[str, Any]] = {  # for tools/families.py alone
     "olmo": {"model_type": "olmo"},
     "gemma": {"model_type": "gemma", "head_dim": 8},
     "gemma2, capped": {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 24},
-    "cohere": {"model_type": "cohere"},
+    "cohere, pairs, logits scaled": {"model_type": "cohere"},
     "cohere2": {"model_type": "cohere2", "head_dim": 8, "sliding_window": 24},
     "starcoder2": {"model_type": "starcoder2"},
     "glm4": {"model_type": "glm4", "head_dim": 8},
