@@ -397,6 +397,23 @@ def test_a_prompts_file_of_another_form_is_refused(served, world, tmp_path, cont
         generate(generate_config(world, "run=served", f"generate.prompts_file={tmp_path}/prompts.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        (["generate.prompts=[ab,cd]"], r"set generate\.batch_tokens below 16384$"),
+        (["generate.prompts=[ab]"], r"set model\.dtype=bfloat16$"),
+        (["generate.prompt=ab", "model.dtype=bfloat16"], "shorten the prompt$"),
+    ],
+)
+def test_a_batch_that_does_not_fit_into_the_memory_is_refused(served, world, monkeypatch, more, remedy):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. See the manual.")
+
+    monkeypatch.setattr(decode, "KeysAndValues", full)
+    with pytest.raises(UserError, match=rf"memory \(CUDA out of memory\); {remedy}"):
+        generate(generate_config(world, "run=served", *more))
+
+
 def test_a_piped_prompt(served, world, monkeypatch):
     monkeypatch.setattr(sys, "stdin", text_io.StringIO("ab"))
     assert generate(generate_config(world, "run=served"))["prompt"] == "ab"
