@@ -49,7 +49,8 @@ def generate(config: Config) -> dict[str, Any]:
         prompts ``{"texts": […]}``, the lines of ``generate.jsonl``.
 
     Raises:
-        UserError: there is no model or no prompt, a text is longer than the target window, or a logit is not finite.
+        UserError: there is no model or no prompt, a text is longer than the target window, a batch does not fit into
+            the device's memory, or a logit is not finite.
         Interrupted: Ctrl-C; what was generated is written.
     """
     ranks.refuse_ranks("generate")
@@ -110,12 +111,13 @@ def _one(result: _Result, decoding: Decoding, dtype: torch.dtype, file: Path) ->
     row, start = result.row, time.monotonic()
     try:
         shown = 0
-        for _ in decoding([row]):
-            decode.refuse_not_finite(row, dtype)
-            result.take()
-            certain = result.text.certain
-            print(certain[shown:], end="", flush=True)
-            shown = max(shown, len(certain))
+        with _memory_named(_for_one_text(dtype)):
+            for _ in decoding([row]):
+                decode.refuse_not_finite(row, dtype)
+                result.take()
+                certain = result.text.certain
+                print(certain[shown:], end="", flush=True)
+                shown = max(shown, len(certain))
         print(result.text.whole(row.tokens)[shown:])
     except KeyboardInterrupt:
         row.finish = "interrupted"
@@ -142,7 +144,10 @@ def _several(
     going = True
     with _written_where_allowed(file) as out, progress.meter("generate") as tick:
         for batch in _batches(results, batch_tokens):
-            going = _decode(batch, decoding, partial(_tell, tick, len(lines), len(results)))
+            fewer = f"set generate.batch_tokens below {batch_tokens}"
+            remedy = fewer if len(batch) > 1 else _for_one_text(dtype)
+            with _memory_named(remedy):
+                going = _decode(batch, decoding, partial(_tell, tick, len(lines), len(results)))
             for one in batch:
                 lines.append(one.values())
                 line = json.dumps(lines[-1], ensure_ascii=False)
@@ -186,6 +191,20 @@ def _decode(batch: list[_Result], decoding: Decoding, tell: Callable[[float], No
             row.finish = row.finish or "interrupted"
         return False
     return True
+
+
+def _for_one_text(dtype: torch.dtype) -> str:
+    return "set model.dtype=bfloat16" if dtype == torch.float32 else "shorten the prompt"
+
+
+@contextlib.contextmanager
+def _memory_named(remedy: str) -> Iterator[None]:
+    """Raises UserError with the remedy where the device has not enough memory for the keys and values of a batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).split(". ")[0]  # the rest is torch's advice
+        raise UserError(f"the texts of a batch do not fit into the device's memory ({said}); {remedy}") from error
 
 
 def _tell(tick: progress.Tick, before: int, total: int, done: float) -> None:

@@ -95,6 +95,7 @@ def _lines(description: str, done: float, every_s: float = 15.0) -> Iterator[Tic
             tell(*state)
 
     def tell(now_done: float, total: float, note: str) -> None:
+        """Print a line with the time spent and the time left."""
         spent, more = time.monotonic() - start, f", {note}" if note else ""
         left = spent / (now_done - done) * (total - now_done)
         with contextlib.suppress(BrokenPipeError):

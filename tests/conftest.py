@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is imported
 
+from pathlib import Path
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import settings
@@ -18,3 +21,24 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_trace_of_a_job():
+    """A verb joins a process group and tells DeepSpeed so in the environment; other tests start jobs of their own."""
+    from lr2train.parallel import processes
+
+    with mock.patch.dict(os.environ):
+        yield
+        processes.stop()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with the corpus and the base model of ``tiny``; a module may add to it."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("world")
+    tiny.make_corpus(folder)
+    tiny.make_model(folder / "base")
+    return folder

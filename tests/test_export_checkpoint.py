@@ -36,23 +36,16 @@ RUNS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_trace_of_a_job():
-    with mock.patch.dict(os.environ):
-        yield
-        processes.stop()
+pytestmark = pytest.mark.usefixtures("no_trace_of_a_job")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    tiny.make_corpus(folder)
-    tiny.make_model(folder / "base")
+def world(world) -> Path:
     hf_config = load.config_of(load.ModelConfig(architecture=EXPERTS))
     torch.manual_seed(0)
     model = load.assembled(hf_config, "float32", load.scratch_weights(hf_config, 0), lambda: torch.device("cpu"))
-    load.write_folder(model, load.plain_config(hf_config), folder / "mixtral_base")
-    return folder
+    load.write_folder(model, load.plain_config(hf_config), world / "mixtral_base")
+    return world
 
 
 def trained(rank: int, world: int, arguments: list[list[str]]) -> None:

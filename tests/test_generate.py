@@ -22,18 +22,6 @@ from lr2train.model import decode, load
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    tiny.make_corpus(folder)
-    tiny.make_model(folder / "base")
-    return folder
-
-
-def generate_config(world, *more: str):
-    return compose("generate", tiny.arguments(world, "generate.max_new_tokens=12", *more))
-
-
-@pytest.fixture(scope="module")
 def served(world):
     folder = tiny.make_run(world, "served")
     export(compose("export", tiny.arguments(world, "run=served")))
@@ -73,7 +61,7 @@ def test_generated_text_equals_the_reference_across_the_switch(
 ):
     prompt = text_of(served, n_tokens)
     (tmp_path / "prompt.txt").write_text(prompt)
-    result = generate(generate_config(world, "run=served", f"generate.prompt_file={tmp_path}/prompt.txt"))
+    result = generate(tiny.generate_config(world, "run=served", f"generate.prompt_file={tmp_path}/prompt.txt"))
     assert (result["prompt_tokens"], result["window"], result["switched"]) == (n_tokens, window, switched)
     assert result["text"] == expected_text(served, prompt, 12)
     assert capsys.readouterr().out.rstrip("\n�") == result["text"].rstrip("\n�"), (
@@ -91,17 +79,17 @@ def test_generate_from_an_export_equals_generate_from_its_run(served, world):
     prompt = text_of(served, 60)
     (world / "prompt.txt").write_text(prompt)
     file = f"generate.prompt_file={world}/prompt.txt"
-    of_run = generate(generate_config(world, "run=served", file))
-    of_folder = generate(generate_config(world, f"model.path={served}/export/two", "name=elsewhere", file))
+    of_run = generate(tiny.generate_config(world, "run=served", file))
+    of_folder = generate(tiny.generate_config(world, f"model.path={served}/export/two", "name=elsewhere", file))
     assert without_times(of_folder) == without_times(of_run)
     assert json.loads((world / "elsewhere" / "generate.json").read_text()) == of_folder
-    whole_export = generate(generate_config(world, f"model.path={served}/export", file))
+    whole_export = generate(tiny.generate_config(world, f"model.path={served}/export", file))
     assert without_times(whole_export) == without_times(of_run)
     # an export that lost our file still has its config
     (served / "export" / "two" / "factors.json").rename(world / "aside.json")
     try:
         assert without_times(
-            generate(generate_config(world, f"model.path={served}/export/two", file))
+            generate(tiny.generate_config(world, f"model.path={served}/export/two", file))
         ) == without_times(of_run)
     finally:
         (world / "aside.json").rename(served / "export" / "two" / "factors.json")
@@ -117,9 +105,9 @@ def test_an_export_of_an_earlier_checkpoint_is_not_taken_for_the_model(served, w
     save_file({name: torch.zeros_like(value) for name, value in values.items()}, weights, {"format": "pt"})
     (tmp_path / "prompt.txt").write_text(prompt)
     arguments = [f"runs_folder={tmp_path / 'runs'}", "run=served", f"generate.prompt_file={tmp_path}/prompt.txt"]
-    assert without_times(generate(generate_config(world, *arguments)))["text"] == expected_text(served, prompt, 12)
+    assert without_times(generate(tiny.generate_config(world, *arguments)))["text"] == expected_text(served, prompt, 12)
     shutil.rmtree(run / "model")  # as before the end of a run
-    assert generate(generate_config(world, *arguments))["window"] == "long"
+    assert generate(tiny.generate_config(world, *arguments))["window"] == "long"
 
 
 def test_a_base_run_generates_with_the_factors_of_its_folder(world):
@@ -130,14 +118,14 @@ def test_a_base_run_generates_with_the_factors_of_its_folder(world):
     tiny.make_model(folder / "model")
     AutoTokenizer.from_pretrained(world / "corpus" / "tokenizer").save_pretrained(folder / "model")
     METHODS["none"](tiny.SPECTRUM, tiny.L0).save(folder / "factors.json")
-    assert generate(generate_config(world, "run=plain", "generate.prompt=ab"))["window"] == "short"
+    assert generate(tiny.generate_config(world, "run=plain", "generate.prompt=ab"))["window"] == "short"
 
 
 def test_a_prompt_that_begins_with_bos_has_one(served, world, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(served / "model")
-    plain = generate(generate_config(world, "run=served", "generate.prompt=ab"))
+    plain = generate(tiny.generate_config(world, "run=served", "generate.prompt=ab"))
     (tmp_path / "prompt.txt").write_text(f"{tokenizer.bos_token}ab")
-    with_bos = generate(generate_config(world, "run=served", f"generate.prompt_file={tmp_path}/prompt.txt"))
+    with_bos = generate(tiny.generate_config(world, "run=served", f"generate.prompt_file={tmp_path}/prompt.txt"))
     assert len(tokenizer(f"{tokenizer.bos_token}ab")["input_ids"]) == plain["prompt_tokens"] + 1
     assert (with_bos["prompt_tokens"], with_bos["text"]) == (plain["prompt_tokens"], plain["text"])
 
@@ -147,16 +135,18 @@ def test_each_of_several_end_tokens_ends_a_text(served, world, tmp_path, file):
     folder = tmp_path / "m"
     shutil.copytree(served / "export" / "two", folder)
     settings = [f"model.path={folder}", "generate.prompt=ab", "name=ends"]
-    words = generate(generate_config(world, *settings))
+    words = generate(tiny.generate_config(world, *settings))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     spoken = tokenizer(words["text"], add_special_tokens=False)["input_ids"]
     values = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     (folder / file).write_text(json.dumps({**values, "eos_token_id": [tiny.VOCAB - 1, spoken[2]]}))
-    assert generate(generate_config(world, *settings))["new_tokens"] == spoken.index(spoken[2]) < words["new_tokens"]
+    assert (
+        generate(tiny.generate_config(world, *settings))["new_tokens"] == spoken.index(spoken[2]) < words["new_tokens"]
+    )
 
 
 def test_a_named_window_is_not_reported_as_a_switch(served, world):
-    result = generate(generate_config(world, "run=served", "generate.prompt=ab", "generate.window=long"))
+    result = generate(tiny.generate_config(world, "run=served", "generate.prompt=ab", "generate.window=long"))
     assert (result["window"], result["switched"]) == ("long", False)
 
 
@@ -197,7 +187,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_refused(world, tmp
     tokenizer.add_tokens(["novel"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=rf"token id {tiny.VOCAB}, and the model knows {tiny.VOCAB} ids"):
-        generate(generate_config(world, f"model.path={folder}", "rope=pi", "generate.prompt=a novel"))
+        generate(tiny.generate_config(world, f"model.path={folder}", "rope=pi", "generate.prompt=a novel"))
 
 
 # ---- several prompts ----
@@ -219,7 +209,7 @@ def test_each_of_several_prompts_has_the_text_that_it_has_alone(served, world, t
     texts = lengths_of(served)
     sampled = ["run=served", "generate.temperature=1.2", "generate.top_p=0.9"]
     found = generate(
-        generate_config(
+        tiny.generate_config(
             world, *sampled, "seed=5", prompts_file(tmp_path, texts), f"generate.batch_tokens={batch_tokens}"
         )
     )["texts"]
@@ -231,7 +221,7 @@ def test_each_of_several_prompts_has_the_text_that_it_has_alone(served, world, t
     for number, (row, text) in enumerate(zip(found, texts, strict=True)):
         (tmp_path / "one.txt").write_text(text)
         alone = generate(
-            generate_config(world, *sampled, f"seed={5 + number}", f"generate.prompt_file={tmp_path}/one.txt")
+            tiny.generate_config(world, *sampled, f"seed={5 + number}", f"generate.prompt_file={tmp_path}/one.txt")
         )
         assert {key: row[key] for key in alone if key in row} == {key: alone[key] for key in alone if key in row}
     assert found[0]["text"] != found[3]["text"], "the same prompt twice is sampled twice"
@@ -251,20 +241,20 @@ def test_several_prompts_equal_the_exported_class_in_transformers(served, world,
             batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=12, do_sample=False
         )
     wanted = tokenizer.batch_decode(said[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    found = generate(generate_config(world, "run=served", prompts_file(tmp_path, texts)))["texts"]
+    found = generate(tiny.generate_config(world, "run=served", prompts_file(tmp_path, texts)))["texts"]
     assert [row["text"] for row in found] == wanted
 
 
 def test_prompts_of_the_command_line(served, world):
-    found = generate(generate_config(world, "run=served", "generate.prompts=[ab,'c, d']"))["texts"]
+    found = generate(tiny.generate_config(world, "run=served", "generate.prompts=[ab,'c, d']"))["texts"]
     assert [row["prompt"] for row in found] == ["ab", "c, d"]
-    assert found[0]["text"] == generate(generate_config(world, "run=served", "generate.prompt=ab"))["text"]
+    assert found[0]["text"] == generate(tiny.generate_config(world, "run=served", "generate.prompt=ab"))["text"]
 
 
 def test_a_stop_string_ends_a_text_before_it_and_is_not_shown(served, world, capsys):
     """Across tokens: the stop string is the end of one token and the beginning of the next."""
     settings = ["run=served", "generate.prompt=ab"]
-    whole = generate(generate_config(world, *settings))
+    whole = generate(tiny.generate_config(world, *settings))
     tokenizer = AutoTokenizer.from_pretrained(served / "model")
     spoken = tokenizer(whole["text"], add_special_tokens=False)["input_ids"]
     pieces = [tokenizer.decode([token]) for token in spoken]
@@ -273,7 +263,7 @@ def test_a_stop_string_ends_a_text_before_it_and_is_not_shown(served, world, cap
     stop = pieces[number][-1] + pieces[number + 1][0]
     assert whole["text"].find(stop) == len("".join(pieces[: number + 1])) - 1, "its first place"
     capsys.readouterr()
-    ended = generate(generate_config(world, *settings, f"generate.stop=['{stop}',never]"))
+    ended = generate(tiny.generate_config(world, *settings, f"generate.stop=['{stop}',never]"))
     assert ended["text"] == whole["text"][: whole["text"].index(stop)]
     assert capsys.readouterr().out == f"{ended['text']}\n"
     assert (ended["finish_reason"], ended["new_tokens"]) == ("stop", number + 2)
@@ -285,11 +275,11 @@ def test_a_special_token_may_be_a_stop_string(served, world, tmp_path):
     shutil.copytree(served / "export" / "two", folder)
     settings = [f"model.path={folder}", "generate.prompt=ab", "name=special"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    spoken = tokenizer(generate(generate_config(world, *settings))["text"], add_special_tokens=False)["input_ids"]
+    spoken = tokenizer(generate(tiny.generate_config(world, *settings))["text"], add_special_tokens=False)["input_ids"]
     name = tokenizer.convert_ids_to_tokens(spoken[3])
     tokenizer.add_special_tokens({"additional_special_tokens": [name]})
     tokenizer.save_pretrained(folder)
-    ended = generate(generate_config(world, *settings, f"generate.stop=['{name}']"))
+    ended = generate(tiny.generate_config(world, *settings, f"generate.stop=['{name}']"))
     assert (ended["finish_reason"], ended["new_tokens"]) == ("stop", 3)
 
 
@@ -306,13 +296,13 @@ def test_a_chat_template_is_put_around_the_prompt(served, world, tmp_path):
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     settings = [f"model.path={folder}", "name=chat"]
-    chat = generate(generate_config(world, *settings, "generate.prompt=ab", "generate.chat=true"))
-    plain = generate(generate_config(world, *settings, "generate.prompt='<user>ab<me>'"))
+    chat = generate(tiny.generate_config(world, *settings, "generate.prompt=ab", "generate.chat=true"))
+    plain = generate(tiny.generate_config(world, *settings, "generate.prompt='<user>ab<me>'"))
     assert (chat["text"], chat["prompt_tokens"]) == (plain["text"], plain["prompt_tokens"]), "and one BOS alone"
     tokenizer.chat_template = "{{ raise_exception('no user here') }}"
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match="no user here"):
-        generate(generate_config(world, *settings, "generate.prompt=ab", "generate.chat=true"))
+        generate(tiny.generate_config(world, *settings, "generate.prompt=ab", "generate.chat=true"))
 
 
 @pytest.fixture
@@ -333,11 +323,11 @@ def interrupted_after(monkeypatch):
 
 
 def test_an_interrupted_text_is_kept(served, world, capsys, interrupted_after):
-    whole = generate(generate_config(world, "run=served", "generate.prompt=ab"))["text"]
+    whole = generate(tiny.generate_config(world, "run=served", "generate.prompt=ab"))["text"]
     capsys.readouterr()
     interrupted_after(7)
     with pytest.raises(run.Interrupted):
-        generate(generate_config(world, "run=served", "generate.prompt=ab"))
+        generate(tiny.generate_config(world, "run=served", "generate.prompt=ab"))
     kept = json.loads((served / "generate.json").read_text())
     assert (kept["finish_reason"], kept["new_tokens"]) == ("interrupted", 7)
     assert whole.startswith(kept["text"]) and kept["text"]
@@ -348,12 +338,12 @@ def test_an_interrupted_text_is_kept(served, world, capsys, interrupted_after):
 
 def test_interrupted_texts_are_kept_beside_those_that_are_done(served, world, tmp_path, capsys, interrupted_after):
     texts = lengths_of(served)
-    whole = generate(generate_config(world, "run=served", prompts_file(tmp_path, texts)))["texts"]
+    whole = generate(tiny.generate_config(world, "run=served", prompts_file(tmp_path, texts)))["texts"]
     interrupted_after(12)  # the last token of the first row
     capsys.readouterr()
     settings = ["run=served", prompts_file(tmp_path, texts), "generate.batch_tokens=200"]
     with pytest.raises(run.Interrupted):
-        generate(generate_config(world, *settings))
+        generate(tiny.generate_config(world, *settings))
     written = [json.loads(line) for line in (served / "generate.jsonl").read_text().splitlines()]
     assert [row["finish_reason"] for row in written] == ["length", "interrupted"]
     assert whole[0] == written[0]
@@ -372,7 +362,7 @@ def test_a_prompt_whose_logits_are_not_finite_spoils_no_other(served, world, mon
 
     monkeypatch.setattr(load, "load_whole", damaged)
     with pytest.raises(UserError, match=r"1 of 2 texts end early.*generate\.prompts\.1 first.*2 of 2 texts are in"):
-        generate(generate_config(world, "run=served", "generate.prompts=[ab,'%']"))
+        generate(tiny.generate_config(world, "run=served", "generate.prompts=[ab,'%']"))
     good, bad = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (good["finish_reason"], good["new_tokens"]) == ("length", 12)
     assert (bad["finish_reason"], bad["text"]) == ("not finite", "")
@@ -394,15 +384,32 @@ def test_a_prompts_file_of_another_form_is_refused(served, world, tmp_path, cont
     monkeypatch.setattr(load, "load_whole", lambda *_: pytest.fail("must not load the model"))
     (tmp_path / "prompts.jsonl").write_text(content)
     with pytest.raises(UserError, match=words):
-        generate(generate_config(world, "run=served", f"generate.prompts_file={tmp_path}/prompts.jsonl"))
+        generate(tiny.generate_config(world, "run=served", f"generate.prompts_file={tmp_path}/prompts.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        (["generate.prompts=[ab,cd]"], r"set generate\.batch_tokens below 16384$"),
+        (["generate.prompts=[ab]"], r"set model\.dtype=bfloat16$"),
+        (["generate.prompt=ab", "model.dtype=bfloat16"], "shorten the prompt$"),
+    ],
+)
+def test_a_batch_that_does_not_fit_into_the_memory_is_refused(served, world, monkeypatch, more, remedy):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. See the manual.")
+
+    monkeypatch.setattr(decode, "KeysAndValues", full)
+    with pytest.raises(UserError, match=rf"memory \(CUDA out of memory\); {remedy}"):
+        generate(tiny.generate_config(world, "run=served", *more))
 
 
 def test_a_piped_prompt(served, world, monkeypatch):
     monkeypatch.setattr(sys, "stdin", text_io.StringIO("ab"))
-    assert generate(generate_config(world, "run=served"))["prompt"] == "ab"
+    assert generate(tiny.generate_config(world, "run=served"))["prompt"] == "ab"
     monkeypatch.setattr(sys, "stdin", text_io.StringIO(""))
     with pytest.raises(UserError, match="nothing was piped in"):
-        generate(generate_config(world, "run=served"))
+        generate(tiny.generate_config(world, "run=served"))
 
 
 def test_a_published_model_without_factors_generates_in_its_own_window(world, tmp_path):

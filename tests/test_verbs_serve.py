@@ -32,7 +32,6 @@ from lr2train.generate import generate
 from lr2train.model import folder as folder_module
 from lr2train.model import load
 from lr2train.model.weights import TensorReader
-from lr2train.parallel import processes
 from lr2train.rope import Factors
 from lr2train.rope import hf as rope_hf
 from lr2train.search import search
@@ -51,20 +50,7 @@ SEARCH = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_trace_of_a_job():
-    """A verb joins a process group and tells DeepSpeed so in the environment; other tests start jobs of their own."""
-    with mock.patch.dict(os.environ):
-        yield
-        processes.stop()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    tiny.make_corpus(folder)
-    tiny.make_model(folder / "base")
-    return folder
+pytestmark = pytest.mark.usefixtures("no_trace_of_a_job")
 
 
 def overrides(world: Path, tmp_path: Path, *more: str) -> list[str]:
@@ -842,7 +828,7 @@ def test_a_run_in_a_folder_without_write_access_is_exported_and_generates(world,
     with monkeypatch.context() as patch:
         refused_to(patch, folder)
         export(export_config(world, "run=theirs", elsewhere))
-        generate(generate_config(world, "run=theirs", "generate.prompt=ab"))
+        generate(tiny.generate_config(world, "run=theirs", "generate.prompt=ab"))
     assert (tmp_path / "mine" / "long" / "model.safetensors").exists()
     said = capsys.readouterr().err
     assert f"{folder}/export.json is not written (Permission denied)" in said
@@ -874,10 +860,6 @@ def test_bad_input_of_export_is_refused(world, more, words):
 # ---- one loader ----
 
 
-def generate_config(world, *more: str):
-    return compose("generate", tiny.arguments(world, "generate.max_new_tokens=12", *more))
-
-
 @pytest.mark.parametrize("verb", ["search", "evaluate", "generate", "export"])
 def test_every_verb_refuses_weights_that_the_loader_refuses(world, monkeypatch, verb):
     """`train` and a sharded search call it too (tests/training)."""
@@ -892,7 +874,7 @@ def test_every_verb_refuses_weights_that_the_loader_refuses(world, monkeypatch, 
     verbs = {
         "search": lambda: search(compose("search", [*tiny.arguments(world, path, *SEARCH, "name=alike_s")])),
         "evaluate": lambda: evaluate(evaluate_config(world, world, "name=alike_e", path, "rope=pi")),
-        "generate": lambda: generate(generate_config(world, path, "generate.prompt=ab")),
+        "generate": lambda: generate(tiny.generate_config(world, path, "generate.prompt=ab")),
         "export": lambda: export(export_config(world, "run=alike")),
     }
     with pytest.raises(

@@ -44,6 +44,11 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
     ]  # fmt: skip
 
 
+def generate_config(folder: Path, *more: str) -> Config:
+    """Of `generate` with 12 new tokens."""
+    return config("generate", folder, "generate.max_new_tokens=12", *more)
+
+
 def make_corpus(folder: Path) -> Path:
     """``folder/corpus``, prepared from twelve text files."""
     rng = np.random.default_rng(0)

@@ -15,7 +15,8 @@ holds, of a family:
 - generate: whether `lr2train generate` and plain transformers (``two/`` with its modelling file) write the same tokens
   across L0.
 
-Exits with 1 where a figure misses its bound. A family that is refused at the start shows the reason.
+Exits with 1 where a figure misses its bound, a family of ``serving_families.FAMILIES`` is refused, or an error is no
+refusal in one sentence. A family that is refused shows the reason.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -97,7 +99,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _row(folder: Path, world: Path, name: str, ranks: int, skip: list[str]) -> dict[str, Any]:
-    """The figures of one family; ``refused`` holds the first error."""
+    """The figures of one family; ``refused`` holds a refusal, and ``failed`` any other error."""
     row: dict[str, Any] = {"family": name}
     said = io.StringIO()
     try:
@@ -106,7 +108,7 @@ def _row(folder: Path, world: Path, name: str, ranks: int, skip: list[str]) -> d
     except UserError as error:
         row["refused"] = str(error)
     except Exception as error:
-        row["refused"] = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+        row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
         print(traceback.format_exc(), file=sys.stderr)
     return row
 
@@ -139,7 +141,7 @@ def _fill(row: dict[str, Any], folder: Path, world: Path, name: str, ranks: int,
     size = _largest_logit(run / "model")
     for one in folders:
         found = [value for key, value in made["folders"][one].items() if key.endswith("logit_difference")]
-        row[one] = max(found) / size
+        row[one] = float(np.max(found)) / size
     published = _tensors(base)
     row["names"] = (
         "yes"
@@ -229,7 +231,7 @@ def _loss_difference(arguments: list[str], base: Path, run: Path) -> float:
     theirs = _reference_losses(
         compose("train", [*arguments, "name=reference"]), base, Factors.load(run / "factors.json")
     )
-    return max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+    return float(np.max([abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]))  # nan where one is nan
 
 
 def _reference_losses(config: Any, base: Path, factors: Factors) -> list[float]:
@@ -312,17 +314,18 @@ COLUMNS = ("family", "load", "search", "train", "evaluate", "names", "long", "sh
 
 
 def _misses(row: dict[str, Any]) -> bool:
-    if "refused" in row:
-        return False
-    worst = any(isinstance(row.get(name), float) and row[name] > bound for name, bound in BOUNDS.items())
+    if "refused" in row or "failed" in row:
+        return "failed" in row or row["family"] in FAMILIES
+    figures = [(row[name], bound) for name, bound in BOUNDS.items() if isinstance(row[name], float)]
+    worst = any(not figure <= bound for figure, bound in figures)  # nan too
     return worst or row["names"] != "yes" or row["generate"] != "yes"
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     for row in rows:
-        if "refused" in row:
-            print(f"| {row['family']} | refused: {row['refused']} |")
+        if ending := next((one for one in ("refused", "failed") if one in row), None):
+            print(f"| {row['family']} | {ending}: {row[ending]} |")
         else:
             print("| " + " | ".join(_cell(row.get(column, "-")) for column in COLUMNS) + " |")
 

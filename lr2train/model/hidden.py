@@ -133,9 +133,17 @@ def _attention_forward(
     Args:
         query: [1, Hq, q, D].
         key, value: [1, Hkv, n, D].
+
+    Raises:
+        UserError: the model makes a mask of its own.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if isinstance(attention_mask, Tensor):
+        raise UserError(
+            f"{type(module).__name__} makes an attention mask of its own, which is not computed here; set model.path "
+            "to another model"
+        )
     n_queries, n_keys = query.shape[2], key.shape[2]
     score_rows = _wanted.get()
     first = n_keys - n_queries  # position of the first query

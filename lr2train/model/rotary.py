@@ -183,6 +183,11 @@ class _Own(NamedTuple):
 
     @classmethod
     def of(cls, model: Any) -> _Own:
+        """Of a Hugging Face causal LM on any device, the meta device too.
+
+        Raises:
+            UserError: the model has no standard ``rotary_emb``, or it computes something else.
+        """
         name, module = type(model).__name__, getattr(model.base_model, "rotary_emb", None)
         nested = hasattr(module, f"{rope_hf.GLOBAL}_attention_scaling")
         # attention_scaling marks transformers' standard module; GPT-J and others rotate in a way of their own.

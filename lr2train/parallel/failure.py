@@ -79,6 +79,7 @@ def _first_told(own: list[Any], timed_out: bool) -> list[Any]:
     told = [own]
 
     def ask() -> None:
+        """Add the failure that was told first to ``told``."""
         with contextlib.suppress(RuntimeError, ValueError):  # the store went with its rank
             store = _get_default_store()
             store.set(f"{_KEY}/{rank()}", "ended")

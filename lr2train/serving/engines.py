@@ -108,7 +108,7 @@ def _transformers(windows: Windows, original: int) -> list[Line]:
     load = "AutoModelForCausalLM.from_pretrained('{folder}'"
     factor, short_factor = windows.factors.attention_factor, windows.short_factor
     below = (
-        f"Texts of up to {original} tokens are exact too."
+        f"Texts of up to {original} tokens are exact too{_but_for_bits(windows)}."
         if factor == short_factor
         else f"Texts of up to {original} tokens get the attention factor {factor:g} in the place of "
         f"{short_factor:g}, and are off."
@@ -130,6 +130,11 @@ def _transformers(windows: Windows, original: int) -> list[Line]:
         ),
         Line("transformers", "short", f"{load})", f"texts of up to {original} tokens"),
     ]  # fmt: skip
+
+
+def _but_for_bits(windows: Windows) -> str:
+    """Of a base that was extended already, the short factors give the frequencies but for their last bits."""
+    return ", but for the last bits of the base's own frequencies" if rope_hf.is_rescaled(windows.config) else ""
 
 
 def _server(windows: Windows, runtime: str, command: str, limit: str, more: str) -> list[Line]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lr2train.attention import cuda, kernel
-from lr2train.attention.blocks import Block
+from lr2train.attention.blocks import Block, CappedScale
 from lr2train.attention.kernel import attend, attend_block
 from lr2train.config import UserError
 from tests.attention.reference import TILES, attend_explicitly, explicit_tiles, gradients_explicitly, random_qkv
@@ -38,25 +38,31 @@ def flash_mask(cu_q, cu_k, max_k, causal, left, right) -> torch.Tensor:
     return mask
 
 
-def varlen_like_flash(q, k, v, cu_q, cu_k, max_k, scale, causal, left, right):
-    """out [N, Hq, D], lse [Hq, N]."""
+def varlen_like_flash(q, k, v, cu_q, cu_k, max_k, scale, causal, left, right, softcap=0.0):
+    """out [N, Hq, D], lse [Hq, N] of the capped scores."""
     mask = flash_mask(cu_q, cu_k, max_k, causal, left, right)
     group = q.shape[1] // k.shape[1]
     q, k, v = (x.double() for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
-    scores = torch.einsum("ihd,jhd->hij", q, k).mul(scale).masked_fill(~mask, -math.inf)
+    scores = capped(torch.einsum("ihd,jhd->hij", q, k).mul(scale), softcap).masked_fill(~mask, -math.inf)
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
-def backward_like_flash(grad_out, q, k, v, out, lse, cu_q, cu_k, max_k, scale, causal, left, right):
+def capped(scores, softcap):
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def backward_like_flash(grad_out, q, k, v, out, lse, cu_q, cu_k, max_k, scale, causal, left, right, softcap=0.0):
     """FlashAttention-2's formulas, with the out and the lse [Hq, N] that are handed in."""
     mask = flash_mask(cu_q, cu_k, max_k, causal, left, right)
     n_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     assert lse.is_contiguous()
     inputs = (grad_out, q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), out)
     grad_out, q_, k_, v_, out = (x.double() for x in inputs)
-    p = (torch.einsum("ihd,jhd->hij", q_, k_) * scale - lse.double().unsqueeze(-1)).exp() * mask
+    scores = capped(torch.einsum("ihd,jhd->hij", q_, k_) * scale, softcap)
+    p = (scores - lse.double().unsqueeze(-1)).exp() * mask
     delta = (grad_out * out).sum(-1).T.unsqueeze(-1)
     ds = p * (torch.einsum("ihd,jhd->hij", grad_out, v_) - delta) * scale
+    ds = ds * (1 - (scores / softcap) ** 2) if softcap else ds
     dq = torch.einsum("hij,jhd->ihd", ds, k_)
     by_query_head = torch.einsum("hij,ihd->jhd", ds, q_), torch.einsum("hij,ihd->jhd", p, grad_out)
     dk, dv = (x.unflatten(1, (n_kv_heads, group)).sum(2) for x in by_query_head)
@@ -73,8 +79,8 @@ class FakeFlash2(ModuleType):
         block_table=None,
     ):  # fmt: skip
         check_longest(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
-        out, lse = varlen_like_flash(q, k, v, *lengths, softmax_scale, causal, window_size_left, window_size_right)
+        lengths, window = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k), (window_size_left, window_size_right)
+        out, lse = varlen_like_flash(q, k, v, *lengths, softmax_scale, causal, *window, softcap)
         return out.to(q.dtype), lse.float(), None, None
 
     @staticmethod
@@ -85,7 +91,7 @@ class FakeFlash2(ModuleType):
     ):  # fmt: skip
         grads = backward_like_flash(
             dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, softmax_scale, causal,
-            window_size_left, window_size_right,
+            window_size_left, window_size_right, softcap,
         )  # fmt: skip
         for into, grad in zip((dq, dk, dv), grads, strict=True):
             into.copy_(grad)
@@ -97,21 +103,21 @@ class FakeFlash3(ModuleType):
     @staticmethod
     def _flash_attn_forward(
         q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None,
-        causal=False, window_size_left=-1, window_size_right=-1,
+        causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0,
     ):  # fmt: skip
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
-        out, lse = varlen_like_flash(q, k, v, *lengths, softmax_scale, causal, window_size_left, window_size_right)
+        lengths, window = (cu_seqlens_q, cu_seqlens_k, max_seqlen_k), (window_size_left, window_size_right)
+        out, lse = varlen_like_flash(q, k, v, *lengths, softmax_scale, causal, *window, softcap)
         return out.to(q.dtype), lse.float(), torch.tensor([]), torch.tensor([])
 
     @staticmethod
     def _flash_attn_backward(
         dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
         max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
-        window_size_left=-1, window_size_right=-1,
+        window_size_left=-1, window_size_right=-1, softcap=0.0,
     ):  # fmt: skip
         FakeFlash2._flash_attn_varlen_backward(
             dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0,
-            softmax_scale, is_causal, window_size_left, window_size_right, 0.0, None, False,
+            softmax_scale, is_causal, window_size_left, window_size_right, softcap, None, False,
         )  # fmt: skip
 
 
@@ -200,6 +206,26 @@ def test_rings_of_cuda_kernels(cuda_kernel, seed):
     expected = [expected_out, *gradients_explicitly(q, k, v, spans, 0.3, grad_out, sliding_window=sliding_window)]
     for name, actual, wanted in zip(("out", "dq", "dk", "dv"), result, expected, strict=True):
         assert (actual.double() - wanted).abs().max() < 3e-2 * max(1.0, wanted.abs().max()), name
+
+
+def test_a_cap_of_the_scores_reaches_the_kernels_that_have_one(cuda_kernel):
+    """In bf16, against the CPU kernel in fp32; the cap bends most scores. torch's own kernel has none."""
+    leaves = [x.requires_grad_() for x in random_qkv(40, 4, 2, 16, torch.bfloat16)]
+    grad_out = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    spans, scale = ((0, 7), (7, 40)), CappedScale(0.5, 0.8)
+    if cuda_kernel == "torch_varlen":
+        with pytest.raises(UserError, match="torch's own flash attention does not cap scores"):
+            attend(*leaves, spans, scale)
+        return
+    out, _ = attend(*leaves, spans, scale)
+    found = torch.autograd.grad(out, leaves, grad_out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "kernel_name", lambda device: ("cpu_flash", "the reference"))
+        exact = [x.detach().float().requires_grad_() for x in leaves]
+        wanted, _ = attend(*exact, spans, scale)
+        expected = torch.autograd.grad(wanted, exact, grad_out.float())
+    for one, other in zip((out, *found), (wanted, *expected), strict=True):
+        assert (one.float() - other).abs().max() <= 2e-2 * max(1.0, other.abs().max())
 
 
 def test_what_cuda_does_not_serve_is_refused(cuda_kernel):

@@ -125,6 +125,16 @@ def test_install_refuses(family, changes, text):
         install(tiny_model(family, **changes), Mesh())
 
 
+def test_capped_scores_want_a_kernel_that_has_a_cap(monkeypatch):
+    model = tiny_model("gemma2", head_dim=16)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr("lr2train.attention.hf.kernel_name", lambda device: ("torch_varlen", "a reason"))
+    with pytest.raises(UserError, match="Gemma2ForCausalLM caps attention scores, .*; install flash-attn"):
+        install(model, Mesh())
+    monkeypatch.setattr("lr2train.attention.hf.kernel_name", lambda device: ("flash_attn", "a reason"))
+    assert install(model, Mesh()).layers.n_heads == 4
+
+
 def test_value_heads_of_another_size_are_refused():
     from transformers import DeepseekV3Config
 

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from lr2train.attention.blocks import Block, Queries
+from lr2train.attention.blocks import Block, CappedScale, Queries
 from lr2train.attention.kernel import backward_block, forward_block
-from lr2train.attention.ring_flash_attn import ring_flash_attn, zigzag_function
+from lr2train.attention.ring_flash_attn import LibraryAttention, ring_flash_attn, zigzag_function
 from lr2train.attention.strategies import STRATEGIES
 from lr2train.attention.strategy import PackedSegment, SegmentWork
 from lr2train.attention.tiles import Tile
@@ -148,6 +148,12 @@ def check_all(rank: int, world: int) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_its_loops_over_our_kernel_agree_with_ours(world, tmp_path):
     run_ranks(check_all, world, tmp_path=tmp_path)
+
+
+def test_capped_scores_are_refused():
+    x = torch.zeros(4, 2, 8)
+    with pytest.raises(UserError, match=r"ring_flash_attn does not cap scores; set parallel\.strategy=auto"):
+        LibraryAttention(None)(x, x, x, CappedScale(1.0, 50.0))
 
 
 def test_without_flash_attn_it_is_refused_with_the_remedy():

@@ -34,21 +34,14 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_trace_of_a_job():
-    with mock.patch.dict(os.environ):
-        yield
-        processes.stop()
+pytestmark = pytest.mark.usefixtures("no_trace_of_a_job")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    tiny.make_corpus(folder)
-    tiny.make_model(folder / "base")
-    tiny.make_run(folder, "first")
-    tiny.make_run(folder, "second", attention_factor=1.1)
-    return folder
+def world(world):
+    tiny.make_run(world, "first")
+    tiny.make_run(world, "second", attention_factor=1.1)
+    return world
 
 
 def config_of(world: Path, *more: str, small: list[str] = SMALL):

@@ -22,13 +22,19 @@ SIZES = {
 LENGTHS = [7, 31, 20, 7]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "phi3", "mistral"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "phi3", "mistral", "olmo3"])
 def models(request):
     """(model with two tables, its table, {window: the same weights in plain transformers})."""
     own = {
         "phi3": {"original_max_position_embeddings": L0},
         "mistral": {"sliding_window": 9},
         "qwen3": {"head_dim": 8},
+        # a RoPE for each layer type, of which the sliding layers keep theirs
+        "olmo3": {
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
     }.get(request.param, {})
     torch.manual_seed(1)
     ours = AutoModelForCausalLM.from_config(AutoConfig.for_model(request.param, **SIZES, **own)).eval()
@@ -42,8 +48,10 @@ def models(request):
         if window == "long":
             # one table for every length: transformers would choose by length
             values = rope_hf.write(values, factors)
-            for rope in (values["rope_parameters"], values["rope_scaling"]):
-                rope["short_factor"] = rope["long_factor"]
+            for name in ("rope_parameters", "rope_scaling"):
+                rope = values.get(name) or {}
+                rope = rope.get(rope_hf.GLOBAL, rope)
+                rope |= {"short_factor": rope["long_factor"]} if rope else {}
         plain[window] = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(values.pop("model_type"), **values)
         ).eval()

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lr2train.config import UserError
-from lr2train.model import rotary
+from lr2train.model import decode, rotary
 from lr2train.model.head import PLAIN, LogitForm, form_of
 from lr2train.model.loss import IGNORE, LossHead
 from lr2train.model.score import score
@@ -80,6 +80,27 @@ def test_the_chunked_loss_equals_whole_logits(form, chunk):
     torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
     for found, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("family", ["granite", "gemma2"])
+def test_tokens_are_sampled_from_the_models_own_logits(family):
+    """Scaled logits at temperature T are the products at T / scale; capped ones have their own distribution."""
+    model = tiny(
+        family, **FAMILIES[family][0] | ({"final_logit_softcapping": 0.5} if family == "gemma2" else {})
+    ).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    table = rotary.install(model, METHODS["none"](Spectrum(8, 10000.0, 32), 32))
+    row = decode.Row([5, 9, 23], 20, lambda _: "short", seed=1)
+    list(decode.decode(model, table, [row], temperature=0.7))
+    draws, tokens = decode.Row([1], 1, lambda _: "short", seed=1), [5, 9, 23]
+    for _ in range(20):
+        with torch.no_grad():
+            p = (model(torch.tensor([tokens])).logits[0, -1].double() / 0.7).softmax(-1)
+        ordered = p.sort(descending=True, stable=True)
+        place = int((ordered.values.cumsum(-1) <= draws.draw()).sum())
+        tokens.append(int(ordered.indices[place]))
+    assert row.tokens == tokens[3:]
 
 
 @pytest.mark.parametrize("family", ["granite", "hyperclovax", "nanochat", "gemma2"])

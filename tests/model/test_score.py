@@ -170,6 +170,13 @@ def test_an_interrupted_pass_leaves_the_model_as_it_was(monkeypatch):
     assert from_whole_logits(model, table) == expected
 
 
+@pytest.mark.parametrize("chunk_tokens", [0, 64])
+def test_a_model_that_makes_its_own_mask_is_refused(monkeypatch, chunk_tokens):
+    monkeypatch.setitem(FAMILIES, "doge", ("doge", {"head_dim": 16}))
+    with pytest.raises(UserError, match="DogeAttention makes an attention mask of its own"):
+        score(*make("doge"), "long", tokens(), SPANS, chunk_tokens)
+
+
 def test_what_cannot_be_expressed_is_refused():
     model, table = make("llama_gqa")
     model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]

@@ -11,6 +11,7 @@ import serving_families as families
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tools import families as tools_families
 from tools import serving_check
 from tools.serving import cases, compare, extend, reference, runtimes
 
@@ -166,6 +167,23 @@ def test_the_reference_is_the_model_under_two_tables(ours, export):
             logprobs = model(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
         ours_whole = torch.tensor([*wanted[name].logprobs, *wanted[name].token_logprobs])
         torch.testing.assert_close(logprobs[-len(ours_whole) :], ours_whole, atol=2e-4, rtol=0)
+
+
+RIGHT = {"family": "llama", "load": 0.0, "train": 1e-7, "long": 1e-6, "short": 0.0, "two": 0.0, "names": "yes"}
+RIGHT |= {"generate": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "missed"),
+    [
+        ({}, False), ({"long": "refused", "short": "refused"}, False), ({"train": 1e-4}, True), ({"load": 1e-9}, True),
+        ({"two": float("nan")}, True), ({"names": "no"}, True), ({"generate": "no (…)"}, True),
+        ({"family": "doge", "refused": "a sentence"}, False), ({"refused": "a sentence"}, True),
+        ({"family": "doge", "failed": "TypeError: …"}, True),
+    ],
+)  # fmt: skip
+def test_what_counts_as_a_miss_of_a_family(changes, missed):
+    assert tools_families._misses({**RIGHT, **changes}) == missed
 
 
 def test_a_setup_without_its_folder_is_left_out(export, tmp_path):

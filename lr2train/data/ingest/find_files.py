@@ -187,6 +187,7 @@ class _Search:
         self._seen = set[str]()  # real paths of folders and files
 
     def run(self) -> FoundFiles:
+        """The contents of the folder."""
         self._search_folder("", self._root, os.path.realpath(self._root))
         while self._links:  # a linked folder may hold more links
             links, self._links = sorted(self._links), []

@@ -177,6 +177,7 @@ class _SplitReader:
             self._contaminated.append({"origin": document.id, "words": shared})
 
     def counts_for_manifest(self) -> dict[str, Any]:
+        """What was read, left out and lost, by the manifest's keys."""
         counts = self.counts
         return {
             "read_documents": counts.documents,

@@ -61,19 +61,11 @@ def tasks(
         UserError: a name is unknown, a file is unusable, every task lacks its file, there is no text to hide needles
             in, or a length has no room.
     """
-    unknown = [name for name in names if name not in spec.NAMES]
-    if unknown:
-        raise UserError(
-            f"eval.tasks names {unknown[0]}, which is no task of RULER ({', '.join(spec.NAMES)}); remove it"
-        )
-    if any(name in spec.ESSAYS for name in names):
-        if essays is None:
-            raise UserError("RULER has no text to hide needles in; set eval.essays to a folder of .txt files")
-        say("RULER's scores are comparable with NVIDIA's only where eval.essays has Paul Graham's essays, as theirs")
     files = {spec.SQUAD: squad, spec.HOTPOTQA: hotpotqa}
     absent = [name for name in names if name in files and files[name] is None]
-    if absent and len(absent) == len(names):
-        raise UserError(f"eval.tasks names {absent[0]}, and {_KEYS[absent[0]]} is null; set {_KEYS[absent[0]]}")
+    _refuse_names(names, absent, essays)
+    if any(name in spec.ESSAYS for name in names):
+        say("RULER's scores are comparable with NVIDIA's only where eval.essays has Paul Graham's essays, as theirs")
     source = cache(lambda: Essays.of(essays) if essays is not None else None)
     made = []
     for name in spec.NAMES:
@@ -90,6 +82,19 @@ def tasks(
             say(f"{name} has {task.n_samples} questions, not {count}: {_KEYS[name]} has no more")
         made.append(_with_room(task, leave_out, say))
     return [task for task in made if task.lengths]
+
+
+def _refuse_names(names: Sequence[str], absent: Sequence[str], essays: str | Path | None) -> None:
+    """Raises UserError for a name that is unknown, and where the tasks lack their files or their text."""
+    unknown = [name for name in names if name not in spec.NAMES]
+    if unknown:
+        raise UserError(
+            f"eval.tasks names {unknown[0]}, which is no task of RULER ({', '.join(spec.NAMES)}); remove it"
+        )
+    if essays is None and any(name in spec.ESSAYS for name in names):
+        raise UserError("RULER has no text to hide needles in; set eval.essays to a folder of .txt files")
+    if absent and len(absent) == len(names):
+        raise UserError(f"eval.tasks names {absent[0]}, and {_KEYS[absent[0]]} is null; set {_KEYS[absent[0]]}")
 
 
 def _generator(

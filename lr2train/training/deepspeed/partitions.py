@@ -167,6 +167,7 @@ def repartitioned(
         return _assembled(mine[group], new.shard_numels[group], old, read)
 
     def moments(group: int) -> dict[str, Any]:
+        """The optimizer's state of one parameter group on this rank."""
         before = next(old.slices[name][0].group for name in sizes[group])
         found: dict[str, Any] = saved(0)[form.optimizer]["state"][before]
         # A step count is copied: two groups that were one before must not share the tensor, or AdamW would count twice.

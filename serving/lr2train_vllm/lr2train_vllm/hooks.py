@@ -40,6 +40,7 @@ def _replace_parts() -> str | None:
         return f"a part of vLLM {__version__} is missing ({error})"
     expected = (
         (base, "forward", ("self", "positions", "query", "key", "offsets")),
+        (base, "_compute_inv_freq", ("self", "rescale_factors")),
         (GPUModelRunner, "_prepare_inputs", ("self", "scheduler_output", "num_scheduled_tokens")),
         (GPUModelRunner, "initialize_kv_cache", ("self",)),
         (Scheduler, "add_request", ("self", "request")),

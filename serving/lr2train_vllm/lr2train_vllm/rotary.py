@@ -11,7 +11,7 @@ from lr2train_vllm.refusals import Refused
 
 
 class TwoTablesRotary(Phi3LongRoPEScaledRotaryEmbedding):
-    """As its base where the server has one table.
+    """As its base where the server has one table; the short rows follow from the folder's ``short_inv_freq``, if any.
 
     Attributes:
         row_offsets: int64 [tokens of a step], a buffer that the runner fills: 0 or L0 for each token. Its memory stays
@@ -30,6 +30,12 @@ class TwoTablesRotary(Phi3LongRoPEScaledRotaryEmbedding):
         self.use_long_rope = False  # the offset of a token comes from row_offsets
         rows = config.scheduler_config.max_num_batched_tokens
         self.register_buffer("row_offsets", torch.zeros(rows, dtype=torch.long), persistent=False)
+
+    def _compute_inv_freq(self, rescale_factors):
+        """As the base; ``rescale_factors`` is ``short_factor`` or ``long_factor`` itself."""
+        rope = get_current_vllm_config().model_config.hf_text_config.rope_parameters
+        exact = windows.short_frequencies(rope) if rescale_factors is self.short_factor else None
+        return super()._compute_inv_freq(rescale_factors) if exact is None else torch.tensor(exact, dtype=torch.float32)
 
     def forward(self, positions, query, key=None, offsets=None):
         """As the base; ``offsets`` are the runner's."""

@@ -31,6 +31,17 @@ def original_window(rope: Any) -> int | None:
     return None if same else int(rope["original_max_position_embeddings"])
 
 
+def short_frequencies(rope: Any) -> Sequence[float] | None:
+    """The frequencies of the short table, where the folder writes them out: D numbers, radians per token.
+
+    A base that was extended already has a table of its own, which no ``short_factor`` gives bit for bit.
+
+    Args:
+        rope: as in ``original_window``.
+    """
+    return rope.get("short_inv_freq") if original_window(rope) is not None else None
+
+
 def original_window_of(config: Any) -> int | None:
     """``original_window`` of the model that a VllmConfig serves."""
     model = getattr(config, "model_config", None)

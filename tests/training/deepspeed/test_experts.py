@@ -114,6 +114,16 @@ def test_another_loss_is_refused(monkeypatch):
     monkeypatch.setattr(modeling_mixtral, "load_balancing_loss_func", lambda *given: own(*given) * 2)
     with pytest.raises(UserError, match="MixtralForCausalLM computes its router's loss in a way"):
         router_loss_of(model)
+    monkeypatch.undo()
+    forward = type(model).forward
+
+    def with_another_weight(self, *args, **given):  # the same loss, and another share of it is added
+        self.router_aux_loss_coef = 0.3
+        return forward(self, *args, **given)
+
+    monkeypatch.setattr(type(model), "forward", with_another_weight)
+    with pytest.raises(UserError, match="MixtralForCausalLM computes its router's loss in a way"):
+        router_loss_of(model)
 
 
 def test_even_choices_cost_the_number_of_choices():
