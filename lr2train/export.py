@@ -107,12 +107,13 @@ def _export(config: Config, job: run.Run, factors: Factors, root: Path, temporar
 
 def _refuse_unfinished(config: Config, job: run.Run) -> None:
     """Refuse a run without a model, unless a checkpoint is to be exported."""
-    finished = (job.folder / "train.json").exists() and (job.folder / "model" / config_json.NAME).exists()
-    if finished or config.export.checkpoint is not None:
+    finished = (job.folder / "train.json").exists()
+    if (finished and (job.folder / "model" / config_json.NAME).exists()) or config.export.checkpoint is not None:
         return
     if steps := Checkpoints(job.folder / "checkpoints").steps:
         raise UserError(
-            f"run={config.run} is not finished and has no model, and holds checkpoints up to {steps[-1].name}; set "
+            f"run={config.run} {'has lost its model' if finished else 'is not finished and has no model'}, and holds "
+            f"checkpoints up to {steps[-1].name}; set "
             f"export.checkpoint={stored_weights.LAST} to export its newest checkpoint"
         )
     io.read_json(job.folder / "train.json")

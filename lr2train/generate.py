@@ -262,7 +262,7 @@ def _encoded(prompt: prompts.Prompt, tokenizer: Any, folder: Path, chat: bool) -
         UserError: the tokenizer has no chat template, or its template fails.
     """
     if not chat:
-        tokens = tokenizer(prompt.text)["input_ids"]
+        tokens = tokenizer(prompt.text, verbose=False)["input_ids"]  # our own error tells a text that is too long
         bos = tokenizer.bos_token_id
         return tokens[1:] if bos is not None and tokens[:2] == [bos] * 2 else tokens
     if not tokenizer.chat_template:
@@ -276,7 +276,7 @@ def _encoded(prompt: prompts.Prompt, tokenizer: Any, folder: Path, chat: bool) -
         raise UserError(
             f"the chat template in {folder} fails for a user's message ({error}); set generate.chat=false"
         ) from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _check_stop_strings(stops: list[str]) -> None:
@@ -302,7 +302,12 @@ def _folder(config: Config) -> Path:
     # model/ first: an export may be older than the model, from a checkpoint.
     found = [path for path in (_run_folder(config) / "model", _run_folder(config) / "export" / "two") if path.is_dir()]
     if not found:
-        raise UserError(f"run={config.run} has no model in {_run_folder(config)}; set run to a finished training run")
+        exports = f"write one with `lr2train export run={config.run} export.checkpoint=last`"
+        unfinished = any((_run_folder(config) / "checkpoints").glob("step_*"))
+        raise UserError(
+            f"run={config.run} has no model in {_run_folder(config)}; "
+            f"{exports if unfinished else 'set run to a finished training run'}"
+        )
     return found[0]
 
 

@@ -206,7 +206,7 @@ def one_sentence(error: Exception) -> str:
     texts: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        text = re.sub(r"\s+", " ", _CHATTER.sub("", str(cause))).strip()
+        text = re.sub(r"\s+", " ", _CHATTER.sub("", str(cause))).strip().removesuffix(".")
         if text and not any(text in seen or seen in text for seen in texts):
             texts.append(text)
         cause = cause.__cause__

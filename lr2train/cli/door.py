@@ -107,6 +107,8 @@ def door(verb: str) -> Iterator[None]:
         sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
+        # A launcher sends SIGTERM to ranks that Ctrl-C has reached already: no traceback while Python ends.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(EXIT_INTERRUPTED)
 
 

@@ -53,7 +53,7 @@ def read(settings: GenerateConfig) -> list[Prompt]:
     if settings.prompts:
         return [_prompt(text, f"generate.prompts.{number}") for number, text in enumerate(settings.prompts)]
     if settings.prompt_file is not None:
-        return [_prompt(_text_of(Path(settings.prompt_file), "prompt_file"), "generate.prompt_file")]
+        return [_prompt(_whole(Path(settings.prompt_file)), "generate.prompt_file")]
     if settings.prompt is not None:
         return [_prompt(settings.prompt, "generate.prompt")]
     return [_prompt(_piped(), "the piped prompt")]
@@ -73,12 +73,19 @@ def _piped() -> str:
     return text
 
 
+def _whole(file: Path) -> str:
+    if not (text := _text_of(file, "prompt_file")):
+        raise UserError(f"generate.prompt_file={file} is empty; write a prompt into it")
+    return text
+
+
 def _text_of(file: Path, key: str) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         kind = "a file of JSON lines" if key == "prompts_file" else "a text file"
-        raise UserError(f"generate.{key}={file} cannot be read ({error}); set it to {kind}") from error
+        why = "it is no UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"generate.{key}={file} cannot be read ({why}); set it to {kind}") from error
 
 
 def _lines(file: Path) -> list[Prompt]:

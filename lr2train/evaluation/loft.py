@@ -270,7 +270,8 @@ class LoftTask(FolderTask):
             shortest = LENGTHS[there[0].name]
             raise UserError(
                 f"the shortest corpus of {self.name} is made for {shortest} tokens, and the length is "
-                f"{self.length_tokens}; set eval.lengths_tokens to at least {shortest}, or leave LOFT out of eval.tasks"
+                f"{self.length_tokens}; set eval.lengths_tokens to at least {shortest} if the model's window is that "
+                f"long, else leave {self.name} out of eval.tasks"
             )
         return fitting[-1]
 

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -35,6 +36,13 @@ def start(monkeypatch, job, *arguments: str, verb: str = "train") -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+@pytest.fixture(autouse=True)
+def _the_door_sets_the_handler_of_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def raising(error: BaseException):
@@ -70,6 +78,11 @@ def test_exit_codes_and_sentences_are_the_same_with_every_flag(monkeypatch, caps
     assert (out.out, out.err.count("\n")) == ("", 1)
 
 
+def test_a_launcher_may_end_a_rank_that_ctrl_c_has_reached(monkeypatch):
+    assert start(monkeypatch, raising(KeyboardInterrupt()), "name=x") == 130
+    signal.raise_signal(signal.SIGTERM)  # raises nothing
+
+
 @pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
 def test_a_defect_keeps_its_traceback_with_every_flag(monkeypatch, flags):
     for error in (RuntimeError("ours"), OSError(errno.ENOENT, "x", "gone"), KeyError("ours")):
@@ -81,7 +94,7 @@ def test_a_defect_keeps_its_traceback_with_every_flag(monkeypatch, flags):
 def test_a_typo_is_one_sentence_with_what_was_probably_meant(monkeypatch, capfd, flags):
     assert start(monkeypatch, raising(AssertionError("must not run")), "name=x", "optim.lrr=1", *flags) == 2
     out = capfd.readouterr()
-    assert re.search(r"train: Could not override 'optim.lrr'.*; did you mean lr\?\n", out.err)
+    assert re.search(r"train: Could not override 'optim.lrr'; Key.*; did you mean lr\?\n", out.err)
     assert out.out == ""
 
 

@@ -100,9 +100,20 @@ def weights_of(checkpoint: StoredCheckpoint, dtype: torch.dtype) -> dict[str, St
         }  # fmt: skip
         return _named({**buffers, **divided})
     except UNREADABLE as error:
-        raise UserError(f"the checkpoint {checkpoint.folder} cannot be read ({brief(error)}); restore it") from error
+        raise UserError(
+            f"the checkpoint {checkpoint.folder} cannot be read ({brief(error)}); {_instead_of(checkpoint)}"
+        ) from error
     except shard_files.Unusable as error:
-        raise UserError(f"the checkpoint {checkpoint.folder} cannot be used ({error}); restore it") from error
+        raise UserError(
+            f"the checkpoint {checkpoint.folder} cannot be used ({error}); {_instead_of(checkpoint)}"
+        ) from error
+
+
+def _instead_of(damaged: StoredCheckpoint) -> str:
+    """The remedy: the newest other checkpoint that is whole."""
+    steps = [int(one["step"]) for _, one in whole_ones(Checkpoints(damaged.folder.parent))]
+    others = [step for step in steps if step != damaged.step]
+    return f"set export.checkpoint={max(others)} to export another one" if others else "restore it"
 
 
 def _named(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
