@@ -155,7 +155,10 @@ def test_a_named_window_is_not_reported_as_a_switch(served, world):
     [
         (["run=served", "generate.prompt=ab", "generate.max_new_tokens=300"], "beyond the model's window of 256"),
         (["run=served", "generate.prompt_file=/nowhere.txt"], "generate.prompt_file=/nowhere.txt cannot be read"),
-        (["run=served", "generate.prompt_file=/nowhere.txt"], "cannot be read (No such file or directory); set it to a"),
+        (
+            ["run=served", "generate.prompt_file=/nowhere.txt"],
+            "cannot be read (No such file or directory); set it to a",
+        ),
         (["run=served", "generate.prompt_file=/dev/null"], "generate.prompt_file=/dev/null is empty; write a prompt"),
         (["run=nothing", "generate.prompt=ab"], "run=nothing has no model"),
         (["generate.prompt=ab"], "neither run nor model.path is set"),

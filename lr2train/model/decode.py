@@ -276,7 +276,6 @@ def _choose(logits: Tensor, rows: Sequence[Row], temperature: float, top_p: floa
     reached = probabilities.masked_fill(outside, 0.0).cumsum(-1)
     draws = torch.tensor([row.draw() for row in rows], dtype=torch.float64, device=logits.device)[:, None]
     place = (reached <= draws * reached[:, -1:]).sum(-1, keepdim=True)
-    place = torch.minimum(
-        place, (~outside).sum(-1, keepdim=True) - 1
-    )  # a GPU adds in another order: the sum may end higher
+    # A GPU adds in another order, so a draw near 1 may reach beyond the nucleus.
+    place = torch.minimum(place, (~outside).sum(-1, keepdim=True) - 1)
     return order.gather(-1, place)[:, 0].tolist()
