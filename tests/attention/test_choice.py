@@ -71,7 +71,7 @@ def segments(draw):
 
 
 @given(segment=segments(), heads=st.sampled_from(((8, 8), (8, 2), (8, 1), (12, 4), (6, 3))))
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_auto_never_sends_more_than_the_best_that_fits(segment, heads):
     spans, n_tokens, sp, ring = segment
     layers = Layers(*heads, 16)

@@ -80,7 +80,7 @@ def spans_of(draw, n_tokens=48):
 
 
 @given(spans=spans_of(), heads=st.sampled_from(sorted(HEADS.values())), head_size=st.sampled_from((8, 32, 80)))
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=60)
 def test_equals_explicit_attention_for_any_spans(spans, heads, head_size):
     check(*random_qkv(48, *heads, head_size), spans)
 
@@ -208,7 +208,7 @@ def test_tiles_equal_explicit_attention(tiles, sliding_window, monkeypatch):
     sliding_window=st.integers(1, 50),
     band=st.sampled_from((4, 16, 256)),
 )
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=60)
 def test_sliding_windows_equal_explicit_attention_whatever_the_bands(spans, heads, sliding_window, band):
     q, k, v = random_qkv(48, *heads, 8)
     with pytest.MonkeyPatch.context() as patch:

@@ -234,7 +234,7 @@ def spans_of(draw, n_tokens=T):
     name=st.sampled_from(["ulysses", "ring", "gather", "ulysses_ring"]),
     sp=st.sampled_from([2, 4, 8]),
 )
-@settings(max_examples=120, derandomize=True, deadline=None)
+@settings(max_examples=120)
 def test_any_spans_on_up_to_8_simulated_ranks(spans, heads, sliding_window, name, sp):
     """fp64: what is left is the algorithm."""
     if name == "ring" and sp == 8:
@@ -286,7 +286,7 @@ def test_pairs_of_all_ranks_are_those_of_the_segment(kind, sliding_window):
 
 
 @given(spans=spans_of(), sliding_window=st.none() | st.integers(1, 40), size=st.sampled_from([1, 2, 3, 6, 8]))
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=60)
 def test_the_ring_takes_the_rows_that_are_seen_and_no_other(spans, sliding_window, size):
     """The ring's declarations and its steps, against the mask over all tokens."""
     mask = mask_of(spans, T, sliding_window=sliding_window)

@@ -352,7 +352,7 @@ def test_all_of_pg19_is_held_out():
 
 
 @given(st.integers(200, 400), st.floats(0, 1), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_first_needle_stands_at_the_depth_that_was_asked_for(length, depth, seed):
     tokenizer = TOKENIZERS["trained_pairs"]
     filler = np.arange(1000, 1000 + length)  # each place has its own id

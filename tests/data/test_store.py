@@ -21,7 +21,7 @@ def write(prefix, documents, vocab_size=1000):
 
 
 @given(st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=20), max_size=12), st.sampled_from([1000, 200_000]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_documents_come_back_as_written(tmp_path_factory, documents, vocab_size):
     folder = tmp_path_factory.mktemp("store")
     prefix = folder / "web"

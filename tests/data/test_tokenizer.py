@@ -109,7 +109,7 @@ words = st.sampled_from([*"abc.,-'é日1 \n\t\r\u00a0\u2003\x1c", "the", "don't"
 
 
 @given(st.lists(st.lists(words, max_size=40).map("".join), min_size=1, max_size=6), st.integers(1, 20))
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=60)
 def test_training_on_pieces_gives_the_merges_of_whole_texts(texts, piece):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "_PIECE", piece)

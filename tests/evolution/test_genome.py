@@ -67,7 +67,7 @@ def check(space: Space, candidate: Candidate) -> None:
     assert factors.target_window_tokens == space.target_tokens
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(spaces(), st.integers(0, 2**32 - 1))
 def test_initial_members_and_chains_of_mutations_stay_inside_the_space(space, seed):
     rng = np.random.default_rng(seed)
@@ -82,7 +82,7 @@ def test_initial_members_and_chains_of_mutations_stay_inside_the_space(space, se
         check(space, candidate)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.sampled_from([16.0, 16.01, 16.0100001, 123456.78, 123456.79]), min_size=2, max_size=2),
     st.lists(st.sampled_from([16.0, 16.01, 16.0100001, 123456.78, 123456.79]), min_size=2, max_size=2),
@@ -170,7 +170,7 @@ def test_longrope_starts_from_pi_ntk_and_the_yarn_like_curve():
         np.testing.assert_allclose(member.tail, METHODS[name](spectrum, 4096).rescale, atol=0.005 + 1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.0]))
 def test_longrope_candidates_stay_inside_the_space(seed, crossover):
     space, rng = longrope_space(crossover=crossover), np.random.default_rng(seed)

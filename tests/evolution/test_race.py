@@ -41,7 +41,7 @@ def tables(draw) -> tuple[Table, list[Candidate], list[Candidate], int]:
     return Table(values), candidates(n_kept), candidates(n_new, n_kept), draw(st.integers(1, 6))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tables(), st.randoms())
 def test_dropping_only_certain_losers_keeps_the_same_best_candidates(drawn, random):
     table, kept, new, keep = drawn
@@ -52,7 +52,7 @@ def test_dropping_only_certain_losers_keeps_the_same_best_candidates(drawn, rand
     assert table.best([*kept, *complete], keep) == table.best([*kept, *new], keep)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tables(), st.sampled_from([0.0, 0.5, 1.0, 2.0, math.inf]), st.integers(2, 8))
 def test_every_place_is_filled_and_no_candidate_meets_a_document_after_it_was_dropped(drawn, z, min_answers):
     table, kept, new, keep = drawn

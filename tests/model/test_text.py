@@ -55,7 +55,7 @@ def said(name: str, tokens: list[int], stops=()) -> tuple[Text, list[str]]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(text=texts)
 def test_a_text_that_comes_byte_by_byte_is_shown_in_whole_characters(name, text):
     found, certain = said(name, tokens_of(name, text))
@@ -63,7 +63,7 @@ def test_a_text_that_comes_byte_by_byte_is_shown_in_whole_characters(name, text)
     assert all(text.startswith(part) for part in certain)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(tokens=st.lists(st.integers(0, 256 + N_PAIRS + 1), max_size=40))
 def test_any_tokens_of_bytes_are_shown_as_they_are_decoded_at_once(tokens):
     """Broken characters and special tokens too; the last character may still be open."""
@@ -74,7 +74,7 @@ def test_any_tokens_of_bytes_are_shown_as_they_are_decoded_at_once(tokens):
     assert all(whole.startswith(part) for part in certain)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(tokens=st.lists(st.integers(1, 9) | st.sampled_from([266, 267]), max_size=25))
 def test_words_keep_the_spaces_between_them(tokens):
     found, _ = said("words", tokens)
@@ -82,7 +82,7 @@ def test_words_keep_the_spaces_between_them(tokens):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @example(text="aa.", stops=["a."])
 @given(text=texts, stops=st.lists(st.text(st.sampled_from("ab .\u00e9"), min_size=1, max_size=4), max_size=3))
 def test_a_text_ends_before_its_first_stop_string(name, text, stops):

@@ -59,7 +59,7 @@ def test_blocks_are_the_indices(kind):
 
 
 @given(size=st.sampled_from(SIZES), kind=st.sampled_from(KINDS), multiple=st.integers(1, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_shard_is_indexing_by_indices(size, kind, multiple):
     x = torch.arange(2 * size * multiple) * 10
     for layout in all_ranks(kind, len(x), size):
@@ -91,7 +91,7 @@ def packed(draw):
 
 
 @given(packed())
-@settings(max_examples=150, derandomize=True, deadline=None)
+@settings(max_examples=150)
 def test_any_documents_are_dealt_to_shards_of_one_size_and_put_together_again(case):
     spans, length, size, inner = case
     x = torch.arange(length)

@@ -39,7 +39,7 @@ def batches(draw) -> tuple[Batch, np.ndarray, np.ndarray]:
 
 
 @given(batches())
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_labels_and_positions_are_those_written_down(case):
     batch, labels, positions = case
     assert np.array_equal(labels_of(batch), labels)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lr2train.config import DataConfig, UserError
@@ -27,7 +27,6 @@ def listed(texts: list[str]) -> set[int]:
 
 
 @given(RANGES, st.integers(0, 70), st.integers(0, 70))
-@settings(derandomize=True, deadline=None)
 def test_ranges_are_the_sets_that_they_name(texts, done, total):
     skips, named = Skips.parse(texts), listed(texts)
     assert {step for step in range(1, 80) if step in skips} == named

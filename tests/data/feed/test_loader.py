@@ -118,7 +118,7 @@ def test_a_run_that_goes_on_with_other_ranks_repeats_and_skips_nothing(config):
 
 
 @given(st.integers(0, 40), st.integers(0, 5), st.integers(1, 4))
-@settings(derandomize=True, deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_prefetching_changes_no_batch(config, first, ahead, threads):
     (loader,) = loaders(config, 1)
     steps = range(first, first + 6)

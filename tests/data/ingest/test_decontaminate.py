@@ -22,7 +22,7 @@ letters = st.lists(st.sampled_from("abc"), min_size=1, max_size=40).map(" ".join
 
 
 @given(letters, letters, st.integers(1, 5))
-@settings(max_examples=200, derandomize=True, deadline=None)
+@settings(max_examples=200)
 def test_shared_ngrams_are_those_of_a_plain_search(tmp_path_factory, text, evaluation, ngram):
     if len(evaluation.split()) < ngram:
         return

@@ -173,7 +173,7 @@ def shard_result(documents: list[tuple[int, int]], limits: SourceLimits) -> dict
 
 
 @given(shards_of_documents, some, some, some, st.integers(1, 4), st.randoms(use_true_random=False))
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=300)
 def test_the_scheduler_ends_where_one_reader_would(documents, n, size, tokens, workers, random):
     limits = SourceLimits(n, size, tokens)
     tasks = [SplitTask(SourceConfig(name="a"), InputSplit(str(i), ()), i, "f", limits) for i in range(len(documents))]

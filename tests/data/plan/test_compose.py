@@ -74,7 +74,7 @@ corpora = st.lists(st.lists(st.integers(2, 130), min_size=1, max_size=25), min_s
     st.sampled_from([0, 200]),
     st.integers(0, 99),
 )
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 def test_each_planned_token_comes_once_as_an_input_and_once_as_a_target(
     tmp_path_factory, lengths, align_sp, over_long, whole, budget, seed
 ):
@@ -120,7 +120,7 @@ def check_sequence_shards(table, window: str, shards: int) -> None:
 
 
 @given(corpora, st.sampled_from(list(OverLong)), st.integers(0, 99))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_the_report_counts_every_document_and_every_token(lengths, over_long, seed):
     ranges = [
         BucketConfig(name="s", window=SHORT, to_tokens=20),

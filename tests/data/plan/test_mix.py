@@ -39,7 +39,7 @@ def entropy(table: np.ndarray, natural: np.ndarray) -> float:
 
 
 @given(st.integers(2, 4), st.integers(2, 4), st.integers(0, 10**6), st.sampled_from([1.05, 1.5, 4.0, 1e9]))
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 def test_the_fit_meets_both_marginals_and_no_nearer_table_does(n_rows, n_columns, seed, slack):
     rng = np.random.default_rng(seed)
     natural = rng.lognormal(0, 2, (n_rows, n_columns)) * (rng.random((n_rows, n_columns)) < 0.8)
@@ -168,7 +168,7 @@ def test_a_budget_that_cannot_be_filled_says_how_much_is_missing_and_where(avail
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_the_missing_tokens_of_a_mix_over_the_corpus_are_the_least_that_would_do(seed):
     """Compared with a search over all sets of sources and all sets of buckets (Hall's condition)."""
     rng = np.random.default_rng(seed)
@@ -239,7 +239,7 @@ def test_documents_over_the_limit_are_split_truncated_or_dropped_and_counted(ove
 
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=20), st.integers(0, 3000), st.integers(0, 9))
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120)
 def test_documents_are_drawn_up_to_the_target_and_none_twice_before_each_came_once(lengths, target, seed):
     cell = Cell(np.arange(len(lengths)), np.array(lengths, np.int32))
     rows = buckets.draw(cell, target, np.random.default_rng(seed))

@@ -56,7 +56,7 @@ def best_fit_slowly(lengths: list[int], capacity: int) -> list[int]:
 
 
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=80), st.integers(16, 50))
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 def test_best_fit_over_counts_equals_one_document_at_a_time(lengths, capacity):
     bin_of = packing.best_fit(np.array(lengths), capacity)
     used = np.bincount(bin_of, weights=lengths).astype(int)
@@ -64,7 +64,7 @@ def test_best_fit_over_counts_equals_one_document_at_a_time(lengths, capacity):
 
 
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=60), st.sampled_from([1, 2, 4]), st.sampled_from([None, 0, 1]))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_short_segments_hold_each_token_once_inside_its_sequence_shard(tmp_path_factory, lengths, align_sp, seed):
     documents = unique_documents(lengths)
     store = store_of(tmp_path_factory.mktemp("short"), documents)
@@ -95,7 +95,7 @@ def test_short_segments_hold_each_token_once_inside_its_sequence_shard(tmp_path_
 
 
 @given(st.lists(st.integers(5, 70), min_size=1, max_size=30), st.sampled_from([16, 24]), st.booleans())
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 def test_long_segments_hold_whole_documents_first_and_then_follow_the_stream(
     tmp_path_factory, lengths, segment_tokens, whole
 ):
@@ -150,7 +150,7 @@ def test_each_token_but_the_first_is_a_target_once_even_where_a_document_is_cut(
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 20))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_the_parts_of_split_documents_are_the_same_tokens_in_order(lengths, limit):
     parts = packing.split_short(selection(lengths), limit)
     assert parts.length.max() <= limit
@@ -182,7 +182,7 @@ def test_an_align_sp_that_is_no_number_of_sequence_shards_is_refused(align_sp):
 @given(
     st.lists(st.integers(1, 16), max_size=80), st.integers(16, 50), st.integers(0, 99), st.sampled_from([0.0, 1.1, 9.0])
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 def test_bins_of_varied_lengths_hold_what_fits_and_are_numbered_without_gaps(lengths, capacity, seed, kept_back):
     bin_of = packing.varied_fit(np.array(lengths, np.int32), capacity, np.random.default_rng(seed), kept_back)
     assert len(bin_of) == len(lengths)
@@ -191,7 +191,7 @@ def test_bins_of_varied_lengths_hold_what_fits_and_are_numbered_without_gaps(len
 
 
 @given(st.lists(st.integers(0, 20), max_size=20), st.lists(st.integers(1, 20), max_size=30))
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_best_fit_fills_the_room_that_is_left_in_partly_filled_bins(rooms, lengths):
     bin_of = packing.best_fit(np.array(lengths, np.int32), 20, np.array(rooms, int))
     left = list(rooms)
@@ -243,7 +243,7 @@ def test_realistic_documents_pad_less_than_three_thousandths(window, align_sp):
 
 
 @given(st.lists(st.integers(5, 40), min_size=1, max_size=12), st.sampled_from(["short", "long"]), st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 def test_only_learned_tokens_are_targets_where_a_store_names_them(tmp_path_factory, lengths, window, seed):
     rng = np.random.default_rng(seed)
     documents, chosen = unique_documents(lengths), set()

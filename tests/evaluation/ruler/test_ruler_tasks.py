@@ -69,7 +69,7 @@ def test_a_byte_level_prompt_is_its_text(tmp_path):
             assert set(world.solve(task.name, text)) == set(one.answers)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(name=st.sampled_from(ALL), length=st.integers(2600, 7000), seed=st.integers(-5, 2**40), number=st.integers(0, 9))
 def test_every_sample_of_every_seed_and_length_fits(tmp_path_factory, name, length, seed, number):
     folder = tmp_path_factory.mktemp("any")
@@ -284,7 +284,6 @@ class Jumps:
         return Prompt("in " * max(1, sum(self._leaps[index % len(self._leaps)] for index in range(size))), ("in",))
 
 
-@settings(deadline=None)
 @given(
     leaps=st.lists(st.integers(-1, 60), min_size=1, max_size=9).filter(lambda leaps: sum(leaps) > len(leaps)),
     room=st.integers(5, 3000),

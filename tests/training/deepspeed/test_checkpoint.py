@@ -440,7 +440,7 @@ def plain_state(groups: list[dict[str, torch.Tensor]], rank: int, world: int, fo
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(groups=GROUPS, old=st.integers(1, 7), new=st.integers(1, 7), cut_anew=st.booleans())
 def test_a_state_divided_anew_is_what_the_new_ranks_would_have_written(form, groups, old, new, cut_anew):
     numbers = iter(range(10**6))
@@ -462,7 +462,6 @@ def test_a_state_divided_anew_is_what_the_new_ranks_would_have_written(form, gro
 
 @pytest.mark.parametrize("divide", [partitions.by_parameter, partitions.by_group])
 @given(groups=GROUPS, world=st.integers(1, 9))
-@settings(derandomize=True, deadline=None)
 def test_every_element_has_one_place(divide, groups, world):
     sizes = [{f"{g}.{n}": numel for n, numel in enumerate(group)} for g, group in enumerate(groups)]
     found = divide(sizes, world)
