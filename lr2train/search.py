@@ -22,6 +22,7 @@ from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.evolution.cma import evolve_cmaes
+from lr2train.evolution.descent import descend
 from lr2train.evolution.documents import SearchDocument, digest, draw_documents
 from lr2train.evolution.fitness import Fitness
 from lr2train.evolution.genome import Space
@@ -41,6 +42,7 @@ from lr2train.rope.methods import METHODS
 GROUPS = ("name", "seed", "device", "threads", "model", "rope", "data", "search")
 PICTURES = ("factors.png", "fitness.png", "temperature.png", "documents.png")
 ALGORITHMS: dict[str, Any] = {
+    "gradient": (descend, CandidateScorer),
     "evolution": (evolve, CandidateScorer),
     "surrogate": (evolve_surrogate, Observations),
     "cmaes": (evolve_cmaes, CandidateScorer),

@@ -146,10 +146,11 @@ class LearningRateSchedule(StrEnum):
 
 
 class Algorithm(StrEnum):
-    """evolution: the paper's. surrogate: its mutations, chosen by a Gaussian process over all evaluations. cmaes:
-    CMA-ES over five numbers.
+    """gradient: descent on the factors. evolution: the paper's. surrogate: its mutations, chosen by a Gaussian process
+    over all evaluations. cmaes: CMA-ES over five numbers.
     """
 
+    gradient = "gradient"
     evolution = "evolution"
     surrogate = "surrogate"
     cmaes = "cmaes"
@@ -469,7 +470,8 @@ class EngineConfig:
 class SearchConfig:
     """Needle-driven evolutionary search for RoPE factors (paper, Algorithms 1 and 2), with racing."""
 
-    # Search algorithm. evolution: the paper's. surrogate: with a Gaussian process. cmaes: CMA-ES.
+    # Search algorithm. gradient: descent on the factors, one track for each critical index. evolution: the paper's.
+    # surrogate: with a Gaussian process. cmaes: CMA-ES.
     algorithm: str = one_of(Algorithm.evolution)
     # Search space. longrope2: critical index and tail. longrope: all factors.
     space: str = one_of(SearchSpace.longrope2)
@@ -500,7 +502,8 @@ class SearchConfig:
     # needle.
     distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
     # Depth of the first needle that is asked for: 0 is the start of the document, 1 its end. The others lie anywhere.
-    depth: float = number(0.0, least=0, most=1)
+    # null: five depths in turn, from 0 to 1. The paper has 0.
+    depth: float | None = number(0.0, least=0, most=1)
     # Further documents, on which the last top_k compete to be the winner: the best of many on few documents is partly
     # luck.
     final_documents: int = number(0, least=0, most=_MOST)
@@ -515,6 +518,10 @@ class SearchConfig:
     proposals: int = number(8, least=1, most=_MOST)
     # surrogate: forward passes over a document per child and generation, the first one of each child included.
     looks: float = number(2.25, least=1)
+    # gradient: documents that a step of each track is computed on.
+    step_documents: int = number(1, least=1, most=_MOST)
+    # gradient: size of the first step, as a share of the range of a factor's logarithm.
+    step_size: float = number(0.07, above=0, most=1)
     # Lower bound of the tail, in multiples of s = L / L0.
     tail_low: float = number(1.0, above=0)
     # Upper bound of the tail, in multiples of s = L / L0.
@@ -542,9 +549,18 @@ class SearchConfig:
         """
         return min(2 * self.final_documents, round(before / 10))
 
+    def live_tracks(self, n_starts: int, number: int) -> int:
+        """gradient: tracks in round ``number``: fewer each round, ``top_k`` from the middle of the rounds on."""
+        last = min(self.top_k, n_starts)
+        share = min(1.0, 2.0 * number / (self.generations + 1))
+        return max(last, round(n_starts * (last / n_starts) ** share))
+
     @property
     def most_forwards(self) -> int:
         """Document-forwards that a search takes where racing drops no candidate."""
+        if self.algorithm == Algorithm.gradient:
+            tracks = sum(self.live_tracks(self.population, number) for number in range(self.generations + 1))
+            return 3 * tracks * self.step_documents + self.top_k * self.final_documents
         children = self.population + self.generations * (self.population - self.top_k)
         if self.algorithm == Algorithm.surrogate:
             looks = round(self.looks * children)

@@ -14,6 +14,7 @@ from lr2train.data.corpus import Corpus
 from lr2train.data.needles import N_KEYS, needle_set, text_set
 from lr2train.run import stream
 
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the first needle, in turn, where ``search.depth`` names none
 TEXT_PIECES = 16  # scored spans of a plain text: racing compares span by span
 
 
@@ -54,17 +55,13 @@ def draw_documents(config: Config, corpus: Corpus) -> list[SearchDocument]:
         borders = np.linspace(1, length, TEXT_PIECES + 1).astype(int).tolist()
         pieces = tuple((start, stop) for start, stop in pairwise(borders) if start < stop)
         return [SearchDocument(tokens, pieces) for tokens in text_set(corpus, n_documents, length, rng)]
+    depths = DEPTHS if settings.depth is None else (settings.depth,)
+    of_depth = -(-n_documents // len(depths))
     made = needle_set(
-        corpus,
-        config.data.needles,
-        n_documents,
-        length,
-        [settings.depth],
-        rng,
-        settings.questions,
-        settings.distractors,
+        corpus, config.data.needles, of_depth, length, depths, rng, settings.questions, settings.distractors
     )
-    return [SearchDocument(one.tokens, one.answer_spans) for one in made]
+    in_turn = [made[place] for number in range(of_depth) for place in range(number, len(made), of_depth)]
+    return [SearchDocument(one.tokens, one.answer_spans) for one in in_turn[:n_documents]]
 
 
 def digest(documents: Sequence[SearchDocument]) -> str:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,15 +28,32 @@ from lr2train.evolution.documents import SearchDocument
 from lr2train.evolution.genome import Candidate, Space
 from lr2train.model.rotary import WindowRotary
 from lr2train.model.score import score
+from lr2train.model.slopes import SlopeModel
 from lr2train.parallel import control
 
 T = TypeVar("T")
 Losses = Callable[[Candidate, int], np.ndarray]
 """(candidate, document) -> negative log-likelihood of each answer of the document, nats, float64 [answers]."""
 
+_SLOPE_FORWARDS = 3  # document-forwards of a loss with its slopes: a backward pass costs two forward passes
 _HOPELESS = 8  # evaluations after which a model without any finite loss is refused: no candidate is to blame
 _ENTRY = ("candidate", "document", "answers")  # what every line of the journal holds
 WORST = 50.0  # nats a token, in the place of a loss that is not finite
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A candidate's loss on one document, and its derivatives.
+
+    Attributes:
+        loss: mean negative log-likelihood of a scored token, nats.
+        log_rescale: float64 [D], derivative in the logarithm of each rescale factor.
+        attention_factor: derivative in the attention factor.
+    """
+
+    loss: float
+    log_rescale: np.ndarray
+    attention_factor: float
 
 
 class Fitness:
@@ -77,18 +96,20 @@ class Fitness:
         self._journal, self._chunk_tokens, self._lockstep = journal, chunk_tokens, lockstep
         entries, self.damaged = control.from_rank_0(journals.read(journal, _ENTRY) if ranks.rank() == 0 else ([], 0))
         self._known: dict[tuple[str, int], np.ndarray] = {}
+        self._slopes: dict[tuple[str, int], Slope] = {}
         self._some_finite = False
         self._remember(entries)
         self._wanted: set[tuple[str, int]] = set()
-        self.recovered = len(self._known)
+        self._wanted_slopes: set[tuple[str, int]] = set()
+        self.recovered = self.computed
 
     @property
     def computed(self) -> int:
-        return len(self._known)
+        return len(self._known) + _SLOPE_FORWARDS * len(self._slopes)
 
     @property
     def document_forwards(self) -> int:
-        return len(self._wanted)
+        return len(self._wanted) + _SLOPE_FORWARDS * len(self._wanted_slopes)
 
     def settle(self, decide: Callable[[Losses], T]) -> T:
         """Return ``decide(losses)`` once every loss that it looks up is computed.
@@ -108,27 +129,51 @@ class Fitness:
             if not attempt.missing:
                 self._wanted |= attempt.asked
                 return result  # type: ignore[return-value]
-            self._compute(attempt.missing)
+            self._compute(attempt.missing, self._evaluate)
 
     def loss(self, candidate: Candidate, documents: Sequence[int]) -> float:
         """Mean negative log-likelihood of a scored token over these documents, nats; every loss must be known."""
         total = math.fsum(float(self._known[candidate.key, document].sum()) for document in documents)
         return total / sum(self.documents[document].n_scored_tokens for document in documents)
 
-    def _compute(self, pairs: list[tuple[Candidate, int]]) -> None:
+    def slopes(self, pairs: Sequence[tuple[Candidate, int]]) -> list[Slope]:
+        """The losses of (candidate, document) pairs with their derivatives, spread over the ranks. A collective.
+
+        Raises:
+            UserError, RuntimeError: one rank failed while it evaluated; raised on every rank.
+        """
+        keys = [(candidate.key, document) for candidate, document in pairs]
+        missing = [pair for pair, key in zip(pairs, keys, strict=True) if key not in self._slopes]
+        for first in range(0, len(missing), ranks.world()):
+            self._compute(missing[first : first + ranks.world()], self._evaluate_slopes)
+        self._wanted_slopes.update(keys)
+        return [self._slopes[key] for key in keys]
+
+    @cached_property
+    def _slope_model(self) -> SlopeModel:
+        return SlopeModel(self._model, self._rotary, recompute=self._chunk_tokens > 0)
+
+    def _compute(
+        self,
+        pairs: list[tuple[Candidate, int]],
+        evaluate_pair: Callable[[Candidate, int], dict[str, Any]],
+    ) -> None:
         """Compute one pair on each rank; all ranks get all losses, and rank 0 appends them to the journal."""
         mine = pairs[ranks.rank()] if ranks.rank() < len(pairs) else None
 
         # A rank without a pair passes the last pair: in lockstep it joins that forward pass and drops the result.
         def evaluate() -> dict[str, Any] | None:
-            return self._evaluate(*(mine or pairs[-1]), keep=mine is not None)
+            if mine is None and not self._lockstep:
+                return None
+            entry = evaluate_pair(*(mine or pairs[-1]))
+            return None if mine is None else entry
 
         # In lockstep a failed rank must end at once, and so end the job: the others wait for its part of the weights.
         shared = control.from_all(evaluate()) if self._lockstep else control.together(evaluate)
         entries = [entry for entry in shared if entry is not None]
         self._remember(entries)
         control.together(lambda: journals.append(self._journal, entries) if ranks.rank() == 0 else None)
-        if len(self._known) >= _HOPELESS:
+        if len(self._known) + len(self._slopes) >= _HOPELESS:
             self.refuse_broken_model()
         self.tell()
 
@@ -138,42 +183,65 @@ class Fitness:
         Raises:
             UserError: every computed loss is infinite or nan; raised on every rank.
         """
-        if self._known and not self._some_finite:
+        n_losses = len(self._known) + len(self._slopes)
+        if n_losses and not self._some_finite:
             raise UserError(
-                f"none of {len(self._known)} losses is finite, whatever the factors: "
+                f"none of {n_losses} losses is finite, whatever the factors: "
                 "the model's weights or its dtype are broken; "
                 "set model.path to another copy of the model, or model.dtype=float32"
             )
 
-    def _evaluate(self, candidate: Candidate, document: int, keep: bool) -> dict[str, Any] | None:
-        """The journal's entry; None on a rank without a pair, which in lockstep joins the forward pass all the same."""
-        if not (keep or self._lockstep):
-            return None
-        start = time.perf_counter()
+    def _evaluate(self, candidate: Candidate, document: int) -> dict[str, Any]:
+        """The journal's entry of a loss."""
+        start, wanted = time.perf_counter(), self.documents[document]
         self._rotary.use(self._space.factors(candidate))
-        wanted = self.documents[document]
         scored = score(self._model, self._rotary, "long", wanted.tokens, wanted.spans, self._chunk_tokens)
-        if not keep:
-            return None
-        return {
-            "candidate": candidate.key,
-            "critical_index": candidate.critical_index,
-            "attention_factor": candidate.attention_factor,
-            "tail": candidate.tail,
-            "document": document,
-            "nll": scored.nll,
-            "answers": scored.nlls,
-            "seconds": round(time.perf_counter() - start, 4),
-            "rank": ranks.rank(),
-        }
+        return _entry(candidate, document, scored.nlls, start)
+
+    def _evaluate_slopes(self, candidate: Candidate, document: int) -> dict[str, Any]:
+        """The journal's entry of a loss with its slopes, for the sum over scored tokens."""
+        start, wanted = time.perf_counter(), self.documents[document]
+        self._rotary.use(self._space.factors(candidate))
+        found = self._slope_model(wanted.tokens, wanted.spans)
+        slopes = {"log_rescale": found.log_rescale.tolist(), "attention_factor": found.attention_factor}
+        return _entry(candidate, document, found.nlls, start) | {"slopes": slopes}
 
     def _remember(self, entries: Sequence[dict[str, Any]]) -> None:
         for entry in entries:
             # JSON has null for a loss that was not finite; numpy reads nan.
             losses = np.asarray(entry["answers"], dtype=np.float64)
             self._some_finite |= bool(np.isfinite(losses).any())
-            worst = WORST * np.array([stop - start for start, stop in self.documents[entry["document"]].spans])
-            self._known[entry["candidate"], entry["document"]] = np.where(np.isfinite(losses), losses, worst)
+            wanted = self.documents[entry["document"]]
+            worst = WORST * np.array([stop - start for start, stop in wanted.spans])
+            losses = np.where(np.isfinite(losses), losses, worst)
+            key = entry["candidate"], entry["document"]
+            if "slopes" not in entry:
+                self._known[key] = losses
+                continue
+            slopes, n = entry["slopes"], wanted.n_scored_tokens
+            by_factor = np.asarray(slopes["log_rescale"], dtype=np.float64) / n
+            factor = float(np.asarray(slopes["attention_factor"], dtype=np.float64)) / n
+            # A candidate without a finite loss has no slope: it stays where it is, and its loss drops it.
+            self._slopes[key] = Slope(
+                math.fsum(losses.tolist()) / n,
+                np.nan_to_num(by_factor, posinf=0, neginf=0),
+                factor if math.isfinite(factor) else 0.0,
+            )
+
+
+def _entry(candidate: Candidate, document: int, nlls: Sequence[float], start: float) -> dict[str, Any]:
+    """A line of the journal; ``start`` is the time at which the evaluation began."""
+    return {
+        "candidate": candidate.key,
+        "critical_index": candidate.critical_index,
+        "attention_factor": candidate.attention_factor,
+        "tail": candidate.tail,
+        "document": document,
+        "nll": math.fsum(nlls),
+        "answers": nlls,
+        "seconds": round(time.perf_counter() - start, 4),
+        "rank": ranks.rank(),
+    }
 
 
 class _EnoughMissing(Exception):

@@ -65,7 +65,7 @@ class History:
         Before the first generation it is the number without racing.
         """
         settings = self.settings
-        if not self.lines or settings.algorithm == "surrogate":  # the surrogate's budget is fixed
+        if not self.lines or settings.algorithm in ("surrogate", "gradient"):  # a fixed budget
             return settings.most_forwards
         final = settings.top_k * settings.final_documents  # without racing; with racing about half of it
         by_generation = self.lines[-1]["document_forwards"] / len(self.lines)

@@ -48,10 +48,13 @@ class CandidateScorer:
     Args:
         space: ``space.settings`` switches racing on and sets its limits.
         fitness: its first ``search.documents`` documents are for the generations, the further ones for the final.
+
+    Attributes:
+        fitness: as given.
     """
 
     def __init__(self, space: Space, fitness: Fitness):
-        self._fitness, self._settings = fitness, space.settings
+        self.fitness, self._settings = fitness, space.settings
 
     def __call__(self, candidates: Sequence[Candidate], kept: Sequence[Candidate]) -> list[Scored]:
         """Score ``candidates``, in their order, against ``kept``, which were scored on all documents before."""
@@ -63,25 +66,25 @@ class CandidateScorer:
                 return race(losses, candidates, kept, settings.top_k, order, settings.racing_z, settings.racing_answers)
             return without_racing(losses, candidates, order)
 
-        return self._scored(candidates, self._fitness.settle(decide), settings.documents)
+        return self._scored(candidates, self.fitness.settle(decide), settings.documents)
 
     def final(self, finalists: Sequence[Candidate]) -> list[Scored]:
         """The finalists, best first, scored on the final's documents alone; with racing, they race for the first place.
 
         The finalists were chosen on the documents of the generations, so their losses there are too low.
         """
-        settings, order = self._settings, range(self._settings.documents, len(self._fitness.documents))
+        settings, order = self._settings, range(self._settings.documents, len(self.fitness.documents))
 
         def decide(losses: Losses) -> list[list[int]]:
             if settings.racing:
                 return race(losses, finalists, [], 1, order, settings.racing_z, settings.racing_answers)
             return without_racing(losses, finalists, order)
 
-        return by_place(self._scored(finalists, self._fitness.settle(decide), len(order)))
+        return by_place(self._scored(finalists, self.fitness.settle(decide), len(order)))
 
     def _scored(self, candidates: Sequence[Candidate], seen: list[list[int]], n_documents: int) -> list[Scored]:
         return [
-            Scored(candidate, self._fitness.loss(candidate, documents), len(documents), len(documents) < n_documents)
+            Scored(candidate, self.fitness.loss(candidate, documents), len(documents), len(documents) < n_documents)
             for candidate, documents in zip(candidates, seen, strict=True)
         ]
 

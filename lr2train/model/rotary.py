@@ -37,11 +37,11 @@ class RopeTable(NamedTuple):
 
     Attributes:
         inv_freq: fp32 [D], radians per token.
-        attention_factor: multiplies cos and sin.
+        attention_factor: multiplies cos and sin; a tensor where its derivative is wanted (``slopes``).
     """
 
     inv_freq: torch.Tensor
-    attention_factor: float
+    attention_factor: float | torch.Tensor
 
     def to(self, device: torch.device) -> RopeTable:
         """The table on a device."""
@@ -88,7 +88,6 @@ class WindowRotary(nn.Module):
         """Replace the long table by the table of other factors; the short table stays the model's own."""
         self.tables["long"] = long_table(factors)
 
-    @torch.no_grad()
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,7 +73,7 @@ def score(
     rotary.window = window
     device = next(model.parameters()).device
     ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(device)
-    rows = torch.tensor(_positions(spans), device=device)
+    rows = torch.tensor(scored_positions(spans), device=device)
     losses, right = _predict(model, hidden_rows(model, ids, rows, chunk_tokens), ids[rows + 1])
     return _score(spans, losses, right)
 
@@ -101,7 +101,7 @@ def score_together(
     parts, targets = [], []
     for tokens, spans in texts:
         tokens = np.asarray(tokens, dtype=np.int64)
-        positions = np.array(_positions(spans))
+        positions = np.array(scored_positions(spans))
         parts.append(hidden[row_of[tokens[:-1].tobytes()], torch.from_numpy(positions).to(device)])
         targets.append(tokens[positions + 1])
     losses, right = _predict(model, torch.cat(parts), torch.from_numpy(np.concatenate(targets)).to(device))
@@ -110,8 +110,12 @@ def score_together(
     return [_score(spans, nlls, hits) for (_, spans), nlls, hits in pieces]
 
 
-def _positions(spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The positions that predict the tokens of the spans: each token is predicted by the one before it."""
+def scored_positions(spans: Sequence[tuple[int, int]]) -> list[int]:
+    """The positions that predict the tokens of the spans: each token is predicted by the one before it.
+
+    Raises:
+        UserError: the spans hold no token.
+    """
     positions = [t - 1 for start, stop in spans for t in range(start, stop)]
     if not positions:
         raise UserError(
@@ -130,16 +134,21 @@ def _score(spans: Sequence[tuple[int, int]], losses: np.ndarray, right: np.ndarr
 
 
 def _predict(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Negative log-likelihoods (float64 [n]) of ``targets`` [n] given ``hidden`` [n, H], and which of them are the most
-    likely tokens (bool [n]).
+    """``predicted`` as numpy arrays; the losses in float64."""
+    losses, right = predicted(model, hidden, targets)
+    return losses.double().cpu().numpy(), right.cpu().numpy()
+
+
+def predicted(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihoods (fp32 at least, [n]) of ``targets`` [n] given ``hidden`` [n, H], and which of them are
+    the most likely tokens (bool [n]).
 
     The head is called once, whatever the chunks. Under ZeRO-3 each call gathers the head's weights on all ranks, and
     ranks may score different numbers of tokens.
     """
     head = model.get_output_embeddings()
     with forward_replaced(head, partial(_losses, head.forward, form_of(model), targets)):
-        losses, right = head(hidden)
-    return losses.double().cpu().numpy(), right.cpu().numpy()
+        return head(hidden)
 
 
 def _losses(
