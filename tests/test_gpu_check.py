@@ -24,7 +24,6 @@ from tools.gpu import kernels as gpu_kernels
 from tools.gpu import layer as gpu_layer
 from tools.gpu import one_rank as gpu_one_rank
 from tools.gpu import parity as gpu_parity
-from tools.gpu import peaks as gpu_peaks
 from tools.gpu import slice as gpu_slice
 from tools.gpu import timing as gpu_timing
 
@@ -427,24 +426,6 @@ def test_plain_calls_keep_to_the_libraries_signatures(name, causal, monkeypatch)
         q, k, v = random_qkv(32, *heads, 8)
         expected, _ = attend_explicitly(q, k, v, ((0, 32),), 0.2, causal)
         assert relative_error(gpu_kernels.PLAIN[name](q, k, v, 0.2, causal), expected) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA H20", 148.0),
-        ("NVIDIA L40S", 362.0),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA RTX A4000", None),
-        ("Some GPU", None),
-    ],
-)
-def test_peaks_by_name(name, peak):
-    assert gpu_peaks.peak_tflops(name) == peak
 
 
 # ---- timing ----

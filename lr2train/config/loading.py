@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from lr2train.config.fields import UserError
+from lr2train.config.gpus import PEAKS_TFLOPS, peak_tflops
 from lr2train.config.schema import Config
 from lr2train.config.verbs import reads
 
@@ -232,10 +233,23 @@ def _check_shards(config: Config) -> None:
         )
 
 
+def _with_peak(config: Config) -> None:
+    """Put the peak of ``hardware.gpu`` in the place of 0."""
+    hardware = config.hardware
+    hardware.gpu_bf16_tflops = hardware.gpu_bf16_tflops or peak_tflops(hardware.gpu) or 0.0
+    if not hardware.gpu_bf16_tflops:
+        known = ", ".join(name for name, _ in PEAKS_TFLOPS)
+        raise UserError(
+            f"hardware.gpu={hardware.gpu} is none of the GPUs whose peak is known ({known}); set "
+            "hardware.gpu_bf16_tflops to its dense bf16 peak in TFLOP/s"
+        )
+
+
 _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
     (("prepare", "search", "train", "evaluate", "generate", "plan"), _check_name),
     (("search", "plan"), _check_parents),
     (("train", "inspect", "plan"), _check_group),
     (("train", "plan"), _check_shards),
+    (("plan",), _with_peak),
 )
-"""Checks of several keys, and the verbs that read all these keys."""
+"""Checks of several keys, which may fill in a key that others decide, and the verbs that read all these keys."""

@@ -699,8 +699,10 @@ class HardwareConfig:
     gpus_per_node: int = number(8, least=1)
     # Memory of a GPU, GiB.
     gpu_memory_gib: float = number(80.0, above=0)
-    # Dense bf16 peak of a GPU, TFLOP/s (A100).
-    gpu_bf16_tflops: float = number(312.0, above=0)
+    # Kind of the GPUs, as in lr2train/config/gpus.py: A100, H100, H200, B200 … It decides the peak.
+    gpu: str = "A100"
+    # Dense bf16 peak of a GPU, TFLOP/s. 0: the peak of hardware.gpu. A training run looks up its own GPU.
+    gpu_bf16_tflops: float = number(0.0, least=0)
     # Share of the peak that training reaches.
     mfu: float = number(0.4, above=0, most=1)
     # Price of a GPU for an hour, USD.

@@ -19,6 +19,7 @@ import torch
 
 from lr2train import io, progress
 from lr2train.config import Config
+from lr2train.config.gpus import peak_tflops
 from lr2train.data.batch import Loader
 from lr2train.data.feed.prefetch import prefetched
 from lr2train.model.flops import training_flops
@@ -93,6 +94,7 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
     bad = BadSteps(config.engine.max_bad_steps, bad_steps_in(sinks))
     tokens_seen = (done - skips.until(done).count) * config.optim.segments_per_step * config.data.segment_tokens
     parameters = _multiplied_parameters(engine)
+    _say_missing_peak(engine.device)
     steps, saved, before = skips.remaining(done, total_steps), done, done
     held_out = training.held_out
     if not done and steps and held_out.measures:
@@ -109,7 +111,7 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
             tokens_seen += stats.n_tokens
             seconds = time.perf_counter() - start
             flops = step_flops(stats, parameters, engine.hf_config)
-            figures = _figures(stats, lr, tokens_seen, seconds, waited, flops, engine, config)
+            figures = _figures(stats, lr, tokens_seen, seconds, waited, flops, engine)
             figures["bad_steps"] = bad.total + (not stats.finite)
             last = step == steps[-1]
             if held_out.due(before, step + 1, last):
@@ -164,10 +166,9 @@ def _figures(
     waited: float,
     flops: float,
     engine: Engine,
-    config: Config,
 ) -> dict[str, Any]:
     per_second = stats.n_tokens / seconds
-    peak = config.hardware.gpu_bf16_tflops * 1e12 * engine.mesh.world
+    peak = peak_of(engine.device)
     return {
         **io.finite({"loss": stats.loss, "loss_short": stats.loss_short, "loss_long": stats.loss_long}),
         **({} if stats.router_loss is None else io.finite({"router_loss": stats.router_loss})),
@@ -176,12 +177,23 @@ def _figures(
         "grad_norm": stats.grad_norm,
         "lr": lr,
         "tokens_per_s": per_second,
-        "mfu": flops / seconds / peak if engine.device.type == "cuda" else None,
+        "mfu": None if peak is None else flops / seconds / (peak * 1e12 * engine.mesh.world),
         "window_mix": stats.window_mix,
         "peak_gib": peak_gib(engine.device),
         "data_wait_s": waited,
         "step_s": seconds,
     }
+
+
+def peak_of(device: torch.device) -> float | None:
+    """Dense bf16 peak of the GPU that this rank runs on, TFLOP/s; None on a CPU, and for a GPU of unknown peak."""
+    return peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _say_missing_peak(device: torch.device) -> None:
+    if device.type == "cuda" and peak_of(device) is None:
+        name = torch.cuda.get_device_name(device)
+        progress.say("train", f"mfu is not reported, because the bf16 peak of {name} is unknown")
 
 
 def peak_gib(device: torch.device) -> float:

@@ -37,6 +37,7 @@ import torch
 
 from lr2train.attention.kernel import kernel_name
 from lr2train.config import UserError
+from lr2train.config.gpus import peak_tflops
 from lr2train.io import write_json
 from lr2train.progress import say
 from tools.bench.figures import Figure, conclude
@@ -45,7 +46,6 @@ from tools.gpu import parity as gpu_parity
 from tools.gpu import slice as gpu_slice
 from tools.gpu import timing as gpu_timing
 from tools.gpu.kernels import available
-from tools.gpu.peaks import peak_tflops
 from tools.gpu.tables import Line, show_parity, show_speed, show_summary
 
 PARTS = ("parity", "attention", "layer")
