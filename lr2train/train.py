@@ -54,6 +54,7 @@ def train(config: Config) -> dict[str, Any]:
     job = run.open_run(config, "train", GROUPS)
     inputs = checked_inputs(config)
     device = processes.start(config)
+    attention.refuse_device(inputs.hf_config, getattr(torch, config.model.dtype), device)
     with control.on_rank_0(job.lock) or contextlib.nullcontext():
         contents = _contents(job, config, inputs)
         if (finished := _finished(job, config)) is not None:

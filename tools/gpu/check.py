@@ -90,7 +90,7 @@ def run(setting: gpu_slice.SliceSetting, arguments: argparse.Namespace) -> int:
         "machine": _machine(setting.device),
         "setting": _plain(setting),
         "kernels": found.names,
-        "not_importable": found.missing,
+        "not_used": found.missing,
     }
     findings = Findings(Path(arguments.out), {"format": 1, **about})
     for line in found.missing:
