@@ -13,6 +13,7 @@ import math
 import sys
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -443,6 +444,15 @@ def differs(one, other):
     if isinstance(one, torch.Tensor):
         return one.shape != other.shape or one.dtype != other.dtype
     return one != other
+
+
+def test_the_versions_under_test_are_those_that_are_pinned():
+    root = Path(__file__).resolve().parents[2]
+    pinned = "".join((root / f"requirements-flash-attn{which}.txt").read_text() for which in ("", "-4"))
+    assert f"\nflash-attn=={flash_attn_files.FLASH_2[-1]}\n" in pinned
+    assert f"\nflash-attn-4=={flash_attn_files.FLASH_4}\n" in pinned
+    gpu = [line for line in (root / "requirements-gpu.txt").read_text().splitlines() if not line.startswith("#")]
+    assert not any("flash" in line for line in gpu), "what pip has to compile is a step of its own"
 
 
 def on_gpu(monkeypatch, *capability):
