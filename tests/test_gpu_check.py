@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -231,7 +232,7 @@ def test_the_reference_equals_the_tests_own_reference(sliding_window):
     case = gpu_parity.ParityCase((4, 2), 8, torch.float64, spans, 48, sliding_window)
     segment = gpu_parity.draw(case, CPU)
     expected = attend_explicitly(segment.q, segment.k, segment.v, spans, segment.scale, sliding_window=sliding_window)
-    answer = gpu_parity._written_out(segment, torch.float64)
+    answer = gpu_parity.written_out(segment, torch.float64)
     torch.testing.assert_close((answer.out, answer.lse), expected)
     assert all(grad.isfinite().all() for grad in answer.grads)
 
@@ -434,3 +435,55 @@ def test_figures_are_medians_over_rounds():
 
 def test_clocks_are_empty_without_a_gpu():
     assert gpu_timing.clocks(CPU) == {}
+
+
+# ---- real ranks ----
+
+
+def ranks_part(rank, world, out):
+    return gpu_check.main(["--device", "cpu", "--only", "ranks", "--out", out]), torch.distributed.get_rank()
+
+
+def test_the_part_with_real_ranks_runs_on_gloo(tmp_path):
+    """The very code of ``torchrun … --only ranks``: small sizes, and no measured memory."""
+    out = tmp_path / "ranks.json"
+    assert run_ranks(ranks_part, 4, str(out), tmp_path=tmp_path) == [(0, rank) for rank in range(4)]
+    told = json.loads(out.read_text())
+    assert (told["backend"], told["world"]) == ("gloo", 4)
+    figures = {figure["name"]: figure for figure in told["figures"]}
+    strategies = ("local", "ulysses", "ring", "gather", "ulysses_ring")
+    assert {
+        f"ranks_{name}_{dtype}_error_over_limit" for name in strategies for dtype in ("float32", "bfloat16")
+    } <= set(figures)
+    assert {f"ranks_step_sp{sp}_loss_error" for sp in (2, 4)} <= set(figures)
+    assert figures["ranks_memory_planned_gib"]["value"] > 0
+    assert all(figure["holds"] for figure in figures.values())
+
+
+@pytest.mark.parametrize(
+    ("only", "sentence"),
+    [
+        (["ranks"], "--only ranks checks several ranks; start torchrun --nproc-per-node 8 -m tools.gpu.check"),
+        (["ranks", "parity"], "--only ranks parity: ranks runs alone; give --only ranks"),
+    ],
+)
+def test_ranks_without_ranks_are_refused(only, sentence, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert gpu_check.main(["--device", "cpu", "--only", *only]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_part_with_real_ranks_runs_on_one_rank(tmp_path):
+    """As on a machine with one GPU: the step and its memory are of use there too."""
+    assert run_ranks(ranks_part, 1, str(tmp_path / "ranks.json"), tmp_path=tmp_path) == [(0, 0)]
+
+
+def broken_ranks_part(rank, world, out):
+    """One rank's ring computes with another scale: every rank has to end with 1."""
+    forward = ring.forward_block
+    ring.forward_block = lambda q, *rest: forward(q if rank else 1.01 * q, *rest)
+    return gpu_check.main(["--device", "cpu", "--only", "ranks", "--out", out])
+
+
+def test_one_wrong_rank_fails_the_check_on_all(tmp_path):
+    assert run_ranks(broken_ranks_part, 2, str(tmp_path / "ranks.json"), tmp_path=tmp_path) == [1, 1]

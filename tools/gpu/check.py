@@ -2,7 +2,10 @@
 
     python -m tools.gpu.check [--quick]
 
-Three parts print details. A summary table and one JSON file (--out) follow.
+Three parts on one GPU print details. A summary table and one JSON file (--out) follow. A fourth part needs a process
+for each GPU, and runs alone:
+
+    torchrun --nproc-per-node 8 -m tools.gpu.check --only ranks
 
   parity     Every importable kernel (flash-attn 3 and 2, torch's varlen, the CPU kernel), forward and backward, beside
              attention written out in float64. Cases: head sizes up to 256, MHA/GQA/MQA, packed spans, sliding windows,
@@ -13,6 +16,7 @@ Three parts print details. A summary table and one JSON file (--out) follow.
              TFLOP/s count causal pairs. Target: at most 5 % longer than the plain kernel.
   layer      The same rank's whole decoder layer (projections, MLP, norms; recomputation is overhead) and the chunked
              loss: TFLOP/s and share of the bf16 peak. Target: at least 55 %.
+  ranks      Real ranks on nccl: strategies, one optimizer step and its memory (``tools.gpu.ranks``).
 
 Exit codes: 1 where a kernel is wrong, one of our calls fails or a target is missed; 2 where the check cannot start.
 --device cpu runs the same code on small shapes and asserts parity alone. --quick shortens every part and asserts no
@@ -25,6 +29,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import math
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -34,21 +39,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from lr2train.attention.kernel import kernel_name
-from lr2train.config import UserError
+from lr2train.config import Config, UserError
 from lr2train.config.gpus import peak_tflops
 from lr2train.io import write_json
+from lr2train.parallel import processes
 from lr2train.progress import say
 from tools.bench.figures import Figure, conclude
 from tools.gpu import layer as gpu_layer
 from tools.gpu import parity as gpu_parity
+from tools.gpu import ranks as gpu_ranks
 from tools.gpu import slice as gpu_slice
 from tools.gpu import timing as gpu_timing
 from tools.gpu.kernels import available
 from tools.gpu.tables import Line, show_parity, show_speed, show_summary
 
-PARTS = ("parity", "attention", "layer")
+PARTS = ("parity", "attention", "layer")  # on one GPU
+RANKS = "ranks"
+LAUNCH = "torchrun --nproc-per-node 8 -m tools.gpu.check --only ranks"
 STRATEGIES = ("ulysses", "ring")
 OVER_PLAIN = 1.05
 SHARE_OF_PEAK = 0.55
@@ -76,6 +86,8 @@ class Findings:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
+        if RANKS in arguments.only:
+            return run_ranks(arguments)
         setting = _setting(arguments)
     except UserError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
@@ -106,6 +118,31 @@ def run(setting: gpu_slice.SliceSetting, arguments: argparse.Namespace) -> int:
     show_summary(findings.figures)
     print(f"written: {findings.out}")
     return conclude(findings.figures)
+
+
+def run_ranks(arguments: argparse.Namespace) -> int:
+    """The part with a process for each GPU; the exit status, the same on every rank.
+
+    Raises:
+        UserError: there is one process, or another part is asked for too.
+    """
+    if len(arguments.only) > 1:
+        raise UserError(f"--only {' '.join(arguments.only)}: ranks runs alone; give --only {RANKS}")
+    if "RANK" not in os.environ and not dist.is_initialized():
+        raise UserError(f"--only {RANKS} checks several ranks; start {LAUNCH}")
+    config = Config(name="gpu_check")
+    config.device = torch.device(arguments.device).type
+    device = processes.start(config)
+    figures = gpu_ranks.check_ranks(device)
+    if dist.get_rank() == 0:
+        about = {"machine": _machine(device), "world": dist.get_world_size(), "backend": dist.get_backend()}
+        Findings(Path(arguments.out), {"format": 1, **about}).add(
+            RANKS, [figure._asdict() for figure in figures], figures
+        )
+        show_summary(figures)
+        print(f"written: {arguments.out}")
+        return conclude(figures)
+    return 0 if all(figure.holds for figure in figures) else 1
 
 
 # ---- the parts ----
@@ -234,10 +271,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=PARTS,
+        choices=(*PARTS, RANKS),
         default=list(PARTS),
         metavar="PART",
-        help=f"parts to run, of {', '.join(PARTS)}; default all",
+        help=f"parts to run, of {', '.join(PARTS)}, or {RANKS}; default all but {RANKS}",
     )
     parser.add_argument("--out", default="runs/gpu_check.json", help="path of the JSON; default %(default)s")
     parser.add_argument(

@@ -149,7 +149,7 @@ def _packed(n_tokens: int, no_gaps: bool) -> Spans:
 def _compare(case: ParityCase, level: Level, device: torch.device) -> tuple[dict[str, float], float]:
     """Ratios of errors by tensor, and the largest error of lse in nats."""
     inputs = draw(case, device)
-    exact, plain, ours = _written_out(inputs, torch.float64), _written_out(inputs, case.dtype), level.compute(inputs)
+    exact, plain, ours = written_out(inputs, torch.float64), written_out(inputs, case.dtype), level.compute(inputs)
     one_rank = alone(inputs) if level.ranks > 1 else _tensors(plain)
     named = zip(LIMITS, _tensors(ours), _tensors(exact), _tensors(plain), one_rank, strict=True)
     ratios = {name: error_ratio(*tensors) for name, *tensors in named}
@@ -172,11 +172,14 @@ def draw(case: ParityCase, device: torch.device) -> LayerInputs:
     return LayerInputs(q, k, v, grad_out, case.spans, size**-0.5, case.sliding_window)
 
 
-def error_ratio(x: Tensor, exact: Tensor, plain: Tensor, one_rank: Tensor) -> float:
-    """The largest error of ``x`` over the allowed error (see the module's docstring); nan where ``x`` holds nan."""
+def error_ratio(x: Tensor, exact: Tensor, plain: Tensor, one_rank: Tensor, least: float = 0.0) -> float:
+    """The largest error of ``x`` over the allowed error (see the module's docstring); nan where ``x`` holds nan.
+
+    ``least`` is allowed in any case, as where ``x`` is a part of a larger tensor.
+    """
     floor = max(_FLOOR * torch.finfo(plain.dtype).eps, 4 * torch.finfo(torch.float32).eps)
     error, allowed, alone_error = ((other.double() - exact).abs().max().item() for other in (x, plain, one_rank))
-    allowed += max(floor * exact.abs().max().item(), torch.finfo(torch.float32).tiny)
+    allowed += max(floor * exact.abs().max().item(), torch.finfo(torch.float32).tiny, least)
     return error / max(allowed, min(alone_error, 2 * allowed))
 
 
@@ -205,7 +208,7 @@ def mask_of(spans: Spans, n_tokens: int, sliding_window: int | None) -> Tensor:
     return mask if sliding_window is None else mask & (i - j < sliding_window)
 
 
-def _written_out(inputs: LayerInputs, dtype: torch.dtype) -> Answer:
+def written_out(inputs: LayerInputs, dtype: torch.dtype) -> Answer:
     """softmax(scale q k^T) v with an explicit mask, every step in ``dtype``; a token outside every span has out 0, lse
     -inf, gradient 0.
     """
