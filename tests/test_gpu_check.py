@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -27,6 +28,7 @@ from tools.gpu import one_rank as gpu_one_rank
 from tools.gpu import parity as gpu_parity
 from tools.gpu import slice as gpu_slice
 from tools.gpu import timing as gpu_timing
+from tools.gpu.sampled import check_long
 
 CPU = torch.device("cpu")
 MODEL = gpu_slice.Model("tiny", hidden=32, layers=2, heads=8, kv_heads=2, head_size=8, intermediate=48, vocabulary=64)
@@ -63,12 +65,14 @@ def test_the_whole_check_runs_on_cpu(tmp_path, capsys):
     assert told["not_used"][0] == "not used: flash_attn_3 (needs CUDA)"
     assert set(told["not_used"]) <= set(printed)
     assert {row["level"] for row in told["parity"]} == {
-        "rows", "blocks", "ring on 4", "gather on 4", "ulysses on 4", "ulysses_ring on 2x2",
+        "rows", "blocks", "ring on 4", "gather on 4", "ulysses on 4", "ulysses_ring on 2x2", "sampled, 1024",
     }  # fmt: skip
-    assert all(
-        row["passes"] and row["cases"] == (24 if row["level"] in ("rows", "blocks") else 12) for row in told["parity"]
-    )
-    assert {row["strategy"] for row in told["attention"]["rows"]} == {"ulysses", "ring"}
+    cases = {"rows": 24, "blocks": 24, "sampled, 1024": 3}
+    assert all(row["passes"] and row["cases"] == cases.get(row["level"], 12) for row in told["parity"])
+    assert {row["strategy"] for row in told["attention"]["rows"]} == {"ulysses", "ring", "gather", "local"}
+    assert {row["strategy"] for row in told["layer"]["rows"]} == {"ulysses", "ring", "local"}
+    assert sum(line.startswith("layer, local, by count: linear layers ") for line in printed) == 1
+    assert any(line.startswith("layer_ring_over_counted: ") for line in printed)
     assert all(
         row["forward_ms"] > 0 and row["tflops_per_s"] > 0
         for part in ("attention", "layer")
@@ -135,7 +139,7 @@ def test_a_part_that_does_not_fit_continues_with_fewer_tokens(tmp_path, monkeypa
     measure = gpu_slice.time_attention
 
     def small_memory(at, *rest):
-        if at.n_tokens > (64 if rest[0] == "ulysses" else 0):
+        if at.n_tokens > (0 if rest[0] == "ring" else 64):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return measure(at, *rest)
 
@@ -237,19 +241,40 @@ def test_the_reference_equals_the_tests_own_reference(sliding_window):
     assert all(grad.isfinite().all() for grad in answer.grads)
 
 
+@pytest.mark.parametrize("broken", ["out", "lse", "dq", "dk", "dv"])
+def test_a_wrong_row_of_a_long_segment_is_found(broken):
+    """Errors of 2 % in the last document alone."""
+
+    def wrong(inputs):
+        answer = gpu_parity.attend_rows(inputs)
+        named = dict(zip(("out", "lse", "dq", "dk", "dv"), (answer.out, answer.lse, *answer.grads), strict=True))
+        start = inputs.spans[-1][0]
+        named[broken] = named[broken].clone()
+        named[broken][start:] = named[broken][start:] * 1.02 + 0.02
+        return gpu_parity.Answer(named["out"], named["lse"], [named[name] for name in ("dq", "dk", "dv")])
+
+    (right,) = check_long(["cpu_flash"], CPU, torch.float32, 512, gpu_parity.attend_rows)
+    (row,) = check_long(["cpu_flash"], CPU, torch.float32, 512, wrong)
+    assert right.passes and not row.passes
+
+
 # ---- counts ----
 
 
 @pytest.mark.parametrize("sp", [1, 2, 4, 8])
-@pytest.mark.parametrize("strategy", ["ulysses", "ring"])
-def test_pairs_of_a_slice_equal_a_count(strategy, sp):
-    n_tokens, causal = 64, torch.ones(64, 64, dtype=torch.bool).tril()
+@pytest.mark.parametrize(
+    ("strategy", "documents"),
+    [("ulysses", "whole"), ("ulysses", "crossing"), ("ring", "whole"), ("gather", "crossing"), ("local", "aligned")],
+)
+def test_pairs_of_a_slice_equal_a_count(strategy, documents, sp):
+    n_tokens = 64
     for rank in range(sp):
-        at = setting(n_tokens, sp, rank)
-        if strategy == "ulysses":
-            expected = MODEL.heads // sp * int(causal.sum())
-        else:
-            expected = MODEL.heads * int(causal[Layout("zigzag", n_tokens, rank, sp).indices].sum())
+        at = replace(setting(n_tokens, sp, rank), documents=documents)
+        seen = mask_of(at.spans, n_tokens)
+        assert seen.diagonal().all(), "the documents fill the segment"
+        kind = "zigzag" if strategy == "ring" else "contiguous"
+        mine = slice(None) if strategy == "ulysses" else Layout(kind, n_tokens, rank, sp).indices
+        expected = int(seen[mine].sum()) * MODEL.heads // (sp if strategy == "ulysses" else 1)
         assert gpu_slice.slice_pairs(at, strategy) == expected
         tiles, heads, kv_heads = gpu_slice.plain_tiles(at, strategy)
         assert heads * sum(tile.pairs() for tile in tiles) == expected, "the plain kernel does the same work"
@@ -284,17 +309,27 @@ def test_flops_of_a_layer_equal_torch_s_counter():
     assert loss == gpu_timing.Flops(2 * 32 * 64 * 16, 4 * 32 * 64 * 16)
 
 
-def test_a_step_is_all_layers_and_one_loss():
-    timings = {
-        name: gpu_timing.Timing(FLOPS, [1.0], [seconds - 1.0])
-        for name, seconds in ((gpu_layer.LAYER, 4.0), (gpu_layer.LOSS, 2.0))
-    }
-    timings[gpu_layer.KEPT] = gpu_timing.Timing(FLOPS, [1.0], [2.0])
-    step = gpu_layer.LayerStep("ring", 64, layers=3, timings=timings)
+def test_a_step_is_all_layers_and_one_loss_and_a_layer_is_counted_from_measured_rates():
+    seconds = {  # forward, backward
+        gpu_layer.LAYER: (1.0, 3.0), gpu_layer.LOSS: (1.0, 1.0), gpu_layer.KEPT: (1.0, 2.0),
+        gpu_layer.PRODUCT: (2.0, 4.0), gpu_layer.ATTENTION: (0.25, 0.5), gpu_layer.MEMORY: (1.0, 2.0),
+    }  # fmt: skip
+    timings = {name: gpu_timing.Timing(FLOPS, [one], [other]) for name, (one, other) in seconds.items()}
+    step = gpu_layer.LayerStep("ring", 64, 3, timings, linear_flops=5e11, moved_bytes=1e11)
     assert step.seconds == 14.0
     assert step.tflops_per_s == pytest.approx(4 * 6 / 14)
     assert step.recomputed == pytest.approx(0.25)
     assert not step.failed
+    # 6e12 FLOPs in 6 s, and 6e12 bytes in 3 s
+    assert step.counted == gpu_layer.Counted(4 * 5e11 / 1e12, 2 * 0.25 + 0.5, 4 * 1e11 / 2e12)
+    assert step.over_counted == pytest.approx(4.0 / (2.0 + 1.0 + 0.2))
+    assert step.counted.described().endswith("= 3200 ms")
+
+
+def test_bytes_that_a_layer_moves_are_those_of_its_operations():
+    """LLaMA3-8B, bf16, a token: two norms, two residuals, RoPE over 40 heads, SwiGLU."""
+    at = replace(setting(8, 8, 0), model=gpu_slice.LLAMA3_8B, dtype=torch.bfloat16)
+    assert gpu_layer.moved_bytes(at) == 2 * 36 * 4096 + 12 * 4096 + 18 * 40 * 128 + 10 * 14336
 
 
 # ---- one rank alone runs the code of a real rank ----

@@ -119,7 +119,7 @@ def check(kernels: Sequence[str], device: torch.device, dtypes: Sequence[torch.d
 
 
 def _levels(quick: bool) -> Iterable[Level]:
-    yield Level("rows", _rows, no_gaps=False)
+    yield Level("rows", attend_rows, no_gaps=False)
     yield Level("blocks", _blocks)
     for ranks in (4,) if quick else (2, 4, 8):
         for strategy in ("ulysses", "ring", "gather"):
@@ -153,7 +153,7 @@ def _compare(case: ParityCase, level: Level, device: torch.device) -> tuple[dict
     one_rank = alone(inputs) if level.ranks > 1 else _tensors(plain)
     named = zip(LIMITS, _tensors(ours), _tensors(exact), _tensors(plain), one_rank, strict=True)
     ratios = {name: error_ratio(*tensors) for name, *tensors in named}
-    return ratios, 0.0 if ours.lse is None else _lse_error(ours.lse, exact.lse)
+    return ratios, 0.0 if ours.lse is None else lse_error(ours.lse, exact.lse)
 
 
 def _tensors(answer: Answer) -> tuple[Tensor, ...]:
@@ -183,7 +183,8 @@ def error_ratio(x: Tensor, exact: Tensor, plain: Tensor, one_rank: Tensor, least
     return error / max(allowed, min(alone_error, 2 * allowed))
 
 
-def _lse_error(lse: Tensor, exact: Tensor | None) -> float:
+def lse_error(lse: Tensor, exact: Tensor | None) -> float:
+    """The largest difference in nats; nan where other rows than the exact ones are -inf."""
     assert exact is not None
     inside = exact.isfinite()
     if not torch.equal(lse.isfinite(), inside):
@@ -227,7 +228,7 @@ def written_out(inputs: LayerInputs, dtype: torch.dtype) -> Answer:
 # ---- our attention at each level ----
 
 
-def _rows(inputs: LayerInputs) -> Answer:
+def attend_rows(inputs: LayerInputs) -> Answer:
     """The door that models go through."""
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     out, lse = attend(q, k, v, inputs.spans, inputs.scale, sliding_window=inputs.sliding_window)
