@@ -19,6 +19,7 @@ from lr2train.attention.strategies import STRATEGIES
 from lr2train.attention.strategy import PackedSegment, SegmentWork
 from lr2train.parallel.comm import counting
 from lr2train.parallel.layout import Layout
+from lr2train.training.deepspeed.start import start_deepspeed
 from tests.attention.reference import attend_explicitly, mask_of, random_qkv, relative_error
 from tests.attention.test_ring_flash_attn import hand_it_our_kernel
 from tools.gpu import check as gpu_check
@@ -26,6 +27,7 @@ from tools.gpu import kernels as gpu_kernels
 from tools.gpu import layer as gpu_layer
 from tools.gpu import one_rank as gpu_one_rank
 from tools.gpu import parity as gpu_parity
+from tools.gpu import ranks as gpu_ranks
 from tools.gpu import slice as gpu_slice
 from tools.gpu import timing as gpu_timing
 from tools.gpu.sampled import check_long
@@ -522,3 +524,16 @@ def broken_ranks_part(rank, world, out):
 
 def test_one_wrong_rank_fails_the_check_on_all(tmp_path):
     assert run_ranks(broken_ranks_part, 2, str(tmp_path / "ranks.json"), tmp_path=tmp_path) == [1, 1]
+
+
+def float32_steps(rank, world):
+    """The steps of the part, through the attention that float32 has on CUDA."""
+    kernel.kernel_name = lambda device: ("torch_varlen", "under test")
+    start_deepspeed(CPU)
+    return [(figure.name, figure.holds) for figure in gpu_ranks._steps(CPU)]
+
+
+def test_a_float32_step_on_the_cuda_path_equals_transformers_in_float64(tmp_path):
+    """What makes the tiny experiments, and the bounds of 1e-5, run on GPUs."""
+    for found in run_ranks(float32_steps, 2, tmp_path=tmp_path):
+        assert len(found) == 4 and all(holds for _, holds in found), found

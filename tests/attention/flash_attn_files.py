@@ -38,9 +38,19 @@ def flash_3() -> Path:
 
 def flash_4_signatures() -> dict[str, ast.arguments]:
     """The parameters of flash-attn 4's raw functions; the file itself needs the compiler of its kernels."""
+    return {name: function.args for name, function in _flash_4_functions().items()}
+
+
+def flash_4_results() -> set[int]:
+    """How many results flash-attn 4's forward function returns, over all its return statements."""
+    returns = [node for node in ast.walk(_flash_4_functions()["_flash_attn_fwd"]) if isinstance(node, ast.Return)]
+    return {len(node.value.elts) for node in returns if isinstance(node.value, ast.Tuple)}
+
+
+def _flash_4_functions() -> dict[str, ast.FunctionDef]:
     tree = ast.parse(_file("flash-attn-4", FLASH_4, "flash_attn/cute/interface.py").read_text())
     wanted = ("_flash_attn_fwd", "_flash_attn_bwd")
-    return {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted}
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted}
 
 
 def _file(project: str, version: str, inside: str) -> Path:

@@ -440,6 +440,39 @@ def test_flash_attn_3_is_called_as_its_own_interface_file_calls_it():
         assert differing <= {"is_rotary_interleaved"}, "of no meaning without rotary_cos"
 
 
+def test_torchs_own_glue_of_flash_attn_3_calls_the_same_operators():
+    """So ``activate_flash_attention_impl("FA3")`` could change nothing."""
+    from torch.nn.attention import _fa3
+
+    q, k, v = random_qkv(24, 4, 2, 16, torch.bfloat16)
+    varlen = cuda.Varlen(*[torch.tensor([0, 9, 24], dtype=torch.int32)] * 2, 15, 15, 5, 0)
+    lengths = varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k
+    flash_3_calls.clear()
+    with flash_3(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fa3, "_FA3_CUDA_FWD", torch.ops.flash_attn_3.fwd)
+        patch.setattr(_fa3, "_FA3_CUDA_BWD", torch.ops.flash_attn_3.bwd)
+        out, lse = cuda._flash3_forward(q, k, v, varlen, 0.3)
+        _fa3._fa3_run_forward(q, k, v, *lengths, 0.3, True, 5, 0, None, num_splits=1)
+        cuda._flash3_backward(Queries(q, out, lse, q), k, v, varlen, 0.3)
+        _fa3._fa3_run_backward(q, q, k, v, out, lse, *lengths, 0.3, True, 5, 0)
+    for ours, theirs in zip(flash_3_calls[::2], flash_3_calls[1::2], strict=True):
+        assert {name for name, one in ours.items() if differs(one, theirs[name])} <= {"is_rotary_interleaved"}
+
+
+def test_torchs_own_glue_of_flash_attn_4_does_not_fit_it():
+    """``activate_flash_attention_impl("FA4")`` of torch 2.13 expects two results. Once it fits, this fails."""
+    from torch.nn.attention import _fa4
+
+    assert flash_attn_files.flash_4_results() == {5}
+    q, k, v = random_qkv(24, 4, 2, 16, torch.bfloat16)
+    lengths = *[torch.tensor([0, 9, 24], dtype=torch.int32)] * 2, 15, 15
+    with flash_4(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fa4, "_FA4_MODULE_PATH", "flash_attn.cute.interface")
+        patch.setattr(_fa4, "_fa4_import_module", importlib.import_module)
+        with pytest.raises(ValueError, match="too many values to unpack"):
+            _fa4._fa4_run_forward(q, k, v, *lengths, 0.3, True, -1, 0, None)
+
+
 def differs(one, other):
     if isinstance(one, torch.Tensor):
         return one.shape != other.shape or one.dtype != other.dtype

@@ -22,7 +22,7 @@ from lr2train.attention import cuda
 from lr2train.attention.blocks import Queries
 
 WINDOWS = ((-1, 0), (511, 0), (511, -1), (-1, -1))  # causal; sliding; of a ring's later queries; full
-HEADS = ((8, 2), (4, 1))
+HEADS = ((8, 2), (4, 4))
 
 
 def main() -> int:

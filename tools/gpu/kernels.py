@@ -116,5 +116,6 @@ PLAIN: dict[str, PlainKernel] = {
     "flash_attn": _flash2,
     "torch_varlen": _varlen,
     "cpu_flash": _sdpa,
+    "explicit": _sdpa,
     "torch_sdpa": _sdpa,
 }
