@@ -4,7 +4,8 @@ Choice: the reason of the first failure stands in the store of the process group
 rank looks there once a second, over a connection of its own. gloo wakes a blocked rank when its peer ends, and the main
 thread then ends by itself; under nccl, or in host code, a rank may stay blocked until ``parallel.timeout_s``. So the
 main thread gets a few seconds, and then the thread prints the reason and ends the process: with exit code 2 where the
-reason is an error of the user, else with 1. Nothing is flushed but the message; files are written atomically.
+reason is an error of the user, else with 1. A thread that writes a checkpoint is waited for, because its peers may all
+be at work still; nothing else is flushed, and files are written atomically.
 
 Cost: one more connection to the store for each rank, and one small request a second. The store lives in rank 0, or in
 torchrun. Where the store is gone, the machine or process that held it is gone, and the message says so. A rank 0 that
@@ -26,11 +27,13 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lr2train.ranks import rank
 
+WRITER = "write-checkpoint"  # name of a thread
 KEY, HEARD = "lr2train/failure", "lr2train/heard"
 USER, DEFECT, GONE = "user", "defect", "gone"  # kinds of a reason
 _EVERY_S = 1.0
 _GRACE_S = 4.0  # a rank that gloo wakes needs about a second to raise the reason and to print it
 _LATER_S = 4.0  # other ranks of a machine wait longer: a launcher ends them, and the machine prints the reason once
+_WRITER_S = 120.0  # for a checkpoint that is being written
 _LEAVING_S = 60.0  # for a main thread that has begun to end, but is held up
 
 
@@ -122,6 +125,9 @@ def _end_if_held_up(reason: Reason) -> None:
 
 def _end(reason: Reason) -> None:
     print(f"lr2train (rank {rank()}): {reason.said}", file=sys.stderr, flush=True)
+    for thread in threading.enumerate():
+        if thread.name == WRITER:
+            thread.join(_WRITER_S)
     os._exit(reason.exit_code)
 
 
