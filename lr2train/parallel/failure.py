@@ -95,6 +95,8 @@ def _first_told(own: Reason, timed_out: bool) -> Reason:
                 mine = own._replace(text=f"no answer from rank {names}: stopped, or the machine is lost ({own.text})")
             told.append(Reason(*json.loads(store.compare_set(KEY, "", json.dumps(mine)))))
             store.set(f"{HEARD}/{rank()}", "")
+            if dog is not None:
+                dog.heard = told[-1]  # a block around this one need not ask again
             if rank() == 0 and dog is not None:
                 store.wait([f"{HEARD}/{number}" for number in range(1, world())], timedelta(seconds=_HEARD_S))
 

@@ -64,7 +64,7 @@ class Watchdog:
     """The thread of one rank.
 
     Attributes:
-        heard: the reason that was read from the store; None before.
+        heard: the first reason, once it was read from the store.
     """
 
     heard: Reason | None = None

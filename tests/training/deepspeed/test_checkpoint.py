@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ from ranks import RankError, run_ranks
 from lr2train import io
 from lr2train.config import UserError
 from lr2train.parallel.failure import told_to_all
-from lr2train.training.deepspeed import partitions, shard_files
+from lr2train.training.deepspeed import partitions, saving, shard_files
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from tests.training.deepspeed.test_engine import RELEASE_ALL, config_for, factors, segment
 
@@ -441,8 +442,6 @@ def test_a_disk_that_is_full_while_training_goes_on_is_heard_by_all_ranks_after_
 
 def without_memory(rank: int, world: int, folder: Path) -> list[Any]:
     """Whether a thread wrote the checkpoint, and whether all is written, where rank 1's machine has no free memory."""
-    from lr2train.training.deepspeed import saving
-
     engine, of, found = engine_of(world, 1, "stage 3"), Checkpoints(folder), []
     own = saving.free_host_bytes
     for step, free in ((1, own), (2, lambda: 1000 if rank == 1 else own()), (3, own)):
@@ -456,6 +455,15 @@ def without_memory(rank: int, world: int, folder: Path) -> list[Any]:
 def test_training_waits_for_a_checkpoint_where_a_copy_has_no_room_in_memory(tmp_path, capfd):
     for found in run_ranks(without_memory, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120):
         assert found == [(True, False), (False, True), (True, False), 3]
+
+
+def test_a_cgroup_leaves_its_limit_less_what_cannot_be_dropped(tmp_path):
+    for name, text in (("max", "1000"), ("current", "800"), ("stat", "anon 500\ninactive_file 300\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert list(saving._left_in(tmp_path)) == [500]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(saving._left_in(tmp_path)) == list(saving._left_in(tmp_path / "none")) == []
+    assert 0 < saving.free_host_bytes() <= psutil.virtual_memory().total
 
 
 def test_a_host_copy_shares_nothing_and_keeps_what_is_shared():
