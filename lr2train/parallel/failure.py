@@ -7,7 +7,7 @@ its watchdog (``parallel.watchdog``). An error before the first collective is be
 which keeps the process group usable.
 
 Cost: the store has to outlive the failing rank. Under the ``deepspeed`` launcher and SLURM rank 0 holds the store; if
-rank 0 fails, it waits up to three seconds until the watchdogs of the others have read the reason. If rank 0 is killed,
+rank 0 fails, it waits up to two seconds until the watchdogs of the others have read the reason. If rank 0 is killed,
 the others can only say that rank 0 is gone.
 """
 
@@ -30,7 +30,7 @@ from lr2train.ranks import rank, world
 
 _STORE_S = 10.0  # time-out; a working store answers in milliseconds
 _OTHERS_S = 5.0  # after a time-out, ranks that run notice it within seconds of each other
-_HEARD_S = 3.0  # watchdogs look once a second
+_HEARD_S = 2.0  # watchdogs look once a second
 # Parts of gloo's messages for a peer that has ended, or that does not answer.
 _TIMED_OUT = "Timed out waiting"
 _CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", _TIMED_OUT)
