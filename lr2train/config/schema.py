@@ -722,7 +722,7 @@ class Config:
     seed: int = number(0, least=-(2**63), most=2**63 - 1)
     # Where tensors live. auto: CUDA where there is a GPU.
     device: str = one_of(Device.auto)
-    # CPU threads per rank. 0: OMP_NUM_THREADS if set and no launcher is used, else the rank's share of the cores; 1 in a
+    # CPU threads per rank. 0: OMP_NUM_THREADS if set and no launcher is used, else a share of the cores; 1 in a
     # search.
     threads: int = number(0, least=0, most=_MOST_THREADS)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -456,7 +456,7 @@ def interrupted(name: str, world: int, nth: int) -> Ended:
 def damaged(name: str, fault: str, harm: Callable[[Path], None], says: str, inside: Fault | None) -> Row:
     """A shard of the latest of two checkpoints is harmed; the run refuses it, and goes on from the one before."""
     interrupted(name, 2, 5)
-    checkpoints = sorted((HOME / name / "checkpoints").iterdir())
+    checkpoints = sorted((HOME / name / "checkpoints").glob("step_*"))
     [shard] = checkpoints[-1].glob("*zero_pp_rank_1_*optim_states.pt")
     harm(shard)
     ended = start(overrides(name), 2, inside)
