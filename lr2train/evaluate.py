@@ -39,6 +39,7 @@ from lr2train.evaluation.tasks import Suite
 from lr2train.evaluation.window_model import WindowModel
 from lr2train.model import load
 from lr2train.parallel import control, processes
+from lr2train.parallel.failure import told_to_all
 from lr2train.reporting.needle_map import write_needle_map
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Measured:
     answered: dict[str, list[tuple[Sample, Answer]]] = field(default_factory=dict)
 
 
+@told_to_all()
 def evaluate(config: Config) -> dict[str, Any]:
     """Run the verb; returns the contents of ``evaluate.json``.
 

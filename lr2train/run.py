@@ -39,6 +39,20 @@ class Interrupted(KeyboardInterrupt):
     """
 
 
+MARKER = "LR2TRAIN_INTERRUPTED"  # environment variable: a path
+
+
+def note_interrupt() -> None:
+    """Write the empty file that ``LR2TRAIN_INTERRUPTED`` names, if it is set: the job was asked to stop, and the same
+    command goes on. On rank 0 alone.
+
+    For ``launch/slurm.sbatch``, which queues the job again where the file is there. An exit code would not do: a
+    launcher that kills the ranks that still end changes it.
+    """
+    if rank() == 0 and os.environ.get(MARKER):
+        Path(os.environ[MARKER]).touch()
+
+
 @dataclass(frozen=True)
 class Run:
     """An opened run folder.

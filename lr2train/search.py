@@ -31,6 +31,7 @@ from lr2train.evolution.race import CandidateScorer, Scored
 from lr2train.evolution.surrogate import Observations, evolve_surrogate
 from lr2train.model import load, rotary
 from lr2train.parallel import control, processes
+from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.inputs import identities
 from lr2train.reporting.pictures import write_search_pictures
 from lr2train.rope.factors import NOTES
@@ -47,6 +48,7 @@ ALGORITHMS: dict[str, Any] = {
 }
 
 
+@told_to_all()
 def search(config: Config) -> dict[str, Any]:
     """Run the verb; returns the contents of ``search.json``.
 

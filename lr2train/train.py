@@ -254,9 +254,11 @@ def _fit(job: run.Run, training: Training, done: int) -> None:
     """
     outputs = sinks(training.config, job.folder, done)
     ended = fit(training, done, outputs)
+    if not ended:
+        run.note_interrupt()
     for output in outputs:
         output.close()
-    dist.barrier()  # a launcher kills the other ranks as soon as one leaves, and rank 0 may still close its dashboards
+    processes.wait_for_all(training.config.parallel.timeout_s)  # rank 0 may still close its dashboards
     if not ended:
         job.log("interrupted; the checkpoint is written, run the same command again to go on")
         raise run.Interrupted

@@ -407,7 +407,7 @@ class ParallelConfig:
     strategy: str = one_of(StrategyName.auto)
     # Ring size within parallel.sp, for ulysses_ring. 0: as small as the heads and nodes allow.
     ring: int = number(0, least=0)
-    # Seconds that a collective waits for a rank before the job ends.
+    # Seconds that a collective waits for a rank before the job ends. A rank that fails is noticed at once.
     timeout_s: float = number(600.0, above=0, most=_MOST_TIMEOUT_S)
 
 
@@ -724,7 +724,8 @@ class Config:
     seed: int = number(0, least=-(2**63), most=2**63 - 1)
     # Where tensors live. auto: CUDA where there is a GPU.
     device: str = one_of(Device.auto)
-    # CPU threads per rank. 0: OMP_NUM_THREADS if set and no launcher is used, else cores / local ranks; 1 in a search.
+    # CPU threads per rank. 0: OMP_NUM_THREADS if set and no launcher is used, else a share of the cores; 1 in a
+    # search.
     threads: int = number(0, least=0, most=_MOST_THREADS)
     model: ModelConfig = field(default_factory=ModelConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)

@@ -2,7 +2,8 @@
 loses no written step.
 
 Choice: the loader is a pure function of the step, so the number of steps done is the whole resume state. A signal
-(Ctrl-C, a cluster's SIGTERM) ends the loop after the step in hand, on all ranks together, with a checkpoint.
+(Ctrl-C, a cluster's SIGTERM) ends the loop after the step in hand, on all ranks together, with a checkpoint. A
+checkpoint is written while the next steps run; only the last one, and the one of an interrupt, are waited for.
 """
 
 from __future__ import annotations
@@ -118,14 +119,16 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
                 figures |= held_out.measure(step + 1)
             before = step + 1
             _write(sinks, step + 1, figures)
+            engine.check_saving()
             bad.look(step, stats, loader)
             if last and bad.in_a_row:
                 bad.give_up(step)
             due = _due(saved, step + 1, config.engine.checkpoint_every_steps)
             if (last or stats.interrupted or due) and not bad.in_a_row:
-                engine.save(training.checkpoints, step + 1)
+                engine.save(training.checkpoints, step + 1, wait=last or stats.interrupted)
                 saved = step + 1
             if stats.interrupted and not last:
+                engine.finish_saving()
                 return False
     return True
 

@@ -41,6 +41,7 @@ from lr2train.training.agreement import MicroBatch, agree, described
 from lr2train.training.deepspeed import checkpoint
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.finite import FiniteAdamW, refuse_non_finite
+from lr2train.training.deepspeed.saving import Saver
 from lr2train.training.deepspeed.start import accumulation_of, deepspeed_config, gathered, quiet, zero_init
 from lr2train.training.segment import tensors_of
 
@@ -93,6 +94,7 @@ class Engine:
         self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens).train()
         self.hf_config = hf_config
         self._engine = self._initialize(ds_config)
+        self._saver = Saver()
 
     def _initialize(self, ds_config: dict[str, Any]) -> Any:
         import deepspeed
@@ -296,15 +298,37 @@ class Engine:
                 (f"the optimizer's {key}", value) for key, value in states.items() if isinstance(value, torch.Tensor)
             )
 
-    def save(self, checkpoints: Checkpoints, step: int) -> None:
-        """Write a checkpoint after ``step`` steps, as ``checkpoint.save`` does. A collective.
+    def save(self, checkpoints: Checkpoints, step: int, wait: bool = True) -> None:
+        """Write a checkpoint after ``step`` steps, as ``checkpoint.Draft.write`` does. A collective.
+
+        Args:
+            checkpoints: the run's.
+            step: steps done so far.
+            wait: False: return as soon as later steps cannot change the checkpoint any more (``saving``).
 
         Raises:
             UserError: a weight or a state is not finite, or the disk is full; earlier checkpoints stay.
         """
+        self._saver.finish()
         self.refuse_non_finite()
         with quiet():
-            checkpoint.save(self._engine, checkpoints, step)
+            self._saver.save(self._engine, checkpoints, step, wait)
+
+    def check_saving(self) -> None:
+        """Raise the error of a checkpoint that was written meanwhile; on every rank. A collective.
+
+        Raises:
+            UserError: the disk is full; earlier checkpoints stay.
+        """
+        self._saver.check()
+
+    def finish_saving(self) -> None:
+        """Wait for a checkpoint that is being written. A collective.
+
+        Raises:
+            UserError: the disk is full; earlier checkpoints stay.
+        """
+        self._saver.finish()
 
     def load(
         self, checkpoints: Checkpoints, resume_from: int | None = None, accept: Callable[[int], None] = lambda _: None
