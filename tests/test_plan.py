@@ -285,7 +285,7 @@ def test_a_model_that_is_not_extended_has_no_search(tmp_path):
             "model=tiny_llama",
             "rope.target_window_tokens=512",
             "hardware.gpus=2",
-            "engine.activation_checkpointing=false",
+            "engine.recompute=none",
             f"runs_folder={tmp_path}",
         )
     )

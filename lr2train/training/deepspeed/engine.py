@@ -31,7 +31,7 @@ from lr2train.attention.hf import install
 from lr2train.attention.segment import SegmentAttention
 from lr2train.config import Config, UserError
 from lr2train.data.batch import LONG, WINDOWS, Batch
-from lr2train.model import load
+from lr2train.model import load, recompute
 from lr2train.model.window_lm import MODULE_PREFIX, WindowLM
 from lr2train.parallel import control
 from lr2train.parallel.failure import told_to_all
@@ -88,8 +88,7 @@ class Engine:
             hf_config, config.model.dtype, weights, lambda: self._init_context(ds_config), self._gather(modifier_rank=0)
         )
         self.attention = install(lm, mesh, config.parallel.strategy)
-        if config.engine.activation_checkpointing:
-            lm.activation_checkpointing_enable({"use_reentrant": False})
+        recompute.install(lm, config.engine.recompute)
         self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens).train()
         self.hf_config = hf_config
         self._engine = self._initialize(ds_config)
