@@ -105,10 +105,10 @@ def test_training_flops_agree_with_the_training_loop(llama):
     """MFU counts 6 N' + 6 layers * heads * head_dim * T a token."""
     assert cost.training_flops_per_token(llama, L) == 6 * 7_504_924_672 + 6 * 32 * 32 * 128 * L
     assert cost.training_flops_per_token(llama, L) == pytest.approx(148.1e9, rel=1e-3)
-    assert cost.recomputed_flops_per_token(llama, L, True) == pytest.approx(
+    assert cost.recomputed_flops_per_token(llama, L, "layer") == pytest.approx(
         cost.forward_flops_per_token(llama, L), rel=1e-4
     )
-    assert cost.recomputed_flops_per_token(llama, L, False) == 2 * 128256 * 4096
+    assert cost.recomputed_flops_per_token(llama, L, "none") == 2 * 128256 * 4096
 
 
 @pytest.mark.parametrize(("name", "hours", "speed", "expected"), [("llama", 54, 804, 0.307), ("phi", 39, 1113, 0.274)])

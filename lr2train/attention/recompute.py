@@ -1,15 +1,15 @@
 """Attention's result, kept while a layer is recomputed.
 
-Activation checkpointing runs the forward pass of a layer a second time, in the backward pass. Attention is most of that
-work in a long segment. Its backward needs q, k, v, out and lse. q, k and v come from cheap products; out and lse come
-from the kernel. So ``out`` and ``lse`` of the first pass are kept, and the second pass takes them: no kernel runs again,
-and no exchange of a ring or of ``gather``. Gradients are those of whole recomputation, bit for bit. After Korthikanti et
-al., arXiv 2205.05198, who recompute attention and keep the rest: at 128k tokens the opposite is cheap.
+Activation checkpointing runs the forward pass of a layer again, in the backward pass. In a long segment attention is
+most of that work. Its backward needs q, k, v, out and lse: q, k and v come from cheap products, out and lse from the
+kernel. So ``out`` and ``lse`` of the first pass are kept, and the second pass takes them. No kernel runs again, and
+no exchange of a ring or of ``gather``. Gradients are those of whole recomputation, bit for bit.
 
-Choice: autograd functions of attention ask ``kept`` for their result, and ``contexts`` tells them which pass runs. It is
-the ``context_fn`` of ``torch.utils.checkpoint``, so it needs no knowledge of models. Results are taken in the order in
-which they were put. Cost: T/sp Hq (D b + 4) bytes for each layer, with b bytes an element. The all-to-alls of ``ulysses``
-run again, because q, k and v of other ranks' tokens would take 1 + 2 Hkv / Hq times as much again.
+Choice: autograd functions of attention ask ``kept`` for their result. ``contexts`` tells them which pass runs. It is
+the ``context_fn`` of ``torch.utils.checkpoint``, so nothing here knows models. Results are taken in the order in
+which they were put. Cost: T/sp Hq (D b + 4) bytes for each layer, with b bytes an element. The all-to-alls of
+``ulysses`` run again. Their results, q, k and v of this rank's heads and the output by tokens, would take 2 + 2 Hkv /
+Hq times as much more. The library ring-flash-attn has autograd functions of its own, which are recomputed whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -25,10 +25,22 @@ Result = tuple[Tensor, Tensor]
 """out and lse of one attention layer."""
 
 
-def contexts() -> tuple[_Pass, _Pass]:
-    """Contexts of the first pass and of the second pass of one layer, for ``torch.utils.checkpoint``."""
-    results: deque[Result] = deque()
-    return _Pass(results, again=False), _Pass(results, again=True)
+class Store(Protocol):
+    """Where the kept tensors of one layer are: whatever ``keep`` returns is given to ``take``, once."""
+
+    def keep(self, x: Tensor) -> Any: ...
+
+    def take(self, kept: Any) -> Tensor: ...
+
+
+def contexts(store: Store | None = None) -> tuple[_Pass, _Pass]:
+    """Contexts of the first pass and of the second pass over one layer, for ``torch.utils.checkpoint``.
+
+    Args:
+        store: where results are kept; None leaves them where they are.
+    """
+    results: deque[tuple[Any, Any]] = deque()
+    return _Pass(results, store or _Here(), again=False), _Pass(results, store or _Here(), again=True)
 
 
 def kept(compute: Callable[[], Result]) -> Result:
@@ -40,18 +52,29 @@ def kept(compute: Callable[[], Result]) -> Result:
     if current is None:
         return compute()
     if current.again and current.results:
-        return current.results.popleft()
+        out, lse = current.results.popleft()
+        return current.store.take(out), current.store.take(lse)
     out, lse = compute()
     if not current.again:
-        current.results.append((out.detach(), lse.detach()))  # autograd gives out itself a graph
+        current.results.append((current.store.keep(out), current.store.keep(lse)))
     return out, lse
+
+
+class _Here:
+    """The device's own memory."""
+
+    def keep(self, x: Tensor) -> Tensor:
+        return x.detach()  # autograd gives x itself a graph, which would live as long
+
+    def take(self, kept: Tensor) -> Tensor:
+        return kept
 
 
 class _Pass:
     """A pass over a layer; may be entered again, on any thread."""
 
-    def __init__(self, results: deque[Result], again: bool) -> None:
-        self.results, self.again = results, again
+    def __init__(self, results: deque[tuple[Any, Any]], store: Store, again: bool) -> None:
+        self.results, self.store, self.again = results, store, again
         self.tokens: list[Token[_Pass | None]] = []
 
     def __enter__(self) -> None:

@@ -41,7 +41,14 @@ from lr2train.training.agreement import MicroBatch, agree, described
 from lr2train.training.deepspeed import checkpoint
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.finite import FiniteAdamW, refuse_non_finite
-from lr2train.training.deepspeed.start import accumulation_of, deepspeed_config, gathered, quiet, zero_init
+from lr2train.training.deepspeed.start import (
+    accumulation_of,
+    deepspeed_config,
+    gather_whole,
+    gathered,
+    quiet,
+    zero_init,
+)
 from lr2train.training.segment import tensors_of
 
 
@@ -88,7 +95,7 @@ class Engine:
             hf_config, config.model.dtype, weights, lambda: self._init_context(ds_config), self._gather(modifier_rank=0)
         )
         self.attention = install(lm, mesh, config.parallel.strategy)
-        recompute.install(lm, config.engine.recompute)
+        gather_whole(recompute.install(lm, config.engine))
         self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens).train()
         self.hf_config = hf_config
         self._engine = self._initialize(ds_config)

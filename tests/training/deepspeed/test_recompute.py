@@ -1,5 +1,6 @@
 """What the backward pass computes again changes neither losses nor gradients by a bit: real ZeRO-3, every strategy."""
 
+import contextlib
 from collections import Counter
 from dataclasses import replace
 from unittest import mock
@@ -45,7 +46,7 @@ def every_way(rank: int, world: int, model: str, ways: dict[str, dict], strategi
 
 
 def steps(rank: int, world: int, model: str, changes: dict, strategies: list[str]):
-    assert L0 == MODELS[model]["max_position_embeddings"]
+    assert MODELS[model]["max_position_embeddings"] == L0
     config, mesh = config_for(world, 2, world), make_mesh(world, ring=min(2, world))
     config = replace(
         config, engine=replace(config.engine, **changes), model=ModelConfig(architecture=dict(MODELS[model]))
@@ -72,16 +73,14 @@ def kernel_calls():
         calls["forward"] += 1
         return own(*given)
 
-    class Context:
-        def __enter__(self):
-            self.patch = mock.patch.object(CpuKernel, "forward", counted)
-            self.patch.start()
-            return calls
+    return counting_in(mock.patch.object(CpuKernel, "forward", counted), calls)
 
-        def __exit__(self, *_):
-            self.patch.stop()
 
-    return Context()
+@contextlib.contextmanager
+def counting_in(patch, counter: Counter):
+    """``counter``, while ``patch`` acts."""
+    with patch:
+        yield counter
 
 
 def check_alike(found: dict, way: str, other: str) -> None:
@@ -120,3 +119,63 @@ def test_gradients_are_the_same_bits_and_attention_runs_once(model, world, strat
             assert 0 < sent == kept_sent < layer_sent, strategy
         else:
             assert sent <= kept_sent <= layer_sent, strategy
+
+
+def test_what_lies_in_host_memory_comes_back_the_same_bits(tmp_path):
+    ways = {
+        "keep_attention": {"recompute": "keep_attention"},
+        "keep_attention, host": {"recompute": "keep_attention", "offload_inputs": True},
+        "layer, host": {"recompute": "layer", "offload_inputs": True},
+    }
+    found = run_ranks(every_way, 2, "qwen3", ways, ["ulysses", "ring"], tmp_path=tmp_path, timeout_s=240)[0]
+    for way in ways:
+        check_alike(found, "keep_attention", way)
+
+
+KEEP_NOTHING = {  # gather before each module, release after it
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}  # fmt: skip
+TILED = {"tile_mlp": 10}  # 32 tokens of a rank in four tiles, the last of two
+
+
+def gathers_of_tiles(rank: int, world: int):
+    """(gradients, gradients with tiles, gathers of MLP weights in the step with tiles) of every recompute and stage."""
+    start_deepspeed(torch.device("cpu"))
+    found = {}
+    for stage in (3, 2):
+        for way in ("none", "keep_attention"):
+            changes = {"recompute": way, "zero_stage": stage, "deepspeed": KEEP_NOTHING if stage == 3 else {}}
+            whole = steps(rank, world, "llama", changes, ["ulysses"])
+            with gathered_weights() as gathers:
+                tiled = steps(rank, world, "llama", changes | TILED | {"offload_inputs": way != "none"}, ["ulysses"])
+            found[stage, way] = {"whole": whole, "tiled": tiled}, max(gathers.values(), default=0)
+    return found
+
+
+def gathered_weights():
+    """A context that counts, for each matrix of an MLP, how often ZeRO-3 gathers it."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    gathers: Counter[int] = Counter()
+    name = "_PartitionedParameterCoordinator__all_gather_params"
+    own = getattr(Coordinator, name)
+
+    def counted(self, params, forward):
+        gathers.update(p.ds_id for p in params if tuple(p.ds_shape) in {(48, 32), (32, 48)})
+        return own(self, params, forward)
+
+    return counting_in(mock.patch.object(Coordinator, name, counted), gathers)
+
+
+def test_tiles_give_the_same_step_under_zero_and_gather_once_a_pass(tmp_path):
+    for (stage, way), (found, gathers) in run_ranks(gathers_of_tiles, 2, tmp_path=tmp_path, timeout_s=240)[0].items():
+        (loss, wanted, *_), (own_loss, own, *_) = found["whole"]["ulysses"], found["tiled"]["ulysses"]
+        assert own_loss == pytest.approx(loss, rel=1e-6)
+        assert own.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            assert np.abs(own[name] - gradient).max() <= 2e-6 * np.abs(gradient).max(), f"{stage} {way} {name}"
+        # Two micro-batches, each with a pass forward and one back; DeepSpeed keeps what the recomputed pass gathered.
+        assert gathers == (4 if stage == 3 else 0), f"{stage} {way}"
