@@ -18,6 +18,7 @@ from lr2train.attention import hf as attention
 from lr2train.attention.strategy import PackedSegment
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
+from lr2train.model import tiled_mlp
 from lr2train.model.flops import TRAINING
 from lr2train.planning import cost, memory
 from lr2train.planning.counts import ModelCounts, counts_of, hf_config_of
@@ -38,6 +39,7 @@ def plan(config: Config) -> dict[str, Any]:
     hf_config = hf_config_of(config.model)
     counts = counts_of(hf_config, config.model)
     refuse_target(config.rope.target_window_tokens, counts.window_tokens)
+    tiled_mlp.refuse_config(hf_config, config.engine.tile_mlp)
     config, recompute = _with_recompute(config, counts)
     dp_size = config.hardware.gpus // config.parallel.sp
     accumulation = accumulation_of(config, dp_size)

@@ -24,7 +24,7 @@ from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.feed.loader import make_loader
-from lr2train.model import load
+from lr2train.model import load, tiled_mlp
 from lr2train.parallel import control, processes
 from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.inputs import identities
@@ -105,6 +105,7 @@ def checked_inputs(config: Config) -> TrainInputs:
     attention.refuse_config(
         hf_config, config.parallel, config.data.segment_tokens, _longest_span_tokens(config), processes.ranks_per_node()
     )
+    tiled_mlp.refuse_config(hf_config, config.engine.tile_mlp)
     factors = build(config.rope, load.spectrum_of(hf_config, config.model))
     model_folder.config_values(hf_config, factors)  # factors without a form in config.json are refused now
     return TrainInputs(hf_config, factors, corpus)

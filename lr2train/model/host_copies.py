@@ -14,7 +14,8 @@ copy is a plain copy.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,23 +23,41 @@ from torch import Tensor
 _NEAR = 2  # layers that are on the device at one time: one is computed with, one is on its way
 
 
+class Side(Protocol):
+    """Work beside the current stream of a device."""
+
+    def host(self, x: Tensor) -> Tensor:
+        """Room for ``x`` in host memory."""
+        ...
+
+    def copy(self, to: Tensor, x: Tensor) -> Any:
+        """Begin to copy ``x``, as it is after the work of the current stream; returns what ``wait`` takes. Both tensors
+        must live until the current stream has waited.
+        """
+        ...
+
+    def wait(self, copied: Any) -> None:
+        """Let the current stream go on after the copy."""
+        ...
+
+
 class HostCopies:
     """The layers of one model, in the order in which they were computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, side_of: Callable[[torch.device], Side] | None = None) -> None:
+        self.side_of = side_of or _side_of
         self.layers: list[weakref.ref[LayerCopies]] = []  # weak: a graph that is dropped takes its copies along
-        self.stream: Any = None
+        self.side: Side | None = None
 
     def layer(self, device: torch.device) -> LayerCopies:
         """Begin the next layer of a forward pass on ``device``."""
-        if device.type == "cuda" and self.stream is None:
-            self.stream = torch.cuda.Stream(device)
+        self.side = self.side or self.side_of(device)
         self.layers = [layer for layer in self.layers if layer() is not None]
-        made = LayerCopies(self)
-        self.layers.append(weakref.ref(made))
-        for layer in self.layers[:-_NEAR]:
+        for layer in self.layers[: 1 - _NEAR]:  # with the new one _NEAR stay
             if (one := layer()) is not None:
                 one.leave()
+        made = LayerCopies(self, self.side)
+        self.layers.append(weakref.ref(made))
         return made
 
     def before(self, layer: LayerCopies) -> LayerCopies | None:
@@ -51,13 +70,13 @@ class HostCopies:
 class LayerCopies:
     """The tensors that one pass over a layer keeps."""
 
-    def __init__(self, owner: HostCopies) -> None:
-        self.owner = owner
+    def __init__(self, owner: HostCopies, side: Side) -> None:
+        self.owner, self.side = owner, side
         self.kept: list[Kept] = []
 
     def keep(self, x: Tensor) -> Kept:
         """Begin to copy ``x`` to the host."""
-        self.kept.append(Kept(x.detach(), self.owner.stream))
+        self.kept.append(Kept(x.detach(), self.side))
         return self.kept[-1]
 
     def take(self, kept: Kept) -> Tensor:
@@ -82,42 +101,62 @@ class LayerCopies:
 class Kept:
     """A tensor and its copy in host memory. At any time at least one of the two is complete or on its way."""
 
-    def __init__(self, x: Tensor, stream: Any) -> None:
+    def __init__(self, x: Tensor, side: Side) -> None:
         self.near: Tensor | None = x
-        self.device, self.stream, self.moved = x.device, stream, None
-        if stream is None:
-            self.far = x.clone()
-        else:
-            self.far = torch.empty_like(x, device="cpu", pin_memory=True)
-            self._copy(self.far, x)
+        self.device, self.side = x.device, side
+        self.far = side.host(x)
+        self.copied = side.copy(self.far, x)
 
     def leave(self) -> None:
         """Free the device's memory, once the copy is made."""
         if self.near is not None:
-            self._wait()
+            self.side.wait(self.copied)
             self.near = None
 
     def fetch(self) -> None:
         """Begin to bring the tensor back; nothing to do where it never left."""
-        if self.near is None and self.stream is None:
-            self.near = self.far
-        elif self.near is None:
+        if self.near is None:
             self.near = torch.empty_like(self.far, device=self.device)
-            self._copy(self.near, self.far)
+            self.copied = self.side.copy(self.near, self.far)
 
     def take(self) -> Tensor:
         """The tensor, for work on the current stream."""
-        self._wait()
+        self.side.wait(self.copied)
         assert self.near is not None, "what a layer keeps is fetched before it is taken"
         return self.near
 
-    def _copy(self, to: Tensor, x: Tensor) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # x is written, and the memory of `to` is free
+
+def _side_of(device: torch.device) -> Side:
+    return _Stream(device) if device.type == "cuda" else _Plain()
+
+
+class _Stream:
+    """A second stream of a GPU, and pinned memory. Memory comes from the current stream and goes back to it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def host(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x, device="cpu", pin_memory=True)
+
+    def copy(self, to: Tensor, x: Tensor) -> Any:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # x is written, and the room of `to` is free
         with torch.cuda.stream(self.stream):
             to.copy_(x, non_blocking=True)
-        self.moved = self.stream.record_event()
+        return self.stream.record_event()
 
-    def _wait(self) -> None:
-        """Let the current stream wait for the copy: from then on the memory of both sides may be used anew."""
-        if self.moved is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.moved)
+    def wait(self, copied: Any) -> None:
+        torch.cuda.current_stream(self.device).wait_event(copied)
+
+
+class _Plain:
+    """A CPU: copies are made at once."""
+
+    def host(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    def copy(self, to: Tensor, x: Tensor) -> None:
+        to.copy_(x)
+
+    def wait(self, copied: None) -> None:
+        pass

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lr2train.config import UserError
+from lr2train.model import load
 
 
 def install(lm: Any, tile_tokens: int) -> list[nn.Module]:
@@ -40,6 +41,16 @@ def install(lm: Any, tile_tokens: int) -> list[nn.Module]:
     for mlp in mlps:
         mlp.forward = TiledMLP(mlp.forward, tuple(mlp.parameters()), tile_tokens)
     return mlps
+
+
+def refuse_config(hf_config: Any, tile_tokens: int) -> None:
+    """Refuse a transformers config whose MLPs cannot be tiled. Needs no weights; 0 tokens refuse nothing.
+
+    Raises:
+        UserError: as ``mlps_of``.
+    """
+    if tile_tokens:
+        mlps_of(load.build_empty(hf_config, "bfloat16", lambda: torch.device("meta")), tile_tokens)
 
 
 def mlps_of(lm: Any, tile_tokens: int) -> list[nn.Module]:

@@ -11,8 +11,15 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from training.deepspeed.test_engine import (
-    ARCHITECTURE, EMPTY_SHARD, L0, WITHIN, captured_gradients, config_for, factors, segment
-)  # fmt: skip
+    ARCHITECTURE,
+    EMPTY_SHARD,
+    L0,
+    WITHIN,
+    captured_gradients,
+    config_for,
+    factors,
+    segment,
+)
 
 from lr2train.attention.cpu import CpuKernel
 from lr2train.config import ModelConfig
