@@ -79,11 +79,17 @@ def refuse_mesh(config: Config) -> None:
 
 def _with_recompute(config: Config, counts: ModelCounts) -> tuple[Config, str]:
     """The config with what engine.recompute=auto stands for, and a sentence on it."""
-    if config.engine.recompute != "auto":
-        return config, f"engine.recompute={config.engine.recompute}"
-    chosen, why = memory.choose_recompute(counts, MemorySetting.of(config), config.hardware.gpu_memory_gib)
-    told = f"engine.recompute=auto takes {chosen}: {why}"
-    return replace(config, engine=replace(config.engine, recompute=chosen)), told
+    told, gpu_gib = f"engine.recompute={config.engine.recompute}", config.hardware.gpu_memory_gib
+    if config.engine.recompute == "auto":
+        chosen, why = memory.choose_recompute(counts, MemorySetting.of(config), gpu_gib)
+        config = replace(config, engine=replace(config.engine, recompute=chosen))
+        told = f"engine.recompute=auto takes {chosen}: {why}"
+    setting = MemorySetting.of(config)
+    fewest = memory.fewest_recomputed_layers(counts, setting, gpu_gib)
+    if fewest is not None and fewest < setting.recomputed(counts.layers):
+        key = f"engine.recompute_layers={fewest}" if fewest else "engine.recompute=none"
+        told += f"; {key} would fit too, and recompute less"
+    return config, told
 
 
 def _model(counts: ModelCounts, config: Config) -> dict[str, Any]:
@@ -208,7 +214,7 @@ def _held_out_share(flops: float, parts: list[dict[str, Any]], config: Config) -
 
 
 def _part(counts: ModelCounts, part: WorkloadPart, workload: Workload, config: Config) -> dict[str, Any]:
-    recompute, span = str(config.engine.recompute), part.span_tokens
+    setting, span = MemorySetting.of(config), part.span_tokens
     flops = cost.training_flops_per_token(counts, span)
     return {
         "window": part.window,
@@ -216,7 +222,9 @@ def _part(counts: ModelCounts, part: WorkloadPart, workload: Workload, config: C
         "share": workload.share(part),
         "flops_per_token": flops,
         "attention_share": 3 * cost.attention_flops_per_token(counts, span) / flops,
-        "recomputed_flops_per_token": cost.recomputed_flops_per_token(counts, span, recompute),
+        "recomputed_flops_per_token": cost.recomputed_flops_per_token(
+            counts, span, setting.recompute, setting.recomputed(counts.layers)
+        ),
         "tokens_per_s_per_gpu": cost.tokens_per_s(config.hardware.gpu_bf16_tflops, config.hardware.mfu, flops),
     }
 

@@ -7,13 +7,11 @@ import math
 import signal
 import sys
 import time
-import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from lr2train.cli.composition import compose
 from lr2train.cli.door import main
@@ -25,6 +23,8 @@ from lr2train.planning import cost, memory, tables
 from lr2train.planning.counts import counts_of, hf_config_of
 from lr2train.planning.memory import GIB
 from lr2train.planning.workload import workload_of
+from lr2train.run import open_run
+from tools.bench.live_bytes import LiveBytes
 
 L = 131072
 
@@ -116,6 +116,8 @@ def test_training_flops_agree_with_the_training_loop(llama):
         llama, L, "keep_attention"
     )
     assert kept == cost.attention_flops_per_token(llama, L)
+    whole, half = (cost.recomputed_flops_per_token(llama, L, "layer", n) - 2 * 128256 * 4096 for n in (32, 16))
+    assert whole == 2 * half
 
 
 @pytest.mark.parametrize(("name", "hours", "speed", "expected"), [("llama", 54, 804, 0.307), ("phi", 39, 1113, 0.274)])
@@ -216,6 +218,27 @@ def test_what_a_recomputed_layer_keeps_by_hand(llama):
         assert [item.bytes for item in items if not item.on_gpu] == host, recompute
 
 
+def test_the_last_layers_may_keep_everything(llama):
+    """With 20 of 32 layers recomputed; the peak of a recomputed layer comes after the 12 others are done."""
+    setting = memory.MemorySetting.of(composed("experiment=llama3_8b_128k", "engine.recompute_layers=20"))
+    t = L // 8
+    saved, flight = memory.layer_saved_bytes(llama, t, 2, 8), memory.layer_flight_bytes(llama, t, 2)
+    kept = 20 * (t * 4096 * 2 + memory.kept_attention_bytes(llama, t, 2))
+    items = memory.training_items(llama, replace(setting, chunk_tokens=1))[5:-2]
+    loss = memory.loss_bytes(4096, 128256, 1, t, 2)
+    assert sum(item.bytes for item in items) == kept + 12 * saved + max(flight, loss)
+    for gpu_gib in (40, 80):
+        fewest = memory.fewest_recomputed_layers(llama, setting, gpu_gib)
+        assert fewest is not None and 0 < fewest < 32
+        needed = [
+            memory.gpu_bytes(memory.training_items(llama, replace(setting, recompute_layers=n)))
+            for n in (fewest, fewest - 1)
+        ]
+        assert needed[0] <= 0.9 * gpu_gib * GIB < needed[1]
+    assert memory.fewest_recomputed_layers(llama, setting, 10) is None
+    assert memory.fewest_recomputed_layers(llama, setting, 500) == 0
+
+
 def test_auto_keeps_attention_where_it_fits(llama):
     setting = memory.MemorySetting.of(composed("experiment=llama3_8b_128k"))
     needed = memory.gpu_bytes(memory.training_items(llama, replace(setting, recompute="keep_attention"))) / GIB
@@ -226,6 +249,24 @@ def test_auto_keeps_attention_where_it_fits(llama):
     assert "attention's outputs of 4.06 GiB" in why
     less = memory.gpu_bytes(memory.training_items(llama, replace(setting, recompute="layer"))) / GIB
     assert needed - less == pytest.approx(4.0625)
+
+
+@pytest.mark.parametrize(("gpu_gib", "chosen"), [(80, "keep_attention"), (28, "layer")])
+def test_training_asks_the_same_estimate_about_its_own_gpu(gpu_gib, chosen, tmp_path, monkeypatch, capsys):
+    """64 ranks of LLaMA3-8B; the GPU's memory is what the device says, not hardware.gpu_memory_gib."""
+    from lr2train.train import GROUPS, _with_recompute
+
+    config = compose("train", ["experiment=llama3_8b_128k", f"runs_folder={tmp_path}", "name=first"])
+    about = SimpleNamespace(total_memory=gpu_gib * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
+    job, mesh, hf_config = open_run(config, "train", GROUPS), SimpleNamespace(world=64), hf_config_of(config.model)
+    settled = _with_recompute(job, config, hf_config, mesh, torch.device("cuda"))  # type: ignore[arg-type]
+    assert settled.engine.recompute == chosen
+    assert config.engine.recompute == "auto"
+    said = capsys.readouterr().err
+    assert f"engine.recompute=auto takes {chosen}: with attention's outputs of 4.06 GiB" in said
+    assert _with_recompute(job, config, hf_config, mesh, torch.device("cpu")).engine.recompute == "keep_attention"  # type: ignore[arg-type]
+    assert _with_recompute(job, settled, hf_config, mesh, torch.device("cuda")) is settled  # type: ignore[arg-type]
 
 
 def test_tiles_and_host_memory_make_room_for_long_shards(tmp_path):
@@ -261,7 +302,7 @@ def test_a_layer_peaks_where_the_formula_says(recompute, tile):
     x, grad = (torch.zeros(1, tokens, hf_config.hidden_size, dtype=torch.bfloat16) for _ in range(2))
     positions = torch.arange(tokens)[None]
     rotated = lm.base_model.rotary_emb(x, positions)
-    live = LiveBytes(lm.parameters(), rotated, (x, grad))
+    live = LiveBytes([*lm.parameters(), *rotated, x, grad])
     with live:
         out = lm.base_model.layers[0](
             x.requires_grad_(), position_embeddings=rotated, position_ids=positions, use_cache=False,
@@ -274,28 +315,6 @@ def test_a_layer_peaks_where_the_formula_says(recompute, tile):
     formula += sum(weight.nbytes for weight in lm.base_model.layers[0].parameters())  # their gradients
     measured = live.peak + x.nbytes + grad.nbytes
     assert measured <= formula <= 1.2 * measured
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of tensors that were alive at one time, beside those that are given."""
-
-    def __init__(self, *given):
-        super().__init__()
-        self.sizes = {x.untyped_storage()._cdata: 0 for x in tree_iter([list(one) for one in given])}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for storage in (x.untyped_storage() for x in tree_iter(out) if isinstance(x, torch.Tensor)):
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _freed(self, key):
-        self.now -= self.sizes.pop(key)
 
 
 def test_offloading_moves_states_to_the_host(llama):

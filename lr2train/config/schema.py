@@ -458,6 +458,9 @@ class EngineConfig:
     # keep_attention: all but attention, whose output is kept. layer: all. auto: keep_attention where the estimate of
     # `plan` fits the GPU, else layer; keep_attention on a CPU.
     recompute: str = one_of(Recompute.auto)
+    # Layers that are recomputed, from the first one on. null: all. The other layers keep all their activations, which
+    # is faster where memory is left; `plan` says how few fit.
+    recompute_layers: int | None = number(None, least=1)
     # Tokens of a tile in which the MLP of a layer is computed, forward and backward. 0: the whole shard at once. Tiles
     # save memory where a rank holds over about 32k tokens; below that they only cost time.
     tile_mlp: int = number(0, least=0)

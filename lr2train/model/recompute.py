@@ -25,8 +25,8 @@ from lr2train.model.host_copies import HostCopies
 
 
 def install(lm: Any, engine: EngineConfig) -> list[nn.Module]:
-    """Make a transformers model keep of each decoder layer what ``engine.recompute``, ``engine.offload_inputs`` and
-    ``engine.tile_mlp`` say.
+    """Make a transformers model keep of each decoder layer what ``engine.recompute``, ``engine.recompute_layers``,
+    ``engine.offload_inputs`` and ``engine.tile_mlp`` say.
 
     ``engine.recompute=auto`` is for the caller to decide; here it acts as ``keep_attention``.
 
@@ -38,6 +38,8 @@ def install(lm: Any, engine: EngineConfig) -> list[nn.Module]:
     """
     if engine.recompute != "none":
         _recompute(lm, engine.recompute != "layer", engine.offload_inputs)
+        for layer in lm.base_model.layers[engine.recompute_layers :] if engine.recompute_layers else ():
+            layer.gradient_checkpointing = False
     return tiled_mlp.install(lm, engine.tile_mlp) if engine.tile_mlp else []
 
 

@@ -58,6 +58,7 @@ class MemorySetting:
     gpus_per_node: int
     zero_stage: int
     recompute: str  # as engine.recompute; auto counts as keep_attention
+    recompute_layers: int | None  # layers that are recomputed, from the first on; None: all
     tile_tokens: int | None  # tokens of a tile of the MLP; None: not tiled
     offload_inputs: bool
     chunk_tokens: int
@@ -78,6 +79,7 @@ class MemorySetting:
             gpus_per_node=config.hardware.gpus_per_node,
             zero_stage=config.engine.zero_stage,
             recompute=str(config.engine.recompute),
+            recompute_layers=config.engine.recompute_layers,
             tile_tokens=config.engine.tile_mlp or None,
             offload_inputs=config.engine.offload_inputs,
             chunk_tokens=config.engine.loss_chunk_tokens,
@@ -97,6 +99,10 @@ class MemorySetting:
     def keeps_attention(self) -> bool:
         """Whether recomputed layers keep attention's output."""
         return self.recompute in ("keep_attention", "auto")
+
+    def recomputed(self, layers: int) -> int:
+        """How many of the ``layers`` decoder layers are recomputed."""
+        return 0 if self.recompute == "none" else min(layers, self.recompute_layers or layers)
 
     def ulysses(self, heads: int) -> int:
         """Ranks that exchange the ``heads`` query heads among themselves; the ring axis takes the rest of ``sp``."""
@@ -208,9 +214,22 @@ def choose_recompute(counts: ModelCounts, setting: MemorySetting, gpu_gib: float
     """
     items = training_items(counts, replace(setting, recompute="keep_attention"))
     needed, limit = gpu_bytes(items) / GIB, (1 - RESERVE) * gpu_gib
-    attention = counts.layers * kept_attention_bytes(counts, setting.tokens, WEIGHT_BYTES[setting.dtype]) / GIB
+    attention = (
+        setting.recomputed(counts.layers)
+        * kept_attention_bytes(counts, setting.tokens, WEIGHT_BYTES[setting.dtype])
+        / GIB
+    )
     told = f"with attention's outputs of {attention:.2f} GiB training would take {needed:.1f} of {limit:.1f} GiB"
     return ("keep_attention" if needed <= limit else "layer"), told
+
+
+def fewest_recomputed_layers(counts: ModelCounts, setting: MemorySetting, gpu_gib: float) -> int | None:
+    """The fewest layers that have to be recomputed on a GPU of ``gpu_gib``; 0 for none, None where nothing fits."""
+    for layers in range(counts.layers + 1):
+        changed = {"recompute_layers": layers} if layers else {"recompute": "none"}
+        if gpu_bytes(training_items(counts, replace(setting, **changed))) <= (1 - RESERVE) * gpu_gib * GIB:
+            return layers
+    return None
 
 
 def gpu_bytes(items: Iterable[MemoryItem]) -> float:
@@ -264,16 +283,16 @@ def _gathered(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
 
 def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     """What the layers keep, and the highest peak above that: inside a layer, or in the loss."""
-    weight, t, layers = WEIGHT_BYTES[s.dtype], s.tokens, counts.layers
+    weight, t, recomputed = WEIGHT_BYTES[s.dtype], s.tokens, s.recomputed(counts.layers)
     saved = layer_saved_bytes(counts, t, weight, s.ulysses(counts.heads), s.tile_tokens)
     flight = layer_flight_bytes(counts, t, weight, s.tile_tokens)
     loss = loss_bytes(counts.hidden, counts.vocabulary, s.chunk_tokens, t, weight)
-    if s.recompute == "none":
-        how = f"{layers} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB"
-        items = [MemoryItem("saved activations of all layers", layers * saved, how)]
-        peak, name, how = flight, "gradients inside one layer", "b · t · (3 F + 2 H)"
-    else:  # one layer at a time is recomputed, and then holds its activations and gradients
-        items = _kept_for_recomputation(counts, s)
+    items, whole = _kept_for_recomputation(counts, s), counts.layers - recomputed
+    if whole:
+        how = f"{whole} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB"
+        items.append(MemoryItem(f"saved activations of {whole} layers", whole * saved, how))
+    peak, name, how = flight, "gradients inside one layer", "b · t · (3 F + 2 H)"
+    if not whole:  # else the layers that are kept whole are done, and free, before a layer is recomputed
         peak, name, how = saved + flight, "one recomputed layer", "t · (norms, attention, MLP, and their gradients)"
     if s.tile_tokens:
         how += f", the MLP for {min(s.tile_tokens, t):,} tokens"
@@ -286,7 +305,9 @@ def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
 
 
 def _kept_for_recomputation(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
-    weight, t, layers = WEIGHT_BYTES[s.dtype], s.tokens, counts.layers
+    weight, t, layers = WEIGHT_BYTES[s.dtype], s.tokens, s.recomputed(counts.layers)
+    if not layers:
+        return []
     inputs = saved_inputs_bytes(layers, counts.hidden, t, weight)
     of_layers = f"{layers} layers · {t:,} tokens"
     items = [MemoryItem("saved layer inputs", inputs, f"{of_layers} · {weight} H B", not s.offload_inputs)]
@@ -295,10 +316,9 @@ def _kept_for_recomputation(counts: ModelCounts, s: MemorySetting) -> list[Memor
         how = f"{of_layers} · Hq ({weight} Dh + 4) B"
         items.append(MemoryItem("kept outputs of attention", attention, how, not s.offload_inputs))
     if s.offload_inputs:
-        moving = NEAR_LAYERS * sum(item.bytes for item in items) / layers
-        items.append(
-            MemoryItem("layers on their way to and from the host", moving, f"{NEAR_LAYERS} layers of the above")
-        )
+        near = min(NEAR_LAYERS, layers)
+        moving = near * sum(item.bytes for item in items) / layers
+        items.append(MemoryItem("layers on their way to and from the host", moving, f"{near} layers of the above"))
     return items
 
 

@@ -133,10 +133,14 @@ def test_what_lies_in_host_memory_comes_back_the_same_bits(tmp_path):
         "keep_attention": {"recompute": "keep_attention"},
         "keep_attention, host": {"recompute": "keep_attention", "offload_inputs": True},
         "layer, host": {"recompute": "layer", "offload_inputs": True},
+        "one of two layers, host": {"recompute": "layer", "recompute_layers": 1, "offload_inputs": True},
     }
     found = run_ranks(every_way, 2, "qwen3", ways, ["ulysses", "ring"], tmp_path=tmp_path, timeout_s=240)[0]
     for way in ways:
         check_alike(found, "keep_attention", way)
+    for strategy in ("ulysses", "ring"):
+        kept, again, half = (found[way][strategy][2] for way in list(ways)[1:])
+        assert kept < half < again, strategy  # kernel calls
 
 
 KEEP_NOTHING = {  # gather before each module, release after it
