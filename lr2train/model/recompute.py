@@ -38,7 +38,8 @@ def install(lm: Any, engine: EngineConfig) -> list[nn.Module]:
     """
     if engine.recompute != "none":
         _recompute(lm, engine.recompute != "layer", engine.offload_inputs)
-        for layer in lm.base_model.layers[engine.recompute_layers :] if engine.recompute_layers else ():
+        layers = getattr(lm.base_model, "layers", ())
+        for layer in layers[engine.recompute_layers or len(layers) :]:
             layer.gradient_checkpointing = False
     return tiled_mlp.install(lm, engine.tile_mlp) if engine.tile_mlp else []
 
