@@ -109,7 +109,7 @@ def of_all_ranks(results: list[dict], way: str, strategy: str) -> tuple[int, int
 
 WAYS = {name: {"recompute": name} for name in ("none", "keep_attention", "layer")}
 CASES = [*((model, 2, list(STRATEGIES)) for model in ("llama", "qwen3")), ("llama", 4, list(STRATEGIES)),
-         *((model, 2, ["ulysses", "ring"]) for model in ("mistral", "mixtral", "stablelm"))]  # fmt: skip
+         *((model, 2, ["ring"]) for model in ("mistral", "mixtral", "stablelm"))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "world", "strategies"), CASES)
@@ -135,12 +135,11 @@ def test_what_lies_in_host_memory_comes_back_the_same_bits(tmp_path):
         "layer, host": {"recompute": "layer", "offload_inputs": True},
         "one of two layers, host": {"recompute": "layer", "recompute_layers": 1, "offload_inputs": True},
     }
-    found = run_ranks(every_way, 2, "qwen3", ways, ["ulysses", "ring"], tmp_path=tmp_path, timeout_s=240)[0]
+    found = run_ranks(every_way, 2, "llama", ways, ["ring"], tmp_path=tmp_path, timeout_s=240)[0]
     for way in ways:
         check_alike(found, "keep_attention", way)
-    for strategy in ("ulysses", "ring"):
-        kept, again, half = (found[way][strategy][2] for way in list(ways)[1:])
-        assert kept < half < again, strategy  # kernel calls
+    kept, again, half = (found[way]["ring"][2] for way in list(ways)[1:])
+    assert 2 * half == kept + again  # kernel calls
 
 
 KEEP_NOTHING = {  # gather before each module, release after it
@@ -156,13 +155,12 @@ def gathers_of_tiles(rank: int, world: int):
     """(gradients, gradients with tiles, gathers of MLP weights in the step with tiles) of every recompute and stage."""
     start_deepspeed(torch.device("cpu"))
     found = {}
-    for stage in (3, 2):
-        for way in ("none", "keep_attention"):
-            changes = {"recompute": way, "zero_stage": stage, "deepspeed": KEEP_NOTHING if stage == 3 else {}}
-            whole = steps(rank, world, "llama", changes, ["ulysses"])
-            with gathered_weights() as gathers:
-                tiled = steps(rank, world, "llama", changes | TILED | {"offload_inputs": way != "none"}, ["ulysses"])
-            found[stage, way] = {"whole": whole, "tiled": tiled}, max(gathers.values(), default=0)
+    for stage, way in ((3, "none"), (3, "keep_attention"), (2, "none")):
+        changes = {"recompute": way, "zero_stage": stage, "deepspeed": KEEP_NOTHING if stage == 3 else {}}
+        whole = steps(rank, world, "llama", changes, ["ulysses"])
+        with gathered_weights() as gathers:
+            tiled = steps(rank, world, "llama", changes | TILED | {"offload_inputs": way != "none"}, ["ulysses"])
+        found[stage, way] = {"whole": whole, "tiled": tiled}, max(gathers.values(), default=0)
     return found
 
 
