@@ -72,6 +72,11 @@ def test_the_papers_settings():
         ("experiment=nope", ["experiment/nope", "tiny_4k"]),
         ("parallel.sp=3", ["data.segment_tokens=4096", "parallel.sp=3", "set parallel.sp to 1"]),
         ("parallel.sp=0", ["parallel.sp=0", "below 1"]),
+        (
+            "engine.activation_checkpointing=false",
+            ["engine.activation_checkpointing", "engine.recompute=none for false"],
+        ),
+        ("engine.recompute=attention", ["engine.recompute=attention", "none, keep_attention, layer, auto"]),
         ("search.top_k=99", ["search.top_k=99", "search.population=16"]),
         ("data.holdout=2", ["data.holdout=2", "between 0 and 1"]),
         ("search.looks=0.5", ["search.looks=0.5", "below 1"]),

@@ -245,11 +245,20 @@ def _with_peak(config: Config) -> None:
         )
 
 
+def _check_offload(config: Config) -> None:
+    if config.engine.offload_inputs and config.engine.recompute == "none":
+        raise UserError(
+            "engine.offload_inputs=true moves what recomputed layers keep, and engine.recompute=none recomputes none; "
+            "set engine.recompute to auto"
+        )
+
+
 _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
     (("prepare", "search", "train", "evaluate", "generate", "plan"), _check_name),
     (("search", "plan"), _check_parents),
     (("train", "inspect", "plan"), _check_group),
     (("train", "plan"), _check_shards),
     (("plan",), _with_peak),
+    (("train", "plan"), _check_offload),
 )
 """Checks of several keys, which may fill in a key that others decide, and the verbs that read all these keys."""
