@@ -87,11 +87,6 @@ def checked_inputs(config: Config) -> TrainInputs:
         UserError: a key is wrong, or model, factors and corpus do not fit each other.
     """
     refuse_keys(config.engine.deepspeed)
-    if config.engine.zero_stage == 0 and config.model.dtype != "float32":
-        raise UserError(
-            f"engine.zero_stage=0 trains in float32 alone, and model.dtype={config.model.dtype}; set "
-            "engine.zero_stage to 1"
-        )
     hf_config = load.config_of(config.model)
     if config.data.path is None:
         raise UserError(

@@ -31,6 +31,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class ReduceDtype(StrEnum):
+    """The type in which gradients are summed over the ranks."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class Device(StrEnum):
     """Where tensors live. auto: CUDA where there is a GPU."""
 
@@ -443,6 +450,9 @@ class EngineConfig:
 
     # ZeRO stage: 3 divides weights, gradients and optimizer states; 0 divides nothing and needs model.dtype=float32.
     zero_stage: int = number(3, least=0, most=3)
+    # Data type in which gradients are sent and summed over the ranks. float32: in bfloat16, with eight bits, sums over
+    # 64 ranks lose small gradients. bfloat16: half the bytes.
+    reduce_dtype: str = one_of(ReduceDtype.float32)
     # Whether activations of a layer are computed again in the backward pass, to save memory.
     activation_checkpointing: bool = True
     # Tokens per chunk of the chunked loss; only one chunk's logits are in memory.

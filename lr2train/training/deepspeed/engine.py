@@ -41,7 +41,14 @@ from lr2train.training.agreement import MicroBatch, agree, described
 from lr2train.training.deepspeed import checkpoint
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.finite import FiniteAdamW, refuse_non_finite
-from lr2train.training.deepspeed.start import accumulation_of, deepspeed_config, gathered, quiet, zero_init
+from lr2train.training.deepspeed.start import (
+    accumulation_of,
+    deepspeed_config,
+    gathered,
+    quiet,
+    refuse_ranks,
+    zero_init,
+)
 from lr2train.training.segment import tensors_of
 
 
@@ -82,6 +89,7 @@ class Engine:
         """
         self.config, self.mesh, self.device = config, mesh, device
         self.accumulation = accumulation_of(config, mesh.dp_size)
+        refuse_ranks(config, mesh.world)
         ds_config = deepspeed_config(config, self.accumulation)
         weights = _weights(config, hf_config)
         lm = load.assembled(
