@@ -620,7 +620,7 @@ class EvalConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go. runs/<name>/metrics.jsonl is always written."""
+    """Where metrics and traces go. runs/<name>/metrics.jsonl is always written."""
 
     # Whether TensorBoard files are written.
     tensorboard: bool = True
@@ -632,6 +632,9 @@ class LoggerConfig:
     entity: str | None = None
     # Mode of wandb. The variable WANDB_MODE is used if this key is not given.
     mode: str = one_of(WandbMode.online)
+    # Steps that torch's profiler records on rank 0 and on the last rank, numbered as in metrics.jsonl: ["10-12"]. The
+    # traces are in runs/<name>/profile/. The key may change when a run resumes.
+    profile_steps: list[str] = field(default_factory=list)
 
 
 @dataclass
