@@ -232,6 +232,15 @@ def _check_shards(config: Config) -> None:
         )
 
 
+def _check_distillation(config: Config) -> None:
+    weight = config.optim.distill_short
+    if weight and config.model.path is None:
+        raise UserError(
+            f"optim.distill_short={weight} keeps a model near the one at model.path, and model.path is empty; set "
+            "optim.distill_short to 0"
+        )
+
+
 def _check_zero(config: Config) -> None:
     """Refuse what DeepSpeed cannot run, and what it would leave out in silence (docs/RUNNING.md has the table)."""
     stage, dtype = config.engine.zero_stage, config.model.dtype
@@ -266,5 +275,6 @@ _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
     (("train", "inspect", "plan"), _check_group),
     (("train", "plan"), _check_shards),
     (("train", "plan"), _check_zero),
+    (("train", "plan"), _check_distillation),
 )
 """Checks of several keys, and the verbs that read all these keys."""

@@ -432,6 +432,9 @@ class OptimConfig:
     weight_decay: float = number(0.0, least=0)
     # Largest global gradient norm; larger gradients are scaled down. 0: gradients are not clipped.
     clip: float = number(1.0, least=0)
+    # Weight of the distillation in short segments: KL divergence from the frozen model at model.path, per target token,
+    # is added to the loss (docs/RUNNING.md). 0: no distillation, and no second model in memory.
+    distill_short: float = number(0.0, least=0)
     # Schedule of the learning rate after the warm-up.
     schedule: str = one_of(LearningRateSchedule.cosine)
     # Optimizer steps of linear learning-rate warm-up from 0.

@@ -178,6 +178,7 @@ def _figures(
     return {
         **io.finite({"loss": stats.loss, "loss_short": stats.loss_short, "loss_long": stats.loss_long}),
         **({} if stats.router_loss is None else io.finite({"router_loss": stats.router_loss})),
+        **({} if stats.distill_loss is None else io.finite({"distill_loss": stats.distill_loss})),
         "n_target_tokens": stats.n_target_tokens,
         "tokens_seen": tokens_seen,
         "grad_norm": stats.grad_norm,

@@ -33,6 +33,7 @@ from lr2train.attention.segment import SegmentAttention
 from lr2train.config import Config, UserError
 from lr2train.data.batch import LONG, WINDOWS, Batch
 from lr2train.model import load
+from lr2train.model.distill import Original
 from lr2train.model.window_lm import MODULE_PREFIX, WindowLM
 from lr2train.parallel import control
 from lr2train.parallel.failure import told_to_all
@@ -42,6 +43,7 @@ from lr2train.training.agreement import MicroBatch, agree, described
 from lr2train.training.deepspeed import checkpoint
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.finite import FiniteAdamW, refuse_non_finite
+from lr2train.training.deepspeed.scoring import load_sharded
 from lr2train.training.deepspeed.start import (
     accumulation_of,
     deepspeed_config,
@@ -69,6 +71,8 @@ class StepStats:
     finite: bool = True  # loss and gradient norm are finite; False: no update was made
     suspects: tuple[int, ...] = ()  # micro-batches of this rank with a loss that is not finite
     router_loss: float | None = None  # the experts' load-balancing loss, mean over segments, without its coefficient
+    # KL from the frozen original model, nats per target token of short segments; None where nothing is distilled
+    distill_loss: float | None = None
 
 
 class WindowLoss(NamedTuple):
@@ -99,9 +103,26 @@ class Engine:
         self.attention = install(lm, mesh, config.parallel.strategy)
         if config.engine.activation_checkpointing:
             lm.activation_checkpointing_enable({"use_reentrant": False})
-        self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens).train()
+        weight = config.optim.distill_short
+        original = self._original(factors) if weight else None
+        self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens, original, weight).train()
         self.hf_config = hf_config
         self._engine = self._initialize(ds_config)
+
+    def _original(self, factors: Factors) -> Original:
+        """The frozen original model, divided over the ranks under ZeRO-3, else whole on the device. A collective."""
+        model, engine = self.config.model, self.config.engine
+        if engine.zero_stage == 3:
+            zero = {
+                key: value
+                for key, value in engine.deepspeed.get("zero_optimization", {}).items()
+                if key != "offload_optimizer"  # it has none
+            }
+            lm = load_sharded(model, self.device, {"zero_optimization": zero})
+        else:
+            lm = load.load_whole(load.folder_of(model), model.dtype, self.device.type, model.overrides)
+        install(lm, self.mesh, self.config.parallel.strategy)
+        return Original(lm, factors, self._gather(modifier_rank=None))
 
     def _initialize(self, ds_config: dict[str, Any]) -> Any:
         import deepspeed
@@ -165,7 +186,8 @@ class Engine:
         Backward starts from ``sum_CE_local * world * accumulation / n_target_tokens``. DeepSpeed divides gradients by
         the world and losses by the accumulation, so the result is the gradient of the mean over all target tokens of
         the global batch. The router's loss is a mean over segments: its parts are scaled by ``world * accumulation /
-        n_segments``, which is ``sp``, and by its coefficient.
+        n_segments``, which is ``sp``, and by its coefficient. Where a short segment is distilled, ``sum_CE_local`` has
+        the divergence from the original model in it, with its weight.
         """
         shards = [
             shard_of(batch, attention.layout, self.device) for batch, attention in zip(batches, attentions, strict=True)
@@ -173,22 +195,26 @@ class Engine:
         n_targets = sum(one.n_targets for one in work)
         if n_targets == 0:
             raise UserError("a step has no target token at all; check data.path: its segments hold only padding")
-        # [loss of short, loss of long, ranks asked to stop, the router's loss].
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        # [loss of short, loss of long, ranks asked to stop, the router's loss, and where one is added: the divergence].
+        sums = torch.zeros(4 + self.model.distills, dtype=torch.float64, device=self.device)
         router_scale = self.mesh.sp_size * self.model.router_loss.coefficient if self.model.router_loss else 0.0
         losses = []
         for number, (batch, attention, shard) in enumerate(zip(batches, attentions, shards, strict=True), 1):
-            total, router = self._engine(*shard, segment_attention=attention, window=batch.window)
+            total, router, *alone = self._engine(*shard, segment_attention=attention, window=batch.window)
             losses.append(total.detach().double())
             sums[3] += router.detach()
-            sums[int(batch.window == LONG)] += losses[-1]
+            if alone:  # a distilled segment
+                sums[0] += alone[0].detach()
+                sums[4] += alone[1].detach()
+            else:
+                sums[int(batch.window == LONG)] += losses[-1]
             # Divides by the target tokens of the global batch; world and accumulation cancel DeepSpeed's averaging.
             scale = torch.full_like(losses[-1], self.mesh.world * self.accumulation / n_targets, dtype=total.dtype)
             if number == len(batches):
                 sums[2] = float(interrupted())
                 dist.all_reduce(sums)
                 # NaN gradients on every rank, also where only another rank's loss is not finite.
-                scale.masked_fill_(~torch.isfinite(sums[:2].sum()), torch.nan)
+                scale.masked_fill_(~torch.isfinite(sums[:2].sum() + sums[4:].sum()), torch.nan)
             self._engine.backward(total * scale + router * router_scale)
             self._engine.step()
         return self._stats(sums, work, torch.stack(losses))
@@ -242,12 +268,15 @@ class Engine:
         n_long = sum(one.n_targets for one in work if one.window == LONG)
         n_short = sum(one.n_targets for one in work) - n_long
         norm = self._grad_norm()
-        short, long, asked, router = sums.tolist()
-        finite = math.isfinite(short + long) and (self._loss_scaled or norm is None or math.isfinite(norm))
+        short, long, asked, router, *divergence = sums.tolist()
+        finite = math.isfinite(short + long + sum(divergence)) and (
+            self._loss_scaled or norm is None or math.isfinite(norm)
+        )
         return StepStats(
             loss=(short + long) / (n_short + n_long),
             loss_short=short / n_short if n_short else None,
             loss_long=long / n_long if n_long else None,
+            distill_loss=divergence[0] / n_short if divergence and n_short else None,
             router_loss=None if self.model.router_loss is None else router / len(work),
             n_target_tokens=n_short + n_long,
             n_tokens=sum(one.n_tokens for one in work),
