@@ -18,7 +18,9 @@ from tests.training.deepspeed.test_engine import ARCHITECTURE, L0, L, captured_g
 
 WEIGHT = 4.0
 STEPS, SAVED = 4, 2
-OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}}
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+OFFLOAD = {"zero_optimization": {**OFFLOADED, "stage3_param_persistence_threshold": 0}}
+HPZ = {"zero_optimization": {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}}
 
 
 def write_base(folder: Path) -> Path:
@@ -132,7 +134,7 @@ SETTINGS = {
         (1, {"deepspeed": OFFLOAD}, 1e-5),
         (2, {"dtype": "bfloat16"}, 0.1),
     ],
-    4: [(2, {}, 1e-5)],
+    4: [(2, {"deepspeed": HPZ}, 1e-5)],
 }
 
 
