@@ -31,6 +31,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class ReduceDtype(StrEnum):
+    """The type in which gradients are summed over the ranks."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class Device(StrEnum):
     """Where tensors live. auto: CUDA where there is a GPU."""
 
@@ -436,6 +443,9 @@ class OptimConfig:
     weight_decay: float = number(0.0, least=0)
     # Largest global gradient norm; larger gradients are scaled down. 0: gradients are not clipped.
     clip: float = number(1.0, least=0)
+    # Weight of the distillation in short segments: KL divergence from the frozen model at model.path, per target token,
+    # is added to the loss (docs/RUNNING.md). 0: no distillation, and no second model in memory.
+    distill_short: float = number(0.0, least=0)
     # Schedule of the learning rate after the warm-up.
     schedule: str = one_of(LearningRateSchedule.cosine)
     # Optimizer steps of linear learning-rate warm-up from 0.
@@ -467,6 +477,9 @@ class EngineConfig:
     # Whether what a recomputed layer keeps (its input, attention's output under keep_attention) lies in host memory
     # until the backward pass. false, because the host then needs the memory that a GPU saves, for each of its GPUs.
     offload_inputs: bool = False
+    # Data type in which gradients are sent and summed over the ranks. float32: in bfloat16, with eight bits, sums over
+    # 64 ranks lose small gradients. bfloat16: half the bytes.
+    reduce_dtype: str = one_of(ReduceDtype.float32)
     # Tokens per chunk of the chunked loss; only one chunk's logits are in memory.
     loss_chunk_tokens: int = number(4096, least=1)
     # Optimizer steps between two measurements of the held-out loss, of both windows. 0: never.
@@ -632,7 +645,7 @@ class EvalConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go. runs/<name>/metrics.jsonl is always written."""
+    """Where metrics and traces go. runs/<name>/metrics.jsonl is always written."""
 
     # Whether TensorBoard files are written.
     tensorboard: bool = True
@@ -644,6 +657,9 @@ class LoggerConfig:
     entity: str | None = None
     # Mode of wandb. The variable WANDB_MODE is used if this key is not given.
     mode: str = one_of(WandbMode.online)
+    # Steps that torch's profiler records on rank 0 and on the last rank, numbered as in metrics.jsonl: ["10-12"]. The
+    # traces are in runs/<name>/profile/. The key may change when a run resumes.
+    profile_steps: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from lr2train.planning.counts import ModelCounts
 GIB = 2**30
 WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GRADIENT_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}  # gradients accumulate in fp32 unless the model is fp16
-SENT_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}  # gradients of a bfloat16 model are reduced in fp32
+SENT_BYTES = {"bfloat16": 2, "float32": 4}  # of a gradient, by engine.reduce_dtype
 MASTER_BYTES, MOMENT_BYTES = 4, 8  # fp32 copy of the weights; two fp32 moments of Adam
 RUNTIME_BYTES = int(1.5 * GIB)  # CUDA context, NCCL channels, cuBLAS workspace: assumed, typical of an 8-GPU A100 node
 RESERVE = 0.1  # share of the GPU kept free: fragmentation, buffers that no formula knows
@@ -64,6 +64,7 @@ class MemorySetting:
     chunk_tokens: int
     segment_tokens: int
     dtype: str
+    reduce_dtype: str
     live_parameters: int
     bucket_parameters: int
     offload_optimizer: bool
@@ -85,6 +86,7 @@ class MemorySetting:
             chunk_tokens=config.engine.loss_chunk_tokens,
             segment_tokens=config.data.segment_tokens,
             dtype=config.model.dtype,
+            reduce_dtype=config.engine.reduce_dtype,
             live_parameters=int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)),
             bucket_parameters=int(zero.get("reduce_bucket_size", BUCKET_PARAMETERS)),
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
@@ -327,8 +329,8 @@ def _fixed(s: MemorySetting) -> list[MemoryItem]:
     return [
         MemoryItem(
             "reduction buckets",
-            bucket_bytes(s.bucket_parameters, weight, SENT_BYTES[s.dtype]),
-            f"(2 · {weight} B, sent as {SENT_BYTES[s.dtype]} B) · {s.bucket_parameters / 1e6:.3g}M "
+            bucket_bytes(s.bucket_parameters, weight, SENT_BYTES[s.reduce_dtype]),
+            f"(2 · {weight} B, sent as {SENT_BYTES[s.reduce_dtype]} B) · {s.bucket_parameters / 1e6:.3g}M "
             "(reduce_bucket_size)",
         ),
         MemoryItem("CUDA, NCCL, cuBLAS", RUNTIME_BYTES, "assumed"),
