@@ -68,6 +68,13 @@ class DataKind(StrEnum):
     curriculum = "curriculum"
 
 
+class Fused(StrEnum):
+    """auto: fused kernels where they can run. off: the model's own modules."""
+
+    auto = "auto"
+    off = "off"
+
+
 class LongAttention(StrEnum):
     """A token of a long segment attends to the whole segment (paper, Figure 5b) or to its own document (the authors'
     released example).
@@ -445,6 +452,9 @@ class EngineConfig:
     zero_stage: int = number(3, least=0, most=3)
     # Whether activations of a layer are computed again in the backward pass, to save memory.
     activation_checkpointing: bool = True
+    # Fused kernels for norms, rotations and gated activations. auto: on CUDA where liger-kernel is installed. off: the
+    # model's own modules.
+    fused: str = one_of(Fused.auto)
     # Tokens per chunk of the chunked loss; only one chunk's logits are in memory.
     loss_chunk_tokens: int = number(4096, least=1)
     # Optimizer steps between two measurements of the held-out loss, of both windows. 0: never.

@@ -31,7 +31,7 @@ from lr2train.attention.hf import install
 from lr2train.attention.segment import SegmentAttention
 from lr2train.config import Config, UserError
 from lr2train.data.batch import LONG, WINDOWS, Batch
-from lr2train.model import load
+from lr2train.model import fused, load
 from lr2train.model.window_lm import MODULE_PREFIX, WindowLM
 from lr2train.parallel import control
 from lr2train.parallel.failure import told_to_all
@@ -91,6 +91,7 @@ class Engine:
         if config.engine.activation_checkpointing:
             lm.activation_checkpointing_enable({"use_reentrant": False})
         self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens).train()
+        fused.accelerate(lm, config.engine.fused, device)
         self.hf_config = hf_config
         self._engine = self._initialize(ds_config)
 
