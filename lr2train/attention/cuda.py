@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lr2train.attention.blocks import Block, Queries, Round, softcap_of
 from lr2train.config import UserError
+from lr2train.parallel.comm import to_device
 
 _flash = torch.ops.aten._flash_attention_forward
 _flash_backward = torch.ops.aten._flash_attention_backward
@@ -98,7 +99,7 @@ def varlen_of(round_: Round, device: torch.device) -> Varlen:
 
 
 def _cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
 _Forward = Callable[[Tensor, Tensor, Tensor, Varlen, float], tuple[Tensor, Tensor]]

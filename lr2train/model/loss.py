@@ -34,9 +34,17 @@ class LossHead(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.form = form
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """hidden [T, H], labels [T] -> scalar (fp32; fp64 for fp64), the summed negative log-likelihood in nats."""
-        return _ChunkedCrossEntropy.apply(hidden, self.weight, labels, self.chunk_tokens, self.form)
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """The summed negative log-likelihood in nats, a scalar in fp32 (fp64 for fp64).
+
+        Args:
+            hidden: [T, H].
+            labels: int64 [T].
+            targets: int64 [n], the positions with a target, in ascending order. None looks for them in ``labels``: the
+                host then waits for the device.
+        """
+        rows = (labels != IGNORE).nonzero().flatten() if targets is None else targets
+        return _ChunkedCrossEntropy.apply(hidden, self.weight, labels, rows, self.chunk_tokens, self.form)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -46,13 +54,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int, form: LogitForm
+        ctx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        targets: torch.Tensor,
+        chunk_tokens: int,
+        form: LogitForm,
     ) -> torch.Tensor:
-        """hidden [T, H], weight [V, H], labels [T] -> scalar, the summed negative log-likelihood in nats."""
-        ctx.save_for_backward(hidden, weight, labels)
+        """hidden [T, H], weight [V, H], labels [T], targets [n] -> scalar, as ``LossHead.forward``."""
+        ctx.save_for_backward(hidden, weight, labels, targets)
         ctx.chunk_tokens, ctx.form = chunk_tokens, form
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
-        for rows in _target_chunks(labels, chunk_tokens):
+        for rows in _chunks(targets, chunk_tokens):
             logits = form.logits(F.linear(hidden[rows], weight).to(total.dtype))
             total += F.cross_entropy(logits, labels[rows], reduction="sum")
         return total
@@ -60,18 +74,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: torch.Tensor):
         """Gradients of hidden [T, H] and weight [V, H] in their dtypes: (softmax - one-hot) through form and head."""
-        hidden, weight, labels = ctx.saved_tensors
+        hidden, weight, labels, targets = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         # Summed in fp32: in bf16 the small terms of thousands of chunks would be lost.
         grad_weight = torch.zeros(weight.shape, dtype=_wide(hidden), device=weight.device)
-        for rows in _target_chunks(labels, ctx.chunk_tokens):
+        for rows in _chunks(targets, ctx.chunk_tokens):
             logits = ctx.form.logits(F.linear(hidden[rows], weight).to(grad_weight.dtype))  # [chunk, V]
             grad = torch.softmax(logits, dim=-1)
             grad[torch.arange(len(rows), device=rows.device), labels[rows]] -= 1.0
             grad = (ctx.form.to_products(grad, logits) * grad_total).to(hidden.dtype)
             grad_hidden[rows] = grad @ weight
             grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _wide(hidden: torch.Tensor) -> torch.dtype:
@@ -79,7 +93,6 @@ def _wide(hidden: torch.Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _target_chunks(labels: torch.Tensor, chunk_tokens: int) -> tuple[torch.Tensor, ...]:
-    """Indices of the positions with a target, in chunks; positions without a target cost nothing."""
-    rows = (labels != IGNORE).nonzero().flatten()
-    return rows.split(chunk_tokens) if len(rows) else ()
+def _chunks(targets: torch.Tensor, chunk_tokens: int) -> tuple[torch.Tensor, ...]:
+    """The positions with a target, in chunks; positions without a target cost nothing."""
+    return targets.split(chunk_tokens) if len(targets) else ()

@@ -22,7 +22,7 @@ MODULE_PREFIX = "lm."  # of the Hugging Face model's names inside WindowLM
 
 
 class WindowLM(nn.Module):
-    """``(tokens, labels, segment_attention, window) -> losses`` over a Hugging Face causal LM.
+    """``(tokens, labels, targets, segment_attention, window) -> losses`` over a Hugging Face causal LM.
 
     Attributes:
         router_loss: the load-balancing loss of the experts; None where the config asks for none.
@@ -39,6 +39,7 @@ class WindowLM(nn.Module):
         self,
         tokens: torch.Tensor,
         labels: torch.Tensor,
+        targets: torch.Tensor,
         segment_attention: SegmentAttention,
         window: str,
     ) -> torch.Tensor:
@@ -48,6 +49,7 @@ class WindowLM(nn.Module):
         Args:
             tokens: int64 [T/sp].
             labels: int64 [T/sp]; -100 where there is no target.
+            targets: int64 [n]: the places of this shard with a target, in ascending order.
             segment_attention: attention of the whole segment, on this rank.
             window: "short" | "long", which RoPE table acts.
         """
@@ -61,7 +63,7 @@ class WindowLM(nn.Module):
             use_cache=False,
             **recorded,
         )
-        total = self.loss_head(out.last_hidden_state[0], labels)
+        total = self.loss_head(out.last_hidden_state[0], labels, targets)
         if self.router_loss is None:
             return torch.stack([total, torch.zeros_like(total)])
         return torch.stack([total, self.router_loss(out.router_logits, segment_attention).to(total.dtype)])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,6 +42,24 @@ def test_value_and_gradients_equal_whole_logits(chunk):
     torch.testing.assert_close(value.detach(), expected, rtol=1e-13, atol=0)
     torch.testing.assert_close(hidden.grad, 3 * grad_hidden, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(head.weight.grad, 3 * grad_weight, rtol=1e-12, atol=1e-13)
+
+
+def test_known_targets_give_the_same_bits_and_the_host_reads_nothing_from_the_device():
+    """On fake tensors a look at a value raises, as a sum over labels or ``nonzero`` would need it."""
+    hidden, head, labels = case(torch.bfloat16)
+    targets = (labels != IGNORE).nonzero().flatten()
+    found = []
+    for given in ((), (targets,)):
+        value = LossHead(head, 8)(hidden, labels, *given)
+        found.append([value, *torch.autograd.grad(value, (hidden, head.weight))])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    with FakeTensorMode() as mode:
+        hidden, head, labels, targets = (mode.from_tensor(x) for x in (hidden, head.weight, labels, targets))
+        module = LossHead(nn.Linear(H, V, bias=False), 8)
+        module.weight = nn.Parameter(head)
+        module(hidden, labels, targets).backward()
+        with pytest.raises(DynamicOutputShapeException):
+            module(hidden, labels)
 
 
 def test_without_targets_loss_and_gradients_are_zero():

@@ -3,9 +3,10 @@
 Choice: to DeepSpeed every rank is a data-parallel rank. Sequence parallelism (context parallelism) is a transform of
 the data and of attention: tokens, labels and positions are sharded together. Each rank returns the *sum* of the losses
 of its own target tokens. The sum is scaled so that DeepSpeed's averaging over ranks and accumulation steps yields the
-gradient of ``sum of losses / number of target tokens`` of the global batch. Cost: two all-reduces of a few numbers, and
+gradient of ``sum of losses / number of target tokens`` of the global batch. Cost: one all-reduce of a few numbers, and
 one exchange of a few words on the host, in each step. The exchange finds a rank with other work than its peers before
-any rank waits for it (``training.agreement``).
+any rank waits for it (``training.agreement``). It also carries the counts of the step: no rank asks its device for
+them.
 
 ``measure`` computes the loss of batches without a step: no gradient, no dropout, no change of any state.
 
@@ -42,7 +43,7 @@ from lr2train.training.deepspeed import checkpoint
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.finite import FiniteAdamW, refuse_non_finite
 from lr2train.training.deepspeed.start import accumulation_of, deepspeed_config, gathered, quiet, zero_init
-from lr2train.training.segment import tensors_of
+from lr2train.training.segment import shard_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class StepStats:
     n_target_tokens: int  # labels that are predicted
     n_tokens: int  # of all segments, padding included
     window_mix: float  # share of long segments, 0 … 1
-    n_pairs: float  # causal query-key pairs within document spans
+    n_pairs: int  # causal query-key pairs within document spans
     grad_norm: float | None  # before clipping; None where DeepSpeed computes none, or where the norm is not finite
     interrupted: bool  # some rank was asked to stop
     finite: bool = True  # loss and gradient norm are finite; False: no update was made
@@ -136,17 +137,21 @@ class Engine:
         """
         # Made while ranks compare: a rank that no strategy serves tells the others.
         attentions: list[SegmentAttention] = []
-        agree(lambda: self._described(batches, attentions), self.mesh.sp_size)
+        work = agree(lambda: self._described(batches, attentions), self.mesh.sp_size)
         assert len(batches) == self.accumulation, (
             f"{len(batches)} micro-batches for an accumulation of {self.accumulation}"
         )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         with told_to_all():
-            return self._step(batches, attentions, interrupted)
+            return self._step(batches, attentions, work, interrupted)
 
     def _step(
-        self, batches: Sequence[Batch], attentions: Sequence[SegmentAttention], interrupted: Callable[[], bool]
+        self,
+        batches: Sequence[Batch],
+        attentions: Sequence[SegmentAttention],
+        work: Sequence[MicroBatch],
+        interrupted: Callable[[], bool],
     ) -> StepStats:
         """Forward, backward and update.
 
@@ -155,9 +160,10 @@ class Engine:
         the global batch. The router's loss is a mean over segments: its parts are scaled by ``world * accumulation /
         n_segments``, which is ``sp``, and by its coefficient.
         """
-        shards = [self._shard(batch, attention) for batch, attention in zip(batches, attentions, strict=True)]
-        counts = self._counts(batches, shards)
-        n_targets = int(counts[:2].sum())
+        shards = [
+            shard_of(batch, attention.layout, self.device) for batch, attention in zip(batches, attentions, strict=True)
+        ]
+        n_targets = sum(one.n_targets for one in work)
         if n_targets == 0:
             raise UserError("a step has no target token at all; check data.path: its segments hold only padding")
         # [loss of short, loss of long, ranks asked to stop, the router's loss].
@@ -178,7 +184,7 @@ class Engine:
                 scale.masked_fill_(~torch.isfinite(sums[:2].sum()), torch.nan)
             self._engine.backward(total * scale + router * router_scale)
             self._engine.step()
-        return self._stats(sums, counts, torch.stack(losses))
+        return self._stats(sums, work, torch.stack(losses))
 
     def measure(self, batches: Sequence[Batch]) -> dict[str, WindowLoss]:
         """The loss of each window over the batches of all ranks, without a step. A collective.
@@ -195,18 +201,17 @@ class Engine:
             RuntimeError: ranks were given different work, or a rank failed; the text has the reason, on every rank.
         """
         attentions: list[SegmentAttention] = []
-        agree(lambda: self._described(batches, attentions), self.mesh.sp_size)
-        sums = torch.zeros(len(WINDOWS), 2, dtype=torch.float64, device=self.device)  # [summed loss, target tokens]
+        work = agree(lambda: self._described(batches, attentions), self.mesh.sp_size)
+        sums = torch.zeros(len(WINDOWS), dtype=torch.float64, device=self.device)  # the summed loss of each window
         with told_to_all(), self._evaluating():
             for batch, attention in zip(batches, attentions, strict=True):
-                tokens, labels = self._shard(batch, attention)
-                total, _ = self._engine(tokens, labels, segment_attention=attention, window=batch.window)
-                sums[WINDOWS.index(batch.window)] += torch.stack([total.double(), (labels != -100).sum().double()])
+                shard = shard_of(batch, attention.layout, self.device)
+                total, _ = self._engine(*shard, segment_attention=attention, window=batch.window)
+                sums[WINDOWS.index(batch.window)] += total.double()
             dist.all_reduce(sums)
-            found = zip(WINDOWS, sums.tolist(), strict=True)
-        return {
-            window: WindowLoss(loss / n_targets, int(n_targets)) for window, (loss, n_targets) in found if n_targets
-        }
+            losses: dict[str, float] = dict(zip(WINDOWS, sums.tolist(), strict=True))
+        n_targets = {window: sum(one.n_targets for one in work if one.window == window) for window in WINDOWS}
+        return {window: WindowLoss(losses[window] / n, n) for window, n in n_targets.items() if n}
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -226,30 +231,9 @@ class Engine:
         attentions.extend(self.attention.segment(batch.spans, len(batch.tokens)) for batch in batches)
         return [described(batch, attention.choice.title) for batch, attention in zip(batches, attentions, strict=True)]
 
-    def _shard(self, batch: Batch, attention: SegmentAttention) -> tuple[torch.Tensor, torch.Tensor]:
-        # Cloned: a view would keep the whole segment in memory.
-        tokens, labels = (attention.layout.shard(whole, 0).clone() for whole in tensors_of(batch, self.device))
-        return tokens, labels
-
-    def _counts(self, batches: Sequence[Batch], shards: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-        """[targets in short, targets in long, tokens, long segments, segments, query-key pairs], summed over all ranks
-        of the step.
-
-        Every rank of a sequence-parallel group counts its segments whole, so the last three are ``sp`` times too large.
-        """
-        counts = torch.zeros(6, dtype=torch.int64, device=self.device)
-        for batch, (tokens, labels) in zip(batches, shards, strict=True):
-            long = int(batch.window == LONG)
-            counts[long] += (labels != -100).sum()
-            counts[2] += len(tokens)
-            counts[3] += long
-            counts[4] += 1
-            counts[5] += sum((stop - start) * (stop - start + 1) // 2 for start, stop in batch.spans)
-        dist.all_reduce(counts)
-        return counts
-
-    def _stats(self, sums: torch.Tensor, counts: torch.Tensor, losses: torch.Tensor) -> StepStats:
-        n_short, n_long, n_tokens, n_long_segments, n_segments, n_pairs = counts.tolist()
+    def _stats(self, sums: torch.Tensor, work: Sequence[MicroBatch], losses: torch.Tensor) -> StepStats:
+        n_long = sum(one.n_targets for one in work if one.window == LONG)
+        n_short = sum(one.n_targets for one in work) - n_long
         norm = self._grad_norm()
         short, long, asked, router = sums.tolist()
         finite = math.isfinite(short + long) and (self._loss_scaled or norm is None or math.isfinite(norm))
@@ -257,11 +241,11 @@ class Engine:
             loss=(short + long) / (n_short + n_long),
             loss_short=short / n_short if n_short else None,
             loss_long=long / n_long if n_long else None,
-            router_loss=None if self.model.router_loss is None else router * self.mesh.sp_size / n_segments,
+            router_loss=None if self.model.router_loss is None else router / len(work),
             n_target_tokens=n_short + n_long,
-            n_tokens=n_tokens,
-            window_mix=n_long_segments / n_segments,
-            n_pairs=n_pairs / self.mesh.sp_size,
+            n_tokens=sum(one.n_tokens for one in work),
+            window_mix=sum(one.window == LONG for one in work) / len(work),
+            n_pairs=sum(one.n_pairs for one in work),
             grad_norm=norm if norm is not None and math.isfinite(norm) else None,
             interrupted=asked > 0,
             finite=finite,
