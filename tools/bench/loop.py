@@ -42,7 +42,7 @@ class Size(NamedTuple):
     steps: int
 
 
-WHOLE, QUICK = Size(1024, 192, 4, 16), Size(512, 128, 2, 8)
+WHOLE, QUICK = Size(1024, 192, 4, 12), Size(512, 128, 2, 8)
 WARM_UP = 3  # steps: memory is allocated, kernels are chosen, the prefetch of parameters is recorded
 
 
