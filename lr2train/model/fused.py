@@ -170,6 +170,7 @@ def install(model: Any, kernels: Kernels) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for module in model.modules():
         for kind, forward in found.forwards(module):
+            assert "forward" not in module.__dict__, f"{type(module).__name__} has been given another forward before"
             module.forward = types.MethodType(forward, module)
             counts[kind] += 1
     return dict(counts)

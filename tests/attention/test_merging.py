@@ -9,7 +9,9 @@ import torch
 
 from lr2train.attention.kernel import merge, merge_into
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+_INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = _INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = _INSTALLED and not INTERPRETED and torch.cuda.is_available()
 ROWS = {
     "all": slice(0, 9),
     "a slice": slice(3, 8),
@@ -52,7 +54,7 @@ def test_rows_are_merged_in_place_and_others_stay(rows):
     assert torch.equal(lse, expected[1])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="NOT CHECKED: needs TRITON_INTERPRET=1 and triton")
+@pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="NOT CHECKED: needs triton and a GPU or TRITON_INTERPRET=1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "size"), SHAPES)
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
@@ -61,7 +63,9 @@ def test_the_kernel_merges_as_the_plain_way(rows, heads, size, dtype):
 
     out, lse, *part = parts(rows, heads, size, dtype)
     expected = merged(rows, out, lse, *part)
-    merge_rows(out, lse, rows, *part)
+    device = "cuda" if ON_GPU else "cpu"
+    out, lse, *part = (x.to(device) for x in (out, lse, *part))
+    merge_rows(out, lse, rows.to(device) if isinstance(rows, torch.Tensor) else rows, *part)
     # exp, log and logaddexp in another order: a few roundings of fp32
-    torch.testing.assert_close(out, expected[0], rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(lse, expected[1], rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(out.cpu(), expected[0], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(lse.cpu(), expected[1], rtol=1e-6, atol=2e-6)

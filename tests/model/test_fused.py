@@ -14,9 +14,10 @@ from lr2train.model.fused import GATED, NORM, PLAIN, ROPE, NormForm
 from lr2train.rope import METHODS
 from lr2train.rope import hf as rope_hf
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and all(
-    map(importlib.util.find_spec, ("triton", "liger_kernel"))
-)
+_INSTALLED = all(importlib.util.find_spec(package) for package in ("triton", "liger_kernel"))
+INTERPRETED = _INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = _INSTALLED and not INTERPRETED and torch.cuda.is_available()
+WIDTHS = [torch.float32, torch.float16]  # the interpreter has no arithmetic in bfloat16
 # (norms, rotations, gated activations) that are replaced, of two or four layers; the rest stays.
 EXPECTED = {
     "llama": (5, 2, 2),
@@ -64,7 +65,7 @@ def tiny(family, dtype=torch.float32):
 
 def computed(model):
     """(logits, gradient of every parameter) of 24 tokens."""
-    tokens = torch.randint(40, (1, 24), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(40, (1, 24), generator=torch.Generator().manual_seed(1)).to(model.device)
     logits = model(input_ids=tokens, use_cache=False).logits
     logits.float().pow(2).sum().backward()
     return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -158,14 +159,16 @@ def interpret(replace):
 
 
 @pytest.mark.skipif(
-    not INTERPRETED, reason="NOT CHECKED: Liger's kernels need TRITON_INTERPRET=1, triton, liger-kernel"
+    not (INTERPRETED or ON_GPU), reason="NOT CHECKED: needs triton, liger-kernel and a GPU or TRITON_INTERPRET=1"
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter has no arithmetic in bfloat16
+@pytest.mark.parametrize("dtype", [*WIDTHS, torch.bfloat16] if ON_GPU else WIDTHS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ligers_kernels_compute_what_the_modules_do(family, dtype, monkeypatch):
     """No further from fp64 than twice transformers' own modules in the same dtype, and its rounding."""
-    interpret(monkeypatch.setattr)
-    own = tiny(family, dtype)
+    if INTERPRETED:
+        interpret(monkeypatch.setattr)
+    device = "cuda" if ON_GPU else "cpu"
+    own = tiny(family, dtype).to(device)
     replaced, exact = copy.deepcopy(own), copy.deepcopy(own).double()
     counts = fused.install(replaced, fused.liger())
     assert tuple(counts.get(kind, 0) for kind in (NORM, ROPE, GATED)) == EXPECTED[family]
