@@ -37,6 +37,8 @@ FEW_FILES = {  # a folder ends with a slash
     "deepspeed": ("training/deepspeed/",),
     "wandb": ("training/metrics.py",),
     "flash_attn": ("attention/cuda.py",),
+    "liger_kernel": ("model/fused.py",),
+    "triton": ("attention/merging.py",),
     "lm_eval": ("evaluation/harness",),
     "hydra": ("cli/composition.py", "cli/overrides.py", "cli/door.py"),
 }

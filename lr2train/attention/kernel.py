@@ -14,6 +14,7 @@ operators that change between versions.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Sequence
@@ -101,9 +102,10 @@ def forward_block(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -
     for round_ in rounds:
         rows = round_.queries.on(q.device)
         part_out, part_lse = kernel.forward(q, k, v, round_, scale)
-        if not round_.fresh:
-            part_out, part_lse = merge(out[rows], lse[rows], part_out, part_lse)
-        out[rows], lse[rows] = part_out.to(out.dtype), part_lse
+        if round_.fresh:
+            out[rows], lse[rows] = part_out.to(out.dtype), part_lse
+        else:
+            merge_into(out, lse, rows, part_out, part_lse)
     return out, lse
 
 
@@ -150,6 +152,23 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     finite = lse.clamp_min(torch.finfo(dtype).min)  # -inf minus -inf would be nan
     weight_a, weight_b = (lse_a - finite).exp().unsqueeze(-1), (lse_b - finite).exp().unsqueeze(-1)
     return weight_a * out_a.to(dtype) + weight_b * out_b.to(dtype), lse
+
+
+def merge_into(out: Tensor, lse: Tensor, rows: slice | Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """``merge`` of some rows of out [T, H, D] and lse [T, H], in fp32 and in place, with a part [N, H, D] and [N, H]
+    over other keys. ``rows``: N rows, each at most once. One kernel on CUDA with triton, plain elsewhere.
+    """
+    if out.is_cuda and out.dtype == torch.float32 and _has_triton():
+        from lr2train.attention.merging import merge_rows
+
+        merge_rows(out, lse, rows, part_out, part_lse)
+    else:
+        out[rows], lse[rows] = merge(out[rows], lse[rows], part_out, part_lse)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def kernel_name(device: torch.device | str) -> tuple[str, str]:

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lr2train.attention.blocks import Queries
-from lr2train.attention.kernel import backward_block, dense_last, forward_block, merge
+from lr2train.attention.kernel import backward_block, dense_last, forward_block, merge_into
 from lr2train.attention.recompute import kept
 from lr2train.attention.ring_steps import Step, held_by, needs, steps_of
 from lr2train.attention.strategy import PackedSegment, SegmentWork, Strategy, Traffic
@@ -108,7 +108,7 @@ def forward_rank(
             rows = step.queries.on(q.device)
             out = out.to(lse.dtype)
             part = forward_block(q[rows], keys, values, step.block, scale)
-            out[rows], lse[rows] = merge(out[rows], lse[rows], *part)
+            merge_into(out, lse, rows, *part)
     return out.to(q.dtype), lse
 
 

@@ -75,6 +75,13 @@ class DataKind(StrEnum):
     curriculum = "curriculum"
 
 
+class Fused(StrEnum):
+    """auto: fused kernels where they can run. off: the model's own modules."""
+
+    auto = "auto"
+    off = "off"
+
+
 class LongAttention(StrEnum):
     """A token of a long segment attends to the whole segment (paper, Figure 5b) or to its own document (the authors'
     released example).
@@ -480,6 +487,9 @@ class EngineConfig:
     # Data type in which gradients are sent and summed over the ranks. float32: in bfloat16, with eight bits, sums over
     # 64 ranks lose small gradients. bfloat16: half the bytes.
     reduce_dtype: str = one_of(ReduceDtype.float32)
+    # Fused kernels for norms, rotations and gated activations. auto: on CUDA where liger-kernel is installed. off: the
+    # model's own modules.
+    fused: str = one_of(Fused.auto)
     # Tokens per chunk of the chunked loss; only one chunk's logits are in memory.
     loss_chunk_tokens: int = number(4096, least=1)
     # Optimizer steps between two measurements of the held-out loss, of both windows. 0: never.

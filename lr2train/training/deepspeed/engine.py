@@ -32,7 +32,7 @@ from lr2train.attention.hf import install
 from lr2train.attention.segment import SegmentAttention
 from lr2train.config import Config, UserError
 from lr2train.data.batch import LONG, WINDOWS, Batch
-from lr2train.model import load, recompute
+from lr2train.model import fused, load, recompute
 from lr2train.model.distill import Original
 from lr2train.model.window_lm import MODULE_PREFIX, WindowLM
 from lr2train.parallel import control
@@ -103,10 +103,11 @@ class Engine:
             hf_config, config.model.dtype, weights, lambda: self._init_context(ds_config), self._gather(modifier_rank=0)
         )
         self.attention = install(lm, mesh, config.parallel.strategy)
-        gather_whole(recompute.install(lm, config.engine))
         weight = config.optim.distill_short
         original = self._original(factors) if weight else None
         self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens, original, weight).train()
+        fused.accelerate(lm, config.engine.fused, device)
+        gather_whole(recompute.install(lm, config.engine))  # last: it tiles the MLPs that act
         self.hf_config = hf_config
         self._engine = self._initialize(ds_config)
         self._saver = Saver()
