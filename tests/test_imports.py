@@ -12,6 +12,7 @@ from lr2train.config import READS
 ROOT = Path(__file__).resolve().parent.parent / "lr2train"
 FLOORS = {
     "planning": 4,
+    "diagnosis": 4,
     "reporting": 4,
     "training": 3,
     "evolution": 3,

@@ -27,6 +27,7 @@ READS = {
     "export": ["runs_folder", "run", "device", "model", "export"],
     "generate": f"{_RUN} run device {_MODEL} generate".split(),
     "plan": f"name runs_folder model rope.target_window_tokens {_STEP} {_PLANNED}".split(),
+    "doctor": ["runs_folder", "parallel.timeout_s"],
 }
 """The keys that each verb reads; a name stands for all keys below it. A verb checks these alone."""
 VERBS = (*READS, "report")
