@@ -228,7 +228,7 @@ def test_the_readers_of_a_key():
     ]  # fmt: skip
     assert [verb for verb in READS if reads(verb, "data.sources.web.weight")] == ["prepare"]
     assert [verb for verb in READS if reads(verb, "data")] == [
-        verb for verb in READS if verb not in ("export", "generate", "doctor")
+        verb for verb in READS if verb not in ("export", "generate", "dashboard", "doctor")
     ]
 
 

@@ -36,7 +36,8 @@ FREE = {
 VERBS = {*READS, "report"}
 FEW_FILES = {  # a folder ends with a slash
     "deepspeed": ("training/deepspeed/",),
-    "wandb": ("training/metrics.py",),
+    "wandb": ("training/wandb_sink.py",),
+    "wandb_workspaces": ("training/wandb_view.py",),
     "flash_attn": ("attention/cuda.py",),
     "lm_eval": ("evaluation/harness",),
     "hydra": ("cli/composition.py", "cli/overrides.py", "cli/door.py"),
