@@ -46,6 +46,7 @@ def test_a_secret_among_arguments_is_hidden_and_the_others_stay():
 
 def test_a_commit_is_no_key():
     assert shown("model.revision", WANDB) == WANDB
+    assert shown("model.path", f"/hub/snapshots/{WANDB}/x") == f"/hub/snapshots/{WANDB}/x"
 
 
 def test_the_default_config_has_no_secret():

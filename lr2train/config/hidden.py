@@ -20,7 +20,8 @@ _FORMS = re.compile(
     r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|wandb_v\d_\w{16,}|local-[0-9a-f]{40}|ya29\.[\w-]{16,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
 )
-_WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # also a commit of git, which a name tells
+# Also a commit of git, which a name tells, and a folder of the hub's cache, which a slash tells.
+_WANDB_KEY = re.compile(r"(?<![\w/])[0-9a-f]{40}\b")
 _COMMITS = {"revision", "commit", "sha", "sha1"}
 _LOGIN = re.compile(r"(?<=://)[^/\s@]+@")  # https://user:password@host
 _PAIR = re.compile(r"(?<![\w.])(--?)?([A-Za-z_][\w.-]*)=(\S+)")  # KEY=value inside a text
