@@ -91,6 +91,34 @@ class Jsonl:
         self._file.close()
 
 
+class Brief:
+    """The newest figures in a few words, for the progress line: a window that a step lacks keeps its last loss."""
+
+    def __init__(self) -> None:
+        self._newest: dict[str, Any] = {}
+
+    def write(self, step: int, figures: dict[str, Any]) -> None:
+        """Take the figures of one step."""
+        self._newest |= {key: value for key, value in figures.items() if value is not None}
+
+    def note(self) -> str:
+        """Losses, speed and memory, most important first."""
+        newest = self._newest
+        windows = [f"{name} {newest[key]:.3f}" for name in ("short", "long") if (key := f"loss_{name}") in newest]
+        losses = f"loss {' '.join(windows)}" if windows else f"loss {newest['loss']:.3f}" if "loss" in newest else ""
+        bad = newest.get("bad_steps", 0)
+        parts = (
+            losses,
+            f"{bad} steps without an update" if bad else "",
+            f"{newest['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in newest else "",
+            f"{newest['peak_gib']:.1f} GiB" if "peak_gib" in newest else "",
+        )
+        return ", ".join(filter(None, parts))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class TensorBoard:
     """Event files under ``tensorboard/``, with the panels of ``panels`` as their layout."""
 

@@ -27,6 +27,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Steps without an update", ("bad_steps",)),
         Panel("Share of long segments", ("window_mix",)),
         Panel("Load-balancing loss of experts", ("router_loss",)),
+        Panel("Distillation loss, nats", ("distill_loss",)),
     ),
     "Speed and memory": (
         Panel("Tokens a second", ("tokens_per_s",)),
