@@ -181,8 +181,7 @@ def dashboards(
         place = folder / "tensorboard" / ("evaluate" if verb == "evaluate" else "")  # beside its training's figures
         chosen.append(TensorBoard(place, done_steps))
     if config.logger.wandb:
-        known = 0 if config.engine.resume_from is not None else written_steps + 1
-        chosen.append(Wandb(config, folder, verb, known))
+        chosen.append(Wandb(config, folder, verb, written_steps + 1))
     return chosen
 
 

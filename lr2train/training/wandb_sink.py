@@ -33,7 +33,7 @@ class Wandb:
         config: of the job.
         folder: of the run; wandb's files go to its subfolder ``wandb``.
         verb: train, search or evaluate: wandb's job type.
-        done: the steps below are recorded by earlier starts; they are not sent again.
+        done: the steps below are recorded by earlier starts of this id; offline they are not recorded again.
 
     Raises:
         UserError: wandb is not installed, or cannot even record offline.
@@ -41,10 +41,10 @@ class Wandb:
 
     def __init__(self, config: Config, folder: Path, verb: str, done: int = 0):
         self._verb = verb
-        told = _identity(config, folder, verb)
+        told, is_new = _identity(config, folder, verb)
         self._run, self._offline = _started(config, folder, verb, told)
         # Offline, nobody but our own records knows what earlier starts have written.
-        self._first = done if self._offline else max(self._run.starting_step, 0)
+        self._first = self._run.starting_step if not self._offline else 0 if is_new else done
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Record one row."""
@@ -84,23 +84,26 @@ def identity_file(folder: Path, verb: str) -> Path:
     return folder / f"{verb}.wandb.json"
 
 
-def _identity(config: Config, folder: Path, verb: str) -> dict[str, Any]:
-    """The id, group and place of the run, as the folder knows it; made at the first start.
+def _identity(config: Config, folder: Path, verb: str) -> tuple[dict[str, Any], bool]:
+    """(id, group and place of the run as the folder knows it, whether the id is new).
 
-    A job that goes back to an earlier checkpoint gets a new id: its curve starts where it went back to.
+    A job that goes back to an earlier checkpoint gets a new id: its curve starts where it went back to. As the engine
+    does, it goes back once: the same command repeated goes on.
     """
     file = identity_file(folder, verb)
-    goes_back = verb == "train" and config.engine.resume_from is not None
-    known = io.read_json(file) if file.exists() and not goes_back else {}
+    known = io.read_json(file) if file.exists() else {}
+    back_to = config.engine.resume_from if verb == "train" else None
+    is_new = "id" not in known or (back_to is not None and known.get("went_back_to") != back_to)
     told = {
-        "id": known.get("id") or secrets.token_hex(8),
+        "id": secrets.token_hex(8) if is_new else known["id"],
         "project": config.logger.project,
         "entity": config.logger.entity,
         "group": config.logger.group or known.get("group") or _group_of_others(folder) or folder.resolve().name,
     }
+    told |= {} if back_to is None else {"went_back_to": back_to}
     if told != known:
         io.write_json(file, told)
-    return told
+    return told, is_new
 
 
 def _group_of_others(folder: Path) -> str | None:

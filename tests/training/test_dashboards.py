@@ -124,13 +124,24 @@ def test_without_a_network_or_a_login_a_run_is_recorded_offline(tmp_path):
 def test_the_group_is_that_of_the_folders_other_verbs(tmp_path):
     from lr2train.training.wandb_sink import _identity
 
-    trained = _identity(_config(group="mine"), tmp_path, "train")
-    assert _identity(_config(), tmp_path, "evaluate")["group"] == "mine"
-    assert _identity(_config(group="mine"), tmp_path, "train") == trained
-    assert _identity(_config(), tmp_path / "alone", "search")["group"] == "alone"
-    back = _config(group="mine")
-    back.engine.resume_from = 3
-    assert _identity(back, tmp_path, "train")["id"] != trained["id"]
+    trained, is_new = _identity(_config(group="mine"), tmp_path, "train")
+    assert is_new
+    assert _identity(_config(), tmp_path, "evaluate")[0]["group"] == "mine"
+    assert _identity(_config(group="mine"), tmp_path, "train") == (trained, False)
+    assert _identity(_config(), tmp_path / "alone", "search")[0]["group"] == "alone"
+
+
+def test_a_run_that_goes_back_gets_a_new_curve_once(tmp_path):
+    from lr2train.training.wandb_sink import _identity
+
+    def start(back_to: int | None) -> str:
+        config = _config()
+        config.engine.resume_from = back_to
+        return _identity(config, tmp_path, "train")[0]["id"]
+
+    first, back, again = start(None), start(3), start(3)
+    assert first != back == again == start(None)
+    assert start(3) != back
 
 
 def _config(**logger) -> Config:
