@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,9 +42,13 @@ from lr2train.model import load
 from lr2train.parallel import control, processes
 from lr2train.parallel.failure import told_to_all
 from lr2train.reporting.needle_map import write_needle_map
+from lr2train.training.metrics import Dashboard, closing, dashboards
 
 if TYPE_CHECKING:
     from lr2train.evaluation.harness import TaskResult as HarnessResult
+
+
+_BY_LENGTH = ("length_tokens", "accuracy", "answer_perplexity", "text_perplexity")
 
 
 @dataclass
@@ -75,7 +80,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     device = processes.start(config)
     lock = control.on_rank_0(job.lock)  # also refuses a folder that may not be written, before the work
     try:
-        result = _evaluated(job, models, suite, lengths, device)
+        boards = control.on_rank_0(lambda: dashboards(config, job.folder, "evaluate")) or []
+        with closing(boards):
+            result = _evaluated(job, models, suite, lengths, device)
+            _show(job, result, boards)
     finally:
         if lock is not None:
             lock.close()
@@ -274,6 +282,27 @@ def _written(
         return whole
 
     return control.from_rank_0(control.on_rank_0(write)) or result
+
+
+def _show(job: run.Run, result: dict[str, Any], boards: Sequence[Dashboard]) -> None:
+    """The tables and the needle map on the dashboards."""
+    picture = job.folder / "evaluation" / "needles.png"
+    needle_rows = [
+        [row["label"], row["attention_factor"], *(one.get(key) for key in _BY_LENGTH)]
+        for row in result["rows"]
+        for one in row["by_length"]
+    ]
+    for board in boards:
+        if needle_rows:
+            board.table("evaluate/needles_by_length", ("model", "attention_factor", *_BY_LENGTH), needle_rows)
+        for table in result["tables"]:
+            board.table(f"evaluate/{_plain_name(table['title'])}", table["head"], table["rows"])
+        if picture.exists():
+            board.picture("evaluate/needles", picture)
+
+
+def _plain_name(title: str) -> str:
+    return re.sub(r"\W+", "_", title.lower()).strip("_")
 
 
 def _text_of(result: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 
 from lr2train.changes import MAY_CHANGE, differences, leaves, may_change
 from lr2train.config import Config, UserError, to_dict
+from lr2train.config.hidden import shown
 from lr2train.io import fingerprint, finite, read_json, write_json
 from lr2train.progress import say
 from lr2train.ranks import rank, world
@@ -257,7 +258,7 @@ def provenance() -> dict[str, Any]:
     """The command, time, host, package versions, commit and number of ranks of this process."""
     versions = {name: _version(name) for name in _PACKAGES}
     return {
-        "command": sys.argv,
+        "command": [shown("", argument) for argument in sys.argv],
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "python": platform.python_version(),

@@ -665,6 +665,9 @@ class LoggerConfig:
     project: str = "lr2train"
     # Team or user on wandb. null: the default of the account.
     entity: str | None = None
+    # Group of the runs of one experiment on wandb: its search, training and evaluation. The variable WANDB_RUN_GROUP is
+    # used if this key is not given. null: the group of the run folder, else the folder's name.
+    group: str | None = None
     # Mode of wandb. The variable WANDB_MODE is used if this key is not given.
     mode: str = one_of(WandbMode.online)
     # Steps that torch's profiler records on rank 0 and on the last rank, numbered as in metrics.jsonl: ["10-12"]. The
@@ -765,8 +768,8 @@ class Config:
     name: str = MISSING
     # Folder of all runs. Several nodes need a shared file system here.
     runs_folder: str = a_path("runs")
-    # A finished run that evaluate, export, generate and inspect read: its name or its folder. evaluate also takes a
-    # Hugging Face folder, a hub id, or several of all these in brackets: [first,/models/llama].
+    # A finished run that evaluate, export, generate, inspect and dashboard read: its name or its folder. evaluate also
+    # takes a Hugging Face folder, a hub id, or several of all these in brackets: [first,/models/llama].
     run: str | None = a_path()
     # Random seed: initial weights, order of segments, and all other random draws.
     seed: int = number(0, least=-(2**63), most=2**63 - 1)

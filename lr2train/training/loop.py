@@ -28,7 +28,7 @@ from lr2train.model.flops import training_flops
 from lr2train.training.bad_steps import BadSteps
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.engine import Engine, StepStats
-from lr2train.training.metrics import Sink, bad_steps_in
+from lr2train.training.metrics import Brief, Sink, bad_steps_in
 from lr2train.training.profiling import KEY, StepProfiler
 from lr2train.training.schedule import learning_rate
 from lr2train.training.steps import StepRanges, Steps
@@ -102,6 +102,7 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
     _say_missing_peak(engine.device)
     steps, saved, before = skips.remaining(done, total_steps), done, done
     held_out = training.held_out
+    sinks = [*sinks, brief := Brief()]
     if not done and steps and held_out.measures:
         _write(sinks, 0, {"tokens_seen": 0, **held_out.measure(0)})
     ahead = prefetched(loader.batches, steps, config.data.prefetch_steps, config.data.loader_threads)
@@ -109,7 +110,7 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
     profiler = StepProfiler(chosen, steps, training.folder / "profile", engine.device)
     with listen_for_interrupt() as interrupt, closing(ahead) as batches, profiler:
         # Steps count from 0, files from 1.
-        for step in progress.track(steps, total_steps, "train", total_steps - len(steps)):
+        for step in progress.track(steps, total_steps, "train", total_steps - len(steps), brief.note):
             lr = learning_rate(step, total_steps, config.optim)
             with profiler.step(step):
                 start = time.perf_counter()
