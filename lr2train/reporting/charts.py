@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -23,45 +23,35 @@ FIXED_METHODS = (  # legend, method, line style, number of the series colour
     ("YaRN", "yarn", "--", 2),
     ("LongRoPE v1, start", "longrope", ":", 3),
 )
+OF_RUNS = (0, 4, 1, 2, 3, 5)  # numbers of their series colours
 MOST_POINTS = 1500  # of a curve of all steps in a picture; the CSV has all
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Factors with the look of their curve."""
-
-    factors: Factors
-    style: dict[str, Any]
-
-
-def _curves(look: Look, of_run: Mapping[str, Factors]) -> dict[str, Curve]:
-    """The fixed methods for the first run's window, then each run's factors."""
-    first = next(iter(of_run.values()))
-    curves = {
-        label: Curve(
-            METHODS[method](first.spectrum, first.target_window_tokens),
-            {"linestyle": line, "color": look.series[color], "linewidth": 1.3},
-        )
-        for label, method, line, color in FIXED_METHODS
-    }
-    for number, (name, factors) in enumerate(of_run.items()):
-        style = {"marker": "o", "color": look.series[(0, 4, 1, 2, 3, 5)[number % N_SERIES]], "markersize": 3}
-        curves[name] = Curve(factors, {**style, "linewidth": 2.0, "zorder": 5})
-    return curves
-
-
-def _numbers(curves: Mapping[str, Curve]) -> dict[str, list[Any]]:
-    """The CSV of both drawings of factors."""
-    parts = {}
-    for name, curve in curves.items():
-        periods = curve.factors.spectrum.period_tokens * np.array(curve.factors.rescale)
-        parts[name] = {"index": range(len(periods)), "rescale_factor": curve.factors.rescale, "period_tokens": periods}
-    return stacked(parts, "method")
 
 
 def _marks(factors: Factors, critical_index: int | None) -> dict[str, int | None]:
     spectrum = factors.spectrum
     return {"d10": spectrum.lowest_critical_index, "rcd": critical_index, "tcd": spectrum.critical_index}
+
+
+def _curves(axes: Axes, look: Look, of_run: Mapping[str, Factors], key: str, shown: slice = slice(None)) -> Drawn:
+    """One column of the factors of each fixed method, for the first run's window, and of each run."""
+    first, parts = next(iter(of_run.values())), {}
+    for label, method, line, color in FIXED_METHODS:
+        made = METHODS[method](first.spectrum, first.target_window_tokens)
+        parts[label] = made, {"linestyle": line, "color": look.series[color], "linewidth": 1.3}
+    for (name, made), color in zip(of_run.items(), cycle(OF_RUNS)):  # colours repeat
+        style = {"marker": "o", "markersize": 3, "linewidth": 2.0, "zorder": 5}
+        parts[name] = made, {**style, "color": look.series[color]}
+    columns = {}
+    for name, (made, style) in parts.items():
+        rescale = np.array(made.rescale)
+        columns[name] = {"index": np.arange(len(rescale)), "rescale_factor": rescale}
+        columns[name]["period_tokens"] = made.spectrum.period_tokens * rescale
+        axes.plot(columns[name]["index"][shown], columns[name][key][shown], label=name, **style)
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel("cosine index i  (fast → slow rotation)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ends = "; ".join(f"{name} {column[key][-1]:.4g}" for name, column in columns.items())
+    return f"at the last index: {ends}.", stacked(columns, "method")
 
 
 @chart()
@@ -70,52 +60,42 @@ def factor_curves(figure: FigureBase, look: Look, of_run: Mapping[str, Factors],
 
     Out of distribution: from tcd on, lambda_i below s leaves angles that pretraining has not seen.
     """
-    axes, first, curves = figure.add_subplot(), next(iter(of_run.values())), _curves(look, of_run)
-    for name, curve in curves.items():
-        axes.plot(curve.factors.rescale, label=name, **curve.style)
-    axes.set_yscale("log", base=2)
-    low, border, last = axes.get_ylim()[0], first.spectrum.critical_index, first.spectrum.n_dims - 1
-    axes.fill_between([border, last], low, first.scale, color=look.muted, alpha=0.18, label="out of distribution")
+    axes, first = figure.add_subplot(), next(iter(of_run.values()))
+    words, columns = _curves(axes, look, of_run, "rescale_factor")
+    low, border = axes.get_ylim()[0], [first.spectrum.critical_index, first.spectrum.n_dims - 1]
+    axes.fill_between(border, low, first.scale, color=look.muted, alpha=0.18, label="out of distribution")
     axes.set_ylim(bottom=low)
-    axes.axhline(first.scale, color=look.muted, linewidth=0.8, linestyle=(0, (1, 2)))
     axes.annotate(f"s = {first.scale:g}", (0, first.scale), (0, 3), textcoords="offset points", color=look.muted)
     mark_indices(axes, look, _marks(first, critical_index))
-    axes.set(xlabel="cosine index i  (fast → slow rotation)", ylabel="rescale factor λᵢ (log scale)")
+    axes.set_ylabel("rescale factor λᵢ (log scale)")
     axes.yaxis.set_major_formatter(tick_labels("{:g}".format))
     legend(figure, axes)
-    ends = "; ".join(f"{name} {curve.factors.rescale[-1]:.4g}" for name, curve in curves.items())
-    return f"Rescale factors by cosine index. At the last index: {ends}.", _numbers(curves)
+    return f"Rescale factors by cosine index; {words}", columns
 
 
 @chart()
 def periods(figure: FigureBase, look: Look, of_run: Mapping[str, Factors], critical_index: int | None) -> Drawn:
     """Rescaled periods lambda_i T_i beside L0 and L, at the indices around the critical index."""
     axes, first = figure.add_subplot(), next(iter(of_run.values()))
-    spectrum, curves = first.spectrum, _curves(look, of_run)
+    spectrum = first.spectrum
     start = max(spectrum.lowest_critical_index - 2, 0)
-    shown = np.arange(start, min(2 * spectrum.critical_index - start, spectrum.n_dims - 1) + 1)
-    axes.plot(shown, spectrum.own_period_tokens[shown], color=look.muted, linewidth=1.3, label="original RoPE")
-    for name, curve in curves.items():
-        own = curve.factors.spectrum.period_tokens * np.array(curve.factors.rescale)
-        there = shown[shown < len(own)]
-        axes.plot(there, own[there], label=name, **curve.style)
-    axes.set_yscale("log", base=2)
+    shown = slice(start, 2 * spectrum.critical_index - start + 1)
+    own = spectrum.own_period_tokens[shown]
+    axes.plot(range(start, start + len(own)), own, color=look.muted, linewidth=1.3, label="original RoPE")
+    words, columns = _curves(axes, look, of_run, "period_tokens", shown)
     # labels stand where no curve is: L at the left, L0 at the right
-    for name, tokens, at, side in (
-        ("L0", spectrum.window_tokens, shown[-1], "right"),
-        ("L", first.target_window_tokens, shown[0], "left"),
-    ):
+    ends = ("L0", spectrum.window_tokens, "right"), ("L", first.target_window_tokens, "left")
+    for name, tokens, side in ends:
         axes.axhline(tokens, color=look.ink, linewidth=0.9)
         place: dict[str, Any] = {"textcoords": "offset points", "ha": side, "va": "top", "color": look.ink}
+        at = start + len(own) - 1 if side == "right" else start
         axes.annotate(f"{name} = {tokens:,}", (at, tokens), (0, -3), **place)
     mark_indices(axes, look, _marks(first, critical_index))
-    axes.set(xlabel="cosine index i", ylabel="period λᵢTᵢ, tokens (log scale)")
+    axes.set_ylabel("period λᵢTᵢ, tokens (log scale)")
     axes.yaxis.set_major_locator(LogLocator(base=4))
     axes.yaxis.set_major_formatter(tick_labels("{:,.0f}".format))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend(figure, axes)
-    words = f"L0 = {spectrum.window_tokens:,} and L = {first.target_window_tokens:,} tokens"
-    return f"Rotation periods by cosine index, beside {words}.", _numbers(curves)
+    return f"Rotation periods by cosine index, in tokens; {words}", columns
 
 
 @chart()

@@ -13,33 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lr2train.evaluation.results import from_json
+from lr2train.evaluation.results import folder_name, from_json
 from lr2train.evaluation.tables import all_tables
 from lr2train.reporting.inputs import Json, ReportInputs
 from lr2train.reporting.numbers import amount, duration, percent, perplexity
 
-MEASURES: tuple[tuple[str, str, str, Callable[..., Any], Callable[[float], str]], ...] = (
-    (
-        "accuracy",
-        "Needle accuracy",
-        "share of documents that greedy decoding answers exactly; higher is better",
-        max,
-        percent,
-    ),
-    (
-        "answer_perplexity",
-        "Answer perplexity",
-        "over the answer's tokens; 1 is certainty, lower is better",
-        min,
-        perplexity,
-    ),
-    (
-        "text_perplexity",
-        "Text perplexity",
-        "over every token of held-out documents; lower is better",
-        min,
-        perplexity,
-    ),
+MEASURES = (  # key, title, which is better, how a figure is shown
+    ("accuracy", "Needle accuracy: share of documents answered exactly; higher is better", max, percent),
+    ("answer_perplexity", "Answer perplexity: over the answer's tokens; 1 is certainty", min, perplexity),
+    ("text_perplexity", "Text perplexity: over every token of held-out documents; lower is better", min, perplexity),
 )
 WINDOWS = ("short", "long")
 
@@ -99,7 +81,7 @@ def evaluation_of(runs: Sequence[ReportInputs]) -> Json | None:
     """``evaluate.json`` of one run; of several runs, their rows and tables joined.
 
     Returns:
-        ``original_window_tokens, target_window_tokens, lengths_tokens, rows, tables``.
+        ``original_window_tokens, target_window_tokens, rows, tables``.
     """
     found = [(run.name, run.evaluation) for run in runs if run.evaluation]
     if len(found) < 2:
@@ -112,9 +94,8 @@ def evaluation_of(runs: Sequence[ReportInputs]) -> Json | None:
             label = labels[name, score.model]
             scores.setdefault((label, score.task, score.length_tokens), replace(score, model=label))
     tables = all_tables([*scores.values()], list(dict.fromkeys(label for label, _, _ in scores)))
-    lengths = sorted({length for _, one in found for length in one["lengths_tokens"]})
     joined = [{**row, "label": label} for label, row in rows.items()]
-    return {**found[0][1], "rows": joined, "lengths_tokens": lengths, "tables": [one.to_json() for one in tables]}
+    return {**found[0][1], "rows": joined, "tables": [one.to_json() for one in tables]}
 
 
 def _labels(found: Sequence[tuple[str, Json]]) -> dict[tuple[str, str], str]:
@@ -134,73 +115,46 @@ def at_length(row: Json, length: int) -> Json:
 
 def comparison(evaluation: Json | None) -> list[Sheet]:
     """Needle accuracy, answer perplexity and text perplexity: a row for each model, a column for each length."""
-    if not evaluation or not evaluation["rows"]:
-        return []
-    lengths = evaluation["lengths_tokens"]
+    models = (evaluation or {}).get("rows") or []
+    lengths = sorted({one["length_tokens"] for row in models for one in row["by_length"]})
     head = ["model", *(f"{length:,}" for length in lengths), "attention factor"]
-    return [
-        Sheet(
-            key,
-            f"{title}: {what}",
-            head,
-            [
-                [row["label"], *(at_length(row, one).get(key) for one in lengths), f"{row['attention_factor']:.3f}"]
-                for row in evaluation["rows"]
-            ],
-            better=better,
-            show=show,
-        )
-        for key, title, what, better, show in MEASURES
-    ]
+    sheets = []
+    for key, title, better, show in MEASURES:
+        figures = [[at_length(row, length).get(key) for length in lengths] for row in models]
+        rows = [[row["label"], *of, f"{row['attention_factor']:.3f}"] for row, of in zip(models, figures, strict=True)]
+        sheets.append(Sheet(key, title, head, rows, better=better, show=show))
+    return sheets if models else []
 
 
 def benchmarks(evaluation: Json | None) -> list[Sheet]:
     """Every table of the evaluation: RULER as the paper's Tables 2 and 8, retrieval, short tasks and what is kept."""
-    tables = (evaluation or {}).get("tables") or []
-    return [
-        Sheet(
-            f"table_{number}_{'_'.join(one['title'].lower().split(',')[0].split()[:4])}",
-            one["title"],
-            [one["head"][0] or "model", *one["head"][1:]],
-            one["rows"],
-            one["note"],
-            better=None if one["head"][0] == "length" else max,  # by task: its rows are lengths of one model
-        )
-        for number, one in enumerate(tables, 1)
-    ]
+    sheets = []
+    for number, one in enumerate((evaluation or {}).get("tables") or [], 1):
+        name = f"table_{number}_{folder_name(one['title'].split(',')[0])[:30]}"
+        better = None if one["head"][0] == "length" else max  # by task: its rows are lengths of one model
+        head = [one["head"][0] or "model", *one["head"][1:]]
+        sheets.append(Sheet(name, one["title"], head, one["rows"], one["note"], better))
+    return sheets
 
 
 def run_table(runs: Sequence[ReportInputs]) -> list[Sheet]:
     """A row for each run of a comparison."""
-    if len(runs) < 2:
-        return []
     head = ["run", "method", "rcd", "attention factor", "steps", "tokens", "loss", "time", "ranks", "memory, GiB"]
     rows = []
     for run in runs:
-        train, factors = run.train or {}, run.factors
-        losses = [line["loss"] for line in run.metrics if line.get("loss") is not None]
-        rows.append(
-            [
-                run.name,
-                factors.method if factors else None,
-                run.critical_index,
-                f"{factors.attention_factor:g}" if factors else None,
-                run.metrics[-1]["step"] if run.metrics else None,
-                amount(run.metrics[-1]["tokens_seen"], 3) if run.metrics else None,
-                perplexity(losses[-1]) if losses else None,
-                duration(train["seconds"]) if "seconds" in train else None,
-                train.get("world"),
-                f"{run.metrics[-1]['peak_gib']:.2f}" if run.metrics else None,
-            ]
-        )
-    return [Sheet("runs", "Runs", head, rows)]
+        train, factors, last = run.train or {}, run.factors, run.metrics[-1] if run.metrics else {}
+        made = [factors.method, run.critical_index, f"{factors.attention_factor:g}"] if factors else [None] * 3
+        ends = [amount(last["tokens_seen"], 3), perplexity(last["loss"])] if last else [None] * 2
+        time = duration(train["seconds"]) if "seconds" in train else None
+        rows.append([run.name, *made, last.get("step"), *ends, time, train.get("world"), last.get("peak_gib")])
+    return [Sheet("runs", "Runs", head, rows)] if len(runs) > 1 else []
 
 
 def settings(runs: Sequence[ReportInputs]) -> list[Sheet]:
     """The config keys whose values differ between runs; none for a single run."""
-    flat = [dict(_flat(run.config or run.search_config)) for run in runs]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    rows = [[key, *(one.get(key) for one in flat)] for key in keys if len({one.get(key) for one in flat}) > 1]
+    configs = [dict(_flat(run.config or run.search_config)) for run in runs]
+    values = {key: [one.get(key) for one in configs] for one in configs for key in one if key != "name"}
+    rows = [[key, *row] for key, row in values.items() if len({*row}) > 1]
     return [Sheet("settings", "Settings that differ", ["key", *(run.name for run in runs)], rows)] if rows else []
 
 
@@ -213,36 +167,26 @@ def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def corpora(runs: Sequence[ReportInputs]) -> list[tuple[Path, Json, list[Sheet]]]:
-    """(folder, manifest, tables) of each corpus."""
-    found = {run.corpus_folder.resolve(): run for run in runs if run.corpus_folder and run.corpus}
-    return [
-        (run.corpus_folder, run.corpus, _corpus(run.corpus, "" if len(found) == 1 else f"_{number}"))
-        for number, run in enumerate(found.values(), 1)
-        if run.corpus_folder and run.corpus
+    """(folder, manifest, tables of sources and of segments) of each corpus."""
+    found = {run.corpus_folder.resolve(): run.corpus for run in runs if run.corpus_folder and run.corpus}
+    return [(folder, one, _corpus(one, number)) for number, (folder, one) in enumerate(found.items(), 1)]
+
+
+def _corpus(one: Json, number: int) -> list[Sheet]:
+    plans = {window: one["windows"][window] for window in WINDOWS}
+    sources = []
+    for source in one["sources"]:
+        counts = [source[key] for key in ("documents", "tokens", "holdout_documents")]
+        planned = [_planned(plan["sources"].get(source["name"], {})) for plan in plans.values()]
+        sources.append([source["name"], *counts, *planned, source.get("broken", 0)])
+    windows = [
+        [w, plan["segments"], plan["planned_tokens"], f"{plan['padding_share']:.2%}"] for w, plan in plans.items()
     ]
-
-
-def _corpus(one: Json, suffix: str) -> list[Sheet]:
     head = ["source", "documents", "tokens", "held-out documents", *(f"planned tokens, {w}" for w in WINDOWS), "broken"]
-    sources = [
-        [
-            source["name"],
-            *(source[key] for key in ("documents", "tokens", "holdout_documents")),
-            *(_planned(one["windows"][window]["sources"].get(source["name"], {})) for window in WINDOWS),
-            source.get("broken", 0),
-        ]
-        for source in one["sources"]
-    ]
-    plans = [(window, one["windows"][window]) for window in WINDOWS]
-    windows = [[w, plan["segments"], plan["planned_tokens"], f"{plan['padding_share']:.2%}"] for w, plan in plans]
+    title, of_windows = f"Segments of {one['segment_tokens']:,} tokens", ["window", "segments", "tokens", "padding"]
     return [
-        Sheet(f"sources{suffix}", "Sources", head, sources, "In brackets: passes over the source's documents."),
-        Sheet(
-            f"planned{suffix}",
-            f"Segments of {one['segment_tokens']:,} tokens",
-            ["window", "segments", "tokens", "padding"],
-            windows,
-        ),
+        Sheet(f"sources_{number}", "Sources", head, sources, "In brackets: passes over the source's documents."),
+        Sheet(f"segments_planned_{number}", title, of_windows, windows),
     ]
 
 

@@ -117,11 +117,11 @@ def test_a_search_of_all_dimensions_shows_no_rcd(tmp_path):
     make_search(tmp_path / "s", all_dims=True)
     assert names(write_search_pictures(tmp_path / "s")) == [name for name in ALL if name != "rcd"]
     made = METHODS["longrope"](SPECTRUM, L)
-    for chart in (charts.factor_curves, charts.periods):
-        marks = re.findall(r">(\w+(?: = \w+)*) \d+</text>", chart({"mine": made}, None).svg())
+    for draw in (charts.factor_curves, charts.periods):
+        marks = re.findall(r">(\w+(?: = \w+)*) \d+</text>", draw({"mine": made}, None).svg())
         assert "tcd" in marks
         assert not any("rcd" in mark for mark in marks)
-        assert "rcd = tcd" in re.findall(r">(\w+(?: = \w+)*) \d+</text>", chart({"mine": made}, 16).svg())
+        assert "rcd = tcd" in re.findall(r">(\w+(?: = \w+)*) \d+</text>", draw({"mine": made}, 16).svg())
     page = " ".join(compose([tmp_path / "s"]).page.split())
     assert "Over all dimensions the factors lie" in page
     assert "rcd 0" not in page
