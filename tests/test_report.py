@@ -542,6 +542,18 @@ def test_the_held_out_loss_stands_beside_the_training_loss(tmp_path):
     assert [float(row["loss_short"]) for row in rows[1:]] == [line["loss_short"] for line in lines]
 
 
+def test_needles_that_nobody_answered_are_dashes(run, tmp_path):
+    evaluation = read_json(run / "evaluate.json")
+    first = evaluation["rows"][0]
+    first["by_length"][-1] |= {"accuracy": None, "answer_perplexity": None}
+    for cell in first["cells"]:
+        cell["accuracy"] = None if cell["length_tokens"] == LENGTHS[-1] else cell["accuracy"]
+    write_json(tmp_path / "run" / "evaluate.json", evaluation)
+    page = Page(compose([tmp_path / "run"]).page)
+    assert page.table("Needle accuracy")["none untrained"][3] == "–"
+    assert page.table("Answer perplexity")["none untrained"][3] == "–"
+
+
 def test_data_is_escaped_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # another corpus may lie at runs/corpus of the checkout
     folder = make_run(tmp_path / "runs", f"a&{'b'}")

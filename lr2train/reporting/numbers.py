@@ -42,6 +42,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def percent(share: float) -> str:
-    """95 % for 0.95."""
-    return f"{share:.0%}"
+def percent(share: float | None) -> str:
+    """95% for 0.95; a dash where nothing was measured."""
+    return "–" if share is None else f"{share:.0%}"

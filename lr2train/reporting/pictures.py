@@ -63,9 +63,10 @@ def _searches(runs: Sequence[ReportInputs]) -> dict[str, Chart]:
     found = {run.search_folder.resolve(): run for run in runs if run.search_folder and run.generations}
     if not found:
         return {}
-    searched, first = list(found.values()), next(iter(found.values()))
-    lines, of = first.generations, first.objective
-    made = {"fitness": search_charts.search_progress({run.name: run.generations for run in searched}, of)}
+    first = next(iter(found.values()))
+    lines, of = first.generations, first.objective  # perplexities of another objective do not compare
+    searched = {run.name: run.generations for run in found.values() if run.objective == of}
+    made = {"fitness": search_charts.search_progress(searched, of)}
     if len(runs) > 1:
         return made
     if first.has_border:
