@@ -9,9 +9,9 @@ Under a launcher (deepspeed, torchrun) the samples are spread over the ranks. A 
 and needles of its training, unless the command sets others.
 
 Results of one run go to the run's folder. All other results go to ``runs/<name>``: several models, a model folder, or a
-read-only run. The files are ``evaluate.json``, and under ``evaluation/`` table.txt, scores.csv, needles.png and one
-folder per model with every sample. The same command resumes an interrupted evaluation: an answer in the journal is not
-computed again.
+read-only run. The files are ``evaluate.json``, and under ``evaluation/`` table.txt, scores.csv, needles.png with
+needles.csv, and one folder per model with every sample. The same command resumes an interrupted evaluation: an answer
+in the journal is not computed again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lr2train.evaluation.window_model import WindowModel
 from lr2train.model import load
 from lr2train.parallel import control, processes
 from lr2train.parallel.failure import told_to_all
-from lr2train.reporting.needle_map import write_needle_map
+from lr2train.reporting.needle_map import needle_map
 from lr2train.training.metrics import Dashboard, closing, dashboards
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ def _written(
         io.write_text(folder / "scores.csv", results.csv_of(known))
         io.write_text(folder / "table.txt", _text_of({**whole, "tables": made}) + "\n")
         if whole["rows"]:
-            write_needle_map(whole["rows"], folder / "needles.png")
+            needle_map(whole["rows"]).write(folder / "needles")
         whole = io.finite({**whole, "tables": [table.to_json() for table in made]})
         job.write_json("evaluate.json", whole)
         print(shown)
