@@ -37,6 +37,7 @@ from lr2train.training import model_folder
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.engine import Engine
 from lr2train.training.deepspeed.keys import refuse_keys
+from lr2train.training.deepspeed.saving import finished_at_the_end
 from lr2train.training.deepspeed.start import start_deepspeed
 from lr2train.training.loop import Training, fit
 from lr2train.training.metrics import read_jsonl, sinks
@@ -59,7 +60,8 @@ def train(config: Config) -> dict[str, Any]:
     inputs = checked_inputs(config)
     device = processes.start(config)
     attention.refuse_device(inputs.hf_config, getattr(torch, config.model.dtype), device)
-    with control.on_rank_0(job.lock) or contextlib.nullcontext():
+    # An error is told first, then the checkpoint in hand is finished, then the folder is free.
+    with control.on_rank_0(job.lock) or contextlib.nullcontext(), finished_at_the_end(), told_to_all():
         contents = _contents(job, config, inputs)
         if (finished := _finished(job, config)) is not None:
             return finished

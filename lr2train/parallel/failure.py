@@ -28,7 +28,7 @@ from lr2train.parallel.control import PeerGone, alone
 from lr2train.parallel.watchdog import DEFECT, GONE, HEARD, KEY, USER, Reason, leave, watchdog
 from lr2train.ranks import rank, world
 
-_STORE_S = 10.0  # time-out; a working store answers in milliseconds
+_STORE_S = 5.0  # time-out; a working store answers in milliseconds
 _OTHERS_S = 5.0  # after a time-out, ranks that run notice it within seconds of each other
 _HEARD_S = 2.0  # watchdogs look once a second
 # Parts of gloo's messages for a peer that has ended, or that does not answer.
@@ -65,8 +65,8 @@ def _first_reason(error: Exception) -> Exception | None:
     """The error of another rank that ended the common work; None where this rank's ``error`` did."""
     own = _of(error)
     told = _first_told(own, timed_out=_closed(error) and _TIMED_OUT in str(error))
-    if told.kind == GONE:
-        return None if isinstance(error, PeerGone) else PeerGone(told.said)
+    if told.kind == GONE:  # on every rank in the words of the first
+        return None if isinstance(error, PeerGone) and told.text == own.text else PeerGone(told.said)
     if told.rank == rank() or told[1:] == own[1:]:  # the first, or every rank says the same
         return None
     return (UserError if told.kind == USER else RuntimeError)(told.said)
@@ -92,11 +92,10 @@ def _first_told(own: Reason, timed_out: bool) -> Reason:
             mine = own
             if timed_out and (silent := _silent_ranks(store)):
                 names = ", ".join(map(str, silent))
-                mine = own._replace(text=f"no answer from rank {names}: stopped, or the machine is lost ({own.text})")
+                said = f"no answer from rank {names}: stopped, or the machine is lost (seen by rank {rank()})"
+                mine = own._replace(kind=GONE, text=said)
             told.append(Reason(*json.loads(store.compare_set(KEY, "", json.dumps(mine)))))
             store.set(f"{HEARD}/{rank()}", "")
-            if dog is not None:
-                dog.heard = told[-1]  # a block around this one need not ask again
             if rank() == 0 and dog is not None:
                 store.wait([f"{HEARD}/{number}" for number in range(1, world())], timedelta(seconds=_HEARD_S))
 
@@ -104,7 +103,11 @@ def _first_told(own: Reason, timed_out: bool) -> Reason:
     asking.start()
     asking.join(_STORE_S + (_OTHERS_S if timed_out else 0.0))
     if asking.is_alive() and rank() != 0:
-        return Reason(own.rank, GONE, f"rank 0 does not answer: it was stopped, or its machine is lost ({own.text})")
+        told.append(
+            Reason(own.rank, GONE, f"rank 0 does not answer: it was stopped, or its machine is lost ({own.text})")
+        )
+    if dog is not None:
+        dog.heard = told[-1]  # a block around this one need not ask again
     return told[-1]
 
 

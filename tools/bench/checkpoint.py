@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RANKS, BOUND = 2, 1.1  # a checked load takes at most 10 % longer
-STILL_BOUND = 0.3  # of the time of a save that is waited for; the rest is a copy in memory
+STILL_BOUND = 0.5  # of the time of a save that is waited for: a check of the numbers, a copy in memory, messages
 
 
 def engine_with_moments(hidden: int) -> Any:

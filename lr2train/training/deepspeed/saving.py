@@ -4,8 +4,8 @@ Choice: at the end of a step every rank copies its part to host memory, and a th
 copy is what a waiting save would write, so a resumed run is bit-identical. The threads of all ranks exchange their
 outcomes over a channel of their own, and rank 0 names the checkpoint the latest only when every file is on the disk. At
 most one checkpoint is in hand: the next one, the end of the run and an interrupt wait for it. An error of a writer is
-raised on all ranks at the end of the first step after it. The thread outlives an error of the main thread, so a run
-that ends with an error still finishes the checkpoint in hand, if its peers do.
+raised on all ranks at the end of the first step after it. A run that ends with an error still finishes the checkpoint
+in hand, if its peers do.
 
 Cost: host memory for one copy of the rank's part (14 bytes for each of its parameters in bfloat16, 16 in float32), and
 in each step with a checkpoint in hand one exchange of a few bytes. A job that is killed meanwhile goes on from the
@@ -15,6 +15,7 @@ for the writing, and the log says so once.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,8 +99,23 @@ class Saver:
         return not short
 
 
+@contextlib.contextmanager
+def finished_at_the_end() -> Iterator[None]:
+    """When the block ends, wait for the checkpoint that this process still writes, also after an error.
+
+    For a block inside the lock of the run folder: no other job may begin there meanwhile. The wait ends with
+    ``parallel.timeout_s`` at the latest where a peer does not answer.
+    """
+    try:
+        yield
+    finally:
+        for thread in threading.enumerate():
+            if thread.name == WRITER:
+                thread.join()
+
+
 class _Writing(threading.Thread):
-    """Writes one checkpoint. Not a daemon: Python waits for it at its end."""
+    """Writes one checkpoint."""
 
     def __init__(self, draft: Draft, channel: control.Channel | None):
         super().__init__(name=WRITER)
