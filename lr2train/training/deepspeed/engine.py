@@ -82,18 +82,25 @@ class Engine:
                 mesh.
         """
         self.config, self.mesh, self.device = config, mesh, device
-        self.accumulation = accumulation_of(config, mesh.dp_size)
+        self.accumulation = self._accumulation()
         ds_config = deepspeed_config(config, self.accumulation)
-        weights = _weights(config, hf_config)
-        lm = load.assembled(
-            hf_config, config.model.dtype, weights, lambda: self._init_context(ds_config), self._gather(modifier_rank=0)
-        )
+        lm = self._lm(hf_config, ds_config)
         self.attention = install(lm, mesh, config.parallel.strategy)
         if config.engine.activation_checkpointing:
             lm.activation_checkpointing_enable({"use_reentrant": False})
         self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens).train()
         self.hf_config = hf_config
         self._engine = self._initialize(ds_config)
+
+    def _accumulation(self) -> int:
+        """Micro-batches of a step."""
+        return accumulation_of(self.config, self.mesh.dp_size)
+
+    def _lm(self, hf_config: Any, ds_config: dict[str, Any]) -> Any:
+        """The Hugging Face model with its weights, divided over the ranks."""
+        weights = _weights(self.config, hf_config)
+        dtype, init_context = self.config.model.dtype, lambda: self._init_context(ds_config)
+        return load.assembled(hf_config, dtype, weights, init_context, self._gather(modifier_rank=0))
 
     def _initialize(self, ds_config: dict[str, Any]) -> Any:
         import deepspeed
@@ -248,7 +255,7 @@ class Engine:
             grad_norm=norm if norm is not None and math.isfinite(norm) else None,
             interrupted=asked > 0,
             finite=finite,
-            suspects=tuple(torch.isfinite(losses).logical_not().nonzero().flatten().tolist()),
+            suspects=tuple(number for number, loss in enumerate(losses.tolist()) if not math.isfinite(loss)),
         )
 
     @property
