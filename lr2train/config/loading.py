@@ -233,9 +233,9 @@ def _check_shards(config: Config) -> None:
 
 
 _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
-    (("prepare", "search", "train", "evaluate", "generate", "plan"), _check_name),
+    (("prepare", "search", "train", "evaluate", "generate", "plan", "rehearse"), _check_name),
     (("search", "plan"), _check_parents),
-    (("train", "inspect", "plan"), _check_group),
-    (("train", "plan"), _check_shards),
+    (("train", "inspect", "plan", "rehearse"), _check_group),
+    (("train", "plan", "rehearse"), _check_shards),
 )
 """Checks of several keys, and the verbs that read all these keys."""

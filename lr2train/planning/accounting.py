@@ -112,11 +112,18 @@ class Accounting(TorchDispatchMode):
         self._alive: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
         self._modules: list[str] = []
         self._forward_place: dict[int, Place] = {}
-        self.last_module = ""
+        self.phases: list[tuple[int, str, str]] = [(0, BEFORE, "")]
+        self._failed = ""
+
+    @property
+    def failed_in(self) -> str:
+        """The module in which an error was raised; empty outside of all."""
+        return self._failed or (self._modules[-1] if self._modules else "")
 
     def enter(self, phase: str, micro_batch: str = "") -> None:
         """A phase begins."""
         self.phase, self.micro_batch = phase, micro_batch
+        self.phases.append((self.now, phase, micro_batch))
         self._modules.clear()
 
     def watch(self, model: nn.Module) -> None:
@@ -131,7 +138,6 @@ class Accounting(TorchDispatchMode):
             while self._modules and not name.startswith(f"{self._modules[-1]}.") and self._modules[-1]:
                 self._modules.pop()
             self._modules.append(name)
-            self.last_module = name
 
         return hook
 
@@ -156,7 +162,11 @@ class Accounting(TorchDispatchMode):
                 return value
         elif role == "exchange":
             self._exchange(function, args, here())
-        made = function(*args, **kwargs)
+        try:
+            made = function(*args, **kwargs)
+        except Exception:
+            self._failed = here().module
+            raise
         self._follow(made, function, here)
         if role == "compute":
             self._count(function, args, kwargs, made, here)
@@ -170,7 +180,8 @@ class Accounting(TorchDispatchMode):
                 continue
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
-            if not size or (known := self._alive.get(key)) is not None and known[0]() is storage:
+            known = self._alive.get(key)
+            if not size or (known is not None and known[0]() is storage):
                 continue
             self.now += 1
             allocation = Allocation(size, self.now, self.phase, self.micro_batch, str(function), here())
@@ -205,8 +216,9 @@ class Accounting(TorchDispatchMode):
     def _count(self, function: Any, args: Any, kwargs: Any, made: Any, here: Callable[[], Place]) -> None:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
-        if self.phase == BEFORE or not outputs or function._overloadpacket in _OWN_COUNT:
+        if self.phase == BEFORE or not tensors or function._overloadpacket in _OWN_COUNT:
             return
+        outputs = outputs or tensors  # changed in place, and not returned
         written = sum(map(_moved, outputs))
         read = written if function._overloadpacket in _SPARSE else sum(map(_moved, tensors))
         formula = flop_registry.get(function._overloadpacket)
@@ -366,7 +378,11 @@ def _sent(name: str, args: Any, ranks: list[int], per_node: int) -> dict[bool, f
     if name in ("alltoall_base_", "alltoall_"):
         parts = _parts(args, n)
         return {
-            inside: sum(size for rank, size in zip(ranks, parts, strict=True) if rank != me and near[ranks.index(rank)] == inside)
+            inside: sum(
+                size
+                for rank, size in zip(ranks, parts, strict=True)
+                if rank != me and near[ranks.index(rank)] == inside
+            )
             for inside in (True, False)
         }
     whole = _size(args[0]) if "gather" in name or "all" in name or "broadcast" in name else _size(args[1])
@@ -392,6 +408,8 @@ def _size(tensors: Any) -> int:
 def _by(place: Place) -> str:
     if place.whose == ZERO:
         return "ZeRO: gradients" if "stage" in place.line else "ZeRO: weights"
+    if place.whose == OTHER:
+        return "the step"
     name = place.line.partition(":")[0].rpartition("/")[2].removesuffix(".py")
     return name if place.line.startswith("lr2train/attention/") else f"{name} (the step)"
 
@@ -403,11 +421,11 @@ def _line(frame: FrameType | None) -> tuple[str, str, bool]:
     """(whose, file:line, whether checkpointing runs it again) of the innermost frame that is the model's, ours or
     ZeRO's.
     """
-    for frame in _outwards(frame):
-        whose = _whose(frame.f_code)
+    for one in _outwards(frame):
+        whose = _whose(one.f_code)
         if whose is not None:
-            line = f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
-            return whose, line, any(_is_recomputing(one.f_code) for one in _outwards(frame.f_back))
+            line = f"{_short(one.f_code.co_filename)}:{one.f_lineno}"
+            return whose, line, any(_is_recomputing(outer.f_code) for outer in _outwards(one.f_back))
     return OTHER, "?", False
 
 
@@ -430,7 +448,15 @@ def _whose(code: CodeType) -> str | None:
 
 
 # Frames that only pass on: the line that matters called them, or was called by them.
-_PASSED = ("/planning/", "/parallel/comm.py", "/deepspeed/engine.py", "/deepspeed/rehearsed.py", "/rehearse.py", "/tests/")
+_PASSED = (
+    "/planning/",
+    "/parallel/comm.py",
+    "/deepspeed/engine.py",
+    "/deepspeed/rehearsed.py",
+    "/rehearse.py",
+    "/tests/",
+    "/cli/",
+)
 
 
 @cache
@@ -440,8 +466,7 @@ def _is_recomputing(code: CodeType) -> bool:
 
 @cache
 def _short(path: str) -> str:
-    for root in ("/site-packages/", "/lr2train/lr2train/"):
-        if root in path:
-            return path.rpartition(root)[2] if "lr2train" not in root else "lr2train/" + path.rpartition(root)[2]
-    before, found, after = path.rpartition("/lr2train/")
+    if "/site-packages/" in path:
+        return path.rpartition("/site-packages/")[2]
+    _, found, after = path.rpartition("/lr2train/")
     return found[1:] + after if found else path

@@ -1,18 +1,22 @@
 """An engine that rehearses: the real code of a step, on tensors that have shapes and no memory, for one rank of many.
 
 Choice: everything is real but the tensors and the other ranks: transformers, attention with its CUDA kernel's branch,
-recomputation, DeepSpeed's partitioning, gathering, buckets and optimizer. Tensors are fake, and so is the process group:
-collectives give back tensors of the right shape. So a rank of 64 runs on a laptop. Cost: nothing that depends on values
-is seen (a loss, an overflow), and DeepSpeed's internals are exchanged at two places, which a new version may move.
+recomputation, DeepSpeed's partitioning, gathering, buckets and optimizer. Tensors are fake, and so is the process
+group: collectives give back tensors of the right shape. So a rank of 64 runs on a laptop. Cost: nothing that depends on
+values is seen (a loss, an overflow), and DeepSpeed's internals are exchanged at two places, which a new version may
+move.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -22,7 +26,9 @@ from lr2train.data.batch import Batch
 from lr2train.model import load
 from lr2train.parallel.mesh import Mesh
 from lr2train.rope.factors import Factors
+from lr2train.training.agreement import MicroBatch, described
 from lr2train.training.deepspeed.engine import Engine
+from lr2train.training.deepspeed.start import start_deepspeed
 
 Enter = Callable[[str, str], None]
 """Told of each phase: ("forward" | "backward" | "update", name of the micro-batch)."""
@@ -70,8 +76,16 @@ class RehearsedEngine(Engine):
         batch_size = {"train_batch_size": self._n_batches * self.mesh.world}
         deepspeed.zero.Init(module=self.model, config_dict_or_path=ds_config | batch_size)
 
-    def rehearse(self, batches: Sequence[Batch], names: Sequence[str], enter: Enter) -> list[SegmentAttention]:
+    def rehearse(
+        self, batches: Sequence[Batch], names: Sequence[str], enter: Enter, strategies: Sequence[str] = ()
+    ) -> list[SegmentAttention]:
         """One optimizer step over these micro-batches of this rank; ``enter`` hears of each phase.
+
+        Args:
+            batches: of the step.
+            names: of the micro-batches.
+            enter: told of each phase.
+            strategies: the last batch again, served by each of these.
 
         Returns:
             The attention of each micro-batch.
@@ -81,13 +95,46 @@ class RehearsedEngine(Engine):
         """
         attentions: list[SegmentAttention] = []
         work = self._described(batches, attentions)
-        own, self._engine = self._engine, _Watched(self._engine, list(names), enter)
+        for strategy in strategies:
+            work.append(self._served(batches[-1], strategy, attentions))
+        batches, names = [*batches, *[batches[-1]] * len(strategies)], [*names, *strategies]
+        own, self._engine = self._engine, _Watched(self._engine, names, enter)
         try:
             with self._modes(), _alone():
                 self._step(batches, attentions, work * self.mesh.dp_size, lambda: False)
         finally:
             self._engine = own
         return attentions
+
+    def _served(self, batch: Batch, strategy: str, attentions: list[SegmentAttention]) -> MicroBatch:
+        attentions.append(replace(self.attention, strategy=strategy).segment(batch.spans, len(batch.tokens)))
+        return described(batch, attentions[-1].choice.title)
+
+    def close(self) -> None:
+        """Let DeepSpeed take its hooks off the model, and free everything."""
+        self._engine.destroy()
+
+    def buckets(self) -> list[torch.Tensor]:
+        """The buffers in which DeepSpeed gathers gradients before it reduces them."""
+        buckets = getattr(self._engine.optimizer, "ipg_buckets", {}).values()
+        return [one for bucket in buckets for one in _tensors(bucket.buffer)]
+
+    def on_host(self) -> list[torch.Tensor]:
+        """Tensors that lie in host memory: those of an optimizer that is offloaded."""
+        optimizer = self._engine.optimizer
+        if not getattr(optimizer, "offload_optimizer", False) and not getattr(optimizer, "cpu_offload", False):
+            return []
+        inner = optimizer.optimizer
+        masters = [one for group in inner.param_groups for one in group["params"]]
+        moments = [one for state in inner.state.values() for one in _tensors(list(state.values()))]
+        gradients = [one.grad for one in masters if one.grad is not None]
+        return [*masters, *moments, *gradients, *_tensors(getattr(optimizer, "grad_partitions_flat_buffer", None))]
+
+
+def _tensors(held: Any) -> list[torch.Tensor]:
+    if isinstance(held, list | tuple):
+        return [one for item in held for one in _tensors(item)]
+    return [held] if isinstance(held, torch.Tensor) else []
 
 
 class _Watched:
@@ -128,7 +175,9 @@ def _without_values(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                fresh = made.setdefault(id(parameter), nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+                fresh = made.setdefault(
+                    id(parameter), nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+                )
                 module._parameters[name] = fresh
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type == "meta":
@@ -146,3 +195,40 @@ def _alone() -> Iterator[None]:
         yield
     finally:
         coordinator.assert_ints_same_as_other_ranks = own
+
+
+@contextlib.contextmanager
+def one_rank_of(world: int) -> Iterator[None]:
+    """This process as rank 0 of ``world`` ranks that do not exist. DeepSpeed is started on their fake process group.
+
+    Leaves neither a process group nor variables of the environment behind.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a rehearsal is a process of its own"
+    environment = dict(os.environ)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        with _deepspeed_anew():
+            start_deepspeed(torch.device("cpu"))
+            yield
+    finally:
+        dist.destroy_process_group()
+        os.environ.clear()
+        os.environ |= environment
+
+
+@contextlib.contextmanager
+def _deepspeed_anew() -> Iterator[None]:
+    """DeepSpeed keeps its groups in global variables; another world needs them empty."""
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    kept = {name: value for name, value in vars(groups).items() if name.startswith("_") and name.isupper()}
+    try:
+        yield
+    finally:
+        comm.cdb = None
+        for name, value in kept.items():
+            setattr(groups, name, value)
