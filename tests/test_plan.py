@@ -7,10 +7,13 @@ import math
 import signal
 import sys
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from lr2train.cli.composition import compose
 from lr2train.cli.door import main
@@ -105,10 +108,14 @@ def test_training_flops_agree_with_the_training_loop(llama):
     """MFU counts 6 N' + 6 layers * heads * head_dim * T a token."""
     assert cost.training_flops_per_token(llama, L) == 6 * 7_504_924_672 + 6 * 32 * 32 * 128 * L
     assert cost.training_flops_per_token(llama, L) == pytest.approx(148.1e9, rel=1e-3)
-    assert cost.recomputed_flops_per_token(llama, L, True) == pytest.approx(
+    assert cost.recomputed_flops_per_token(llama, L, "layer") == pytest.approx(
         cost.forward_flops_per_token(llama, L), rel=1e-4
     )
-    assert cost.recomputed_flops_per_token(llama, L, False) == 2 * 128256 * 4096
+    assert cost.recomputed_flops_per_token(llama, L, "none") == 2 * 128256 * 4096
+    kept = cost.recomputed_flops_per_token(llama, L, "layer") - cost.recomputed_flops_per_token(
+        llama, L, "keep_attention"
+    )
+    assert kept == cost.attention_flops_per_token(llama, L)
 
 
 @pytest.mark.parametrize(("name", "hours", "speed", "expected"), [("llama", 54, 804, 0.307), ("phi", 39, 1113, 0.274)])
@@ -192,6 +199,103 @@ def test_a_layer_saves_what_the_formula_says():
     assert memory.layer_saved_bytes(counts_of(hf_config, config.model), tokens, 2, 1) == pytest.approx(
         sum(kept.values()), rel=0.08
     )
+
+
+def test_what_a_recomputed_layer_keeps_by_hand(llama):
+    """LLaMA3-8B, 131072 tokens on one GPU: bf16 inputs of 4096, outputs of 32 heads of 128, fp32 log-sum-exps."""
+    setting = memory.MemorySetting.of(composed("experiment=llama3_8b_128k", "parallel.sp=1", "hardware.gpus=8"))
+    inputs, attention = 32 * L * 4096 * 2, 32 * L * 32 * (128 * 2 + 4)
+    for recompute, offload, gpu, host in (
+        ("layer", False, [inputs], []),
+        ("keep_attention", False, [inputs, attention], []),
+        ("layer", True, [inputs / 16], [inputs]),  # two of 32 layers are near
+        ("keep_attention", True, [(inputs + attention) / 16], [inputs, attention]),
+    ):
+        items = memory.training_items(llama, replace(setting, recompute=recompute, offload_inputs=offload))[5:-3]
+        assert [item.bytes for item in items if item.on_gpu] == gpu, recompute
+        assert [item.bytes for item in items if not item.on_gpu] == host, recompute
+
+
+def test_auto_keeps_attention_where_it_fits(llama):
+    setting = memory.MemorySetting.of(composed("experiment=llama3_8b_128k"))
+    needed = memory.gpu_bytes(memory.training_items(llama, replace(setting, recompute="keep_attention"))) / GIB
+    at_least = needed / (1 - memory.RESERVE)
+    assert memory.choose_recompute(llama, setting, at_least * 1.001)[0] == "keep_attention"
+    chosen, why = memory.choose_recompute(llama, setting, at_least * 0.999)
+    assert chosen == "layer"
+    assert "attention's outputs of 4.06 GiB" in why
+    less = memory.gpu_bytes(memory.training_items(llama, replace(setting, recompute="layer"))) / GIB
+    assert needed - less == pytest.approx(4.0625)
+
+
+def test_tiles_and_host_memory_make_room_for_long_shards(tmp_path):
+    """131072 tokens of LLaMA3-8B on a GPU of 80 GB: one GPU, and eight that share a segment of a million tokens."""
+    one = ("hardware.gpus=1", "parallel.sp=1", "optim.segments_per_step=1")
+    million = "rope.target_window_tokens=1048576", "data.segment_tokens=1048576", "hardware.gpus=8"
+    room = ("engine.tile_mlp=4096", "engine.offload_inputs=true")
+    for size, tiles_alone in ((one, False), (million, True)):  # of eight GPUs each has an eighth of the weights
+        given = ("experiment=llama3_8b_128k", "engine=zero3_offload", f"runs_folder={tmp_path}", *size)
+        assert not plan(composed(*given))["memory"]["fits"]
+        tiled = plan(composed(*given, *room[:1]))["memory"]
+        assert tiled["fits"] is tiles_alone
+        assert "engine.recompute=auto takes layer" in tiled["recompute"]
+        found = plan(composed(*given, *room))["memory"]
+        assert found["fits"]
+        assert "engine.recompute=auto takes keep_attention" in found["recompute"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer", "keep_attention"])
+@pytest.mark.parametrize("tile", [0, 128])
+def test_a_layer_peaks_where_the_formula_says(recompute, tile):
+    """Beside all tensors of a real bf16 layer, forward and backward, on the CPU."""
+    from lr2train.attention.hf import install as install_attention
+    from lr2train.config import EngineConfig
+    from lr2train.model import recompute as layers
+    from lr2train.parallel.mesh import Mesh
+
+    tokens, config = 4096, composed("model=tiny_llama")
+    hf_config = hf_config_of(config.model)
+    lm = load.build_empty(hf_config, "bfloat16", lambda: torch.device("cpu")).train()
+    attention = install_attention(lm, Mesh(), "local").segment(((0, tokens),), tokens)
+    layers.install(lm, EngineConfig(recompute=recompute, tile_mlp=tile))
+    x, grad = (torch.zeros(1, tokens, hf_config.hidden_size, dtype=torch.bfloat16) for _ in range(2))
+    positions = torch.arange(tokens)[None]
+    rotated = lm.base_model.rotary_emb(x, positions)
+    live = LiveBytes(lm.parameters(), rotated, (x, grad))
+    with live:
+        out = lm.base_model.layers[0](
+            x.requires_grad_(), position_embeddings=rotated, position_ids=positions, use_cache=False,
+            segment_attention=attention,
+        )  # fmt: skip
+        out.backward(grad)
+    counts = counts_of(hf_config, config.model)
+    formula = memory.layer_saved_bytes(counts, tokens, 2, 1, tile or None)
+    formula += memory.layer_flight_bytes(counts, tokens, 2, tile or None)
+    formula += sum(weight.nbytes for weight in lm.base_model.layers[0].parameters())  # their gradients
+    measured = live.peak + x.nbytes + grad.nbytes
+    assert measured <= formula <= 1.2 * measured
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors that were alive at one time, beside those that are given."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.sizes = {x.untyped_storage()._cdata: 0 for x in tree_iter([list(one) for one in given])}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_iter(out) if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, key):
+        self.now -= self.sizes.pop(key)
 
 
 def test_offloading_moves_states_to_the_host(llama):
@@ -285,7 +389,7 @@ def test_a_model_that_is_not_extended_has_no_search(tmp_path):
             "model=tiny_llama",
             "rope.target_window_tokens=512",
             "hardware.gpus=2",
-            "engine.activation_checkpointing=false",
+            "engine.recompute=none",
             f"runs_folder={tmp_path}",
         )
     )
@@ -302,6 +406,8 @@ def test_a_model_that_is_not_extended_has_no_search(tmp_path):
         (("optim.segments_per_step=12",), "optim.segments_per_step=12"),
         (("data.segment_tokens=131071",), "data.segment_tokens=131071"),
         (("hardware.mfu=0",), "hardware.mfu"),
+        (("engine.offload_inputs=true", "engine.recompute=none"), "engine.recompute=none"),
+        (("engine.tile_mlp=64", "model.architecture.model_type=mixtral"), "engine.tile_mlp=64 .* has experts"),
         (("model=none", "model.path=nowhere/model"), "model.path=nowhere/model"),
     ],
 )

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from lr2train.attention import cuda
 from lr2train.attention.blocks import Block, Queries, Round
 from lr2train.attention.cpu import CpuKernel
+from lr2train.attention.recompute import kept
 from lr2train.attention.tiles import Spans, check_spans, diagonal
 from lr2train.config import UserError
 
@@ -202,8 +203,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, block: Block) -> tuple[Tensor, Tensor]:
         """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> out [Tq, Hq, D] in q's dtype, lse [Tq, Hq] in nats."""
         q, k, v = (dense_last(x) for x in (q, k, v))
-        out, lse = forward_block(q, k, v, block, scale)
-        out = out.to(q.dtype)
+        out, lse = kept(lambda: _rounded(q.dtype, *forward_block(q, k, v, block, scale)))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.block = scale, block
         ctx.mark_non_differentiable(lse)
@@ -221,6 +221,10 @@ class _Attention(torch.autograd.Function):
 def dense_last(x: Tensor) -> Tensor:
     """``x`` with a last stride of 1. Kernels assume it, and would misread the expanded gradient of a sum."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rounded(dtype: torch.dtype, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return out.to(dtype), lse
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

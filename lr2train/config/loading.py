@@ -232,10 +232,19 @@ def _check_shards(config: Config) -> None:
         )
 
 
+def _check_offload(config: Config) -> None:
+    if config.engine.offload_inputs and config.engine.recompute == "none":
+        raise UserError(
+            "engine.offload_inputs=true moves what recomputed layers keep, and engine.recompute=none recomputes none; "
+            "set engine.recompute to auto"
+        )
+
+
 _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
     (("prepare", "search", "train", "evaluate", "generate", "plan", "rehearse"), _check_name),
     (("search", "plan"), _check_parents),
     (("train", "inspect", "plan", "rehearse"), _check_group),
     (("train", "plan", "rehearse"), _check_shards),
+    (("train", "plan", "rehearse"), _check_offload),
 )
 """Checks of several keys, and the verbs that read all these keys."""

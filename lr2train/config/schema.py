@@ -137,6 +137,17 @@ class StrategyName(StrEnum):
     ring_flash_attn = "ring_flash_attn"
 
 
+class Recompute(StrEnum):
+    """What of a layer the backward pass computes again. none: nothing. keep_attention: all but attention. layer: all.
+    auto: keep_attention if memory allows, else layer.
+    """
+
+    none = "none"
+    keep_attention = "keep_attention"
+    layer = "layer"
+    auto = "auto"
+
+
 class LearningRateSchedule(StrEnum):
     """The learning rate after the warm-up."""
 
@@ -443,8 +454,16 @@ class EngineConfig:
 
     # ZeRO stage: 3 divides weights, gradients and optimizer states; 0 divides nothing and needs model.dtype=float32.
     zero_stage: int = number(3, least=0, most=3)
-    # Whether activations of a layer are computed again in the backward pass, to save memory.
-    activation_checkpointing: bool = True
+    # What the backward pass computes again of each layer, to save memory (activation checkpointing). none: nothing.
+    # keep_attention: all but attention, whose output is kept. layer: all. auto: keep_attention where the estimate of
+    # `plan` fits the GPU, else layer; keep_attention on a CPU.
+    recompute: str = one_of(Recompute.auto)
+    # Tokens of a tile in which the MLP of a layer is computed, forward and backward. 0: the whole shard at once. Tiles
+    # save memory where a rank holds over about 32k tokens; below that they only cost time.
+    tile_mlp: int = number(0, least=0)
+    # Whether what a recomputed layer keeps (its input, attention's output under keep_attention) lies in host memory
+    # until the backward pass. false, because the host then needs the memory that a GPU saves, for each of its GPUs.
+    offload_inputs: bool = False
     # Tokens per chunk of the chunked loss; only one chunk's logits are in memory.
     loss_chunk_tokens: int = number(4096, least=1)
     # Optimizer steps between two measurements of the held-out loss, of both windows. 0: never.

@@ -31,16 +31,17 @@ def training_flops_per_token(counts: ModelCounts, span_tokens: float) -> float:
     return TRAINING * forward_flops_per_token(counts, span_tokens)
 
 
-def recomputed_flops_per_token(counts: ModelCounts, span_tokens: float, checkpointing: bool) -> float:
+def recomputed_flops_per_token(counts: ModelCounts, span_tokens: float, recompute: str) -> float:
     """FLOPs that one token costs a second time.
 
-    The chunked loss always computes the logits again. Activation checkpointing computes the layers' forward pass again.
+    The chunked loss always computes the logits again. ``recompute`` is ``engine.recompute``: layer computes the layers'
+    forward pass again, keep_attention all of that but attention.
     """
     logits = linear_flops(counts.vocabulary * counts.hidden, 1)
-    if not checkpointing:
+    if recompute == "none":
         return logits
     layers = linear_flops(counts.layers * counts.layer_parameters, 1)
-    return logits + (layers + attention_flops_per_token(counts, span_tokens))
+    return logits + layers + (attention_flops_per_token(counts, span_tokens) if recompute == "layer" else 0)
 
 
 def scoring_flops(counts: ModelCounts, document_tokens: int) -> float:

@@ -11,7 +11,8 @@ F intermediate size, Hq and Hk query and key heads of Dh dimensions, V vocabular
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lr2train.attention.choice import ring_ranks
@@ -26,6 +27,7 @@ MASTER_BYTES, MOMENT_BYTES = 4, 8  # fp32 copy of the weights; two fp32 moments 
 RUNTIME_BYTES = int(1.5 * GIB)  # CUDA context, NCCL channels, cuBLAS workspace: assumed, typical of an 8-GPU A100 node
 RESERVE = 0.1  # share of the GPU kept free: fragmentation, buffers that no formula knows
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
+NEAR_LAYERS = 2  # layers on the GPU at one time where what they keep lies in host memory (model.host_copies)
 BUCKET_PARAMETERS = 5 * 10**8  # DeepSpeed's reduce_bucket_size
 
 
@@ -55,7 +57,9 @@ class MemorySetting:
     ring: int  # as configured; 0 lets heads and nodes decide
     gpus_per_node: int
     zero_stage: int
-    checkpointing: bool
+    recompute: str  # as engine.recompute; auto counts as keep_attention
+    tile_tokens: int | None  # tokens of a tile of the MLP; None: not tiled
+    offload_inputs: bool
     chunk_tokens: int
     segment_tokens: int
     dtype: str
@@ -73,7 +77,9 @@ class MemorySetting:
             ring=config.parallel.ring,
             gpus_per_node=config.hardware.gpus_per_node,
             zero_stage=config.engine.zero_stage,
-            checkpointing=config.engine.activation_checkpointing,
+            recompute=str(config.engine.recompute),
+            tile_tokens=config.engine.tile_mlp or None,
+            offload_inputs=config.engine.offload_inputs,
             chunk_tokens=config.engine.loss_chunk_tokens,
             segment_tokens=config.data.segment_tokens,
             dtype=config.model.dtype,
@@ -86,6 +92,11 @@ class MemorySetting:
     def tokens(self) -> int:
         """t: tokens of a segment on one rank."""
         return self.segment_tokens // self.sp
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether recomputed layers keep attention's output."""
+        return self.recompute in ("keep_attention", "auto")
 
     def ulysses(self, heads: int) -> int:
         """Ranks that exchange the ``heads`` query heads among themselves; the ring axis takes the rest of ``sp``."""
@@ -110,25 +121,44 @@ def saved_inputs_bytes(layers: int, hidden: int, tokens: int, weight_bytes: int)
     return layers * tokens * hidden * weight_bytes
 
 
-def layer_saved_bytes(counts: ModelCounts, tokens: int, weight_bytes: int, ulysses: int) -> float:
-    """Activations that one layer keeps for its backward pass: t * (2 norms * (4 + 2b) H + b H + b A + 4 b F).
+def layer_saved_bytes(
+    counts: ModelCounts, tokens: int, weight_bytes: int, ulysses: int, mlp_tokens: int | None = None
+) -> float:
+    """Activations that one layer keeps for its backward pass: t * (2 norms * (4 + 2b) H + b H + b A) + 4 b F m.
 
     A norm keeps its input in fp32, the normalised input and its output; the residual sum adds one H. Attention keeps
     q, k, v and its output: A = (2 Hq + 2 Hk) Dh. Under Ulysses, U ranks exchange heads: A counts twice (before and
-    after the exchange), with Hk repeated up to lcm(Hk, U). A gated MLP keeps gate, activation, up and product: 4 F.
+    after the exchange), with Hk repeated up to lcm(Hk, U). A gated MLP keeps gate, activation, up and product: 4 F for
+    each of ``mlp_tokens`` m tokens (None: of all).
     """
     key_heads = math.lcm(counts.key_heads, ulysses)
     attention = (2 * counts.heads + 2 * key_heads) * counts.head_dim * (2 if ulysses > 1 else 1)
     norms = 2 * (4 + 2 * weight_bytes) * counts.hidden
-    return tokens * (norms + weight_bytes * (counts.hidden + attention + 4 * counts.intermediate))
+    mlp = 4 * counts.intermediate * (tokens if mlp_tokens is None else min(tokens, mlp_tokens))
+    return tokens * (norms + weight_bytes * (counts.hidden + attention)) + weight_bytes * mlp
 
 
-def layer_flight_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
-    """Gradients alive inside one layer's backward pass: b * t * (3 F + 2 H).
+def layer_flight_bytes(counts: ModelCounts, tokens: int, weight_bytes: int, mlp_tokens: int | None = None) -> float:
+    """Gradients alive inside one layer's backward pass: the larger of b * (3 F m + 2 H t) and t * H * (2 b + 16).
 
-    3 F are product, gate and up; 2 H are the gradients of the output and of the residual.
+    In the MLP 3 F are product, gate and up, for each of ``mlp_tokens`` m tokens (None: of all t); 2 H are the gradients
+    of the output and of the residual. In a norm four fp32 gradients take 16 H.
     """
-    return weight_bytes * tokens * (3 * counts.intermediate + 2 * counts.hidden)
+    mlp = 3 * counts.intermediate * (tokens if mlp_tokens is None else min(tokens, mlp_tokens))
+    return max(
+        weight_bytes * (mlp + 2 * counts.hidden * tokens),
+        tokens * counts.hidden * (2 * weight_bytes + 16),
+    )
+
+
+def kept_attention_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
+    """Attention's output and log-sum-exp of one layer, kept for recomputation: t * Hq * (Dh * b + 4)."""
+    return tokens * counts.heads * (counts.head_dim * weight_bytes + 4)
+
+
+def tile_gradient_bytes(counts: ModelCounts, weight_bytes: int) -> float:
+    """Gradients of one MLP's weights while tiles are added: 3 H F (4 + b). fp32, and in the end the model's dtype."""
+    return 3 * counts.hidden * counts.intermediate * (4 + weight_bytes)
 
 
 def loss_bytes(hidden: int, vocabulary: int, chunk_tokens: int, tokens: int, weight_bytes: int) -> float:
@@ -168,6 +198,24 @@ def checkpoint_bytes(parameters: int, weight_bytes: int) -> float:
 def training_items(counts: ModelCounts, setting: MemorySetting) -> list[MemoryItem]:
     """Peak memory of one GPU in training, as items."""
     return [*_states(counts, setting), *_gathered(counts, setting), *_activations(counts, setting), *_fixed(setting)]
+
+
+def choose_recompute(counts: ModelCounts, setting: MemorySetting, gpu_gib: float) -> tuple[str, str]:
+    """What ``engine.recompute=auto`` stands for on a GPU of ``gpu_gib``: keep_attention where it fits, else layer.
+
+    Returns:
+        The value, and the reason in words.
+    """
+    items = training_items(counts, replace(setting, recompute="keep_attention"))
+    needed, limit = gpu_bytes(items) / GIB, (1 - RESERVE) * gpu_gib
+    attention = counts.layers * kept_attention_bytes(counts, setting.tokens, WEIGHT_BYTES[setting.dtype]) / GIB
+    told = f"with attention's outputs of {attention:.2f} GiB training would take {needed:.1f} of {limit:.1f} GiB"
+    return ("keep_attention" if needed <= limit else "layer"), told
+
+
+def gpu_bytes(items: Iterable[MemoryItem]) -> float:
+    """The sum of the items that lie on the GPU."""
+    return sum(item.bytes for item in items if item.on_gpu)
 
 
 def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
@@ -215,30 +263,43 @@ def _gathered(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
 
 
 def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
-    weight, t = WEIGHT_BYTES[s.dtype], s.tokens
-    saved = layer_saved_bytes(counts, t, weight, s.ulysses(counts.heads))
-    flight = layer_flight_bytes(counts, t, weight)
+    """What the layers keep, and the highest peak above that: inside a layer, or in the loss."""
+    weight, t, layers = WEIGHT_BYTES[s.dtype], s.tokens, counts.layers
+    saved = layer_saved_bytes(counts, t, weight, s.ulysses(counts.heads), s.tile_tokens)
+    flight = layer_flight_bytes(counts, t, weight, s.tile_tokens)
     loss = loss_bytes(counts.hidden, counts.vocabulary, s.chunk_tokens, t, weight)
-    if s.checkpointing:  # one layer at a time is recomputed, and then holds its activations and gradients
-        kept = MemoryItem(
-            "saved layer inputs",
-            saved_inputs_bytes(counts.layers, counts.hidden, t, weight),
-            f"{counts.layers} layers · {t:,} tokens · {weight} H B",
-        )
-        peak, name, how = saved + flight, "one recomputed layer", "t · (norms, attention, MLP, and their gradients)"
-    else:
-        kept = MemoryItem(
-            "saved activations of all layers",
-            counts.layers * saved,
-            f"{counts.layers} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB",
-        )
+    if s.recompute == "none":
+        how = f"{layers} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB"
+        items = [MemoryItem("saved activations of all layers", layers * saved, how)]
         peak, name, how = flight, "gradients inside one layer", "b · t · (3 F + 2 H)"
+    else:  # one layer at a time is recomputed, and then holds its activations and gradients
+        items = _kept_for_recomputation(counts, s)
+        peak, name, how = saved + flight, "one recomputed layer", "t · (norms, attention, MLP, and their gradients)"
+    if s.tile_tokens:
+        how += f", the MLP for {min(s.tile_tokens, t):,} tokens"
+        summed = tile_gradient_bytes(counts, weight)
+        items.append(MemoryItem("gradients of one MLP, summed over tiles", summed, f"(4 + {weight}) B · 3 H F"))
     if loss > peak:
         name, how = "the loss chunk", f"{min(s.chunk_tokens, t):,} · V logits in three forms, the head's fp32 gradient"
-    return [
-        kept,
-        MemoryItem(f"peak: {name}", max(peak, loss), f"max(layer {peak / GIB:.2f}, loss {loss / GIB:.2f}) GiB: {how}"),
-    ]
+    figures = f"max(layer {peak / GIB:.2f}, loss {loss / GIB:.2f}) GiB: {how}"
+    return [*items, MemoryItem(f"peak: {name}", max(peak, loss), figures)]
+
+
+def _kept_for_recomputation(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
+    weight, t, layers = WEIGHT_BYTES[s.dtype], s.tokens, counts.layers
+    inputs = saved_inputs_bytes(layers, counts.hidden, t, weight)
+    of_layers = f"{layers} layers · {t:,} tokens"
+    items = [MemoryItem("saved layer inputs", inputs, f"{of_layers} · {weight} H B", not s.offload_inputs)]
+    if s.keeps_attention:
+        attention = layers * kept_attention_bytes(counts, t, weight)
+        how = f"{of_layers} · Hq ({weight} Dh + 4) B"
+        items.append(MemoryItem("kept outputs of attention", attention, how, not s.offload_inputs))
+    if s.offload_inputs:
+        moving = NEAR_LAYERS * sum(item.bytes for item in items) / layers
+        items.append(
+            MemoryItem("layers on their way to and from the host", moving, f"{NEAR_LAYERS} layers of the above")
+        )
+    return items
 
 
 def _fixed(s: MemorySetting) -> list[MemoryItem]:

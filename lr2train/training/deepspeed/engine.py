@@ -32,7 +32,7 @@ from lr2train.attention.hf import install
 from lr2train.attention.segment import SegmentAttention
 from lr2train.config import Config, UserError
 from lr2train.data.batch import LONG, WINDOWS, Batch
-from lr2train.model import load
+from lr2train.model import load, recompute
 from lr2train.model.window_lm import MODULE_PREFIX, WindowLM
 from lr2train.parallel import control
 from lr2train.parallel.failure import told_to_all
@@ -42,7 +42,14 @@ from lr2train.training.agreement import MicroBatch, agree, described
 from lr2train.training.deepspeed import checkpoint
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.finite import FiniteAdamW, refuse_non_finite
-from lr2train.training.deepspeed.start import accumulation_of, deepspeed_config, gathered, quiet, zero_init
+from lr2train.training.deepspeed.start import (
+    accumulation_of,
+    deepspeed_config,
+    gather_whole,
+    gathered,
+    quiet,
+    zero_init,
+)
 from lr2train.training.segment import shard_of
 
 
@@ -86,8 +93,7 @@ class Engine:
         ds_config = deepspeed_config(config, self.accumulation)
         lm = self._lm(hf_config, ds_config)
         self.attention = install(lm, mesh, config.parallel.strategy)
-        if config.engine.activation_checkpointing:
-            lm.activation_checkpointing_enable({"use_reentrant": False})
+        gather_whole(recompute.install(lm, config.engine))
         self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens).train()
         self.hf_config = hf_config
         self._engine = self._initialize(ds_config)

@@ -28,7 +28,7 @@ OURS = {
     "bfloat16": _TYPE,
     "amp": _TYPE,
     "torch_autocast": _TYPE,
-    "activation_checkpointing": "engine.activation_checkpointing",
+    "activation_checkpointing": "engine.recompute",
     "sequence_parallel_size": "parallel.sp",
 }
 """Key of DeepSpeed's config -> the keys of lr2train that decide the same thing."""

@@ -11,11 +11,12 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from lr2train.config import Config, UserError
 from lr2train.model import load
@@ -137,3 +138,13 @@ def gathered(modifier_rank: int | None) -> load.Gather:
     import deepspeed
 
     return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
+
+
+def gather_whole(modules: Iterable[nn.Module]) -> None:
+    """Let ZeRO-3 gather all weights of each module before the module is called, and not those of its children one by
+    one. To be called before ``deepspeed.initialize``.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in modules:
+        set_z3_leaf_module(module, True)
