@@ -34,7 +34,7 @@ MAY_CHANGE = (
     "engine.loss_chunk_tokens:", "search.chunk_tokens:", "search.shard:",
     *(f"engine.deepspeed.zero_optimization.{key}" for key in (
         "offload_", "stage3_", "allgather_", "reduce_bucket_size", "sub_group_size", "overlap_comm",
-        "contiguous_gradients", "round_robin_gradients",
+        "contiguous_gradients", "round_robin_gradients", "zero_hpz_partition_size",
     )),
     # logging
     *(f"engine.deepspeed.{key}" for key in ("wall_clock_breakdown", "steps_per_print", "comms_logger", "flops_profiler",

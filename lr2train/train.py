@@ -40,7 +40,8 @@ from lr2train.training.deepspeed.keys import refuse_keys
 from lr2train.training.deepspeed.start import start_deepspeed
 from lr2train.training.loop import Training, fit
 from lr2train.training.metrics import read_jsonl, sinks
-from lr2train.training.steps import FILE, Steps
+from lr2train.training.profiling import KEY as PROFILE_STEPS
+from lr2train.training.steps import FILE, StepRanges, Steps
 from lr2train.training.validation import HeldOut
 
 GROUPS = ("name", "seed", "model", "rope", "data", "parallel", "optim", "engine")
@@ -90,11 +91,7 @@ def checked_inputs(config: Config) -> TrainInputs:
         UserError: a key is wrong, or model, factors and corpus do not fit each other.
     """
     refuse_keys(config.engine.deepspeed)
-    if config.engine.zero_stage == 0 and config.model.dtype != "float32":
-        raise UserError(
-            f"engine.zero_stage=0 trains in float32 alone, and model.dtype={config.model.dtype}; set "
-            "engine.zero_stage to 1"
-        )
+    StepRanges.parse(config.logger.profile_steps, PROFILE_STEPS)
     hf_config = load.config_of(config.model)
     if config.data.path is None:
         raise UserError(
@@ -193,7 +190,7 @@ def _build(
     job.claim(contents)
     fingerprint = control.from_rank_0(job.fingerprint if ranks.rank() == 0 else "")
     checkpoints = Checkpoints(job.folder / "checkpoints", fingerprint, config.engine.keep_checkpoints)
-    return Training(config, engine, loader, steps, total_steps, checkpoints, held_out)
+    return Training(config, job.folder, engine, loader, steps, total_steps, checkpoints, held_out)
 
 
 def _with_recompute(job: run.Run, config: Config, hf_config: Any, mesh: Mesh, device: torch.device) -> Config:

@@ -240,11 +240,40 @@ def _check_offload(config: Config) -> None:
         )
 
 
+def _check_zero(config: Config) -> None:
+    """Refuse what DeepSpeed cannot run, and what it would leave out in silence (docs/RUNNING.md has the table)."""
+    stage, dtype = config.engine.zero_stage, config.model.dtype
+    if stage == 0 and dtype != "float32":
+        raise UserError(
+            f"engine.zero_stage=0 trains in float32 alone, and model.dtype={dtype}; set engine.zero_stage to 1"
+        )
+    for key, least, used in (
+        ("offload_optimizer.device", 1, lambda value: value != "none"),
+        ("offload_param.device", 3, lambda value: value != "none"),
+        ("zero_hpz_partition_size", 3, lambda value: value != 1),
+    ):
+        path = f"zero_optimization.{key}"
+        value = _value_at(config.engine.deepspeed, path)
+        if stage < least and value is not None and used(value):
+            raise UserError(
+                f"engine.deepspeed.{path}={value} has no effect with engine.zero_stage={stage}; set "
+                f"engine.zero_stage to {least}"
+            )
+
+
+def _value_at(values: Any, path: str) -> Any:
+    """The value under a dotted path of nested dictionaries; None where there is none."""
+    for name in path.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
 _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
     (("prepare", "search", "train", "evaluate", "generate", "plan", "rehearse"), _check_name),
     (("search", "plan"), _check_parents),
     (("train", "inspect", "plan", "rehearse"), _check_group),
     (("train", "plan", "rehearse"), _check_shards),
     (("train", "plan", "rehearse"), _check_offload),
+    (("train", "plan", "rehearse"), _check_zero),
 )
 """Checks of several keys, and the verbs that read all these keys."""

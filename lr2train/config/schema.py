@@ -31,6 +31,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class ReduceDtype(StrEnum):
+    """The type in which gradients are summed over the ranks."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class Device(StrEnum):
     """Where tensors live. auto: CUDA where there is a GPU."""
 
@@ -454,6 +461,9 @@ class EngineConfig:
 
     # ZeRO stage: 3 divides weights, gradients and optimizer states; 0 divides nothing and needs model.dtype=float32.
     zero_stage: int = number(3, least=0, most=3)
+    # Data type in which gradients are sent and summed over the ranks. float32: in bfloat16, with eight bits, sums over
+    # 64 ranks lose small gradients. bfloat16: half the bytes.
+    reduce_dtype: str = one_of(ReduceDtype.float32)
     # What the backward pass computes again of each layer, to save memory (activation checkpointing). none: nothing.
     # keep_attention: all but attention, whose output is kept. layer: all. auto: keep_attention where the estimate of
     # `plan` fits the GPU, else layer; keep_attention on a CPU.
@@ -629,7 +639,7 @@ class EvalConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go. runs/<name>/metrics.jsonl is always written."""
+    """Where metrics and traces go. runs/<name>/metrics.jsonl is always written."""
 
     # Whether TensorBoard files are written.
     tensorboard: bool = True
@@ -641,6 +651,9 @@ class LoggerConfig:
     entity: str | None = None
     # Mode of wandb. The variable WANDB_MODE is used if this key is not given.
     mode: str = one_of(WandbMode.online)
+    # Steps that torch's profiler records on rank 0 and on the last rank, numbered as in metrics.jsonl: ["10-12"]. The
+    # traces are in runs/<name>/profile/. The key may change when a run resumes.
+    profile_steps: list[str] = field(default_factory=list)
 
 
 @dataclass

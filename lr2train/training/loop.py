@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from lr2train.training.bad_steps import BadSteps
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.engine import Engine, StepStats
 from lr2train.training.metrics import Sink, bad_steps_in
+from lr2train.training.profiling import KEY, StepProfiler
 from lr2train.training.schedule import learning_rate
-from lr2train.training.steps import Steps
+from lr2train.training.steps import StepRanges, Steps
 from lr2train.training.validation import HeldOut
 
 
@@ -36,10 +38,12 @@ class Training:
     """The parts of a run.
 
     Attributes:
+        folder: of the run.
         total_steps: the step to train to, skipped steps included.
     """
 
     config: Config
+    folder: Path
     engine: Engine
     loader: Loader
     steps: Steps
@@ -98,16 +102,19 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
     if not done and steps and held_out.measures:
         _write(sinks, 0, {"tokens_seen": 0, **held_out.measure(0)})
     ahead = prefetched(loader.batches, steps, config.data.prefetch_steps, config.data.loader_threads)
-    with listen_for_interrupt() as interrupt, closing(ahead) as batches:
+    chosen = StepRanges.parse(config.logger.profile_steps, KEY)
+    profiler = StepProfiler(chosen, steps, training.folder / "profile", engine.device)
+    with listen_for_interrupt() as interrupt, closing(ahead) as batches, profiler:
         # Steps count from 0, files from 1.
         for step in progress.track(steps, total_steps, "train", total_steps - len(steps)):
-            start = time.perf_counter()
-            micro_batches = next(batches)
-            waited = time.perf_counter() - start
             lr = learning_rate(step, total_steps, config.optim)
-            stats = engine.step(micro_batches, lr, lambda: interrupt.asked)
+            with profiler.step(step):
+                start = time.perf_counter()
+                micro_batches = next(batches)
+                waited = time.perf_counter() - start
+                stats = engine.step(micro_batches, lr, lambda: interrupt.asked)
+                seconds = time.perf_counter() - start
             tokens_seen += stats.n_tokens
-            seconds = time.perf_counter() - start
             flops = step_flops(stats, parameters, engine.hf_config)
             figures = _figures(stats, lr, tokens_seen, seconds, waited, flops, engine, config)
             figures["bad_steps"] = bad.total + (not stats.finite)

@@ -48,6 +48,7 @@ from lr2train.training.deepspeed.start import (
     gather_whole,
     gathered,
     quiet,
+    refuse_ranks,
     zero_init,
 )
 from lr2train.training.segment import shard_of
@@ -90,6 +91,7 @@ class Engine:
         """
         self.config, self.mesh, self.device = config, mesh, device
         self.accumulation = self._accumulation()
+        refuse_ranks(config, mesh.world)
         ds_config = deepspeed_config(config, self.accumulation)
         lm = self._lm(hf_config, ds_config)
         self.attention = install(lm, mesh, config.parallel.strategy)

@@ -20,6 +20,7 @@ OURS = {
     "train_micro_batch_size_per_gpu": _BATCH,
     "gradient_accumulation_steps": _BATCH,
     "gradient_clipping": "optim.clip",
+    "communication_data_type": "engine.reduce_dtype",
     "optimizer": "optim.lr, optim.betas, optim.eps and optim.weight_decay",
     "scheduler": "optim.schedule, optim.warmup_steps and optim.min_lr_ratio",
     "zero_optimization.stage": "engine.zero_stage",
