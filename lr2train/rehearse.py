@@ -14,9 +14,10 @@ import contextlib
 import copy
 import gc
 import logging
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,15 @@ from lr2train.config import Config, UserError
 from lr2train.data.batch import IGNORE, Batch
 from lr2train.model import config_json, load
 from lr2train.parallel.mesh import make_mesh
-from lr2train.plan import refuse_mesh
 from lr2train.planning import cost, rehearsal
 from lr2train.planning.accounting import Accounting, CountedKernel
 from lr2train.planning.counts import counts_of, hf_config_of
+from lr2train.planning.memory import GIB, with_recompute
 from lr2train.planning.rehearsal import StepShape, gpu_like
 from lr2train.planning.rehearsal_tables import show
 from lr2train.planning.roofline import ASSUMPTIONS, GPUS
 from lr2train.planning.timeline import Timeline
-from lr2train.planning.workload import Workload, WorkloadPart, workload_of
+from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, workload_of
 from lr2train.rope.factors import refuse_target
 from lr2train.rope.methods import METHODS
 from lr2train.training.deepspeed.rehearsed import RehearsedEngine, fake_tensors, one_rank_of
@@ -78,18 +79,14 @@ def rehearse(config: Config) -> dict[str, Any]:
     hf_config = hf_config_of(config.model)
     counts = counts_of(hf_config, config.model)
     refuse_target(config.rope.target_window_tokens, counts.window_tokens)
+    config, recompute = with_recompute(config, counts)
     dp_size = config.hardware.gpus // config.parallel.sp
     accumulation = accumulation_of(config, dp_size)
     workload = workload_of(config, counts.window_tokens, dp_size)
     progress.say("rehearse", f"{counts.layers} layers, rank 0 of {config.hardware.gpus}: forward, backward, update")
     seen = rehearsed(config, hf_config, workload)
-    shape = StepShape(
-        {name: accumulation * share for name, share in _shares(workload).items()},
-        sum(_useful(counts, part, workload) for part in workload.parts) * _tokens_per_step(config),
-        _tokens_per_step(config),
-        config.hardware.gpus,
-    )
-    gpu = gpu_like(config.hardware)
+    useful = sum(_useful(counts, part, workload) for part in workload.parts) * _tokens_per_step(config)
+    shape = StepShape(_in_a_step(workload, accumulation), useful, _tokens_per_step(config), config.hardware.gpus)
     result = {
         "model": {"name": counts.name, "parameters": counts.parameters, "layers": counts.layers},
         "parallel": {
@@ -100,14 +97,15 @@ def rehearse(config: Config) -> dict[str, Any]:
             "zero_stage": config.engine.zero_stage,
             "strategies": {name: title for name, title in seen.windows.items() if name != FIRST},
             "kernel": seen.kernel,
+            "recompute": recompute,
         },
         "memory": rehearsal.memory_of(seen.timeline, config.hardware),
         "traffic": rehearsal.traffic_of(seen.accounting),
         "work": rehearsal.work_of(seen.accounting, [name for name in seen.windows if name != FIRST]),
         "looks": rehearsal.looks_of(seen.accounting),
         "time": [rehearsal.time_of(seen.accounting, shape, one) for one in GPUS],
-        "gpu": gpu.name,
-        "settings": [],
+        "gpu": gpu_like(config.hardware).name,
+        "settings": _settings(config, hf_config),
         "assumptions": [*workload.assumptions, *ASSUMPTIONS],
         "seconds": seen.seconds,
     }
@@ -119,7 +117,13 @@ def rehearse(config: Config) -> dict[str, Any]:
 
 
 def rehearsed(
-    config: Config, hf_config: Any, workload: Workload, layers: int | None = None, strategies: tuple[str, ...] = ()
+    config: Config,
+    hf_config: Any,
+    workload: Workload,
+    layers: int | None = None,
+    strategies: tuple[str, ...] = (),
+    learn: bool = True,
+    kernel_name: str | None = None,
 ) -> Rehearsed:
     """One optimizer step of rank 0: a micro-batch of each window, after one in which DeepSpeed learns the order.
 
@@ -129,6 +133,8 @@ def rehearsed(
         workload: which segments a step has.
         layers: decoder layers; None: all.
         strategies: further micro-batches with the longest documents, each served by one of these strategies.
+        learn: whether a first micro-batch is for DeepSpeed alone.
+        kernel_name: of attention; None: torch's own on CUDA, and for float32, which it does not serve, the CPU's.
 
     Raises:
         UserError: a layer does not fit; the text names the layer.
@@ -136,7 +142,7 @@ def rehearsed(
     started, gpus = time.perf_counter(), config.hardware.gpus
     hf_config = _of_depth(hf_config, layers)
     accounting = Accounting(config.hardware.gpus_per_node)
-    name = "cpu_flash" if config.model.dtype == "float32" else "torch_varlen"
+    name = kernel_name or ("cpu_flash" if config.model.dtype == "float32" else "torch_varlen")
     counted, fake = CountedKernel(kernel.KERNELS[name], accounting), fake_tensors()
 
     @contextlib.contextmanager
@@ -146,13 +152,16 @@ def rehearsed(
 
     parts = _parts(workload)
     batches = [_batch(config, part) for part in parts.values()]
-    batches, names = [batches[0], *batches], [FIRST, *parts]
+    names = list(parts)
+    if learn:
+        batches, names = [batches[0], *batches], [FIRST, *names]
     with one_rank_of(gpus), _naming_the_layer(accounting):
         ring = ring_ranks(hf_config, config.parallel, config.hardware.gpus_per_node)
         mesh = make_mesh(config.parallel.sp, ring=ring)
         spectrum = load.spectrum_of(hf_config, config.model)
         factors = METHODS["none"](spectrum, spectrum.window_tokens)  # numbers do not matter here
-        engine = RehearsedEngine(config, mesh, factors, hf_config, modes, len(batches) + len(strategies))
+        n_batches = len(batches) + len(strategies)
+        engine = RehearsedEngine(config, mesh, factors, hf_config, modes, n_batches, name != "cpu_flash")
         accounting.watch(engine.model)
         attentions = engine.rehearse(batches, names, accounting.enter, strategies)
         buckets, host = (
@@ -205,12 +214,13 @@ def _parts(workload: Workload) -> dict[str, WorkloadPart]:
     return named
 
 
-def _shares(workload: Workload) -> dict[str, float]:
-    shares: dict[str, float] = {}
+def _in_a_step(workload: Workload, accumulation: int) -> dict[str, float]:
+    """Micro-batches of a step by name."""
+    found: dict[str, float] = {}
     for name, part in _parts(workload).items():
         alike = [one for one in workload.parts if (one.window, one.span_tokens) == (part.window, part.span_tokens)]
-        shares[name] = sum(workload.share(one) for one in alike)
-    return shares
+        found[name] = accumulation * sum(workload.share(one) for one in alike)
+    return found
 
 
 def _batch(config: Config, part: WorkloadPart) -> Batch:
@@ -228,6 +238,75 @@ def _useful(counts: Any, part: WorkloadPart, workload: Workload) -> float:
 
 def _tokens_per_step(config: Config) -> int:
     return config.optim.segments_per_step * config.data.segment_tokens
+
+
+# ---- settings that would help ----
+
+_DEPTHS = (1, 2)  # layers of a short rehearsal; memory and time grow by the same from layer to layer
+
+
+def _settings(config: Config, hf_config: Any) -> list[dict[str, Any]]:
+    """Peak memory and time of a step under other settings, each from two short rehearsals. The smallest peak first."""
+    progress.say("rehearse", "other settings, with few layers")
+    peak, seconds = _estimate(config, hf_config)
+    found = []
+    for text, other in _candidates(config):
+        try:
+            other_peak, other_seconds = _estimate(other, hf_config)
+        except UserError as refused:
+            found.append({"setting": text, "refused": str(refused)})
+            continue
+        found.append(
+            {
+                "setting": text,
+                "refused": None,
+                "peak_gib": other_peak,
+                "peak_change_gib": other_peak - peak,
+                "step_s": other_seconds,
+                "step_change": other_seconds / seconds - 1,
+            }
+        )
+    return sorted(found, key=lambda one: one.get("peak_gib", math.inf))
+
+
+def _candidates(config: Config) -> list[tuple[str, Config]]:
+    engine, sp = config.engine, config.parallel.sp
+    sizes = [size for size in (sp // 2, 2 * sp) if size and config.hardware.gpus % size == 0]
+    found = [(f"parallel.sp={size}", replace(config, parallel=replace(config.parallel, sp=size))) for size in sizes]
+    changed: list[dict[str, Any]] = [
+        *({"recompute": value} for value in ("none", "keep_attention", "layer") if value != engine.recompute),
+        {"loss_chunk_tokens": max(1, engine.loss_chunk_tokens // 4)},
+        {"tile_mlp": engine.loss_chunk_tokens} if not engine.tile_mlp else {"tile_mlp": 0},
+        *([{"reduce_dtype": "bfloat16"}] if engine.reduce_dtype != "bfloat16" else []),
+    ]
+    for keys in changed:
+        text = " ".join(f"engine.{key}={value}" for key, value in keys.items())
+        found.append((text, replace(config, engine=replace(engine, **keys))))
+    key = "zero_optimization.reduce_bucket_size"
+    zero = {"zero_optimization": {**engine.deepspeed.get("zero_optimization", {}), "reduce_bucket_size": 50_000_000}}
+    smaller = replace(engine, deepspeed={**engine.deepspeed, **zero})
+    return [*found, (f"engine.deepspeed.{key}=5e7", replace(config, engine=smaller))]
+
+
+def _estimate(config: Config, hf_config: Any) -> tuple[float, float]:
+    """(peak in GiB, seconds of a step) at full depth, from two short rehearsals.
+
+    Raises:
+        UserError: the config does not fit.
+    """
+    dp_size, layers = config.hardware.gpus // config.parallel.sp, hf_config.get_text_config().num_hidden_layers
+    window_tokens = load.spectrum_of(hf_config, config.model).window_tokens
+    workload = workload_of(config, window_tokens, dp_size)
+    in_a_step = _in_a_step(workload, accumulation_of(config, dp_size))
+    points = []
+    for depth in _DEPTHS:
+        seen = rehearsed(config, hf_config, workload, depth, learn=False)
+        points.append(
+            (seen.timeline.peak.total / GIB, rehearsal.seconds_of(seen.accounting, in_a_step, config.hardware))
+        )
+    grown = (layers - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
+    (peak, seconds), (deeper, longer) = points
+    return peak + grown * (deeper - peak), seconds + grown * (longer - seconds)
 
 
 if __name__ == "__main__":

@@ -421,12 +421,15 @@ def _line(frame: FrameType | None) -> tuple[str, str, bool]:
     """(whose, file:line, whether checkpointing runs it again) of the innermost frame that is the model's, ours or
     ZeRO's.
     """
+    step: str | None = None
     for one in _outwards(frame):
         whose = _whose(one.f_code)
         if whose is not None:
             line = f"{_short(one.f_code.co_filename)}:{one.f_lineno}"
             return whose, line, any(_is_recomputing(outer.f_code) for outer in _outwards(one.f_back))
-    return OTHER, "?", False
+        if step is None and one.f_code.co_filename.endswith("lr2train/training/deepspeed/engine.py"):
+            step = f"{_short(one.f_code.co_filename)}:{one.f_lineno}"
+    return OTHER, step or "?", False
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
@@ -439,7 +442,7 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 def _whose(code: CodeType) -> str | None:
     path = code.co_filename.replace("\\", "/")
     if "/deepspeed/runtime/zero/" in path:
-        return ZERO
+        return None if path.endswith("/linear.py") else ZERO  # ZeRO-3's own form of a linear layer: the model's work
     if "/transformers/" in path:
         return MODEL
     if "/lr2train/" not in path or any(part in path for part in _PASSED):

@@ -213,6 +213,15 @@ def choose_recompute(counts: ModelCounts, setting: MemorySetting, gpu_gib: float
     return ("keep_attention" if needed <= limit else "layer"), told
 
 
+def with_recompute(config: Config, counts: ModelCounts) -> tuple[Config, str]:
+    """The config with what engine.recompute=auto stands for, and a sentence on it."""
+    if config.engine.recompute != "auto":
+        return config, f"engine.recompute={config.engine.recompute}"
+    chosen, why = choose_recompute(counts, MemorySetting.of(config), config.hardware.gpu_memory_gib)
+    told = f"engine.recompute=auto takes {chosen}: {why}"
+    return replace(config, engine=replace(config.engine, recompute=chosen)), told
+
+
 def gpu_bytes(items: Iterable[MemoryItem]) -> float:
     """The sum of the items that lie on the GPU."""
     return sum(item.bytes for item in items if item.on_gpu)

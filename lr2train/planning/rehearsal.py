@@ -135,6 +135,12 @@ def looks_of(accounting: Accounting) -> list[dict[str, Any]]:
     ]
 
 
+def seconds_of(accounting: Accounting, in_a_step: dict[str, float], hardware: HardwareConfig) -> float:
+    """Shortest time of a step of these micro-batches on the config's kind of GPU."""
+    gpu, parts = gpu_like(hardware), {**in_a_step, "": 1}
+    return sum(n * roofline.times_of(accounting, name, gpu).shortest for name, n in parts.items())
+
+
 def time_of(accounting: Accounting, shape: StepShape, gpu: Gpu) -> dict[str, Any]:
     """Bounds of a step on a kind of GPU, and where its time goes, seconds."""
     parts = {name: (n, roofline.times_of(accounting, name, gpu)) for name, n in (*shape.micro_batches.items(), ("", 1))}

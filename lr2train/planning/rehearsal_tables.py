@@ -49,7 +49,7 @@ def _head(result: dict[str, Any]) -> str:
     return (
         f"[bold]{model['name']}[/bold], {amount(model['parameters'])} parameters in {model['layers']} layers; "
         f"rank 0 of {mesh['gpus']} = dp {mesh['dp']} x sp {mesh['sp']}, ZeRO-{mesh['zero_stage']}; "
-        f"attention by {mesh['kernel']} ({served})\n"
+        f"attention by {mesh['kernel']} ({served}). {mesh['recompute']}.\n"
     )
 
 

@@ -100,6 +100,10 @@ class Engine:
         self.hf_config = hf_config
         self._engine = self._initialize(ds_config)
 
+    @property
+    def _on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
     def _accumulation(self) -> int:
         """Micro-batches of a step."""
         return accumulation_of(self.config, self.mesh.dp_size)
@@ -119,7 +123,7 @@ class Engine:
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
-            fused=self.device.type == "cuda",
+            fused=self._on_cuda,
         )
         with quiet():
             engine, *_ = deepspeed.initialize(

@@ -38,7 +38,14 @@ class RehearsedEngine(Engine):
     """One rank of a job on fake tensors. The process group is fake, and DeepSpeed has been started on it."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, factors: Factors, hf_config: Any, modes: Callable[[], Any], n_batches: int
+        self,
+        config: Config,
+        mesh: Mesh,
+        factors: Factors,
+        hf_config: Any,
+        modes: Callable[[], Any],
+        n_batches: int,
+        on_cuda: bool = True,
     ):
         """Build the rank.
 
@@ -49,12 +56,17 @@ class RehearsedEngine(Engine):
             hf_config: the transformers config.
             modes: a context in which tensors are fake.
             n_batches: micro-batches of the rehearsed step.
+            on_cuda: whether parts that have a branch for CUDA take it.
 
         Raises:
             UserError: as ``Engine``.
         """
-        self._modes, self._n_batches = modes, n_batches
+        self._modes, self._n_batches, self._as_on_cuda = modes, n_batches, on_cuda
         super().__init__(config, mesh, factors, hf_config, torch.device("cpu"))
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self._as_on_cuda
 
     def _accumulation(self) -> int:
         return self._n_batches
@@ -206,7 +218,7 @@ def one_rank_of(world: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "a rehearsal is a process of its own"
-    environment = dict(os.environ)
+    environment, linear = dict(os.environ), torch.nn.functional.linear
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
@@ -215,6 +227,7 @@ def one_rank_of(world: int) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
+        torch.nn.functional.linear = linear  # ZeRO-3 puts its own in this place
         os.environ.clear()
         os.environ |= environment
 
