@@ -244,7 +244,10 @@ class Accounting(TorchDispatchMode):
         self.looks[self.micro_batch, self.phase, here()] += 1
         if not isinstance(asked, FakeTensor) or getattr(asked, "constant", None) is not None:
             return None
-        return 1.0 if asked.dtype.is_floating_point else bool(1) if asked.dtype == torch.bool else 1
+        if asked.dtype.is_floating_point:
+            return 1.0
+        overflow = here().whose == ZERO  # what ZeRO asks; others ask whether all is finite
+        return not overflow if asked.dtype == torch.bool else int(not overflow)
 
     # ---- places ----
 

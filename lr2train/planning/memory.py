@@ -22,7 +22,6 @@ from lr2train.planning.counts import ModelCounts
 GIB = 2**30
 WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GRADIENT_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}  # gradients accumulate in fp32 unless the model is fp16
-SENT_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}  # gradients of a bfloat16 model are reduced in fp32
 MASTER_BYTES, MOMENT_BYTES = 4, 8  # fp32 copy of the weights; two fp32 moments of Adam
 RUNTIME_BYTES = int(1.5 * GIB)  # CUDA context, NCCL channels, cuBLAS workspace: assumed, typical of an 8-GPU A100 node
 RESERVE = 0.1  # share of the GPU kept free: fragmentation, buffers that no formula knows
@@ -66,6 +65,7 @@ class MemorySetting:
     live_parameters: int
     bucket_parameters: int
     offload_optimizer: bool
+    sent_bytes: int  # of a gradient on its way between ranks
 
     @classmethod
     def of(cls, config: Config) -> MemorySetting:
@@ -85,6 +85,7 @@ class MemorySetting:
             dtype=config.model.dtype,
             live_parameters=int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)),
             bucket_parameters=int(zero.get("reduce_bucket_size", BUCKET_PARAMETERS)),
+            sent_bytes={"float32": 4, "bfloat16": 2}[config.engine.reduce_dtype],
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         )
 
@@ -162,25 +163,23 @@ def tile_gradient_bytes(counts: ModelCounts, weight_bytes: int) -> float:
 
 
 def loss_bytes(hidden: int, vocabulary: int, chunk_tokens: int, tokens: int, weight_bytes: int) -> float:
-    """Peak of the chunked cross-entropy: chunk * V * (b + 8) + V * H * (4 + b) + b * t * H.
+    """Peak of the chunked cross-entropy: chunk * V * (12 + b) + 4 V H + t H (2 b + 4 + b).
 
-    The chunk's logits exist in the model's dtype, in fp32 and as probabilities. The head's gradient exists in fp32 and,
-    at the end, in the model's dtype.
+    The chunk's logits exist in fp32, as probabilities, as their gradient in fp32 and in the model's dtype (one and the
+    same for fp32). The head's gradient exists in fp32. Beside them are the gradient of the hidden states, and what the
+    last norm keeps: its input in fp32, the normalised input and its output.
     """
     chunk = min(chunk_tokens, tokens)
     return (
-        chunk * vocabulary * (weight_bytes + 8)
-        + vocabulary * hidden * (4 + weight_bytes)
-        + weight_bytes * tokens * hidden
+        chunk * vocabulary * (12 + (weight_bytes if weight_bytes < 4 else 0))
+        + 4 * vocabulary * hidden
+        + tokens * hidden * (3 * weight_bytes + 4)
     )
 
 
-def bucket_bytes(bucket_parameters: int, weight_bytes: int, sent_bytes: int) -> float:
-    """DeepSpeed's reduction buckets: one is filled while another is reduced, each in the model's dtype.
-
-    A third copy exists where gradients are sent in another dtype.
-    """
-    return bucket_parameters * (2.0 * weight_bytes + (sent_bytes if sent_bytes != weight_bytes else 0))
+def bucket_bytes(bucket_parameters: int, sent_bytes: int) -> float:
+    """DeepSpeed's reduction bucket: one buffer, in the dtype in which gradients are sent."""
+    return float(bucket_parameters * sent_bytes)
 
 
 def scoring_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
@@ -255,20 +254,12 @@ def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
 
 def _gathered(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     weight, largest = WEIGHT_BYTES[s.dtype], counts.largest_gathered_parameters
-    whole = [
-        MemoryItem("gradients of the module being reduced", weight * largest, f"{weight} B · {largest / 1e6:.3g}M")
-    ]
-    if s.zero_stage == 3:
-        size = gathered_bytes(counts.parameters, largest, s.live_parameters, weight)
-        whole.insert(
-            0,
-            MemoryItem(
-                "gathered weights",
-                size,
-                f"{weight} B · min(N, {max(s.live_parameters, largest) / 1e6:.4g}M live parameters)",
-            ),
-        )
-    return whole
+    if s.zero_stage < 3:
+        name, how = "gradients of the module being reduced", f"{weight} B · {largest / 1e6:.3g}M"
+        return [MemoryItem(name, weight * largest, how)]
+    size = gathered_bytes(counts.parameters, largest, s.live_parameters, weight)
+    live = max(s.live_parameters, largest) / 1e6
+    return [MemoryItem("gathered weights", size, f"{weight} B · min(N, {live:.4g}M live parameters)")]
 
 
 def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
@@ -289,7 +280,7 @@ def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
         summed = tile_gradient_bytes(counts, weight)
         items.append(MemoryItem("gradients of one MLP, summed over tiles", summed, f"(4 + {weight}) B · 3 H F"))
     if loss > peak:
-        name, how = "the loss chunk", f"{min(s.chunk_tokens, t):,} · V logits in three forms, the head's fp32 gradient"
+        name, how = "the loss chunk", f"{min(s.chunk_tokens, t):,} · V logits in four forms, the head's fp32 gradient"
     figures = f"max(layer {peak / GIB:.2f}, loss {loss / GIB:.2f}) GiB: {how}"
     return [*items, MemoryItem(f"peak: {name}", max(peak, loss), figures)]
 
@@ -312,13 +303,11 @@ def _kept_for_recomputation(counts: ModelCounts, s: MemorySetting) -> list[Memor
 
 
 def _fixed(s: MemorySetting) -> list[MemoryItem]:
-    weight = WEIGHT_BYTES[s.dtype]
     return [
         MemoryItem(
             "reduction buckets",
-            bucket_bytes(s.bucket_parameters, weight, SENT_BYTES[s.dtype]),
-            f"(2 · {weight} B, sent as {SENT_BYTES[s.dtype]} B) · {s.bucket_parameters / 1e6:.3g}M "
-            "(reduce_bucket_size)",
+            bucket_bytes(s.bucket_parameters, s.sent_bytes),
+            f"{s.sent_bytes} B · {s.bucket_parameters / 1e6:.3g}M (reduce_bucket_size)",
         ),
         MemoryItem("CUDA, NCCL, cuBLAS", RUNTIME_BYTES, "assumed"),
     ]

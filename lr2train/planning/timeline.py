@@ -71,6 +71,8 @@ class Timeline:
         self.allocations = [one for one in accounting.allocations if one.died is None or one.died > begin]
         for one in self.allocations:
             one.kind = named.get(id(one)) or self._kind(one)
+            if one.phase == UPDATE and one.died is None:
+                one.kind, one.born = named.get(id(one)) or STATES, begin  # Adam's moments: there in every later step
         self.moments = list(self._moments(begin))
         self.peak = max(self.moments, key=lambda moment: moment.total)
 

@@ -72,21 +72,23 @@ class RehearsedEngine(Engine):
         return self._n_batches
 
     def _lm(self, hf_config: Any, ds_config: dict[str, Any]) -> Any:
-        return load.build_empty(hf_config, self.config.model.dtype, lambda: torch.device("meta"))
+        lm = load.build_empty(hf_config, self.config.model.dtype, lambda: torch.device("meta"))
+        with self._modes(), _alone():
+            _without_values(lm)
+            if self.config.engine.zero_stage == 3:
+                self._partition(lm, ds_config)
+        return lm
 
     def _initialize(self, ds_config: dict[str, Any]) -> Any:
         with self._modes(), _alone():
-            _without_values(self.model)
-            if self.config.engine.zero_stage == 3:
-                self._partition(ds_config)
             self.model.to = lambda *_, **__: self.model  # fake parameters cannot be swapped, and are on their device
             return super()._initialize(ds_config)
 
-    def _partition(self, ds_config: dict[str, Any]) -> None:
+    def _partition(self, lm: nn.Module, ds_config: dict[str, Any]) -> None:
         import deepspeed
 
         batch_size = {"train_batch_size": self._n_batches * self.mesh.world}
-        deepspeed.zero.Init(module=self.model, config_dict_or_path=ds_config | batch_size)
+        deepspeed.zero.Init(module=lm, config_dict_or_path=ds_config | batch_size)
 
     def rehearse(
         self, batches: Sequence[Batch], names: Sequence[str], enter: Enter, strategies: Sequence[str] = ()
