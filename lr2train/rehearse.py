@@ -34,11 +34,11 @@ from lr2train.parallel.mesh import make_mesh
 from lr2train.planning import cost, rehearsal
 from lr2train.planning.accounting import Accounting, CountedKernel
 from lr2train.planning.counts import counts_of, hf_config_of
-from lr2train.planning.memory import GIB, with_recompute
+from lr2train.planning.memory import GIB, MemorySetting, training_items, with_recompute
 from lr2train.planning.rehearsal import StepShape, gpu_like
 from lr2train.planning.rehearsal_tables import show
 from lr2train.planning.roofline import ASSUMPTIONS, GPUS
-from lr2train.planning.timeline import Timeline
+from lr2train.planning.timeline import GATHERED, Timeline
 from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, workload_of
 from lr2train.rope.factors import refuse_target
 from lr2train.rope.methods import METHODS
@@ -298,15 +298,16 @@ def _estimate(config: Config, hf_config: Any) -> tuple[float, float]:
     window_tokens = load.spectrum_of(hf_config, config.model).window_tokens
     workload = workload_of(config, window_tokens, dp_size)
     in_a_step = _in_a_step(workload, accumulation_of(config, dp_size))
-    points = []
+    points, setting, counts = [], MemorySetting.of(config), counts_of(hf_config, config.model)
     for depth in _DEPTHS:
         seen = rehearsed(config, hf_config, workload, depth, learn=False)
-        points.append(
-            (seen.timeline.peak.total / GIB, rehearsal.seconds_of(seen.accounting, in_a_step, config.hardware))
-        )
+        peak = seen.timeline.peak  # gathered weights grow up to a limit, not with each layer
+        seconds = rehearsal.seconds_of(seen.accounting, in_a_step, config.hardware)
+        points.append(((peak.total - peak.bytes[GATHERED]) / GIB, seconds))
     grown = (layers - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
     (peak, seconds), (deeper, longer) = points
-    return peak + grown * (deeper - peak), seconds + grown * (longer - seconds)
+    gathered = sum(item.bytes for item in training_items(counts, setting) if item.name == GATHERED) / GIB
+    return peak + grown * (deeper - peak) + gathered, seconds + grown * (longer - seconds)
 
 
 if __name__ == "__main__":

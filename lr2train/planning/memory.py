@@ -128,12 +128,12 @@ def layer_saved_bytes(
     """Activations that one layer keeps for its backward pass: t * (2 norms * (4 + 2b) H + b H + b A) + 4 b F m.
 
     A norm keeps its input in fp32, the normalised input and its output; the residual sum adds one H. Attention keeps
-    q, k, v and its output: A = (2 Hq + 2 Hk) Dh. Under Ulysses, U ranks exchange heads: A counts twice (before and
-    after the exchange), with Hk repeated up to lcm(Hk, U). A gated MLP keeps gate, activation, up and product: 4 F for
-    each of ``mlp_tokens`` m tokens (None: of all).
+    q, k, v and its output: A = (2 Hq + 2 Hk) Dh. Under Ulysses, U ranks exchange heads: the output counts twice (before
+    and after the exchange), and Hk is repeated up to lcm(Hk, U). A gated MLP keeps gate, activation, up and product:
+    4 F for each of ``mlp_tokens`` m tokens (None: of all).
     """
     key_heads = math.lcm(counts.key_heads, ulysses)
-    attention = (2 * counts.heads + 2 * key_heads) * counts.head_dim * (2 if ulysses > 1 else 1)
+    attention = ((3 if ulysses > 1 else 2) * counts.heads + 2 * key_heads) * counts.head_dim
     norms = 2 * (4 + 2 * weight_bytes) * counts.hidden
     mlp = 4 * counts.intermediate * (tokens if mlp_tokens is None else min(tokens, mlp_tokens))
     return tokens * (norms + weight_bytes * (counts.hidden + attention)) + weight_bytes * mlp
@@ -274,7 +274,12 @@ def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
         peak, name, how = flight, "gradients inside one layer", "b · t · (3 F + 2 H)"
     else:  # one layer at a time is recomputed, and then holds its activations and gradients
         items = _kept_for_recomputation(counts, s)
-        peak, name, how = saved + flight, "one recomputed layer", "t · (norms, attention, MLP, and their gradients)"
+        product = weight * counts.intermediate * min(t, s.tile_tokens or t)  # its backward is over by then
+        peak, name, how = (
+            saved + flight - product,
+            "one recomputed layer",
+            "t · (norms, attention, MLP, and their gradients)",
+        )
     if s.tile_tokens:
         how += f", the MLP for {min(s.tile_tokens, t):,} tokens"
         summed = tile_gradient_bytes(counts, weight)
