@@ -8,7 +8,6 @@ prints the same figures as tables.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ from lr2train.attention import choice
 from lr2train.attention import hf as attention
 from lr2train.attention.strategy import PackedSegment
 from lr2train.cli.door import main
-from lr2train.config import Config, UserError
+from lr2train.config import Config
 from lr2train.model import tiled_mlp
 from lr2train.model.flops import TRAINING
 from lr2train.planning import cost, memory
 from lr2train.planning.counts import ModelCounts, counts_of, hf_config_of
 from lr2train.planning.memory import GIB, MemoryItem, MemorySetting
 from lr2train.planning.tables import show
-from lr2train.planning.workload import Workload, WorkloadPart, workload_of
+from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, workload_of
 from lr2train.rope.factors import refuse_target
 from lr2train.training.deepspeed.start import accumulation_of
 
@@ -40,7 +39,7 @@ def plan(config: Config) -> dict[str, Any]:
     counts = counts_of(hf_config, config.model)
     refuse_target(config.rope.target_window_tokens, counts.window_tokens)
     tiled_mlp.refuse_config(hf_config, config.engine.tile_mlp)
-    config, recompute = _with_recompute(config, counts)
+    config, recompute = memory.with_recompute(config, counts)
     dp_size = config.hardware.gpus // config.parallel.sp
     accumulation = accumulation_of(config, dp_size)
     workload = workload_of(config, counts.window_tokens, dp_size)
@@ -62,34 +61,6 @@ def plan(config: Config) -> dict[str, Any]:
     show(result)
     progress.say("plan", f"written to {path}")
     return result
-
-
-def refuse_mesh(config: Config) -> None:
-    """Refuse a world size that ``parallel.sp`` does not divide.
-
-    Raises:
-        UserError: ``parallel.sp`` does not divide ``hardware.gpus``.
-    """
-    gpus, sp = config.hardware.gpus, config.parallel.sp
-    if gpus % sp:
-        raise UserError(
-            f"hardware.gpus={gpus} is not divisible by parallel.sp={sp}; set hardware.gpus to {-(-gpus // sp) * sp}"
-        )
-
-
-def _with_recompute(config: Config, counts: ModelCounts) -> tuple[Config, str]:
-    """The config with what engine.recompute=auto stands for, and a sentence on it."""
-    told, gpu_gib = f"engine.recompute={config.engine.recompute}", config.hardware.gpu_memory_gib
-    if config.engine.recompute == "auto":
-        chosen, why = memory.choose_recompute(counts, MemorySetting.of(config), gpu_gib)
-        config = replace(config, engine=replace(config.engine, recompute=chosen))
-        told = f"engine.recompute=auto takes {chosen}: {why}"
-    setting = MemorySetting.of(config)
-    fewest = memory.fewest_recomputed_layers(counts, setting, gpu_gib)
-    if fewest is not None and fewest < setting.recomputed(counts.layers):
-        key = f"engine.recompute_layers={fewest}" if fewest else "engine.recompute=none"
-        told += f"; {key} would fit too, and recompute less"
-    return config, told
 
 
 def _model(counts: ModelCounts, config: Config) -> dict[str, Any]:

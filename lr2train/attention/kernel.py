@@ -14,10 +14,12 @@ operators that change between versions.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, Protocol
 
@@ -47,7 +49,18 @@ class Kernel(Protocol):
     def backward(self, queries: Queries, k: Tensor, v: Tensor, round_: Round, scale: float) -> Sequence[Tensor]: ...
 
 
-_KERNELS: dict[str, Kernel] = {"cpu_flash": CpuKernel(), **cuda.KERNELS}
+KERNELS: dict[str, Kernel] = {"cpu_flash": CpuKernel(), **cuda.KERNELS}
+_instead: ContextVar[Kernel | None] = ContextVar("instead", default=None)
+
+
+@contextlib.contextmanager
+def using(kernel: Kernel) -> Iterator[None]:
+    """Inside the block this kernel serves every device: a rehearsal takes a CUDA kernel where there is no GPU."""
+    token = _instead.set(kernel)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
 
 
 def attend(
@@ -193,7 +206,7 @@ def _choose_kernel(device_type: str) -> tuple[str, str]:
 
 
 def _kernel(q: Tensor) -> Kernel:
-    kernel = _KERNELS[kernel_name(q.device)[0]]
+    kernel = _instead.get() or KERNELS[kernel_name(q.device)[0]]
     kernel.check(q)
     return kernel
 

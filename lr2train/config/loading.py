@@ -291,13 +291,13 @@ def _value_at(values: Any, path: str) -> Any:
 
 
 _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
-    (("prepare", "search", "train", "evaluate", "generate", "plan"), _check_name),
+    (("prepare", "search", "train", "evaluate", "generate", "plan", "rehearse"), _check_name),
     (("search", "plan"), _check_parents),
-    (("train", "inspect", "plan"), _check_group),
-    (("train", "plan"), _check_shards),
-    (("plan",), _with_peak),
-    (("train", "plan"), _check_offload),
-    (("train", "plan"), _check_zero),
-    (("train", "plan"), _check_distillation),
+    (("train", "inspect", "plan", "rehearse"), _check_group),
+    (("train", "plan", "rehearse"), _check_shards),
+    (("plan", "rehearse"), _with_peak),
+    (("train", "plan", "rehearse"), _check_offload),
+    (("train", "plan", "rehearse"), _check_zero),
+    (("train", "plan", "rehearse"), _check_distillation),
 )
 """Checks of several keys, which may fill in a key that others decide, and the verbs that read all these keys."""

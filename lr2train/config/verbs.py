@@ -16,7 +16,7 @@ data.holdout data.align_sp data.needles"""
 _TRAINED = (
     "data.verify data.skip_steps data.prefetch_steps data.loader_threads data.needles parallel optim engine logger"
 )
-_PLANNED = "data.short_tokens data.long_tokens parallel optim engine search hardware"
+_PLANNED = "data.short_tokens data.long_tokens parallel optim engine hardware"
 _INSPECTED = "data.path data.long_attention data.group_segments data.skip_steps optim.segments_per_step inspect"
 READS = {
     "prepare": f"{_RUN} {_PREPARED}".split(),
@@ -26,7 +26,8 @@ READS = {
     "evaluate": f"{_RUN} run {_JOB} {_MODEL} data.path data.verify data.needles eval logger".split(),
     "export": ["runs_folder", "run", "device", "model", "export"],
     "generate": f"{_RUN} run device {_MODEL} generate".split(),
-    "plan": f"name runs_folder model rope.target_window_tokens {_STEP} {_PLANNED}".split(),
+    "plan": f"name runs_folder model rope.target_window_tokens {_STEP} {_PLANNED} search".split(),
+    "rehearse": f"name runs_folder model rope.target_window_tokens {_STEP} {_PLANNED}".split(),
     "dashboard": ["runs_folder", "run", "logger.entity", "logger.group"],
     "doctor": ["runs_folder", "parallel.timeout_s"],
 }

@@ -22,7 +22,6 @@ from lr2train.planning.counts import ModelCounts
 GIB = 2**30
 WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GRADIENT_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}  # gradients accumulate in fp32 unless the model is fp16
-SENT_BYTES = {"bfloat16": 2, "float32": 4}  # of a gradient, by engine.reduce_dtype
 MASTER_BYTES, MOMENT_BYTES = 4, 8  # fp32 copy of the weights; two fp32 moments of Adam
 RUNTIME_BYTES = int(1.5 * GIB)  # CUDA context, NCCL channels, cuBLAS workspace: assumed, typical of an 8-GPU A100 node
 RESERVE = 0.1  # share of the GPU kept free: fragmentation, buffers that no formula knows
@@ -64,10 +63,10 @@ class MemorySetting:
     chunk_tokens: int
     segment_tokens: int
     dtype: str
-    reduce_dtype: str
     live_parameters: int
     bucket_parameters: int
     offload_optimizer: bool
+    sent_bytes: int  # of a gradient on its way between ranks
 
     @classmethod
     def of(cls, config: Config) -> MemorySetting:
@@ -86,9 +85,9 @@ class MemorySetting:
             chunk_tokens=config.engine.loss_chunk_tokens,
             segment_tokens=config.data.segment_tokens,
             dtype=config.model.dtype,
-            reduce_dtype=config.engine.reduce_dtype,
             live_parameters=int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)),
             bucket_parameters=int(zero.get("reduce_bucket_size", BUCKET_PARAMETERS)),
+            sent_bytes={"float32": 4, "bfloat16": 2}[config.engine.reduce_dtype],
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         )
 
@@ -135,12 +134,12 @@ def layer_saved_bytes(
     """Activations that one layer keeps for its backward pass: t * (2 norms * (4 + 2b) H + b H + b A) + 4 b F m.
 
     A norm keeps its input in fp32, the normalised input and its output; the residual sum adds one H. Attention keeps
-    q, k, v and its output: A = (2 Hq + 2 Hk) Dh. Under Ulysses, U ranks exchange heads: A counts twice (before and
-    after the exchange), with Hk repeated up to lcm(Hk, U). A gated MLP keeps gate, activation, up and product: 4 F for
-    each of ``mlp_tokens`` m tokens (None: of all).
+    q, k, v and its output: A = (2 Hq + 2 Hk) Dh. Under Ulysses, U ranks exchange heads: the output counts twice (before
+    and after the exchange), and Hk is repeated up to lcm(Hk, U). A gated MLP keeps gate, activation, up and product:
+    4 F for each of ``mlp_tokens`` m tokens (None: of all).
     """
     key_heads = math.lcm(counts.key_heads, ulysses)
-    attention = (2 * counts.heads + 2 * key_heads) * counts.head_dim * (2 if ulysses > 1 else 1)
+    attention = ((3 if ulysses > 1 else 2) * counts.heads + 2 * key_heads) * counts.head_dim
     norms = 2 * (4 + 2 * weight_bytes) * counts.hidden
     mlp = 4 * counts.intermediate * (tokens if mlp_tokens is None else min(tokens, mlp_tokens))
     return tokens * (norms + weight_bytes * (counts.hidden + attention)) + weight_bytes * mlp
@@ -170,25 +169,23 @@ def tile_gradient_bytes(counts: ModelCounts, weight_bytes: int) -> float:
 
 
 def loss_bytes(hidden: int, vocabulary: int, chunk_tokens: int, tokens: int, weight_bytes: int) -> float:
-    """Peak of the chunked cross-entropy: chunk * V * (b + 8) + V * H * (4 + b) + b * t * H.
+    """Peak of the chunked cross-entropy: chunk * V * (12 + b) + 4 V H + t H (2 b + 4 + b).
 
-    The chunk's logits exist in the model's dtype, in fp32 and as probabilities. The head's gradient exists in fp32 and,
-    at the end, in the model's dtype.
+    The chunk's logits exist in fp32, as probabilities, as their gradient in fp32 and in the model's dtype (one and the
+    same for fp32). The head's gradient exists in fp32. Beside them are the gradient of the hidden states, and what the
+    last norm keeps: its input in fp32, the normalised input and its output.
     """
     chunk = min(chunk_tokens, tokens)
     return (
-        chunk * vocabulary * (weight_bytes + 8)
-        + vocabulary * hidden * (4 + weight_bytes)
-        + weight_bytes * tokens * hidden
+        chunk * vocabulary * (12 + (weight_bytes if weight_bytes < 4 else 0))
+        + 4 * vocabulary * hidden
+        + tokens * hidden * (3 * weight_bytes + 4)
     )
 
 
-def bucket_bytes(bucket_parameters: int, weight_bytes: int, sent_bytes: int) -> float:
-    """DeepSpeed's reduction buckets: one is filled while another is reduced, each in the model's dtype.
-
-    A third copy exists where gradients are sent in another dtype.
-    """
-    return bucket_parameters * (2.0 * weight_bytes + (sent_bytes if sent_bytes != weight_bytes else 0))
+def bucket_bytes(bucket_parameters: int, sent_bytes: int) -> float:
+    """DeepSpeed's reduction bucket: one buffer, in the dtype in which gradients are sent."""
+    return float(bucket_parameters * sent_bytes)
 
 
 def scoring_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
@@ -234,6 +231,21 @@ def fewest_recomputed_layers(counts: ModelCounts, setting: MemorySetting, gpu_gi
     return None
 
 
+def with_recompute(config: Config, counts: ModelCounts) -> tuple[Config, str]:
+    """The config with what engine.recompute=auto stands for, and a sentence on it."""
+    told, gpu_gib = f"engine.recompute={config.engine.recompute}", config.hardware.gpu_memory_gib
+    if config.engine.recompute == "auto":
+        chosen, why = choose_recompute(counts, MemorySetting.of(config), gpu_gib)
+        config = replace(config, engine=replace(config.engine, recompute=chosen))
+        told = f"engine.recompute=auto takes {chosen}: {why}"
+    setting = MemorySetting.of(config)
+    fewest = fewest_recomputed_layers(counts, setting, gpu_gib)
+    if fewest is not None and fewest < setting.recomputed(counts.layers):
+        key = f"engine.recompute_layers={fewest}" if fewest else "engine.recompute=none"
+        told += f"; {key} would fit too, and recompute less"
+    return config, told
+
+
 def gpu_bytes(items: Iterable[MemoryItem]) -> float:
     """The sum of the items that lie on the GPU."""
     return sum(item.bytes for item in items if item.on_gpu)
@@ -267,20 +279,12 @@ def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
 
 def _gathered(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     weight, largest = WEIGHT_BYTES[s.dtype], counts.largest_gathered_parameters
-    whole = [
-        MemoryItem("gradients of the module being reduced", weight * largest, f"{weight} B · {largest / 1e6:.3g}M")
-    ]
-    if s.zero_stage == 3:
-        size = gathered_bytes(counts.parameters, largest, s.live_parameters, weight)
-        whole.insert(
-            0,
-            MemoryItem(
-                "gathered weights",
-                size,
-                f"{weight} B · min(N, {max(s.live_parameters, largest) / 1e6:.4g}M live parameters)",
-            ),
-        )
-    return whole
+    if s.zero_stage < 3:
+        name, how = "gradients of the module being reduced", f"{weight} B · {largest / 1e6:.3g}M"
+        return [MemoryItem(name, weight * largest, how)]
+    size = gathered_bytes(counts.parameters, largest, s.live_parameters, weight)
+    live = max(s.live_parameters, largest) / 1e6
+    return [MemoryItem("gathered weights", size, f"{weight} B · min(N, {live:.4g}M live parameters)")]
 
 
 def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
@@ -295,13 +299,15 @@ def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
         items.append(MemoryItem(f"saved activations of {whole} layers", whole * saved, how))
     peak, name, how = flight, "gradients inside one layer", "b · t · (3 F + 2 H)"
     if not whole:  # else the layers that are kept whole are done, and free, before a layer is recomputed
-        peak, name, how = saved + flight, "one recomputed layer", "t · (norms, attention, MLP, and their gradients)"
+        product = weight * counts.intermediate * min(t, s.tile_tokens or t)  # its backward is over by then
+        peak, name = saved + flight - product, "one recomputed layer"
+        how = "t · (norms, attention, MLP, and their gradients)"
     if s.tile_tokens:
         how += f", the MLP for {min(s.tile_tokens, t):,} tokens"
         summed = tile_gradient_bytes(counts, weight)
         items.append(MemoryItem("gradients of one MLP, summed over tiles", summed, f"(4 + {weight}) B · 3 H F"))
     if loss > peak:
-        name, how = "the loss chunk", f"{min(s.chunk_tokens, t):,} · V logits in three forms, the head's fp32 gradient"
+        name, how = "the loss chunk", f"{min(s.chunk_tokens, t):,} · V logits in four forms, the head's fp32 gradient"
     figures = f"max(layer {peak / GIB:.2f}, loss {loss / GIB:.2f}) GiB: {how}"
     return [*items, MemoryItem(f"peak: {name}", max(peak, loss), figures)]
 
@@ -325,13 +331,11 @@ def _kept_for_recomputation(counts: ModelCounts, s: MemorySetting) -> list[Memor
 
 
 def _fixed(s: MemorySetting) -> list[MemoryItem]:
-    weight = WEIGHT_BYTES[s.dtype]
     return [
         MemoryItem(
             "reduction buckets",
-            bucket_bytes(s.bucket_parameters, weight, SENT_BYTES[s.reduce_dtype]),
-            f"(2 · {weight} B, sent as {SENT_BYTES[s.reduce_dtype]} B) · {s.bucket_parameters / 1e6:.3g}M "
-            "(reduce_bucket_size)",
+            bucket_bytes(s.bucket_parameters, s.sent_bytes),
+            f"{s.sent_bytes} B · {s.bucket_parameters / 1e6:.3g}M (reduce_bucket_size)",
         ),
         MemoryItem("CUDA, NCCL, cuBLAS", RUNTIME_BYTES, "assumed"),
     ]

@@ -95,13 +95,10 @@ class Engine:
                 mesh.
         """
         self.config, self.mesh, self.device = config, mesh, device
-        self.accumulation = accumulation_of(config, mesh.dp_size)
+        self.accumulation = self._accumulation()
         refuse_ranks(config, mesh.world)
         ds_config = deepspeed_config(config, self.accumulation)
-        weights = _weights(config, hf_config)
-        lm = load.assembled(
-            hf_config, config.model.dtype, weights, lambda: self._init_context(ds_config), self._gather(modifier_rank=0)
-        )
+        lm = self._lm(hf_config, ds_config)
         self.attention = install(lm, mesh, config.parallel.strategy)
         weight = config.optim.distill_short
         original = self._original(factors) if weight else None
@@ -127,6 +124,20 @@ class Engine:
         install(lm, self.mesh, self.config.parallel.strategy)
         return Original(lm, factors, self._gather(modifier_rank=None))
 
+    @property
+    def _on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _accumulation(self) -> int:
+        """Micro-batches of a step."""
+        return accumulation_of(self.config, self.mesh.dp_size)
+
+    def _lm(self, hf_config: Any, ds_config: dict[str, Any]) -> Any:
+        """The Hugging Face model with its weights, divided over the ranks."""
+        weights = _weights(self.config, hf_config)
+        dtype, init_context = self.config.model.dtype, lambda: self._init_context(ds_config)
+        return load.assembled(hf_config, dtype, weights, init_context, self._gather(modifier_rank=0))
+
     def _initialize(self, ds_config: dict[str, Any]) -> Any:
         import deepspeed
 
@@ -136,7 +147,7 @@ class Engine:
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
-            fused=self.device.type == "cuda",
+            fused=self._on_cuda,
         )
         with quiet():
             engine, *_ = deepspeed.initialize(
@@ -288,7 +299,7 @@ class Engine:
             grad_norm=norm if norm is not None and math.isfinite(norm) else None,
             interrupted=asked > 0,
             finite=finite,
-            suspects=tuple(torch.isfinite(losses).logical_not().nonzero().flatten().tolist()),
+            suspects=tuple(number for number, loss in enumerate(losses.tolist()) if not math.isfinite(loss)),
         )
 
     @property
