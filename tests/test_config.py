@@ -230,7 +230,7 @@ def test_a_verb_is_refused_over_the_keys_that_it_reads_alone(verb):
 def test_the_readers_of_a_key():
     assert [verb for verb in READS if reads(verb, "parallel.sp")] == ["train", "plan", "rehearse"]
     assert [verb for verb in READS if reads(verb, "parallel.timeout_s")] == [
-        "search", "train", "evaluate", "plan", "doctor",
+        "search", "train", "evaluate", "plan", "rehearse", "doctor",
     ]  # fmt: skip
     assert [verb for verb in READS if reads(verb, "data.sources.web.weight")] == ["prepare"]
     assert [verb for verb in READS if reads(verb, "data")] == [

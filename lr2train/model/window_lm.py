@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from lr2train.attention.segment import SegmentAttention
-from lr2train.data.batch import SHORT
 from lr2train.model import rotary
 from lr2train.model.distill import DistillHead, Original
 from lr2train.model.head import form_of
@@ -71,7 +70,7 @@ class WindowLM(nn.Module):
             window: "short" | "long", which RoPE table acts.
         """
         self.rotary[0].window = window
-        teacher = self._original[0] if self.training and window == SHORT else None
+        teacher = self._original[0] if self.training and window == "short" else None
         # Before the model's own pass: what the original model needs for its pass is free again by then.
         original = teacher and teacher.hidden(tokens, segment_attention)
         positions = segment_attention.positions(tokens.device)
