@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -442,15 +441,6 @@ def test_numbers_are_short():
     assert [tables.hours(h) for h in (41.46, 0.5, 0.001)] == ["41.5 h", "30.0 min", "3.6 s"]
 
 
-@pytest.fixture
-def sigterm():
-    """The verb replaces the handler of SIGTERM."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.usefixtures("sigterm")
 def test_the_command_prints_the_estimate_within_a_minute(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plan", "experiment=phi3_mini_128k", f"runs_folder={tmp_path}", "name=phi"])
     start = time.monotonic()
