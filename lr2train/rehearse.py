@@ -76,6 +76,11 @@ def rehearse(config: Config) -> dict[str, Any]:
         UserError: training would refuse this config, or a layer does not fit; the text names the layer.
     """
     refuse_mesh(config)
+    if config.optim.distill_short:
+        raise UserError(
+            f"optim.distill_short={config.optim.distill_short:g} needs a second model, which is not rehearsed; set "
+            "optim.distill_short to 0, and add its costs (docs/RUNNING.md)"
+        )
     hf_config = hf_config_of(config.model)
     counts = counts_of(hf_config, config.model)
     refuse_target(config.rope.target_window_tokens, counts.window_tokens)
@@ -273,8 +278,9 @@ def _candidates(config: Config) -> list[tuple[str, Config]]:
     engine, sp = config.engine, config.parallel.sp
     sizes = [size for size in (sp // 2, 2 * sp) if size and config.hardware.gpus % size == 0]
     found = [(f"parallel.sp={size}", replace(config, parallel=replace(config.parallel, sp=size))) for size in sizes]
+    ways = ("keep_attention", "layer") if engine.offload_inputs else ("none", "keep_attention", "layer")
     changed: list[dict[str, Any]] = [
-        *({"recompute": value} for value in ("none", "keep_attention", "layer") if value != engine.recompute),
+        *({"recompute": value} for value in ways if value != engine.recompute),
         {"loss_chunk_tokens": max(1, engine.loss_chunk_tokens // 4)},
         {"tile_mlp": engine.loss_chunk_tokens} if not engine.tile_mlp else {"tile_mlp": 0},
         *([{"reduce_dtype": "bfloat16"}] if engine.reduce_dtype != "bfloat16" else []),

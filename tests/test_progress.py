@@ -112,8 +112,9 @@ def test_other_ranks_print_nothing(monkeypatch):
 # ---- a terminal ----
 
 JOB = """
-import sys
+import signal, sys
 from lr2train import progress
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background hands on that it is ignored
 with progress.meter("work", 0) as tick:
     for number in range(1, 4):
         tick(number, 8, "a note that is much too long for a narrow terminal " * 3)

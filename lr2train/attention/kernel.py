@@ -185,7 +185,8 @@ def _has_triton() -> bool:
 
 
 def kernel_name(device: torch.device | str) -> tuple[str, str]:
-    """(name, reason) of the kernel that serves ``device``: flash_attn_3 | flash_attn | torch_varlen | cpu_flash.
+    """(name, reason) of the kernel that serves ``device``: flash_attn_4 | flash_attn_3 | flash_attn |
+    torch_varlen | explicit | cpu_flash.
 
     Raises:
         UserError: no kernel serves the device.

@@ -155,5 +155,6 @@ class _ChunkedDistillation(torch.autograd.Function):
         """Gradients of hidden [T, H] and weight [V, H] in their dtypes."""
         grad_hidden, grad_weight = ctx.gradients
         del ctx.gradients  # scaled in place, so they serve once
-        hidden = grad_hidden.mul_(grad_total)
+        # A 0-dimensional factor would be rounded to bf16 first, and the head's gradient has it in fp32.
+        hidden = torch.mul(grad_hidden, grad_total.reshape(1, 1), out=grad_hidden)
         return hidden, grad_weight.mul_(grad_total).to(hidden.dtype), *([None] * 7)

@@ -2,9 +2,8 @@
 
 Choice: transformers' own activation checkpointing of whole decoder layers, with attention's result kept on request
 (``attention.recompute``), what is kept in host memory on request (``host_copies``), and the MLP in tiles on request
-(``tiled_mlp``). So model code stays untouched,
-and a family that transformers can checkpoint is served. Cost: the granularity is a layer; nothing finer is kept but
-attention.
+(``tiled_mlp``). So model code stays untouched, and a family that transformers can checkpoint is served. Cost: the
+granularity is a layer; nothing finer is kept but attention.
 """
 
 from __future__ import annotations

@@ -115,9 +115,14 @@ def _local_rank() -> int:
 
 
 def _end_if_held_up(reason: Reason) -> None:
-    """End the process where the main thread does not end within ``_LEAVING_S``."""
+    """End the process where the main thread does not end within ``_LEAVING_S``.
+
+    While a checkpoint is written the main thread waits for it; the writers' own time-out bounds that.
+    """
     deadline = time.monotonic() + _LEAVING_S
     while threading.main_thread().is_alive():
+        if any(thread.name == WRITER for thread in threading.enumerate()):
+            deadline = time.monotonic() + _LEAVING_S
         if time.monotonic() > deadline:
             _end(reason)
         time.sleep(_EVERY_S)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from lr2train import progress
 from lr2train.parallel import control, processes
@@ -39,7 +40,7 @@ class Saver:
     def __init__(self) -> None:
         self._writing: _Writing | None = None
         self._channel: control.Channel | None = None
-        self._said = False
+        self._said = self._fitted = False
 
     def save(self, engine: Any, of: Checkpoints, step: int, wait: bool) -> None:
         """Write a checkpoint after ``step`` steps. A collective.
@@ -84,7 +85,12 @@ class Saver:
                 raise writing.error
 
     def _fits(self, draft: Draft) -> bool:
-        """Whether every machine has room for the copies. A collective."""
+        """Whether every machine has room for the copies. A collective.
+
+        On CUDA a positive answer stays: torch keeps the page-locked memory of the first copies and uses it again.
+        """
+        if self._fitted:
+            return True
         needed = shard_files.n_bytes(draft.states) * processes.ranks_per_node()
         free = free_host_bytes()
         short = [one for one in control.from_all((needed, free)) if one[0] > _SHARE * one[1]]
@@ -96,6 +102,7 @@ class Saver:
                 f"machine with {free / 2**30:.1f} GiB of free memory, and may take half of it",
             )
         self._said = self._said or bool(short)
+        self._fitted = not short and torch.cuda.is_available()
         return not short
 
 

@@ -121,8 +121,12 @@ def on_host(value: Any) -> Any:
 
 
 def n_bytes(value: Any) -> int:
-    """The memory of all tensors; memory that several share counts once."""
-    return sum(key[1] for key in {_memory_of(tensor) for tensor in _tensors_in(value)})
+    """The memory of the copies of all tensors; memory that several share counts once.
+
+    torch rounds the page-locked memory of a copy from a GPU up to a power of two.
+    """
+    memories = {_memory_of(tensor): tensor.is_cuda for tensor in _tensors_in(value)}
+    return sum(1 << (size - 1).bit_length() if on_gpu and size else size for (_, size), on_gpu in memories.items())
 
 
 def _on_host(value: Any, copies: dict[tuple[int, int], torch.Tensor]) -> Any:
