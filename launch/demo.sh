@@ -11,7 +11,8 @@ start=$SECONDS
 step() { echo "== $1 (${SECONDS}s)" >&2; shift; "$@"; }
 
 step "1/7 corpus: documents -> tokens -> tagged segments"  lr2train prepare experiment=tiny_4k name=corpus "$@"
-step "2/7 base model from scratch, window 512"             bash launch/run.sh 2 train experiment=tiny_base name=base "$@"
+step "2/7 base model from scratch, window 512: the longest step, 1050 steps on documents of 64, 128, 256, then 512 tokens" \
+                                                           bash launch/run.sh 2 train experiment=tiny_base name=base "$@"
 step "3/7 search for RoPE factors, 512 -> 4096"            bash launch/run.sh 2 search experiment=tiny_4k name=factors "$@"
 step "4/7 mixed context window training at 4096, ZeRO-3, 2 ranks share a segment" \
                                                            bash launch/run.sh 2 train experiment=tiny_4k name=tiny_4k "$@"

@@ -18,5 +18,5 @@ install() {  # the packages of one list, where the list is new
   cp "$checkout/$1.txt" "$venv/$1.stamp"
 }
 install requirements
-command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu
+if command -v nvidia-smi >/dev/null; then install requirements-gpu; else export DS_ACCELERATOR=cpu; fi
 export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1

@@ -5,6 +5,7 @@ export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1  # many small processes: threads of several would wait for each other
 source "$(dirname "$0")/setup.sh"
 install requirements-eval
+install requirements-dashboard
 install requirements-gguf
 cd "$checkout"
 ruff check .

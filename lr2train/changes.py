@@ -30,10 +30,12 @@ MAY_CHANGE = (
     # which held-out loss is measured, and when
     "engine.validate_every_steps:", "engine.validate_segments:",
     # memory against time
-    "engine.activation_checkpointing:", "engine.loss_chunk_tokens:", "search.chunk_tokens:", "search.shard:",
+    "engine.recompute:", "engine.activation_checkpointing:", "engine.recompute_layers:", "engine.tile_mlp:",
+    "engine.offload_inputs:", "engine.fused:",
+    "engine.loss_chunk_tokens:", "search.chunk_tokens:", "search.shard:",
     *(f"engine.deepspeed.zero_optimization.{key}" for key in (
         "offload_", "stage3_", "allgather_", "reduce_bucket_size", "sub_group_size", "overlap_comm",
-        "contiguous_gradients", "round_robin_gradients",
+        "contiguous_gradients", "round_robin_gradients", "zero_hpz_partition_size",
     )),
     # logging
     *(f"engine.deepspeed.{key}" for key in ("wall_clock_breakdown", "steps_per_print", "comms_logger", "flops_profiler",

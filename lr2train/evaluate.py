@@ -9,15 +9,16 @@ Under a launcher (deepspeed, torchrun) the samples are spread over the ranks. A 
 and needles of its training, unless the command sets others.
 
 Results of one run go to the run's folder. All other results go to ``runs/<name>``: several models, a model folder, or a
-read-only run. The files are ``evaluate.json``, and under ``evaluation/`` table.txt, scores.csv, needles.png and one
-folder per model with every sample. The same command resumes an interrupted evaluation: an answer in the journal is not
-computed again.
+read-only run. The files are ``evaluate.json``, and under ``evaluation/`` table.txt, scores.csv, needles.png with
+needles.csv, and one folder per model with every sample. The same command resumes an interrupted evaluation: an answer
+in the journal is not computed again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,10 +40,15 @@ from lr2train.evaluation.tasks import Suite
 from lr2train.evaluation.window_model import WindowModel
 from lr2train.model import load
 from lr2train.parallel import control, processes
-from lr2train.reporting.needle_map import write_needle_map
+from lr2train.parallel.failure import told_to_all
+from lr2train.reporting.needle_map import needle_map
+from lr2train.training.metrics import Dashboard, closing, dashboards
 
 if TYPE_CHECKING:
     from lr2train.evaluation.harness import TaskResult as HarnessResult
+
+
+_BY_LENGTH = ("length_tokens", "accuracy", "answer_perplexity", "text_perplexity")
 
 
 @dataclass
@@ -59,6 +65,7 @@ class Measured:
     answered: dict[str, list[tuple[Sample, Answer]]] = field(default_factory=dict)
 
 
+@told_to_all()
 def evaluate(config: Config) -> dict[str, Any]:
     """Run the verb; returns the contents of ``evaluate.json``.
 
@@ -73,7 +80,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     device = processes.start(config)
     lock = control.on_rank_0(job.lock)  # also refuses a folder that may not be written, before the work
     try:
-        result = _evaluated(job, models, suite, lengths, device)
+        boards = control.on_rank_0(lambda: dashboards(config, job.folder, "evaluate")) or []
+        with closing(boards):
+            result = _evaluated(job, models, suite, lengths, device)
+            _show(job, result, boards)
     finally:
         if lock is not None:
             lock.close()
@@ -265,13 +275,34 @@ def _written(
         io.write_text(folder / "scores.csv", results.csv_of(known))
         io.write_text(folder / "table.txt", _text_of({**whole, "tables": made}) + "\n")
         if whole["rows"]:
-            write_needle_map(whole["rows"], folder / "needles.png")
+            needle_map(whole["rows"]).write(folder / "needles")
         whole = io.finite({**whole, "tables": [table.to_json() for table in made]})
         job.write_json("evaluate.json", whole)
         print(shown)
         return whole
 
     return control.from_rank_0(control.on_rank_0(write)) or result
+
+
+def _show(job: run.Run, result: dict[str, Any], boards: Sequence[Dashboard]) -> None:
+    """The tables and the needle map on the dashboards."""
+    picture = job.folder / "evaluation" / "needles.png"
+    needle_rows = [
+        [row["label"], row["attention_factor"], *(one.get(key) for key in _BY_LENGTH)]
+        for row in result["rows"]
+        for one in row["by_length"]
+    ]
+    for board in boards:
+        if needle_rows:
+            board.table("evaluate/needles_by_length", ("model", "attention_factor", *_BY_LENGTH), needle_rows)
+        for table in result["tables"]:
+            board.table(f"evaluate/{_plain_name(table['title'])}", table["head"], table["rows"])
+        if picture.exists():
+            board.picture("evaluate/needles", picture)
+
+
+def _plain_name(title: str) -> str:
+    return re.sub(r"\W+", "_", title.lower()).strip("_")
 
 
 def _text_of(result: dict[str, Any]) -> str:

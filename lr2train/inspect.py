@@ -27,7 +27,7 @@ from lr2train.data.corpus import Corpus
 from lr2train.data.feed.loader import SegmentLoader, make_loader
 from lr2train.data.feed.order import default_group
 from lr2train.data.feed.viewing import PADDING, SegmentView, Viewer, bar, letters_of
-from lr2train.training.steps import Skips, Steps
+from lr2train.training.steps import StepRanges, Steps
 
 _BAR_CELLS, _STEP_CELLS, _NARROWEST = 96, 48, 140
 _HEADER = ("at", "tokens", "source", "document", "from the document", "targets", "text")
@@ -114,7 +114,7 @@ def _show_step(config: Config, corpus: Corpus, letters: dict[str, str]) -> list[
         )
     viewer = Viewer(corpus, _loader(config, corpus, size))
     by_rank = [viewer.loader.segments(step - 1, rank) for rank in range(size)]
-    skipped = " (passed over: data.skip_steps)" if step in Skips.parse(config.data.skip_steps) else ""
+    skipped = " (passed over: data.skip_steps)" if step in StepRanges.parse(config.data.skip_steps) else ""
     group = config.data.group_segments or default_group(size, config.optim.segments_per_step)
     print(
         f"step {step}{skipped}: {config.optim.segments_per_step} segments in groups of {group}, {size} data-parallel "

@@ -16,13 +16,14 @@ from lr2train.attention import choice
 from lr2train.attention import hf as attention
 from lr2train.attention.strategy import PackedSegment
 from lr2train.cli.door import main
-from lr2train.config import Config, UserError
+from lr2train.config import Config
+from lr2train.model import tiled_mlp
 from lr2train.model.flops import TRAINING
 from lr2train.planning import cost, memory
 from lr2train.planning.counts import ModelCounts, counts_of, hf_config_of
 from lr2train.planning.memory import GIB, MemoryItem, MemorySetting
 from lr2train.planning.tables import show
-from lr2train.planning.workload import Workload, WorkloadPart, workload_of
+from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, workload_of
 from lr2train.rope.factors import refuse_target
 from lr2train.training.deepspeed.start import accumulation_of
 
@@ -37,6 +38,8 @@ def plan(config: Config) -> dict[str, Any]:
     hf_config = hf_config_of(config.model)
     counts = counts_of(hf_config, config.model)
     refuse_target(config.rope.target_window_tokens, counts.window_tokens)
+    tiled_mlp.refuse_config(hf_config, config.engine.tile_mlp)
+    config, recompute = memory.with_recompute(config, counts)
     dp_size = config.hardware.gpus // config.parallel.sp
     accumulation = accumulation_of(config, dp_size)
     workload = workload_of(config, counts.window_tokens, dp_size)
@@ -47,7 +50,7 @@ def plan(config: Config) -> dict[str, Any]:
     result = {
         "model": _model(counts, config),
         "parallel": _parallel(config, dp_size, accumulation) | _attention(hf_config, workload, config),
-        "memory": _memory(counts, config),
+        "memory": _memory(counts, config) | {"recompute": recompute},
         "work": _work(workload, config),
         "cost": _cost(counts, workload, config),
         "search": _search(counts, config),
@@ -58,19 +61,6 @@ def plan(config: Config) -> dict[str, Any]:
     show(result)
     progress.say("plan", f"written to {path}")
     return result
-
-
-def refuse_mesh(config: Config) -> None:
-    """Refuse a world size that ``parallel.sp`` does not divide.
-
-    Raises:
-        UserError: ``parallel.sp`` does not divide ``hardware.gpus``.
-    """
-    gpus, sp = config.hardware.gpus, config.parallel.sp
-    if gpus % sp:
-        raise UserError(
-            f"hardware.gpus={gpus} is not divisible by parallel.sp={sp}; set hardware.gpus to {-(-gpus // sp) * sp}"
-        )
 
 
 def _model(counts: ModelCounts, config: Config) -> dict[str, Any]:
@@ -126,7 +116,7 @@ def _served(part: WorkloadPart, layers: choice.Layers, ring: int, config: Config
 
 def _memory(counts: ModelCounts, config: Config) -> dict[str, Any]:
     items = memory.training_items(counts, MemorySetting.of(config))
-    total, limit = sum(item.bytes for item in items if item.on_gpu) / GIB, config.hardware.gpu_memory_gib
+    total, limit = memory.gpu_bytes(items) / GIB, config.hardware.gpu_memory_gib
     return {
         "items": [
             {"name": item.name, "gib": item.bytes / GIB, "formula": item.formula, "on_gpu": item.on_gpu}
@@ -195,7 +185,7 @@ def _held_out_share(flops: float, parts: list[dict[str, Any]], config: Config) -
 
 
 def _part(counts: ModelCounts, part: WorkloadPart, workload: Workload, config: Config) -> dict[str, Any]:
-    checkpointing, span = config.engine.activation_checkpointing, part.span_tokens
+    setting, span = MemorySetting.of(config), part.span_tokens
     flops = cost.training_flops_per_token(counts, span)
     return {
         "window": part.window,
@@ -203,7 +193,9 @@ def _part(counts: ModelCounts, part: WorkloadPart, workload: Workload, config: C
         "share": workload.share(part),
         "flops_per_token": flops,
         "attention_share": 3 * cost.attention_flops_per_token(counts, span) / flops,
-        "recomputed_flops_per_token": cost.recomputed_flops_per_token(counts, span, checkpointing),
+        "recomputed_flops_per_token": cost.recomputed_flops_per_token(
+            counts, span, setting.recompute, setting.recomputed(counts.layers)
+        ),
         "tokens_per_s_per_gpu": cost.tokens_per_s(config.hardware.gpu_bf16_tflops, config.hardware.mfu, flops),
     }
 

@@ -32,7 +32,7 @@ from lr2train.data.ingest.needle_source import check_needle_source
 from lr2train.data.ingest.token_stores import SourceInputs, ensure_stores, list_inputs
 from lr2train.data.needles import check_needles
 from lr2train.data.plan import compose, mix, stage
-from lr2train.reporting.mix import ensure_mix_pictures
+from lr2train.reporting.pictures import ensure_mix_pictures
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import refuse_target
 

@@ -1,84 +1,100 @@
-"""report: one HTML page about a run: results, factors, search, training, corpus, commands to repeat it.
+"""report: one HTML page about a run, or a comparison of runs: results, factors, search, training, corpus, commands.
 
-    lr2train report runs/first [runs/factors runs/corpus …] [--out page.html]
+    lr2train report runs/first [runs/factors runs/corpus] [--out page.html]      one run, with its search and corpus
+    lr2train report runs/first runs/second [--out page.html]                     a comparison
 
 The page is one file: no network, no scripts, pictures inside. The search, corpus and base run of ``runs/first`` are
-found by the paths that it recorded; further folders replace them.
+found by the paths that it recorded; a given search or corpus replaces them. ``report_files/`` beside the page holds
+each picture as PNG and its numbers as CSV, and each table as CSV.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lr2train import io, progress
 from lr2train.cli.door import door
-from lr2train.reporting import benchmarks, making, results
-from lr2train.reporting.inputs import ReportInputs, gather
-from lr2train.reporting.page import Missing, page, text, wanting
-
-SECTIONS = (
-    ("comparison", "Comparison", results.comparison),
-    ("needles", "Needles", results.needles),
-    ("benchmarks", "Benchmarks", benchmarks.benchmarks),
-    ("factors", "Factors", making.factors),
-    ("search", "Search", making.search),
-    ("training", "Training", making.training),
-    ("corpus", "Corpus", making.corpus),
-    ("sample", "Sample", results.sample),
-    ("export", "Export", results.exported),
-    ("provenance", "Provenance", results.provenance),
-)
+from lr2train.reporting import results
+from lr2train.reporting.canvas import Chart, csv_of
+from lr2train.reporting.inputs import gather_all
+from lr2train.reporting.page import render
+from lr2train.reporting.pictures import all_charts
 
 
-def report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page about ``folders[0]``, and report.json into that folder; returns the path of the page.
+@dataclass(frozen=True)
+class Composed:
+    """A page as HTML, with its drawings by name and its tables by section."""
+
+    page: str
+    charts: dict[str, Chart]
+    sheets: dict[str, list[Any]]
+    compares: bool
+
+
+def compose(folders: Sequence[Path]) -> Composed:
+    """Read the runs and make the page, without writing anything.
 
     Args:
-        folders: the run, then related runs that replace those it recorded.
-        out: the page; None writes ``report.html`` into the run.
+        folders: the runs, and related runs that replace those they recorded.
 
     Raises:
         UserError: a folder is missing or one of its files is damaged.
     """
-    inputs = gather(folders)
-    path = out or folders[0] / "report.html"
-    io.write_text(path, render(inputs))
-    io.write_json(
-        folders[0] / "report.json",
-        {"page": str(path), "folders": [str(folder) for folder in folders], "bytes": path.stat().st_size},
-    )
-    return path
+    runs = gather_all(folders)
+    evaluation = results.evaluation_of(runs)
+    sheets = results.all_sheets(runs, evaluation)
+    charts = all_charts(runs, evaluation["rows"] if evaluation else [])
+    return Composed(render(runs, evaluation, charts, sheets), charts, sheets, len(runs) > 1)
 
 
-def render(inputs: ReportInputs) -> str:
-    """The page as HTML."""
-    made = [(anchor, name, make(inputs)) for anchor, name, make in SECTIONS]
-    sections = [(anchor, name, content) for anchor, name, content in made if isinstance(content, str)]
-    left_out = [(name, content) for _, name, content in made if isinstance(content, Missing)]
-    if left_out:
-        sections.append(("missing", "Not here yet", wanting(left_out)))
-    footer = f"lr2train report of <code>{text(inputs.folder)}</code>, written {time.strftime('%Y-%m-%d %H:%M')}."
-    return page(f"{inputs.folder.resolve().name} · lr2train", results.header(inputs), sections, footer)
+def report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page about ``folders``, its pictures and tables, and report.json into the first folder.
+
+    Args:
+        folders: as for ``compose``.
+        out: the page; None writes ``report.html``, or ``comparison.html`` of several runs, into the first run.
+
+    Returns:
+        The path of the page.
+    """
+    made = compose(folders)
+    page = out or folders[0] / ("comparison.html" if made.compares else "report.html")
+    io.write_text(page, made.page)
+    beside = pictures_of(page)
+    for name, chart in made.charts.items():
+        chart.write(beside / name)
+    for sheet in results.flat(made.sheets):
+        io.write_text(beside / f"{sheet.name}.csv", csv_of(sheet.head, sheet.rows))
+    values = {"page": str(page), "folders": [str(folder) for folder in folders], "bytes": page.stat().st_size}
+    io.write_json(folders[0] / "report.json", {**values, "pictures": sorted(made.charts)})
+    return page
+
+
+def pictures_of(page: Path) -> Path:
+    """The folder beside a page for its pictures and tables."""
+    return page.with_name(f"{page.stem}_files")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exit codes as in ``lr2train.cli.door``."""
-    parser = argparse.ArgumentParser(prog="lr2train report", description="One HTML page about a run, in one file.")
+    parser = argparse.ArgumentParser(prog="lr2train report", description="One HTML page about runs, in one file.")
     parser.add_argument(
         "folders",
         nargs="+",
         type=Path,
         metavar="runs/NAME",
-        help="the run, then its search, corpus or base run if the run did not record them",
+        help="the run, or the runs to compare; also a search or corpus that a run did not record",
     )
     parser.add_argument("--out", type=Path, help="path of the page (default: report.html in the first folder)")
     given = parser.parse_args(arguments)
     with door("report"):
         path = report([folder.expanduser() for folder in given.folders], given.out and given.out.expanduser())
-        progress.say("report", f"{path} ({path.stat().st_size / 1024:.0f} KiB)")
+        size = f"{path.stat().st_size / 1024:.0f} KiB"
+        progress.say("report", f"{path} ({size}); pictures and tables in {pictures_of(path)}/")
 
 
 if __name__ == "__main__":

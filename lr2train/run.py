@@ -25,6 +25,7 @@ import numpy as np
 
 from lr2train.changes import MAY_CHANGE, differences, leaves, may_change
 from lr2train.config import Config, UserError, to_dict
+from lr2train.config.hidden import shown
 from lr2train.io import fingerprint, finite, read_json, write_json
 from lr2train.progress import say
 from lr2train.ranks import rank, world
@@ -37,6 +38,20 @@ class Interrupted(KeyboardInterrupt):
 
     Its work is saved and its log says so; the command line ends with the exit code of an interrupt.
     """
+
+
+MARKER = "LR2TRAIN_INTERRUPTED"  # environment variable: a path
+
+
+def note_interrupt() -> None:
+    """Write the empty file that ``LR2TRAIN_INTERRUPTED`` names, if it is set: the job was asked to stop, and the same
+    command goes on. On rank 0 alone.
+
+    For ``launch/slurm.sbatch``, which queues the job again where the file is there. An exit code would not do: a
+    launcher that kills the ranks that still end changes it.
+    """
+    if rank() == 0 and os.environ.get(MARKER):
+        Path(os.environ[MARKER]).touch()
 
 
 @dataclass(frozen=True)
@@ -243,7 +258,7 @@ def provenance() -> dict[str, Any]:
     """The command, time, host, package versions, commit and number of ranks of this process."""
     versions = {name: _version(name) for name in _PACKAGES}
     return {
-        "command": sys.argv,
+        "command": [shown("", argument) for argument in sys.argv],
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "python": platform.python_version(),

@@ -32,10 +32,12 @@ from lr2train.evolution.race import CandidateScorer, Scored
 from lr2train.evolution.surrogate import Observations, evolve_surrogate
 from lr2train.model import load, rotary
 from lr2train.parallel import control, processes
+from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.inputs import identities
 from lr2train.reporting.pictures import write_search_pictures
 from lr2train.rope.factors import NOTES
 from lr2train.rope.methods import METHODS
+from lr2train.training.metrics import Dashboard, closing, dashboards, read_jsonl
 
 # The config groups that decide the result. Threads are among them: sums by another number of threads differ in the last
 # bits.
@@ -49,6 +51,7 @@ ALGORITHMS: dict[str, Any] = {
 }
 
 
+@told_to_all()
 def search(config: Config) -> dict[str, Any]:
     """Run the verb; returns the contents of ``search.json``.
 
@@ -75,12 +78,16 @@ def search(config: Config) -> dict[str, Any]:
         model, table, space, scored_on, journal, chunk_tokens=settings.chunk_tokens, lockstep=settings.shard
     )
     history = History(settings, fitness, job.folder / "generations.jsonl")
+    boards = control.on_rank_0(lambda: _dashboards(config, history)) or []
     _announce(job, space, fitness)
     start = time.monotonic()
-    finalists = _run(job, space, history)
-    result = {**history.result(finalists), "seconds": time.monotonic() - start, **_input_paths(job)}
-    contents = {name: run.content_of(one) for name, one in found.items()}
-    _write(job, space, finalists[0], result, {"inputs": contents, **run.provenance(), "history": history.brief()})
+    with closing(boards):
+        finalists = _run(job, space, history, boards)
+        result = {**history.result(finalists), "seconds": time.monotonic() - start, **_input_paths(job)}
+        contents = {name: run.content_of(one) for name, one in found.items()}
+        origin = {"inputs": contents, **run.provenance(), "history": history.brief()}
+        _write(job, space, finalists[0], result, origin)
+        _show(job, result, boards)
     processes.stop()
     if lock is not None:
         lock.close()
@@ -154,7 +161,22 @@ def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
     )
 
 
-def _run(job: run.Run, space: Space, history: History) -> list[Scored]:
+def _dashboards(config: Config, history: History) -> list[Dashboard]:
+    """A search starts again from generation 0 and replays: the generations of earlier starts are shown already."""
+    return dashboards(config, history.file.parent, "search", written_steps=len(read_jsonl(history.file)) - 1)
+
+
+def _show(job: run.Run, result: dict[str, Any], boards: list[Dashboard]) -> None:
+    """The finalists and the pictures on the dashboards."""
+    head = ("perplexity", "documents", "critical_index", "attention_factor")
+    rows = [[one[key] for key in head] for one in result["finalists"]]
+    for board in boards:
+        board.table("search/finalists", head, rows)
+        for file in sorted((job.folder / "pictures").glob("*.png")):
+            board.picture(f"search/{file.stem}", file)
+
+
+def _run(job: run.Run, space: Space, history: History, boards: list[Dashboard]) -> list[Scored]:
     """Run all generations and the final; returns the finalists, best first."""
     settings, fitness, finalists = space.settings, history.fitness, []
     generations, make_scorer = ALGORITHMS[settings.algorithm]
@@ -165,6 +187,8 @@ def _run(job: run.Run, space: Space, history: History) -> list[Scored]:
             finalists = list(generation.population[: settings.top_k])
             fitness.refuse_broken_model()
             job.log(history.add(generation))
+            for board in boards:
+                board.write(generation.index, history.figures)
         return scorer.final([one.candidate for one in finalists]) if settings.final_documents else finalists
 
 

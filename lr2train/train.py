@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,21 +24,25 @@ from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.data.feed.loader import make_loader
-from lr2train.model import load
+from lr2train.model import load, tiled_mlp
 from lr2train.parallel import control, processes
 from lr2train.parallel.failure import told_to_all
 from lr2train.parallel.inputs import identities
-from lr2train.parallel.mesh import make_mesh
+from lr2train.parallel.mesh import Mesh, make_mesh
+from lr2train.planning.counts import counts_of
+from lr2train.planning.memory import GIB, MemorySetting, choose_recompute
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import build
 from lr2train.training import model_folder
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.engine import Engine
 from lr2train.training.deepspeed.keys import refuse_keys
+from lr2train.training.deepspeed.saving import finished_at_the_end
 from lr2train.training.deepspeed.start import start_deepspeed
 from lr2train.training.loop import Training, fit
 from lr2train.training.metrics import read_jsonl, sinks
-from lr2train.training.steps import FILE, Steps
+from lr2train.training.profiling import KEY as PROFILE_STEPS
+from lr2train.training.steps import FILE, StepRanges, Steps
 from lr2train.training.validation import HeldOut
 
 GROUPS = ("name", "seed", "model", "rope", "data", "parallel", "optim", "engine")
@@ -54,7 +59,9 @@ def train(config: Config) -> dict[str, Any]:
     job = run.open_run(config, "train", GROUPS)
     inputs = checked_inputs(config)
     device = processes.start(config)
-    with control.on_rank_0(job.lock) or contextlib.nullcontext():
+    attention.refuse_device(inputs.hf_config, getattr(torch, config.model.dtype), device)
+    # An error is told first, then the checkpoint in hand is finished, then the folder is free.
+    with control.on_rank_0(job.lock) or contextlib.nullcontext(), finished_at_the_end(), told_to_all():
         contents = _contents(job, config, inputs)
         if (finished := _finished(job, config)) is not None:
             return finished
@@ -87,11 +94,7 @@ def checked_inputs(config: Config) -> TrainInputs:
         UserError: a key is wrong, or model, factors and corpus do not fit each other.
     """
     refuse_keys(config.engine.deepspeed)
-    if config.engine.zero_stage == 0 and config.model.dtype != "float32":
-        raise UserError(
-            f"engine.zero_stage=0 trains in float32 alone, and model.dtype={config.model.dtype}; set "
-            "engine.zero_stage to 1"
-        )
+    StepRanges.parse(config.logger.profile_steps, PROFILE_STEPS)
     hf_config = load.config_of(config.model)
     if config.data.path is None:
         raise UserError(
@@ -102,6 +105,7 @@ def checked_inputs(config: Config) -> TrainInputs:
     attention.refuse_config(
         hf_config, config.parallel, config.data.segment_tokens, _longest_span_tokens(config), processes.ranks_per_node()
     )
+    tiled_mlp.refuse_config(hf_config, config.engine.tile_mlp)
     factors = build(config.rope, load.spectrum_of(hf_config, config.model))
     model_folder.config_values(hf_config, factors)  # factors without a form in config.json are refused now
     return TrainInputs(hf_config, factors, corpus)
@@ -183,13 +187,27 @@ def _build(
         original_window_tokens=factors.spectrum.window_tokens,
         target_window_tokens=factors.target_window_tokens if config.data.kind == "segments" else None,
     )
-    engine = Engine(config, mesh, factors, hf_config, device)
+    engine = Engine(_with_recompute(job, config, hf_config, mesh, device), mesh, factors, hf_config, device)
     total_steps = config.optim.steps or loader.steps_per_epoch
     held_out = HeldOut.prepare(config, inputs.corpus, engine, factors.spectrum.window_tokens)
     job.claim(contents)
     fingerprint = control.from_rank_0(job.fingerprint if ranks.rank() == 0 else "")
     checkpoints = Checkpoints(job.folder / "checkpoints", fingerprint, config.engine.keep_checkpoints)
-    return Training(config, engine, loader, steps, total_steps, checkpoints, held_out)
+    return Training(config, job.folder, engine, loader, steps, total_steps, checkpoints, held_out)
+
+
+def _with_recompute(job: run.Run, config: Config, hf_config: Any, mesh: Mesh, device: torch.device) -> Config:
+    """The config with what ``engine.recompute=auto`` stands for, the same on every rank. A collective."""
+    if config.engine.recompute != "auto":
+        return config
+    if device.type == "cuda":
+        setting = replace(MemorySetting.of(config), world=mesh.world, gpus_per_node=processes.ranks_per_node())
+        gpu_gib = torch.cuda.get_device_properties(device).total_memory / GIB
+        chosen, why = control.from_rank_0(choose_recompute(counts_of(hf_config, config.model), setting, gpu_gib))
+    else:
+        chosen, why = "keep_attention", "a CPU has memory to spare"
+    job.log(f"engine.recompute=auto takes {chosen}: {why}")
+    return replace(config, engine=replace(config.engine, recompute=chosen))
 
 
 def _resume(job: run.Run, training: Training, factors: Factors) -> int:
@@ -253,9 +271,11 @@ def _fit(job: run.Run, training: Training, done: int) -> None:
     """
     outputs = sinks(training.config, job.folder, done)
     ended = fit(training, done, outputs)
+    if not ended:
+        run.note_interrupt()
     for output in outputs:
         output.close()
-    dist.barrier()  # a launcher kills the other ranks as soon as one leaves, and rank 0 may still close its dashboards
+    processes.wait_for_all(training.config.parallel.timeout_s)  # rank 0 may still close its dashboards
     if not ended:
         job.log("interrupted; the checkpoint is written, run the same command again to go on")
         raise run.Interrupted

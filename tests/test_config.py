@@ -15,6 +15,7 @@ from lr2train import io, run
 from lr2train.cli.composition import compose
 from lr2train.cli.overrides import core_of, place_of
 from lr2train.config import CONF_FOLDER, READS, Config, UserError, load, loading, reads
+from lr2train.config.gpus import PEAKS_TFLOPS, peak_tflops
 from lr2train.data.needles import N_KEYS
 from lr2train.data.tokenizer import SMALLEST_VOCABULARY
 
@@ -71,6 +72,11 @@ def test_the_papers_settings():
         ("experiment=nope", ["experiment/nope", "tiny_4k"]),
         ("parallel.sp=3", ["data.segment_tokens=4096", "parallel.sp=3", "set parallel.sp to 1"]),
         ("parallel.sp=0", ["parallel.sp=0", "below 1"]),
+        (
+            "engine.activation_checkpointing=false",
+            ["engine.activation_checkpointing", "engine.recompute=none for false"],
+        ),
+        ("engine.recompute=attention", ["engine.recompute=attention", "none, keep_attention, layer, auto"]),
         ("search.top_k=99", ["search.top_k=99", "search.population=16"]),
         ("data.holdout=2", ["data.holdout=2", "between 0 and 1"]),
         ("search.looks=0.5", ["search.looks=0.5", "below 1"]),
@@ -222,11 +228,13 @@ def test_a_verb_is_refused_over_the_keys_that_it_reads_alone(verb):
 
 
 def test_the_readers_of_a_key():
-    assert [verb for verb in READS if reads(verb, "parallel.sp")] == ["train", "plan"]
-    assert [verb for verb in READS if reads(verb, "parallel.timeout_s")] == ["search", "train", "evaluate", "plan"]
+    assert [verb for verb in READS if reads(verb, "parallel.sp")] == ["train", "plan", "rehearse"]
+    assert [verb for verb in READS if reads(verb, "parallel.timeout_s")] == [
+        "search", "train", "evaluate", "plan", "rehearse", "doctor",
+    ]  # fmt: skip
     assert [verb for verb in READS if reads(verb, "data.sources.web.weight")] == ["prepare"]
     assert [verb for verb in READS if reads(verb, "data")] == [
-        verb for verb in READS if verb not in ("export", "generate")
+        verb for verb in READS if verb not in ("export", "generate", "dashboard", "doctor")
     ]
 
 
@@ -263,3 +271,48 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     path.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         io.read_json(path)
+
+
+# ---- peaks of GPUs ----
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("NVIDIA RTX A4000", None),
+        ("AMD Instinct MI300X", 1307.4),
+        ("Some GPU", None),
+        ("", None),
+    ],
+)
+def test_peaks_by_device_name(name, peak):
+    assert peak_tflops(name) == peak
+
+
+def test_every_peak_of_the_table_is_found_by_its_own_name():
+    assert [name for name, peak in PEAKS_TFLOPS if peak_tflops(name) != peak] == []
+
+
+def test_plan_takes_the_peak_of_the_named_gpu():
+    assert compose("plan", ["name=x"]).hardware.gpu_bf16_tflops == 312.0
+    assert compose("plan", ["name=x", "hardware.gpu=H100 PCIe"]).hardware.gpu_bf16_tflops == 756.0
+    assert compose("plan", ["name=x", "hardware.gpu=H200", "hardware.gpu_bf16_tflops=5"]).hardware.gpu_bf16_tflops == 5
+    with pytest.raises(UserError, match=r"hardware.gpu=Abacus .*; set hardware.gpu_bf16_tflops to its dense bf16 peak"):
+        compose("plan", ["name=x", "hardware.gpu=Abacus"])

@@ -5,18 +5,21 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lr2train.attention import cpu, kernel, ring
+from lr2train.attention import cpu, cuda, kernel, ring
 from lr2train.attention.strategies import STRATEGIES
 from lr2train.attention.strategy import PackedSegment, SegmentWork
 from lr2train.parallel.comm import counting
 from lr2train.parallel.layout import Layout
+from lr2train.training.deepspeed.start import start_deepspeed
 from tests.attention.reference import attend_explicitly, mask_of, random_qkv, relative_error
 from tests.attention.test_ring_flash_attn import hand_it_our_kernel
 from tools.gpu import check as gpu_check
@@ -24,9 +27,10 @@ from tools.gpu import kernels as gpu_kernels
 from tools.gpu import layer as gpu_layer
 from tools.gpu import one_rank as gpu_one_rank
 from tools.gpu import parity as gpu_parity
-from tools.gpu import peaks as gpu_peaks
+from tools.gpu import ranks as gpu_ranks
 from tools.gpu import slice as gpu_slice
 from tools.gpu import timing as gpu_timing
+from tools.gpu.sampled import check_long
 
 CPU = torch.device("cpu")
 MODEL = gpu_slice.Model("tiny", hidden=32, layers=2, heads=8, kv_heads=2, head_size=8, intermediate=48, vocabulary=64)
@@ -60,15 +64,17 @@ def test_the_whole_check_runs_on_cpu(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     told = json.loads(out.read_text())
     assert told["kernels"] == ["cpu_flash"]
-    assert told["not_importable"][0] == "not importable: flash_attn_3 (needs CUDA)"
-    assert set(told["not_importable"]) <= set(printed)
+    assert told["not_used"][0] == "not used: flash_attn_3 (needs CUDA)"
+    assert set(told["not_used"]) <= set(printed)
     assert {row["level"] for row in told["parity"]} == {
-        "rows", "blocks", "ring on 4", "gather on 4", "ulysses on 4", "ulysses_ring on 2x2",
+        "rows", "blocks", "ring on 4", "gather on 4", "ulysses on 4", "ulysses_ring on 2x2", "sampled, 1024",
     }  # fmt: skip
-    assert all(
-        row["passes"] and row["cases"] == (24 if row["level"] in ("rows", "blocks") else 12) for row in told["parity"]
-    )
-    assert {row["strategy"] for row in told["attention"]["rows"]} == {"ulysses", "ring"}
+    cases = {"rows": 24, "blocks": 24, "sampled, 1024": 3}
+    assert all(row["passes"] and row["cases"] == cases.get(row["level"], 12) for row in told["parity"])
+    assert {row["strategy"] for row in told["attention"]["rows"]} == {"ulysses", "ring", "gather", "local"}
+    assert {row["strategy"] for row in told["layer"]["rows"]} == {"ulysses", "ring", "local"}
+    assert sum(line.startswith("layer, local, by count: linear layers ") for line in printed) == 1
+    assert any(line.startswith("layer_ring_over_counted: ") for line in printed)
     assert all(
         row["forward_ms"] > 0 and row["tflops_per_s"] > 0
         for part in ("attention", "layer")
@@ -135,7 +141,7 @@ def test_a_part_that_does_not_fit_continues_with_fewer_tokens(tmp_path, monkeypa
     measure = gpu_slice.time_attention
 
     def small_memory(at, *rest):
-        if at.n_tokens > (64 if rest[0] == "ulysses" else 0):
+        if at.n_tokens > (0 if rest[0] == "ring" else 64):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return measure(at, *rest)
 
@@ -205,7 +211,7 @@ def test_a_wrong_backward_fails_in_its_gradient_alone(monkeypatch):
 
 @pytest.mark.usefixtures("fewer_cases")
 def test_a_merge_that_ignores_lse_fails_at_every_level_that_merges(monkeypatch):
-    for module in (kernel, ring, gpu_parity):
+    for module in (kernel, gpu_parity):
         monkeypatch.setattr(
             module, "merge", lambda out_a, lse_a, out_b, lse_b: ((out_a + out_b) / 2, torch.logaddexp(lse_a, lse_b))
         )
@@ -232,24 +238,45 @@ def test_the_reference_equals_the_tests_own_reference(sliding_window):
     case = gpu_parity.ParityCase((4, 2), 8, torch.float64, spans, 48, sliding_window)
     segment = gpu_parity.draw(case, CPU)
     expected = attend_explicitly(segment.q, segment.k, segment.v, spans, segment.scale, sliding_window=sliding_window)
-    answer = gpu_parity._written_out(segment, torch.float64)
+    answer = gpu_parity.written_out(segment, torch.float64)
     torch.testing.assert_close((answer.out, answer.lse), expected)
     assert all(grad.isfinite().all() for grad in answer.grads)
+
+
+@pytest.mark.parametrize("broken", ["out", "lse", "dq", "dk", "dv"])
+def test_a_wrong_row_of_a_long_segment_is_found(broken):
+    """Errors of 2 % in the last document alone."""
+
+    def wrong(inputs):
+        answer = gpu_parity.attend_rows(inputs)
+        named = dict(zip(("out", "lse", "dq", "dk", "dv"), (answer.out, answer.lse, *answer.grads), strict=True))
+        start = inputs.spans[-1][0]
+        named[broken] = named[broken].clone()
+        named[broken][start:] = named[broken][start:] * 1.02 + 0.02
+        return gpu_parity.Answer(named["out"], named["lse"], [named[name] for name in ("dq", "dk", "dv")])
+
+    (right,) = check_long(["cpu_flash"], CPU, torch.float32, 512, gpu_parity.attend_rows)
+    (row,) = check_long(["cpu_flash"], CPU, torch.float32, 512, wrong)
+    assert right.passes and not row.passes
 
 
 # ---- counts ----
 
 
 @pytest.mark.parametrize("sp", [1, 2, 4, 8])
-@pytest.mark.parametrize("strategy", ["ulysses", "ring"])
-def test_pairs_of_a_slice_equal_a_count(strategy, sp):
-    n_tokens, causal = 64, torch.ones(64, 64, dtype=torch.bool).tril()
+@pytest.mark.parametrize(
+    ("strategy", "documents"),
+    [("ulysses", "whole"), ("ulysses", "crossing"), ("ring", "whole"), ("gather", "crossing"), ("local", "aligned")],
+)
+def test_pairs_of_a_slice_equal_a_count(strategy, documents, sp):
+    n_tokens = 64
     for rank in range(sp):
-        at = setting(n_tokens, sp, rank)
-        if strategy == "ulysses":
-            expected = MODEL.heads // sp * int(causal.sum())
-        else:
-            expected = MODEL.heads * int(causal[Layout("zigzag", n_tokens, rank, sp).indices].sum())
+        at = replace(setting(n_tokens, sp, rank), documents=documents)
+        seen = mask_of(at.spans, n_tokens)
+        assert seen.diagonal().all(), "the documents fill the segment"
+        kind = "zigzag" if strategy == "ring" else "contiguous"
+        mine = slice(None) if strategy == "ulysses" else Layout(kind, n_tokens, rank, sp).indices
+        expected = int(seen[mine].sum()) * MODEL.heads // (sp if strategy == "ulysses" else 1)
         assert gpu_slice.slice_pairs(at, strategy) == expected
         tiles, heads, kv_heads = gpu_slice.plain_tiles(at, strategy)
         assert heads * sum(tile.pairs() for tile in tiles) == expected, "the plain kernel does the same work"
@@ -284,17 +311,27 @@ def test_flops_of_a_layer_equal_torch_s_counter():
     assert loss == gpu_timing.Flops(2 * 32 * 64 * 16, 4 * 32 * 64 * 16)
 
 
-def test_a_step_is_all_layers_and_one_loss():
-    timings = {
-        name: gpu_timing.Timing(FLOPS, [1.0], [seconds - 1.0])
-        for name, seconds in ((gpu_layer.LAYER, 4.0), (gpu_layer.LOSS, 2.0))
-    }
-    timings[gpu_layer.KEPT] = gpu_timing.Timing(FLOPS, [1.0], [2.0])
-    step = gpu_layer.LayerStep("ring", 64, layers=3, timings=timings)
+def test_a_step_is_all_layers_and_one_loss_and_a_layer_is_counted_from_measured_rates():
+    seconds = {  # forward, backward
+        gpu_layer.LAYER: (1.0, 3.0), gpu_layer.LOSS: (1.0, 1.0), gpu_layer.KEPT: (1.0, 2.0),
+        gpu_layer.PRODUCT: (2.0, 4.0), gpu_layer.ATTENTION: (0.25, 0.5), gpu_layer.MEMORY: (1.0, 2.0),
+    }  # fmt: skip
+    timings = {name: gpu_timing.Timing(FLOPS, [one], [other]) for name, (one, other) in seconds.items()}
+    step = gpu_layer.LayerStep("ring", 64, 3, timings, linear_flops=5e11, moved_bytes=1e11)
     assert step.seconds == 14.0
     assert step.tflops_per_s == pytest.approx(4 * 6 / 14)
     assert step.recomputed == pytest.approx(0.25)
     assert not step.failed
+    # 6e12 FLOPs in 6 s, and 6e12 bytes in 3 s
+    assert step.counted == gpu_layer.Counted(4 * 5e11 / 1e12, 2 * 0.25 + 0.5, 4 * 1e11 / 2e12)
+    assert step.over_counted == pytest.approx(4.0 / (2.0 + 1.0 + 0.2))
+    assert step.counted.described().endswith("= 3200 ms")
+
+
+def test_bytes_that_a_layer_moves_are_those_of_its_operations():
+    """LLaMA3-8B, bf16, a token: two norms, two residuals, RoPE over 40 heads, SwiGLU."""
+    at = replace(setting(8, 8, 0), model=gpu_slice.LLAMA3_8B, dtype=torch.bfloat16)
+    assert gpu_layer.moved_bytes(at) == 2 * 36 * 4096 + 12 * 4096 + 18 * 40 * 128 + 10 * 14336
 
 
 # ---- one rank alone runs the code of a real rank ----
@@ -352,42 +389,15 @@ def test_ring_flash_attn_is_timed_where_importable():
 # ---- available kernels ----
 
 
-def libraries(monkeypatch, of_version_2, of_version_3, capability):
-    """Stand-ins for both libraries with these backward functions, on a GPU of this capability."""
-    for name, function, implementation in (
-        ("flash_attn", "", None),
-        ("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward", of_version_2),
-        ("flash_attn_interface", "_flash_attn_backward", of_version_3),
-    ):
-        module = ModuleType(name)
-        setattr(module, function or "__path__", implementation or [])
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-
-
-def test_old_and_broken_libraries_are_listed_with_a_reason(monkeypatch):
-    """Stand-ins: usable, for another GPU, too old, broken."""
-
-    def old(q, window_size): ...
-
-    def new(q, window_size_left, window_size_right): ...
-
-    cuda = torch.device("cuda")
-    libraries(monkeypatch, new, new, (9, 0))
-    assert gpu_kernels.available(cuda).names == ("flash_attn_3", "flash_attn", "torch_varlen")
-    libraries(monkeypatch, new, new, (8, 0))
-    assert gpu_kernels.available(cuda).names == ("flash_attn", "torch_varlen")
-    assert gpu_kernels.available(cuda).missing[0] == "not importable: flash_attn_3 (runs on Hopper GPUs alone)"
-    libraries(monkeypatch, old, old, (9, 0))
-    found = gpu_kernels.available(cuda)
-    assert found.names == ("torch_varlen",)
-    assert (
-        found.missing[1]
-        == "not importable: flash_attn (too old: its _flash_attn_varlen_backward has no window_size_left)"
-    )
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it raises
-    monkeypatch.delitem(sys.modules, "flash_attn.flash_attn_interface")
-    assert gpu_kernels.available(cuda).missing[1].startswith("not importable: flash_attn (")
+def test_kernels_of_a_gpu_are_those_of_training_and_the_others_have_a_reason(monkeypatch):
+    reasons = {"flash_attn_3": None, "flash_attn_4": "is older than 4.0.0b8", "flash_attn": None}
+    asked = []
+    monkeypatch.setattr(cuda, "refusal", lambda name, generation: asked.append(generation) or reasons[name])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = gpu_kernels.available(torch.device("cuda"))
+    assert found.names == ("flash_attn_3", "flash_attn", "torch_varlen")
+    assert found.missing[0] == "not used: flash_attn_4 (is older than 4.0.0b8)"
+    assert set(asked) == {9}
 
 
 def test_a_kernel_can_be_forced():
@@ -416,7 +426,7 @@ def varlen_stand_in(*args, **kwargs):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", sorted(gpu_kernels.PLAIN))
 def test_plain_calls_keep_to_the_libraries_signatures(name, causal, monkeypatch):
-    for module in ("flash_attn", "flash_attn_interface"):
+    for module in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
         library = ModuleType(module)
         library.flash_attn_func = (
             flash_attn_func if module == "flash_attn" else lambda *args, **kwargs: (flash_attn_func(*args, **kwargs), 0)
@@ -427,24 +437,6 @@ def test_plain_calls_keep_to_the_libraries_signatures(name, causal, monkeypatch)
         q, k, v = random_qkv(32, *heads, 8)
         expected, _ = attend_explicitly(q, k, v, ((0, 32),), 0.2, causal)
         assert relative_error(gpu_kernels.PLAIN[name](q, k, v, 0.2, causal), expected) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA H20", 148.0),
-        ("NVIDIA L40S", 362.0),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA RTX A4000", None),
-        ("Some GPU", None),
-    ],
-)
-def test_peaks_by_name(name, peak):
-    assert gpu_peaks.peak_tflops(name) == peak
 
 
 # ---- timing ----
@@ -480,3 +472,68 @@ def test_figures_are_medians_over_rounds():
 
 def test_clocks_are_empty_without_a_gpu():
     assert gpu_timing.clocks(CPU) == {}
+
+
+# ---- real ranks ----
+
+
+def ranks_part(rank, world, out):
+    return gpu_check.main(["--device", "cpu", "--only", "ranks", "--out", out]), torch.distributed.get_rank()
+
+
+def test_the_part_with_real_ranks_runs_on_gloo(tmp_path):
+    """The very code of ``torchrun … --only ranks``: small sizes, and no measured memory."""
+    out = tmp_path / "ranks.json"
+    assert run_ranks(ranks_part, 4, str(out), tmp_path=tmp_path) == [(0, rank) for rank in range(4)]
+    told = json.loads(out.read_text())
+    assert (told["backend"], told["world"]) == ("gloo", 4)
+    figures = {figure["name"]: figure for figure in told["figures"]}
+    strategies = ("local", "ulysses", "ring", "gather", "ulysses_ring")
+    assert {
+        f"ranks_{name}_{dtype}_error_over_limit" for name in strategies for dtype in ("float32", "bfloat16")
+    } <= set(figures)
+    assert {f"ranks_step_sp{sp}_loss_error" for sp in (2, 4)} <= set(figures)
+    assert figures["ranks_memory_planned_gib"]["value"] > 0
+    assert all(figure["holds"] for figure in figures.values())
+
+
+@pytest.mark.parametrize(
+    ("only", "sentence"),
+    [
+        (["ranks"], "--only ranks checks several ranks; start torchrun --nproc-per-node 8 -m tools.gpu.check"),
+        (["ranks", "parity"], "--only ranks parity: ranks runs alone; give --only ranks"),
+    ],
+)
+def test_ranks_without_ranks_are_refused(only, sentence, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert gpu_check.main(["--device", "cpu", "--only", *only]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_part_with_real_ranks_runs_on_one_rank(tmp_path):
+    """As on a machine with one GPU: the step and its memory are of use there too."""
+    assert run_ranks(ranks_part, 1, str(tmp_path / "ranks.json"), tmp_path=tmp_path) == [(0, 0)]
+
+
+def broken_ranks_part(rank, world, out):
+    """One rank's ring computes with another scale: every rank has to end with 1."""
+    forward = ring.forward_block
+    ring.forward_block = lambda q, *rest: forward(q if rank else 1.01 * q, *rest)
+    return gpu_check.main(["--device", "cpu", "--only", "ranks", "--out", out])
+
+
+def test_one_wrong_rank_fails_the_check_on_all(tmp_path):
+    assert run_ranks(broken_ranks_part, 2, str(tmp_path / "ranks.json"), tmp_path=tmp_path) == [1, 1]
+
+
+def float32_steps(rank, world):
+    """The steps of the part, through the attention that float32 has on CUDA."""
+    kernel.kernel_name = lambda device: ("torch_varlen", "under test")
+    start_deepspeed(CPU)
+    return [(figure.name, figure.holds) for figure in gpu_ranks._steps(CPU)]
+
+
+def test_a_float32_step_on_the_cuda_path_equals_transformers_in_float64(tmp_path):
+    """What makes the tiny experiments, and the bounds of 1e-5, run on GPUs."""
+    for found in run_ranks(float32_steps, 2, tmp_path=tmp_path):
+        assert len(found) == 4 and all(holds for _, holds in found), found

@@ -12,6 +12,7 @@ from lr2train.config import READS
 ROOT = Path(__file__).resolve().parent.parent / "lr2train"
 FLOORS = {
     "planning": 4,
+    "diagnosis": 4,
     "reporting": 4,
     "training": 3,
     "evolution": 3,
@@ -35,8 +36,11 @@ FREE = {
 VERBS = {*READS, "report"}
 FEW_FILES = {  # a folder ends with a slash
     "deepspeed": ("training/deepspeed/",),
-    "wandb": ("training/metrics.py",),
+    "wandb": ("training/wandb_sink.py",),
+    "wandb_workspaces": ("training/wandb_view.py",),
     "flash_attn": ("attention/cuda.py",),
+    "liger_kernel": ("model/fused.py",),
+    "triton": ("attention/merging.py",),
     "lm_eval": ("evaluation/harness",),
     "hydra": ("cli/composition.py", "cli/overrides.py", "cli/door.py"),
 }

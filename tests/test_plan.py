@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +22,8 @@ from lr2train.planning import cost, memory, tables
 from lr2train.planning.counts import counts_of, hf_config_of
 from lr2train.planning.memory import GIB
 from lr2train.planning.workload import workload_of
+from lr2train.run import open_run
+from tools.bench.live_bytes import LiveBytes
 
 L = 131072
 
@@ -105,10 +107,17 @@ def test_training_flops_agree_with_the_training_loop(llama):
     """MFU counts 6 N' + 6 layers * heads * head_dim * T a token."""
     assert cost.training_flops_per_token(llama, L) == 6 * 7_504_924_672 + 6 * 32 * 32 * 128 * L
     assert cost.training_flops_per_token(llama, L) == pytest.approx(148.1e9, rel=1e-3)
-    assert cost.recomputed_flops_per_token(llama, L, True) == pytest.approx(
-        cost.forward_flops_per_token(llama, L), rel=1e-4
+    assert cost.recomputed_flops_per_token(llama, L, "layer") == pytest.approx(
+        cost.forward_flops_per_token(llama, L) - 2 * 128256 * 4096,
+        rel=1e-4,  # all but the head
     )
-    assert cost.recomputed_flops_per_token(llama, L, False) == 2 * 128256 * 4096
+    assert cost.recomputed_flops_per_token(llama, L, "none") == 0
+    kept = cost.recomputed_flops_per_token(llama, L, "layer") - cost.recomputed_flops_per_token(
+        llama, L, "keep_attention"
+    )
+    assert kept == cost.attention_flops_per_token(llama, L)
+    whole, half = (cost.recomputed_flops_per_token(llama, L, "layer", n) for n in (32, 16))
+    assert whole == 2 * half
 
 
 @pytest.mark.parametrize(("name", "hours", "speed", "expected"), [("llama", 54, 804, 0.307), ("phi", 39, 1113, 0.274)])
@@ -156,15 +165,15 @@ def test_activations_by_hand(llama):
     assert memory.gathered_bytes(llama.parameters, llama.largest_gathered_parameters, 10**9, 2) == 2e9
     assert memory.gathered_bytes(1000, 600, 10**9, 2) == 2000  # a model below the live limit is gathered whole
     chunk = (
-        4096 * 128256 * 10 + 128256 * 4096 * 6 + 2 * t * 4096
-    )  # bf16, fp32 and probabilities; head gradient fp32 and bf16; hidden gradient
+        4096 * 128256 * 14 + 128256 * 4096 * 4 + t * 4096 * (2 + 8)
+    )  # logits, probabilities and gradient in fp32, gradient in bf16; head gradient fp32; hidden gradient, last norm
     assert memory.loss_bytes(4096, 128256, 4096, t, 2) == chunk
     assert memory.loss_bytes(4096, 128256, 10**9, 7, 2) == memory.loss_bytes(4096, 128256, 7, 7, 2)
     norms, attention, mlp = 2 * 8 * 4096, 2 * (2 * 32 + 2 * 8) * 128, 8 * 14336
     assert memory.layer_saved_bytes(llama, 1, 2, 1) == norms + 2 * 4096 + attention + mlp
-    assert memory.layer_saved_bytes(llama, 1, 2, 8) == norms + 2 * 4096 + 2 * attention + mlp
-    repeated = 2 * (2 * 32 + 2 * 16) * 128  # 8 key heads repeated to 16 for 16 ranks
-    assert memory.layer_saved_bytes(llama, 1, 2, 16) == norms + 2 * 4096 + 2 * repeated + mlp
+    assert memory.layer_saved_bytes(llama, 1, 2, 8) == norms + 2 * 4096 + attention + 2 * 32 * 128 + mlp
+    repeated = 2 * (3 * 32 + 2 * 16) * 128  # 8 key heads repeated to 16 for 16 ranks
+    assert memory.layer_saved_bytes(llama, 1, 2, 16) == norms + 2 * 4096 + repeated + mlp
     assert memory.checkpoint_bytes(llama.parameters, 2) == 14 * llama.parameters
 
 
@@ -194,6 +203,120 @@ def test_a_layer_saves_what_the_formula_says():
     )
 
 
+def test_what_a_recomputed_layer_keeps_by_hand(llama):
+    """LLaMA3-8B, 131072 tokens on one GPU: bf16 inputs of 4096, outputs of 32 heads of 128, fp32 log-sum-exps."""
+    setting = memory.MemorySetting.of(composed("experiment=llama3_8b_128k", "parallel.sp=1", "hardware.gpus=8"))
+    inputs, attention = 32 * L * 4096 * 2, 32 * L * 32 * (128 * 2 + 4)
+    for recompute, offload, gpu, host in (
+        ("layer", False, [inputs], []),
+        ("keep_attention", False, [inputs, attention], []),
+        ("layer", True, [inputs / 16], [inputs]),  # two of 32 layers are near
+        ("keep_attention", True, [(inputs + attention) / 16], [inputs, attention]),
+    ):
+        items = memory.training_items(llama, replace(setting, recompute=recompute, offload_inputs=offload))[4:-3]
+        assert [item.bytes for item in items if item.on_gpu] == gpu, recompute
+        assert [item.bytes for item in items if not item.on_gpu] == host, recompute
+
+
+def test_the_last_layers_may_keep_everything(llama):
+    """With 20 of 32 layers recomputed; the peak of a recomputed layer comes after the 12 others are done."""
+    setting = memory.MemorySetting.of(composed("experiment=llama3_8b_128k", "engine.recompute_layers=20"))
+    t = L // 8
+    saved, flight = memory.layer_saved_bytes(llama, t, 2, 8), memory.layer_flight_bytes(llama, t, 2)
+    kept = 20 * (t * 4096 * 2 + memory.kept_attention_bytes(llama, t, 2))
+    items = memory._activations(llama, replace(setting, chunk_tokens=1))
+    loss = memory.loss_bytes(4096, 128256, 1, t, 2)
+    assert sum(item.bytes for item in items) == kept + 12 * saved + max(flight, loss)
+    for gpu_gib in (40, 80):
+        fewest = memory.fewest_recomputed_layers(llama, setting, gpu_gib)
+        assert fewest is not None and 0 < fewest < 32
+        needed = [
+            memory.gpu_bytes(memory.training_items(llama, replace(setting, recompute_layers=n)))
+            for n in (fewest, fewest - 1)
+        ]
+        assert needed[0] <= 0.9 * gpu_gib * GIB < needed[1]
+    assert memory.fewest_recomputed_layers(llama, setting, 10) is None
+    assert memory.fewest_recomputed_layers(llama, setting, 500) == 0
+
+
+def test_auto_keeps_attention_where_it_fits(llama):
+    setting = memory.MemorySetting.of(composed("experiment=llama3_8b_128k"))
+    needed = memory.gpu_bytes(memory.training_items(llama, replace(setting, recompute="keep_attention"))) / GIB
+    at_least = needed / (1 - memory.RESERVE)
+    assert memory.choose_recompute(llama, setting, at_least * 1.001)[0] == "keep_attention"
+    chosen, why = memory.choose_recompute(llama, setting, at_least * 0.999)
+    assert chosen == "layer"
+    assert "attention's outputs of 4.06 GiB" in why
+    less = memory.gpu_bytes(memory.training_items(llama, replace(setting, recompute="layer"))) / GIB
+    assert needed - less == pytest.approx(4.0625)
+
+
+@pytest.mark.parametrize(("gpu_gib", "chosen"), [(80, "keep_attention"), (27, "layer")])
+def test_training_asks_the_same_estimate_about_its_own_gpu(gpu_gib, chosen, tmp_path, monkeypatch, capsys):
+    """64 ranks of LLaMA3-8B; the GPU's memory is what the device says, not hardware.gpu_memory_gib."""
+    from lr2train.train import GROUPS, _with_recompute
+
+    config = compose("train", ["experiment=llama3_8b_128k", f"runs_folder={tmp_path}", "name=first"])
+    about = SimpleNamespace(total_memory=gpu_gib * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
+    job, mesh, hf_config = open_run(config, "train", GROUPS), SimpleNamespace(world=64), hf_config_of(config.model)
+    settled = _with_recompute(job, config, hf_config, mesh, torch.device("cuda"))  # type: ignore[arg-type]
+    assert settled.engine.recompute == chosen
+    assert config.engine.recompute == "auto"
+    said = capsys.readouterr().err
+    assert f"engine.recompute=auto takes {chosen}: with attention's outputs of 4.06 GiB" in said
+    assert _with_recompute(job, config, hf_config, mesh, torch.device("cpu")).engine.recompute == "keep_attention"  # type: ignore[arg-type]
+    assert _with_recompute(job, settled, hf_config, mesh, torch.device("cuda")) is settled  # type: ignore[arg-type]
+
+
+def test_tiles_and_host_memory_make_room_for_long_shards(tmp_path):
+    """131072 tokens of LLaMA3-8B on a GPU of 80 GB: one GPU, and eight that share a segment of a million tokens."""
+    one = ("hardware.gpus=1", "parallel.sp=1", "optim.segments_per_step=1")
+    million = "rope.target_window_tokens=1048576", "data.segment_tokens=1048576", "hardware.gpus=8"
+    room = ("engine.tile_mlp=4096", "engine.offload_inputs=true")
+    for size, tiles_alone in ((one, False), (million, True)):  # of eight GPUs each has an eighth of the weights
+        given = ("experiment=llama3_8b_128k", "engine=zero3_offload", f"runs_folder={tmp_path}", *size)
+        assert not plan(composed(*given))["memory"]["fits"]
+        tiled = plan(composed(*given, *room[:1]))["memory"]
+        assert tiled["fits"] is tiles_alone
+        assert "engine.recompute=auto takes layer" in tiled["recompute"]
+        found = plan(composed(*given, *room))["memory"]
+        assert found["fits"]
+        assert "engine.recompute=auto takes keep_attention" in found["recompute"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer", "keep_attention"])
+@pytest.mark.parametrize("tile", [0, 128])
+def test_a_layer_peaks_where_the_formula_says(recompute, tile):
+    """Beside all tensors of a real bf16 layer, forward and backward, on the CPU."""
+    from lr2train.attention.hf import install as install_attention
+    from lr2train.config import EngineConfig
+    from lr2train.model import recompute as layers
+    from lr2train.parallel.mesh import Mesh
+
+    tokens, config = 4096, composed("model=tiny_llama")
+    hf_config = hf_config_of(config.model)
+    lm = load.build_empty(hf_config, "bfloat16", lambda: torch.device("cpu")).train()
+    attention = install_attention(lm, Mesh(), "local").segment(((0, tokens),), tokens)
+    layers.install(lm, EngineConfig(recompute=recompute, tile_mlp=tile))
+    x, grad = (torch.zeros(1, tokens, hf_config.hidden_size, dtype=torch.bfloat16) for _ in range(2))
+    positions = torch.arange(tokens)[None]
+    rotated = lm.base_model.rotary_emb(x, positions)
+    live = LiveBytes([*lm.parameters(), *rotated, x, grad])
+    with live:
+        out = lm.base_model.layers[0](
+            x.requires_grad_(), position_embeddings=rotated, position_ids=positions, use_cache=False,
+            segment_attention=attention,
+        )  # fmt: skip
+        out.backward(grad)
+    counts = counts_of(hf_config, config.model)
+    formula = memory.layer_saved_bytes(counts, tokens, 2, 1, tile or None)
+    formula += memory.layer_flight_bytes(counts, tokens, 2, tile or None)
+    formula += sum(weight.nbytes for weight in lm.base_model.layers[0].parameters())  # their gradients
+    measured = live.peak + x.nbytes + grad.nbytes
+    assert measured <= formula <= 1.2 * measured
+
+
 def test_offloading_moves_states_to_the_host(llama):
     config = composed("experiment=llama3_8b_128k", "engine=zero3_offload")
     setting = memory.MemorySetting.of(config)
@@ -206,7 +329,7 @@ def test_deepspeeds_own_keys_change_the_estimate(llama):
     config = composed("experiment=llama3_8b_128k")
     config.engine.deepspeed = {"zero_optimization": {"reduce_bucket_size": 5e7, "stage3_max_live_parameters": 3e8}}
     items = {item.name: item.bytes for item in memory.training_items(llama, memory.MemorySetting.of(config))}
-    assert items["reduction buckets"] == 5e7 * (2 * 2 + 4)  # two in bfloat16, and the fp32 copy that is sent
+    assert items["reduction buckets"] == 5e7 * 4  # gradients are sent in fp32
     assert items["gathered weights"] == 2 * 128256 * 4096  # the head is bigger than the limit
 
 
@@ -285,7 +408,7 @@ def test_a_model_that_is_not_extended_has_no_search(tmp_path):
             "model=tiny_llama",
             "rope.target_window_tokens=512",
             "hardware.gpus=2",
-            "engine.activation_checkpointing=false",
+            "engine.recompute=none",
             f"runs_folder={tmp_path}",
         )
     )
@@ -302,6 +425,8 @@ def test_a_model_that_is_not_extended_has_no_search(tmp_path):
         (("optim.segments_per_step=12",), "optim.segments_per_step=12"),
         (("data.segment_tokens=131071",), "data.segment_tokens=131071"),
         (("hardware.mfu=0",), "hardware.mfu"),
+        (("engine.offload_inputs=true", "engine.recompute=none"), "engine.recompute=none"),
+        (("engine.tile_mlp=64", "model.architecture.model_type=mixtral"), "engine.tile_mlp=64 .* has experts"),
         (("model=none", "model.path=nowhere/model"), "model.path=nowhere/model"),
     ],
 )
@@ -316,15 +441,6 @@ def test_numbers_are_short():
     assert [tables.hours(h) for h in (41.46, 0.5, 0.001)] == ["41.5 h", "30.0 min", "3.6 s"]
 
 
-@pytest.fixture
-def sigterm():
-    """The verb replaces the handler of SIGTERM."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.usefixtures("sigterm")
 def test_the_command_prints_the_estimate_within_a_minute(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plan", "experiment=phi3_mini_128k", f"runs_folder={tmp_path}", "name=phi"])
     start = time.monotonic()

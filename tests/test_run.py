@@ -64,8 +64,9 @@ def changed(folder: Path, key: str, value) -> Config:
     ("key", "value"),
     [
         ("parallel.sp", 4), ("parallel.timeout_s", 5.0),
-        ("engine.activation_checkpointing", False), ("engine.loss_chunk_tokens", 64),
+        ("engine.recompute", "none"), ("engine.loss_chunk_tokens", 64),
         ("engine.deepspeed", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5}}),
+        ("engine.deepspeed", {"zero_optimization": {"zero_hpz_partition_size": 8}}),
         ("engine.checkpoint_every_steps", 7), ("engine.keep_checkpoints", 9), ("engine.max_bad_steps", 1),
         ("engine.resume_from", 3),
         ("optim.steps", 20), ("data.verify", False), ("data.prefetch_steps", 0), ("data.holdout", 0.5),

@@ -230,8 +230,7 @@ def make_map(given: argparse.Namespace) -> Json:
     for factor in given.attention_factor:
         print(table(lines, factor, spectrum), *([in_words(found[f"{factor:g}"])] if found else []), "", sep="\n")
         chart = rcd_map([line for cell, line in lines.items() if cell.attention_factor == factor], spectrum)
-        title = f"Needle perplexity over rcd and the tail's scale, attention factor {factor:g}"
-        pictures.append(chart.png(given.out / f"map_{factor:g}.png", title))
+        pictures.append(chart.write(given.out / f"map_{factor:g}")[0])
     if "all" in found:
         print("all attention factors", in_words(found["all"]), "", sep="\n")
     summary = {

@@ -9,19 +9,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import FuncNorm
+from matplotlib.colors import LogNorm
 from matplotlib.figure import FigureBase
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
-from lr2train.reporting.canvas import Chart, Look, chart
-from lr2train.reporting.heatmap import text_color
+from lr2train.reporting.axes import loss_of, perplexity_label, perplexity_ticks, tick_labels
+from lr2train.reporting.canvas import Chart, Drawn, Look, chart
+from lr2train.reporting.needle_map import text_color
 from lr2train.reporting.population import bounded
-from lr2train.reporting.scales import PerplexityScale
 from lr2train.rope.spectrum import Spectrum
 
 NAMES = {"yarn": "YaRN", "ntk": "NTK", "pi": "PI"}
@@ -45,7 +44,7 @@ def rcd_map(lines: Sequence[Json], spectrum: Spectrum) -> Chart:
 
 
 @chart()
-def _map(figure: FigureBase, look: Look, lines: Sequence[Json], spectrum: Spectrum) -> str:
+def _map(figure: FigureBase, look: Look, lines: Sequence[Json], spectrum: Spectrum) -> Drawn:
     grid = [line for line in lines if line["scale"] is not None]
     beside = [line for line in lines if line["scale"] is None]
     indices, scales = (sorted({line[key] for line in grid}) for key in ("critical_index", "scale"))
@@ -53,9 +52,10 @@ def _map(figure: FigureBase, look: Look, lines: Sequence[Json], spectrum: Spectr
         (indices.index(line["critical_index"]), scales.index(line["scale"])): bounded(line["perplexity"])
         for line in grid
     }
-    scale = PerplexityScale.over(np.array([*places.values()]))
+    losses = loss_of([*places.values()])
+    norm = LogNorm(losses.min(), max(losses.max(), losses.min() * 1.001))
     left, right, bar = figure.subplots(1, 3, width_ratios=(max(len(indices), 4), 1, 0.3))
-    _cells(left, look, places, scale)
+    _cells(left, look, places, norm)
     best = min(places, key=lambda place: places[place])
     left.add_patch(
         Rectangle(
@@ -90,14 +90,15 @@ def _map(figure: FigureBase, look: Look, lines: Sequence[Json], spectrum: Spectr
                 linespacing=0.9,
                 weight="bold",
             )
-    _beside(right, look, beside, max(len(scales), len(beside)), scale)
-    _bar(figure, bar, scale)
-    return "needle perplexity by critical index and scale of the tail"
+    _beside(right, look, beside, max(len(scales), len(beside)), norm)
+    _bar(figure, bar, norm)
+    columns = {key: [line[key] for line in lines] for key in ("method", "critical_index", "scale", "perplexity")}
+    return "Needle perplexity by critical index and scale of the tail.", columns
 
 
-def _beside(axes: Axes, look: Look, lines: Sequence[Json], rows: int, scale: PerplexityScale) -> None:
+def _beside(axes: Axes, look: Look, lines: Sequence[Json], rows: int, norm: LogNorm) -> None:
     """The fixed methods from the top, in cells of the map's height."""
-    _cells(axes, look, {(0, rows - 1 - i): bounded(line["perplexity"]) for i, line in enumerate(lines)}, scale)
+    _cells(axes, look, {(0, rows - 1 - i): bounded(line["perplexity"]) for i, line in enumerate(lines)}, norm)
     axes.set(xlim=(-0.5, 0.5), ylim=(-0.5, rows - 0.5), xticks=[])
     axes.set_yticks(
         [rows - 1 - i for i in range(len(lines))],
@@ -105,19 +106,14 @@ def _beside(axes: Axes, look: Look, lines: Sequence[Json], rows: int, scale: Per
     )
 
 
-def _cells(axes: Axes, look: Look, places: dict[Place, float], scale: PerplexityScale) -> None:
-    """Squares with numbers, coloured by their place on the scale."""
-    norm = _norm(scale)
+def _cells(axes: Axes, look: Look, places: dict[Place, float], norm: LogNorm) -> None:
+    """Squares with numbers, coloured by the logarithm of the loss; beyond the map's worst, in its colour."""
     axes.grid(False)
     axes.spines[:].set_visible(False)
     for (column, row), perplexity in places.items():
-        color = COLORS(float(norm(scale.clip([perplexity])[0])))
+        color = COLORS(float(norm(loss_of([perplexity])[0])))
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=color, edgecolor=look.card, linewidth=1.2))
         axes.text(column, row, _short(perplexity), ha="center", va="center", fontsize=8, color=text_color(*color[:3]))
-
-
-def _norm(scale: PerplexityScale) -> FuncNorm:
-    return FuncNorm((scale.forward, scale.inverse), scale.best, max(scale.worst, scale.best * (1 + 1e-6)))
 
 
 def _short(perplexity: float) -> str:
@@ -128,8 +124,9 @@ def _short(perplexity: float) -> str:
     return f"{perplexity:.0e}".replace("e+0", "e")
 
 
-def _bar(figure: FigureBase, axes: Axes, scale: PerplexityScale) -> None:
-    bar = figure.colorbar(ScalarMappable(_norm(scale), COLORS), cax=axes, label=scale.label("needle"))
-    bar.ax.yaxis.set_major_locator(FixedLocator([tick for tick in scale.ticks() if scale.best <= tick <= scale.worst]))
+def _bar(figure: FigureBase, axes: Axes, norm: LogNorm) -> None:
+    bar = figure.colorbar(ScalarMappable(norm, COLORS), cax=axes, label="needle perplexity (log of loss)")
+    ticks = perplexity_ticks(float(norm.vmin or 0), float(norm.vmax or 1))
+    bar.ax.yaxis.set_major_locator(FixedLocator([*loss_of(ticks)]))
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(scale.name))
+    bar.ax.yaxis.set_major_formatter(tick_labels(perplexity_label))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lr2train.attention.once import Once
 from lr2train.attention.tiles import Tile
+from lr2train.parallel.comm import to_device
 from lr2train.parallel.layout import Ranges
 
 _LONGEST_BAND = 256  # queries of a CPU tile under a sliding window; its mask has this many by (this + window) elements
@@ -95,7 +96,7 @@ def _selection(rows: Rows, device: torch.device) -> slice | Tensor:
     if rows._adjoin:
         return slice(*rows._bounds)
     with torch.inference_mode(False):  # an evaluation may ask first, and autograd refuses to save its tensors
-        return torch.cat([torch.arange(start, stop) for start, stop in rows.ranges]).to(device)
+        return to_device(torch.cat([torch.arange(start, stop) for start, stop in rows.ranges]), device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,16 @@
-"""The CUDA kernels: flash-attn 3 or 2 where installed, else torch's own variable-length flash attention.
+"""The CUDA kernels: flash-attn 3, 4 or 2 where installed, else torch's own variable-length flash attention.
 
 Shape letters: N rows of queries and M rows of keys of a round, H heads, D head size.
 
 Choice: all are called as raw functions, because only so do they return the log-sum-exp and take it back in the
 backward. A round is one call over packed tiles, told apart by cumulative lengths (cu_seqlens). All lengths are Python
-ints, so no call waits for the device. Cost: raw functions change between versions; ``choose`` tells old ones by their
-signature. This is the only file that imports flash_attn.
+ints, so no call waits for the device. Cost: raw functions change between versions; ``refusal`` tells the versions that
+do not fit by their signature. This is the only file that imports flash_attn.
+
+flash-attn 3 is called through the operators that it registers with torch, because its Python function has had two
+signatures and its operators one. torch's ``activate_flash_attention_impl`` is not used. "FA3" would call the same two
+operators. "FA4" of torch 2.13 expects two results of flash-attn 4's forward function, which returns four since beta 20
+and five since beta 36, and hands no longest lengths to the backward function.
 """
 
 from __future__ import annotations
@@ -16,46 +21,96 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lr2train.attention import explicit
 from lr2train.attention.blocks import Block, Queries, Round, softcap_of
 from lr2train.config import UserError
+from lr2train.parallel.comm import to_device
 
 _flash = torch.ops.aten._flash_attention_forward
 _flash_backward = torch.ops.aten._flash_attention_backward
+WIDE = (torch.float32, torch.float64)  # no flash kernel has them
 
-_LIBRARIES = {  # by preference: the module of the raw functions, and the function whose signature tells old versions
-    "flash_attn_3": ("flash_attn_interface", "_flash_attn_backward"),
-    "flash_attn": ("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward"),
+
+class _Library(NamedTuple):
+    """A library of flash kernels.
+
+    Attributes:
+        module: holds its raw functions.
+        generations: major compute capabilities of the GPUs that it is built for; None: 8 and newer.
+        parameters: names of the parameters of its backward function, from the imported module.
+        needed: parameters that older versions of the function do not have.
+        since: the first version that has them.
+    """
+
+    module: str
+    generations: tuple[int, ...] | None
+    parameters: Callable[[ModuleType], frozenset[str]]
+    needed: frozenset[str]
+    since: str
+
+
+def _parameters(function: Any) -> frozenset[str]:
+    """Names of the parameters of a function or of a torch custom operator."""
+    return frozenset(inspect.signature(getattr(function, "_init_fn", function)).parameters)
+
+
+LIBRARIES = {  # by preference
+    "flash_attn_3": _Library(
+        "flash_attn_interface",
+        (9,),
+        lambda _: frozenset(argument.name for argument in torch.ops.flash_attn_3.bwd.default._schema.arguments),
+        frozenset({"window_size_left", "cu_seqlens_q"}),
+        "the one of flash-attn 2.8.3's folder hopper",
+    ),
+    "flash_attn_4": _Library(
+        "flash_attn.cute.interface",
+        (9, 10),
+        lambda module: _parameters(module._flash_attn_bwd),
+        frozenset({"window_size_left", "cu_seqlens_q", "max_seqlen_q"}),
+        "4.0.0b8",
+    ),
+    "flash_attn": _Library(
+        "flash_attn.flash_attn_interface",
+        None,
+        lambda module: _parameters(module._flash_attn_varlen_backward),
+        frozenset({"window_size_left", "cu_seqlens_q"}),
+        "2.7",
+    ),
 }
 
 
 def choose() -> tuple[str, str]:
-    """(name, reason) of the best kernel on this machine: flash_attn_3 | flash_attn | torch_varlen.
+    """(name, reason) of the best kernel on this machine: flash_attn_3 | flash_attn_4 | flash_attn | torch_varlen.
 
-    Raises:
-        UserError: the GPU is older than flash attention.
+    A GPU that is older than flash attention gets ``explicit``.
     """
-    refused = []
     generation = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
     if 0 < generation < 8:
-        found = f"this GPU has compute capability {generation}.x"
-        raise UserError(f"{found} and flash attention needs 8 (A100) or newer; set device to cpu")
-    for name, (module, function) in _LIBRARIES.items():
-        if name == "flash_attn_3" and generation != 9:  # it is built for Hopper alone
-            continue
-        try:
-            usable = "window_size_left" in _parameters(getattr(importlib.import_module(module), function))
-        except (ImportError, OSError, AttributeError) as error:  # OSError: built for another torch
-            refused.append(f"{name} is not importable: {error}")
-            continue
-        if usable:
+        return "explicit", f"this GPU has compute capability {generation}.x, and flash attention needs 8 (A100)"
+    refused = []
+    for name in LIBRARIES:
+        if (why := refusal(name, generation)) is None:
             return name, f"{name} is installed"
-        refused.append(f"{name} is older than its functions that we call (2.7 of flash_attn)")
+        refused.append(f"{name} {why}")
     return "torch_varlen", "; ".join(refused)
+
+
+def refusal(name: str, generation: int) -> str | None:
+    """The reason why a library does not serve GPUs of this compute capability (major), as a predicate; else None."""
+    library = LIBRARIES[name]
+    if library.generations and generation not in library.generations:
+        return f"is built for compute capability {' and '.join(f'{one}.x' for one in library.generations)} alone"
+    try:
+        found = library.parameters(importlib.import_module(library.module))
+    except Exception as error:  # of any kind: a library built for another torch or CUDA raises what it likes
+        return f"is not importable: {' '.join(str(error).split())[:200]}"
+    return None if library.needed <= found else f"is older than {library.since}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,19 +153,56 @@ def varlen_of(round_: Round, device: torch.device) -> Varlen:
 
 
 def _cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
 _Forward = Callable[[Tensor, Tensor, Tensor, Varlen, float], tuple[Tensor, Tensor]]
 _Backward = Callable[[Queries, Tensor, Tensor, Varlen, float], Sequence[Tensor]]  # with lse [Hq, N]
 
 
+class ExplicitKernel:
+    """``kernel.Kernel`` by the definition of attention, for float32 and float64 (see ``explicit``)."""
+
+    def rounds(self, block: Block) -> tuple[Round, ...]:
+        """The calls that a block takes."""
+        return block.cuda_rounds
+
+    def check(self, q: Tensor) -> None:
+        """Refuse what the definition should not serve.
+
+        Raises:
+            UserError: the dtype is half precision, which is for models of a size that needs flash attention.
+        """
+        if q.dtype not in WIDE:
+            raise UserError(
+                f"model.dtype={_name_of(q.dtype)} needs flash attention, and this GPU is older than compute capability "
+                "8 (A100); set model.dtype to float32"
+            )
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, round_: Round, scale: float) -> tuple[Tensor, Tensor]:
+        """As ``CpuKernel.forward``."""
+        return explicit.forward_round(q, k, v, round_, scale)
+
+    def backward(self, queries: Queries, k: Tensor, v: Tensor, round_: Round, scale: float) -> Sequence[Tensor]:
+        """As ``CpuKernel.backward``."""
+        return explicit.backward_round(queries, k, v, round_, scale)
+
+
+def _every_size(head_size: int) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class CudaKernel:
-    """``kernel.Kernel`` over a flash kernel for packed tiles, whose out is [N, Hq, D] and lse [Hq, N] in fp32."""
+    """``kernel.Kernel`` over a flash kernel for packed tiles, whose out is [N, Hq, D] and lse [Hq, N] in fp32.
+
+    float32 and float64, which flash kernels do not have, are computed by the definition.
+    """
 
     call: _Forward
     call_backward: _Backward
+    takes: Callable[[int], bool] = _every_size  # of the multiples of 8 up to 256
+    wide = ExplicitKernel()
 
     def rounds(self, block: Block) -> tuple[Round, ...]:
         """The calls that a block takes."""
@@ -120,29 +212,42 @@ class CudaKernel:
         """Refuse what flash attention does not serve.
 
         Raises:
-            UserError: the dtype is not half precision, or the head size is no multiple of 8 up to 256.
+            UserError: in half precision, the head size is no multiple of 8, or the kernel does not take it.
         """
-        if q.dtype not in (torch.bfloat16, torch.float16):
-            dtype = str(q.dtype).removeprefix("torch.")
-            raise UserError(f"model.dtype={dtype} has no flash attention on CUDA; set model.dtype to bfloat16")
-        if q.shape[-1] > 256 or q.shape[-1] % 8:
+        size = q.shape[-1]
+        if q.dtype in WIDE:
+            return
+        if size % 8 or size > 256:
             raise UserError(
-                f"head_dim={q.shape[-1]} has no flash attention on CUDA, which serves multiples of 8 up to 256; "
+                f"head_dim={size} has no flash attention on CUDA, which serves multiples of 8 up to 256; "
                 "choose another model (model.path)"
+            )
+        if not self.takes(size):
+            raise UserError(
+                f"head_dim={size} has no kernel in flash-attn-4 on this GPU, which serves up to 128, and 256; "
+                "pip uninstall flash-attn-4"
             )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, round_: Round, scale: float) -> tuple[Tensor, Tensor]:
         """As ``CpuKernel.forward``."""
+        if q.dtype in WIDE:
+            return self.wide.forward(q, k, v, round_, scale)
         rows_q, rows_k = round_.queries.on(q.device), round_.keys.on(q.device)
         out, lse = self.call(q[rows_q], k[rows_k], v[rows_k], round_.once(varlen_of, q.device), scale)
         return out, lse.transpose(0, 1)
 
     def backward(self, queries: Queries, k: Tensor, v: Tensor, round_: Round, scale: float) -> Sequence[Tensor]:
         """As ``CpuKernel.backward``."""
+        if k.dtype in WIDE:
+            return self.wide.backward(queries, k, v, round_, scale)
         rows_k = round_.keys.on(k.device)
         part = queries.part(round_.queries.on(k.device))
         part = part._replace(lse=part.lse.transpose(0, 1).contiguous())
         return self.call_backward(part, k[rows_k], v[rows_k], round_.once(varlen_of, k.device), scale)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # ---- the libraries ----
@@ -203,44 +308,68 @@ def _flash2_backward(queries: Queries, k: Tensor, v: Tensor, varlen: Varlen, sca
 
 
 def _flash3_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, scale: float) -> tuple[Tensor, Tensor]:
-    """flash-attn 3 (Hopper), whose one function takes packed tiles where cumulative lengths are given."""
-    from flash_attn_interface import _flash_attn_forward
+    """flash-attn 3 (Hopper), whose one operator takes packed tiles where cumulative lengths are given.
 
-    out, lse, *_ = _flash_attn_forward(
+    ``num_splits=1``, as its Python function has: the operator's own default may split the keys, and then a sum depends
+    on the longest tile of the call.
+    """
+    out, lse, *_ = torch.ops.flash_attn_3.fwd(
         q, k, v, cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k, max_seqlen_q=varlen.max_q,
-        max_seqlen_k=varlen.max_k, softmax_scale=scale, causal=varlen.right == 0,
-        window_size_left=varlen.left, window_size_right=varlen.right, **_softcap3(scale),
+        max_seqlen_k=varlen.max_k, softmax_scale=scale, is_causal=varlen.right == 0, window_size_left=varlen.left,
+        window_size_right=varlen.right, softcap=softcap_of(scale), num_splits=1,
     )  # fmt: skip
     return out, lse
 
 
-def _softcap3(scale: float) -> dict[str, float]:
-    """flash-attn 3's keyword, where a model caps its scores."""
-    return {"softcap": softcap_of(scale)} if softcap_of(scale) else {}
-
-
 def _flash3_backward(queries: Queries, k: Tensor, v: Tensor, varlen: Varlen, scale: float) -> Sequence[Tensor]:
-    from flash_attn_interface import _flash_attn_backward
-
     q, out, lse, grad_out = queries
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    causal = "is_causal" if "is_causal" in _parameters(_flash_attn_backward) else "causal"  # its betas differ
-    _flash_attn_backward(
-        grad_out, q, k, v, out, lse, cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k, max_seqlen_q=varlen.max_q,
-        max_seqlen_k=varlen.max_k, dq=grads[0], dk=grads[1], dv=grads[2], softmax_scale=scale,
-        window_size_left=varlen.left, window_size_right=varlen.right, **{causal: varlen.right == 0},
-        **_softcap3(scale),
+    torch.ops.flash_attn_3.bwd(
+        grad_out, q, k, v, out, lse, *grads, cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k,
+        max_seqlen_q=varlen.max_q, max_seqlen_k=varlen.max_k, softmax_scale=scale, is_causal=varlen.right == 0,
+        window_size_left=varlen.left, window_size_right=varlen.right, softcap=softcap_of(scale),
     )  # fmt: skip
     return grads
 
 
-def _parameters(function: Any) -> frozenset[str]:
-    """Names of the parameters of a function or of a torch custom operator."""
-    return frozenset(inspect.signature(getattr(function, "_init_fn", function)).parameters)
+def _flash4_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, scale: float) -> tuple[Tensor, Tensor]:
+    """flash-attn 4 (Hopper, Blackwell), which returns out and lse first and writes None for a window without an end."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, lse, *_ = _flash_attn_fwd(
+        q, k, v, cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k, max_seqlen_q=varlen.max_q,
+        max_seqlen_k=varlen.max_k, softmax_scale=scale, causal=varlen.right == 0, softcap=softcap_of(scale),
+        return_lse=True, **_windows4(varlen),
+    )  # fmt: skip
+    return out, lse
 
 
-KERNELS = {
+def _flash4_backward(queries: Queries, k: Tensor, v: Tensor, varlen: Varlen, scale: float) -> Sequence[Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    q, out, lse, grad_out = queries
+    return _flash_attn_bwd(
+        q, k, v, out, grad_out, lse, cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k, max_seqlen_q=varlen.max_q,
+        max_seqlen_k=varlen.max_k, softmax_scale=scale, causal=varlen.right == 0, softcap=softcap_of(scale),
+        **_windows4(varlen),
+    )[:3]  # fmt: skip
+
+
+def _windows4(varlen: Varlen) -> dict[str, int | None]:
+    """A plain causal mask is told by ``causal`` alone, as in flash-attn 4's own tests."""
+    left, right = (None if size < 0 else size for size in (varlen.left, varlen.right))
+    return {"window_size_left": left, "window_size_right": None if left is None else right}
+
+
+def _flash4_takes(head_size: int) -> bool:
+    """``_validate_head_dims`` of flash-attn 4: on Blackwell up to 128, and 256."""
+    return head_size <= 128 or head_size == 256 or torch.cuda.get_device_capability()[0] == 9
+
+
+KERNELS: dict[str, CudaKernel | ExplicitKernel] = {
+    "explicit": ExplicitKernel(),
     "torch_varlen": CudaKernel(_torch_forward, _torch_backward),
     "flash_attn": CudaKernel(_flash2_forward, _flash2_backward),
     "flash_attn_3": CudaKernel(_flash3_forward, _flash3_backward),
+    "flash_attn_4": CudaKernel(_flash4_forward, _flash4_backward, _flash4_takes),
 }

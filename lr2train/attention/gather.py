@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from lr2train.attention.blocks import Block, Queries
 from lr2train.attention.kernel import backward_block, dense_last, forward_block
+from lr2train.attention.recompute import kept
 from lr2train.attention.strategy import PackedSegment, SegmentWork, Strategy, Traffic
 from lr2train.attention.tiles import Spans, Tile, touching
 from lr2train.config import UserError
@@ -191,8 +192,12 @@ class _Gather(torch.autograd.Function):
         Kept for the backward: q, k, v, out and lse. Fetched keys are fetched again.
         """
         q, k, v = (dense_last(x) for x in (q, k, v))
-        arrivals = _Arrivals(q.shape[1], k, v, attention)
-        out, lse = forward_rank(q, k.shape[1], attention.exchange, scale, arrivals.fetch)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            arrivals = _Arrivals(q.shape[1], k, v, attention)
+            return forward_rank(q, k.shape[1], attention.exchange, scale, arrivals.fetch)
+
+        out, lse = kept(compute)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.attention, ctx.counts = scale, attention, counter()
         return out

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from lr2train.attention import choice
+from lr2train.attention import choice, cuda
 from lr2train.attention.blocks import CappedScale
 from lr2train.attention.choice import Layers
 from lr2train.attention.kernel import kernel_name
@@ -93,8 +94,6 @@ def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> Model
             f"{type(model).__name__} has attention sinks, which no kernel here computes; choose another model "
             "(model.path)"
         )
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) and model.device.type == "cuda":
-        _refuse_kernel_without_cap(model)
     AttentionInterface.register(NAME, attention_forward)
     model.set_attn_implementation(NAME)
     _hand_on_segments(model)
@@ -147,14 +146,6 @@ def attention_forward(
     if softcap := kwargs.get("softcap"):
         scale = CappedScale(scale, softcap)
     return segment_attention(q, k, v, scale, kwargs.get("sliding_window")).unsqueeze(0), None
-
-
-def _refuse_kernel_without_cap(model: PreTrainedModel) -> None:
-    if kernel_name(model.device)[0] == "torch_varlen":
-        raise UserError(
-            f"{type(model).__name__} caps attention scores, which torch's own flash attention does not; install "
-            "flash-attn"
-        )
 
 
 def _hand_on_segments(model: PreTrainedModel) -> None:
@@ -243,6 +234,28 @@ def refuse_config(
                 "set model.overrides.sliding_window=null if they may attend to everything",
                 n_layers, config.model_type, sliding_window, longest_span,
             )  # fmt: skip
+
+
+def refuse_device(config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model that the attention kernel of this rank's device does not compute. Needs no weights.
+
+    Raises:
+        UserError: the kernel has not this dtype, not the model's head size, or no cap of scores.
+    """
+    name, _ = kernel_name(device)
+    if device.type != "cuda":
+        return
+    config, layers = config.get_text_config(), layers_of(config)
+    cuda.KERNELS[name].check(torch.empty(0, layers.n_heads, layers.head_size, dtype=dtype, device="meta"))
+    if dtype in cuda.WIDE:
+        log.info(
+            "attention in %s on CUDA is computed by its definition, for small models; bfloat16 is for large ones",
+            str(dtype).removeprefix("torch."),
+        )
+    elif name == "torch_varlen" and getattr(config, "attn_logit_softcapping", None):
+        raise UserError(
+            f"{config.model_type} caps attention scores, which torch's own flash attention does not; install flash-attn"
+        )
 
 
 def refuse_model(config: Any) -> None:

@@ -14,9 +14,12 @@ operators that change between versions.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, Protocol
 
@@ -27,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from lr2train.attention import cuda
 from lr2train.attention.blocks import Block, Queries, Round
 from lr2train.attention.cpu import CpuKernel
+from lr2train.attention.recompute import kept
 from lr2train.attention.tiles import Spans, check_spans, diagonal
 from lr2train.config import UserError
 
@@ -45,7 +49,18 @@ class Kernel(Protocol):
     def backward(self, queries: Queries, k: Tensor, v: Tensor, round_: Round, scale: float) -> Sequence[Tensor]: ...
 
 
-_KERNELS: dict[str, Kernel] = {"cpu_flash": CpuKernel(), **cuda.KERNELS}
+KERNELS: dict[str, Kernel] = {"cpu_flash": CpuKernel(), **cuda.KERNELS}
+_instead: ContextVar[Kernel | None] = ContextVar("instead", default=None)
+
+
+@contextlib.contextmanager
+def using(kernel: Kernel) -> Iterator[None]:
+    """Inside the block this kernel serves every device: a rehearsal takes a CUDA kernel where there is no GPU."""
+    token = _instead.set(kernel)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
 
 
 def attend(
@@ -100,9 +115,10 @@ def forward_block(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -
     for round_ in rounds:
         rows = round_.queries.on(q.device)
         part_out, part_lse = kernel.forward(q, k, v, round_, scale)
-        if not round_.fresh:
-            part_out, part_lse = merge(out[rows], lse[rows], part_out, part_lse)
-        out[rows], lse[rows] = part_out.to(out.dtype), part_lse
+        if round_.fresh:
+            out[rows], lse[rows] = part_out.to(out.dtype), part_lse
+        else:
+            merge_into(out, lse, rows, part_out, part_lse)
     return out, lse
 
 
@@ -151,8 +167,26 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return weight_a * out_a.to(dtype) + weight_b * out_b.to(dtype), lse
 
 
+def merge_into(out: Tensor, lse: Tensor, rows: slice | Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """``merge`` of some rows of out [T, H, D] and lse [T, H], in fp32 and in place, with a part [N, H, D] and [N, H]
+    over other keys. ``rows``: N rows, each at most once. One kernel on CUDA with triton, plain elsewhere.
+    """
+    if out.is_cuda and out.dtype == torch.float32 and _has_triton():
+        from lr2train.attention.merging import merge_rows
+
+        merge_rows(out, lse, rows, part_out, part_lse)
+    else:
+        out[rows], lse[rows] = merge(out[rows], lse[rows], part_out, part_lse)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def kernel_name(device: torch.device | str) -> tuple[str, str]:
-    """(name, reason) of the kernel that serves ``device``: flash_attn_3 | flash_attn | torch_varlen | cpu_flash.
+    """(name, reason) of the kernel that serves ``device``: flash_attn_4 | flash_attn_3 | flash_attn |
+    torch_varlen | explicit | cpu_flash.
 
     Raises:
         UserError: no kernel serves the device.
@@ -173,7 +207,7 @@ def _choose_kernel(device_type: str) -> tuple[str, str]:
 
 
 def _kernel(q: Tensor) -> Kernel:
-    kernel = _KERNELS[kernel_name(q.device)[0]]
+    kernel = _instead.get() or KERNELS[kernel_name(q.device)[0]]
     kernel.check(q)
     return kernel
 
@@ -189,8 +223,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, block: Block) -> tuple[Tensor, Tensor]:
         """q [Tq, Hq, D], k and v [Tk, Hkv, D] -> out [Tq, Hq, D] in q's dtype, lse [Tq, Hq] in nats."""
         q, k, v = (dense_last(x) for x in (q, k, v))
-        out, lse = forward_block(q, k, v, block, scale)
-        out = out.to(q.dtype)
+        out, lse = kept(lambda: _rounded(q.dtype, *forward_block(q, k, v, block, scale)))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.block = scale, block
         ctx.mark_non_differentiable(lse)
@@ -208,6 +241,10 @@ class _Attention(torch.autograd.Function):
 def dense_last(x: Tensor) -> Tensor:
     """``x`` with a last stride of 1. Kernels assume it, and would misread the expanded gradient of a sum."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rounded(dtype: torch.dtype, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return out.to(dtype), lse
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

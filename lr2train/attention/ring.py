@@ -41,7 +41,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lr2train.attention.blocks import Queries
-from lr2train.attention.kernel import backward_block, dense_last, forward_block, merge
+from lr2train.attention.kernel import backward_block, dense_last, forward_block, merge_into
+from lr2train.attention.recompute import kept
 from lr2train.attention.ring_steps import Step, held_by, needs, steps_of
 from lr2train.attention.strategy import PackedSegment, SegmentWork, Strategy, Traffic
 from lr2train.attention.tiles import Tile
@@ -107,7 +108,7 @@ def forward_rank(
             rows = step.queries.on(q.device)
             out = out.to(lse.dtype)
             part = forward_block(q[rows], keys, values, step.block, scale)
-            out[rows], lse[rows] = merge(out[rows], lse[rows], *part)
+            merge_into(out, lse, rows, *part)
     return out.to(q.dtype), lse
 
 
@@ -142,7 +143,7 @@ class _Ring(torch.autograd.Function):
         Kept for the backward: q, k, v, out and lse. Keys of other ranks are fetched again.
         """
         q, k, v = dense_last(q), k.contiguous(), v.contiguous()  # row ranges of k and v are sent as they lie
-        out, lse = forward_rank(q, k, v, attention.steps, scale, _Arrivals(k, v, attention).fetch)
+        out, lse = kept(lambda: forward_rank(q, k, v, attention.steps, scale, _Arrivals(k, v, attention).fetch))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.attention, ctx.counts = scale, attention, counter()
         return out

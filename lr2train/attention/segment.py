@@ -21,6 +21,7 @@ from lr2train.attention.once import Once
 from lr2train.attention.strategies import STRATEGIES
 from lr2train.attention.strategy import Attend, PackedSegment
 from lr2train.attention.tiles import Spans
+from lr2train.parallel.comm import to_device
 from lr2train.parallel.layout import Layout
 from lr2train.parallel.mesh import Mesh
 
@@ -73,7 +74,7 @@ def _inside(attention: SegmentAttention, device: torch.device) -> Tensor:
         whole = torch.zeros(attention.segment.n_tokens, dtype=torch.bool)
         for start, stop in attention.segment.spans:
             whole[start:stop] = True
-        return attention.layout.shard(whole, 0).to(device, copy=True)
+        return to_device(attention.layout.shard(whole, 0).clone(), device)
 
 
 def document_positions(spans: Spans, n_tokens: int, device: torch.device) -> Tensor:
@@ -81,6 +82,6 @@ def document_positions(spans: Spans, n_tokens: int, device: torch.device) -> Ten
     borders = torch.tensor([0, *(border for span in spans for border in span), n_tokens])
     lengths = borders.diff()  # of a gap, a document, a gap … a gap
     begins, inside = borders[:-1], torch.arange(len(lengths)) % 2
-    begins, inside, lengths = (one.to(device) for one in (begins, inside, lengths))
+    begins, inside, lengths = (to_device(one, device) for one in (begins, inside, lengths))
     firsts, inside = (torch.repeat_interleave(one, lengths, output_size=n_tokens) for one in (begins, inside))
     return (torch.arange(n_tokens, device=device) - firsts) * inside

@@ -103,7 +103,7 @@ class SegmentWork:
 
 
 class Traffic(NamedTuple):
-    """Bytes that one rank sends for one layer. Activation checkpointing repeats the forward."""
+    """Bytes that one rank sends for one layer. Recomputation of whole layers repeats the forward."""
 
     forward: int
     backward: int

@@ -5,7 +5,7 @@ falls with the number of ranks. Documents need no care, because every rank sees 
 more ranks than query heads, and key heads are repeated before they are sent where there are fewer than ranks.
 
 Each rank sends, per layer and direction (forward, backward), (sp - 1) / sp * T / sp * D * (2 Hq + 2 Hkv') elements,
-where Hkv' = lcm(Hkv, sp): q, k and v out and the output back. Activation checkpointing repeats the forward. LLaMA3-8B
+where Hkv' = lcm(Hkv, sp): q, k and v out and the output back. Recomputation repeats the forward. LLaMA3-8B
 (32 and 8 heads of 128, bf16) at T = 128k and sp = 8: 280 MiB.
 """
 

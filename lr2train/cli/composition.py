@@ -227,7 +227,12 @@ _CHATTER = re.compile(
 )
 
 
+_RENAMED = {"activation_checkpointing": "write engine.recompute=layer for true, engine.recompute=none for false"}
+
+
 def _probably_meant(key: str, type_name: str) -> str:
+    if key in _RENAMED:
+        return f"; {_RENAMED[key]}"
     known = [one.name for one in fields(getattr(schema, type_name))] if hasattr(schema, type_name) else []
     return _near(key, known) or (f"; its keys are {', '.join(known)}" if known else "")
 

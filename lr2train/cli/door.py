@@ -104,8 +104,12 @@ def door(verb: str) -> Iterator[None]:
         )
         sys.exit(EXIT_RANK_LOST)
     except run.Interrupted:  # the verb has said so
+        run.note_interrupt()
+        # Launchers send SIGTERM to the ranks that still end when another has ended: rank 0 closes its dashboards.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
+        run.note_interrupt()
         print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
         # A launcher sends SIGTERM to ranks that Ctrl-C has reached already: no traceback while Python ends.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -144,6 +148,7 @@ def _die(verb: str, error: UserError) -> None:
     """
     where = ""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher's: no traceback
         time.sleep(_PATIENCE_S)
         where = f" (rank {os.environ.get('RANK')})"
     print(f"{verb}{where}: {error}", file=sys.stderr, flush=True)

@@ -47,7 +47,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "On several ranks: deepspeed --no_local_rank --module lr2train train … (also search, evaluate)",
+            "On several ranks: deepspeed --no_local_rank --module lr2train train … (also search, evaluate, doctor)",
         ]
     )
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from lr2train.config.fields import UserError
+from lr2train.config.gpus import PEAKS_TFLOPS, peak_tflops
 from lr2train.config.schema import Config
 from lr2train.config.verbs import reads
 
@@ -232,10 +233,71 @@ def _check_shards(config: Config) -> None:
         )
 
 
+def _with_peak(config: Config) -> None:
+    """Put the peak of ``hardware.gpu`` in the place of 0."""
+    hardware = config.hardware
+    hardware.gpu_bf16_tflops = hardware.gpu_bf16_tflops or peak_tflops(hardware.gpu) or 0.0
+    if not hardware.gpu_bf16_tflops:
+        known = ", ".join(name for name, _ in PEAKS_TFLOPS)
+        raise UserError(
+            f"hardware.gpu={hardware.gpu} is none of the GPUs whose peak is known ({known}); set "
+            "hardware.gpu_bf16_tflops to its dense bf16 peak in TFLOP/s"
+        )
+
+
+def _check_offload(config: Config) -> None:
+    if config.engine.offload_inputs and config.engine.recompute == "none":
+        raise UserError(
+            "engine.offload_inputs=true moves what recomputed layers keep, and engine.recompute=none recomputes none; "
+            "set engine.recompute to auto"
+        )
+
+
+def _check_distillation(config: Config) -> None:
+    weight = config.optim.distill_short
+    if weight and config.model.path is None:
+        raise UserError(
+            f"optim.distill_short={weight} keeps a model near the one at model.path, and model.path is empty; set "
+            "optim.distill_short to 0"
+        )
+
+
+def _check_zero(config: Config) -> None:
+    """Refuse what DeepSpeed cannot run, and what it would leave out in silence (docs/RUNNING.md has the table)."""
+    stage, dtype = config.engine.zero_stage, config.model.dtype
+    if stage == 0 and dtype != "float32":
+        raise UserError(
+            f"engine.zero_stage=0 trains in float32 alone, and model.dtype={dtype}; set engine.zero_stage to 1"
+        )
+    for key, least, used in (
+        ("offload_optimizer.device", 1, lambda value: value != "none"),
+        ("offload_param.device", 3, lambda value: value != "none"),
+        ("zero_hpz_partition_size", 3, lambda value: value != 1),
+    ):
+        path = f"zero_optimization.{key}"
+        value = _value_at(config.engine.deepspeed, path)
+        if stage < least and value is not None and used(value):
+            raise UserError(
+                f"engine.deepspeed.{path}={value} has no effect with engine.zero_stage={stage}; set "
+                f"engine.zero_stage to {least}"
+            )
+
+
+def _value_at(values: Any, path: str) -> Any:
+    """The value under a dotted path of nested dictionaries; None where there is none."""
+    for name in path.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
 _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
-    (("prepare", "search", "train", "evaluate", "generate", "plan"), _check_name),
+    (("prepare", "search", "train", "evaluate", "generate", "plan", "rehearse"), _check_name),
     (("search", "plan"), _check_parents),
-    (("train", "inspect", "plan"), _check_group),
-    (("train", "plan"), _check_shards),
+    (("train", "inspect", "plan", "rehearse"), _check_group),
+    (("train", "plan", "rehearse"), _check_shards),
+    (("plan", "rehearse"), _with_peak),
+    (("train", "plan", "rehearse"), _check_offload),
+    (("train", "plan", "rehearse"), _check_zero),
+    (("train", "plan", "rehearse"), _check_distillation),
 )
-"""Checks of several keys, and the verbs that read all these keys."""
+"""Checks of several keys, which may fill in a key that others decide, and the verbs that read all these keys."""

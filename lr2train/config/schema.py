@@ -31,6 +31,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class ReduceDtype(StrEnum):
+    """The type in which gradients are summed over the ranks."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class Device(StrEnum):
     """Where tensors live. auto: CUDA where there is a GPU."""
 
@@ -66,6 +73,13 @@ class DataKind(StrEnum):
 
     segments = "segments"
     curriculum = "curriculum"
+
+
+class Fused(StrEnum):
+    """auto: fused kernels where they can run. off: the model's own modules."""
+
+    auto = "auto"
+    off = "off"
 
 
 class LongAttention(StrEnum):
@@ -135,6 +149,17 @@ class StrategyName(StrEnum):
     gather = "gather"
     ulysses_ring = "ulysses_ring"
     ring_flash_attn = "ring_flash_attn"
+
+
+class Recompute(StrEnum):
+    """What of a layer the backward pass computes again. none: nothing. keep_attention: all but attention. layer: all.
+    auto: keep_attention if memory allows, else layer.
+    """
+
+    none = "none"
+    keep_attention = "keep_attention"
+    layer = "layer"
+    auto = "auto"
 
 
 class LearningRateSchedule(StrEnum):
@@ -408,7 +433,7 @@ class ParallelConfig:
     strategy: str = one_of(StrategyName.auto)
     # Ring size within parallel.sp, for ulysses_ring. 0: as small as the heads and nodes allow.
     ring: int = number(0, least=0)
-    # Seconds that a collective waits for a rank before the job ends.
+    # Seconds that a collective waits for a rank before the job ends. A rank that fails is noticed at once.
     timeout_s: float = number(600.0, above=0, most=_MOST_TIMEOUT_S)
 
 
@@ -426,6 +451,9 @@ class OptimConfig:
     weight_decay: float = number(0.0, least=0)
     # Largest global gradient norm; larger gradients are scaled down. 0: gradients are not clipped.
     clip: float = number(1.0, least=0)
+    # Weight of the distillation in short segments: KL divergence from the frozen model at model.path, per target token,
+    # is added to the loss (docs/RUNNING.md). 0: no distillation, and no second model in memory.
+    distill_short: float = number(0.0, least=0)
     # Schedule of the learning rate after the warm-up.
     schedule: str = one_of(LearningRateSchedule.cosine)
     # Optimizer steps of linear learning-rate warm-up from 0.
@@ -444,8 +472,25 @@ class EngineConfig:
 
     # ZeRO stage: 3 divides weights, gradients and optimizer states; 0 divides nothing and needs model.dtype=float32.
     zero_stage: int = number(3, least=0, most=3)
-    # Whether activations of a layer are computed again in the backward pass, to save memory.
-    activation_checkpointing: bool = True
+    # What the backward pass computes again of each layer, to save memory (activation checkpointing). none: nothing.
+    # keep_attention: all but attention, whose output is kept. layer: all. auto: keep_attention where the estimate of
+    # `plan` fits the GPU, else layer; keep_attention on a CPU.
+    recompute: str = one_of(Recompute.auto)
+    # Layers that are recomputed, from the first one on. null: all. The other layers keep all their activations, which
+    # is faster where memory is left; `plan` says how few fit.
+    recompute_layers: int | None = number(None, least=1)
+    # Tokens of a tile in which the MLP of a layer is computed, forward and backward. 0: the whole shard at once. Tiles
+    # save memory where a rank holds over about 32k tokens; below that they only cost time.
+    tile_mlp: int = number(0, least=0)
+    # Whether what a recomputed layer keeps (its input, attention's output under keep_attention) lies in host memory
+    # until the backward pass. false, because the host then needs the memory that a GPU saves, for each of its GPUs.
+    offload_inputs: bool = False
+    # Data type in which gradients are sent and summed over the ranks. float32: in bfloat16, with eight bits, sums over
+    # 64 ranks lose small gradients. bfloat16: half the bytes.
+    reduce_dtype: str = one_of(ReduceDtype.float32)
+    # Fused kernels for norms, rotations and gated activations. auto: on CUDA where liger-kernel is installed. off: the
+    # model's own modules.
+    fused: str = one_of(Fused.auto)
     # Tokens per chunk of the chunked loss; only one chunk's logits are in memory.
     loss_chunk_tokens: int = number(4096, least=1)
     # Optimizer steps between two measurements of the held-out loss, of both windows. 0: never.
@@ -626,7 +671,7 @@ class EvalConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go. runs/<name>/metrics.jsonl is always written."""
+    """Where metrics and traces go. runs/<name>/metrics.jsonl is always written."""
 
     # Whether TensorBoard files are written.
     tensorboard: bool = True
@@ -636,8 +681,14 @@ class LoggerConfig:
     project: str = "lr2train"
     # Team or user on wandb. null: the default of the account.
     entity: str | None = None
+    # Group of the runs of one experiment on wandb: its search, training and evaluation. The variable WANDB_RUN_GROUP is
+    # used if this key is not given. null: the group of the run folder, else the folder's name.
+    group: str | None = None
     # Mode of wandb. The variable WANDB_MODE is used if this key is not given.
     mode: str = one_of(WandbMode.online)
+    # Steps that torch's profiler records on rank 0 and on the last rank, numbered as in metrics.jsonl: ["10-12"]. The
+    # traces are in runs/<name>/profile/. The key may change when a run resumes.
+    profile_steps: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -715,8 +766,10 @@ class HardwareConfig:
     gpus_per_node: int = number(8, least=1)
     # Memory of a GPU, GiB.
     gpu_memory_gib: float = number(80.0, above=0)
-    # Dense bf16 peak of a GPU, TFLOP/s (A100).
-    gpu_bf16_tflops: float = number(312.0, above=0)
+    # Kind of the GPUs, as in lr2train/config/gpus.py: A100, H100, H200, B200 … It decides the peak.
+    gpu: str = "A100"
+    # Dense bf16 peak of a GPU, TFLOP/s. 0: the peak of hardware.gpu. A training run looks up its own GPU.
+    gpu_bf16_tflops: float = number(0.0, least=0)
     # Share of the peak that training reaches.
     mfu: float = number(0.4, above=0, most=1)
     # Price of a GPU for an hour, USD.
@@ -731,14 +784,15 @@ class Config:
     name: str = MISSING
     # Folder of all runs. Several nodes need a shared file system here.
     runs_folder: str = a_path("runs")
-    # A finished run that evaluate, export, generate and inspect read: its name or its folder. evaluate also takes a
-    # Hugging Face folder, a hub id, or several of all these in brackets: [first,/models/llama].
+    # A finished run that evaluate, export, generate, inspect and dashboard read: its name or its folder. evaluate also
+    # takes a Hugging Face folder, a hub id, or several of all these in brackets: [first,/models/llama].
     run: str | None = a_path()
     # Random seed: initial weights, order of segments, and all other random draws.
     seed: int = number(0, least=-(2**63), most=2**63 - 1)
     # Where tensors live. auto: CUDA where there is a GPU.
     device: str = one_of(Device.auto)
-    # CPU threads per rank. 0: OMP_NUM_THREADS if set and no launcher is used, else cores / local ranks; 1 in a search.
+    # CPU threads per rank. 0: OMP_NUM_THREADS if set and no launcher is used, else a share of the cores; 1 in a
+    # search.
     threads: int = number(0, least=0, most=_MOST_THREADS)
     model: ModelConfig = field(default_factory=ModelConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)

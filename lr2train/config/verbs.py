@@ -16,17 +16,20 @@ data.holdout data.align_sp data.needles"""
 _TRAINED = (
     "data.verify data.skip_steps data.prefetch_steps data.loader_threads data.needles parallel optim engine logger"
 )
-_PLANNED = "data.short_tokens data.long_tokens parallel optim engine search hardware"
+_PLANNED = "data.short_tokens data.long_tokens parallel optim engine hardware"
 _INSPECTED = "data.path data.long_attention data.group_segments data.skip_steps optim.segments_per_step inspect"
 READS = {
     "prepare": f"{_RUN} {_PREPARED}".split(),
     "inspect": f"runs_folder run seed {_INSPECTED}".split(),
-    "search": f"{_RUN} {_JOB} model rope.target_window_tokens data.path data.verify data.needles search".split(),
+    "search": f"{_RUN} {_JOB} model rope.target_window_tokens data.path data.verify data.needles search logger".split(),
     "train": f"{_RUN} {_JOB} {_MODEL} {_STEP} {_TRAINED}".split(),
-    "evaluate": f"{_RUN} run {_JOB} {_MODEL} data.path data.verify data.needles eval".split(),
+    "evaluate": f"{_RUN} run {_JOB} {_MODEL} data.path data.verify data.needles eval logger".split(),
     "export": ["runs_folder", "run", "device", "model", "export"],
     "generate": f"{_RUN} run device {_MODEL} generate".split(),
-    "plan": f"name runs_folder model rope.target_window_tokens {_STEP} {_PLANNED}".split(),
+    "plan": f"name runs_folder model rope.target_window_tokens {_STEP} {_PLANNED} search".split(),
+    "rehearse": f"name runs_folder model rope.target_window_tokens {_STEP} {_PLANNED}".split(),
+    "dashboard": ["runs_folder", "run", "logger.entity", "logger.group"],
+    "doctor": ["runs_folder", "parallel.timeout_s"],
 }
 """The keys that each verb reads; a name stands for all keys below it. A verb checks these alone."""
 VERBS = (*READS, "report")

@@ -19,6 +19,7 @@ from lr2train.config import UserError
 from lr2train.data import store
 from lr2train.data.store import HOLDOUT, TRAIN
 from lr2train.io import TEMPORARY, is_temporary, read_json, seal, sha256_of, write_json
+from lr2train.progress import meter
 
 CHECKSUMS, VERIFIED = "checksums.json", "verified.json"
 _AROUND = ("corpus.json", "segments*", "plan*", "tokenizer/*", "store/*/source.json", "store/*/*.usable.npy")
@@ -108,8 +109,11 @@ def _check_size(file: _File) -> None:
 def _compare(folder: Path, files: list[_File]) -> int:
     known = _remembered(folder)
     new = [file for file in files if known.get(_name(folder, file)) != _stamp(file)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, meter("compare checksums") as tick:
+        total, read = sum(file.size for file in new), 0
         for file, sha256 in zip(new, pool.map(_checksum, (file.path for file in new)), strict=True):
+            read += file.size
+            tick(read / max(total, 1), 1.0, f"{read / 1e9:.1f} GB")
             if sha256 != file.sha256:
                 raise _damaged(file.path, "does not have the checksum that it was written with")
     if new:

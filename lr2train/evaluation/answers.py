@@ -98,7 +98,7 @@ class Answers:
         failed: dict[str, Answer] = {}
         done = self._done + total_tokens - sum(one.total_tokens for one in requests)
         total_tokens = max(self._expected, self._done + total_tokens)
-        with progress.meter(label, done) as tick:
+        with progress.meter(label, done, "tokens") as tick:
             for batches in _rounds(model.batches(requests), requests):
                 mine = batches[min(ranks.rank(), len(batches) - 1)]
                 kept = ranks.rank() < len(batches)  # in lockstep the others answer too, and drop what they said

@@ -26,16 +26,19 @@ class History:
         file: generations.jsonl; written anew at each start, as a resumed search replays its generations from the
             journal.
         lines: contents of the file.
+        dropped: candidates of the newest generation that left the race.
     """
 
     settings: SearchConfig
     fitness: Fitness
     file: Path
     lines: list[dict[str, Any]] = field(default_factory=list)
+    dropped: int = 0
 
     def add(self, generation: Generation) -> str:
         """Write the generation's line; returns a sentence for the log."""
         self.lines.append(_line(generation, self.fitness))
+        self.dropped = len(generation.dropped)
         if rank() == 0:
             with self.file.open("w" if len(self.lines) == 1 else "a") as file:
                 file.write(json.dumps(self.lines[-1]) + "\n")
@@ -57,6 +60,20 @@ class History:
         return f"{following}, perplexity {self.lines[-1]['best_perplexity']:.4f}" + (
             "" if index == ALL else f", rcd {index}"
         )
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The newest generation's figures, for the dashboards."""
+        line = self.lines[-1]
+        best = line["best"]
+        return {
+            "search/best_perplexity": line["best_perplexity"],
+            "search/critical_index": None if best["critical_index"] == ALL else best["critical_index"],
+            "search/attention_factor": best["attention_factor"],
+            "search/document_forwards": line["document_forwards"],
+            "search/candidates": line["candidates"],
+            "search/dropped": self.dropped,
+        }
 
     @property
     def expected_evaluations(self) -> int:

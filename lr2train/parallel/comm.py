@@ -110,6 +110,15 @@ def exchange_rows(
     return work
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on ``device``. The host does not wait until the device has done its earlier work.
+
+    Trap: ``x.to(device)`` alone waits, because the copy reads memory that the host may change. Page-locked memory is
+    handed to the device with the copy.
+    """
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class _AllToAll(torch.autograd.Function):
     """``all_to_all``. Linear, so its backward is its transpose: the exchange with the two dims swapped."""
 

@@ -8,7 +8,8 @@ and one more set of sockets. On several machines whose host names resolve to 127
 the interface.
 
 The first call makes the group, so all ranks have to make the first call. A rank waits for a live, busy peer as long as
-the time-out of the default group.
+the time-out of the default group. A second thread needs a channel of its own (``new_channel``): messages of one channel
+are told apart by their order alone.
 """
 
 from __future__ import annotations
@@ -43,13 +44,17 @@ def alone() -> bool:
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
-def from_all(mine: T) -> list[T]:
+def from_all(mine: T, channel: Channel | None = None) -> list[T]:
     """Every rank's object, in rank order, on every rank.
+
+    Args:
+        mine: this rank's object.
+        channel: None: the channel of the main thread.
 
     Raises:
         PeerGone: a rank is gone; on every remaining rank.
     """
-    return [mine] if alone() else _exchange().exchange(mine)
+    return [mine] if alone() else (channel or _main_channel()).exchange(mine)
 
 
 def from_rank_0(value: T) -> T:
@@ -61,11 +66,11 @@ def from_rank_0(value: T) -> T:
     return value if alone() else from_all(value if rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
-def together(fn: Callable[[], T]) -> list[T]:
+def together(fn: Callable[[], T], channel: Channel | None = None) -> list[T]:
     """Call ``fn`` on every rank; returns all results in rank order. An error on one rank is raised on every rank.
 
     ``fn`` may contain a collective only if it fails on all ranks alike: a rank that raises before a collective leaves
-    the others waiting.
+    the others waiting. ``channel`` as in ``from_all``.
 
     Raises:
         UserError: the first rank that failed raised a UserError. The text names the rank, unless all ranks raised the
@@ -80,7 +85,7 @@ def together(fn: Callable[[], T]) -> list[T]:
     except Exception as caught:
         told = for_user(caught)
         error, outcome = caught, _Failed(type(caught).__name__, str(told or caught), told is not None)
-    outcomes = from_all(outcome)
+    outcomes = from_all(outcome, channel)
     failures = {number: one for number, one in enumerate(outcomes) if isinstance(one, _Failed)}
     if failures:
         raise _one_error(failures, len(outcomes)) from error
@@ -118,7 +123,7 @@ def _one_error(failures: dict[int, _Failed], of_ranks: int) -> Exception:
     return UserError(text) if first.of_user else RuntimeError(text)
 
 
-class _Exchange:
+class Channel:
     """The gloo group and the exchange through rank 0.
 
     Once a rank is lost, every later call raises the same PeerGone.
@@ -193,16 +198,26 @@ class _Exchange:
 
 
 # By default group; ends with the group.
-_exchanges: WeakKeyDictionary[dist.ProcessGroup, _Exchange] = WeakKeyDictionary()
+_channels: WeakKeyDictionary[dist.ProcessGroup, Channel] = WeakKeyDictionary()
 
 
-def _exchange() -> _Exchange:
+def new_channel() -> Channel | None:
+    """A channel for a thread beside the main thread; None for a rank alone, which needs none. A collective."""
+    group = dist.group.WORLD
+    if group is None or alone():
+        return None
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    return Channel(group._get_backend(device).options._timeout)
+
+
+def _main_channel() -> Channel:
     group = dist.group.WORLD
     assert group is not None
-    if group not in _exchanges:
-        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-        _exchanges[group] = _Exchange(group._get_backend(device).options._timeout)
-    return _exchanges[group]
+    if group not in _channels:
+        made = new_channel()
+        assert made is not None
+        _channels[group] = made
+    return _channels[group]
 
 
 @contextlib.contextmanager

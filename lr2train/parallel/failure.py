@@ -2,13 +2,13 @@
 
 Choice: the failing rank writes its reason into the store of the process group, then leaves. The others are blocked in a
 collective that the failing rank never joins. gloo wakes them when the process ends; they read the store and raise the
-reason instead of "connection closed". An error before the first collective is better raised inside
-``control.together``, which keeps the process group usable.
+reason instead of "connection closed". A rank that is not woken, under nccl or in host code, is ended with the reason by
+its watchdog (``parallel.watchdog``). An error before the first collective is better raised inside ``control.together``,
+which keeps the process group usable.
 
-Cost: the store has to outlive the failing rank. Under the ``deepspeed`` launcher rank 0 holds the store; if rank 0
-fails, the others can only say that a rank is gone. Under nccl a blocked rank waits on the device and is not woken: the
-launcher ends the process, or nccl's watchdog does after ``parallel.timeout_s``. The reason then stands only in the log
-of the rank that failed.
+Cost: the store has to outlive the failing rank. Under the ``deepspeed`` launcher and SLURM rank 0 holds the store; if
+rank 0 fails, it waits up to two seconds until the watchdogs of the others have read the reason. If rank 0 is killed,
+the others can only say that rank 0 is gone.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from torch.distributed.distributed_c10d import _get_default_store
 from lr2train.config import UserError
 from lr2train.io import for_user
 from lr2train.parallel.control import PeerGone, alone
+from lr2train.parallel.watchdog import DEFECT, GONE, HEARD, KEY, USER, Reason, leave, watchdog
 from lr2train.ranks import rank, world
 
-_KEY = "lr2train/failure"
-_USER, _DEFECT, _GONE = "user", "defect", "gone"  # kinds of a reason
-_STORE_S = 10.0  # time-out; a working store answers in milliseconds
+_STORE_S = 5.0  # time-out; a working store answers in milliseconds
 _OTHERS_S = 5.0  # after a time-out, ranks that run notice it within seconds of each other
+_HEARD_S = 2.0  # watchdogs look once a second
 # Parts of gloo's messages for a peer that has ended, or that does not answer.
 _TIMED_OUT = "Timed out waiting"
 _CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", _TIMED_OUT)
@@ -51,70 +51,85 @@ def told_to_all() -> Iterator[None]:
     except Exception as error:
         if alone():
             raise
+        leave(_of(error))
         elsewhere = _first_reason(error)
         if elsewhere is None:
             raise
         raise elsewhere from error
+    except BaseException:  # asked to stop: the process ends in its own time
+        leave()
+        raise
 
 
 def _first_reason(error: Exception) -> Exception | None:
     """The error of another rank that ended the common work; None where this rank's ``error`` did."""
     own = _of(error)
     told = _first_told(own, timed_out=_closed(error) and _TIMED_OUT in str(error))
-    number, kind, text = told
-    if kind == _GONE:  # the writer is not to blame, so the text does not begin with its number
-        return None if isinstance(error, PeerGone) else PeerGone(text)
-    if number == rank() or told[1:] == own[1:]:  # the first, or every rank says the same
+    if told.kind == GONE:  # on every rank in the words of the first
+        return None if isinstance(error, PeerGone) and told.text == own.text else PeerGone(told.said)
+    if told.rank == rank() or told[1:] == own[1:]:  # the first, or every rank says the same
         return None
-    return (UserError if kind == _USER else RuntimeError)(f"rank {number}: {text}")
+    return (UserError if told.kind == USER else RuntimeError)(told.said)
 
 
-def _first_told(own: list[Any], timed_out: bool) -> list[Any]:
+def _first_told(own: Reason, timed_out: bool) -> Reason:
     """The reason that the first rank wrote into the store; ``own`` where this rank is the first, or the store does not
     answer.
 
     A thread asks, because the store's own time-out does not apply to this call: a stopped rank 0 keeps the connection
     open for ever.
     """
+    dog = watchdog()
+    if dog is not None and dog.heard is not None:  # the store may be gone since
+        return dog.heard
     told = [own]
 
     def ask() -> None:
         """Add the failure that was told first to ``told``."""
         with contextlib.suppress(RuntimeError, ValueError):  # the store went with its rank
             store = _get_default_store()
-            store.set(f"{_KEY}/{rank()}", "ended")
+            store.set(f"{KEY}/{rank()}", "ended")
+            mine = own
             if timed_out and (silent := _silent_ranks(store)):
-                own[2] = (
-                    f"no answer from rank {', '.join(map(str, silent))}: stopped, or the machine is lost ({own[2]})"
-                )
-            told.append(json.loads(store.compare_set(_KEY, "", json.dumps(own))))
+                names = ", ".join(map(str, silent))
+                said = f"no answer from rank {names}: stopped, or the machine is lost (seen by rank {rank()})"
+                mine = own._replace(kind=GONE, text=said)
+            told.append(Reason(*json.loads(store.compare_set(KEY, "", json.dumps(mine)))))
+            store.set(f"{HEARD}/{rank()}", "")
+            if rank() == 0 and dog is not None:
+                store.wait([f"{HEARD}/{number}" for number in range(1, world())], timedelta(seconds=_HEARD_S))
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(_STORE_S + (_OTHERS_S if timed_out else 0.0))
     if asking.is_alive() and rank() != 0:
-        return [own[0], _GONE, f"rank 0 does not answer: it was stopped, or its machine is lost ({own[2]})"]
+        told.append(
+            Reason(own.rank, GONE, f"rank 0 does not answer: it was stopped, or its machine is lost ({own.text})")
+        )
+    if dog is not None:
+        dog.heard = told[-1]  # a block around this one need not ask again
     return told[-1]
 
 
 def _silent_ranks(store: Any) -> list[int]:
     """The ranks that have not written into the store that their work ended, within ``_OTHERS_S``."""
-    keys = {f"{_KEY}/{number}": number for number in range(world())}
+    keys = {f"{KEY}/{number}": number for number in range(world())}
     with contextlib.suppress(RuntimeError):  # DistStoreError is the store's time-out
         store.wait(list(keys), timedelta(seconds=_OTHERS_S))
     return [number for key, number in keys.items() if not store.check([key])]
 
 
-def _of(error: Exception) -> list[Any]:
-    """[rank, kind, text]: the form of a reason in the store."""
+def _of(error: Exception) -> Reason:
     told = for_user(error)
     text = " ".join(str(told or error).split())
     if isinstance(error, PeerGone):
-        return [rank(), _GONE, text]  # the text names the rank
+        return Reason(rank(), GONE, text)  # the text names the rank
     if _closed(error):
         seen = f"a rank is gone or does not answer, its own log says why (seen by rank {rank()}: {text[:200]})"
-        return [rank(), _GONE, seen]
-    return [rank(), _DEFECT, f"{type(error).__name__}: {text}"] if told is None else [rank(), _USER, text]
+        return Reason(rank(), GONE, seen)
+    if told is not None:
+        return Reason(rank(), USER, text)
+    return Reason(rank(), DEFECT, f"{type(error).__name__}: {text}")
 
 
 def _closed(error: Exception) -> bool:

@@ -31,16 +31,19 @@ def training_flops_per_token(counts: ModelCounts, span_tokens: float) -> float:
     return TRAINING * forward_flops_per_token(counts, span_tokens)
 
 
-def recomputed_flops_per_token(counts: ModelCounts, span_tokens: float, checkpointing: bool) -> float:
-    """FLOPs that one token costs a second time.
+def recomputed_flops_per_token(
+    counts: ModelCounts, span_tokens: float, recompute: str, n_layers: int | None = None
+) -> float:
+    """FLOPs that one token costs a second time, on a GPU, where the loss computes its gradients in the forward pass.
 
-    The chunked loss always computes the logits again. Activation checkpointing computes the layers' forward pass again.
+    ``recompute`` is ``engine.recompute``: layer computes the layers'
+    forward pass again, keep_attention all of that but attention; both for ``n_layers`` layers (None: all).
     """
-    logits = linear_flops(counts.vocabulary * counts.hidden, 1)
-    if not checkpointing:
-        return logits
+    if recompute == "none":
+        return 0.0
     layers = linear_flops(counts.layers * counts.layer_parameters, 1)
-    return logits + (layers + attention_flops_per_token(counts, span_tokens))
+    layers += attention_flops_per_token(counts, span_tokens) if recompute == "layer" else 0
+    return layers * (counts.layers if n_layers is None else n_layers) / counts.layers
 
 
 def scoring_flops(counts: ModelCounts, document_tokens: int) -> float:

@@ -11,7 +11,8 @@ F intermediate size, Hq and Hk query and key heads of Dh dimensions, V vocabular
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lr2train.attention.choice import ring_ranks
@@ -21,11 +22,11 @@ from lr2train.planning.counts import ModelCounts
 GIB = 2**30
 WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GRADIENT_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}  # gradients accumulate in fp32 unless the model is fp16
-SENT_BYTES = {"bfloat16": 4, "float16": 2, "float32": 4}  # gradients of a bfloat16 model are reduced in fp32
 MASTER_BYTES, MOMENT_BYTES = 4, 8  # fp32 copy of the weights; two fp32 moments of Adam
 RUNTIME_BYTES = int(1.5 * GIB)  # CUDA context, NCCL channels, cuBLAS workspace: assumed, typical of an 8-GPU A100 node
 RESERVE = 0.1  # share of the GPU kept free: fragmentation, buffers that no formula knows
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
+NEAR_LAYERS = 2  # layers on the GPU at one time where what they keep lies in host memory (model.host_copies)
 BUCKET_PARAMETERS = 5 * 10**8  # DeepSpeed's reduce_bucket_size
 
 
@@ -55,13 +56,17 @@ class MemorySetting:
     ring: int  # as configured; 0 lets heads and nodes decide
     gpus_per_node: int
     zero_stage: int
-    checkpointing: bool
+    recompute: str  # as engine.recompute; auto counts as keep_attention
+    recompute_layers: int | None  # layers that are recomputed, from the first on; None: all
+    tile_tokens: int | None  # tokens of a tile of the MLP; None: not tiled
+    offload_inputs: bool
     chunk_tokens: int
     segment_tokens: int
     dtype: str
     live_parameters: int
     bucket_parameters: int
     offload_optimizer: bool
+    sent_bytes: int  # of a gradient on its way between ranks
 
     @classmethod
     def of(cls, config: Config) -> MemorySetting:
@@ -73,12 +78,16 @@ class MemorySetting:
             ring=config.parallel.ring,
             gpus_per_node=config.hardware.gpus_per_node,
             zero_stage=config.engine.zero_stage,
-            checkpointing=config.engine.activation_checkpointing,
+            recompute=str(config.engine.recompute),
+            recompute_layers=config.engine.recompute_layers,
+            tile_tokens=config.engine.tile_mlp or None,
+            offload_inputs=config.engine.offload_inputs,
             chunk_tokens=config.engine.loss_chunk_tokens,
             segment_tokens=config.data.segment_tokens,
             dtype=config.model.dtype,
             live_parameters=int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)),
             bucket_parameters=int(zero.get("reduce_bucket_size", BUCKET_PARAMETERS)),
+            sent_bytes={"float32": 4, "bfloat16": 2}[config.engine.reduce_dtype],
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         )
 
@@ -86,6 +95,15 @@ class MemorySetting:
     def tokens(self) -> int:
         """t: tokens of a segment on one rank."""
         return self.segment_tokens // self.sp
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether recomputed layers keep attention's output."""
+        return self.recompute in ("keep_attention", "auto")
+
+    def recomputed(self, layers: int) -> int:
+        """How many of the ``layers`` decoder layers are recomputed."""
+        return 0 if self.recompute == "none" else min(layers, self.recompute_layers or layers)
 
     def ulysses(self, heads: int) -> int:
         """Ranks that exchange the ``heads`` query heads among themselves; the ring axis takes the rest of ``sp``."""
@@ -110,47 +128,64 @@ def saved_inputs_bytes(layers: int, hidden: int, tokens: int, weight_bytes: int)
     return layers * tokens * hidden * weight_bytes
 
 
-def layer_saved_bytes(counts: ModelCounts, tokens: int, weight_bytes: int, ulysses: int) -> float:
-    """Activations that one layer keeps for its backward pass: t * (2 norms * (4 + 2b) H + b H + b A + 4 b F).
+def layer_saved_bytes(
+    counts: ModelCounts, tokens: int, weight_bytes: int, ulysses: int, mlp_tokens: int | None = None
+) -> float:
+    """Activations that one layer keeps for its backward pass: t * (2 norms * (4 + 2b) H + b H + b A) + 4 b F m.
 
     A norm keeps its input in fp32, the normalised input and its output; the residual sum adds one H. Attention keeps
-    q, k, v and its output: A = (2 Hq + 2 Hk) Dh. Under Ulysses, U ranks exchange heads: A counts twice (before and
-    after the exchange), with Hk repeated up to lcm(Hk, U). A gated MLP keeps gate, activation, up and product: 4 F.
+    q, k, v and its output: A = (2 Hq + 2 Hk) Dh. Under Ulysses, U ranks exchange heads: the output counts twice (before
+    and after the exchange), and Hk is repeated up to lcm(Hk, U). A gated MLP keeps gate, activation, up and product:
+    4 F for each of ``mlp_tokens`` m tokens (None: of all).
     """
     key_heads = math.lcm(counts.key_heads, ulysses)
-    attention = (2 * counts.heads + 2 * key_heads) * counts.head_dim * (2 if ulysses > 1 else 1)
+    attention = ((3 if ulysses > 1 else 2) * counts.heads + 2 * key_heads) * counts.head_dim
     norms = 2 * (4 + 2 * weight_bytes) * counts.hidden
-    return tokens * (norms + weight_bytes * (counts.hidden + attention + 4 * counts.intermediate))
+    mlp = 4 * counts.intermediate * (tokens if mlp_tokens is None else min(tokens, mlp_tokens))
+    return tokens * (norms + weight_bytes * (counts.hidden + attention)) + weight_bytes * mlp
 
 
-def layer_flight_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
-    """Gradients alive inside one layer's backward pass: b * t * (3 F + 2 H).
+def layer_flight_bytes(counts: ModelCounts, tokens: int, weight_bytes: int, mlp_tokens: int | None = None) -> float:
+    """Gradients alive inside one layer's backward pass: the larger of b * (3 F m + 2 H t) and t * H * (2 b + 16).
 
-    3 F are product, gate and up; 2 H are the gradients of the output and of the residual.
+    In the MLP 3 F are product, gate and up, for each of ``mlp_tokens`` m tokens (None: of all t); 2 H are the gradients
+    of the output and of the residual. In a norm four fp32 gradients take 16 H.
     """
-    return weight_bytes * tokens * (3 * counts.intermediate + 2 * counts.hidden)
-
-
-def loss_bytes(hidden: int, vocabulary: int, chunk_tokens: int, tokens: int, weight_bytes: int) -> float:
-    """Peak of the chunked cross-entropy: chunk * V * (b + 8) + V * H * (4 + b) + b * t * H.
-
-    The chunk's logits exist in the model's dtype, in fp32 and as probabilities. The head's gradient exists in fp32 and,
-    at the end, in the model's dtype.
-    """
-    chunk = min(chunk_tokens, tokens)
-    return (
-        chunk * vocabulary * (weight_bytes + 8)
-        + vocabulary * hidden * (4 + weight_bytes)
-        + weight_bytes * tokens * hidden
+    mlp = 3 * counts.intermediate * (tokens if mlp_tokens is None else min(tokens, mlp_tokens))
+    return max(
+        weight_bytes * (mlp + 2 * counts.hidden * tokens),
+        tokens * counts.hidden * (2 * weight_bytes + 16),
     )
 
 
-def bucket_bytes(bucket_parameters: int, weight_bytes: int, sent_bytes: int) -> float:
-    """DeepSpeed's reduction buckets: one is filled while another is reduced, each in the model's dtype.
+def kept_attention_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
+    """Attention's output and log-sum-exp of one layer, kept for recomputation: t * Hq * (Dh * b + 4)."""
+    return tokens * counts.heads * (counts.head_dim * weight_bytes + 4)
 
-    A third copy exists where gradients are sent in another dtype.
+
+def tile_gradient_bytes(counts: ModelCounts, weight_bytes: int) -> float:
+    """Gradients of one MLP's weights while tiles are added: 3 H F (4 + b). fp32, and in the end the model's dtype."""
+    return 3 * counts.hidden * counts.intermediate * (4 + weight_bytes)
+
+
+def loss_bytes(hidden: int, vocabulary: int, chunk_tokens: int, tokens: int, weight_bytes: int) -> float:
+    """Peak of the chunked cross-entropy: chunk * V * (12 + b) + 4 V H + t H (2 b + 4 + b).
+
+    The chunk's logits exist in fp32, as probabilities, as their gradient in fp32 and in the model's dtype (one and the
+    same for fp32). The head's gradient exists in fp32. Beside them are the gradient of the hidden states, and what the
+    last norm keeps: its input in fp32, the normalised input and its output.
     """
-    return bucket_parameters * (2.0 * weight_bytes + (sent_bytes if sent_bytes != weight_bytes else 0))
+    chunk = min(chunk_tokens, tokens)
+    return (
+        chunk * vocabulary * (12 + (weight_bytes if weight_bytes < 4 else 0))
+        + 4 * vocabulary * hidden
+        + tokens * hidden * (3 * weight_bytes + 4)
+    )
+
+
+def bucket_bytes(bucket_parameters: int, sent_bytes: int) -> float:
+    """DeepSpeed's reduction bucket: one buffer, in the dtype in which gradients are sent."""
+    return float(bucket_parameters * sent_bytes)
 
 
 def scoring_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
@@ -168,6 +203,52 @@ def checkpoint_bytes(parameters: int, weight_bytes: int) -> float:
 def training_items(counts: ModelCounts, setting: MemorySetting) -> list[MemoryItem]:
     """Peak memory of one GPU in training, as items."""
     return [*_states(counts, setting), *_gathered(counts, setting), *_activations(counts, setting), *_fixed(setting)]
+
+
+def choose_recompute(counts: ModelCounts, setting: MemorySetting, gpu_gib: float) -> tuple[str, str]:
+    """What ``engine.recompute=auto`` stands for on a GPU of ``gpu_gib``: keep_attention where it fits, else layer.
+
+    Returns:
+        The value, and the reason in words.
+    """
+    items = training_items(counts, replace(setting, recompute="keep_attention"))
+    needed, limit = gpu_bytes(items) / GIB, (1 - RESERVE) * gpu_gib
+    attention = (
+        setting.recomputed(counts.layers)
+        * kept_attention_bytes(counts, setting.tokens, WEIGHT_BYTES[setting.dtype])
+        / GIB
+    )
+    told = f"with attention's outputs of {attention:.2f} GiB training would take {needed:.1f} of {limit:.1f} GiB"
+    return ("keep_attention" if needed <= limit else "layer"), told
+
+
+def fewest_recomputed_layers(counts: ModelCounts, setting: MemorySetting, gpu_gib: float) -> int | None:
+    """The fewest layers that have to be recomputed on a GPU of ``gpu_gib``; 0 for none, None where nothing fits."""
+    for layers in range(counts.layers + 1):
+        changed = {"recompute_layers": layers} if layers else {"recompute": "none"}
+        if gpu_bytes(training_items(counts, replace(setting, **changed))) <= (1 - RESERVE) * gpu_gib * GIB:
+            return layers
+    return None
+
+
+def with_recompute(config: Config, counts: ModelCounts) -> tuple[Config, str]:
+    """The config with what engine.recompute=auto stands for, and a sentence on it."""
+    told, gpu_gib = f"engine.recompute={config.engine.recompute}", config.hardware.gpu_memory_gib
+    if config.engine.recompute == "auto":
+        chosen, why = choose_recompute(counts, MemorySetting.of(config), gpu_gib)
+        config = replace(config, engine=replace(config.engine, recompute=chosen))
+        told = f"engine.recompute=auto takes {chosen}: {why}"
+    setting = MemorySetting.of(config)
+    fewest = fewest_recomputed_layers(counts, setting, gpu_gib)
+    if fewest is not None and fewest < setting.recomputed(counts.layers):
+        key = f"engine.recompute_layers={fewest}" if fewest else "engine.recompute=none"
+        told += f"; {key} would fit too, and recompute less"
+    return config, told
+
+
+def gpu_bytes(items: Iterable[MemoryItem]) -> float:
+    """The sum of the items that lie on the GPU."""
+    return sum(item.bytes for item in items if item.on_gpu)
 
 
 def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
@@ -198,57 +279,63 @@ def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
 
 def _gathered(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     weight, largest = WEIGHT_BYTES[s.dtype], counts.largest_gathered_parameters
-    whole = [
-        MemoryItem("gradients of the module being reduced", weight * largest, f"{weight} B · {largest / 1e6:.3g}M")
-    ]
-    if s.zero_stage == 3:
-        size = gathered_bytes(counts.parameters, largest, s.live_parameters, weight)
-        whole.insert(
-            0,
-            MemoryItem(
-                "gathered weights",
-                size,
-                f"{weight} B · min(N, {max(s.live_parameters, largest) / 1e6:.4g}M live parameters)",
-            ),
-        )
-    return whole
+    if s.zero_stage < 3:
+        name, how = "gradients of the module being reduced", f"{weight} B · {largest / 1e6:.3g}M"
+        return [MemoryItem(name, weight * largest, how)]
+    size = gathered_bytes(counts.parameters, largest, s.live_parameters, weight)
+    live = max(s.live_parameters, largest) / 1e6
+    return [MemoryItem("gathered weights", size, f"{weight} B · min(N, {live:.4g}M live parameters)")]
 
 
 def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
-    weight, t = WEIGHT_BYTES[s.dtype], s.tokens
-    saved = layer_saved_bytes(counts, t, weight, s.ulysses(counts.heads))
-    flight = layer_flight_bytes(counts, t, weight)
+    """What the layers keep, and the highest peak above that: inside a layer, or in the loss."""
+    weight, t, recomputed = WEIGHT_BYTES[s.dtype], s.tokens, s.recomputed(counts.layers)
+    saved = layer_saved_bytes(counts, t, weight, s.ulysses(counts.heads), s.tile_tokens)
+    flight = layer_flight_bytes(counts, t, weight, s.tile_tokens)
     loss = loss_bytes(counts.hidden, counts.vocabulary, s.chunk_tokens, t, weight)
-    if s.checkpointing:  # one layer at a time is recomputed, and then holds its activations and gradients
-        kept = MemoryItem(
-            "saved layer inputs",
-            saved_inputs_bytes(counts.layers, counts.hidden, t, weight),
-            f"{counts.layers} layers · {t:,} tokens · {weight} H B",
-        )
-        peak, name, how = saved + flight, "one recomputed layer", "t · (norms, attention, MLP, and their gradients)"
-    else:
-        kept = MemoryItem(
-            "saved activations of all layers",
-            counts.layers * saved,
-            f"{counts.layers} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB",
-        )
-        peak, name, how = flight, "gradients inside one layer", "b · t · (3 F + 2 H)"
+    items, whole = _kept_for_recomputation(counts, s), counts.layers - recomputed
+    if whole:
+        how = f"{whole} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB"
+        items.append(MemoryItem(f"saved activations of {whole} layers", whole * saved, how))
+    peak, name, how = flight, "gradients inside one layer", "b · t · (3 F + 2 H)"
+    if not whole:  # else the layers that are kept whole are done, and free, before a layer is recomputed
+        product = weight * counts.intermediate * min(t, s.tile_tokens or t)  # its backward is over by then
+        peak, name = saved + flight - product, "one recomputed layer"
+        how = "t · (norms, attention, MLP, and their gradients)"
+    if s.tile_tokens:
+        how += f", the MLP for {min(s.tile_tokens, t):,} tokens"
+        summed = tile_gradient_bytes(counts, weight)
+        items.append(MemoryItem("gradients of one MLP, summed over tiles", summed, f"(4 + {weight}) B · 3 H F"))
     if loss > peak:
-        name, how = "the loss chunk", f"{min(s.chunk_tokens, t):,} · V logits in three forms, the head's fp32 gradient"
-    return [
-        kept,
-        MemoryItem(f"peak: {name}", max(peak, loss), f"max(layer {peak / GIB:.2f}, loss {loss / GIB:.2f}) GiB: {how}"),
-    ]
+        name, how = "the loss chunk", f"{min(s.chunk_tokens, t):,} · V logits in four forms, the head's fp32 gradient"
+    figures = f"max(layer {peak / GIB:.2f}, loss {loss / GIB:.2f}) GiB: {how}"
+    return [*items, MemoryItem(f"peak: {name}", max(peak, loss), figures)]
+
+
+def _kept_for_recomputation(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
+    weight, t, layers = WEIGHT_BYTES[s.dtype], s.tokens, s.recomputed(counts.layers)
+    if not layers:
+        return []
+    inputs = saved_inputs_bytes(layers, counts.hidden, t, weight)
+    of_layers = f"{layers} layers · {t:,} tokens"
+    items = [MemoryItem("saved layer inputs", inputs, f"{of_layers} · {weight} H B", not s.offload_inputs)]
+    if s.keeps_attention:
+        attention = layers * kept_attention_bytes(counts, t, weight)
+        how = f"{of_layers} · Hq ({weight} Dh + 4) B"
+        items.append(MemoryItem("kept outputs of attention", attention, how, not s.offload_inputs))
+    if s.offload_inputs:
+        near = min(NEAR_LAYERS, layers)
+        moving = near * sum(item.bytes for item in items) / layers
+        items.append(MemoryItem("layers on their way to and from the host", moving, f"{near} layers of the above"))
+    return items
 
 
 def _fixed(s: MemorySetting) -> list[MemoryItem]:
-    weight = WEIGHT_BYTES[s.dtype]
     return [
         MemoryItem(
             "reduction buckets",
-            bucket_bytes(s.bucket_parameters, weight, SENT_BYTES[s.dtype]),
-            f"(2 · {weight} B, sent as {SENT_BYTES[s.dtype]} B) · {s.bucket_parameters / 1e6:.3g}M "
-            "(reduce_bucket_size)",
+            bucket_bytes(s.bucket_parameters, s.sent_bytes),
+            f"{s.sent_bytes} B · {s.bucket_parameters / 1e6:.3g}M (reduce_bucket_size)",
         ),
         MemoryItem("CUDA, NCCL, cuBLAS", RUNTIME_BYTES, "assumed"),
     ]

@@ -110,11 +110,12 @@ def _memory(memory: dict[str, Any]) -> Table:
 
 def _verdict(memory: dict[str, Any]) -> str:
     host = (
-        f" Host memory for the offloaded states: {memory['host_gib_per_node']:.1f} GiB a node."
+        f" Host memory for what is offloaded: {memory['host_gib_per_node']:.1f} GiB a node."
         if memory["host_gib_per_node"]
         else ""
     )
     disk = f" A checkpoint takes {memory['checkpoint_gib']:.2f} GiB of disk, and {memory['checkpoints_kept']} are kept."
+    host += f" {memory['recompute']}."
     if memory["fits"]:
         return (
             f"[bold green]fits[/bold green], {memory['gpu_gib'] - memory['reserve_gib'] - memory['total_gib']:.1f} "
@@ -124,7 +125,7 @@ def _verdict(memory: dict[str, Any]) -> str:
     return (
         "[bold red]does not fit[/bold red]: raise hardware.gpus (divides states) or parallel.sp (divides "
         "activations), set "
-        "engine.activation_checkpointing=true, "
+        "engine.recompute=layer, engine.tile_mlp=4096 or engine.offload_inputs=true, "
         f"lower engine.loss_chunk_tokens, or take engine=zero3_offload.{host}{disk}\n"
     )
 

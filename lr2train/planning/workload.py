@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lr2train.config import Config, LongAttention
+from lr2train.config import Config, LongAttention, UserError
 from lr2train.data.batch import LONG, SHORT
 from lr2train.data.corpus import MANIFEST
 from lr2train.io import read_json
@@ -59,6 +59,19 @@ def workload_of(config: Config, window_tokens: int, dp_size: int) -> Workload:
     if config.optim.steps:
         origin = f"optim.steps; mix by {origin}" if origin else "optim.steps"
     return Workload(parts, steps, origin or "unknown", tuple(_assumptions(config, parts, origin, window_tokens)))
+
+
+def refuse_mesh(config: Config) -> None:
+    """Refuse a world size that ``parallel.sp`` does not divide.
+
+    Raises:
+        UserError: ``parallel.sp`` does not divide ``hardware.gpus``.
+    """
+    gpus, sp = config.hardware.gpus, config.parallel.sp
+    if gpus % sp:
+        raise UserError(
+            f"hardware.gpus={gpus} is not divisible by parallel.sp={sp}; set hardware.gpus to {-(-gpus // sp) * sp}"
+        )
 
 
 def segments_of(tokens: int, segment_tokens: int) -> int:

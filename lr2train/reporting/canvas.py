@@ -1,30 +1,36 @@
-"""One matplotlib drawing, two renderings: inline SVG in the page's theme, and a PNG file on white.
+"""One matplotlib drawing, two renderings: inline SVG in the page's theme, and PNG on white beside its numbers as CSV.
 
 Choice: a drawing takes every colour from its ``Look``. The page's look holds placeholder colours, which are replaced in
 the SVG by CSS variables of the page: one picture serves the light and the dark theme. Text stays text, in the page's
-font. The PNG's look holds the page's light colours. Cost: matplotlib lays out labels in its own font, which is a little
-wider than the page's.
+font. The PNG's look holds the light colours of ``style.css``. Cost: matplotlib lays out labels in its own font, which
+is a little wider than the page's, and an SVG has no tooltips.
 """
 
 from __future__ import annotations
 
-import io
+import csv
+import io as text_io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TextIO
 
 import matplotlib
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure, FigureBase
 
-from lr2train.io import replacing
-from lr2train.reporting.style import LIGHT
+from lr2train.io import replacing, write_text
 
-HALF, WIDE = (4.8, 2.9), (9.6, 4.0)  # inches; 72 SVG units an inch
-DOTS_PER_INCH = 150
+SIZE = (4.8, 3.1)  # inches; 72 SVG units an inch: one to one on a phone
+DOTS_PER_INCH = 200
+N_SERIES = 6  # series colours of both themes
+NAMES = ("ink", "muted", "line", "card", *(f"s{i}" for i in range(N_SERIES)))  # CSS variables
 P = ParamSpec("P")
+Columns = Mapping[str, Any]
+Drawn = tuple[str, Columns]
+"""A description for screen readers, and the drawn numbers: columns of equal length."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,24 @@ class Look:
     series: tuple[str, ...]
 
 
-N_SERIES = 6  # series colours of both themes
-# colours that occur nowhere else, so that each can be replaced in the SVG
-THEMED = Look("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", tuple(f"#0a0b1{i}" for i in range(N_SERIES)))
-PAPER = Look(LIGHT["ink"], LIGHT["muted"], LIGHT["line"], LIGHT["card"], tuple(LIGHT[f"s{i}"] for i in range(N_SERIES)))
-_VARIABLES = {
-    THEMED.ink: "--ink",
-    THEMED.muted: "--muted",
-    THEMED.line: "--line",
-    THEMED.card: "--card",
-    **{color: f"--s{i}" for i, color in enumerate(THEMED.series)},
-}
+def _look(colors: Sequence[str]) -> Look:
+    return Look(*colors[:4], series=tuple(colors[4:]))
+
+
+THEMED = _look([f"#0a0b{i:02}" for i in range(len(NAMES))])  # colours that occur nowhere else
+
+
+@cache
+def style_sheet() -> str:
+    """The page's style sheet."""
+    return (Path(__file__).parent / "style.css").read_text("utf-8")
+
+
+@cache
+def paper() -> Look:
+    """The style sheet's light colours, which stand before the dark ones."""
+    colors = dict(reversed(re.findall(r"--(\w+): (#\w{6})", style_sheet())))
+    return _look([colors[name] for name in NAMES])
 
 
 @dataclass(frozen=True)
@@ -56,30 +69,42 @@ class Chart:
     """A drawing, rendered on demand.
 
     Attributes:
-        draw: draws into a figure in a look's colours; returns a description for screen readers.
+        draw: draws into a figure in a look's colours.
         size: width and height, inches.
     """
 
-    draw: Callable[[FigureBase, Look], str]
+    draw: Callable[[FigureBase, Look], Drawn]
     size: tuple[float, float]
 
-    def svg(self) -> str:
-        """SVG markup for the page."""
-        with matplotlib.rc_context(_style(THEMED)):
-            figure = Figure(figsize=self.size, layout="constrained")
-            return _markup(figure, self.draw(figure, THEMED))
+    def svg(self) -> Markup:
+        """Markup for the page."""
+        file = text_io.StringIO()
+        description, _ = self._render(THEMED, file, format="svg", transparent=True, metadata={"Date": None})
+        return _markup(file.getvalue(), description)
 
-    def png(self, path: Path, title: str) -> Path:
-        """Write the PNG file under a title; a failure leaves the former file."""
-        return side_by_side([self], path, title)
+    def write(self, path: Path) -> list[Path]:
+        """Write ``path``.png and ``path``.csv; a failure leaves the former files."""
+        picture, numbers = (path.parent / f"{path.name}.{suffix}" for suffix in ("png", "csv"))
+        with replacing(picture) as file:
+            _, columns = self._render(paper(), file, format="png", dpi=DOTS_PER_INCH)
+        write_text(numbers, csv_of([*columns], zip(*columns.values(), strict=True)))
+        return [picture, numbers]
+
+    def _render(self, look: Look, file: TextIO | BinaryIO | Any, **options: Any) -> Drawn:
+        with matplotlib.rc_context(_style(look)):
+            figure = Figure(figsize=self.size, layout="constrained", facecolor=look.card)
+            drawn = self.draw(figure, look)
+            matplotlib.rcParams["svg.hashsalt"] = drawn[0]  # ids must differ within a page
+            figure.savefig(file, **options)
+        return drawn
 
 
 def chart(
-    size: tuple[float, float] = HALF,
-) -> Callable[[Callable[Concatenate[FigureBase, Look, P], str]], Callable[P, Chart]]:
+    size: tuple[float, float] = SIZE,
+) -> Callable[[Callable[Concatenate[FigureBase, Look, P], Drawn]], Callable[P, Chart]]:
     """Decorator: ``draw(figure, look, *args)`` becomes ``make(*args) -> Chart``."""
 
-    def decorate(draw: Callable[Concatenate[FigureBase, Look, P], str]) -> Callable[P, Chart]:
+    def decorate(draw: Callable[Concatenate[FigureBase, Look, P], Drawn]) -> Callable[P, Chart]:
         @wraps(draw)
         def make(*args: P.args, **kwargs: P.kwargs) -> Chart:
             return Chart(lambda figure, look: draw(figure, look, *args, **kwargs), size)
@@ -90,62 +115,39 @@ def chart(
     return decorate
 
 
-def side_by_side(charts: Sequence[Chart], path: Path, title: str) -> Path:
-    """Draw charts beside each other into one PNG under a title; a failure leaves the former file."""
-    width, height = sum(one.size[0] for one in charts), max(one.size[1] for one in charts)
-    with matplotlib.rc_context(_style(PAPER)):
-        figure = Figure(figsize=(width, height + 0.35), layout="constrained", facecolor=PAPER.card)
-        figure.suptitle(title, x=0.012, ha="left", fontsize=11, weight="bold", color=PAPER.ink)
-        parts = figure.subfigures(1, len(charts), squeeze=False, width_ratios=[one.size[0] for one in charts])[0]
-        for part, one in zip(parts, charts, strict=True):
-            part.set_facecolor("none")
-            one.draw(part, PAPER)
-        with replacing(path) as file:
-            figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
-    return path
+def stacked(parts: Mapping[str, Columns], name: str) -> dict[str, list[Any]]:
+    """Columns below each other; a first column ``name`` tells the parts apart."""
+    columns: dict[str, list[Any]] = {name: []}
+    for part, numbers in parts.items():
+        columns[name] += [part] * len(next(iter(numbers.values())))
+        for key, values in numbers.items():
+            columns.setdefault(key, []).extend(values)
+    return columns
+
+
+def csv_of(head: Sequence[str], rows: Any) -> str:
+    """Rows as CSV; None becomes an empty cell."""
+    out = text_io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([head, *rows])
+    return out.getvalue()
 
 
 def _style(look: Look) -> dict[Any, Any]:
-    return {
-        "svg.fonttype": "none",
-        "font.size": 8.5,
-        "axes.labelsize": 8.5,
-        "xtick.labelsize": 8,
-        "ytick.labelsize": 8,
-        "text.color": look.ink,
-        "axes.labelcolor": look.muted,
-        "axes.edgecolor": look.line,
-        "axes.facecolor": "none",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": look.line,
-        "grid.linewidth": 0.6,
-        "xtick.color": look.muted,
-        "ytick.color": look.muted,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "xtick.minor.size": 0,
-        "ytick.minor.size": 0,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-        "patch.linewidth": 0.0,
-        "lines.linewidth": 1.6,
-        "lines.solid_capstyle": "round",
-    }
+    style: dict[Any, Any] = {"svg.fonttype": "none", "font.size": 9.0, "text.color": look.ink, "axes.facecolor": "none"}
+    style |= dict.fromkeys(("axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9.0)
+    style |= dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), look.muted)
+    style |= dict.fromkeys((f"{axis}tick.{kind}.size" for axis in "xy" for kind in ("major", "minor")), 0)
+    style |= {"axes.edgecolor": look.line, "axes.spines.top": False, "axes.spines.right": False}
+    style |= {"axes.grid": True, "axes.axisbelow": True, "grid.color": look.line, "grid.linewidth": 0.6}
+    return style | {"legend.frameon": False, "patch.linewidth": 0.0, "lines.linewidth": 1.6}
 
 
-def _markup(figure: Figure, description: str) -> str:
-    """The figure as markup of the page; the description salts its ids, which must differ within a page."""
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": description}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()
-    # the page sets the size; ids of groups recur in other pictures of the page, and nothing refers to them
+def _markup(svg: str, description: str) -> Markup:
+    """The page sets the size. Ids of groups recur in other pictures of the page, and nothing refers to these ids."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' width="[^"]*pt" height="[^"]*pt"', "", svg, count=1)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
-    for color, variable in _VARIABLES.items():  # placeholder colour -> CSS variable of the theme
-        svg = svg.replace(color, f"var({variable})")
-    return svg
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
+    for name, color in zip(NAMES, (*(getattr(THEMED, one) for one in NAMES[:4]), *THEMED.series), strict=True):
+        svg = svg.replace(color, f"var(--{name})")
+    return Markup(svg)

@@ -1,4 +1,4 @@
-"""ReportInputs of a report: files of the run, and of the search, corpus and base run that it was made from.
+"""Inputs of a report: files of each run, and of the search, corpus and base run that it was made from.
 
 Choice: every file is optional. A missing file leaves its section out, so one page serves running and finished runs.
 Related runs are found by the paths that the verbs recorded. A relative path is tried from the working directory, from
@@ -8,7 +8,7 @@ the folder above ``runs`` and beside the run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,28 @@ RECORDING_VERBS = ("train", "search", "prepare")  # they write <verb>.config.jso
 
 
 @dataclass(frozen=True)
+class BaseRun:
+    """The run that made the base model: its lines of every step, and those with a held-out loss."""
+
+    folder: Path
+    metrics: Sequence[Json]
+    held_out: Sequence[Json]
+
+
+@dataclass(frozen=True)
 class ReportInputs:
-    """Contents of all files; None or empty where a file is missing.
+    """Contents of a run's files; None or empty where a file is missing.
 
     Attributes:
-        folder: the run that the report is about.
-        metrics: a line for each step.
-        held_out: the lines, also of step 0, that have a held-out loss.
-        search_folder, corpus_folder, base_folder: runs that it was made from.
-        model_folder: the trained model, or the model of a search.
+        folder, name: of the run; names differ within a report.
+        metrics, held_out: a line for each step; the lines, also of step 0, that have a held-out loss.
+        search_folder, corpus_folder, base: runs that it was made from.
+        model_folder, model: the trained model, or the model of a search, and its config.json.
         origins: (run, verb, config, provenance) of every verb that recorded its config.
     """
 
     folder: Path
+    name: str
     train: Json | None = None
     config: Json = field(default_factory=dict)
     metrics: Sequence[Json] = ()
@@ -53,20 +62,9 @@ class ReportInputs:
     journal: Sequence[Json] = ()
     corpus_folder: Path | None = None
     corpus: Json | None = None
-    base_folder: Path | None = None
-    base_metrics: Sequence[Json] = ()
-    base_held_out: Sequence[Json] = ()
+    corpus_config: Json = field(default_factory=dict)
+    base: BaseRun | None = None
     origins: Sequence[tuple[Path, str, Json, Json]] = ()
-
-    @property
-    def needles(self) -> Json | None:
-        """The evaluation where needles were measured, at the lengths that every model was asked about."""
-        if not self.evaluation or not self.evaluation["rows"]:
-            return None
-        shared = set.intersection(
-            *({one["length_tokens"] for one in row["by_length"]} for row in self.evaluation["rows"])
-        )
-        return {**self.evaluation, "lengths_tokens": sorted(shared)} if shared else None
 
     @property
     def critical_index(self) -> int | None:
@@ -86,45 +84,60 @@ class ReportInputs:
         return (self.search or {}).get("settings") or self.search_config.get("search", {})
 
     @property
-    def top_k(self) -> int:
-        """Parents of a generation; a quarter of the population where the search did not record them."""
-        return self.search_settings.get("top_k") or max(1, len(self.generations[-1]["perplexities"]) // 4)
-
-    @property
     def objective(self) -> str:
         """Perplexity that the search lowered: needle | text."""
         return "text" if self.search_settings.get("objective") == "text" else "needle"
 
 
-def gather(folders: Sequence[Path]) -> ReportInputs:
-    """Read a run and its related runs.
+def gather_all(folders: Sequence[Path]) -> list[ReportInputs]:
+    """Read the runs of a report.
 
     Args:
-        folders: the run first. Each further folder (a search, corpus or base run) replaces the related run of its kind.
+        folders: the runs to compare. A corpus, or a search beside a run that is none, is no run to compare but replaces
+            the recorded one of every run.
 
     Raises:
-        UserError: a folder is missing, or one of its files is damaged.
+        UserError: a folder is missing, named twice, or one of its files is damaged.
     """
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; name the run folder that a verb wrote, such as runs/first")
-    run, given = folders[0], folders[1:]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"{' '.join(map(str, folders))} names a folder twice; name each run once")
+    of_search = (folders[0] / "generations.jsonl").is_file()
+    related = [
+        folder
+        for folder in folders[1:]
+        if (folder / "corpus.json").is_file() or ((folder / "generations.jsonl").is_file() and not of_search)
+    ]
+    runs = [gather(folder, related) for folder in folders if folder not in related]
+    names = [run.name for run in runs]
+    return [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
+
+
+def gather(run: Path, given: Sequence[Path] = ()) -> ReportInputs:
+    """Read one run and its related runs; those of ``given`` replace the recorded ones.
+
+    Raises:
+        UserError: the run is no folder, or a file is damaged.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run} is no folder; name the run folder that a verb wrote, such as runs/first")
     config, trained = _json(run / "train.config.json") or {}, _json(run / "train.json")
     search = _pick(given, "generations.jsonl") or _search_of(run, config)
     searched = (_json(search / "search.config.json") or {}) if search else {}
     recorded = config or (searched if search == run else {})  # for a search: its own config
     trained_on = (trained or {}).get("corpus") or recorded.get("data", {}).get("path")
-    corpus = _pick(given, "corpus.json") or _related(run, trained_on, "corpus.json")
+    corpus = _pick([*given, run], "corpus.json") or _related(run, trained_on, "corpus.json")
     model_path = recorded.get("model", {}).get("path")
-    base = _pick(given, "train.json") or _base_of(run, (trained or {}).get("base") or model_path)
-    lines, base_lines = (_lines(folder) for folder in (run, base))
+    base = _base_of(run, (trained or {}).get("base") or model_path)
     model = run / "model" if (run / "model").is_dir() else _related(run, model_path, "config.json")
     return ReportInputs(
         folder=run,
+        name=run.resolve().name,
         train=trained,
         config=config,
-        metrics=[line for line in lines if line.get("step")],
-        held_out=_measured(lines),
+        **_lines(run),
         evaluation=_json(run / "evaluate.json"),
         factors=_factors(run, search),
         export=_json(run / "export.json"),
@@ -138,9 +151,8 @@ def gather(folders: Sequence[Path]) -> ReportInputs:
         journal=read_jsonl(search / "journal.jsonl") if search else (),
         corpus_folder=corpus,
         corpus=_json(corpus / "corpus.json") if corpus else None,
-        base_folder=base,
-        base_metrics=[line for line in base_lines if line.get("step")],
-        base_held_out=_measured(base_lines),
+        corpus_config=(_json(corpus / "prepare.config.json") or {}) if corpus else {},
+        base=BaseRun(base, **_lines(base)) if base else None,
         origins=_origins([run, search, corpus, base]),
     )
 
@@ -149,19 +161,15 @@ def _json(path: Path) -> Any:
     return read_json(path) if path.is_file() else None
 
 
-def _lines(run: Path | None) -> list[Json]:
-    return read_jsonl(run / "metrics.jsonl") if run else []
-
-
-def _measured(lines: Sequence[Json]) -> list[Json]:
-    return [line for line in lines if any(key in line for key in HELD_OUT)]
+def _lines(run: Path) -> dict[str, list[Json]]:
+    lines = read_jsonl(run / "metrics.jsonl")
+    measured = [line for line in lines if any(key in line for key in HELD_OUT)]
+    return {"metrics": [line for line in lines if line.get("step")], "held_out": measured}
 
 
 def _factors(run: Path, search: Path | None) -> Factors | None:
-    for folder in (run, search):
-        if folder is not None and (folder / "factors.json").is_file():
-            return Factors.load(folder / "factors.json")
-    return None
+    files = [folder / "factors.json" for folder in (run, search) if folder is not None]
+    return next((Factors.load(file) for file in files if file.is_file()), None)
 
 
 def _pick(given: Sequence[Path], name: str) -> Path | None:
@@ -172,15 +180,12 @@ def _search_of(run: Path, config: Json) -> Path | None:
     if (run / "generations.jsonl").is_file():
         return run
     factors = config.get("rope", {}).get("factors")
-    return _related(
-        run,
-        factors and (factors if Path(factors).suffix != ".json" else str(Path(factors).parent)),
-        "generations.jsonl",
-    )
+    folder = factors and (str(Path(factors).parent) if Path(factors).suffix == ".json" else factors)
+    return _related(run, folder, "generations.jsonl")
 
 
 def _base_of(run: Path, model: str | None) -> Path | None:
-    base = _related(run, model and str(Path(model).parent), "train.json")
+    base = _related(run, model and str(Path(model).parent), "metrics.jsonl")
     return None if base is None or base.resolve() == run.resolve() else base
 
 

@@ -40,3 +40,8 @@ def duration(seconds: float) -> str:
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def percent(share: float | None) -> str:
+    """95% for 0.95; a dash where nothing was measured."""
+    return "–" if share is None else f"{share:.0%}"

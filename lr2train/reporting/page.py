@@ -1,98 +1,149 @@
-"""HTML building blocks of the report: one page without scripts or external files, in the reader's light or dark theme.
+"""The page: ``page.html.j2`` filled with a run or a comparison of runs, in one file without scripts.
 
-Choice: small functions return strings, so no template engine is needed. Cost: nothing is escaped by itself. Every
-value that comes from data passes through ``text``; markup of this package does not.
+Choice: the template holds every sentence and all markup; this file hands it values and what is computed from them.
+Jinja2 escapes all data; only drawings and
+the style sheet are markup. Cost: the template cannot be type-checked; an unknown name in it is an
+error at once.
 """
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from lr2train.reporting.style import STYLE
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lr2train.reporting import numbers, results
+from lr2train.reporting.canvas import Chart, style_sheet
+from lr2train.reporting.inputs import HELD_OUT, Json, ReportInputs
+from lr2train.reporting.population import candidates, winner
+
+SHOWN_CHARACTERS = 1200  # the end of a prompt
+FILTERS = ("count", "amount", "context_length", "perplexity", "duration", "percent")
 
 
-def text(value: object) -> str:
-    """Data as HTML text."""
-    return html.escape(str(value))
+def environment() -> Environment:
+    """The templates of this package; every value is escaped."""
+    made = Environment(
+        loader=PackageLoader("lr2train.reporting", ""), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters |= {name: getattr(numbers, name) for name in FILTERS} | {
+        "as_json": lambda one: json.dumps(one, indent=1)
+    }
+    return made
 
 
-def page(title: str, header: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
-    """The whole document; ``sections`` holds (anchor, name, content), ``header``, content and ``footer`` are HTML."""
-    links = "".join(f'<a href="#{anchor}">{text(name)}</a>' for anchor, name, _ in sections)
-    body = "".join(f'<section id="{anchor}">{content}</section>' for anchor, _, content in sections)
+def render(
+    runs: Sequence[ReportInputs], evaluation: Json | None, charts: Mapping[str, Chart], sheets: Mapping[str, Any]
+) -> str:
+    """The page as HTML.
+
+    Args:
+        runs: what the page is about; more than one is a comparison.
+        evaluation: of all runs.
+        charts: name -> drawing.
+        sheets: section -> its tables.
+    """
+    run = runs[0]
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head><body>"
-        f"<header>{header}</header><nav><div>{links}</div></nav>"
-        f"<main>{body}</main><footer>{footer}</footer></body></html>\n"
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            style=Markup(style_sheet()),
+            runs=runs,
+            run=run,
+            charts=charts,
+            sheets=sheets,
+            maps=[name for name in charts if name.startswith("needles_")],
+            title=" · ".join(one.name for one in runs),
+            windows=_windows(run, evaluation),
+            model=_model(run),
+            headline=_headline(evaluation) if len(runs) == 1 else None,
+            search=_search(run) if run.generations else None,
+            training=[_training(one) for one in runs if one.metrics],
+            cut=SHOWN_CHARACTERS,
+            now=time.strftime("%Y-%m-%d %H:%M"),
+        )
     )
 
 
-def heading(name: str, sentence: str = "") -> str:
-    """A section's title and an introducing sentence; ``sentence`` is HTML."""
-    return f"<h2>{text(name)}</h2>" + (f'<p class="sub">{sentence}</p>' if sentence else "")
+def _windows(run: ReportInputs, evaluation: Json | None) -> tuple[int, int] | None:
+    if run.factors:
+        return run.factors.spectrum.window_tokens, run.factors.target_window_tokens
+    return (evaluation["original_window_tokens"], evaluation["target_window_tokens"]) if evaluation else None
 
 
-@dataclass(frozen=True)
-class Missing:
-    """A section without content: the reason, and the command that produces the content."""
-
-    why: str
-    command: str
-
-
-def wanting(sections: Sequence[tuple[str, Missing]]) -> str:
-    """The missing sections as a list."""
-    lines = "".join(
-        f"<li><strong>{text(name)}</strong> {text(one.why)} <code>{text(one.command)}</code></li>"
-        for name, one in sections
-    )
-    return f'{heading("Not here yet")}<ul class="missing">{lines}</ul>'
+def _model(run: ReportInputs) -> str:
+    """Name, architecture and size of a run's model."""
+    base, config = (run.train or {}).get("base"), run.model
+    name = f"{Path(base).parent.name}/{Path(base).name}" if base else ""
+    if not config:
+        return name
+    kind = (config.get("architectures") or [config.get("model_type", "model")])[0]
+    size = _parameters(run.model_folder) if run.model_folder else 0
+    of_size = f", {numbers.amount(size, 3)} parameters" if size else ""
+    return (f"{name}: " if name else "") + f"{kind}, {config.get('num_hidden_layers', '?')} layers{of_size}"
 
 
-def card(name: str, value: str, note: str, hero: bool = False, extra: str = "", long: bool = False) -> str:
-    """A figure in large type; ``value``, ``note`` and ``extra`` are HTML. ``long`` takes smaller type."""
-    return (
-        f'<div class="card{" hero" * hero}{" long" * long}"><div class="name">{text(name)}</div><div '
-        f'class="value">{value}</div><div '
-        f'class="note">{note}</div>{extra}</div>'
-    )
+def _parameters(folder: Path) -> int:
+    """Parameter count from the headers of the safetensors files."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            # safetensors: 8 bytes of length, then a JSON header {tensor: {shape, …}}, then the data
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return count
 
 
-def change(before: str, after: str) -> str:
-    """before → after."""
-    return f'{text(before)}<span class="arrow">→</span><span class="after">{text(after)}</span>'
+def _headline(evaluation: Json | None) -> Json | None:
+    """The first row (the untrained model, where evaluated) and the last row (the trained model) at both windows."""
+    if not evaluation or not evaluation["rows"]:
+        return None
+    rows = evaluation["rows"]
+    lengths = sorted(set.intersection(*({one["length_tokens"] for one in row["by_length"]} for row in rows)))
+    if not lengths:
+        return None
+    inside = [length for length in lengths if length <= evaluation["original_window_tokens"]]
+    made = {
+        name: {"length": length, "rows": [{"label": row["label"], **results.at_length(row, length)} for row in rows]}
+        for name, length in (("target", lengths[-1]), *([("original", inside[-1])] if inside else []))
+    }
+    return {"original": None, **made}
 
 
-def figure(name: str, svg: str, caption: str, wide: bool = False) -> str:
-    """A chart with its title and caption; ``caption`` is HTML."""
-    return (
-        f'<figure class="{"wide" if wide else "half"}"><h3>{text(name)}</h3><div '
-        f'class="chart">{svg}</div><figcaption>{caption}</figcaption></figure>'
-    )
+def _search(run: ReportInputs) -> Json:
+    lines, every = run.generations, candidates(run.generations)
+    factor, _, index = winner(lines, run.search)
+    return {
+        "first": lines[0],
+        "last": lines[-1],
+        "winner": {"attention_factor": factor, "critical_index": index},
+        "candidates": len(every),
+        "dropped": len(every) - int(every.complete.sum()),
+        "forwards": (run.search or {}).get("document_forwards", lines[-1]["document_forwards"]),
+        "ranks": len({entry["rank"] for entry in run.journal}),
+        "seconds": sum(entry["seconds"] for entry in run.journal) / max(len(run.journal), 1),
+    }
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], last: bool = False) -> str:
-    """A table that scrolls sideways. Cells are HTML, with or without ``<td>``; a row's first cell is its header."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(_row(row, last and i == len(rows) - 1) for i, row in enumerate(rows))
-    rows_html = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="sheet"><p>{caption}</p><div>{rows_html}</div></div>'
-
-
-def _row(row: Sequence[str], last: bool) -> str:
-    cells = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row[1:])
-    return f'<tr{" class=last" * last}><th scope="row">{row[0]}</th>{cells}</tr>'
-
-
-def facts(pairs: Sequence[tuple[str, str]]) -> str:
-    """A list of (name, value); values are HTML."""
-    return "<dl>" + "".join(f"<dt>{text(name)}</dt><dd>{value}</dd>" for name, value in pairs) + "</dl>"
-
-
-def fold(summary: str, content: str) -> str:
-    """A block that opens on a click; ``summary`` and ``content`` are HTML."""
-    return f"<details><summary>{summary}</summary>{content}</details>"
+def _training(run: ReportInputs) -> Json:
+    lines, total = run.metrics, sum(line["step_s"] for line in run.metrics)
+    held_out = {
+        window: [line for line in run.held_out if key in line]
+        for window, key in zip(results.WINDOWS, HELD_OUT, strict=True)
+    }
+    return {
+        "run": run,
+        "last": lines[-1],
+        "losses": [line["loss"] for line in lines],
+        "long": sum(line["window_mix"] for line in lines) / len(lines),
+        "waited": sum(line.get("data_wait_s") or 0.0 for line in lines) / total if total else None,
+        "held_out": {window: (every[0], every[-1]) for window, every in held_out.items() if every},
+    }

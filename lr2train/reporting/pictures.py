@@ -1,63 +1,116 @@
-"""Pictures of a search as PNG files in its run folder: factors, fitness, critical indices, attention factor, documents.
+"""Every drawing of a page by its name, and the pictures that search and prepare write.
 
-Choice: the drawings are the report page's own. A picture whose data is missing is left out: a running search has no
-factors yet.
+Choice: a name is the file name of the picture and of its numbers (``fitness.png``, ``fitness.csv``), whichever verb
+writes them. A drawing whose data is missing is left out: a running search has no factors yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lr2train.config import UserError
-from lr2train.reporting import charts, search_charts
-from lr2train.reporting.canvas import Chart, side_by_side
-from lr2train.reporting.inputs import ReportInputs, gather
+from lr2train.evaluation.results import folder_name
+from lr2train.io import read_json
+from lr2train.reporting import charts, mix, search_charts
+from lr2train.reporting.canvas import Chart
+from lr2train.reporting.inputs import Json, ReportInputs, gather
+from lr2train.reporting.needle_map import needle_map
 
-SIZE = (6.6, 4.0)  # inches
+METRICS = {  # key of metrics.jsonl -> label of the axis
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "tokens_per_s": "tokens / s",
+    "mfu": "model FLOPs utilisation",
+}
+MIX = ("lengths", "mix", "segments")
+
+
+def all_charts(runs: Sequence[ReportInputs], rows: Sequence[Json]) -> dict[str, Chart]:
+    """Every drawing of a page: one run whole, of several runs those that compare.
+
+    Args:
+        runs: the first names the window and the critical index.
+        rows: of the needle comparison.
+    """
+    first = runs[0]
+    made = {f"needles_{folder_name(row['label'])}": needle_map([row]) for row in rows}
+    made |= _factors(runs) | _searches(runs) | _training(runs)
+    if len(runs) == 1 and first.base:
+        lines = {"the base model": (first.base.metrics, first.base.held_out)}
+        made |= {"base_loss": charts.loss_by_window(lines)}
+    if len(runs) == 1 and first.corpus_folder:
+        plan, config = first.corpus_folder / "plan.json", first.config or first.corpus_config
+        attention = config.get("data", {}).get("long_attention", "segment")
+        made |= mix.corpus_charts(first.corpus_folder, read_json(plan) if plan.is_file() else None, attention)
+    return made
+
+
+def _factors(runs: Sequence[ReportInputs]) -> dict[str, Chart]:
+    made = {run.name: run.factors for run in runs if run.factors and run.factors.scale > 1}
+    if not made:
+        return {}
+    first = next(run for run in runs if run.name in made)
+    index = first.critical_index if len(made) == 1 else None
+    return {
+        "factors": charts.factor_curves(made, index),
+        "periods": charts.periods(made, index),
+        "cosines": charts.cosines(made[first.name], index),
+    }
+
+
+def _searches(runs: Sequence[ReportInputs]) -> dict[str, Chart]:
+    found = {run.search_folder.resolve(): run for run in runs if run.search_folder and run.generations}
+    if not found:
+        return {}
+    first = next(iter(found.values()))
+    lines, of = first.generations, first.objective  # perplexities of another objective do not compare
+    searched = {run.name: run.generations for run in found.values() if run.objective == of}
+    made = {"fitness": search_charts.search_progress(searched, of)}
+    if len(runs) > 1:
+        return made
+    if first.has_border:
+        spectrum = first.factors.spectrum if first.factors else None
+        made["rcd"] = search_charts.critical_indices(lines, first.search, spectrum)
+    made["temperature"] = search_charts.attention_factors(lines, first.search, of)
+    return made | ({"documents": search_charts.documents(first.journal)} if first.journal else {})
+
+
+def _training(runs: Sequence[ReportInputs]) -> dict[str, Chart]:
+    trained = {run.name: run for run in runs if run.metrics}
+    if not trained:
+        return {}
+    made = {"loss": charts.loss_by_window({name: (run.metrics, run.held_out) for name, run in trained.items()})}
+    for key, label in METRICS.items():
+        lines = {name: run.metrics for name, run in trained.items()}
+        if any(line.get(key) is not None for every in lines.values() for line in every):
+            made[key] = charts.metric(lines, key, label)
+    return made
 
 
 def write_search_pictures(folder: Path) -> list[Path]:
-    """Draw a search into ``folder/pictures``; a failure leaves the former picture.
-
-    Args:
-        folder: run folder of a search, finished or running.
-
-    Returns:
-        The files written: factors.png (rescale factors, periods), fitness.png, rcd.png (not where every dimension was
-        searched, which leaves no critical index), temperature.png, documents.png.
+    """Draw a search into ``folder/pictures``, finished or running; returns the pictures and their numbers.
 
     Raises:
         UserError: the folder is missing, holds no generation, or holds a damaged file.
     """
-    inputs = gather([folder])
-    if not inputs.generations or inputs.search_folder != folder:
+    run = gather(folder)
+    if not run.generations or run.search_folder != folder:
         raise UserError(
             f"{folder} holds no generations.jsonl of a search; name the run folder of a search, such as runs/factors"
         )
-    return [side_by_side(drawn, folder / "pictures" / f"{name}.png", title) for name, title, drawn in _pictures(inputs)]
+    return _write(_searches([run]) | (_factors([run]) if run.search else {}), folder / "pictures")
 
 
-def _pictures(inputs: ReportInputs) -> Iterator[tuple[str, str, list[Chart]]]:
-    """(file name, title, charts) of each picture."""
-    lines, index, of = inputs.generations, inputs.critical_index, inputs.objective
-    if inputs.factors and inputs.search:
-        drawn = [charts.factor_curves(inputs.factors, index), charts.periods(inputs.factors, index)]
-        yield "factors", "Rescale factors and rescaled periods", [_sized(drawn[0]), _sized(drawn[1], 0.9)]
-    yield "fitness", f"{of.capitalize()} perplexity by generation", [_sized(search_charts.search_progress(lines, of))]
-    if inputs.has_border:
-        spectrum = inputs.factors.spectrum if inputs.factors else None
-        drawn = [
-            search_charts.critical_index_histogram(lines, inputs.search, inputs.top_k, spectrum),
-            search_charts.critical_indices(lines, spectrum),
-        ]
-        yield "rcd", "Critical index", [_sized(drawn[0]), _sized(drawn[1], 0.8)]
-    title = f"{of.capitalize()} perplexity by attention factor"
-    yield "temperature", title, [_sized(search_charts.attention_factors(lines, inputs.search, of))]
-    if inputs.journal:
-        yield "documents", "Loss by document", [_sized(search_charts.documents(inputs.journal))]
+def ensure_mix_pictures(folder: Path) -> list[Path]:
+    """Draw a corpus's ``plan.json`` into ``folder/pictures``, unless all pictures are newer than the file."""
+    paths = [folder / "pictures" / f"{name}.png" for name in MIX]
+    planned = (folder / "plan.json").stat().st_mtime
+    if not all(path.exists() and path.stat().st_mtime >= planned for path in paths):
+        made = mix.corpus_charts(folder, read_json(folder / "plan.json"))
+        _write({name: made[name] for name in MIX}, folder / "pictures")
+    return paths
 
 
-def _sized(chart: Chart, share: float = 1.0) -> Chart:
-    return replace(chart, size=(share * SIZE[0], SIZE[1]))
+def _write(drawings: Mapping[str, Chart], folder: Path) -> list[Path]:
+    return [path for name, drawing in drawings.items() for path in drawing.write(folder / name)]

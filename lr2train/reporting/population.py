@@ -1,4 +1,4 @@
-"""Candidates of a search, read from generations.jsonl: each candidate once, the winner, the last parents.
+"""Candidates of a search, read from generations.jsonl: each candidate once, and the winner.
 
 A line of generations.jsonl holds parallel lists over the population, best first. Under racing, a further list
 ``documents`` says on how many documents each candidate was scored. The largest number that occurs is all documents.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,10 @@ class Candidates:
 
     def __len__(self) -> int:
         return len(self.perplexity)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The candidates as columns of a CSV file."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 def bounded(perplexity: float | None) -> float:
@@ -69,12 +73,6 @@ def winner(generations: Sequence[Json], search: Json | None = None) -> tuple[flo
         last = [point for point in last if (point[0], point[2]) == chosen] or last
     factor, perplexity, index, _ = last[0]
     return factor, perplexity, index
-
-
-def last_parents(generations: Sequence[Json], top_k: int) -> list[int]:
-    """Critical indices of the ``top_k`` best complete candidates of the last generation."""
-    complete = [point for point in _points(generations)[-1] if point[3]]
-    return [index for _, _, index, _ in sorted(complete, key=lambda point: point[1])[:top_k]]
 
 
 def _parents(before: Sequence[Point], now: Sequence[Point]) -> Counter[Point]:

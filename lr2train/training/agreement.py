@@ -22,25 +22,34 @@ class MicroBatch(NamedTuple):
     window: str
     n_tokens: int
     spans: int  # crc32 of the document spans
+    n_targets: int  # tokens that are predicted
+    n_pairs: int  # causal query-key pairs within document spans
     strategy: str  # of attention
 
 
 def described(batch: Batch, strategy: str) -> MicroBatch:
     """The description of ``batch`` served with ``strategy``."""
-    return MicroBatch(batch.window, len(batch.tokens), zlib.crc32(repr(batch.spans).encode()), strategy)
+    n_pairs = sum((stop - start) * (stop - start + 1) // 2 for start, stop in batch.spans)
+    spans = zlib.crc32(repr(batch.spans).encode())
+    return MicroBatch(batch.window, len(batch.tokens), spans, batch.n_target_tokens, n_pairs, strategy)
 
 
-def agree(describe: Callable[[], Sequence[MicroBatch]], sp: int) -> None:
+def agree(describe: Callable[[], Sequence[MicroBatch]], sp: int) -> list[MicroBatch]:
     """Compare the micro-batches of a step over all ranks. ``sp`` consecutive ranks share segments. A collective.
+
+    Returns:
+        The micro-batches of the whole step, one for each segment; the same on every rank.
 
     Raises:
         RuntimeError: ranks disagree, or ``describe`` failed on a rank; the same sentence on every rank.
         UserError: ``describe`` raised a UserError on a rank; on every rank.
         PeerGone: a rank is gone.
     """
-    found = disagreement(control.together(lambda: list(describe())), sp)
+    by_rank = control.together(lambda: list(describe()))
+    found = disagreement(by_rank, sp)
     if found is not None:
         raise RuntimeError(f"{found}; every rank must be started with the same config and see the same corpus")
+    return [micro_batch for group in by_rank[::sp] for micro_batch in group]
 
 
 def disagreement(by_rank: Sequence[Sequence[MicroBatch]], sp: int) -> str | None:

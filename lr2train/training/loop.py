@@ -2,7 +2,8 @@
 loses no written step.
 
 Choice: the loader is a pure function of the step, so the number of steps done is the whole resume state. A signal
-(Ctrl-C, a cluster's SIGTERM) ends the loop after the step in hand, on all ranks together, with a checkpoint.
+(Ctrl-C, a cluster's SIGTERM) ends the loop after the step in hand, on all ranks together, with a checkpoint. A
+checkpoint is written while the next steps run; only the last one, and the one of an interrupt, are waited for.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lr2train import io, progress
 from lr2train.config import Config
+from lr2train.config.gpus import peak_tflops
 from lr2train.data.batch import Loader
 from lr2train.data.feed.prefetch import prefetched
 from lr2train.model.flops import training_flops
 from lr2train.training.bad_steps import BadSteps
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.engine import Engine, StepStats
-from lr2train.training.metrics import Sink, bad_steps_in
+from lr2train.training.metrics import Brief, Sink, bad_steps_in
+from lr2train.training.profiling import KEY, StepProfiler
 from lr2train.training.schedule import learning_rate
-from lr2train.training.steps import Steps
+from lr2train.training.steps import StepRanges, Steps
 from lr2train.training.validation import HeldOut
 
 
@@ -36,10 +40,12 @@ class Training:
     """The parts of a run.
 
     Attributes:
+        folder: of the run.
         total_steps: the step to train to, skipped steps included.
     """
 
     config: Config
+    folder: Path
     engine: Engine
     loader: Loader
     steps: Steps
@@ -93,37 +99,44 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
     bad = BadSteps(config.engine.max_bad_steps, bad_steps_in(sinks))
     tokens_seen = (done - skips.until(done).count) * config.optim.segments_per_step * config.data.segment_tokens
     parameters = _multiplied_parameters(engine)
+    _say_missing_peak(engine.device)
     steps, saved, before = skips.remaining(done, total_steps), done, done
     held_out = training.held_out
+    sinks = [*sinks, brief := Brief()]
     if not done and steps and held_out.measures:
         _write(sinks, 0, {"tokens_seen": 0, **held_out.measure(0)})
     ahead = prefetched(loader.batches, steps, config.data.prefetch_steps, config.data.loader_threads)
-    with listen_for_interrupt() as interrupt, closing(ahead) as batches:
+    chosen = StepRanges.parse(config.logger.profile_steps, KEY)
+    profiler = StepProfiler(chosen, steps, training.folder / "profile", engine.device)
+    with listen_for_interrupt() as interrupt, closing(ahead) as batches, profiler:
         # Steps count from 0, files from 1.
-        for step in progress.track(steps, total_steps, "train", total_steps - len(steps)):
-            start = time.perf_counter()
-            micro_batches = next(batches)
-            waited = time.perf_counter() - start
+        for step in progress.track(steps, total_steps, "train", total_steps - len(steps), brief.note):
             lr = learning_rate(step, total_steps, config.optim)
-            stats = engine.step(micro_batches, lr, lambda: interrupt.asked)
+            with profiler.step(step):
+                start = time.perf_counter()
+                micro_batches = next(batches)
+                waited = time.perf_counter() - start
+                stats = engine.step(micro_batches, lr, lambda: interrupt.asked)
+                seconds = time.perf_counter() - start
             tokens_seen += stats.n_tokens
-            seconds = time.perf_counter() - start
             flops = step_flops(stats, parameters, engine.hf_config)
-            figures = _figures(stats, lr, tokens_seen, seconds, waited, flops, engine, config)
+            figures = _figures(stats, lr, tokens_seen, seconds, waited, flops, engine)
             figures["bad_steps"] = bad.total + (not stats.finite)
             last = step == steps[-1]
             if held_out.due(before, step + 1, last):
                 figures |= held_out.measure(step + 1)
             before = step + 1
             _write(sinks, step + 1, figures)
+            engine.check_saving()
             bad.look(step, stats, loader)
             if last and bad.in_a_row:
                 bad.give_up(step)
             due = _due(saved, step + 1, config.engine.checkpoint_every_steps)
             if (last or stats.interrupted or due) and not bad.in_a_row:
-                engine.save(training.checkpoints, step + 1)
+                engine.save(training.checkpoints, step + 1, wait=last or stats.interrupted)
                 saved = step + 1
             if stats.interrupted and not last:
+                engine.finish_saving()
                 return False
     return True
 
@@ -164,24 +177,35 @@ def _figures(
     waited: float,
     flops: float,
     engine: Engine,
-    config: Config,
 ) -> dict[str, Any]:
     per_second = stats.n_tokens / seconds
-    peak = config.hardware.gpu_bf16_tflops * 1e12 * engine.mesh.world
+    peak = peak_of(engine.device)
     return {
         **io.finite({"loss": stats.loss, "loss_short": stats.loss_short, "loss_long": stats.loss_long}),
         **({} if stats.router_loss is None else io.finite({"router_loss": stats.router_loss})),
+        **({} if stats.distill_loss is None else io.finite({"distill_loss": stats.distill_loss})),
         "n_target_tokens": stats.n_target_tokens,
         "tokens_seen": tokens_seen,
         "grad_norm": stats.grad_norm,
         "lr": lr,
         "tokens_per_s": per_second,
-        "mfu": flops / seconds / peak if engine.device.type == "cuda" else None,
+        "mfu": None if peak is None else flops / seconds / (peak * 1e12 * engine.mesh.world),
         "window_mix": stats.window_mix,
         "peak_gib": peak_gib(engine.device),
         "data_wait_s": waited,
         "step_s": seconds,
     }
+
+
+def peak_of(device: torch.device) -> float | None:
+    """Dense bf16 peak of the GPU that this rank runs on, TFLOP/s; None on a CPU, and for a GPU of unknown peak."""
+    return peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _say_missing_peak(device: torch.device) -> None:
+    if device.type == "cuda" and peak_of(device) is None:
+        name = torch.cuda.get_device_name(device)
+        progress.say("train", f"mfu is not reported, because the bf16 peak of {name} is unknown")
 
 
 def peak_gib(device: torch.device) -> float:

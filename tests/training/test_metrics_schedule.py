@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lr2train.config import Config, OptimConfig
-from lr2train.training import metrics
+from lr2train.training import loop, metrics
 from lr2train.training.schedule import learning_rate
 
 
@@ -87,3 +88,14 @@ def test_warm_up_rises_to_lr_and_the_schedule_ends_at_its_floor():
 def test_every_schedule_at_its_middle(schedule, middle):
     optim = OptimConfig(lr=1.0, warmup_steps=0, schedule=schedule)
     assert learning_rate(50, 100, optim) == pytest.approx(middle)
+
+
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 989.4), ("NVIDIA A100-SXM4-80GB", 312.0), ("Abacus", None)])
+def test_mfu_is_of_the_gpu_that_the_run_is_on(name, peak, monkeypatch, capfd):
+    """Never of the GPU that a plan assumes; a GPU of unknown peak is said once, and has none."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert loop.peak_of(torch.device("cuda", 0)) == peak
+    assert loop.peak_of(torch.device("cpu")) is None
+    loop._say_missing_peak(torch.device("cuda", 0))
+    said = f"mfu is not reported, because the bf16 peak of {name} is unknown"
+    assert (said in "".join(capfd.readouterr())) == (peak is None)

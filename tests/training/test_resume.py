@@ -1,7 +1,9 @@
 """A resumed run ends where an undisturbed run ends: after a kill, after an interrupt, on another number of ranks."""
 
 import json
+import os
 import signal
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -119,6 +121,40 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(overrides, undisturbed, tmp_p
     )  # fp32: sums in another order, through AdamW
     for key in ("n_target_tokens", "tokens_seen", "window_mix", "lr"):  # the same segments
         assert figures(folder, key) == figures(folder_of(overrides, "undisturbed"), key)[:8], key
+
+
+def interrupted_with_a_slow_dashboard(rank: int, world: int, overrides: list[str], folder: Path) -> list[bool]:
+    """Whether, when this rank leaves, the dashboard is closed and the marker is written; on rank 0 also whether the
+    marker was there when the dashboard began to close.
+    """
+    from lr2train.run import MARKER
+    from lr2train.train import train
+    from lr2train.training.metrics import Jsonl
+
+    marker, closed, before = folder / "marker", folder / "closed", []
+    os.environ[MARKER] = str(marker)
+    own = Jsonl.close
+
+    def slow(sink):
+        before.append(marker.exists())
+        threading.Event().wait(1.0)  # an upload
+        own(sink)
+        closed.touch()
+
+    Jsonl.close = slow
+    if rank == 1:
+        starts.strike_in_step(2, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        train(compose("train", overrides))
+    return [closed.exists(), marker.exists(), *before]
+
+
+def test_no_rank_leaves_before_rank_0_has_closed_its_dashboards(overrides, tmp_path):
+    first, second = run_ranks(
+        interrupted_with_a_slow_dashboard, 2, [*overrides, "name=slow"], tmp_path, tmp_path=tmp_path, timeout_s=120
+    )
+    assert first == [True, True, True]
+    assert second == [True, True]
 
 
 def test_losses_fall(undisturbed):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from lr2train.attention.segment import document_positions
 from lr2train.data.batch import IGNORE, LONG, SHORT, Batch
-from lr2train.training.segment import tensors_of
+from lr2train.parallel.layout import Layout
+from lr2train.training.segment import shard_of, tensors_of
 
 CPU = torch.device("cpu")
 
@@ -49,6 +50,19 @@ def test_labels_and_positions_are_those_written_down(case):
     for tensor, expected in zip(made, (batch.tokens, labels, positions), strict=True):
         assert tensor.dtype == torch.int64
         assert tensor.tolist() == expected.tolist()
+
+
+@given(batches(), st.sampled_from([("contiguous", 1), ("contiguous", 3), ("zigzag", 2), ("zigzag", 3)]))
+def test_targets_are_the_places_of_the_shard_that_have_a_label(case, cut):
+    batch, (kind, size) = case[0], cut
+    unit = size if kind == "contiguous" else 2 * size
+    batch = batch_of_labels(*(np.resize(x, -(-len(x) // unit) * unit) for x in (batch.tokens, case[1])), (), SHORT)
+    for rank in range(size):
+        layout = Layout(kind, len(batch.tokens), rank, size, spans=batch.spans if kind == "zigzag" else ())
+        tokens, labels, targets = shard_of(batch, layout, CPU)
+        assert tokens.tolist() == batch.tokens[layout.indices.numpy()].tolist()
+        assert labels.tolist() == labels_of(batch)[layout.indices.numpy()].tolist()
+        assert targets.tolist() == (labels != IGNORE).nonzero().flatten().tolist()
 
 
 def test_the_last_place_never_wraps_around_to_the_first_token():

@@ -10,7 +10,8 @@ from ranks import RankError, run_ranks
 from lr2train.training.agreement import MicroBatch, disagreement
 from tests.training.deepspeed.test_engine import T, config_for, factors, segment
 
-SHORT, LONG = MicroBatch("short", 64, 7, "local"), MicroBatch("long", 64, 9, "ring")
+SHORT = MicroBatch("short", n_tokens=64, spans=7, n_targets=60, n_pairs=300, strategy="local")
+LONG = MicroBatch("long", n_tokens=64, spans=9, n_targets=63, n_pairs=2080, strategy="ring")
 
 
 def engine_of(world: int):

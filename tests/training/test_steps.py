@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from lr2train.config import DataConfig, UserError
 from lr2train.io import write_json
 from lr2train.training.loop import _due
-from lr2train.training.steps import FILE, Skips, Steps
+from lr2train.training.steps import FILE, StepRanges, Steps
 from tests.training import starts
 
 RANGES = st.lists(
@@ -28,17 +30,17 @@ def listed(texts: list[str]) -> set[int]:
 
 @given(RANGES, st.integers(0, 70), st.integers(0, 70))
 def test_ranges_are_the_sets_that_they_name(texts, done, total):
-    skips, named = Skips.parse(texts), listed(texts)
+    skips, named = StepRanges.parse(texts), listed(texts)
     assert {step for step in range(1, 80) if step in skips} == named
     assert skips.count == len(named)
-    assert skips.until(done) == Skips.parse([str(step) for step in named if step <= done])
+    assert skips.until(done) == StepRanges.parse([str(step) for step in named if step <= done])
     assert skips.remaining(done, total) == [step for step in range(done, total) if step + 1 not in named]
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "5-3", "-4", "3-", "1.5", "2-4-6"])
 def test_an_entry_that_is_neither_step_nor_range_is_refused(text):
     with pytest.raises(UserError, match="data.skip_steps has the entry"):
-        Skips.parse([text])
+        StepRanges.parse([text])
 
 
 def test_the_first_start_settles_the_groups(tmp_path):
@@ -78,7 +80,7 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-def train(folder: Path, *overrides: str) -> starts.Ended:
+def train(folder: Path, *overrides: str, strike: tuple[int, int] | None = None) -> starts.Ended:
     """A training from scratch."""
     sizes = [
         f"model.original_window_tokens={tiny.L0}", f"data.segment_tokens={tiny.L}", "model=tiny_llama",
@@ -90,7 +92,7 @@ def train(folder: Path, *overrides: str) -> starts.Ended:
         "rope.critical_index=2", "rope.tail=[4.0]", "optim.steps=12", "optim.segments_per_step=2",
         "optim.warmup_steps=2", "logger=jsonl",
     ]  # fmt: skip
-    return starts.train([*tiny.arguments(folder), *sizes, *overrides], folder)
+    return starts.train([*tiny.arguments(folder), *sizes, *overrides], folder, strike)
 
 
 def test_training_passes_over_skipped_steps_and_refuses_another_past(folder):
@@ -119,3 +121,38 @@ def test_training_on_a_damaged_corpus_is_refused_before_it_starts(folder, tmp_pa
     assert str(tokens) in err
     assert "prepare again" in err
     assert not (folder / "damaged" / "checkpoints").exists()
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_chosen_steps_leave_a_trace_across_an_interrupt_and_no_other_step_does(folder):
+    """The interrupt ends the range 6-7 after its first step; step 40 does not exist."""
+    chosen = ["name=profiled", "engine.validate_every_steps=0", "logger.profile_steps=[2-3, 6-7, 40]"]
+    code, err = train(folder, *chosen, strike=(6, signal.SIGTERM))
+    assert code == 130, err
+    assert "2 of the 5 steps of logger.profile_steps (2-3, 6-7, 40) have no trace of this start" in err
+    code, err = train(folder, *chosen)
+    assert code == 0, err
+    assert "4 of the 5 steps of logger.profile_steps" in err
+    traces = {path.name: path for path in (folder / "profiled" / "profile").iterdir()}
+    names = ("steps_2-3_rank0", "step_6_rank0", "step_7_rank0")
+    assert traces.keys() == {f"{name}{ending}" for name in names for ending in (".json.gz", ".txt")}
+    events = json.loads(gzip.decompress(traces["steps_2-3_rank0.json.gz"].read_bytes()))["traceEvents"]
+    named = [one.get("name") for one in events]
+    assert {one for one in named if str(one).startswith("step ")} == {"step 2", "step 3"}
+    assert "aten::mm" in named
+    header, *rows = traces["steps_2-3_rank0.txt"].read_text().splitlines()
+    assert header.split() == ["operator", "calls", "cpu", "ms", "share"]
+    spent = [float(row.split()[-2]) for row in rows]
+    assert spent == sorted(spent, reverse=True)
+    code, err = train(folder, "name=plain", "engine.validate_every_steps=0")
+    assert code == 0, err
+    assert losses(folder, "profiled") == losses(folder, "plain")
+    assert not (folder / "plain" / "profile").exists()
+
+
+def test_profile_steps_that_cannot_be_read_are_refused(folder):
+    code, err = train(folder, "name=unread", "logger.profile_steps=[10..12]")
+    assert (code, "logger.profile_steps has the entry '10..12'" in err) == (2, True), err

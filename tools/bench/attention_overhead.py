@@ -138,7 +138,7 @@ def _rounds(steps: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, li
     return taken
 
 
-def _seconds(step: Callable[[], Tensor]) -> Seconds:
+def _seconds(step: Callable[[], Any]) -> Seconds:
     """(wall-clock seconds of the slower rank, CPU seconds of all ranks)."""
     dist.barrier()
     clock, cpu = time.perf_counter(), time.process_time()

@@ -1,11 +1,12 @@
-"""Time to load a checkpoint with checksums, over the time without.
+"""Time that training stands still for a checkpoint; time to load one with checksums, over the time without.
 
     python -m tools.bench.checkpoint [--rounds 5] [--hidden 768]
 
-Two CPU ranks write a ZeRO-3 checkpoint of a Llama with random weights and AdamW moments. Each round times one load
-without the comparison with the manifest and one load with it. Files are first in the page cache; then the cache is
-dropped before each load, where the process may do so. The last lines read ``name: value``. Exits with 1 where a bound
-is missed.
+Two CPU ranks write a ZeRO-3 checkpoint of a Llama with random weights and AdamW moments. Each round times a save that
+is waited for, and how long a save that goes on beside training holds the caller. Then each round times one load without
+the comparison with the manifest and one load with it. Files are first in the page cache; then the cache is dropped
+before each load, where the process may do so. The last lines read ``name: value``. Exits with 1 where a bound is
+missed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RANKS, BOUND = 2, 1.1  # a checked load takes at most 10 % longer
+STILL_BOUND = 0.5  # of the time of a save that is waited for: a check of the numbers, a copy in memory, messages
 
 
 def engine_with_moments(hidden: int) -> Any:
@@ -51,6 +53,28 @@ def engine_with_moments(hidden: int) -> Any:
     zero.optimizer.step()
     zero.optimizer.param_groups[0]["params"] = []
     return engine
+
+
+def stalls(rank: int, world: int, folder: Path, rounds: int, hidden: int) -> list[tuple[float, float, float]]:
+    """(seconds of a save that is waited for, seconds that the other save holds the caller, seconds until it is on the
+    disk) by round. In the first round memory and files are new.
+    """
+    import torch.distributed as dist
+
+    from lr2train.training.deepspeed import checkpoint
+
+    engine, of, found = engine_with_moments(hidden), checkpoint.Checkpoints(folder), []
+    for number in range(rounds + 1):
+        times = []
+        for wait in (True, False):
+            dist.barrier()
+            begin = time.monotonic()
+            engine.save(of, 2 * number + 2 - wait, wait=wait)
+            dist.barrier()
+            times.append(time.monotonic() - begin)
+        engine.finish_saving()
+        found.append((times[0], times[1], time.monotonic() - begin))
+    return found[1:]
 
 
 def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold: bool) -> list[tuple[float, float]]:
@@ -93,6 +117,23 @@ def measured(rank: int, world: int, folder: Path, rounds: int, hidden: int, cold
     return found
 
 
+def still(rounds: int, hidden: int) -> list[Any]:
+    """The figures of saving."""
+    from tests.ranks import run_ranks
+    from tools.bench.figures import Figure
+
+    with tempfile.TemporaryDirectory() as folder:
+        by_round = run_ranks(stalls, RANKS, Path(folder) / "c", rounds, hidden, tmp_path=Path(folder), timeout_s=900)[0]
+    waited, held, whole = (statistics.median(times) for times in zip(*by_round, strict=True))
+    share = statistics.median(b / a for a, b, _ in by_round)
+    return [
+        Figure("save_waited_for_s", waited),
+        Figure("save_beside_training_stands_still_s", held),
+        Figure("save_beside_training_on_disk_s", whole),
+        Figure("stands_still_over_waited_for", share, at_most=STILL_BOUND),
+    ]
+
+
 def main() -> int:
     """Measure with a warm cache, and with a cold one where permitted; the exit status."""
     from tests.ranks import run_ranks
@@ -102,7 +143,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=768)
     given = parser.parse_args()
-    figures = []
+    figures = still(given.rounds, given.hidden)
     for name, cold in (("warm", False), ("cold", True)):
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(PermissionError):
             rounds = run_ranks(

@@ -7,8 +7,6 @@ keys. It is the baseline for our kernel interface: the same kernel with nothing 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import inspect
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -19,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lr2train.attention import kernel
+from lr2train.attention import cuda, kernel
 from lr2train.attention.ring_flash_attn import zigzag_function
 from lr2train.config import UserError
 
@@ -37,20 +35,15 @@ class Available(NamedTuple):
     missing: tuple[str, ...]
 
 
-MODULES = {  # kernel: (module, function whose signature tells old versions)
-    "flash_attn_3": ("flash_attn_interface", "_flash_attn_backward"),
-    "flash_attn": ("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward"),
-    "torch_varlen": ("torch.nn.attention.varlen", None),
-}
-
-
 def available(device: torch.device) -> Available:
     """Kernels of ``device``; on CPU torch's flash kernel alone. A missing package is a line, not an error."""
     cpu = device.type == "cpu"
-    reasons = {name: "needs CUDA" if cpu else _refusal(name, device) for name in MODULES}
-    names = ("cpu_flash",) if cpu else tuple(name for name, reason in reasons.items() if not reason)
+    generation = 0 if cpu else torch.cuda.get_device_capability(device)[0]
+    reasons = {name: "needs CUDA" if cpu else cuda.refusal(name, generation) for name in cuda.LIBRARIES}
+    usable = tuple(name for name, reason in reasons.items() if not reason)
     reasons["ring_flash_attn"] = _ring_refusal()
-    return Available(names, tuple(f"not importable: {name} ({reason})" for name, reason in reasons.items() if reason))
+    missing = tuple(f"not used: {name} ({reason})" for name, reason in reasons.items() if reason)
+    return Available(("cpu_flash",) if cpu else (*usable, "torch_varlen"), missing)
 
 
 def _ring_refusal() -> str | None:
@@ -59,27 +52,6 @@ def _ring_refusal() -> str | None:
     except UserError as error:
         return f"needs flash-attn 2: {error.__cause__}" if error.__cause__ else str(error)
     return None
-
-
-def _refusal(name: str, device: torch.device) -> str | None:
-    """The reason why a kernel cannot be used, or None."""
-    module, function = MODULES[name]
-    try:
-        library = importlib.import_module(module)
-        called = getattr(library, function) if function else None
-    except (
-        ImportError,
-        OSError,
-        AttributeError,
-    ) as error:  # OSError: a library built for another torch
-        return str(error)
-    if name == "flash_attn_3" and torch.cuda.get_device_capability(device)[0] != 9:
-        return "runs on Hopper GPUs alone"
-    old = (
-        called is not None
-        and "window_size_left" not in inspect.signature(getattr(called, "_init_fn", called)).parameters
-    )
-    return f"too old: its {function} has no window_size_left" if old else None
 
 
 @contextlib.contextmanager
@@ -104,6 +76,12 @@ def _flash3(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tens
 
     out = flash_attn_func(q[None], k[None], v[None], softmax_scale=scale, causal=causal)
     return (out[0] if isinstance(out, tuple) else out)[0]  # betas return (out, lse)
+
+
+def _flash4(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func(q[None], k[None], v[None], softmax_scale=scale, causal=causal)[0][0]
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
@@ -134,8 +112,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor
 
 PLAIN: dict[str, PlainKernel] = {
     "flash_attn_3": _flash3,
+    "flash_attn_4": _flash4,
     "flash_attn": _flash2,
     "torch_varlen": _varlen,
     "cpu_flash": _sdpa,
+    "explicit": _sdpa,
     "torch_sdpa": _sdpa,
 }

@@ -15,10 +15,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lr2train.attention.gather import exchange_of
 from lr2train.attention.ring_flash_attn import zigzag_function
 from lr2train.attention.ring_steps import steps_of
 from lr2train.attention.strategies import STRATEGIES
@@ -47,13 +50,17 @@ class Model:
     vocabulary: int
 
 
+Documents = Literal["whole", "aligned", "crossing"]
+
 LLAMA3_8B = Model("LLaMA3-8B", 4096, 32, 32, 8, 128, 14336, 128256)
 SMALL = Model("a small Llama", 128, 2, 8, 4, 16, 256, 512)
 
 
 @dataclass(frozen=True)
 class SliceSetting:
-    """A rank of a sequence-parallel group; one document fills the segment."""
+    """A rank of a sequence-parallel group, and the documents of its segment: one, short ones that end at the borders of
+    sequence shards, or short ones that cross them.
+    """
 
     model: Model
     n_tokens: int  # of the segment
@@ -63,11 +70,16 @@ class SliceSetting:
     dtype: torch.dtype
     rounds: int
     warm_ups: int
+    documents: Documents = "whole"
 
     @property
     def spans(self) -> Spans:
-        """One document fills the segment."""
-        return ((0, self.n_tokens),)
+        """The documents of the segment. Short ones have half a shard: 8192 tokens at 128k on 8 ranks."""
+        if self.documents == "whole":
+            return ((0, self.n_tokens),)
+        length = self.n_tokens // self.sp // 2
+        first = length if self.documents == "aligned" else length // 2
+        return tuple(pairwise([0, *range(first, self.n_tokens, length), self.n_tokens]))
 
     @property
     def segment(self) -> PackedSegment:
@@ -125,7 +137,9 @@ def slice_pairs(setting: SliceSetting, strategy: str) -> int:
 
 
 def time_attention(setting: SliceSetting, strategy: str, kernels: Sequence[str]) -> SliceTimings:
-    """Time the slice of ``strategy`` (ulysses | ring) with each of ``kernels``, beside plain calls and libraries.
+    """Time the slice of a strategy with each of ``kernels``, beside plain calls and libraries.
+
+    ``strategy``: ulysses | ring | gather | local.
 
     Raises:
         torch.OutOfMemoryError: the slice does not fit into memory.
@@ -134,7 +148,7 @@ def time_attention(setting: SliceSetting, strategy: str, kernels: Sequence[str])
     with one_rank(setting.rank, setting.sp) as mesh:
         passes = [
             *(_ours(setting, strategy, name, mesh) for name in kernels),
-            *(_plain(setting, strategy, name) for name in [*kernels, *others]),
+            *(plain_pass(setting, strategy, name) for name in [*kernels, *others]),
             *(_library(setting, mesh) if strategy == "ring" else ()),
         ]
         timings = time_in_turn(passes, setting.device, setting.rounds, setting.warm_ups)
@@ -178,7 +192,7 @@ def _through(setting: SliceSetting, strategy: str, mesh: Mesh) -> Pass:
     return Pass(strategy, forward, (q, k, v), kernel_flops(slice_pairs(setting, strategy), model.head_size), [grad])
 
 
-def _plain(setting: SliceSetting, strategy: str, name: str) -> Pass:
+def plain_pass(setting: SliceSetting, strategy: str, name: str) -> Pass:
     """Kernel ``name`` over the same pairs, one call per tile. Tiles share no tensors, so no gradients are summed."""
     tiles, heads, kv_heads = plain_tiles(setting, strategy)
     drawn = [
@@ -207,6 +221,16 @@ def plain_tiles(setting: SliceSetting, strategy: str) -> tuple[list[Tile], int, 
     model, sp = setting.model, setting.sp
     if strategy == "ulysses":
         return list(diagonal(setting.spans)), model.heads // sp, spread_kv_heads(model.kv_heads, sp) // sp
-    tiles = [tile for step in steps_of(setting.segment, setting.rank) for tile in step.block.tiles]
-    assert all(tile.gap or tile.n_queries == tile.n_keys for tile in tiles)
-    return tiles, model.heads, model.kv_heads
+    if strategy == "ring":
+        blocks = [step.block for step in steps_of(setting.segment, setting.rank)]
+    else:  # a shard without exchange is one that fetches nothing
+        blocks = [exchange_of(setting.segment, setting.rank, None).block]
+    return [part for block in blocks for tile in block.tiles for part in _squared(tile)], model.heads, model.kv_heads
+
+
+def _squared(tile: Tile) -> list[Tile]:
+    """A causal tile with more keys than queries as a full rectangle and a square."""
+    if tile.gap or tile.n_queries == tile.n_keys:
+        return [tile]
+    border = tile.k_stop - tile.n_queries
+    return [tile._replace(k_stop=border, gap=tile.n_queries), tile._replace(k_start=border)]

@@ -65,6 +65,12 @@ class Timing:
         """Median of ``rounds_s``; nan where the pass failed."""
         return statistics.median(self.rounds_s) if self.rounds_s else float("nan")
 
+    def with_forwards(self, times: float) -> float:
+        """Seconds of ``times`` forward passes and one backward pass; nan where the pass failed."""
+        if not self.rounds_s:
+            return float("nan")
+        return times * statistics.median(self.forward_s) + statistics.median(self.backward_s)
+
     def over(self, other: Timing) -> float:
         """Time over the time of another timing: median of the rounds' ratios; nan where either failed."""
         ratios = [a / b for a, b in zip(self.rounds_s, other.rounds_s, strict=False)]

@@ -143,7 +143,7 @@ class _WorkerProcess:
         return f"ended with exit code {code}"
 
     def end(self) -> None:
-        self._process.terminate()
+        self._process.kill()  # not SIGTERM: a process inherits that its parent ignores it
         self._process.join()
         self.pipe.close()
 

@@ -7,13 +7,13 @@ batch.
 
 The last file lies beside the folder, so that a lost folder is noticed.
 
-Choice: DeepSpeed writes, and reads where the number of ranks is the same. On another number of ranks, every rank reads
-its new shard of the weights and of AdamW's moments out of the old files, bit for bit (``partitions``). Files and
-folders are synced to the disk before the latest checkpoint is named. The ranks together compare every file with its
-checksum: each rank the files it wrote and the weights file, or every n-th file on another number of ranks. Another
-run's checkpoint is refused. No random state is kept: there is no dropout, and the data of a step follow from its
-number. Cost: reading on another number of ranks depends on DeepSpeed's file format. An optimizer on NVMe keeps its
-state elsewhere, so it needs the same number of ranks.
+Choice: DeepSpeed says what is written, and reads where the number of ranks is the same. On another number of ranks,
+every rank reads its new shard of the weights and of AdamW's moments out of the old files, bit for bit (``partitions``).
+Files and folders are synced to the disk before the latest checkpoint is named. The ranks together compare every file
+with its checksum: each rank the files it wrote and the weights file, or every n-th file on another number of ranks.
+Another run's checkpoint is refused. No random state is kept: there is no dropout, and the data of a step follow from
+its number. Writing goes on beside training (``saving``). Cost: reading on another number of ranks depends on
+DeepSpeed's file format. An optimizer on NVMe keeps its state elsewhere, so it needs the same number of ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,53 @@ def _tag(step: int) -> str:
 # ---- write ----
 
 
-def save(engine: Any, of: Checkpoints, step: int) -> None:
-    """Write a checkpoint, then name it the latest, then remove older ones beyond ``of.keep``. A collective.
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint that is not written yet.
+
+    Attributes:
+        of: the run's checkpoints.
+        target: the checkpoint's folder.
+        about: the manifest without its files.
+        states: this rank's files: path and content. The tensors are the engine's own, until they are copied.
+        put: writes a content to a path.
+    """
+
+    of: Checkpoints
+    target: Path
+    about: dict[str, Any]
+    states: list[tuple[Path, Any]]
+    put: Callable[[Any, str], None]
+
+    def on_host(self) -> Draft:
+        """The same with a copy of every tensor in host memory, which later steps do not change."""
+        return replace(self, states=shard_files.on_host(self.states))
+
+    def write(self, channel: control.Channel | None = None) -> None:
+        """Write the checkpoint, then name it the latest, then remove older ones beyond ``of.keep``. A collective.
+
+        Args:
+            channel: for the messages between ranks; None: the channel of the main thread.
+
+        Raises:
+            UserError: the disk is full; the checkpoint before stays the latest.
+        """
+        files: dict[str, Any] = {}
+        for mine in control.together(
+            lambda: {path.name: self._written(path, one) for path, one in self.states}, channel
+        ):
+            files |= mine
+        manifest = {**self.about, "files": files}
+        control.together(lambda: _publish(self.of, self.target, manifest) if rank() == 0 else None, channel)
+
+    def _written(self, path: Path, state: Any) -> dict[str, Any]:
+        with _writing(self.target):
+            self.put(state, str(path))
+        return _synced(path)
+
+
+def draft(engine: Any, of: Checkpoints, step: int) -> Draft:
+    """Collect what a checkpoint holds and make its folder; no file is written. A collective.
 
     Args:
         engine: DeepSpeed's.
@@ -84,33 +129,26 @@ def save(engine: Any, of: Checkpoints, step: int) -> None:
         step: steps done so far.
 
     Raises:
-        UserError: the disk is full; the checkpoint before stays the latest.
+        UserError: the folder cannot be made.
     """
     target = of.folder / _tag(step)
     # A killed run, perhaps of more ranks, may have begun this checkpoint: its files would stay between ours.
     control.together(lambda: _remove(target) if rank() == 0 else None)
-    with _recorded(engine.checkpoint_engine) as written, _writing(target):
+    put = engine.checkpoint_engine.save
+    with _collected(engine.checkpoint_engine) as states, _writing(target):
         engine.save_checkpoint(str(of.folder), tag=target.name, client_state={"step": step}, save_latest=False)
-    files: dict[str, Any] = {}
-    for mine in control.together(lambda: {path.name: _synced(path) for path in written}):
-        files |= mine
     about = {"step": step, "world": world(), "zero_stage": engine.zero_optimization_stage(), "run": of.run}
-    control.together(lambda: _publish(of, target, {**about, "files": files}) if rank() == 0 else None)
+    return Draft(of, target, about, states, put)
 
 
 @contextlib.contextmanager
-def _recorded(files: Any) -> Iterator[list[Path]]:
-    """The paths that DeepSpeed's checkpoint engine ``files`` writes on this rank inside the block."""
-    written: list[Path] = []
+def _collected(files: Any) -> Iterator[list[tuple[Path, Any]]]:
+    """The files that DeepSpeed's checkpoint engine ``files`` is told to write inside the block; none is written."""
+    collected: list[tuple[Path, Any]] = []
     own = files.save
-
-    def save_and_record(state_dict: Any, path: str) -> None:
-        own(shard_files.without_enums(state_dict), path)
-        written.append(Path(path))
-
-    files.save = save_and_record
+    files.save = lambda state_dict, path: collected.append((Path(path), shard_files.without_enums(state_dict)))
     try:
-        yield written
+        yield collected
     finally:
         files.save = own
 

@@ -3,9 +3,10 @@
 Choice: to DeepSpeed every rank is a data-parallel rank. Sequence parallelism (context parallelism) is a transform of
 the data and of attention: tokens, labels and positions are sharded together. Each rank returns the *sum* of the losses
 of its own target tokens. The sum is scaled so that DeepSpeed's averaging over ranks and accumulation steps yields the
-gradient of ``sum of losses / number of target tokens`` of the global batch. Cost: two all-reduces of a few numbers, and
+gradient of ``sum of losses / number of target tokens`` of the global batch. Cost: one all-reduce of a few numbers, and
 one exchange of a few words on the host, in each step. The exchange finds a rank with other work than its peers before
-any rank waits for it (``training.agreement``).
+any rank waits for it (``training.agreement``). It also carries the counts of the step: no rank asks its device for
+them.
 
 ``measure`` computes the loss of batches without a step: no gradient, no dropout, no change of any state.
 
@@ -31,7 +32,8 @@ from lr2train.attention.hf import install
 from lr2train.attention.segment import SegmentAttention
 from lr2train.config import Config, UserError
 from lr2train.data.batch import LONG, WINDOWS, Batch
-from lr2train.model import load
+from lr2train.model import fused, load, recompute
+from lr2train.model.distill import Original
 from lr2train.model.window_lm import MODULE_PREFIX, WindowLM
 from lr2train.parallel import control
 from lr2train.parallel.failure import told_to_all
@@ -41,8 +43,18 @@ from lr2train.training.agreement import MicroBatch, agree, described
 from lr2train.training.deepspeed import checkpoint
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.finite import FiniteAdamW, refuse_non_finite
-from lr2train.training.deepspeed.start import accumulation_of, deepspeed_config, gathered, quiet, zero_init
-from lr2train.training.segment import tensors_of
+from lr2train.training.deepspeed.saving import Saver
+from lr2train.training.deepspeed.scoring import load_sharded
+from lr2train.training.deepspeed.start import (
+    accumulation_of,
+    deepspeed_config,
+    gather_whole,
+    gathered,
+    quiet,
+    refuse_ranks,
+    zero_init,
+)
+from lr2train.training.segment import shard_of
 
 
 @dataclass(frozen=True)
@@ -55,12 +67,14 @@ class StepStats:
     n_target_tokens: int  # labels that are predicted
     n_tokens: int  # of all segments, padding included
     window_mix: float  # share of long segments, 0 … 1
-    n_pairs: float  # causal query-key pairs within document spans
+    n_pairs: int  # causal query-key pairs within document spans
     grad_norm: float | None  # before clipping; None where DeepSpeed computes none, or where the norm is not finite
     interrupted: bool  # some rank was asked to stop
     finite: bool = True  # loss and gradient norm are finite; False: no update was made
     suspects: tuple[int, ...] = ()  # micro-batches of this rank with a loss that is not finite
     router_loss: float | None = None  # the experts' load-balancing loss, mean over segments, without its coefficient
+    # KL from the frozen original model, nats per target token of short segments; None where nothing is distilled
+    distill_loss: float | None = None
 
 
 class WindowLoss(NamedTuple):
@@ -81,18 +95,48 @@ class Engine:
                 mesh.
         """
         self.config, self.mesh, self.device = config, mesh, device
-        self.accumulation = accumulation_of(config, mesh.dp_size)
+        self.accumulation = self._accumulation()
+        refuse_ranks(config, mesh.world)
         ds_config = deepspeed_config(config, self.accumulation)
-        weights = _weights(config, hf_config)
-        lm = load.assembled(
-            hf_config, config.model.dtype, weights, lambda: self._init_context(ds_config), self._gather(modifier_rank=0)
-        )
+        lm = self._lm(hf_config, ds_config)
         self.attention = install(lm, mesh, config.parallel.strategy)
-        if config.engine.activation_checkpointing:
-            lm.activation_checkpointing_enable({"use_reentrant": False})
-        self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens).train()
+        weight = config.optim.distill_short
+        original = self._original(factors) if weight else None
+        self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens, original, weight).train()
+        fused.accelerate(lm, config.engine.fused, device)
+        gather_whole(recompute.install(lm, config.engine))  # last: it tiles the MLPs that act
         self.hf_config = hf_config
         self._engine = self._initialize(ds_config)
+        self._saver = Saver()
+
+    def _original(self, factors: Factors) -> Original:
+        """The frozen original model, divided over the ranks under ZeRO-3, else whole on the device. A collective."""
+        model, engine = self.config.model, self.config.engine
+        if engine.zero_stage == 3:
+            zero = {
+                key: value
+                for key, value in engine.deepspeed.get("zero_optimization", {}).items()
+                if key != "offload_optimizer"  # it has none
+            }
+            lm = load_sharded(model, self.device, {"zero_optimization": zero})
+        else:
+            lm = load.load_whole(load.folder_of(model), model.dtype, self.device.type, model.overrides)
+        install(lm, self.mesh, self.config.parallel.strategy)
+        return Original(lm, factors, self._gather(modifier_rank=None))
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _accumulation(self) -> int:
+        """Micro-batches of a step."""
+        return accumulation_of(self.config, self.mesh.dp_size)
+
+    def _lm(self, hf_config: Any, ds_config: dict[str, Any]) -> Any:
+        """The Hugging Face model with its weights, divided over the ranks."""
+        weights = _weights(self.config, hf_config)
+        dtype, init_context = self.config.model.dtype, lambda: self._init_context(ds_config)
+        return load.assembled(hf_config, dtype, weights, init_context, self._gather(modifier_rank=0))
 
     def _initialize(self, ds_config: dict[str, Any]) -> Any:
         import deepspeed
@@ -103,7 +147,7 @@ class Engine:
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
-            fused=self.device.type == "cuda",
+            fused=self._on_cuda,
         )
         with quiet():
             engine, *_ = deepspeed.initialize(
@@ -135,49 +179,59 @@ class Engine:
         """
         # Made while ranks compare: a rank that no strategy serves tells the others.
         attentions: list[SegmentAttention] = []
-        agree(lambda: self._described(batches, attentions), self.mesh.sp_size)
+        work = agree(lambda: self._described(batches, attentions), self.mesh.sp_size)
         assert len(batches) == self.accumulation, (
             f"{len(batches)} micro-batches for an accumulation of {self.accumulation}"
         )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         with told_to_all():
-            return self._step(batches, attentions, interrupted)
+            return self._step(batches, attentions, work, interrupted)
 
     def _step(
-        self, batches: Sequence[Batch], attentions: Sequence[SegmentAttention], interrupted: Callable[[], bool]
+        self,
+        batches: Sequence[Batch],
+        attentions: Sequence[SegmentAttention],
+        work: Sequence[MicroBatch],
+        interrupted: Callable[[], bool],
     ) -> StepStats:
         """Forward, backward and update.
 
         Backward starts from ``sum_CE_local * world * accumulation / n_target_tokens``. DeepSpeed divides gradients by
         the world and losses by the accumulation, so the result is the gradient of the mean over all target tokens of
         the global batch. The router's loss is a mean over segments: its parts are scaled by ``world * accumulation /
-        n_segments``, which is ``sp``, and by its coefficient.
+        n_segments``, which is ``sp``, and by its coefficient. Where a short segment is distilled, ``sum_CE_local`` has
+        the divergence from the original model in it, with its weight.
         """
-        shards = [self._shard(batch, attention) for batch, attention in zip(batches, attentions, strict=True)]
-        counts = self._counts(batches, shards)
-        n_targets = int(counts[:2].sum())
+        shards = [
+            shard_of(batch, attention.layout, self.device) for batch, attention in zip(batches, attentions, strict=True)
+        ]
+        n_targets = sum(one.n_targets for one in work)
         if n_targets == 0:
             raise UserError("a step has no target token at all; check data.path: its segments hold only padding")
-        # [loss of short, loss of long, ranks asked to stop, the router's loss].
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        # [loss of short, loss of long, ranks asked to stop, the router's loss, and where one is added: the divergence].
+        sums = torch.zeros(4 + self.model.distills, dtype=torch.float64, device=self.device)
         router_scale = self.mesh.sp_size * self.model.router_loss.coefficient if self.model.router_loss else 0.0
         losses = []
         for number, (batch, attention, shard) in enumerate(zip(batches, attentions, shards, strict=True), 1):
-            total, router = self._engine(*shard, segment_attention=attention, window=batch.window)
+            total, router, *alone = self._engine(*shard, segment_attention=attention, window=batch.window)
             losses.append(total.detach().double())
             sums[3] += router.detach()
-            sums[int(batch.window == LONG)] += losses[-1]
+            if alone:  # a distilled segment
+                sums[0] += alone[0].detach()
+                sums[4] += alone[1].detach()
+            else:
+                sums[int(batch.window == LONG)] += losses[-1]
             # Divides by the target tokens of the global batch; world and accumulation cancel DeepSpeed's averaging.
             scale = torch.full_like(losses[-1], self.mesh.world * self.accumulation / n_targets, dtype=total.dtype)
             if number == len(batches):
                 sums[2] = float(interrupted())
                 dist.all_reduce(sums)
                 # NaN gradients on every rank, also where only another rank's loss is not finite.
-                scale.masked_fill_(~torch.isfinite(sums[:2].sum()), torch.nan)
+                scale.masked_fill_(~torch.isfinite(sums[:2].sum() + sums[4:].sum()), torch.nan)
             self._engine.backward(total * scale + router * router_scale)
             self._engine.step()
-        return self._stats(sums, counts, torch.stack(losses))
+        return self._stats(sums, work, torch.stack(losses))
 
     def measure(self, batches: Sequence[Batch]) -> dict[str, WindowLoss]:
         """The loss of each window over the batches of all ranks, without a step. A collective.
@@ -194,18 +248,17 @@ class Engine:
             RuntimeError: ranks were given different work, or a rank failed; the text has the reason, on every rank.
         """
         attentions: list[SegmentAttention] = []
-        agree(lambda: self._described(batches, attentions), self.mesh.sp_size)
-        sums = torch.zeros(len(WINDOWS), 2, dtype=torch.float64, device=self.device)  # [summed loss, target tokens]
+        work = agree(lambda: self._described(batches, attentions), self.mesh.sp_size)
+        sums = torch.zeros(len(WINDOWS), dtype=torch.float64, device=self.device)  # the summed loss of each window
         with told_to_all(), self._evaluating():
             for batch, attention in zip(batches, attentions, strict=True):
-                tokens, labels = self._shard(batch, attention)
-                total, _ = self._engine(tokens, labels, segment_attention=attention, window=batch.window)
-                sums[WINDOWS.index(batch.window)] += torch.stack([total.double(), (labels != -100).sum().double()])
+                shard = shard_of(batch, attention.layout, self.device)
+                total, _ = self._engine(*shard, segment_attention=attention, window=batch.window)
+                sums[WINDOWS.index(batch.window)] += total.double()
             dist.all_reduce(sums)
-            found = zip(WINDOWS, sums.tolist(), strict=True)
-        return {
-            window: WindowLoss(loss / n_targets, int(n_targets)) for window, (loss, n_targets) in found if n_targets
-        }
+            losses: dict[str, float] = dict(zip(WINDOWS, sums.tolist(), strict=True))
+        n_targets = {window: sum(one.n_targets for one in work if one.window == window) for window in WINDOWS}
+        return {window: WindowLoss(losses[window] / n, n) for window, n in n_targets.items() if n}
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -225,46 +278,28 @@ class Engine:
         attentions.extend(self.attention.segment(batch.spans, len(batch.tokens)) for batch in batches)
         return [described(batch, attention.choice.title) for batch, attention in zip(batches, attentions, strict=True)]
 
-    def _shard(self, batch: Batch, attention: SegmentAttention) -> tuple[torch.Tensor, torch.Tensor]:
-        # Cloned: a view would keep the whole segment in memory.
-        tokens, labels = (attention.layout.shard(whole, 0).clone() for whole in tensors_of(batch, self.device))
-        return tokens, labels
-
-    def _counts(self, batches: Sequence[Batch], shards: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-        """[targets in short, targets in long, tokens, long segments, segments, query-key pairs], summed over all ranks
-        of the step.
-
-        Every rank of a sequence-parallel group counts its segments whole, so the last three are ``sp`` times too large.
-        """
-        counts = torch.zeros(6, dtype=torch.int64, device=self.device)
-        for batch, (tokens, labels) in zip(batches, shards, strict=True):
-            long = int(batch.window == LONG)
-            counts[long] += (labels != -100).sum()
-            counts[2] += len(tokens)
-            counts[3] += long
-            counts[4] += 1
-            counts[5] += sum((stop - start) * (stop - start + 1) // 2 for start, stop in batch.spans)
-        dist.all_reduce(counts)
-        return counts
-
-    def _stats(self, sums: torch.Tensor, counts: torch.Tensor, losses: torch.Tensor) -> StepStats:
-        n_short, n_long, n_tokens, n_long_segments, n_segments, n_pairs = counts.tolist()
+    def _stats(self, sums: torch.Tensor, work: Sequence[MicroBatch], losses: torch.Tensor) -> StepStats:
+        n_long = sum(one.n_targets for one in work if one.window == LONG)
+        n_short = sum(one.n_targets for one in work) - n_long
         norm = self._grad_norm()
-        short, long, asked, router = sums.tolist()
-        finite = math.isfinite(short + long) and (self._loss_scaled or norm is None or math.isfinite(norm))
+        short, long, asked, router, *divergence = sums.tolist()
+        finite = math.isfinite(short + long + sum(divergence)) and (
+            self._loss_scaled or norm is None or math.isfinite(norm)
+        )
         return StepStats(
             loss=(short + long) / (n_short + n_long),
             loss_short=short / n_short if n_short else None,
             loss_long=long / n_long if n_long else None,
-            router_loss=None if self.model.router_loss is None else router * self.mesh.sp_size / n_segments,
+            distill_loss=divergence[0] / n_short if divergence and n_short else None,
+            router_loss=None if self.model.router_loss is None else router / len(work),
             n_target_tokens=n_short + n_long,
-            n_tokens=n_tokens,
-            window_mix=n_long_segments / n_segments,
-            n_pairs=n_pairs / self.mesh.sp_size,
+            n_tokens=sum(one.n_tokens for one in work),
+            window_mix=sum(one.window == LONG for one in work) / len(work),
+            n_pairs=sum(one.n_pairs for one in work),
             grad_norm=norm if norm is not None and math.isfinite(norm) else None,
             interrupted=asked > 0,
             finite=finite,
-            suspects=tuple(torch.isfinite(losses).logical_not().nonzero().flatten().tolist()),
+            suspects=tuple(number for number, loss in enumerate(losses.tolist()) if not math.isfinite(loss)),
         )
 
     @property
@@ -296,15 +331,37 @@ class Engine:
                 (f"the optimizer's {key}", value) for key, value in states.items() if isinstance(value, torch.Tensor)
             )
 
-    def save(self, checkpoints: Checkpoints, step: int) -> None:
-        """Write a checkpoint after ``step`` steps, as ``checkpoint.save`` does. A collective.
+    def save(self, checkpoints: Checkpoints, step: int, wait: bool = True) -> None:
+        """Write a checkpoint after ``step`` steps, as ``checkpoint.Draft.write`` does. A collective.
+
+        Args:
+            checkpoints: the run's.
+            step: steps done so far.
+            wait: False: return as soon as later steps cannot change the checkpoint any more (``saving``).
 
         Raises:
             UserError: a weight or a state is not finite, or the disk is full; earlier checkpoints stay.
         """
+        self._saver.finish()
         self.refuse_non_finite()
         with quiet():
-            checkpoint.save(self._engine, checkpoints, step)
+            self._saver.save(self._engine, checkpoints, step, wait)
+
+    def check_saving(self) -> None:
+        """Raise the error of a checkpoint that was written meanwhile; on every rank. A collective.
+
+        Raises:
+            UserError: the disk is full; earlier checkpoints stay.
+        """
+        self._saver.check()
+
+    def finish_saving(self) -> None:
+        """Wait for a checkpoint that is being written. A collective.
+
+        Raises:
+            UserError: the disk is full; earlier checkpoints stay.
+        """
+        self._saver.finish()
 
     def load(
         self, checkpoints: Checkpoints, resume_from: int | None = None, accept: Callable[[int], None] = lambda _: None

@@ -36,9 +36,16 @@ def refuse_non_finite(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     Raises:
         UserError: a tensor is not finite; the text names the first one.
     """
-    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor)]
     if bad:
         raise UserError(
             f"{bad[0]} holds numbers that are not finite ({len(bad)} tensors do), so no checkpoint is written, "
             "and the checkpoint before stays; set optim.lr to a lower value under another name="
         )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every element is finite. A finite sum says so without a temporary tensor; the sum of finite numbers may
+    overflow.
+    """
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())

@@ -20,6 +20,7 @@ OURS = {
     "train_micro_batch_size_per_gpu": _BATCH,
     "gradient_accumulation_steps": _BATCH,
     "gradient_clipping": "optim.clip",
+    "communication_data_type": "engine.reduce_dtype",
     "optimizer": "optim.lr, optim.betas, optim.eps and optim.weight_decay",
     "scheduler": "optim.schedule, optim.warmup_steps and optim.min_lr_ratio",
     "zero_optimization.stage": "engine.zero_stage",
@@ -28,7 +29,7 @@ OURS = {
     "bfloat16": _TYPE,
     "amp": _TYPE,
     "torch_autocast": _TYPE,
-    "activation_checkpointing": "engine.activation_checkpointing",
+    "activation_checkpointing": "engine.recompute",
     "sequence_parallel_size": "parallel.sp",
 }
 """Key of DeepSpeed's config -> the keys of lr2train that decide the same thing."""

@@ -7,6 +7,7 @@ it reads them. Cost: the names and the few classes below are those of DeepSpeed 
 from __future__ import annotations
 
 import contextlib
+import copy
 import pickle
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -106,6 +107,61 @@ def without_enums(value: Any) -> Any:
     if type(value) in (list, tuple):  # a named tuple stays as it is
         return type(value)(without_enums(item) for item in value)
     return value
+
+
+def on_host(value: Any) -> Any:
+    """A copy that shares nothing: tensors in host memory (page-locked for those of a GPU), other values as they are.
+
+    Tensors that share memory share it in the copy too, so a file of the copy is as large as one of ``value``.
+    """
+    copied = _on_host(value, {})
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copied
+
+
+def n_bytes(value: Any) -> int:
+    """The memory of the copies of all tensors; memory that several share counts once.
+
+    torch rounds the page-locked memory of a copy from a GPU up to a power of two.
+    """
+    memories = {_memory_of(tensor): tensor.is_cuda for tensor in _tensors_in(value)}
+    return sum(1 << (size - 1).bit_length() if on_gpu and size else size for (_, size), on_gpu in memories.items())
+
+
+def _on_host(value: Any, copies: dict[tuple[int, int], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        memory, key = value.untyped_storage(), _memory_of(value)
+        if key not in copies:
+            copies[key] = torch.empty(key[1], dtype=torch.uint8, pin_memory=value.is_cuda)
+            source = torch.empty(0, dtype=torch.uint8, device=value.device).set_(memory)
+            copies[key].copy_(source, non_blocking=True)
+        place = (value.storage_offset(), value.size(), value.stride())
+        return torch.empty(0, dtype=value.dtype).set_(copies[key].untyped_storage(), *place)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # an OrderedDict of torch has attributes
+        copied.update((key, _on_host(item, copies)) for key, item in value.items())
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(_on_host(item, copies) for item in value)
+    return copy.deepcopy(value)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif type(value) in (list, tuple):
+        for item in value:
+            yield from _tensors_in(item)
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """(address, bytes) of the memory behind a tensor, which may be a view of a part."""
+    memory = tensor.untyped_storage()
+    return memory.data_ptr(), memory.nbytes()
 
 
 def opened(file: Path | io.Hashed, mmap: bool = True) -> dict[str, Any]:

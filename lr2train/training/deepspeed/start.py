@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from lr2train.config import Config, UserError
 from lr2train.model import load
+
+HPZ = "zero_hpz_partition_size"  # ranks that share a second copy of the weights, which the backward pass reads
 
 
 def start_deepspeed(device: torch.device) -> None:
@@ -74,12 +78,12 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the CPU too when optimizer states are offloaded
         "steps_per_print": 10**12,  # never
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[engine.reduce_dtype],
     }
     written |= dtype_sections(config.model.dtype)
     if config.model.dtype == "bfloat16":
+        # Sums of 8 micro-batches in bfloat16 would lose small gradients.
         written["data_types"] = {"grad_accum_dtype": "fp32"}
-        # Sums of 64 ranks x 8 micro-batches in bfloat16 would lose small gradients.
-        written["communication_data_type"] = "fp32"
     if engine.zero_stage == 3:
         written["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
     return merged(written, engine.deepspeed)
@@ -116,6 +120,27 @@ def accumulation_of(config: Config, dp_size: int) -> int:
     return total // dp_size
 
 
+def refuse_ranks(config: Config, world: int) -> None:
+    """Refuse settings of DeepSpeed that this machine, or this number of ranks, cannot run; before weights are read.
+
+    Raises:
+        UserError: the device does not compute in float16, or the ranks do not divide into secondary groups (hpZ).
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    if config.model.dtype == "float16" and not accelerator.is_fp16_supported():
+        raise UserError(
+            "model.dtype=float16 is not computed by this device, says DeepSpeed; set model.dtype to bfloat16"
+        )
+    size = _secondary_ranks(config.engine.deepspeed)
+    if world % min(max(size, 1), world):
+        raise UserError(
+            f"engine.deepspeed.zero_optimization.{HPZ}={size} does not divide the {world} ranks; set it to "
+            f"{math.gcd(size, world)}"
+        )
+
+
 def zero_init(ds_config: dict[str, Any], batch_size: int) -> contextlib.AbstractContextManager[Any]:
     """A context in which every new parameter is divided over the ranks at once.
 
@@ -124,10 +149,20 @@ def zero_init(ds_config: dict[str, Any], batch_size: int) -> contextlib.Abstract
         batch_size: micro-batches of all ranks in an optimizer step; every rank counts as data-parallel.
     """
     import deepspeed
+    from deepspeed.utils import groups
 
+    # DeepSpeed makes the secondary group (hpZ) once, and fails where a second model asks for the group.
+    secondary = groups._get_zero_param_intra_parallel_group() if _secondary_ranks(ds_config) > 1 else None
     # No dtype argument: on a CPU without fp16, DeepSpeed 0.19.8 ignores it and takes bfloat16. It does obey the
     # sections bf16 and fp16 of the config.
-    return deepspeed.zero.Init(config_dict_or_path=ds_config | {"train_batch_size": batch_size})
+    return deepspeed.zero.Init(
+        config_dict_or_path=ds_config | {"train_batch_size": batch_size}, zero_param_parallel_group=secondary
+    )
+
+
+def _secondary_ranks(ds_config: dict[str, Any]) -> int:
+    """Ranks that share a secondary copy of the weights (hpZ); 0 and 1 stand for no such copy."""
+    return ds_config.get("zero_optimization", {}).get(HPZ, 1)
 
 
 def gathered(modifier_rank: int | None) -> load.Gather:
@@ -137,3 +172,13 @@ def gathered(modifier_rank: int | None) -> load.Gather:
     import deepspeed
 
     return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
+
+
+def gather_whole(modules: Iterable[nn.Module]) -> None:
+    """Let ZeRO-3 gather all weights of each module before the module is called, and not those of its children one by
+    one. To be called before ``deepspeed.initialize``.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in modules:
+        set_z3_leaf_module(module, True)

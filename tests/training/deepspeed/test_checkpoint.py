@@ -6,10 +6,13 @@ import contextlib
 import json
 import os
 import resource
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +22,7 @@ from ranks import RankError, run_ranks
 from lr2train import io
 from lr2train.config import UserError
 from lr2train.parallel.failure import told_to_all
-from lr2train.training.deepspeed import partitions
+from lr2train.training.deepspeed import partitions, saving, shard_files
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from tests.training.deepspeed.test_engine import RELEASE_ALL, config_for, factors, segment
 
@@ -83,8 +86,9 @@ def train(world: int, sp: int, folder: Path, variant: str) -> Trained:
         mine = STEPS[step][engine.mesh.dp_rank :: engine.mesh.dp_size]
         losses[step] = engine.step([segment(i) for i in mine], lr=1e-2).loss
         if step + 1 == SAVED:
-            engine.save(Checkpoints(folder), SAVED)
+            engine.save(Checkpoints(folder), SAVED, wait=False)  # the next steps must not change what is written
             state = whole_state(engine)
+    engine.finish_saving()
     dist.barrier()
     engine._engine.destroy()
     return losses, state
@@ -395,12 +399,91 @@ def test_a_full_disk_is_one_sentence_on_every_rank_and_the_last_checkpoint_stays
     with pytest.raises(RankError):
         run_ranks(without_room, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
     said = [(tmp_path / "checkpoints" / f"{rank}.said").read_text() for rank in range(2)]
-    assert said[0] == f"rank 1: {said[1]}"
-    assert said[1].startswith(f"the checkpoint {tmp_path}/checkpoints/step_00000002 cannot be written (RuntimeError: ")
+    assert said[0] == said[1]
+    assert said[1].startswith(
+        f"rank 1: the checkpoint {tmp_path}/checkpoints/step_00000002 cannot be written (RuntimeError: "
+    )
     assert said[1].endswith(
         "; free some room on that disk, and run the same command again to go on from the checkpoint before it"
     )
     assert run_ranks(step_read, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120) == [1, 1]
+
+
+def without_room_later(rank: int, world: int, folder: Path) -> list[int | str]:
+    """Rank 1 alone finds no room while training goes on: the steps made, what was heard after the last, a load."""
+    engine, of = engine_of(world, 1, "stage 3"), Checkpoints(folder)
+    engine.save(of, 1, wait=False)
+    engine.finish_saving()
+    made: list[int | str] = []
+    with no_room() if rank == 1 else contextlib.nullcontext():
+        engine.save(of, 2, wait=False)
+        for step in range(2, 100):
+            engine.step([segment(i) for i in SHORT[rank::world]], lr=1e-2)
+            made.append(step)
+            try:
+                engine.check_saving()
+            except UserError as error:
+                made.append(str(error))
+                break
+    engine.save(of, 3)  # once there is room again
+    return [*made, engine.load(of)]
+
+
+def test_a_disk_that_is_full_while_training_goes_on_is_heard_by_all_ranks_after_the_same_step(tmp_path):
+    first, second = run_ranks(without_room_later, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120)
+    assert first == second
+    *steps, said, loaded = first
+    assert steps
+    assert loaded == 3
+    assert said.startswith(
+        f"rank 1: the checkpoint {tmp_path}/checkpoints/step_00000002 cannot be written (RuntimeError"
+    )
+
+
+def without_memory(rank: int, world: int, folder: Path) -> list[Any]:
+    """Whether a thread wrote the checkpoint, and whether all is written, where rank 1's machine has no free memory."""
+    engine, of, found = engine_of(world, 1, "stage 3"), Checkpoints(folder), []
+    own = saving.free_host_bytes
+    for step, free in ((1, own), (2, lambda: 1000 if rank == 1 else own()), (3, own)):
+        saving.free_host_bytes = free
+        engine.save(of, step, wait=False)
+        found.append((engine._saver._writing is not None, of.latest.exists() and step == 2))
+        engine.finish_saving()
+    return [*found, engine.load(of)]
+
+
+def test_training_waits_for_a_checkpoint_where_a_copy_has_no_room_in_memory(tmp_path, capfd):
+    for found in run_ranks(without_memory, 2, tmp_path / "checkpoints", tmp_path=tmp_path, timeout_s=120):
+        assert found == [(True, False), (False, True), (True, False), 3]
+
+
+def test_a_cgroup_leaves_its_limit_less_what_cannot_be_dropped(tmp_path):
+    for name, text in (("max", "1000"), ("current", "800"), ("stat", "anon 500\ninactive_file 300\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert list(saving._left_in(tmp_path)) == [500]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(saving._left_in(tmp_path)) == list(saving._left_in(tmp_path / "none")) == []
+    assert 0 < saving.free_host_bytes() <= psutil.virtual_memory().total
+
+
+def test_a_host_copy_shares_nothing_and_keeps_what_is_shared():
+    whole = torch.arange(12.0)
+    state = {
+        "a": whole[2:5],
+        "b": [whole.view(3, 4).t(), (torch.tensor(3), "x")],
+        "c": OrderedDict(d=whole[:0]),
+        5: {1},
+    }
+    copied = shard_files.on_host(state)
+    assert shard_files.n_bytes(state) == shard_files.n_bytes(copied) == 12 * 4 + 8
+    torch.testing.assert_close(copied["b"][0], whole.view(3, 4).t(), rtol=0, atol=0)
+    assert copied["b"][0].stride() == (1, 4)
+    assert type(copied["c"]) is OrderedDict
+    whole.zero_()
+    state[5].add(2)
+    assert copied["a"].tolist() == [2.0, 3.0, 4.0]
+    assert copied["b"][1][1] == "x"
+    assert copied[5] == {1}
 
 
 def step_read(rank: int, world: int, folder: Path) -> int:

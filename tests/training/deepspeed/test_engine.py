@@ -218,7 +218,8 @@ def test_every_strategy_gives_the_same_step(world, tmp_path):
 
 
 VARIANTS = {  # other settings, on two ranks that share segments: overrides of config_for, and the error against fp64
-    "no checkpointing": ({"activation_checkpointing": False}, {}, 1e-5),
+    "recompute none": ({"recompute": "none"}, {}, 1e-5),
+    "recompute layer": ({"recompute": "layer"}, {}, 1e-5),
     "offload": ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}, {}, 1e-5),
     "stage 1": ({"zero_stage": 1, "deepspeed": {}}, {}, 1e-5),
     "stage 2": ({"zero_stage": 2, "deepspeed": {}}, {}, 1e-5),

@@ -34,7 +34,7 @@ def architecture(family: str) -> dict:
 
 
 def steps(rank: int, world: int, family: str, cases: list[tuple[int, int, int]]):
-    changes = {"deepspeed": RELEASE_ALL, "activation_checkpointing": True}
+    changes = {"deepspeed": RELEASE_ALL, "recompute": "keep_attention"}
     return [
         one_step(rank, world, sp, accumulation, SEGMENTS[: accumulation * world // sp], changes,
                  {"architecture": architecture(family)})

@@ -17,7 +17,7 @@ from lr2train.training.deepspeed.start import deepspeed_config
         {},
         {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}},
         {"zero_optimization": {"stage3_max_live_parameters": 1000, "overlap_comm": True}},
-        {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}},
+        {"data_types": {"grad_accum_dtype": "fp32"}},
         {"wall_clock_breakdown": True, "comms_logger": {"enabled": False}},
         {"flops_profiler": {"enabled": False}},
     ],

@@ -6,12 +6,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from ranks import run_ranks
 
 from lr2train.config import UserError
 from lr2train.training.bad_steps import BadSteps
 from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.engine import StepStats
+from lr2train.training.deepspeed.finite import refuse_non_finite
 from tests.training.deepspeed.test_checkpoint import SHORT, engine_of, segment, whole_state
 
 VARIANTS = ("stage 3", "stage 3, offload", "stage 3, bfloat16", "stage 2", "stage 1", "stage 1, bfloat16", "stage 0")
@@ -103,6 +105,18 @@ def test_no_checkpoint_is_written_of_bad_weights_or_moments(tmp_path):
     assert "rank 1: the weight " in weight and "not finite" in weight
     assert "rank 1: the optimizer's exp_avg_sq" in moment
     assert left == ["step_00000001"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_one_number_that_is_not_finite_is_found_and_a_sum_that_overflows_is_none(dtype):
+    largest = torch.full((9,), torch.finfo(dtype).max, dtype=dtype)
+    refuse_non_finite(iter([("full", largest), ("empty", largest[:0]), ("a count", torch.tensor(2**62))]))
+    for bad in (math.inf, -math.inf, math.nan):
+        largest[4] = bad
+        with pytest.raises(UserError, match="^full holds numbers that are not finite"):
+            refuse_non_finite(iter([("full", largest)]))
+    with pytest.raises(UserError):
+        refuse_non_finite(iter([("both", torch.tensor([math.inf, -math.inf], dtype=dtype))]))
 
 
 class Segments:

@@ -1,0 +1,1 @@
+"""What ``doctor`` looks at: facts about a machine and its packages, and what is wrong with them."""

@@ -1,0 +1,165 @@
+"""Every experiment of conf/ at full width, through the real code, as one rank of many: a signature, a shape or a memory
+that changes on the CUDA branch fails here, without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lr2train import rehearse as verb
+from lr2train.cli.composition import compose
+from lr2train.config import UserError
+from lr2train.planning import cost, memory
+from lr2train.planning.counts import counts_of, hf_config_of
+from lr2train.planning.memory import GIB, MemorySetting
+from lr2train.planning.timeline import BUCKETS, GATHERED, SAVED, STATES
+from lr2train.planning.workload import workload_of
+from lr2train.rehearse import Rehearsed, rehearsed
+
+
+def composed(experiment: str, *overrides: str):
+    return compose("rehearse", [f"experiment={experiment}", *overrides])
+
+
+def run(config, layers: int, **options) -> Rehearsed:
+    hf_config = hf_config_of(config.model)
+    dp_size = config.hardware.gpus // config.parallel.sp
+    window_tokens = config.model.original_window_tokens or hf_config.max_position_embeddings
+    return rehearsed(config, hf_config, workload_of(config, window_tokens, dp_size), layers, **options)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Rehearsed:
+    """LLaMA3-8B with two layers on 64 ranks, of which 8 share a segment in two rings; all strategies."""
+    config = composed("llama3_8b_128k", "parallel.ring=2", "engine.recompute=layer")
+    return run(config, 2, strategies=("ulysses", "ring", "gather", "ulysses_ring"))
+
+
+def test_every_strategy_calls_the_kernel_once_a_layer_and_again_for_recomputation(llama):
+    """A ring of R ranks takes R steps, and zigzag rounds join what one call can compute."""
+    calls = llama.accounting.kernel_calls
+    assert llama.windows["short"] == "local"
+    for name in ("short", "ulysses", "gather"):
+        forward, again, backward = (calls[name, *one] for one in PASSES)
+        assert (forward, again, backward) == (2, 2, 2) or name == "gather", name
+        assert forward == again == backward, name
+    assert calls["ring", "forward", "forward"] >= 2 * 8
+    assert calls["ulysses_ring", "forward", "forward"] >= 2 * 2
+
+
+PASSES = (("forward", "forward"), ("backward", "forward"), ("backward", "backward"))
+
+
+def test_the_bytes_that_a_strategy_sends_are_those_it_declares(llama):
+    """Forward, forward again and backward; a rank of one node sends nothing to another one."""
+    from lr2train.attention import hf as attention
+    from lr2train.attention.strategies import STRATEGIES
+    from lr2train.attention.strategy import PackedSegment
+
+    config = composed("llama3_8b_128k")
+    layers = attention.layers_of(hf_config_of(config.model))
+    (work,) = layers.works(PackedSegment(((0, 131072),), 131072, 8, 2))
+    for name in ("ulysses", "ring", "gather", "ulysses_ring"):
+        declared = STRATEGIES[name].traffic(work, 0)
+        sent = sum(
+            n for one, n in llama.accounting.sent.items() if one.micro_batch == name and not one.by.startswith("ZeRO")
+        )
+        assert sent == pytest.approx(2 * (2 * declared.forward + declared.backward), rel=1e-3), name
+        across = (one for one in llama.accounting.sent if one.micro_batch == name and not one.by.startswith("ZeRO"))
+        assert all(one.inside_node or not llama.accounting.sent[one] for one in across if one.by != "the step"), name
+    assert not any(one.by == "local" for one in llama.accounting.sent)
+
+
+def test_the_host_waits_for_no_device_in_forward_and_backward_passes(llama):
+    assert {phase for _, phase, _ in llama.accounting.looks} <= {"before", "update"}
+
+
+def test_flops_are_those_of_the_estimate(llama):
+    """A layer has four passes: forward, again, and two of the backward. The head has three: its loss computes the
+    gradients in the forward pass.
+    """
+    from lr2train.planning.roofline import ATTENTION, PRODUCTS, flops_of
+
+    config = composed("llama3_8b_128k", "model.architecture.num_hidden_layers=2")
+    counts = counts_of(hf_config_of(config.model), config.model)
+    found, tokens = flops_of(llama.accounting, "ulysses"), 131072 / 8
+    head = counts.vocabulary * counts.hidden
+    products = 4 * counts.multiplied_parameters - head
+    assert found[PRODUCTS] == pytest.approx(tokens * 2 * products, rel=0.002)
+    # 2 products forward, 2 again, 5 in flash attention's backward: 4.5 forwards
+    assert found[ATTENTION] == pytest.approx(4.5 * tokens * cost.attention_flops_per_token(counts, 131072), rel=0.001)
+
+
+def test_states_and_buckets_are_those_of_zeros_formulas(llama):
+    config = composed("llama3_8b_128k", "model.architecture.num_hidden_layers=2")
+    counts = counts_of(hf_config_of(config.model), config.model)
+    found = llama.timeline.peak.bytes
+    # weights, gradients, fp32 weights and two moments; each parameter is padded to a multiple of the ranks
+    assert found[STATES] == pytest.approx(18 * counts.parameters / 64, rel=0.02)
+    assert found[BUCKETS] >= 5e8 * 4
+    assert found[GATHERED] >= 2 * counts.head_parameters
+    assert found[SAVED] >= 2 * 131072 / 8 * counts.hidden * 2
+
+
+@pytest.mark.parametrize(
+    ("experiment", "overrides"),
+    [
+        ("phi3_mini_128k", ("hardware.gpus=16", "parallel.sp=16", "engine.recompute=none")),
+        ("tiny_4k", ()),
+        ("tiny_base", ("hardware.gpus=8", "optim.segments_per_step=8")),
+    ],
+)
+def test_the_estimate_of_an_experiment_agrees_within_five_percent(experiment, overrides):
+    layers = 2
+    config = composed(experiment, *overrides, f"model.architecture.num_hidden_layers={layers}")
+    seen = run(config, layers)
+    counts = counts_of(hf_config_of(config.model), config.model)
+    estimate = memory.gpu_bytes(memory.training_items(counts, MemorySetting.of(config))) - memory.RUNTIME_BYTES
+    print(f"{experiment} {overrides}: plan {estimate / GIB:.2f}, rehearsed {seen.timeline.peak.total / GIB:.2f} GiB")
+    assert estimate == pytest.approx(seen.timeline.peak.total, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "recompute"), [("llama3_8b_128k", "layer"), ("phi3_mini_128k", "keep_attention")]
+)
+def test_the_estimate_of_all_layers_agrees_with_one_and_two_layers_carried_on(experiment, recompute):
+    config = composed(experiment, f"engine.recompute={recompute}")
+    hf_config = hf_config_of(config.model)
+    peak_gib, _ = verb._estimate(config, hf_config)
+    items = memory.training_items(counts_of(hf_config, config.model), MemorySetting.of(config))
+    estimate = (memory.gpu_bytes(items) - memory.RUNTIME_BYTES) / GIB
+    print(f"{experiment} {recompute}: plan {estimate:.2f}, rehearsed {peak_gib:.2f} GiB")
+    assert estimate == pytest.approx(peak_gib, rel=0.05)
+
+
+def test_the_verb_writes_what_it_shows(tmp_path, capsys, monkeypatch):
+    config = composed(
+        "tiny_4k", "model.architecture.num_hidden_layers=1", "engine.recompute=layer", f"runs_folder={tmp_path}"
+    )
+    candidates = verb._candidates
+    monkeypatch.setattr(verb, "_candidates", lambda config: candidates(config)[2:4])  # two settings say the same as ten
+    result = verb.rehearse(config)
+    assert json.loads((tmp_path / "rehearse" / verb.FILE).read_text()) == json.loads(json.dumps(result))
+    shown = capsys.readouterr().out
+    for words in ("peak memory of each phase", "loss.py", "ulysses", "A100", "engine.recompute=", "lower bound"):
+        assert words in shown
+    assert result["memory"]["peak_gib"] == max(one["gib"] for one in result["memory"]["phases"])
+    assert {one["micro_batch"] for one in result["work"]} == {"short", "long"}
+
+
+def test_what_does_not_fit_names_the_layer(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def twisted(self, x):
+        return self.down_proj(self.gate_proj(x)[..., 1:])
+
+    monkeypatch.setattr(LlamaMLP, "forward", twisted)
+    with pytest.raises(UserError, match=r"lm\.model\.layers\.0\.mlp\.down_proj does not fit \(forward of a short"):
+        run(composed("llama3_8b_128k", "hardware.gpus=8"), 1, learn=False)
+
+
+def test_a_strategy_that_does_not_fit_is_refused_in_its_own_words():
+    with pytest.raises(UserError, match=r"parallel\.strategy=local cannot serve"):
+        run(composed("llama3_8b_128k", "hardware.gpus=8", "parallel.strategy=local"), 1, learn=False)
