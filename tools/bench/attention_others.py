@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import multiprocessing
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tools.bench.attention_overhead import MEASURES, RANKS, Seconds, _half_width, _seconds
-from tools.bench.figures import Figure
+from tools.bench.figures import Figure, on_ranks
 
 HEADS, KV_HEADS, HEAD_SIZE = 8, 4, 64
 SCALE = HEAD_SIZE**-0.5
@@ -66,7 +64,7 @@ def measure(quick: bool) -> Iterable[Figure]:
     n_tokens, rounds = (512, 6) if quick else (2048, 12)
     if not RINGMASTER:
         print("NOT MEASURED: axolotl-ringmaster is not installed")
-    taken = _on_ranks(n_tokens, rounds)
+    taken: dict[str, Taken] = on_ranks(_rank, RANKS, n_tokens, rounds)
     for index, by in enumerate(MEASURES):
         for name, (rows, _) in taken.items():
             ratios = [(before[index] + after[index]) / 2 / own[index] for before, own, after in rows]
@@ -77,20 +75,6 @@ def measure(quick: bool) -> Iterable[Figure]:
             yield Figure(f"ours_over_{name}_{by}", statistics.median(ratios), at_most=bound)
     for name, (_, sent) in taken.items():
         yield Figure(f"mib_sent_{name}", sent / 2**20)
-
-
-def _on_ranks(n_tokens: int, rounds: int) -> dict[str, Taken]:
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        queue = context.SimpleQueue()
-        ranks = [context.Process(target=_rank, args=(r, Path(folder), n_tokens, rounds, queue)) for r in range(RANKS)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise RuntimeError(f"the ranks ended with exit codes {[process.exitcode for process in ranks]}")
-        return queue.get()
 
 
 def _rank(rank: int, folder: Path, n_tokens: int, rounds: int, queue: Any) -> None:

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-import multiprocessing
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from itertools import accumulate, pairwise
@@ -28,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tools.bench.figures import Figure
+from tools.bench.figures import Figure, on_ranks
 
 RANKS = 2
 WINDOWS = ("long", "short")
@@ -58,7 +56,8 @@ Seconds = tuple[float, ...]
 
 def measure(quick: bool) -> Iterable[Figure]:
     """Ratios to DeepSpeed's step by strategy, window and measure, with noise and bounds."""
-    taken = _on_ranks(QUICK if quick else WHOLE)
+    # step -> for each round: (DeepSpeed before, the step itself, DeepSpeed after)
+    taken: dict[str, list[tuple[Seconds, Seconds, Seconds]]] = on_ranks(_rank, RANKS, QUICK if quick else WHOLE)
     for index, by in enumerate(MEASURES):
         yield from _figures(
             {
@@ -93,23 +92,6 @@ def _figures(pairs: dict[str, list[tuple[float, float]]], by: str) -> Iterable[F
 def _half_width(ratios: list[float]) -> float:
     low, _, high = statistics.quantiles(ratios, n=4)
     return 1.57 * (high - low) / math.sqrt(len(ratios))
-
-
-def _on_ranks(size: StepSize) -> dict[str, list[tuple[Seconds, Seconds, Seconds]]]:
-    """Step -> for each round: (DeepSpeed before, the step itself, DeepSpeed after)."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        queue = context.SimpleQueue()
-        ranks = [
-            context.Process(target=_rank, args=(rank, Path(folder), size, queue), daemon=True) for rank in range(RANKS)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise RuntimeError(f"the ranks ended with exit codes {[process.exitcode for process in ranks]}")
-        return queue.get()
 
 
 def _rank(rank: int, folder: Path, size: StepSize, queue: Any) -> None:

@@ -1,11 +1,17 @@
-"""Figures of benchmarks: printed last, one ``name: value`` a line; the exit status says whether all bounds hold."""
+"""Figures of benchmarks: printed last, one ``name: value`` a line; the exit status says whether all bounds hold.
+
+``on_ranks`` runs a measurement in several processes.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
 class Figure(NamedTuple):
@@ -44,3 +50,31 @@ def main(doc: str | None, subject: str, commands: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="a smaller input; the bounds are meant for the full one")
     arguments = parser.parse_args()
     return conclude(importlib.import_module(f"tools.bench.{subject}_{arguments.command}").measure(arguments.quick))
+
+
+def on_ranks(rank: Callable[..., None], ranks: int, *arguments: Any) -> Any:
+    """What one of ``ranks`` new processes puts into the queue.
+
+    Args:
+        rank: a function of a module; called with the number of the rank, a folder that all share, ``arguments``, and
+            the queue.
+        ranks: how many processes.
+        arguments: the same for all.
+
+    Raises:
+        RuntimeError: a process failed; its own output says why.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        queue = context.SimpleQueue()
+        processes = [
+            context.Process(target=rank, args=(number, Path(folder), *arguments, queue), daemon=True)
+            for number in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError(f"the ranks ended with exit codes {[process.exitcode for process in processes]}")
+        return queue.get()

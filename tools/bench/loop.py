@@ -21,17 +21,15 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import multiprocessing
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tools.bench.attention_overhead import _half_width
-from tools.bench.figures import Figure, conclude
+from tools.bench.figures import Figure, conclude, on_ranks
 
 RANKS, WINDOW_TOKENS, BOUND = 2, 256, 1.03
 MEASURES = ("clock", "cpu")
@@ -56,7 +54,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a smaller model; the bound is meant for the full one")
     parser.add_argument("--profile", type=Path, help="folder for cProfile's statistics")
     asked = parser.parse_args()
-    rows, shares = _on_ranks(QUICK if asked.quick else WHOLE, asked.profile)
+    # shares: of each of our steps the part outside DeepSpeed, by MEASURES
+    rows, shares = on_ranks(_rank, RANKS, QUICK if asked.quick else WHOLE, asked.profile)
     print(f"our step {statistics.median(own[0] for _, own, _ in rows):.3f} s, by the clock")
     figures = []
     for index, by in enumerate(MEASURES):
@@ -76,21 +75,6 @@ Seconds = tuple[float, ...]
 
 Rows = list[tuple[Seconds, Seconds, Seconds]]
 """For each step: (bare step before, ours, bare step after)."""
-
-
-def _on_ranks(size: Size, profile: Path | None) -> tuple[Rows, list[Seconds]]:
-    """The rows, and for each of our steps the share outside DeepSpeed, by MEASURES."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        queue = context.SimpleQueue()
-        ranks = [context.Process(target=_rank, args=(r, Path(folder), size, profile, queue)) for r in range(RANKS)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise RuntimeError(f"the ranks ended with exit codes {[process.exitcode for process in ranks]}")
-        return queue.get()
 
 
 def _rank(rank: int, folder: Path, size: Size, profile: Path | None, queue: Any) -> None:
@@ -163,7 +147,7 @@ def _training(folder: Path, size: Size) -> Any:
     engine = Engine(config, mesh, factors, load.config_of(config.model), torch.device("cpu"))
     held_out = HeldOut(engine, (), 0)
     settled = Steps.settle(folder, config.data, mesh.dp_size, config.optim.segments_per_step)
-    return Training(config, engine, loader, settled, steps, Checkpoints(folder / "checkpoints"), held_out)
+    return Training(config, folder, engine, loader, settled, steps, Checkpoints(folder / "checkpoints"), held_out)
 
 
 class _BareLoop:
