@@ -35,7 +35,7 @@ from lr2train import io, progress, ranks, run
 from lr2train.cli import composition, help
 from lr2train.cli.overrides import Override
 from lr2train.config import Config, UserError, load
-from lr2train.parallel.control import PeerGone
+from lr2train.ranks import PeerGone
 
 EXIT_RANK_LOST, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 130, 141
 _PATIENCE_S = 5.0  # launchers poll their ranks about once a second
