@@ -73,6 +73,7 @@ def test_the_papers_settings():
         ("optim.lr=fast", ["optim.lr", "fast", "Float"]),
         ("optim.lr=-1", ["optim.lr=-1", "not above 0"]),
         ("data.long_attention=all", ["long_attention", "all", "segment, document"]),
+        ("data.long_positions=random", ["long_positions", "random", "full, skip"]),
         ("model.dtype=int8", ["model.dtype=int8", "float32, bfloat16"]),
         ("experiment=nope", ["experiment/nope", "tiny_4k"]),
         ("parallel.sp=3", ["data.segment_tokens=4096", "parallel.sp=3", "set parallel.sp to 1"]),

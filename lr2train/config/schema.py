@@ -91,6 +91,13 @@ class LongAttention(StrEnum):
     document = "document"
 
 
+class LongPositions(StrEnum):
+    """full: positions 0, 1, 2 … up to the target window. skip: shorter segments, whose positions jump once."""
+
+    full = "full"
+    skip = "skip"
+
+
 class OverLong(Enum):  # no StrEnum, because `split` is a method of str
     """A document over its bucket's limit (long: the segment; short: the original window) is split, truncated or
     dropped.
@@ -388,7 +395,7 @@ class DataConfig:
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     # Whether the corpus' files are compared with their checksums before training (once, as long as they do not change).
     verify: bool = True
-    # Tokens of a segment. Training wants rope.target_window_tokens here.
+    # Tokens of a segment. Training wants rope.target_window_tokens here, or less under data.long_positions=skip.
     segment_tokens: int = number(131072, least=2)
     # Tokens to plan in short segments. 0: every short document once.
     short_tokens: int = number(0, least=0)
@@ -407,6 +414,9 @@ class DataConfig:
     keep_below_tokens: int = number(4096, least=0)
     # segment: attention over the whole long segment. document: a document mask, as short segments always have.
     long_attention: str = one_of(LongAttention.segment)
+    # Positions of long segments. full: 0, 1, 2 … up to the target window (the paper). skip: segments are shorter than
+    # the target window, and their positions jump once, so that few tokens train all distances (docs/DATA.md).
+    long_positions: str = one_of(LongPositions.full)
     # Treatment of a document over the segment (long) or over the original window (short).
     over_long: str = one_of(OverLong.split)
     # Share of documents kept out of training, for the search and the evaluation.
@@ -472,6 +482,11 @@ class OptimConfig:
     min_lr_ratio: float = number(0.0, least=0, most=1)
     # Optimizer steps of the run. 0: one epoch of the planned segments.
     steps: int = number(0, least=0)
+    # End the run when the held-out loss of the long window has settled: the best of this many measurements in a row is
+    # less than optim.settle_nats below the best before (docs/RUNNING.md). 0: the run has all its steps.
+    settle_validations: int = number(0, least=0, most=_MOST)
+    # The least gain that counts for optim.settle_validations, nats per target token. 0.01: one percent of perplexity.
+    settle_nats: float = number(0.01, least=0)
     # The global batch in segments: data-parallel ranks x gradient accumulation.
     segments_per_step: int = number(64, least=1, most=_MOST)
 
