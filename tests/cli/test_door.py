@@ -286,7 +286,8 @@ def prepared(world: Path) -> list[str]:
 
 
 def test_a_verb_runs_with_closed_standard_streams(world):
-    command = shlex.join([sys.executable, "-m", "lr2train.prepare", *prepared(world), "name=silent", "data.holdout=0.4"])
+    typed = [*prepared(world), "name=silent", "data.holdout=0.4"]
+    command = shlex.join([sys.executable, "-m", "lr2train.prepare", *typed])
     done = subprocess.run(
         ["bash", "-c", f"exec {command} <&- >&- 2>&-"], cwd=world, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
