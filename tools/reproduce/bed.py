@@ -72,11 +72,10 @@ class Form:
         return f"corpus_{ratio}x"
 
     def lengths(self, ratio: int) -> list[int]:
-        """Lengths that are evaluated: half of L0, doubling, up to L."""
-        found, length = [], self.original_window_tokens // 2
-        while length <= self.original_window_tokens * ratio:
-            found.append(length)
-            length *= 2
+        """Lengths that are evaluated: L0, doubling, up to L."""
+        found = [self.original_window_tokens]
+        while found[-1] < self.original_window_tokens * ratio:
+            found.append(2 * found[-1])
         return found
 
     def settings(self, ratio: int, runs: Path, base: Base | None) -> tuple[str, ...]:
@@ -93,18 +92,43 @@ class Form:
         return (*words, f"data.path={runs / self.corpus(ratio)}", f"model.path={runs / base.name / 'model'}")
 
 
-_A = Base("base_a", "bed_base")
-_METHODS = ("pi", "ntk", "yarn", "longrope", "longrope2")
-_ABLATIONS = ("ntk_rcd", "yarn_rcd", "text", "all_dims", "longrope2_one_table", "document", "distill", "one_factor")
+_A, _B = Base("bed_a", "bed_base"), Base("bed_b", "bed_base", ("model=bed_b",))
+_QUARTER = Base("bed_a_quarter", "bed_base", ("data.stages.1.steps=75", "data.stages.2.steps=100"), 0.25)
+_FOUR = Base("bed_a_four", "bed_base", ("data.stages.1.steps=1200", "data.stages.2.steps=1600"), 4)
+_METHODS = ("longrope2", "yarn", "ntk", "pi", "longrope")
+_ABLATIONS = ("ntk_rcd", "yarn_rcd", "text", "all_dims")
+_ROWS = (
+    *_METHODS,
+    *(f"{one}_shared" for one in _METHODS[1:]),
+    "longrope2_one_table",
+    *_ABLATIONS,
+    *("distill", "one_factor", "document"),
+    *(f"{one}_one_table" for one in _METHODS[1:]),
+    *(f"{one}_shared" for one in _ABLATIONS),
+)
+_SEARCHES = ("needle", "text", "all_dims", "longrope")
+_MAP = ("--attention-factor", "1.2", "1.3", "--documents")
 FORMS = {
     "quick": Form(
-        "quick",
-        "bed",
-        256,
-        ((_A, 8),),
-        (*_METHODS, *_ABLATIONS),
-        ("needle", "text", "all_dims", "longrope"),
-        1,
-        1,
+        name="quick",
+        experiment="bed",
+        original_window_tokens=256,
+        cells=((_A, 8), (_QUARTER, 8)),
+        rows=_ROWS,
+        searches=_SEARCHES,
+        seeds=2,
+        search_seeds=1,
+        map_rcd=(*_MAP, "12", "--scales", "1.0", "1.6"),
+    ),
+    "full": Form(
+        name="full",
+        experiment="bed",
+        original_window_tokens=256,
+        cells=((_A, 8), (_B, 8), (_A, 16), (_B, 16), (_QUARTER, 8), (_FOUR, 8)),
+        rows=_ROWS,
+        searches=_SEARCHES,
+        seeds=3,
+        search_seeds=3,
+        map_rcd=(*_MAP, "40"),
     ),
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tools.reproduce import figures, paper
 from tools.reproduce.figures import Estimate
 from tools.reproduce.results import LONG, SHORT, Cell, row_for
-from tools.reproduce.rows import ONE_TABLE, ROWS
+from tools.reproduce.rows import ONE_TABLE, ROWS, SHARED
 
 REPRODUCED, OPPOSITE, UNDECIDED, MISSING = "reproduced", "the opposite", "undecided", "not run"
 FULL, EMPTY = 95.0, 5.0  # scores between which a difference can show
@@ -60,7 +60,8 @@ class Claim:
 def _claims() -> list[Claim]:
     found = []
     for shared in (False, True):
-        found += [Claim("2", "longrope2", other, shared=shared) for other in ("pi", "ntk", "yarn", "longrope")]
+        found += [Claim("2", "longrope2", other, shared=shared) for other in ("ntk", "yarn", "longrope")]
+        found += [Claim("", "longrope2", "pi", shared=shared)]
         found += [Claim("5", f"{name}_rcd", name, shared=shared) for name in ("ntk", "yarn")]
         found += [Claim("5", "longrope2", f"{name}_rcd", shared=shared) for name in ("ntk", "yarn")]
         found += [Claim("6", "longrope2", "text", shared=shared), Claim("10", "longrope2", "all_dims", shared=shared)]
@@ -73,6 +74,16 @@ def _claims() -> list[Claim]:
 
 
 CLAIMS = _claims()
+PARTS = (  # what is added, row with it, row without it
+    ("attention factor of the search, in YaRN", f"yarn{SHARED}", "yarn"),
+    ("attention factor of the search, in NTK", f"ntk{SHARED}", "ntk"),
+    ("found critical index, in YaRN", f"yarn_rcd{SHARED}", f"yarn{SHARED}"),
+    ("found critical index, in NTK", f"ntk_rcd{SHARED}", f"ntk{SHARED}"),
+    ("searched tail above s, on NTK-rcd", "longrope2", f"ntk_rcd{SHARED}"),
+    ("needles as the search's objective, at one attention factor", "longrope2", f"text{SHARED}"),
+    ("NTK's rule below the critical index, at one attention factor", "longrope2", f"all_dims{SHARED}"),
+    ("mixed windows", "longrope2", f"longrope2{ONE_TABLE}"),
+)
 
 
 @dataclass(frozen=True)

@@ -107,62 +107,76 @@ def factors_of(overrides: Sequence[str]) -> Factors:
 
 
 def steps_of(form: Form, runs: Path) -> list[Step]:
-    """All steps of a form, in an order in which every step stands after those that it reads."""
-    steps = {step.name: step for cell in form.cells for step in _of_cell(form, *cell, runs)}
-    return list({**{step.name: step for step in _of_bases(form, runs)}, **steps}.values())
+    """All steps of a form. Every step stands after those that it reads, and all rows of a seed before the next seed."""
+    made = [*_of_bases(form, runs)]
+    for seed in range(form.seeds):
+        made += [step for cell in form.cells for step in _of_seed(form, *cell, seed, runs)]
+    made += [step for cell in form.cells for step in _of_hypothesis(form, *cell, runs)]
+    return list({step.name: step for step in made}.values())
 
 
 def _of_bases(form: Form, runs: Path) -> Iterator[Step]:
+    """The corpora, all with the tokenizer of the first one, and the base models."""
+    first = form.corpus(form.ratios[0])
     for ratio in form.ratios:
-        yield Step(form.corpus(ratio), "prepare", (*form.settings(ratio, runs, None), f"name={form.corpus(ratio)}"))
+        name, same = form.corpus(ratio), (f"data.tokenizer={runs / first / 'tokenizer'}",)
+        words = (*form.settings(ratio, runs, None), *(() if name == first else same), f"name={name}")
+        yield Step(name, "prepare", words, () if name == first else (first,))
     for base in form.bases:
-        corpus = form.corpus(form.ratios[0])
-        words = (f"experiment={base.experiment}", f"runs_folder={runs}", f"data.path={runs / corpus}", *base.overrides)
-        yield Step(base.name, "train", (*words, f"name={base.name}"), (corpus,))
+        words = (f"experiment={base.experiment}", f"runs_folder={runs}", f"data.path={runs / first}", *base.overrides)
+        yield Step(base.name, "train", (*words, f"name={base.name}"), (first,))
 
 
-def _of_cell(form: Form, base: Base, ratio: int, runs: Path) -> Iterator[Step]:
-    """Steps of one base at one extension ratio."""
-    cell, corpus = f"{base.name}_{ratio}x", form.corpus(ratio)
-    common = form.settings(ratio, runs, base)
-    inputs = (corpus, base.name)
-    for seed in range(form.search_seeds):
-        for kind in form.searches:
-            words = (*common, *form.search, *SEARCHES[kind](ratio, form), f"search.seed={seed}")
-            yield Step(
-                f"{cell}_search_{kind}_s{seed}", "search", (*words, f"name={cell}_search_{kind}_s{seed}"), inputs
-            )
-    yield _map(form, base, ratio, runs)
+def _of_seed(form: Form, base: Base, ratio: int, seed: int, runs: Path) -> Iterator[Step]:
+    """All rows of one base, extension ratio and seed."""
     if base.tokens != 1:
         return
-    needle = f"{cell}_search_needle_s0"
-    evaluation = (*common, *form.evaluation, "eval.seed=0")
-    shown = ("eval.methods=[none,pi,ntk,yarn]", f"rope.factors={runs / needle / 'factors.json'}")
-    yield Step(f"{cell}_untrained", "evaluate", (*evaluation, *shown, f"name={cell}_untrained"), (*inputs, needle))
+    yield _search(form, base, ratio, "needle", seed, runs)
+    if seed == 0:
+        yield _untrained(form, base, ratio, runs)
     for row in (ROWS[key] for key in form.rows):
-        for seed in range(form.seeds):
-            yield from _of_row(form, cell, row, seed, (common, evaluation), inputs, runs)
+        if row.factors:
+            yield _search(form, base, ratio, row.factors, seed, runs)
+        yield from _of_row(form, base, ratio, row, seed, runs)
 
 
-def _of_row(
-    form: Form, cell: str, row: Row, seed: int, common: tuple[tuple[str, ...], ...], inputs: tuple[str, ...], runs: Path
-) -> Iterator[Step]:
-    name, searched = f"{cell}_{row.key}_s{seed}", seed % form.search_seeds
-    needle = f"{cell}_search_needle_s{searched}"
-    if row.like:
-        own = f"{cell}_{row.like}_s{seed}"
-        rope: tuple[str, ...] = (f"rope.factors={runs / own / 'factors.json'}",)
-    elif row.factors:
-        own = f"{cell}_search_{row.factors}_s{searched}"
-        rope = (f"rope.factors={runs / own / 'factors.json'}",)
-    else:
-        own, rope = needle, ("rope.factors=null",)
-    words = (*common[0], *form.training, *rope, *row.overrides, f"seed={seed}", f"name={name}")
-    reads = (*inputs, *dict.fromkeys((own, needle)))
-    yield Step(name, "train", words, reads, needle, row.short)
-    yield Step(
-        f"{name}{SCORES}", "evaluate", (*common[1], "eval.methods=[]", "eval.untrained=false", f"run={name}"), (name,)
-    )
+def _of_hypothesis(form: Form, base: Base, ratio: int, runs: Path) -> Iterator[Step]:
+    """Searches of the critical index, and its map."""
+    yield _map(form, base, ratio, runs)
+    yield from (_search(form, base, ratio, "needle", seed, runs) for seed in range(form.search_seeds))
+
+
+def _search(form: Form, base: Base, ratio: int, kind: str, seed: int, runs: Path) -> Step:
+    number = seed % form.search_seeds
+    name = f"{base.name}_{ratio}x_search_{kind}_s{number}"
+    words = (*form.settings(ratio, runs, base), *form.search, *SEARCHES[kind](ratio, form))
+    return Step(name, "search", (*words, f"search.seed={number}", f"name={name}"), (form.corpus(ratio), base.name))
+
+
+def _untrained(form: Form, base: Base, ratio: int, runs: Path) -> Step:
+    """The base under the methods that need no search, and under the factors of the first search."""
+    name, needle = f"{base.name}_{ratio}x_untrained", _search(form, base, ratio, "needle", 0, runs).name
+    methods = ("eval.methods=[none,pi,ntk,yarn]", f"rope.factors={runs / needle / 'factors.json'}", f"name={name}")
+    return Step(name, "evaluate", (*_evaluation(form, base, ratio, runs), *methods), (needle,))
+
+
+def _evaluation(form: Form, base: Base, ratio: int, runs: Path) -> tuple[str, ...]:
+    """The same documents for every row."""
+    lengths = ",".join(map(str, form.lengths(ratio)))
+    return (*form.settings(ratio, runs, base), *form.evaluation, f"eval.lengths_tokens=[{lengths}]", "eval.seed=0")
+
+
+def _of_row(form: Form, base: Base, ratio: int, row: Row, seed: int, runs: Path) -> Iterator[Step]:
+    cell = f"{base.name}_{ratio}x"
+    name, needle = f"{cell}_{row.key}_s{seed}", _search(form, base, ratio, "needle", seed, runs).name
+    own = f"{cell}_{row.like}_s{seed}" if row.like else needle
+    if row.factors:
+        own = _search(form, base, ratio, row.factors, seed, runs).name
+    rope = f"rope.factors={runs / own / 'factors.json' if row.like or row.factors else 'null'}"
+    words = (*form.settings(ratio, runs, base), *form.training, rope, *row.overrides, f"seed={seed}", f"name={name}")
+    yield Step(name, "train", words, tuple(dict.fromkeys((own, needle))), needle, row.short)
+    alone = ("eval.methods=[]", "eval.untrained=false", f"run={name}")
+    yield Step(f"{name}{SCORES}", "evaluate", (*_evaluation(form, base, ratio, runs), *alone), (name,))
 
 
 def _map(form: Form, base: Base, ratio: int, runs: Path) -> Step:

@@ -14,7 +14,7 @@ from lr2train.reporting.canvas import N_SERIES, Chart, Drawn, Look, chart, stack
 from lr2train.reporting.results import Sheet
 from lr2train.rope.factors import Factors
 from tools.reproduce import paper
-from tools.reproduce.claims import CLAIMS, MISSING, Verdict, judge
+from tools.reproduce.claims import CLAIMS, PARTS, Verdict, judge
 from tools.reproduce.figures import Estimate, pooled
 from tools.reproduce.results import BASE, LONG, SHORT, UNTRAINED, Cell, best_index, row_for
 from tools.reproduce.rows import ONE_TABLE, ROWS, SHARED
@@ -128,7 +128,7 @@ def verdicts(cells: Sequence[Cell]) -> list[Verdict]:
 def claim_sheet(found: Sequence[Verdict], cells: Sequence[Cell]) -> Sheet:
     """The claims, one a line: the paper's differences, ours in each cell, the verdict."""
     names = [cell.name for cell in cells if any(cell.name in one.each for one in found)]
-    head = ["table", "claim", "attention factor", *(f"paper: {one}" for one in paper.MODELS), *names, "all", "verdict"]
+    head = ["claim", "table", "attention factor", *(f"paper: {one}" for one in paper.MODELS), *names, "all", "verdict"]
     rows = []
     for one in found:
         printed = [one.claim.printed(model) for model in (0, 1)]
@@ -136,9 +136,35 @@ def claim_sheet(found: Sequence[Verdict], cells: Sequence[Cell]) -> Sheet:
         each = [_difference(one.each[name]) if name in one.each else NOT_RUN for name in names]
         word = one.word + (", both rows at an end of the scale" if one.saturated else "")
         kind = "shared" if one.claim.shared else "own"
-        rows.append([one.claim.table or "–", one.claim.words, kind, *of_paper, *each, _difference(one.pooled), word])
+        rows.append([one.claim.words, one.claim.table or "–", kind, *of_paper, *each, _difference(one.pooled), word])
     note = "Differences in points ± standard error over seeds and documents."
     return Sheet("claims", "The paper's claims, one by one", head, rows, note)
+
+
+def part_sheet(cells: Sequence[Cell]) -> Sheet:
+    """What each part of the method adds at the target window, all else equal."""
+    names = [cell.name for cell in cells]
+    rows = []
+    for words, a, b in PARTS:
+        each = [cell.difference(a, b, cell.window(LONG)) for cell in cells]
+        rows.append([words, *map(_difference, each), _difference(pooled(each))])
+    note = "Points at the target window ± standard error over seeds and documents."
+    return Sheet("parts", "Which part carries what", ["part", *names, "all"], rows, note)
+
+
+def best_rows(cells: Sequence[Cell]) -> list[str]:
+    """A sentence for each cell: its best row at the target window, and how LongRoPE2 stands to it."""
+    said = []
+    for cell in (cell for cell in cells if cell.rows.get("longrope2")):
+        scores = {row: cell.score(row, cell.window(LONG)).mean for row in cell.rows}
+        best = max(scores, key=lambda row: scores[row])
+        words = f"{cell.name}: the best row at {cell.lengths[-1]} tokens is {_label(best)}"
+        words += " (shared attention factor)" if best.endswith(SHARED) else ""
+        if best != "longrope2":
+            less = cell.difference("longrope2", best, cell.window(LONG))
+            words += f" with {scores[best]:.1f}; LongRoPE2 has {scores['longrope2']:.1f} ({_difference(less)})"
+        said.append(f"{words}.")
+    return said
 
 
 def hypothesis_sheet(cells: Sequence[Cell], factors: dict[str, Factors]) -> Sheet:
@@ -177,11 +203,6 @@ def by_length(figure: FigureBase, look: Look, cells: Sequence[Cell], shared: boo
     axes.xaxis.set_major_formatter(tick_labels("{:g}".format))
     legend(figure, axes)
     return "Scores by length.", stacked(columns, "method")
-
-
-def missing_rows(found: Sequence[Verdict]) -> int:
-    """Claims that wait for a row."""
-    return sum(one.word == MISSING for one in found)
 
 
 def inside(cells: Sequence[Cell]) -> list[tuple[Cell, float]]:
