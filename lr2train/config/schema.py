@@ -277,13 +277,14 @@ class SourceConfig:
     windows: list[str] = field(default_factory=lambda: ["short", "long"])
     # Relative share of this source in the tokens of each bucket, or of the corpus (data.weights_of).
     weight: float = number(1.0, least=0)
-    # Other settings of this kind of source, for needles: lengths_tokens, count, max_pairs, questions, answers_only.
+    # Other settings of this kind of source, for needles: lengths_tokens, count, max_pairs, questions, chains,
+    # answers_only.
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class StageConfig:
-    """One stage of the curriculum that trains a tiny base model from scratch. The four shares are relative to each
+    """One stage of the curriculum that trains a tiny base model from scratch. The shares are relative to each
     other.
     """
 
@@ -298,6 +299,9 @@ class StageConfig:
     # Share of segments packed with key-value pairs, all asked for, with loss on the
     # answers only.
     dense: float = number(0.0, least=0)
+    # Share of segments of needle documents with chains of data.needles.hops hops, all asked for, and one pair asked
+    # for, with loss on the answers only.
+    chains: float = number(0.0, least=0)
     # Share of segments of plain text.
     text: float = number(0.0, least=0)
 
@@ -339,6 +343,9 @@ class NeedleConfig:
     at_start: float = number(0.4, least=0, most=1)
     # Maximum number of needles asked for at the end of a training document. More questions give more targets.
     max_questions: int = number(1, least=1, most=NEEDLE_NAMES)
+    # Needles of a chain that hold the name of the next needle (RULER's variable tracking; there 4). The last needle of
+    # a chain holds the number.
+    hops: int = number(1, least=1, most=100)
 
 
 @dataclass
@@ -628,6 +635,10 @@ class EvalConfig:
     samples: int = number(10, least=1, most=_MOST)
     # needles: further needles in a document that are not asked for (RULER's multi-key). The paper has none.
     distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
+    # needles: needles that are asked for in a document, all at its depth, in one forward pass. The paper asks for one.
+    questions: int = number(1, least=1, most=NEEDLE_NAMES)
+    # needles: chains of data.needles.hops hops in a document, asked for beside the needles (RULER's variable tracking).
+    chains: int = number(0, least=0, most=NEEDLE_NAMES // 2)
     # needles: wordings of needle and question. Empty: data.needles.wording.
     wordings: list[str] = field(default_factory=list)
     # needles: documents without needles for each length, for text perplexity.
