@@ -120,7 +120,6 @@ FORMS = {
         searches=_SEARCHES,
         seeds=1,
         search_seeds=1,
-        search=("search.depth=null",),
         training=("parallel.sp=1", "optim.steps=20", "engine.validate_every_steps=0", "logger.tensorboard=false"),
         evaluation=("eval.samples=6", "eval.questions=4", "eval.distractors=20", "eval.text_documents=8"),
         map_rcd=(*_MAP, "8", "--scales", "1.0", "1.6"),
