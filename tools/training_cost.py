@@ -148,7 +148,8 @@ def _trained(given: argparse.Namespace, cell: Cell) -> float:
                 f"data.segment_tokens={segment_tokens}", f"optim.segments_per_step={segments_per_step}",
                 f"data.long_positions={'full' if cell.kind == 'full' else 'skip'}", f"optim.steps={cell.steps}",
                 f"optim.warmup_steps={max(1, cell.steps // 10)}", "parallel.sp=1", "logger=jsonl",
-                "engine.checkpoint_every_steps=20", "engine.validate_segments=1", "engine.validate_every_steps=1000", *given.train.split(),
+                "engine.checkpoint_every_steps=20", "engine.validate_segments=1", "engine.validate_every_steps=1000",
+                *given.train.split(),
             ],
         )
     )  # fmt: skip
