@@ -215,7 +215,6 @@ def _search(counts: ModelCounts, config: Config) -> dict[str, Any] | None:
     return {
         "flops_per_document": flops,
         "document_forwards": forwards,
-        "racing": search.racing and search.algorithm != "surrogate",
         "gpu_hours": hours,
         "hours": hours / hardware.gpus,
         "price_usd": hours * hardware.gpu_hour_price,

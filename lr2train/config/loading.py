@@ -201,10 +201,11 @@ def _check_name(config: Config) -> None:
 
 def _check_parents(config: Config) -> None:
     population, top_k = config.search.population, config.search.top_k
-    if top_k >= population:
+    most = population if config.search.algorithm == "gradient" else population - 1  # children need room
+    if top_k > most:
         raise UserError(
-            f"search.top_k={top_k} leaves no room for children in search.population={population}; set search.top_k to "
-            f"{max(1, population // 4)}"
+            f"search.top_k={top_k} is above {most}, which search.population={population} leaves room for; set "
+            f"search.top_k to {max(1, population // 4)}"
         )
 
 
@@ -212,7 +213,7 @@ def _check_descent(config: Config) -> None:
     if config.search.algorithm == "gradient" and config.search.shard:
         raise UserError(
             "search.algorithm=gradient needs the whole model on each rank, and search.shard=true divides it; set "
-            "search=racing"
+            "search=paper"
         )
 
 
