@@ -119,6 +119,19 @@ def test_bad_input_names_key_value_and_limit(override, tells):
     assert "\n" not in sentence
 
 
+@pytest.mark.parametrize(
+    ("overrides", "tells"),
+    [
+        (["data.kind=curriculum", "data.long_positions=skip"], ["data.kind=curriculum", "data.long_positions to full"]),
+        (["optim.settle_validations=2", "engine.validate_every_steps=0"], ["optim.settle_validations to 0"]),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(overrides, tells):
+    with pytest.raises(UserError) as error:
+        compose("train", ["experiment=tiny_4k", "name=x", *overrides])
+    assert all(part in str(error.value) for part in tells), error.value
+
+
 def _reader(override: str) -> str:
     """A verb that reads the key."""
     return next(verb for verb in ("train", *READS) if reads(verb, override.partition("=")[0]) or verb == "plan")
