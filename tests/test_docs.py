@@ -15,7 +15,7 @@ from tools.docs import PAGES, ROOT, blocks, spans
 KEYS = {key.name for key in help._keys(Config)}
 GROUPS = {folder.name for folder in CONF_FOLDER.iterdir() if folder.is_dir()}
 OTHERS = re.compile(  # programs that a reader has from elsewhere
-    "bash|cat|cp|curl|for|git|llama-server|mkdir|pip|python|source|tail|tensorboard|torchrun|vllm|wandb"
+    "bash|cat|cp|curl|for|git|llama-server|mkdir|pip|printf|python|source|tail|tensorboard|torchrun|vllm|wandb"
 )
 OPEN = ("engine.deepspeed.", "data.keep_below.", "model.overrides.", "model.architecture.")  # keys of others below
 _NAMED = {one: re.compile(re.escape(one).replace(r"\.NAME\.", r"\.\w+\.")) for one in KEYS}
