@@ -635,6 +635,13 @@ def test_a_comparison_shows_both_runs_in_the_same_tables(pair, compared):
     }  # fmt: skip
 
 
+def test_a_comparison_prints_a_figure_a_cell(pair):
+    accuracy, answers, texts = compose(pair).text.split("\n\n")
+    trained = [f"{folder.name}: longrope2 trained" for folder in pair]
+    assert [line.split("  ")[0] for line in accuracy.splitlines()[-3:-1]] == trained
+    assert all(table.splitlines()[1].split()[-2:] == ["2048", "4096"] for table in (accuracy, answers, texts))
+
+
 def test_a_comparison_draws_a_curve_for_each_run(pair, compared):
     beside = pictures_of(compared)
     for name, column, values in (
