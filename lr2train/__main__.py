@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import runpy
+import importlib
 import sys
+from pathlib import Path
 
 from lr2train import __version__
 from lr2train.cli import door, help
-from lr2train.config import VERBS
+from lr2train.config import READS, VERBS
 
 
 def main() -> None:
@@ -25,8 +26,18 @@ def main() -> None:
         sys.exit(door.EXIT_BAD_INPUT)
     else:
         sys.argv.remove(verb)
+        sys.argv[0] = str(Path(__file__).with_name(f"{verb}.py"))  # as `python -m lr2train.VERB` has it
         with door.door(verb):  # Ctrl-C while torch is imported is a sentence too
-            runpy.run_module(f"lr2train.{verb}", run_name="__main__", alter_sys=True)
+            _run(verb)
+
+
+def _run(verb: str) -> None:
+    """The verb's module is imported last: help and refusals of a config come before the seconds that torch takes."""
+    if verb not in READS:  # it reads no config
+        return importlib.import_module(f"lr2train.{verb}").main()
+    if config := door.configured(verb):
+        module = importlib.import_module(f"lr2train.{verb}")
+        getattr(module, "from_the_command_line", getattr(module, verb))(config)
 
 
 if __name__ == "__main__":

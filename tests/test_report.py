@@ -487,6 +487,7 @@ def test_a_search_without_training_has_a_page(tmp_path):
         "LlamaForCausalLM, 3 layers",
         "found in 5 generations of 24 candidates in 75 s, not trained yet",
         "Search: needle perplexity",
+        "better than the runner-up with a chance of 97% (24 documents)",
         "Perplexity by generation",
         "of 114 candidates were dropped before all documents were read",
         "rcd 12",

@@ -25,16 +25,14 @@ class Limits:
     above: float | None = None
     most: float | None = None
     below: float | None = None
-    infinite: bool = False  # inf is a value with a meaning
     count: int | None = None  # how many numbers a list has
 
     def why_not(self, value: float) -> str | None:
         """The fault of a number as a predicate, or None."""
         low, high = self.least if self.above is None else self.above, self.most if self.below is None else self.below
-        if math.isnan(value) or (math.isinf(value) and not self.infinite):
-            kind = "number" if self.infinite else "finite number"
+        if not math.isfinite(value):
             return (
-                f"is not a {kind} "
+                "is not a finite number "
                 + (f"above {low}" if self.above is not None else f"of {low} or more")
                 + (f" and at most {high}" if high else "")
             )
