@@ -18,7 +18,7 @@ from typing import Any
 
 from lr2train import io, progress
 from lr2train.cli.door import door
-from lr2train.evaluation.tables import needle_tables
+from lr2train.evaluation.tables import needle_tables, trained_difference
 from lr2train.reporting import results
 from lr2train.reporting.canvas import Chart, csv_of
 from lr2train.reporting.inputs import gather_all
@@ -50,8 +50,8 @@ def compose(folders: Sequence[Path]) -> Composed:
     evaluation = results.evaluation_of(runs)
     sheets = results.all_sheets(runs, evaluation)
     charts = all_charts(runs, evaluation["rows"] if evaluation else [])
-    tables = needle_tables(evaluation["rows"] if evaluation else [])
-    text = "\n\n".join(table.text() for table in tables)
+    models = evaluation["rows"] if evaluation else []
+    text = "\n\n".join([*(table.text() for table in needle_tables(models)), trained_difference(models)]).strip()
     return Composed(render(runs, evaluation, charts, sheets), text, charts, sheets, len(runs) > 1)
 
 

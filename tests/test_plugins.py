@@ -32,9 +32,9 @@ pytestmark = pytest.mark.usefixtures("no_trace_of_a_job")
 SECTION = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text().split("## Add a part of your own")[1]
 SECTION = SECTION.split("\n## ")[0]
 BLOCKS = re.findall(r"```python\n# (my_lab/\w+\.py)\n(.*?)```", SECTION, re.DOTALL)
-COMMANDS = {words[1]: words[2:] for line in re.findall(r"^    (lr2train .*)$", SECTION, re.MULTILINE)
+COMMANDS = {words[1]: words[2:] for line in re.findall(r"^(lr2train .*)$", SECTION, re.MULTILINE)
             if "strategy" not in line for words in [shlex.split(line)]}  # fmt: skip
-(STRATEGY,) = (shlex.split(line)[2:] for line in re.findall(r"^    (lr2train train .*strategy.*)$", SECTION, re.M))
+(STRATEGY,) = (shlex.split(line)[2:] for line in re.findall(r"^(lr2train train .*strategy.*)$", SECTION, re.M))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -195,7 +195,7 @@ def needle_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     Args:
         rows: of ``evaluate.json``.
     """
-    lengths = sorted({one["length_tokens"] for row in rows for one in row["by_length"]})
+    lengths = sorted(set().union(*map(_lengths, rows)))
     tables = []
     for key, title in _NEEDLES if rows else ():
         of_model = [(row["label"], {one["length_tokens"]: one for one in row["by_length"]}) for row in rows]
@@ -215,13 +215,43 @@ def _needle_figure(key: str, value: float | None) -> str | None:
 
 def _standard_error(rows: Sequence[Mapping[str, Any]]) -> str:
     """How much chance is in an accuracy. Empty where columns have unlike numbers of documents."""
-    counts = {
-        sum(cell["documents"] for cell in row["cells"] if cell["length_tokens"] == one["length_tokens"])
-        for row in rows
-        for one in row["by_length"]
-    }
+    counts = {_documents(row, one["length_tokens"]) for row in rows for one in row["by_length"]}
     if len(counts) != 1:
         return ""
     n = counts.pop()
     at_half, at_nine_tenths = 50 / math.sqrt(n), 30 / math.sqrt(n)  # 100 sqrt(p (1 - p) / n)
     return f"{n} documents a cell; standard error of a cell: {at_half:.0f} points at 50%, {at_nine_tenths:.0f} at 90%"
+
+
+def _documents(row: Mapping[str, Any], length: int) -> int:
+    return sum(cell["documents"] for cell in row["cells"] if cell["length_tokens"] == length)
+
+
+def _lengths(row: Mapping[str, Any]) -> set[int]:
+    return {one["length_tokens"] for one in row["by_length"]}
+
+
+def trained_difference(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How two trained models differ at the longest length, and how much of the difference may be chance.
+
+    The standard error is sqrt(p (1 - p) / n + q (1 - q) / m), for accuracies p and q over n and m documents. It is too
+    large for models that answer the same documents.
+
+    Args:
+        rows: of ``evaluate.json``.
+
+    Returns:
+        A sentence; empty where the rows do not hold two trained models, or no common length.
+    """
+    trained = [row for row in rows if row["label"].endswith(" trained")]
+    common = set.intersection(*(_lengths(row) for row in trained)) if trained else set()
+    if len(trained) != 2 or not common:
+        return ""
+    length = max(common)
+    shares = [one["accuracy"] for row in trained for one in row["by_length"] if one["length_tokens"] == length]
+    error = math.sqrt(sum(p * (1 - p) / _documents(row, length) for p, row in zip(shares, trained, strict=True)))
+    (first, p), (second, q) = zip((row["label"] for row in trained), shares, strict=True)
+    return (
+        f"At {length} tokens {first} finds {p:.0%} and {second} {q:.0%}: {100 * (p - q):+.0f} points, with a standard "
+        f"error of {100 * error:.0f}"
+    )
