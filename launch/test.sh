@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests, some ten minutes on two cores. Arguments go to pytest:  bash launch/test.sh tests/rope -k yarn
+# The tests. Arguments go to pytest:  bash launch/test.sh tests/rope -k yarn  (or -m slow: the longer proofs alone)
 set -euo pipefail
 export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1  # many small processes: threads of several would wait for each other
@@ -10,5 +10,6 @@ install requirements-gguf
 cd "$checkout"
 ruff check .
 pyright
-# A file stays in one process: its models and runs are made once.
-exec python -m pytest -q -n logical --maxprocesses 8 --dist loadfile "$@"
+# A file stays in one process: its models and runs are made once. One process more than cores, as some tests wait.
+processes=$(($(nproc) < 8 ? $(nproc) + 1 : 8))
+exec python -m pytest -q -n "$processes" --dist loadfile "$@"
