@@ -105,13 +105,6 @@ def test_the_installed_packages_are_those_of_requirements_txt():
     assert found.problems == []
 
 
-def test_the_interface_to_a_host_is_the_kernels_route():
-    (loopback,) = (name for name, every in network.addresses_of_interfaces().items() if "127.0.0.1" in every)
-    assert network.interface_to("127.0.0.1") == loopback
-    with pytest.raises(OSError, match="."):
-        network.interface_to("no-such-host.invalid")
-
-
 def test_public_addresses_are_not_shown():
     assert network._shown("8.8.8.8") == "a public IPv4 address"
     assert network._shown("10.1.2.3") == "10.1.2.3"
