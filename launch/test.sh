@@ -10,6 +10,5 @@ install requirements-gguf
 cd "$checkout"
 ruff check .
 pyright
-# A file stays in one process: its models and runs are made once. One process more than cores, as some tests wait.
-processes=$(($(nproc) < 8 ? $(nproc) + 1 : 8))
-exec python -m pytest -q -n "$processes" --dist loadfile "$@"
+# A file stays in one process: its models and runs are made once.
+exec python -m pytest -q -n logical --maxprocesses 8 --dist loadfile "$@"
