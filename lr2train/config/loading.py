@@ -209,14 +209,6 @@ def _check_parents(config: Config) -> None:
         )
 
 
-def _check_descent(config: Config) -> None:
-    if config.search.algorithm == "gradient" and config.search.shard:
-        raise UserError(
-            "search.algorithm=gradient needs the whole model on each rank, and search.shard=true divides it; set "
-            "search=paper"
-        )
-
-
 def _check_group(config: Config) -> None:
     group, total = config.data.group_segments, config.optim.segments_per_step
     if group and total % group:
@@ -302,7 +294,6 @@ def _value_at(values: Any, path: str) -> Any:
 _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
     (("prepare", "search", "train", "evaluate", "generate", "plan", "rehearse"), _check_name),
     (("search", "plan"), _check_parents),
-    (("search", "plan"), _check_descent),
     (("train", "inspect", "plan", "rehearse"), _check_group),
     (("train", "plan", "rehearse"), _check_shards),
     (("plan", "rehearse"), _with_peak),
