@@ -91,6 +91,13 @@ class LongAttention(StrEnum):
     document = "document"
 
 
+class LongPositions(StrEnum):
+    """full: positions 0, 1, 2 … up to the target window. skip: shorter segments, whose positions jump once."""
+
+    full = "full"
+    skip = "skip"
+
+
 class OverLong(Enum):  # no StrEnum, because `split` is a method of str
     """A document over its bucket's limit (long: the segment; short: the original window) is split, truncated or
     dropped.
@@ -112,6 +119,7 @@ class Runtime(StrEnum):
     vllm = "vllm"
     sglang = "sglang"
     gguf = "gguf"
+    tensorrt_llm = "tensorrt_llm"
 
 
 class WeightsOf(StrEnum):
@@ -237,7 +245,8 @@ class RopeConfig:
     # The frequencies that a method or a search rescales, for a model that is extended already (llama3, yarn, linear,
     # longrope). own: those of the model's own table, because the model was trained with it. plain: the unscaled ones.
     start_from: str = one_of(StartFrom.own)
-    # RoPE scaling method, a key of lr2train.rope.METHODS (the presets rope=… set it).
+    # RoPE scaling method, a key of lr2train.rope.METHODS (the presets rope=… set it), or package.module.function of
+    # your own.
     method: str = "longrope2"
     # The real critical dimension rcd as a zero-based frequency index, for methods that take one (longrope2, yarn_rcd,
     # ntk_rcd).
@@ -280,13 +289,14 @@ class SourceConfig:
     windows: list[str] = field(default_factory=lambda: ["short", "long"])
     # Relative share of this source in the tokens of each bucket, or of the corpus (data.weights_of).
     weight: float = number(1.0, least=0)
-    # Other settings of this kind of source, for needles: lengths_tokens, count, max_pairs, questions, answers_only.
+    # Other settings of this kind of source, for needles: lengths_tokens, count, max_pairs, questions, chains,
+    # answers_only.
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class StageConfig:
-    """One stage of the curriculum that trains a tiny base model from scratch. The four shares are relative to each
+    """One stage of the curriculum that trains a tiny base model from scratch. The shares are relative to each
     other.
     """
 
@@ -301,6 +311,9 @@ class StageConfig:
     # Share of segments packed with key-value pairs, all asked for, with loss on the
     # answers only.
     dense: float = number(0.0, least=0)
+    # Share of segments of needle documents with chains of data.needles.hops hops, all asked for, and one pair asked
+    # for, with loss on the answers only.
+    chains: float = number(0.0, least=0)
     # Share of segments of plain text.
     text: float = number(0.0, least=0)
 
@@ -342,6 +355,9 @@ class NeedleConfig:
     at_start: float = number(0.4, least=0, most=1)
     # Maximum number of needles asked for at the end of a training document. More questions give more targets.
     max_questions: int = number(1, least=1, most=NEEDLE_NAMES)
+    # Needles of a chain that hold the name of the next needle (RULER's variable tracking; there 4). The last needle of
+    # a chain holds the number.
+    hops: int = number(1, least=1, most=100)
 
 
 @dataclass
@@ -381,7 +397,7 @@ class DataConfig:
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     # Whether the corpus' files are compared with their checksums before training (once, as long as they do not change).
     verify: bool = True
-    # Tokens of a segment. Training wants rope.target_window_tokens here.
+    # Tokens of a segment. Training wants rope.target_window_tokens here, or less under data.long_positions=skip.
     segment_tokens: int = number(131072, least=2)
     # Tokens to plan in short segments. 0: every short document once.
     short_tokens: int = number(0, least=0)
@@ -400,6 +416,9 @@ class DataConfig:
     keep_below_tokens: int = number(4096, least=0)
     # segment: attention over the whole long segment. document: a document mask, as short segments always have.
     long_attention: str = one_of(LongAttention.segment)
+    # Positions of long segments. full: 0, 1, 2 … up to the target window (the paper). skip: segments are shorter than
+    # the target window, and their positions jump once, so that few tokens train all distances (docs/DATA.md).
+    long_positions: str = one_of(LongPositions.full)
     # Treatment of a document over the segment (long) or over the original window (short).
     over_long: str = one_of(OverLong.split)
     # Share of documents kept out of training, for the search and the evaluation.
@@ -432,8 +451,8 @@ class ParallelConfig:
     # Strategy of sequence-parallel attention (docs/ATTENTION.md). auto: the fitting strategy that sends fewest bytes.
     # local: nothing is sent. ulysses: heads are exchanged. ring: keys and values travel in a ring. gather: each rank
     # fetches the keys and values of its documents. ulysses_ring: ulysses inside a node, ring between nodes.
-    # ring_flash_attn: the ring of that library, on CUDA.
-    strategy: str = one_of(StrategyName.auto)
+    # ring_flash_attn: the ring of that library, on CUDA. package.module.NAME: a Strategy of your own.
+    strategy: str = one_of(StrategyName.auto, plugins=True)
     # Ring size within parallel.sp, for ulysses_ring. 0: as small as the heads and nodes allow.
     ring: int = number(0, least=0)
     # Seconds that a collective waits for a rank before the job ends. A rank that fails is noticed at once.
@@ -465,6 +484,11 @@ class OptimConfig:
     min_lr_ratio: float = number(0.0, least=0, most=1)
     # Optimizer steps of the run. 0: one epoch of the planned segments.
     steps: int = number(0, least=0)
+    # End the run when the held-out loss of the long window has settled: the best of this many measurements in a row is
+    # less than optim.settle_nats below the best before (docs/RUNNING.md). 0: the run has all its steps.
+    settle_validations: int = number(0, least=0, most=_MOST)
+    # The least gain that counts for optim.settle_validations, nats per target token. 0.01: one percent of perplexity.
+    settle_nats: float = number(0.01, least=0)
     # The global batch in segments: data-parallel ranks x gradient accumulation.
     segments_per_step: int = number(64, least=1, most=_MOST)
 
@@ -605,7 +629,8 @@ class SearchConfig:
 class EvalConfig:
     """What is measured, and on how much."""
 
-    # What is measured: names of tasks or of groups of tasks. docs/EVALUATION.md lists all.
+    # What is measured: names of tasks or of groups of tasks (docs/EVALUATION.md lists all), or package.module.Class of
+    # your own.
     tasks: list[str] = field(default_factory=lambda: ["needles"])
     # Lengths of prompts and documents, tokens. A length beyond the target window is refused.
     # Empty: 4096 (L0, if L0 is smaller), doubling, and the target window.
@@ -616,6 +641,10 @@ class EvalConfig:
     samples: int = number(10, least=1, most=_MOST)
     # needles: further needles in a document that are not asked for (RULER's multi-key). The paper has none.
     distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
+    # needles: needles that are asked for in a document, all at its depth, in one forward pass. The paper asks for one.
+    questions: int = number(1, least=1, most=NEEDLE_NAMES)
+    # needles: chains of data.needles.hops hops in a document, asked for beside the needles (RULER's variable tracking).
+    chains: int = number(0, least=0, most=NEEDLE_NAMES // 2)
     # needles: wordings of needle and question. Empty: data.needles.wording.
     wordings: list[str] = field(default_factory=list)
     # needles: documents without needles for each length, for text perplexity.
@@ -689,9 +718,9 @@ class ExportConfig:
     checkpoint: str | None = None
     # Data type of the exported weights. null: the data type of the trained weights.
     dtype: str | None = one_of(None, Dtype)
-    # The runtime whose folders are written. transformers: two/. sglang: long/ and short/. gguf (llama.cpp): long/ and
-    # two/. vllm, all: all three.
-    runtime: str = one_of(Runtime.all)
+    # The runtime whose folders are written. transformers: two/. sglang, tensorrt_llm: long/ and short/. gguf
+    # (llama.cpp): long/ and two/. vllm, all: all three. package.module.NAME: a Runtime of your own.
+    runtime: str = one_of(Runtime.all, plugins=True)
     # Whether the logits of each folder are compared with the run's. The comparison holds one whole model in memory.
     check: bool = True
 
