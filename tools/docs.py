@@ -32,7 +32,9 @@ LAUNCHED = re.compile(  # what stands before the verb
     re.DOTALL,
 )
 CLUSTER = re.compile(r"--hostfile|multinode\.sh|slurm\.sbatch|^deepspeed|^torchrun")
-SLOW = re.compile(r"launch/(demo|test)\.sh|lr2train (search|train|rehearse|evaluate)|run\.sh \d+ (search|train)|tools\.")
+SLOW = re.compile(
+    r"launch/(demo|test)\.sh|lr2train (search|train|rehearse|evaluate)|run\.sh \d+ (search|train)|tools\."
+)
 
 
 @dataclass(frozen=True)

@@ -206,9 +206,9 @@ def _check_parents(config: Config) -> None:
     population, top_k = config.search.population, config.search.top_k
     most = population if config.search.algorithm == "gradient" else population - 1  # children need room
     if top_k > most:
+        remedy = f"search.top_k to {max(1, population // 4)}" if most else "search.population to 2"
         raise UserError(
-            f"search.top_k={top_k} is above {most}, which search.population={population} leaves room for; set "
-            f"search.top_k to {max(1, population // 4)}"
+            f"search.top_k={top_k} is above {most}, which search.population={population} leaves room for; set {remedy}"
         )
 
 
