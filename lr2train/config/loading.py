@@ -208,17 +208,9 @@ def _check_parents(config: Config) -> None:
     population, top_k = config.search.population, config.search.top_k
     most = population if config.search.algorithm == "gradient" else population - 1  # children need room
     if top_k > most:
+        remedy = f"search.top_k to {max(1, population // 4)}" if most else "search.population to 2"
         raise UserError(
-            f"search.top_k={top_k} is above {most}, which search.population={population} leaves room for; set "
-            f"search.top_k to {max(1, population // 4)}"
-        )
-
-
-def _check_descent(config: Config) -> None:
-    if config.search.algorithm == "gradient" and config.search.shard:
-        raise UserError(
-            "search.algorithm=gradient needs the whole model on each rank, and search.shard=true divides it; set "
-            "search=paper"
+            f"search.top_k={top_k} is above {most}, which search.population={population} leaves room for; set {remedy}"
         )
 
 
@@ -324,7 +316,6 @@ def _value_at(values: Any, path: str) -> Any:
 _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
     (("prepare", "search", "train", "evaluate", "generate", "plan", "rehearse"), _check_name),
     (("search", "plan"), _check_parents),
-    (("search", "plan"), _check_descent),
     (("train", "inspect", "plan", "rehearse"), _check_group),
     (("train", "plan", "rehearse"), _check_shards),
     (("plan", "rehearse"), _with_peak),
