@@ -46,14 +46,14 @@ def test_16x_is_one_override():
 def test_every_document_of_the_evaluation_fits_and_asks_six_questions(corpus, length):
     config = compose("evaluate", ["experiment=bed", "run=x", "data.path=" + str(corpus.folder)])
     how = config.eval
-    assert (how.questions, how.chains, config.data.needles.hops) == (4, 2, 2)
+    assert (how.questions, how.chains, config.data.needles.hops) == (4, 2, 1)
     made = needle_set(
         corpus, config.data.needles, 40, length, how.depths, np.random.default_rng(0), how.questions, how.distractors,
         how.chains,
     )  # fmt: skip
     assert len(made) == 40 * len(how.depths)
     for document in made:
-        assert [answer.count(" = ") for answer in document.answers] == [0] * 4 + [2] * 2
+        assert [answer.count(" = ") for answer in document.answers] == [0] * 4 + [1] * 2
         assert len(document.tokens) == length
 
 
@@ -66,8 +66,8 @@ def test_a_source_of_needles_asks_for_chains_and_answers_alone_are_targets(corpu
         answers = [
             corpus.tokenizer.decode(tokens[one]) for one in np.split(targets, np.flatnonzero(np.diff(targets) > 1) + 1)
         ]
-        assert {answer.count(" = ") for answer in answers} <= {0, 2}
-        chains += sum(answer.count(" = ") == 2 for answer in answers)
+        assert {answer.count(" = ") for answer in answers} <= {0, 1}
+        chains += sum(answer.count(" = ") == 1 for answer in answers)
     assert len(store) == 4
     assert chains > 0
 
