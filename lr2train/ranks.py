@@ -14,6 +14,10 @@ from typing import Any
 from lr2train.config import UserError
 
 
+class PeerGone(RuntimeError):
+    """Another rank has died, or has not answered within the time-out. No further message can be exchanged."""
+
+
 def rank() -> int:
     """This process's global rank; 0 outside a launcher."""
     if _launched() > 1:  # a shell may still have the RANK of an old job

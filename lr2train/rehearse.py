@@ -156,7 +156,7 @@ def rehearsed(
             yield
 
     parts = _parts(workload)
-    batches = [_batch(config, part) for part in parts.values()]
+    batches = [segment_of(config, part) for part in parts.values()]
     names = list(parts)
     if learn:
         batches, names = [batches[0], *batches], [FIRST, *names]
@@ -228,7 +228,7 @@ def _in_a_step(workload: Workload, accumulation: int) -> dict[str, float]:
     return found
 
 
-def _batch(config: Config, part: WorkloadPart) -> Batch:
+def segment_of(config: Config, part: WorkloadPart) -> Batch:
     """A segment of documents of the longest length."""
     n_tokens, length = config.data.segment_tokens, min(part.span_tokens, config.data.segment_tokens)
     spans = tuple((start, min(start + length, n_tokens)) for start in range(0, n_tokens, length))

@@ -160,10 +160,9 @@ class NeedleMaker:
         rng: np.random.Generator,
         filler: np.ndarray,
         length_tokens: int,
-        depth: float | None = None,
+        depth: float | Sequence[float] | None = None,
         n_pairs: int = 1,
         n_questions: int = 1,
-        together: bool = False,
         n_chains: int = 0,
         hops: int = 1,
     ) -> NeedleDocument:
@@ -173,11 +172,10 @@ class NeedleMaker:
             rng: draws keys, numbers and places.
             filler: ids of the text to hide in; its beginning is used. ``length_tokens`` ids are always enough.
             length_tokens: of the whole document, BOS and EOS included.
-            depth: of the needle that is asked for first, 0 … 1; None draws it. The depths of all other needles are
-                drawn.
+            depth: of the needle that is asked for first, 0 … 1, or of the first ones, one each; None draws it. The
+                depths of all other needles are drawn.
             n_pairs: needles with a number.
             n_questions: pairs that are asked for at the end.
-            together: all pairs that are asked for stand at ``depth``, one after another, not the first alone.
             n_chains: chains of needles (RULER's variable tracking), all asked for after the pairs. The first needle
                 of a chain holds the name of the next, the last one a number, and they stand in any order at places of
                 their own. The answer names every needle on the way: ``c = b``, ``a = 5``, ``b = a`` are asked by
@@ -188,8 +186,9 @@ class NeedleMaker:
             UserError: the length has no room for the sentences, the filler is too short, there are more questions than
                 pairs, or the depth lies outside [0, 1].
         """
-        if depth is not None:
-            between("depth", depth, 0, 1)  # from eval.depths or search.depth
+        depths = [] if depth is None else [depth] if isinstance(depth, float | int) else list(depth)
+        for one in depths:
+            between("depth", one, 0, 1)  # from eval.depths or search.depths
         if not 1 <= n_questions <= n_pairs <= N_KEYS:
             raise UserError(
                 f"needle document with {n_pairs} pairs and {n_questions} questions; ask at least one question, and at "
@@ -211,15 +210,14 @@ class NeedleMaker:
         room = length_tokens - len(head) - len(tail) - sum(map(len, needles))
         self._check(room, length_tokens, len(filler))
         places = rng.integers(0, room, size=len(needles), endpoint=True)
-        if depth is not None:
-            places[: n_questions if together else 1] = round(depth * room)
+        places[: len(depths)] = [round(one * room) for one in depths]
         tokens = _hide(head, filler[:room], needles, places, tail)
         first = length_tokens - len(tail)
         answer_spans = tuple((first + start, first + stop) for start, stop in spans)
         return NeedleDocument(
             tokens,
             answer_spans,
-            float(places[0]) / max(1, room) if depth is None else depth,
+            depths[0] if depths else float(places[0]) / max(1, room),
             tuple(answer for _, answer in asked),
         )
 
@@ -415,10 +413,9 @@ def needle_set(
             rng,
             filler,
             length_tokens,
-            depth,
+            [depth] * questions,
             questions + distractors,
             questions,
-            together=True,
             n_chains=chains,
             hops=needles.hops,
         )

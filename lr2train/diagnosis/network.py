@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from lr2train.diagnosis.findings import Findings
+from lr2train.parallel.interface import interface_to, is_loopback
 
 SECTION = "Network"
 _CHOSEN_BY = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
@@ -94,7 +95,8 @@ def _master(found: Findings) -> None:
         return
     found.note(SECTION, "MASTER_ADDR", f"{_host(master)}, by interface {name or 'unknown'}")
     spread = int(os.environ.get("WORLD_SIZE", 1)) > _ranks_here()
-    if spread and name is not None and psutil.net_if_stats().keys() - {name} and _is_loopback(name):
+    interfaces = psutil.net_if_addrs()
+    if spread and name is not None and interfaces.keys() - {name} and is_loopback(name, interfaces):
         found.problem(
             f"MASTER_ADDR={_host(master)} leads to the loopback interface, and the job has ranks on other machines",
             "set it to an address of the first machine that the others reach",
@@ -109,28 +111,9 @@ def _host(master: str) -> str:
         return master
 
 
-def _is_loopback(name: str) -> bool:
-    return any(ipaddress.ip_address(one).is_loopback for one in addresses_of_interfaces().get(name, []))
-
-
 def _ranks_here() -> int:
     told = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"))
     return int(next(filter(None, told), 1))
-
-
-def interface_to(host: str) -> str | None:
-    """The interface that packets to a host leave by; None where no interface has the address.
-
-    A datagram socket is connected, which asks the kernel for the route and sends nothing.
-
-    Raises:
-        OSError: the name has no address, or there is no route.
-    """
-    family, kind, protocol, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(target)
-        own = probe.getsockname()[0].partition("%")[0]
-    return next((name for name, every in addresses_of_interfaces().items() if own in every), None)
 
 
 def _named_interfaces(found: Findings, there: set[str]) -> None:

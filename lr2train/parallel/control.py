@@ -27,16 +27,12 @@ import torch.distributed as dist
 
 from lr2train.config import UserError
 from lr2train.io import for_user
-from lr2train.ranks import rank, world
+from lr2train.ranks import PeerGone, rank, world
 
 T = TypeVar("T")
 
 # A rank that leaves waits so long for the others to read why; a busy rank finds the connection closed later.
 _NOTICE_S = 2.0
-
-
-class PeerGone(RuntimeError):
-    """Another rank has died, or has not answered within the time-out. No further message can be exchanged."""
 
 
 def alone() -> bool:

@@ -24,9 +24,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lr2train.config import UserError
 from lr2train.io import for_user
-from lr2train.parallel.control import PeerGone, alone
+from lr2train.parallel.control import alone
 from lr2train.parallel.watchdog import DEFECT, GONE, HEARD, KEY, USER, Reason, leave, watchdog
-from lr2train.ranks import rank, world
+from lr2train.ranks import PeerGone, rank, world
 
 _STORE_S = 5.0  # time-out; a working store answers in milliseconds
 _OTHERS_S = 5.0  # after a time-out, ranks that run notice it within seconds of each other

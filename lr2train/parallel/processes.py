@@ -9,7 +9,7 @@ import contextlib
 import os
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from fractions import Fraction
 
@@ -22,7 +22,7 @@ from lr2train.parallel import control, watchdog
 from lr2train.parallel.interface import choose_interface
 from lr2train.parallel.launcher import watch_launcher
 
-_HERE = "lr2train/here"  # in the store
+_HERE, _MASTER = "lr2train/here", "lr2train/master"  # in the store
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
 
 
@@ -66,12 +66,25 @@ def _init_process_group(device: torch.device, timeout_s: float) -> None:
     # guess a device from the rank.
     bound = device if device.type == "cuda" else None
     if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
-        if int(os.environ.get("WORLD_SIZE", 1)) > ranks_per_node():
-            choose_interface(os.environ["MASTER_ADDR"])
-        dist.init_process_group(backend, timeout=timeout, device_id=bound)
+        if int(os.environ.get("WORLD_SIZE", 1)) <= ranks_per_node():
+            dist.init_process_group(backend, timeout=timeout, device_id=bound)
+            return
+        # Of several machines: they tell each other in the store which address MASTER_ADDR has, before they connect.
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore("default_pg", store)
+        choose_interface(os.environ["MASTER_ADDR"], lambda mine: tell(store, rank, world, mine))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
         return
     os.environ.update(_ALONE)  # DeepSpeed reads them, with a launcher or without
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound)
+
+
+def tell(store: dist.Store, rank: int, world: int, mine: Sequence[str]) -> Iterator[str]:
+    """Write the addresses that MASTER_ADDR has for this rank; returns those of all ranks, each read when it is asked
+    for, as soon as its rank has written it.
+    """
+    store.set(f"{_MASTER}/{rank}", " ".join(mine))
+    return (one for other in range(world) for one in store.get(f"{_MASTER}/{other}").decode().split())
 
 
 def _my_cores() -> int:

@@ -176,7 +176,7 @@ class Accounting(TorchDispatchMode):
 
     def _follow(self, made: Any, function: Any, here: Callable[[], Place]) -> None:
         for tensor in (made,) if isinstance(made, Tensor) else tree_leaves(made):
-            if not isinstance(tensor, Tensor):
+            if not isinstance(tensor, Tensor) or tensor.device.type == "meta":  # the latter has a shape and no memory
                 continue
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()

@@ -72,7 +72,7 @@ def test_what_would_stop_a_run_comes_first_and_is_the_exit_code(tmp_path, monkey
 def stopping(capsys, *arguments: str) -> str:
     """What is printed, with the exit code 2."""
     with pytest.raises(SystemExit) as end:
-        doctor._from_the_command_line(compose("doctor", list(arguments)))
+        doctor.from_the_command_line(compose("doctor", list(arguments)))
     assert end.value.code == 2
     return capsys.readouterr().out
 
@@ -103,13 +103,6 @@ def test_the_installed_packages_are_those_of_requirements_txt():
     found = Findings()
     packages.look(found)
     assert found.problems == []
-
-
-def test_the_interface_to_a_host_is_the_kernels_route():
-    (loopback,) = (name for name, every in network.addresses_of_interfaces().items() if "127.0.0.1" in every)
-    assert network.interface_to("127.0.0.1") == loopback
-    with pytest.raises(OSError, match="."):
-        network.interface_to("no-such-host.invalid")
 
 
 def test_public_addresses_are_not_shown():

@@ -53,7 +53,7 @@ def test_every_rank_ends_with_the_reason_of_the_one_that_failed(tmp_path, failin
 def test_a_killed_rank_is_said_to_be_gone(tmp_path):
     said = said_by(tmp_path, 2, "killed")
     assert set(said) == {0, 1}
-    gone = "lr2train.parallel.control.PeerGone: a rank is gone or does not answer, its own log says why (seen by rank "
+    gone = "lr2train.ranks.PeerGone: a rank is gone or does not answer, its own log says why (seen by rank "
     assert all(text.startswith(gone) for text in said.values()), said
 
 

@@ -7,14 +7,23 @@ from unittest import mock
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from lr2train.parallel import interface
-from lr2train.parallel.interface import choose_interface, interface_to
+from lr2train.parallel.interface import choose_interface, interface_to, reachable_interface
+from lr2train.parallel.processes import tell
 
 ROUTES = {  # as the kernel of a node answers; its own addresses are their own source
     "10.0.0.7": "10.0.0.7", "10.0.0.1": "10.0.0.7", "172.16.3.1": "172.16.3.7", "192.0.2.1": "10.0.0.7",
-    "127.0.0.1": "127.0.0.1", "127.0.1.1": "127.0.0.1", "fe80::1": "fe80::7%ib0", "2001:db8::1": None,
+    "127.0.0.1": "127.0.0.1", "127.0.1.1": "127.0.0.1", "fe80::1": "fe80::7%ib0", "172.16.3.7": "172.16.3.7",
 }  # fmt: skip
+
+
+def source(target: str) -> str:
+    """As the kernel answers on this node."""
+    if target not in ROUTES:
+        raise OSError("Network is unreachable")
+    return ROUTES[target]
 
 
 def address(value: str) -> SimpleNamespace:
@@ -40,12 +49,28 @@ NODE = {
     ],
 )
 def test_the_interface_on_the_route_to_rank_0(master, expected):
-    assert interface_to(master, NODE, ROUTES.get) == expected
+    assert reachable_interface(master, (), NODE, source) == expected
+
+
+def test_where_the_name_of_rank_0_means_itself_the_other_machines_tell_its_address():
+    """Rank 1, on another machine, reaches rank 0 by the fast network: rank 0 takes that and not the default route."""
+    store = dist.HashStore()
+    tell(store, 1, 3, ["172.16.3.7"])
+    tell(store, 2, 3, ["172.16.3.7"])
+    others = tell(store, 0, 3, ["127.0.1.1"])
+    assert reachable_interface("127.0.1.1", others, NODE, source) == "ib0"
+    # an address that is not this machine's, behind a translation of addresses
+    assert reachable_interface("127.0.1.1", ["203.0.113.5"], NODE, source) == "eth0"
 
 
 def test_a_machine_without_a_network_has_no_interface_to_choose():
-    assert interface_to("127.0.0.1", {"lo": NODE["lo"]}, {"127.0.0.1": "127.0.0.1"}.get) is None
-    assert interface_to("no-such-host.invalid", NODE, lambda _: None) is None
+    alone = {"lo": NODE["lo"]}
+    assert reachable_interface("127.0.0.1", (), alone, source) is None
+    assert interface_to("127.0.0.1", alone, source) == "lo"
+    with pytest.raises(OSError, match="no address"):
+        interface_to("no-such-host.invalid", NODE, source)
+    with pytest.raises(OSError, match="unreachable"):
+        interface_to("198.51.100.1", NODE, source)
 
 
 def test_every_address_of_this_machine_is_found_on_its_own_interface():
@@ -55,14 +80,15 @@ def test_every_address_of_this_machine_is_found_on_its_own_interface():
         for one in ones:
             if one.family == socket.AF_INET and not one.address.startswith("127."):
                 assert interface_to(one.address) == name
-    assert interface_to("127.0.0.1") != "lo"
+    assert interface_to("127.0.0.1") in found
+    assert reachable_interface("127.0.0.1") != interface_to("127.0.0.1")
 
 
 def chosen(environ: dict[str, str], files=()) -> dict[str, str]:
     with (
         mock.patch.dict(os.environ, environ),
         mock.patch.object(interface, "_NCCL_FILES", files),
-        mock.patch.object(interface, "interface_to", return_value="eth0"),
+        mock.patch.object(interface, "reachable_interface", return_value="eth0"),
     ):
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_CONF_FILE"):
             if name not in environ:

@@ -43,7 +43,8 @@ def test_several_machines_choose_an_interface_and_nccl_is_bound_to_its_device(en
     with (
         mock.patch.dict(os.environ, environ),
         mock.patch.object(dist, "init_process_group", joined),
-        mock.patch.object(processes, "choose_interface", routes.append),
+        mock.patch.object(processes, "choose_interface", lambda master, tell: routes.append(master)),
+        mock.patch.object(dist, "rendezvous", return_value=iter([(dist.HashStore(), 9, 16)])),
     ):
         for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "RANK", "MASTER_ADDR"):
             if name not in environ:

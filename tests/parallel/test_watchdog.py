@@ -14,8 +14,8 @@ from ranks import forking
 
 from lr2train.config import UserError
 from lr2train.parallel import watchdog
-from lr2train.parallel.control import PeerGone
 from lr2train.parallel.failure import told_to_all
+from lr2train.ranks import PeerGone
 
 ERRORS = {"user": UserError("set it to 3"), "other": KeyError("no such"), "gone": PeerGone("rank 5 is gone")}
 WORLD = 3

@@ -113,7 +113,7 @@ class RehearsedEngine(Engine):
         for strategy in strategies:
             work.append(self._served(batches[-1], strategy, attentions))
         batches, names = [*batches, *[batches[-1]] * len(strategies)], [*names, *strategies]
-        own, self._engine = self._engine, _Watched(self._engine, names, enter)
+        own, self._engine = self._engine, Watched(self._engine, names, enter)
         try:
             with self._modes(), _alone():
                 self._step(batches, attentions, work * self.mesh.dp_size, lambda: False)
@@ -152,7 +152,7 @@ def _tensors(held: Any) -> list[torch.Tensor]:
     return [held] if isinstance(held, torch.Tensor) else []
 
 
-class _Watched:
+class Watched:
     """DeepSpeed's engine, telling what it is about to do."""
 
     def __init__(self, engine: Any, names: list[str], enter: Enter):
