@@ -93,8 +93,8 @@ class Form:
 
 
 _A, _B = Base("bed_a", "bed_base"), Base("bed_b", "bed_base", ("model=bed_b",))
-_QUARTER = Base("bed_a_quarter", "bed_base", ("data.stages.1.steps=75", "data.stages.2.steps=100"), 0.25)
-_FOUR = Base("bed_a_four", "bed_base", ("data.stages.1.steps=1200", "data.stages.2.steps=1600"), 4)
+_QUARTER = Base("bed_a_quarter", "bed_base", ("data.stages.1.steps=40", "data.stages.2.steps=60"), 0.25)
+_FOUR = Base("bed_a_four", "bed_base", ("data.stages.1.steps=640", "data.stages.2.steps=960"), 4)
 _METHODS = ("longrope2", "yarn", "ntk", "pi", "longrope")
 _ABLATIONS = ("ntk_rcd", "yarn_rcd", "text", "all_dims")
 _ROWS = (
