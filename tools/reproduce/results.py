@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lr2train import io
+from tools.map_rcd_verdicts import in_words
 from tools.reproduce import figures
 from tools.reproduce.bed import Base, Form
 from tools.reproduce.figures import Estimate, Scores
@@ -32,6 +33,7 @@ class Cell:
         factors: row -> attention factor of the first seed that has run.
         searches: kind -> the search.json of each seed that has run.
         map: the cells of tools.map_rcd, where it has run.
+        map_verdicts: what it says of the paper's two hypotheses, over all its attention factors.
     """
 
     base: Base
@@ -43,6 +45,7 @@ class Cell:
     factors: dict[str, float] = field(default_factory=dict)
     searches: dict[str, list[Json]] = field(default_factory=dict)
     map: list[Json] = field(default_factory=list)
+    map_verdicts: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -122,7 +125,9 @@ def _cell(form: Form, base: Base, ratio: int, runs: Path) -> Cell:
         files = [runs / f"{name}_search_{kind}_s{seed}" / "search.json" for seed in range(form.search_seeds)]
         cell.searches[kind] = [io.read_json(file) for file in files if file.exists()]
     lines = runs / f"{name}_map" / "cells.jsonl"
-    if (lines.parent / "summary.json").exists():
+    if (summary := lines.parent / "summary.json").exists():
+        verdicts = io.read_json(summary)["verdicts"]
+        cell.map_verdicts = in_words(verdicts.get("all") or next(iter(verdicts.values()))).splitlines()[:2]
         cell.map = [json.loads(text) for text in lines.read_text().splitlines()]
     return cell
 

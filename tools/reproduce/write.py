@@ -136,8 +136,8 @@ def _hypothesis(cells: Sequence[Cell], runs: Path) -> Section:
         if file.exists():
             factors[cell.base.name] = Factors.load(file)
     sentences = [
-        "The paper: too little training makes the real critical index smaller than the theoretical one. So the index "
-        "should grow with the tokens of the base's training.",
+        "The paper: too little training makes the real critical index smaller than the theoretical one.",
+        "So the index should grow with the tokens of the base's training.",
         *_order_of_indices(cells, factors),
     ]
     return Section("The hypothesis", sentences, [tables.hypothesis_sheet(cells, factors)])
@@ -150,9 +150,9 @@ def _order_of_indices(cells: Sequence[Cell], factors: dict[str, Factors]) -> lis
         best, tcd = best_index(cell.map), factors[cell.base.name].spectrum.critical_index
         moved = tables.Estimate(best.mean - tcd, best.se)
         where = {">": "above", "<": "below", "~": "not distinguishable from"}[moved.sign]
-        said.append(
-            f"{cell.name} ({cell.base.tokens:g} times the tokens): the best index {best.mean:.1f} is {where} {tcd}."
-        )
+        times = f"{cell.base.tokens:g} times the tokens"
+        said.append(f"{cell.name} ({times}): the best index {best.mean:.1f} is {where} {tcd}, the theoretical one.")
+        said += [f"- {words.strip()}." for words in cell.map_verdicts]
     for ratio in sorted({ratio for _, ratio in known}):
         by_tokens = sorted((tokens, one) for (tokens, of), one in known.items() if of == ratio)
         if len(by_tokens) > 1:
