@@ -260,6 +260,7 @@ def recorded(tmp_path):
             kept = {64: [100.0] * 9 + [0.0]}
             _record(folder, f"{row} trained", {**kept, 128: at, 256: at})
             write_json(folder / "factors.json", {"attention_factor": 1.2})
+            write_json(folder / "train.json", {"tokens_seen": 4096})
     return tmp_path
 
 
@@ -299,6 +300,7 @@ def test_the_document_and_the_page_show_the_same_tables(recorded):
     for made in (document, page, terminal):
         assert "9 of 12 steps are finished, which took 2.0 hours of one core" in made
         assert "base_4x_ntk_s0 failed" in made
+        assert "A row is trained on 4,096 tokens." in made
         assert "rows lie between 40.0 and 70.0 at the target window" in made
     assert page.count("<table") == sum(len(section.sheets) for section in sections)
     assert "<svg" in page

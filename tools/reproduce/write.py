@@ -72,12 +72,14 @@ def sections_of(
 
 def _setup(form: Form, cells: Sequence[Cell], steps: tuple[int, int], seconds: float) -> list[str]:
     names = ", ".join(cell.name for cell in cells)
+    seen = sorted(set[int]().union(*(cell.tokens_seen for cell in cells)))
     return [
         f"The {form.name} form, made by `{command_of(form)}`: {steps[0]} of {steps[1]} steps are finished, which took "
         f"{seconds / 3600:.1f} hours of one core.",
         f"Cells: {names}. The original window has {form.original_window_tokens} tokens.",
         f"Each row is trained with {form.seeds} {'seed' if form.seeds == 1 else 'seeds'}; each search runs with "
         f"{form.search_seeds}. Every row of a table has the same tokens, order of data, learning rate and steps.",
+        *([f"A row is trained on {' or '.join(f'{one:,}' for one in seen)} tokens."] if seen else []),
         *(["With one seed, the standard errors hold the documents alone."] if form.seeds == 1 else []),
         "Rows with a shared attention factor take the one that the needle search of LongRoPE2 found. They have no "
         "search of their own under it.",
