@@ -64,7 +64,7 @@ def sections_of(
         setup,
         _verdict_section(found, with_rows),
         Section("Rows", ["Lengths are in tokens."], sheets, _charts(with_rows)),
-        Section("Before training", ["These rows cost no training."], tables.untrained_sheet(with_rows)),
+        Section("Before training", [], [*tables.search_sheet(cells), *tables.untrained_sheet(with_rows)]),
         _hypothesis(cells, runs),
         Section("The limits of a tiny model", _limits(with_rows, found)),
     ]
