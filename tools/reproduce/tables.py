@@ -176,7 +176,7 @@ def part_sheet(cells: Sequence[Cell]) -> Sheet:
 def best_rows(cells: Sequence[Cell]) -> list[str]:
     """A sentence for each cell: its best row at the target window, and how LongRoPE2 stands to it."""
     said = []
-    for cell in (cell for cell in cells if cell.rows.get("longrope2")):
+    for cell in (cell for cell in cells if "longrope2" in cell.rows and len(cell.rows) > 1):
         scores = {row: cell.score(row, cell.window(LONG)).mean for row in cell.rows}
         best = max(scores, key=lambda row: scores[row])
         words = f"{cell.name}: the best row at {cell.lengths[-1]} tokens is {_label(best)}"
