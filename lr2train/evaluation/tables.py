@@ -183,7 +183,7 @@ def _failed(scores: Sequence[TaskScore]) -> Table | None:
 
 
 _NEEDLES = (  # key of ``by_length``, title
-    ("accuracy", "Needles found, percent of the documents"),
+    ("accuracy", "Needles found, percent of the answers"),
     ("answer_perplexity", "Perplexity of the needles' answers (1 is certainty)"),
     ("text_perplexity", "Perplexity of held-out text"),
 )
