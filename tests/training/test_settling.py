@@ -152,8 +152,8 @@ def test_the_needle_loss_is_that_of_the_answers_in_transformers(folder):
 
 
 def test_a_run_that_measures_no_long_loss_cannot_settle(folder):
-    code, err = train(folder, *SETTLE, "engine.validate_needles=0", "engine.validate_segments=1", "rope.target_window_tokens=100000",
-                      "data.long_positions=skip", "name=unmeasured")  # fmt: skip
+    beyond = ["engine.validate_needles=0", "rope.target_window_tokens=100000", "data.long_positions=skip"]
+    code, err = train(folder, *SETTLE, *beyond, "name=unmeasured")
     assert code == 2
     assert "optim.settle_validations=2 looks at the held-out loss of the long window, which is not measured" in err
     assert not (folder / "unmeasured" / "train.inputs.json").exists()
