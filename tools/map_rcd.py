@@ -148,7 +148,7 @@ def settings_of(config: Config, documents: Sequence[SearchDocument], spectrum: S
         "documents": len(documents),
         "questions": config.search.questions,
         "distractors": config.search.distractors,
-        "depth": config.search.depth,
+        "depths": list(config.search.depths),
         "seed": config.search.seed,
         "needles": to_dict(config)["data"]["needles"],
         "dtype": config.model.dtype,
@@ -311,7 +311,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="further settings of the search, such as model.dtype=bfloat16 search.depth=null",
+        help="further settings of the search, such as model.dtype=bfloat16 search.depths=[0.0]",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the documents and of the bootstrap (default: 0)")
     parser.add_argument(
