@@ -196,7 +196,8 @@ def _build(
     engine = Engine(_with_recompute(job, config, hf_config, mesh, device), mesh, factors, hf_config, device)
     total_steps = config.optim.steps or loader.steps_per_epoch
     held_out = HeldOut.prepare(config, inputs.corpus, engine, factors)
-    if config.optim.settle_validations and Settling(config, total_steps).measured not in held_out.names:
+    settling = Settling(config, total_steps)  # knows its measurements when the checkpoint is read
+    if config.optim.settle_validations and settling.measured not in held_out.names:
         raise UserError(
             f"optim.settle_validations={config.optim.settle_validations} looks at the held-out loss of the long "
             "window, which is not measured here; set optim.settle_validations to 0"
@@ -204,7 +205,6 @@ def _build(
     job.claim(contents)
     fingerprint = control.from_rank_0(job.fingerprint if ranks.rank() == 0 else "")
     checkpoints = Checkpoints(job.folder / "checkpoints", fingerprint, config.engine.keep_checkpoints)
-    settling = Settling(config, total_steps)  # knows its measurements when the checkpoint is read
     return Training(config, job.folder, engine, loader, steps, total_steps, checkpoints, held_out, settling)
 
 
