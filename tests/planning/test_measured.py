@@ -9,8 +9,8 @@ from planning.measured import Case, compared
 from ranks import run_ranks
 
 CASES = [
-    Case(segment_tokens=512, sp=2, recompute="layer"),
-    Case(segment_tokens=512, zero_stage=1, dtype="bfloat16"),
+    Case(segment_tokens=512, layers=1, sp=2, recompute="layer"),
+    Case(segment_tokens=512, layers=1, zero_stage=1, dtype="bfloat16"),
 ]
 
 
