@@ -363,7 +363,7 @@ def _flash4_backward(queries: Queries, k: Tensor, v: Tensor, varlen: Varlen, sca
 
 
 def _in_a_fixed_order() -> bool:
-    """Whether the gradient of q is added in a fixed order (engine.deterministic). torch's own kernel asks this itself."""
+    """Whether the gradient of q is added in a fixed order (engine.deterministic); torch's own kernel asks this too."""
     return torch.are_deterministic_algorithms_enabled()
 
 
