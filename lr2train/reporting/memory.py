@@ -53,16 +53,14 @@ def timeline(figure: FigureBase, look: Look, memory: Json) -> Drawn:
             phase, (within[len(within) // 2], 1.40 * top), rotation=90, ha="center", va="top", fontsize=7,
             color=look.muted,
         )  # fmt: skip
-    at, peak = memory["at"], totals.index(top)
-    where = f"{memory['peak_gib']:.2f} GiB: {at['line']}"
-    axes.plot([peak], [top], marker="v", color=look.ink, markersize=5)
-    left = peak > len(moments) / 2
-    beside = {"textcoords": "offset points", "ha": "right" if left else "left", "va": "bottom", "fontsize": 8}
-    axes.annotate(where, (peak, top), (-6 if left else 6, 2), color=look.ink, **beside)
+    at = memory["at"]
+    where = f"{memory['peak_gib']:.2f} GiB in {_phase(at)}: {at['line'].rpartition('/')[2]}"
+    axes.plot([totals.index(top)], [top], marker="v", color=look.ink, markersize=5)
+    axes.set_title(f"peak {where}", fontsize=9, loc="left", color=look.ink)
     legend(figure, axes)
     columns = {key: [one[key] for one in moments] for key in ("at", "phase", "micro_batch")}
     columns |= {f"{kind}_gib".replace(" ", "_"): [one[kind] for one in moments] for kind in memory["kinds"]}
-    return f"Memory of a rank over a step; its peak is {where}, {_phase(at)}.", columns
+    return f"Memory of a rank over a step; its peak is {where}.", columns
 
 
 def _phase(moment: Json) -> str:

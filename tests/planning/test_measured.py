@@ -19,3 +19,4 @@ def test_a_rehearsal_agrees_with_torchs_own_accounting_in_every_phase(tmp_path):
         assert len(one.measured) == 7, case.title  # forward and backward of three micro-batches, and the update
         for phase, found in one.measured.items():
             assert one.rehearsed[phase] == pytest.approx(found, rel=0.1), (case.title, phase)
+        assert one.planned == pytest.approx(one.peaks[0], rel=0.05), case.title
