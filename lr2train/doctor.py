@@ -64,10 +64,10 @@ def _meet(config: Config, mine: Findings) -> bool:
     return True
 
 
-def _from_the_command_line(config: Config) -> None:
+def from_the_command_line(config: Config) -> None:
     if stops(doctor(config)):
         sys.exit(EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":
-    main("doctor", _from_the_command_line)
+    main("doctor", from_the_command_line)

@@ -204,7 +204,7 @@ def _painted(cells: str) -> str:
     )
 
 
-def inspect_into_a_pipe(config: Config) -> None:
+def from_the_command_line(config: Config) -> None:
     """The verb as a person runs it; ``| head`` may close the pipe early."""
     try:
         inspect(config)
@@ -216,4 +216,4 @@ def inspect_into_a_pipe(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main("inspect", inspect_into_a_pipe)
+    main("inspect", from_the_command_line)

@@ -16,8 +16,8 @@ from lr2train.attention import choice
 from lr2train.attention import hf as attention
 from lr2train.attention.strategy import PackedSegment
 from lr2train.cli.door import main
-from lr2train.config import Config
-from lr2train.data.batch import SHORT
+from lr2train.config import Config, LongPositions
+from lr2train.data.batch import LONG, SHORT
 from lr2train.model import tiled_mlp
 from lr2train.model.flops import TRAINING
 from lr2train.planning import cost, memory
@@ -168,7 +168,7 @@ def _cost(counts: ModelCounts, workload: Workload, config: Config) -> dict[str, 
         "flops_per_token": flops,
         "recompute_share": again / flops,
         "original_share": original / flops,
-        "held_out_share": _held_out_share(flops, parts, config),
+        "held_out_share": _held_out_share(counts, flops, parts, config),
         "step_s": cost.gpu_hours(done, hardware.gpu_bf16_tflops, hardware.mfu) * 3600 / hardware.gpus,
         "tokens_per_s_per_gpu": cost.tokens_per_s(hardware.gpu_bf16_tflops, hardware.mfu, flops + original),
         "total_flops": workload.steps and step_flops * workload.steps,
@@ -178,13 +178,16 @@ def _cost(counts: ModelCounts, workload: Workload, config: Config) -> dict[str, 
     }
 
 
-def _held_out_share(flops: float, parts: list[dict[str, Any]], config: Config) -> float:
+def _held_out_share(counts: ModelCounts, flops: float, parts: list[dict[str, Any]], config: Config) -> float:
     """Time of the measurements of the held-out loss between steps, as a share of the time of training."""
     every, dp_size = config.engine.validate_every_steps, config.hardware.gpus // config.parallel.sp
     if not every:
         return 0.0
     segments = -(-config.engine.validate_segments // dp_size) * dp_size  # ranks without a segment wait
     longest = {part["window"]: part["flops_per_token"] for part in parts}  # of a curriculum: its last stage
+    if config.data.long_positions == LongPositions.skip and LONG in longest:  # measured at the target window
+        target = config.rope.target_window_tokens
+        longest[LONG] = cost.training_flops_per_token(counts, target) * target / config.data.segment_tokens
     return sum(longest.values()) / TRAINING * segments / (every * config.optim.segments_per_step * flops)
 
 
@@ -220,7 +223,6 @@ def _search(counts: ModelCounts, config: Config) -> dict[str, Any] | None:
     return {
         "flops_per_document": flops,
         "document_forwards": forwards,
-        "racing": search.racing and search.algorithm != "surrogate",
         "gpu_hours": hours,
         "hours": hours / hardware.gpus,
         "price_usd": hours * hardware.gpu_hour_price,

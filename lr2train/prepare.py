@@ -169,10 +169,10 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([mix, f"held out: {held:,} documents; {records}", *not_read, f"corpus: {result['folder']}"])
 
 
-def prepare_and_draw(config: Config) -> None:
+def from_the_command_line(config: Config) -> None:
     """Run the verb from the command line: with pictures of the mix."""
     ensure_mix_pictures(Path(prepare(config)["folder"]))
 
 
 if __name__ == "__main__":
-    main("prepare", prepare_and_draw)
+    main("prepare", from_the_command_line)

@@ -1,4 +1,4 @@
-"""search: find RoPE rescale factors by evolutionary search on needle perplexity (paper, Section 3.2).
+"""search: find RoPE rescale factors by the perplexity of needles (paper, Section 3.2).
 
     deepspeed --no_local_rank --module lr2train search experiment=tiny_4k name=factors
 
@@ -21,15 +21,13 @@ from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.data.corpus import Corpus
-from lr2train.evolution.cma import evolve_cmaes
 from lr2train.evolution.descent import descend
 from lr2train.evolution.documents import SearchDocument, digest, draw_documents
+from lr2train.evolution.final import CandidateScorer, Confidence, Scored
 from lr2train.evolution.fitness import Fitness
 from lr2train.evolution.genome import Space
 from lr2train.evolution.history import History, described
 from lr2train.evolution.loop import evolve
-from lr2train.evolution.race import CandidateScorer, Scored
-from lr2train.evolution.surrogate import Observations, evolve_surrogate
 from lr2train.model import load, rotary
 from lr2train.parallel import control, processes
 from lr2train.parallel.failure import told_to_all
@@ -43,12 +41,7 @@ from lr2train.training.metrics import Dashboard, closing, dashboards, read_jsonl
 # bits.
 GROUPS = ("name", "seed", "device", "threads", "model", "rope", "data", "search")
 PICTURES = ("factors.png", "fitness.png", "temperature.png", "documents.png")
-ALGORITHMS: dict[str, Any] = {
-    "gradient": (descend, CandidateScorer),
-    "evolution": (evolve, CandidateScorer),
-    "surrogate": (evolve_surrogate, Observations),
-    "cmaes": (evolve_cmaes, CandidateScorer),
-}
+ALGORITHMS: dict[str, Any] = {"gradient": descend, "evolution": evolve}
 
 
 @told_to_all()
@@ -82,11 +75,11 @@ def search(config: Config) -> dict[str, Any]:
     _announce(job, space, fitness)
     start = time.monotonic()
     with closing(boards):
-        finalists = _run(job, space, history, boards)
-        result = {**history.result(finalists), "seconds": time.monotonic() - start, **_input_paths(job)}
+        finalists, confidence = _run(job, space, history, boards)
+        result = {**history.result(finalists, confidence), "seconds": time.monotonic() - start, **_input_paths(job)}
         contents = {name: run.content_of(one) for name, one in found.items()}
         origin = {"inputs": contents, **run.provenance(), "history": history.brief()}
-        _write(job, space, finalists[0], result, origin)
+        _write(job, space, finalists[0], confidence, result, origin)
         _show(job, result, boards)
     processes.stop()
     if lock is not None:
@@ -153,9 +146,8 @@ def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
     own = " on top of the model's own table" if space.start.own_rescale else ""
     job.log(
         f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}]{own}, "
-        f"{settings.population} candidates x {settings.generations} generations x {settings.documents} "
-        f"documents{asked}, "
-        f"{'racing' if settings.racing else 'no racing'}"
+        f"{settings.most_forwards} document-forwards at most ({settings.algorithm}), {settings.documents} documents"
+        f"{asked} and {settings.final_documents} for the final"
         + (f"; {fitness.recovered} evaluations found in the journal" if fitness.recovered else "")
         + (f"; damaged lines taken out of it: {fitness.damaged}" if fitness.damaged else "")
     )
@@ -176,26 +168,34 @@ def _show(job: run.Run, result: dict[str, Any], boards: list[Dashboard]) -> None
             board.picture(f"search/{file.stem}", file)
 
 
-def _run(job: run.Run, space: Space, history: History, boards: list[Dashboard]) -> list[Scored]:
-    """Run all generations and the final; returns the finalists, best first."""
+def _run(
+    job: run.Run, space: Space, history: History, boards: list[Dashboard]
+) -> tuple[list[Scored], Confidence | None]:
+    """Run all generations and the final; returns the finalists, best first, and how sure the winner is."""
     settings, fitness, finalists = space.settings, history.fitness, []
-    generations, make_scorer = ALGORITHMS[settings.algorithm]
-    scorer = make_scorer(space, fitness)
+    scorer = CandidateScorer(space, fitness)
     with progress.meter("search, document-forwards", fitness.recovered) as tick:
         fitness.tell = lambda: tick(fitness.computed, history.expected_evaluations, history.note)
-        for generation in generations(space, scorer, settings.seed):
+        for generation in ALGORITHMS[settings.algorithm](space, scorer, settings.seed):
             finalists = list(generation.population[: settings.top_k])
             fitness.refuse_broken_model()
             job.log(history.add(generation))
             for board in boards:
                 board.write(generation.index, history.figures)
-        return scorer.final([one.candidate for one in finalists]) if settings.final_documents else finalists
+        return scorer.final(finalists)
 
 
-def _write(job: run.Run, space: Space, best: Scored, result: dict[str, Any], origin: dict[str, Any]) -> None:
+def _write(
+    job: run.Run,
+    space: Space,
+    best: Scored,
+    confidence: Confidence | None,
+    result: dict[str, Any],
+    origin: dict[str, Any],
+) -> None:
     kept = {
         key: result[key]
-        for key in ("model", "corpus", "settings", "perplexity", "scored_documents", "document_forwards")
+        for key in ("model", "corpus", "settings", "perplexity", "scored_documents", "confidence", "document_forwards")
     }
     job.write_json("factors.json", {**space.factors(best.candidate).to_json(), NOTES: {**kept, **origin}})
     job.write_json("search.json", result)
@@ -203,7 +203,7 @@ def _write(job: run.Run, space: Space, best: Scored, result: dict[str, Any], ori
         write_search_pictures(job.folder)
     job.log(
         f"done: {space.settings.objective} perplexity {best.perplexity:.4f} on {best.documents} documents, "
-        f"{described(best.candidate)}, "
+        f"{described(best.candidate)}, {confidence or 'no runner-up'}, "
         f"{result['document_forwards']} document-forwards; factors in {job.folder / 'factors.json'}, pictures beside"
     )
 

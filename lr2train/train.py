@@ -21,7 +21,8 @@ import torch.distributed as dist
 from lr2train import io, ranks, run
 from lr2train.attention import hf as attention
 from lr2train.cli.door import main
-from lr2train.config import Config, UserError
+from lr2train.config import Config, LongPositions, UserError
+from lr2train.data.batch import LONG
 from lr2train.data.corpus import Corpus
 from lr2train.data.feed.loader import make_loader
 from lr2train.model import load, tiled_mlp
@@ -42,6 +43,7 @@ from lr2train.training.deepspeed.start import start_deepspeed
 from lr2train.training.loop import Training, fit
 from lr2train.training.metrics import read_jsonl, sinks
 from lr2train.training.profiling import KEY as PROFILE_STEPS
+from lr2train.training.settling import Settling
 from lr2train.training.steps import FILE, StepRanges, Steps
 from lr2train.training.validation import HeldOut
 
@@ -68,6 +70,9 @@ def train(config: Config) -> dict[str, Any]:
         _verify(inputs.corpus, config)
         training = _build(job, config, inputs, contents, device)
         done = _resume(job, training, inputs.factors)
+        training = replace(
+            training, settling=Settling.resume(config.optim, training.total_steps, training.folder, done)
+        )
         started = time.monotonic()
         _fit(job, training, done)
         _write_model(job, training, inputs)
@@ -107,6 +112,8 @@ def checked_inputs(config: Config) -> TrainInputs:
     )
     tiled_mlp.refuse_config(hf_config, config.engine.tile_mlp)
     factors = build(config.rope, load.spectrum_of(hf_config, config.model))
+    if config.data.long_positions == LongPositions.skip:
+        attention.refuse_jumps(hf_config, factors.target_window_tokens)
     model_folder.config_values(hf_config, factors)  # factors without a form in config.json are refused now
     return TrainInputs(hf_config, factors, corpus)
 
@@ -132,13 +139,15 @@ def _contents(job: run.Run, config: Config, inputs: TrainInputs) -> dict[str, An
 def _finished(job: run.Run, config: Config) -> dict[str, Any] | None:
     """The result of a finished run; None where work is left.
 
-    Work is left if more steps are asked for, if the run goes back to a step, or if the model folder is gone.
+    Work is left if more steps are asked for and the run had not settled, if the run goes back to a step, or if the
+    model folder is gone.
     """
     file = job.folder / "train.json"
     result = control.from_rank_0(
         _result_in(file) if ranks.rank() == 0 and (job.folder / "model" / "config.json").exists() else None
     )
-    if result is None or config.optim.steps > result["steps"] or config.engine.resume_from is not None:
+    more = result is not None and config.optim.steps > result["steps"] and not result.get("settled")
+    if result is None or more or config.engine.resume_from is not None:
         return None
     job.log(f"already finished: {file}")
     return result
@@ -191,11 +200,17 @@ def _build(
     )
     engine = Engine(_with_recompute(job, config, hf_config, mesh, device), mesh, factors, hf_config, device)
     total_steps = config.optim.steps or loader.steps_per_epoch
-    held_out = HeldOut.prepare(config, inputs.corpus, engine, factors.spectrum.window_tokens)
+    held_out = HeldOut.prepare(config, inputs.corpus, engine, factors)
+    if config.optim.settle_validations and LONG not in held_out.windows:
+        raise UserError(
+            f"optim.settle_validations={config.optim.settle_validations} looks at the held-out loss of the long "
+            "window, which is not measured here; set optim.settle_validations to 0"
+        )
     job.claim(contents)
     fingerprint = control.from_rank_0(job.fingerprint if ranks.rank() == 0 else "")
     checkpoints = Checkpoints(job.folder / "checkpoints", fingerprint, config.engine.keep_checkpoints)
-    return Training(config, job.folder, engine, loader, steps, total_steps, checkpoints, held_out)
+    settling = Settling(config.optim, total_steps)  # knows its measurements when the checkpoint is read
+    return Training(config, job.folder, engine, loader, steps, total_steps, checkpoints, held_out, settling)
 
 
 def _with_recompute(job: run.Run, config: Config, hf_config: Any, mesh: Mesh, device: torch.device) -> Config:
@@ -301,8 +316,10 @@ def _write_result(job: run.Run, training: Training, seconds: float) -> dict[str,
     """Write ``train.json``, which marks the run as finished; returns its content. A collective."""
     lines = read_jsonl(job.folder / "metrics.jsonl") if ranks.rank() == 0 else []
     last = {"loss": None, "tokens_seen": 0, "peak_gib": 0.0} | (lines[-1] if lines else {})
+    settling = training.settling
     result = {
-        "steps": training.total_steps,
+        "steps": settling.end,
+        "settled": None if settling.step is None else f"after step {settling.step}: {settling.reason}",
         "final_loss": last["loss"],
         "bad_steps": last.get("bad_steps", 0),
         "tokens_seen": last["tokens_seen"],
@@ -316,7 +333,7 @@ def _write_result(job: run.Run, training: Training, seconds: float) -> dict[str,
     job.write_json("train.json", result)
     dist.barrier()  # no rank leaves before the result is written
     loss = "" if result["final_loss"] is None else f"loss {result['final_loss']:.4f} "
-    job.log(f"done: {loss}after {training.total_steps} steps, model in {job.folder / 'model'}")
+    job.log(f"done: {loss}after {settling.end} steps, model in {job.folder / 'model'}")
     return result
 
 

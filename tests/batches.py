@@ -24,18 +24,27 @@ def labels_of(batch: Batch) -> np.ndarray:
 
 
 def positions_of(batch: Batch) -> np.ndarray:
-    """int32 [T]: 0, 1, 2 … in each attention span, 0 outside."""
-    positions = np.zeros(len(batch.tokens), np.int32)
+    """int32 [T]: 0, 1, 2 … in each attention span, with its jump; 0 outside."""
+    positions, jumps = np.zeros(len(batch.tokens), np.int32), dict(batch.jumps)
     for start, stop in batch.spans:
-        positions[start:stop] = np.arange(stop - start)
+        skipped = 0
+        for place in range(start, stop):
+            skipped += jumps.get(place, 0)
+            positions[place] = place - start + skipped
     return positions
 
 
-def batch_of_labels(tokens: np.ndarray, labels: np.ndarray, spans: tuple[tuple[int, int], ...], window: str) -> Batch:
+def batch_of_labels(
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    spans: tuple[tuple[int, int], ...],
+    window: str,
+    jumps: tuple[tuple[int, int], ...] = (),
+) -> Batch:
     """A batch from labels [T] that are written down one by one: the inverse of ``labels_of``."""
     following = np.append(tokens[1:], IGNORE)  # the last place is a break, whatever its label is
     places = np.flatnonzero((labels != following) | (np.arange(len(tokens)) == len(tokens) - 1))
-    return Batch(tokens, np.stack([places, labels[places]]).astype(np.int64), spans, window)
+    return Batch(tokens, np.stack([places, labels[places]]).astype(np.int64), spans, window, jumps)
 
 
 def batch_of(

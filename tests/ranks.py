@@ -8,11 +8,10 @@
     def test_sum(tmp_path):
         assert run_ranks(body, 2, 10, tmp_path=tmp_path) == [21, 21]
 
-Choice: processes fork from a server that has imported torch, transformers and DeepSpeed once, so that the first launch
-of a session takes
-seconds and the next a tenth of one. The server computes nothing, which is what makes forking from it safe. Cost: a
-module that it has not
-imported (`PRELOAD`) is imported by every rank anew, so several checks over such a module belong in one launch.
+Choice: processes fork from a server that has imported torch, transformers, DeepSpeed and the verbs once, so that the
+first launch of a session takes seconds and the next a tenth of one. The server computes nothing, which is what makes
+forking from it safe. Cost: a module that it has not imported (`PRELOAD`) is imported by every rank anew, so several
+checks over such a module belong in one launch.
 """
 
 from __future__ import annotations
@@ -43,6 +42,10 @@ PRELOAD = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "hypothesis",
     "pytest",
+    "hydra.compose",
+    "lr2train.train",
+    "lr2train.search",
+    "lr2train.evaluate",
 ]
 _GRACE_S = 2.0  # after one rank failed: its peers lose their connection and write down their own end
 

@@ -519,6 +519,7 @@ def broken_ranks_part(rank, world, out):
     """One rank's ring computes with another scale: every rank has to end with 1."""
     forward = ring.forward_block
     ring.forward_block = lambda q, *rest: forward(q if rank else 1.01 * q, *rest)
+    gpu_ranks._steps = gpu_ranks._memory = lambda device: []  # the strategies fail before them
     return gpu_check.main(["--device", "cpu", "--only", "ranks", "--out", out])
 
 

@@ -94,13 +94,13 @@ def test_gpu_hours_of_the_papers_search(llama):
     forwards = 64 * 40 * 10
     assert cost.gpu_hours(6.6e15 * forwards, 312, 0.4) == pytest.approx(376, abs=1)
     assert cost.gpu_hours(cost.scoring_flops(llama, L) * forwards, 312, 0.4) == pytest.approx(361, abs=1)
-    settings = {"population": 64, "generations": 40, "top_k": 16}
+    settings = {"algorithm": "evolution", "population": 64, "generations": 40, "top_k": 16}
     assert SearchConfig(**settings, documents=10).most_forwards == (64 + 40 * 48) * 10
     assert SearchConfig(**settings, documents=3, final_documents=24).most_forwards == (64 + 40 * 48) * 3 + 16 * 24
-    pooled = SearchConfig(**settings, algorithm="surrogate", documents=20, final_documents=24, looks=2.25)
-    assert pooled.most_forwards == 2.25 * (64 + 40 * 48) + 2 * 24
-    small = replace(pooled, population=16, generations=4, top_k=4)
-    assert small.most_forwards == round(1.1 * 2.25 * (16 + 4 * 12)) < 0.25 * 10 * (16 + 4 * 12)
+    authors = SearchConfig(population=64, generations=40, top_k=32, operators="authors", algorithm="evolution")
+    assert authors.most_forwards == (128 + 40 * 32) * 10
+    descent = SearchConfig(population=9, screen_documents=3, top_k=2, generations=11, final_documents=24)
+    assert descent.most_forwards == 9 * 3 + 3 * 2 * 11 + 2 * 24
 
 
 def test_training_flops_agree_with_the_training_loop(llama):

@@ -62,7 +62,7 @@ from lr2train.train import train
 BOUNDS = {"load": 0.0, "train": 1e-5, "long": 1e-4, "short": 1e-5, "two": 1e-5}
 _ROUTER_LOSS = 0.1  # coefficient, large beside those of published models
 SEARCH = [
-    "search=racing", "search.questions=2", "search.distractors=1", "search.final_documents=1", "search.population=3",
+    "search=small", "search.questions=2", "search.distractors=1", "search.final_documents=1", "search.population=1",
     "search.top_k=1", "search.documents=1", "search.generations=1",
 ]  # fmt: skip
 EVALUATE = ["eval=tiny", "eval.lengths_tokens=[64,128]", "eval.depths=[0.5]", "eval.samples=1", "eval.methods=[none]",

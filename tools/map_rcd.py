@@ -4,8 +4,9 @@
         --attention-factor 1.0 1.15 1.3
 
 A cell is a set of factors in the shape of LongRoPE2, with a constant tail of ``scale * L / L0`` from rcd on. The
-measure is the perplexity of the answers of needle documents. Documents equal those of a search with the same number and
-seed. YaRN, NTK and PI are measured beside the map, at the same attention factor. ``map_rcd_verdicts`` tests two
+measure is the perplexity of the answers of needle documents, and the share of the answers that greedy decoding finds.
+Documents equal those of a search with the same number and seed. No rescaling, YaRN, NTK and PI are measured beside the
+map, at the same attention factor. ``map_rcd_verdicts`` tests two
 hypotheses over the cells.
 
 Finished cells stand in ``<out>/cells.jsonl`` and are not measured again: the same command continues a killed one.
@@ -24,12 +25,12 @@ from pathlib import Path
 
 import torch
 
-from lr2train import io, progress, run
+from lr2train import io, progress
 from lr2train.cli.composition import compose
 from lr2train.cli.door import EXIT_BAD_INPUT
 from lr2train.config import Config, UserError, to_dict
 from lr2train.data.corpus import Corpus
-from lr2train.data.needles import NeedleDocument, needle_set
+from lr2train.evolution.documents import SearchDocument, draw_documents
 from lr2train.model import load, rotary
 from lr2train.model.score import score
 from lr2train.rope.methods import METHODS
@@ -40,7 +41,7 @@ from tools.map_rcd_verdicts import FIXED_METHODS, RESAMPLES, Json, MapCell, in_w
 class Meter:
     """Measures cells on a loaded model and needle documents."""
 
-    def __init__(self, config: Config, documents: Sequence[NeedleDocument]) -> None:
+    def __init__(self, config: Config, documents: Sequence[SearchDocument]) -> None:
         torch.set_num_threads(1)
         self._spectrum, self._target = spectrum_of(config), config.rope.target_window_tokens
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,17 +53,25 @@ class Meter:
         """The line of a cell in cells.jsonl."""
         start = time.monotonic()
         self._rotary.use(cell.factors(self._spectrum, self._target))
-        scores = [score(self._model, self._rotary, "long", one.tokens, one.answer_spans) for one in self._documents]
-        nll = [one.nll if math.isfinite(one.nll) else 1e9 for one in scores]  # a broken model: as bad as possible
-        of_model = {"nll": nll, "exact": [one.exact for one in scores]}
-        perplexity = math.exp(min(sum(nll) / sum(one.n_tokens for one in scores), 700.0))
+        scores = [score(self._model, self._rotary, "long", one.tokens, one.spans) for one in self._documents]
+        # A loss that is not finite comes from a broken model: as bad as possible.
+        nll = [loss if math.isfinite(loss) else 1e9 for one in scores for loss in one.nlls]
+        lengths = answer_tokens(self._documents)
+        right = [n for one in scores for n in one.right]
+        of_model = {"nll": nll, "found": [n == length for n, length in zip(right, lengths, strict=True)]}
+        perplexity = math.exp(min(sum(nll) / sum(lengths), 700.0))
         return {**asdict(cell), "perplexity": perplexity, **of_model, "seconds": round(time.monotonic() - start, 2)}
+
+
+def answer_tokens(documents: Sequence[SearchDocument]) -> list[int]:
+    """Number of tokens of each answer, of all documents in order."""
+    return [stop - start for one in documents for start, stop in one.spans]
 
 
 _of_process: list[Meter] = []  # in a worker process: one meter, so that the model is loaded once
 
 
-def _start_worker(config: Config, documents: Sequence[NeedleDocument]) -> None:
+def _start_worker(config: Config, documents: Sequence[SearchDocument]) -> None:
     _of_process[:] = [Meter(config, documents)]
 
 
@@ -89,23 +98,23 @@ def compose_config(given: argparse.Namespace) -> Config:
             f"rope.target_window_tokens={given.target}",
             "rope.factors=null",
             f"search.documents={given.documents}",
+            "search.final_documents=0",
             f"search.seed={given.seed}",
             *(
                 f"search.{key}={value}"
                 for key in ("questions", "distractors")
                 if (value := getattr(given, key)) is not None
             ),
+            *given.set,
         ],
     )
 
 
-def documents_of(config: Config) -> list[NeedleDocument]:
+def documents_of(config: Config) -> list[SearchDocument]:
     """The documents that a search with the same config scores."""
-    corpus, search = Corpus.open(config.data.path), config.search
+    corpus = Corpus.open(config.data.path)
     corpus.refuse_other_tokenizer(load.config_of(config.model).vocab_size, load.folder_of(config.model))
-    rng, length = run.stream(search.seed, "search", "needles"), config.rope.target_window_tokens
-    how = {"questions": search.questions, "distractors": search.distractors}
-    return needle_set(corpus, config.data.needles, search.documents, length, [search.depth], rng, **how)
+    return draw_documents(config, corpus)
 
 
 def cells_of(given: argparse.Namespace, spectrum: Spectrum) -> list[MapCell]:
@@ -129,7 +138,7 @@ def cells_of(given: argparse.Namespace, spectrum: Spectrum) -> list[MapCell]:
     return list(dict.fromkeys(cells))
 
 
-def settings_of(config: Config, documents: Sequence[NeedleDocument], spectrum: Spectrum) -> Json:
+def settings_of(config: Config, documents: Sequence[SearchDocument], spectrum: Spectrum) -> Json:
     """Settings that decide the value of a cell; finished cells of other settings are refused."""
     return {
         "model": load.folder_fingerprint(load.folder_of(config.model)),
@@ -139,10 +148,11 @@ def settings_of(config: Config, documents: Sequence[NeedleDocument], spectrum: S
         "documents": len(documents),
         "questions": config.search.questions,
         "distractors": config.search.distractors,
-        "depth": config.search.depth,
+        "depths": list(config.search.depths),
         "seed": config.search.seed,
         "needles": to_dict(config)["data"]["needles"],
-        "answer_tokens": [one.n_answer_tokens for one in documents],
+        "dtype": config.model.dtype,
+        "answer_tokens": answer_tokens(documents),
     }
 
 
@@ -172,7 +182,7 @@ def finished_cells(out: Path, settings: Json) -> dict[MapCell, Json]:
 
 
 def measured(
-    cells: Sequence[MapCell], config: Config, documents: Sequence[NeedleDocument], processes: int
+    cells: Sequence[MapCell], config: Config, documents: Sequence[SearchDocument], processes: int
 ) -> Iterator[Json]:
     """The lines of cells, in the order in which they are finished."""
     if processes <= 1:
@@ -194,7 +204,7 @@ def fill(
     cells: Sequence[MapCell],
     done: dict[MapCell, Json],
     config: Config,
-    documents: Sequence[NeedleDocument],
+    documents: Sequence[SearchDocument],
     given: argparse.Namespace,
 ) -> None:
     """Measure the missing cells; each goes into ``done`` and to the end of cells.jsonl."""
@@ -295,6 +305,13 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         default="tiny_4k",
         metavar="NAME",
         help="experiment whose needle settings are used (default: tiny_4k)",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="further settings of the search, such as model.dtype=bfloat16 search.depths=[0.0]",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the documents and of the bootstrap (default: 0)")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """The picture of ``map_rcd``: needle perplexity over critical index and tail scale as a heat map.
 
-The fixed methods (YaRN, NTK, PI) stand beside the map, in the same colours.
+The fixed methods (none, YaRN, NTK, PI) stand beside the map, in the same colours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lr2train.reporting.needle_map import text_color
 from lr2train.reporting.population import bounded
 from lr2train.rope.spectrum import Spectrum
 
-NAMES = {"yarn": "YaRN", "ntk": "NTK", "pi": "PI"}
+NAMES = {"none": "none", "yarn": "YaRN", "ntk": "NTK", "pi": "PI"}
 COLORS = colormaps["cividis_r"]  # a low perplexity is bright
 CELL = (0.6, 0.48)  # inches
 Json = dict[str, Any]

@@ -2,8 +2,11 @@
 
 The hypotheses: rcd < tcd beats tcd; a tail scale above 1 beats scale 1. The best of many cells looks better than it is,
 so each hypothesis is tested in two ways. The first way takes all pairs of cells that differ in nothing else. The second
-way takes best against best: the best cells are chosen on the documents of a resample and compared on the documents that
+way takes best against best: the best cells are chosen on the answers of a resample and compared on the answers that
 the resample left out.
+
+Choice: answers are resampled, not documents: on a large model a map has few long documents with many questions. Cost:
+answers of one document share its text, so an interval is somewhat too narrow.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from lr2train.rope.factors import Factors
 from lr2train.rope.methods import METHODS
 from lr2train.rope.spectrum import Spectrum
 
-FIXED_METHODS = ("yarn", "ntk", "pi")  # measured beside the map, at the same attention factor
+FIXED_METHODS = ("none", "yarn", "ntk", "pi")  # measured beside the map, at the same attention factor
 RESAMPLES = 10_000
 SURE = 0.975  # share of resamples at which a hypothesis holds; at 1 - SURE and less the opposite holds
 Json = dict[str, Any]
@@ -51,11 +54,11 @@ class MapCell:
 
 @dataclass(frozen=True)
 class ResampledLosses:
-    """Mean loss of an answer token, for each cell and each resample of the documents.
+    """Mean loss of an answer token, for each cell and each resample of the answers.
 
     Attributes:
-        resampled: float64 [resamples, cells], on the documents of the resample.
-        left_out: float64 [resamples, cells], on the documents left out; nan where the resample left out none.
+        resampled: float64 [resamples, cells], on the answers of the resample.
+        left_out: float64 [resamples, cells], on the answers left out; nan where the resample left out none.
         column: cell -> its column.
     """
 
@@ -67,9 +70,9 @@ class ResampledLosses:
 def resample(
     lines: dict[MapCell, Json], answer_tokens: Sequence[int], seed: int, n_resamples: int = RESAMPLES
 ) -> ResampledLosses:
-    """Draw all documents with replacement. Every cell sees the same draws, so differences are paired."""
+    """Draw all answers with replacement. Every cell sees the same draws, so differences are paired."""
     tokens = np.array(answer_tokens, dtype=float)
-    nll = np.array([line["nll"] for line in lines.values()]).T  # [documents, cells]
+    nll = np.array([line["nll"] for line in lines.values()]).T  # [answers, cells]
     rng = run.stream(seed, "map_rcd", "bootstrap")
     counts = rng.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), size=n_resamples).astype(float)
     unused = (counts == 0).astype(float)
@@ -91,7 +94,7 @@ def compare(
         difference, low, high: mean loss of ``worse`` minus ``better`` over all pairs (nats per answer token), with its
             95 % interval.
         sure: share of resamples with a positive difference.
-        best_sure: share of resamples in which the best of ``better`` beats the best of ``worse`` on the documents left
+        best_sure: share of resamples in which the best of ``better`` beats the best of ``worse`` on the answers left
             out; a tie counts half.
     """
     if not better or not worse:
@@ -199,7 +202,7 @@ def _hypothesis(name: str, found: Json | None) -> str:
     one, two = found["best_better"], found["best_worse"]
     words += f"; best {one['perplexity']:.4f} ({_place(one)}) against {two['perplexity']:.4f} ({_place(two)})"
     if found["best_sure"] is not None:
-        words += f", {_decided(found['best_sure'])} on unseen documents ({found['best_sure']:.1%} of resamples)"
+        words += f", {_decided(found['best_sure'])} on unseen answers ({found['best_sure']:.1%} of resamples)"
     return words
 
 
@@ -212,15 +215,15 @@ def _place(cell: Json) -> str:
 
 
 def table(lines: dict[MapCell, Json], factor: float, spectrum: Spectrum) -> str:
-    """Perplexities of one attention factor as text: rcd down, scale across, then the fixed methods."""
+    """One attention factor as text: rcd down, scale across, then the fixed methods; perplexity and answers found."""
     cells = {cell: line for cell, line in lines.items() if cell.attention_factor == factor}
     indices = sorted({cell.critical_index for cell in cells if cell.critical_index is not None})
     scales = sorted({cell.scale for cell in cells if cell.scale is not None})
     names = {spectrum.critical_index: "tcd", spectrum.lowest_critical_index: "d10"}
-    rows = [f"attention factor {factor:g}", "  rcd     " + "".join(f"{f'{scale:g} s':>11}" for scale in scales)]
+    rows = [f"attention factor {factor:g}", "  rcd     " + "".join(f"{f'{scale:g} s':>16}" for scale in scales)]
     for index in indices:
         row = [cells.get(MapCell("longrope2", factor, index, scale)) for scale in scales]
-        rows.append(f"  {index:>3} {names.get(index, ''):<4}" + "".join(f"{_shown(one):>11}" for one in row))
+        rows.append(f"  {index:>3} {names.get(index, ''):<4}" + "".join(f"{_shown(one):>16}" for one in row))
     beside = [f"{method} {_shown(cells.get(MapCell(method, factor)))}" for method in FIXED_METHODS]
     return "\n".join([*rows, "  " + ", ".join(beside)])
 
@@ -229,4 +232,5 @@ def _shown(line: Json | None) -> str:
     if line is None:
         return "-"
     value = line["perplexity"]
-    return f"{value:.4f}" if value < 10 else f"{value:.2f}" if value < 1000 else f"{value:.1e}"
+    number = f"{value:.4f}" if value < 10 else f"{value:.2f}" if value < 1000 else f"{value:.1e}"
+    return f"{number} ({sum(line['found']) / len(line['found']):.0%})"

@@ -57,8 +57,10 @@ class ModelAttention:
     strategy: str = "auto"
     announced: set[str] = field(default_factory=set)
 
-    def segment(self, spans: Spans, n_tokens: int) -> SegmentAttention:
+    def segment(self, spans: Spans, n_tokens: int, jumps: Spans = ()) -> SegmentAttention:
         """The attention of a packed segment of ``n_tokens`` with these documents; every rank makes the same choice.
+
+        ``jumps`` are of its positions, as in ``data.batch.Batch``.
 
         Raises:
             UserError: no strategy can serve the segment.
@@ -68,7 +70,7 @@ class ModelAttention:
         if (said := f"attention strategy {chosen.title}: {chosen.reason}") not in self.announced:
             self.announced.add(said)
             log.info("%s", f"{said} ({chosen.figures})" if chosen.figures else said)
-        return SegmentAttention(segment, chosen, self.mesh)
+        return SegmentAttention(segment, chosen, self.mesh, jumps)
 
 
 def install(model: PreTrainedModel, mesh: Mesh, strategy: str = "auto") -> ModelAttention:
@@ -234,6 +236,22 @@ def refuse_config(
                 "set model.overrides.sliding_window=null if they may attend to everything",
                 n_layers, config.model_type, sliding_window, longest_span,
             )  # fmt: skip
+
+
+def refuse_jumps(config: Any, reach_tokens: int) -> None:
+    """Refuse jumping positions for a model with sliding windows below ``reach_tokens``.
+
+    A layer's window counts tokens, so over a jump the layer would see distances that it never sees in use.
+
+    Raises:
+        UserError: a layer has such a window.
+    """
+    shortest = min((window for window, _ in layers_of(config).sliding_windows if window is not None), default=None)
+    if shortest is not None and shortest < reach_tokens:
+        raise UserError(
+            f"layers of {config.model_type} attend to {shortest} tokens back, and under data.long_positions=skip they "
+            f"would see distances up to {reach_tokens}; set data.long_positions to full"
+        )
 
 
 def refuse_device(config: Any, dtype: torch.dtype, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lr2train.attention.choice import AttentionChoice
 from lr2train.attention.once import Once
-from lr2train.attention.strategies import STRATEGIES
+from lr2train.attention.strategies import strategy_of
 from lr2train.attention.strategy import Attend, PackedSegment
 from lr2train.attention.tiles import Spans
 from lr2train.parallel.comm import to_device
@@ -33,10 +33,11 @@ class SegmentAttention(Once):
         segment: the documents, and how many ranks share the segment.
         choice: which strategies serve the segment; the same on every rank.
         mesh: where this rank stands.
+        jumps: of positions, as in ``data.batch.Batch``. Attention itself is causal over the order of tokens.
     """
 
-    def __init__(self, segment: PackedSegment, choice: AttentionChoice, mesh: Mesh) -> None:
-        self.segment, self.choice, self.mesh = segment, choice, mesh
+    def __init__(self, segment: PackedSegment, choice: AttentionChoice, mesh: Mesh, jumps: Spans = ()) -> None:
+        self.segment, self.choice, self.mesh, self.jumps = segment, choice, mesh, jumps
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int | None = None) -> Tensor:
         """q [T/sp, Hq, D], k and v [T/sp, Hkv, D] -> [T/sp, Hq, D], for the tokens of ``layout``."""
@@ -50,7 +51,7 @@ class SegmentAttention(Once):
         return self.segment.layout(self.choice.layout_kind, self.mesh.sp_rank)
 
     def positions(self, device: torch.device) -> Tensor:
-        """int64 [T/sp], what RoPE rotates by: 0, 1, 2 … in every document, 0 in padding."""
+        """int64 [T/sp], what RoPE rotates by: 0, 1, 2 … in every document, with its jump; 0 in padding."""
         return self.once(_positions, device)
 
     def inside(self, device: torch.device) -> Tensor:
@@ -59,13 +60,13 @@ class SegmentAttention(Once):
 
 
 def _prepared(attention: SegmentAttention, sliding_window: int | None) -> Attend:
-    strategy = STRATEGIES[attention.choice.strategy(sliding_window)]
+    strategy = strategy_of(attention.choice.strategy(sliding_window))
     return strategy.prepare(attention.segment, attention.mesh, sliding_window)
 
 
 def _positions(attention: SegmentAttention, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        whole = document_positions(attention.segment.spans, attention.segment.n_tokens, device)
+        whole = document_positions(attention.segment.spans, attention.segment.n_tokens, device, attention.jumps)
         return attention.layout.shard(whole, 0).clone()  # a view would keep the whole segment alive
 
 
@@ -77,11 +78,20 @@ def _inside(attention: SegmentAttention, device: torch.device) -> Tensor:
         return to_device(attention.layout.shard(whole, 0).clone(), device)
 
 
-def document_positions(spans: Spans, n_tokens: int, device: torch.device) -> Tensor:
-    """int64 [T]: 0, 1, 2 … in every document, 0 between documents."""
+def document_positions(spans: Spans, n_tokens: int, device: torch.device, jumps: Spans = ()) -> Tensor:
+    """int64 [T]: 0, 1, 2 … in every document, 0 between documents. ``jumps``: (place, tokens), as in ``Batch``."""
     borders = torch.tensor([0, *(border for span in spans for border in span), n_tokens])
     lengths = borders.diff()  # of a gap, a document, a gap … a gap
     begins, inside = borders[:-1], torch.arange(len(lengths)) % 2
     begins, inside, lengths = (to_device(one, device) for one in (begins, inside, lengths))
     firsts, inside = (torch.repeat_interleave(one, lengths, output_size=n_tokens) for one in (begins, inside))
-    return (torch.arange(n_tokens, device=device) - firsts) * inside
+    positions = (torch.arange(n_tokens, device=device) - firsts) * inside
+    return positions + _skipped(spans, n_tokens, device, jumps) if jumps else positions
+
+
+def _skipped(spans: Spans, n_tokens: int, device: torch.device, jumps: Spans) -> Tensor:
+    """int64 [T]: the tokens that positions have jumped over."""
+    stops = {place: next(stop for start, stop in spans if start <= place < stop) for place, _ in jumps}
+    edges = [(place, tokens) for place, tokens in jumps] + [(stops[place], -tokens) for place, tokens in jumps]
+    places, changes = to_device(torch.tensor(edges).T.contiguous(), device)
+    return torch.zeros(n_tokens + 1, dtype=torch.int64, device=device).index_add_(0, places, changes).cumsum(0)[:-1]

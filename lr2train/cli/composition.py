@@ -227,7 +227,14 @@ _CHATTER = re.compile(
 )
 
 
-_RENAMED = {"activation_checkpointing": "write engine.recompute=layer for true, engine.recompute=none for false"}
+_RENAMED = {
+    "activation_checkpointing": "write engine.recompute=layer for true, engine.recompute=none for false",
+    "depth": "write search.depths=[0.0] for search.depth=0",
+    **dict.fromkeys(
+        ("racing", "racing_z", "racing_answers", "proposals", "looks"),
+        "search.algorithm=gradient has replaced racing and the surrogate",
+    ),
+}
 
 
 def _probably_meant(key: str, type_name: str) -> str:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import inspect
 import itertools
 import locale
 import logging
@@ -56,26 +55,37 @@ def main(verb: str, job: Callable[[Config], Any]) -> None:
         SystemExit: the verb did not end with success; the code is one of the table above.
     """
     with door(verb):
-        flags = _flags([one for one in sys.argv[1:] if not one.startswith("--local_rank")])
-        if flags.help:
-            with composition.told():
-                folders = composition.config_folders(flags.config_dir)
-                composed = composition.composed(flags.config_name or verb, flags.overrides, folders)
-                print(help.of_verb(verb, inspect.getdoc(sys.modules[job.__module__]) or "", composed, folders))
-        elif flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
-            with composition.told():
-                _show(verb, flags)
-        elif flags.multirun:
-            _run_all(verb, flags)
-        else:
-            with composition.told():
-                folders = composition.config_folders(flags.config_dir)
-                config = load(composition.composed(flags.config_name or verb, flags.overrides, folders), verb)
-            if twice := composition.repeated(flags.overrides):
-                progress.say(verb, f"given more than once, and the last value counts: {', '.join(twice)}")
-            if idle := composition.unread(verb, flags.overrides):
-                progress.say(verb, f"given, but not read by {verb}: {', '.join(idle)}")
+        if config := configured(verb):
             job(config)
+
+
+def configured(verb: str) -> Config | None:
+    """The config of the command line. None: a flag asked for something else, such as help, and that has been done.
+
+    Raises:
+        UserError: the command line is refused.
+        SystemExit: a job of a sweep failed.
+    """
+    flags = _flags([one for one in sys.argv[1:] if not one.startswith("--local_rank")])
+    shows = not flags.help and (flags.hydra_help or flags.cfg or flags.info or flags.shell_completion)
+    if flags.multirun and not flags.help and not shows:
+        _run_all(verb, flags)
+        return None
+    with composition.told():
+        if shows:
+            _show(verb, flags)
+            return None
+        folders = composition.config_folders(flags.config_dir)
+        composed = composition.composed(flags.config_name or verb, flags.overrides, folders)
+        if flags.help:
+            print(help.of_verb(verb, composed, folders))
+            return None
+        config = load(composed, verb)
+    if twice := composition.repeated(flags.overrides):
+        progress.say(verb, f"given more than once, and the last value counts: {', '.join(twice)}")
+    if idle := composition.unread(verb, flags.overrides):
+        progress.say(verb, f"given, but not read by {verb}: {', '.join(idle)}")
+    return config
 
 
 @contextlib.contextmanager

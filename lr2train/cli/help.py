@@ -53,10 +53,14 @@ def overview() -> str:
 
 
 def summary(verb: str) -> str:
-    """The first sentence of a verb's module, without importing it."""
+    """The first sentence of a verb's module."""
+    return " ".join(_about(verb).split("\n\n")[0].partition(": ")[2].split())
+
+
+def _about(verb: str) -> str:
+    """The docstring of a verb's module, without importing it: torch takes seconds."""
     source = (Path(inspect.getfile(schema)).parents[1] / f"{verb}.py").read_text(encoding="utf-8")
-    first = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]
-    return " ".join(first.partition(": ")[2].split())
+    return ast.get_docstring(ast.parse(source)) or ""
 
 
 class Key(NamedTuple):
@@ -68,17 +72,19 @@ class Key(NamedTuple):
     hint: Any  # its type
 
 
-def of_verb(verb: str, about: str, composed: DictConfig, folders: Sequence[Path]) -> str:
+def of_verb(verb: str, composed: DictConfig, folders: Sequence[Path]) -> str:
     """The help of a verb.
 
     Args:
         verb: its name.
-        about: the docstring of its module.
         composed: the config of this command line.
         folders: where presets are searched.
     """
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
-    parts = [about, "Config keys, each with the value that results from this command line, its type and its limits:"]
+    parts = [
+        _about(verb),
+        "Config keys, each with the value that results from this command line, its type and its limits:",
+    ]
     for group, keys in itertools.groupby(
         _keys_of(verb), lambda key: key.name.partition(".")[0] if "." in key.name else ""
     ):
@@ -139,7 +145,8 @@ def _kind(key: Key) -> str:
     """The type of a key with its choices or limits, in words."""
     null = " or null" if NoneType in get_args(key.hint) else ""
     if choices := key.field.metadata.get("choices"):
-        return " | ".join(choices.__members__) + null
+        own = " | package.module.NAME" if key.field.metadata.get("plugins") else ""
+        return " | ".join(choices.__members__) + own + null
     core = core_of(key.hint)
     one = "path" if key.field.metadata.get("path") else _TYPES.get(core) or _TYPES[get_args(core)[-1]]
     many = {list: f"list of {one}s", dict: f"dictionary of {one}s"}

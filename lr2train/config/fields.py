@@ -25,16 +25,14 @@ class Limits:
     above: float | None = None
     most: float | None = None
     below: float | None = None
-    infinite: bool = False  # inf is a value with a meaning
     count: int | None = None  # how many numbers a list has
 
     def why_not(self, value: float) -> str | None:
         """The fault of a number as a predicate, or None."""
         low, high = self.least if self.above is None else self.above, self.most if self.below is None else self.below
-        if math.isnan(value) or (math.isinf(value) and not self.infinite):
-            kind = "number" if self.infinite else "finite number"
+        if not math.isfinite(value):
             return (
-                f"is not a {kind} "
+                "is not a finite number "
                 + (f"above {low}" if self.above is not None else f"of {low} or more")
                 + (f" and at most {high}" if high else "")
             )
@@ -76,7 +74,7 @@ def number(default: Any, **limits: Any) -> Any:
     return _field(default, limits=Limits(**limits))
 
 
-def one_of(default: Enum | None, choices: type[Enum] | None = None) -> Any:
+def one_of(default: Enum | None, choices: type[Enum] | None = None, plugins: bool = False) -> Any:
     """A field that takes a member of an Enum by its name; ``load`` turns the name into the member.
 
     Hydra sees text and not the Enum: it would refuse a wrong choice under every verb, also where an environment
@@ -86,9 +84,10 @@ def one_of(default: Enum | None, choices: type[Enum] | None = None) -> Any:
     Args:
         default: a member, or None where null is a choice too.
         choices: the Enum, where the default does not tell it.
+        plugins: ``package.module.NAME`` of a user's own package is a choice too; it stays text.
     """
     choices = choices or type(default)  # type: ignore[assignment]
-    return _field(default, choices=choices)
+    return _field(default, choices=choices, plugins=plugins)
 
 
 def a_path(default: Any = None) -> Any:

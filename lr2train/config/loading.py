@@ -20,6 +20,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from lr2train.config.fields import UserError
 from lr2train.config.gpus import PEAKS_TFLOPS, peak_tflops
+from lr2train.config.plugins import is_plugin
 from lr2train.config.schema import Config
 from lr2train.config.verbs import reads
 
@@ -154,6 +155,8 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]
 def _check(key: str, one: Field[Any], value: Any) -> None:
     """Refuse a value that its field does not take. null, where the type allows it, is for the reader of the key."""
     choices, limits = one.metadata.get("choices"), one.metadata.get("limits")
+    if one.metadata.get("plugins") and is_plugin(value):
+        return  # imported where it is used
     if choices and value not in choices.__members__ and not (value is None and one.default is None):
         names = list(choices.__members__)
         close = difflib.get_close_matches(str(value), names, n=1) or names
@@ -201,10 +204,11 @@ def _check_name(config: Config) -> None:
 
 def _check_parents(config: Config) -> None:
     population, top_k = config.search.population, config.search.top_k
-    if top_k >= population:
+    most = population if config.search.algorithm == "gradient" else population - 1  # children need room
+    if top_k > most:
         raise UserError(
-            f"search.top_k={top_k} leaves no room for children in search.population={population}; set search.top_k to "
-            f"{max(1, population // 4)}"
+            f"search.top_k={top_k} is above {most}, which search.population={population} leaves room for; set "
+            f"search.top_k to {max(1, population // 4)}"
         )
 
 
@@ -212,7 +216,7 @@ def _check_descent(config: Config) -> None:
     if config.search.algorithm == "gradient" and config.search.shard:
         raise UserError(
             "search.algorithm=gradient needs the whole model on each rank, and search.shard=true divides it; set "
-            "search=racing"
+            "search=paper"
         )
 
 
@@ -270,6 +274,23 @@ def _check_distillation(config: Config) -> None:
         )
 
 
+def _check_jumps(config: Config) -> None:
+    if config.data.long_positions == "skip" and config.data.kind == "curriculum":
+        raise UserError(
+            "data.long_positions=skip is for long segments, and data.kind=curriculum has short ones alone; set "
+            "data.long_positions to full"
+        )
+
+
+def _check_settling(config: Config) -> None:
+    n = config.optim.settle_validations
+    if n and not config.engine.validate_every_steps:
+        raise UserError(
+            f"optim.settle_validations={n} looks at held-out losses, and engine.validate_every_steps=0 measures none; "
+            "set optim.settle_validations to 0"
+        )
+
+
 def _check_zero(config: Config) -> None:
     """Refuse what DeepSpeed cannot run, and what it would leave out in silence (docs/RUNNING.md has the table)."""
     stage, dtype = config.engine.zero_stage, config.model.dtype
@@ -308,5 +329,7 @@ _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
     (("train", "plan", "rehearse"), _check_offload),
     (("train", "plan", "rehearse"), _check_zero),
     (("train", "plan", "rehearse"), _check_distillation),
+    (("train", "plan", "rehearse"), _check_jumps),
+    (("train", "plan", "rehearse"), _check_settling),
 )
 """Checks of several keys, which may fill in a key that others decide, and the verbs that read all these keys."""

@@ -91,6 +91,13 @@ class LongAttention(StrEnum):
     document = "document"
 
 
+class LongPositions(StrEnum):
+    """full: positions 0, 1, 2 … up to the target window. skip: shorter segments, whose positions jump once."""
+
+    full = "full"
+    skip = "skip"
+
+
 class OverLong(Enum):  # no StrEnum, because `split` is a method of str
     """A document over its bucket's limit (long: the segment; short: the original window) is split, truncated or
     dropped.
@@ -112,6 +119,7 @@ class Runtime(StrEnum):
     vllm = "vllm"
     sglang = "sglang"
     gguf = "gguf"
+    tensorrt_llm = "tensorrt_llm"
 
 
 class WeightsOf(StrEnum):
@@ -171,14 +179,17 @@ class LearningRateSchedule(StrEnum):
 
 
 class Algorithm(StrEnum):
-    """gradient: descent on the factors. evolution: the paper's. surrogate: its mutations, chosen by a Gaussian process
-    over all evaluations. cmaes: CMA-ES over five numbers.
-    """
+    """gradient: descent on the factors and the attention factor. evolution: the paper's loop."""
 
     gradient = "gradient"
     evolution = "evolution"
-    surrogate = "surrogate"
-    cmaes = "cmaes"
+
+
+class Operators(StrEnum):
+    """How evolution draws and varies candidates. authors: as in their public search."""
+
+    paper = "paper"
+    authors = "authors"
 
 
 class SearchSpace(StrEnum):
@@ -234,7 +245,8 @@ class RopeConfig:
     # The frequencies that a method or a search rescales, for a model that is extended already (llama3, yarn, linear,
     # longrope). own: those of the model's own table, because the model was trained with it. plain: the unscaled ones.
     start_from: str = one_of(StartFrom.own)
-    # RoPE scaling method, a key of lr2train.rope.METHODS (the presets rope=… set it).
+    # RoPE scaling method, a key of lr2train.rope.METHODS (the presets rope=… set it), or package.module.function of
+    # your own.
     method: str = "longrope2"
     # The real critical dimension rcd as a zero-based frequency index, for methods that take one (longrope2, yarn_rcd,
     # ntk_rcd).
@@ -277,13 +289,14 @@ class SourceConfig:
     windows: list[str] = field(default_factory=lambda: ["short", "long"])
     # Relative share of this source in the tokens of each bucket, or of the corpus (data.weights_of).
     weight: float = number(1.0, least=0)
-    # Other settings of this kind of source, for needles: lengths_tokens, count, max_pairs, questions, answers_only.
+    # Other settings of this kind of source, for needles: lengths_tokens, count, max_pairs, questions, chains,
+    # answers_only.
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class StageConfig:
-    """One stage of the curriculum that trains a tiny base model from scratch. The four shares are relative to each
+    """One stage of the curriculum that trains a tiny base model from scratch. The shares are relative to each
     other.
     """
 
@@ -298,6 +311,9 @@ class StageConfig:
     # Share of segments packed with key-value pairs, all asked for, with loss on the
     # answers only.
     dense: float = number(0.0, least=0)
+    # Share of segments of needle documents with chains of data.needles.hops hops, all asked for, and one pair asked
+    # for, with loss on the answers only.
+    chains: float = number(0.0, least=0)
     # Share of segments of plain text.
     text: float = number(0.0, least=0)
 
@@ -339,6 +355,9 @@ class NeedleConfig:
     at_start: float = number(0.4, least=0, most=1)
     # Maximum number of needles asked for at the end of a training document. More questions give more targets.
     max_questions: int = number(1, least=1, most=NEEDLE_NAMES)
+    # Needles of a chain that hold the name of the next needle (RULER's variable tracking; there 4). The last needle of
+    # a chain holds the number.
+    hops: int = number(1, least=1, most=100)
 
 
 @dataclass
@@ -378,7 +397,7 @@ class DataConfig:
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     # Whether the corpus' files are compared with their checksums before training (once, as long as they do not change).
     verify: bool = True
-    # Tokens of a segment. Training wants rope.target_window_tokens here.
+    # Tokens of a segment. Training wants rope.target_window_tokens here, or less under data.long_positions=skip.
     segment_tokens: int = number(131072, least=2)
     # Tokens to plan in short segments. 0: every short document once.
     short_tokens: int = number(0, least=0)
@@ -397,6 +416,9 @@ class DataConfig:
     keep_below_tokens: int = number(4096, least=0)
     # segment: attention over the whole long segment. document: a document mask, as short segments always have.
     long_attention: str = one_of(LongAttention.segment)
+    # Positions of long segments. full: 0, 1, 2 … up to the target window (the paper). skip: segments are shorter than
+    # the target window, and their positions jump once, so that few tokens train all distances (docs/DATA.md).
+    long_positions: str = one_of(LongPositions.full)
     # Treatment of a document over the segment (long) or over the original window (short).
     over_long: str = one_of(OverLong.split)
     # Share of documents kept out of training, for the search and the evaluation.
@@ -429,8 +451,8 @@ class ParallelConfig:
     # Strategy of sequence-parallel attention (docs/ATTENTION.md). auto: the fitting strategy that sends fewest bytes.
     # local: nothing is sent. ulysses: heads are exchanged. ring: keys and values travel in a ring. gather: each rank
     # fetches the keys and values of its documents. ulysses_ring: ulysses inside a node, ring between nodes.
-    # ring_flash_attn: the ring of that library, on CUDA.
-    strategy: str = one_of(StrategyName.auto)
+    # ring_flash_attn: the ring of that library, on CUDA. package.module.NAME: a Strategy of your own.
+    strategy: str = one_of(StrategyName.auto, plugins=True)
     # Ring size within parallel.sp, for ulysses_ring. 0: as small as the heads and nodes allow.
     ring: int = number(0, least=0)
     # Seconds that a collective waits for a rank before the job ends. A rank that fails is noticed at once.
@@ -462,6 +484,11 @@ class OptimConfig:
     min_lr_ratio: float = number(0.0, least=0, most=1)
     # Optimizer steps of the run. 0: one epoch of the planned segments.
     steps: int = number(0, least=0)
+    # End the run when the held-out loss of the long window has settled: the best of this many measurements in a row is
+    # less than optim.settle_nats below the best before (docs/RUNNING.md). 0: the run has all its steps.
+    settle_validations: int = number(0, least=0, most=_MOST)
+    # The least gain that counts for optim.settle_validations, nats per target token. 0.01: one percent of perplexity.
+    settle_nats: float = number(0.01, least=0)
     # The global batch in segments: data-parallel ranks x gradient accumulation.
     segments_per_step: int = number(64, least=1, most=_MOST)
 
@@ -516,22 +543,24 @@ class EngineConfig:
 
 @dataclass
 class SearchConfig:
-    """Needle-driven evolutionary search for RoPE factors (paper, Algorithms 1 and 2), with racing."""
+    """Search for RoPE factors on the loss of needles (paper, Section 3.2)."""
 
-    # Search algorithm. gradient: descent on the factors, one track for each critical index. evolution: the paper's.
-    # surrogate: with a Gaussian process. cmaes: CMA-ES.
-    algorithm: str = one_of(Algorithm.evolution)
+    # Search algorithm. gradient: descent on factors and attention factor. evolution: the paper's Algorithms 1 and 2.
+    algorithm: str = one_of(Algorithm.gradient)
     # Search space. longrope2: critical index and tail. longrope: all factors.
     space: str = one_of(SearchSpace.longrope2)
     # The loss that candidates compete on. needle: of the answer tokens. text: of all tokens (the paper's ablation).
     objective: str = one_of(Objective.needle)
-    # Candidates of the first generation (P of the paper).
-    population: int = number(64, least=2, most=_MOST)
-    # Generations after the first.
+    # Candidates of the first generation (P of the paper). gradient: most critical indices whose starts are compared.
+    population: int = number(64, least=1, most=_MOST)
+    # Generations after the first. gradient: steps of each track.
     generations: int = number(40, least=0, most=_MOST)
-    # Parents kept in each generation. The paper leaves it open: a quarter of the population keeps diversity at this
-    # budget.
+    # Parents kept in each generation, and finalists. The paper leaves it open: a quarter of the population keeps
+    # diversity at this budget. gradient: tracks, from the best starts.
     top_k: int = number(16, least=1)
+    # Whose operators evolution has. authors: 2 P first candidates from NTK curves at one critical index, a strictly
+    # increasing tail whose last factor may leave the bounds, and as many crossovers as mutations.
+    operators: str = one_of(Operators.paper)
     # Probability that an entry of the tail mutates (p of the paper).
     mutation_probability: float = number(0.3, least=0, most=1)
     # Grid of the factors, as in the LongRoPE family.
@@ -542,34 +571,30 @@ class SearchConfig:
     move_critical_index: float = number(0.2, least=0, most=1)
     # Probability that a child takes each of its traits from one of two parents. LongRoPE v1 has it.
     crossover: float = number(0.0, least=0, most=1)
-    # Needle documents that a candidate is scored on.
+    # gradient: documents on which the starts are compared, by forward passes alone.
+    screen_documents: int = number(3, least=1, most=_MOST)
+    # gradient: documents that a step of each track is computed on.
+    step_documents: int = number(1, least=1, most=_MOST)
+    # gradient: size of the first step, as a share of the range of a factor's logarithm.
+    step_size: float = number(0.07, above=0, most=1)
+    # Needle documents that a candidate is scored on. gradient: those that its steps take in turn.
     documents: int = number(10, least=1, most=_MOST)
     # Needles asked for in each document, in one forward pass. The paper asks for one.
     questions: int = number(1, least=1, most=NEEDLE_NAMES)
     # Needles beside those that are not asked for. The paper has none; needed where every good candidate finds a lone
     # needle.
     distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
-    # Depth of the first needle that is asked for: 0 is the start of the document, 1 its end. The others lie anywhere.
-    # null: five depths in turn, from 0 to 1. The paper has 0.
-    depth: float | None = number(0.0, least=0, most=1)
+    # Depths of the needles that are asked for, question after question, in turn over documents: 0 is the start of the
+    # document, 1 its end. The paper has 0 alone; factors found there leave the other depths behind.
+    depths: list[float] = number([0.0, 0.25, 0.5, 0.75, 1.0], least=0, most=1)
+    # Texts that the needles are hidden in, in turn. 0: each document has its own. The authors have one.
+    texts: int = number(0, least=0, most=_MOST)
     # Further documents, on which the last top_k compete to be the winner: the best of many on few documents is partly
     # luck.
     final_documents: int = number(0, least=0, most=_MOST)
-    # Whether a candidate is dropped as soon as it cannot plausibly enter the top_k. false: every candidate is scored on
-    # every document.
-    racing: bool = True
-    # A candidate is dropped if it is worse than the k-th best by this many standard errors. inf: only certain losers.
-    racing_z: float = number(1.0, least=0, infinite=True)
-    # Answers that have to be compared before a candidate is dropped on a likelihood.
-    racing_answers: int = number(4, least=2)
-    # surrogate: mutations drawn for each child that is evaluated.
-    proposals: int = number(8, least=1, most=_MOST)
-    # surrogate: forward passes over a document per child and generation, the first one of each child included.
-    looks: float = number(2.25, least=1)
-    # gradient: documents that a step of each track is computed on.
-    step_documents: int = number(1, least=1, most=_MOST)
-    # gradient: size of the first step, as a share of the range of a factor's logarithm.
-    step_size: float = number(0.07, above=0, most=1)
+    # Chance of being better on unseen documents at which the winner of the final is settled; documents after that are
+    # spared. 1: every finalist is scored on all.
+    settle: float = number(0.95, above=0.5, most=1)
     # Lower bound of the tail, in multiples of s = L / L0.
     tail_low: float = number(1.0, above=0)
     # Upper bound of the tail, in multiples of s = L / L0.
@@ -578,49 +603,37 @@ class SearchConfig:
     critical_index: int | None = number(None, least=1)
     # Whether the attention factor of the long window is searched. The paper does not search it.
     search_attention_factor: bool = True
-    # Attention factor of every candidate where it is not searched.
-    attention_factor: float = number(1.0, above=0)
+    # Attention factor of every candidate where it is not searched. null: sqrt(1 + ln s / ln L0), as runtimes have it.
+    attention_factor: float | None = number(1.0, above=0)
     # Lower bound of the searched attention factor.
     attention_factor_low: float = number(1.0, above=0)
     # Upper bound of the searched attention factor.
     attention_factor_high: float = number(1.4, above=0)
-    # Tokens of a forward chunk with a key-value cache, where activations of a whole window do not fit. 0: whole.
+    # Tokens of a forward chunk with a key-value cache, where activations of a whole window do not fit. gradient: above
+    # 0, the backward pass computes each layer again. 0: whole.
     chunk_tokens: int = number(0, least=0)
     # Whether the model is divided over all ranks (ZeRO-3), for a model that does not fit one device.
     shard: bool = False
     # Seed of the search's random draws.
     seed: int = number(0, least=-(2**63), most=2**63 - 1)
 
-    def final_looks(self, before: int) -> int:
-        """surrogate: document-forwards of the final: two finalists' further documents, and at most a tenth of those
-        ``before`` it.
-        """
-        return min(2 * self.final_documents, round(before / 10))
-
-    def live_tracks(self, n_starts: int, number: int) -> int:
-        """gradient: tracks in round ``number``: fewer each round, ``top_k`` from the middle of the rounds on."""
-        last = min(self.top_k, n_starts)
-        share = min(1.0, 2.0 * number / (self.generations + 1))
-        return max(last, round(n_starts * (last / n_starts) ** share))
-
     @property
     def most_forwards(self) -> int:
-        """Document-forwards that a search takes where racing drops no candidate."""
+        """Document-forwards that a search takes where the final is not settled early."""
+        final = min(self.top_k, self.population) * self.final_documents
         if self.algorithm == Algorithm.gradient:
-            tracks = sum(self.live_tracks(self.population, number) for number in range(self.generations + 1))
-            return 3 * tracks * self.step_documents + self.top_k * self.final_documents
-        children = self.population + self.generations * (self.population - self.top_k)
-        if self.algorithm == Algorithm.surrogate:
-            looks = round(self.looks * children)
-            return looks + self.final_looks(looks)
-        return children * self.documents + self.top_k * self.final_documents
+            steps = 3 * min(self.top_k, self.population) * self.generations * self.step_documents
+            return self.population * self.screen_documents + steps + final
+        first = self.population * (2 if self.operators == Operators.authors else 1)
+        return (first + self.generations * (self.population - self.top_k)) * self.documents + final
 
 
 @dataclass
 class EvalConfig:
     """What is measured, and on how much."""
 
-    # What is measured: names of tasks or of groups of tasks. docs/EVALUATION.md lists all.
+    # What is measured: names of tasks or of groups of tasks (docs/EVALUATION.md lists all), or package.module.Class of
+    # your own.
     tasks: list[str] = field(default_factory=lambda: ["needles"])
     # Lengths of prompts and documents, tokens. A length beyond the target window is refused.
     # Empty: 4096 (L0, if L0 is smaller), doubling, and the target window.
@@ -631,6 +644,10 @@ class EvalConfig:
     samples: int = number(10, least=1, most=_MOST)
     # needles: further needles in a document that are not asked for (RULER's multi-key). The paper has none.
     distractors: int = number(0, least=0, most=NEEDLE_NAMES - 1)
+    # needles: needles that are asked for in a document, all at its depth, in one forward pass. The paper asks for one.
+    questions: int = number(1, least=1, most=NEEDLE_NAMES)
+    # needles: chains of data.needles.hops hops in a document, asked for beside the needles (RULER's variable tracking).
+    chains: int = number(0, least=0, most=NEEDLE_NAMES // 2)
     # needles: wordings of needle and question. Empty: data.needles.wording.
     wordings: list[str] = field(default_factory=list)
     # needles: documents without needles for each length, for text perplexity.
@@ -704,9 +721,9 @@ class ExportConfig:
     checkpoint: str | None = None
     # Data type of the exported weights. null: the data type of the trained weights.
     dtype: str | None = one_of(None, Dtype)
-    # The runtime whose folders are written. transformers: two/. sglang: long/ and short/. gguf (llama.cpp): long/ and
-    # two/. vllm, all: all three.
-    runtime: str = one_of(Runtime.all)
+    # The runtime whose folders are written. transformers: two/. sglang, tensorrt_llm: long/ and short/. gguf
+    # (llama.cpp): long/ and two/. vllm, all: all three. package.module.NAME: a Runtime of your own.
+    runtime: str = one_of(Runtime.all, plugins=True)
     # Whether the logits of each folder are compared with the run's. The comparison holds one whole model in memory.
     check: bool = True
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 _RUN, _JOB, _MODEL = "name runs_folder seed", "device threads parallel.timeout_s", "model rope"
 _STEP = (
-    "data.path data.kind data.stages data.segment_tokens data.long_attention data.group_segments"  # what a step holds
+    "data.path data.kind data.stages data.segment_tokens data.long_attention data.long_positions "
+    "data.group_segments"  # what a step holds
 )
 _PREPARED = """model.path model.architecture model.original_window_tokens rope.target_window_tokens data.sources
 data.tokenizer data.vocab_size

@@ -1,8 +1,8 @@
 """The door between data and training: the token ids of a segment, and what its labels and positions follow from.
 
 Choice: a batch holds token ids as they are stored, two bytes each for most vocabularies. A label is the next token
-except at ``breaks``, and a position counts from the beginning of its attention span. The device that trains makes both
-(``training.segment``). Cost: no label and no position exists on the host.
+except at ``breaks``, and a position counts from the beginning of its attention span, with ``jumps``. The device that
+trains makes both (``training.segment``, ``attention.segment``). Cost: no label and no position exists on the host.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ class Batch:
         spans: attention spans: half-open, disjoint, sorted. A token attends inside its own span only (the document
             mask). Padding lies outside every span.
         window: ``short`` or ``long``: decides which RoPE table acts.
+        jumps: places and tokens: from such a place to the end of its attention span, positions are larger by so many
+            tokens. At most one in a span, sorted.
     """
 
     tokens: np.ndarray
     breaks: np.ndarray
     spans: tuple[tuple[int, int], ...]
     window: str
+    jumps: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         assert self.window in WINDOWS

@@ -46,6 +46,7 @@ class Wording:
     needle_end: str
     question: str
     question_end: str = "\n"  # between an answer and the next question
+    link: str = " is: "  # between the names of a chain in its answer
     intro: str = ""
     key_joint: str = "-"
 
@@ -66,7 +67,7 @@ WORDINGS: dict[str, Wording] = {
     "plain": Wording(
         needle="The magic number of {key} is:", needle_end=".\n", question="\nThe magic number of {key} is:"
     ),
-    "code": Wording(needle="{key} =", needle_end="\n", question="\n{key} =", key_joint="_"),
+    "code": Wording(needle="{key} =", needle_end="\n", question="\n{key} =", link=" = ", key_joint="_"),
 }
 
 
@@ -87,9 +88,9 @@ class NeedleDocument:
     Attributes:
         tokens: int64 [length_tokens].
         answer_spans: half-open token ranges of the answers after the questions, in order; ``tokens[start:stop]`` is
-            exactly the number.
+            exactly the answer.
         depth: place in the filler of the needle that is asked for first, 0 start … 1 end.
-        answers: the numbers as text, one for each range.
+        answers: the numbers as text, one for each range; of a chain, its names from the second on and the number.
     """
 
     tokens: np.ndarray
@@ -159,10 +160,11 @@ class NeedleMaker:
         rng: np.random.Generator,
         filler: np.ndarray,
         length_tokens: int,
-        depth: float | None = None,
+        depth: float | Sequence[float] | None = None,
         n_pairs: int = 1,
         n_questions: int = 1,
-        together: bool = False,
+        n_chains: int = 0,
+        hops: int = 1,
     ) -> NeedleDocument:
         """One document.
 
@@ -170,53 +172,71 @@ class NeedleMaker:
             rng: draws keys, numbers and places.
             filler: ids of the text to hide in; its beginning is used. ``length_tokens`` ids are always enough.
             length_tokens: of the whole document, BOS and EOS included.
-            depth: of the needle that is asked for first, 0 … 1; None draws it. The depths of all other needles are
-                drawn.
-            n_pairs: needles.
+            depth: of the needle that is asked for first, 0 … 1, or of the first ones, one each; None draws it. The
+                depths of all other needles are drawn.
+            n_pairs: needles with a number.
             n_questions: pairs that are asked for at the end.
-            together: all needles that are asked for stand at ``depth``, one after another, not the first alone.
+            n_chains: chains of needles (RULER's variable tracking), all asked for after the pairs. The first needle
+                of a chain holds the name of the next, the last one a number, and they stand in any order at places of
+                their own. The answer names every needle on the way: ``c = b``, ``a = 5``, ``b = a`` are asked by
+                ``c =`` and answered by ``b = a = 5``.
+            hops: needles of a chain that hold a name.
 
         Raises:
             UserError: the length has no room for the sentences, the filler is too short, there are more questions than
                 pairs, or the depth lies outside [0, 1].
         """
-        if depth is not None:
-            between("depth", depth, 0, 1)  # from eval.depths or search.depth
+        depths = [] if depth is None else [depth] if isinstance(depth, float | int) else list(depth)
+        for one in depths:
+            between("depth", one, 0, 1)  # from eval.depths or search.depths
         if not 1 <= n_questions <= n_pairs <= N_KEYS:
             raise UserError(
                 f"needle document with {n_pairs} pairs and {n_questions} questions; ask at least one question, and at "
                 f"most one a pair (of {N_KEYS})"
             )
-        keys, numbers = self._draw(rng, n_pairs)
-        needles = [self._needle(key, number) for key, number in zip(keys, numbers, strict=True)]
-        questions = [self._question(key, number) for key, number in zip(keys[:n_questions], numbers, strict=False)]
+        keys, values = self._draw(rng, n_pairs)
+        asked = list(zip(keys, values, strict=True))[:n_questions]
+        if n_chains:
+            chains = self._draw_chains(rng, n_chains, hops, keys)
+            keys, values = (
+                keys + [key for chain in chains for key, _ in chain],
+                values + [value for chain in chains for _, value in chain],
+            )
+            asked += [(chain[0][0], self._wording.link.join(value for _, value in chain)) for chain in chains]
+        needles = [self._needle(key, value) for key, value in zip(keys, values, strict=True)]
+        questions = [self._question(key, answer) for key, answer in asked]
         head = self._bos + self._part(self._wording.intro)
         tail, spans = self._ask(questions)
         room = length_tokens - len(head) - len(tail) - sum(map(len, needles))
         self._check(room, length_tokens, len(filler))
-        places = rng.integers(0, room, size=n_pairs, endpoint=True)
-        if depth is not None:
-            places[: n_questions if together else 1] = round(depth * room)
+        places = rng.integers(0, room, size=len(needles), endpoint=True)
+        places[: len(depths)] = [round(one * room) for one in depths]
         tokens = _hide(head, filler[:room], needles, places, tail)
         first = length_tokens - len(tail)
         answer_spans = tuple((first + start, first + stop) for start, stop in spans)
         return NeedleDocument(
             tokens,
             answer_spans,
-            float(places[0]) / max(1, room) if depth is None else depth,
-            tuple(numbers[:n_questions]),
+            depths[0] if depths else float(places[0]) / max(1, room),
+            tuple(answer for _, answer in asked),
         )
 
-    def most_pairs(self, length_tokens: int, max_questions: int = 1) -> int:
-        """Pairs that fit a document of this length whatever is drawn, with up to ``max_questions`` asked for."""
-        fixed, needle, question = self._costs
-        room = length_tokens - fixed
+    def most_pairs(self, length_tokens: int, max_questions: int = 1, n_chains: int = 0, hops: int = 1) -> int:
+        """Pairs that fit a document of this length whatever is drawn, beside ``n_chains`` chains, with up to
+        ``max_questions`` asked for.
+        """
+        fixed, needle, question, name = self._costs
+        # Against a pair: a name may be longer than a number, and the answer holds a name and a link for each hop.
+        chain = (hops + 1) * (needle + name) + question + hops * name
+        room = length_tokens - fixed - n_chains * chain
         asked = min(max_questions, room // (needle + question))
         return max(0, asked if asked < max_questions else (room - asked * question) // needle)
 
     @cached_property
-    def _costs(self) -> tuple[int, int, int]:
-        """Most tokens of the fixed text, a needle, and a question with its answer; a digit is at most one token."""
+    def _costs(self) -> tuple[int, int, int, int]:
+        """Most tokens of the fixed text, a needle, a question with its answer, and a name with a link; a digit is at
+        most one token.
+        """
         wording, number = self._wording, self._digits + 1
         keys = [wording.key(index) for index in range(N_KEYS)]
         needle = (
@@ -225,7 +245,8 @@ class NeedleMaker:
         question = (
             max(len(self._part(wording.question, key)) for key in keys) + number + len(self._part(wording.question_end))
         )
-        return len(self._bos) + len(self._eos) + len(self._part(wording.intro)), needle, question
+        name = max(len(self._apart(f" {key}{wording.link}")) for key in keys)
+        return len(self._bos) + len(self._eos) + len(self._part(wording.intro)), needle, question, name
 
     def _draw(self, rng: np.random.Generator, n_pairs: int) -> tuple[list[str], list[str]]:
         """Distinct keys, and numbers."""
@@ -233,13 +254,30 @@ class NeedleMaker:
         numbers = rng.integers(10 ** (self._digits - 1) if self._digits > 1 else 0, 10**self._digits, size=n_pairs)
         return [self._wording.key(index) for index in indices.tolist()], [str(number) for number in numbers.tolist()]
 
-    def _needle(self, key: str, number: str) -> list[int]:
-        joint, answer = self._number(number)
+    def _draw_chains(
+        self, rng: np.random.Generator, n_chains: int, hops: int, taken: Sequence[str]
+    ) -> list[list[tuple[str, str]]]:
+        """The needles of each chain, from the name that is asked for to the number; all names are distinct."""
+        n_names = n_chains * (hops + 1)
+        keys, numbers = self._draw(rng, min(N_KEYS, n_names + len(taken)))
+        free = [key for key in keys if key not in set(taken)]
+        if len(free) < n_names:
+            raise UserError(
+                f"needle document with {len(taken)} pairs and {n_chains} chains of {hops + 1} needles has more names "
+                f"than there are ({N_KEYS}); use fewer"
+            )
+        names = [free[first : first + hops + 1] for first in range(0, n_names, hops + 1)]
+        return [
+            list(zip(chain, [*chain[1:], number], strict=True)) for chain, number in zip(names, numbers, strict=False)
+        ]
+
+    def _needle(self, key: str, value: str) -> list[int]:
+        joint, answer = self._value(value)
         return self._part(self._wording.needle, key) + joint + answer + self._part(self._wording.needle_end)
 
-    def _question(self, key: str, number: str) -> tuple[list[int], list[int]]:
+    def _question(self, key: str, value: str) -> tuple[list[int], list[int]]:
         """Ids of the text before the answer, and of the answer."""
-        joint, answer = self._number(number)
+        joint, answer = self._value(value)
         return self._part(self._wording.question, key) + joint, answer
 
     def _ask(self, questions: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -252,21 +290,21 @@ class NeedleMaker:
             tail += answer
         return tail + self._eos, spans
 
-    def _number(self, number: str) -> tuple[list[int], list[int]]:
-        """Ids of the space before the number where the space is a token of its own, and ids of the number."""
-        space, ids = self._part(" "), self._apart(f" {number}")
+    def _value(self, value: str) -> tuple[list[int], list[int]]:
+        """Ids of the space before a number or name where the space is a token of its own, and ids of the value."""
+        space, ids = self._part(" "), self._apart(f" {value}")
         joint = space if space and ids[: len(space)] == space else []
         answer = ids[len(joint) :]
         if not answer:
             raise UserError(
-                f"the tokenizer turns the number {number} into no token, so nothing is left to score; set "
+                f"the tokenizer turns the number {value} into no token, so nothing is left to score; set "
                 "data.tokenizer to one that knows digits"
             )
         return joint, answer
 
     def _refuse_without_digits(self) -> None:
         """Refuse a tokenizer whose answers do not tell which number was found."""
-        answers = {digit: self._number(digit * self._digits)[1] for digit in "0123456789"}
+        answers = {digit: self._value(digit * self._digits)[1] for digit in "0123456789"}
         unknown = set(self._apart("☃"))  # a tokenizer with byte fallback has tokens for this sign too
         blind = [digit for digit, ids in answers.items() if set(ids) <= unknown]
         if blind or len(set(map(tuple, answers.values()))) < len(answers):
@@ -346,6 +384,7 @@ def needle_set(
     rng: np.random.Generator,
     questions: int = 1,
     distractors: int = 0,
+    chains: int = 0,
 ) -> list[NeedleDocument]:
     """Needle documents for a measurement: filler is held out, and no document gives filler twice before all gave some.
 
@@ -353,13 +392,14 @@ def needle_set(
 
     Args:
         corpus: gives the tokenizer and the filler.
-        needles: wording and digits.
+        needles: wording, digits and hops.
         n_documents: at each depth.
         length_tokens: of each document.
         depths: of the needles that are asked for; the depths of all other needles are drawn.
         rng: decides texts, keys and numbers.
         questions: needles that are asked for.
         distractors: needles that are not.
+        chains: chains of ``needles.hops`` hops, all asked for; their needles lie anywhere.
 
     Raises:
         UserError: nothing is held out, the length has no room for the sentences, or a setting is out of its limits.
@@ -369,7 +409,16 @@ def needle_set(
     maker = NeedleMaker(tokenizer.encode, needles.wording, needles.digits, tokenizer.bos, None)
     fillers = corpus.text(HOLDOUT).draw_apart(rng, n_documents * len(depths), length_tokens)
     return [
-        maker.make(rng, filler, length_tokens, depth, questions + distractors, questions, together=True)
+        maker.make(
+            rng,
+            filler,
+            length_tokens,
+            [depth] * questions,
+            questions + distractors,
+            questions,
+            n_chains=chains,
+            hops=needles.hops,
+        )
         for filler, depth in zip(fillers, np.repeat(depths, n_documents).tolist(), strict=True)
     ]
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from lr2train.evaluation.needles import n_scored
+from lr2train.evaluation.needles import exact_answers, n_scored
 from lr2train.evaluation.request import Answer, Likelihood, Sample
 
 Answered = tuple[Sample, Answer]
@@ -64,8 +64,9 @@ def by_position(texts: Sequence[Answered]) -> list[dict[str, Any]]:
 
 
 def accuracy(answered: Sequence[Answered]) -> float:
-    """Share of documents whose answers are all exact."""
-    return sum(sum(answer.right) == n_scored(sample) for sample, answer in answered) / len(answered)
+    """Share of answers that are exact."""
+    found = [exact for sample, answer in answered for exact in exact_answers(sample, answer)]
+    return sum(found) / len(found)
 
 
 def recall(answered: Sequence[Answered]) -> float:

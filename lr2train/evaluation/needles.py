@@ -34,7 +34,15 @@ class NeedleTask:
     lengths_tokens: Sequence[int]
 
     name = NEEDLES
-    measures = ("exact", "recall")
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """exact: answers; recall: their tokens; all: documents with every answer exact; pairs, chains: their answers.
+
+        A measure stands there only where it can differ from the first.
+        """
+        several = ("all",) if self.settings.questions + self.settings.chains > 1 else ()
+        return ("exact", "recall", *several, *(("pairs", "chains") if self.settings.chains else ()))
 
     def samples(self) -> Sequence[Sample]:
         """The documents.
@@ -69,7 +77,9 @@ class NeedleTask:
                 length,
                 self.settings.depths,
                 rng,
-                distractors=self.settings.distractors,
+                self.settings.questions,
+                self.settings.distractors,
+                self.settings.chains,
             )
             found += [(wording, document) for document in made]
         return found
@@ -80,9 +90,16 @@ class NeedleTask:
         return Sample(self.name, number, request, document.answers, length, facts)
 
     def grade(self, sample: Sample, answer: Answer) -> dict[str, float]:
-        """exact and token recall, percent."""
-        n = n_scored(sample)
-        return {"exact": 100.0 * (sum(answer.right) == n), "recall": 100.0 * sum(answer.right) / n}
+        """The measures of one document, percent."""
+        found, n_pairs = exact_answers(sample, answer), self.settings.questions
+        grades = {
+            "exact": _percent(found),
+            "recall": 100.0 * sum(answer.right) / n_scored(sample),
+            "all": 100.0 * all(found),
+            "pairs": _percent(found[:n_pairs]),
+            "chains": _percent(found[n_pairs:]),
+        }
+        return {name: grades[name] for name in self.measures}
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,16 @@ def buckets(length_tokens: int) -> tuple[tuple[int, int], ...]:
     while (border := max(FIRST_BUCKET, borders[-1] * 2 if borders[-1] > 1 else 0)) < length_tokens:
         borders.append(border)
     return tuple(pairwise([*borders, length_tokens]))
+
+
+def exact_answers(sample: Sample, answer: Answer) -> list[bool]:
+    """Of each answer of a needle document, whether all its tokens are right."""
+    assert isinstance(sample.request, Likelihood)
+    return [right == stop - start for (start, stop), right in zip(sample.request.spans, answer.right, strict=True)]
+
+
+def _percent(found: Sequence[bool]) -> float:
+    return 100.0 * sum(found) / max(1, len(found))
 
 
 def n_scored(sample: Sample) -> int:

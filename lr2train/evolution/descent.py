@@ -1,14 +1,15 @@
-"""Gradient descent on factors and attention factor, one track for each critical index.
+"""Gradient descent on factors and attention factor, from the most promising critical indices.
 
-The needle loss is differentiable in every free value of a candidate. Tracks start from the middle of the bounds. In a
-round, each live track is scored on the same documents with its slopes and makes one step of Adam (Kingma and Ba 2015);
-then it is projected onto the search space: a non-decreasing tail within the bounds. The tracks with the highest losses
-of the latest rounds are dropped, until ``top_k`` are left.
+The needle loss is differentiable in every free value of a candidate but the critical index. So the search has two
+parts. First, a start for each critical index is scored by forward passes alone, all on the same documents; the best
+``top_k`` go on. Then each of these tracks makes ``generations`` steps of Adam (Kingma and Ba 2015), on documents in
+turn, and is projected onto the search space: a non-decreasing tail within the bounds.
 
 Choice: every coordinate is a share of its range (the tail's in logarithms), so one step size fits all of them. A track
-keeps exact values and is scored at the nearest candidate of the grid. So its evaluations go to the journal of all
-algorithms, and a killed search resumes from there. Cost: a forward and a backward pass count as three
-document-forwards. A descent stays in the basin of its start.
+keeps exact values and is evaluated at the nearest candidate of the grid. So its evaluations go to the journal of all
+algorithms, and a killed search resumes from there. A slope in the critical index itself exists (factors below it are
+smooth in it), and was dropped: on the tiny model it led away from the better indices. Cost: a forward and a backward
+pass count as three document-forwards. A descent stays in the basin of its start.
 """
 
 from __future__ import annotations
@@ -20,93 +21,85 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lr2train.config import SearchConfig
+from lr2train.evolution.final import CandidateScorer, Scored
 from lr2train.evolution.fitness import Slope
 from lr2train.evolution.genome import ALL, Candidate, Space
 from lr2train.evolution.loop import Generation, ranked
-from lr2train.evolution.race import CandidateScorer, Scored
 from lr2train.run import stream
 
 _BETAS = 0.8, 0.95  # of Adam's moments: a track makes about ten steps
 _EPSILON = 1e-8
 _LAST_STEP = 0.1  # the last step's size, as a share of the first one's (cosine in between)
-_LATEST = 3  # rounds over whose losses tracks are compared: earlier points are far from the present one
 
 
 @dataclass
 class _Track:
-    """The way of one critical index through the space.
+    """The way of one start through the space.
 
     Attributes:
-        values: float64 [n + 1], shares 0 … 1 of their ranges: the tail's logarithms, then the attention factor.
-        losses: mean loss of each round so far, nats a token.
+        values: float64 [n + 1], shares 0 … 1 of their ranges: the logarithms of the tail, then the attention factor.
+        losses: of each document that it has met, nats a token.
+        steps: how many were made.
     """
 
     critical_index: int
     values: np.ndarray
     losses: list[float] = field(default_factory=list)
-    documents: int = 0
+    steps: int = 0
 
     def __post_init__(self) -> None:
         self._moments = np.zeros((2, len(self.values)))
 
     def step(self, slope: np.ndarray, size: float) -> None:
         """One step of Adam against ``slope``, projected onto non-decreasing tails within the bounds."""
-        number = len(self.losses)
+        self.steps += 1
         for moment, beta, new in zip(self._moments, _BETAS, (slope, slope**2), strict=True):
             moment += (1.0 - beta) * (new - moment)
-        first, second = (moment / (1.0 - beta**number) for moment, beta in zip(self._moments, _BETAS, strict=True))
+        first, second = (moment / (1.0 - beta**self.steps) for moment, beta in zip(self._moments, _BETAS, strict=True))
         moved = self.values - size * first / (np.sqrt(second) + _EPSILON)
         self.values = np.clip(np.append(non_decreasing(moved[:-1]), moved[-1]), 0.0, 1.0)
 
-    @property
-    def latest(self) -> float:
-        """What tracks are compared by."""
-        return float(np.mean(self.losses[-_LATEST:]))
-
 
 def descend(space: Space, scorer: CandidateScorer, seed: int) -> Iterator[Generation]:
-    """Yield the start and ``search.generations`` further rounds.
+    """Yield the scored starts, then ``search.generations`` rounds of one step a track.
 
-    ``Generation.population`` holds the live tracks at the points that the round scored, by their loss over the latest
-    rounds; ``dropped`` those that end with this round.
+    ``Generation.population`` holds the starts, best first; then the points that the tracks have reached, by the loss of
+    the latest half of their rounds, each at the point that the round began with.
     """
     settings, fitness = space.settings, scorer.fitness
-    tracks = [_Track(index, _middle(space, index)) for index in _starts(space)]
-    n_starts = len(tracks)
-    seen: set[str] = set()
     order = stream(seed, "search", "descent").permutation(settings.documents).tolist()
-    for number in range(settings.generations + 1):
-        documents = _documents(order, number, settings.step_documents)
-        points = [_candidate(space, track) for track in tracks]
+    tracks = {_candidate(space, track): track for track in _starts(space)}
+    seen = {one.key for one in tracks}
+    population = ranked(scorer.on(list(tracks), _in_turn(order, 0, settings.screen_documents)))
+    yield Generation(0, population, len(seen))
+    live = [tracks[one.candidate] for one in population[: settings.top_k]]
+    for number in range(settings.generations):
+        first = settings.screen_documents + number * settings.step_documents
+        documents = _in_turn(order, first, settings.step_documents)
+        points = [_candidate(space, track) for track in live]
         slopes = fitness.slopes([(point, document) for point in points for document in documents])
-        seen.update(point.key for point in points)
-        size = _step_size(settings, number)
-        for place, track in enumerate(tracks):
+        scored = []
+        for place, track in enumerate(live):
             part = slopes[place * len(documents) : (place + 1) * len(documents)]
-            track.losses.append(sum(one.loss for one in part) / len(part))
-            track.documents += len(documents)
-            track.step(_chained(space, track, part), size)
-        scored = {
-            track.critical_index: Scored(point, track.latest, track.documents)
-            for track, point in zip(tracks, points, strict=True)
-        }
-        tracks.sort(key=lambda track: (track.latest, track.critical_index))
-        live = tracks[: settings.live_tracks(n_starts, number + 1)]
-        out = [scored[track.critical_index] for track in tracks[len(live) :]]
-        yield Generation(number, ranked([scored[track.critical_index] for track in live]), ranked(out), len(seen))
-        tracks = live
+            track.losses += [one.loss for one in part]
+            track.step(_chained(space, track, part), _step_size(settings, number))
+            recent = track.losses[len(track.losses) // 2 :]  # early points are far from the present one
+            scored.append(Scored(_candidate(space, track), float(np.mean(recent)), len(recent)))
+        seen.update(one.candidate.key for one in scored)
+        yield Generation(number + 1, ranked(scored), len(seen))
 
 
-def _starts(space: Space) -> Sequence[int]:
-    """Each critical index, or ``population`` of them, spread evenly."""
-    indices = np.array(space.critical_indices)
-    n = min(space.settings.population, len(indices))
-    return [int(indices[place]) for place in np.linspace(0, len(indices) - 1, n).round().astype(int)]
+def _starts(space: Space) -> list[_Track]:
+    """A constant tail and an attention factor in the middle of their ranges, for each critical index.
 
-
-def _middle(space: Space, critical_index: int) -> np.ndarray:
-    """A constant tail and an attention factor in the middle of their ranges."""
-    return np.full(space.spectrum.n_dims - critical_index + 1, 0.5)
+    Where every factor is free: the curves from which LongRoPE v1 starts.
+    """
+    if space.all_dims:
+        low, high = (math.log(bound) for bound in space.bounds)
+        shares = [np.clip((np.log(curve) - low) / (high - low), 0.0, 1.0) for curve in space.curves()]
+        return [_Track(ALL, np.append(one, 0.5)) for one in shares]
+    indices = space.spread_indices
+    return [_Track(index, np.full(space.spectrum.n_dims - index + 1, 0.5)) for index in indices]
 
 
 def _candidate(space: Space, track: _Track) -> Candidate:
@@ -131,13 +124,13 @@ def _chained(space: Space, track: _Track, slopes: Sequence[Slope]) -> np.ndarray
     return np.append(math.log(high / low) * tail, factor if settings.search_attention_factor else 0.0)
 
 
-def _documents(order: Sequence[int], number: int, size: int) -> list[int]:
-    """The documents of a round, the same for all tracks: in turn."""
-    return [order[place % len(order)] for place in range(number * size, (number + 1) * size)]
+def _in_turn(order: Sequence[int], first: int, n: int) -> list[int]:
+    """``n`` documents from place ``first`` on; after the last one the first one follows."""
+    return [order[place % len(order)] for place in range(first, first + n)]
 
 
 def _step_size(settings: SearchConfig, number: int) -> float:
-    share = number / max(1, settings.generations)
+    share = number / max(1, settings.generations - 1)
     return settings.step_size * (_LAST_STEP + (1.0 - _LAST_STEP) * 0.5 * (1.0 + math.cos(math.pi * share)))
 
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from lr2train.config import Config, UserError
-from lr2train.data.corpus import Corpus
-from lr2train.data.needles import N_KEYS, needle_set, text_set
+from lr2train.data.corpus import HOLDOUT, Corpus
+from lr2train.data.needles import N_KEYS, NeedleMaker, check_needles, text_set
 from lr2train.run import stream
-
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the first needle, in turn, where ``search.depth`` names none
-TEXT_PIECES = 16  # scored spans of a plain text: racing compares span by span
 
 
 @dataclass(frozen=True)
@@ -24,7 +20,7 @@ class SearchDocument:
 
     Attributes:
         tokens: int64 [L], L the target window.
-        spans: half-open token ranges in order; each is one answer (or piece of text) and gets a loss of its own.
+        spans: half-open token ranges in order; each is one answer, or the whole text, and gets a loss of its own.
     """
 
     tokens: np.ndarray
@@ -48,20 +44,35 @@ def draw_documents(config: Config, corpus: Corpus) -> list[SearchDocument]:
             f"search.questions={settings.questions} and search.distractors={settings.distractors} make more needles "
             f"than there are names ({N_KEYS}); set search.distractors to {max(0, N_KEYS - settings.questions)} or less"
         )
+    if not settings.depths:
+        raise UserError("search.depths=[] names no depth; set search.depths to [0.0,0.25,0.5,0.75,1.0]")
     n_documents, length = settings.documents + settings.final_documents, config.rope.target_window_tokens
     rng = stream(settings.seed, "search", "needles")
     if settings.objective == "text":
-        # From 1: nothing comes before the first token to predict it from.
-        borders = np.linspace(1, length, TEXT_PIECES + 1).astype(int).tolist()
-        pieces = tuple((start, stop) for start, stop in pairwise(borders) if start < stop)
-        return [SearchDocument(tokens, pieces) for tokens in text_set(corpus, n_documents, length, rng)]
-    depths = DEPTHS if settings.depth is None else (settings.depth,)
-    of_depth = -(-n_documents // len(depths))
-    made = needle_set(
-        corpus, config.data.needles, of_depth, length, depths, rng, settings.questions, settings.distractors
-    )
-    in_turn = [made[place] for number in range(of_depth) for place in range(number, len(made), of_depth)]
-    return [SearchDocument(one.tokens, one.answer_spans) for one in in_turn[:n_documents]]
+        whole = ((1, length),)  # nothing comes before the first token to predict it from
+        return [SearchDocument(tokens, whole) for tokens in text_set(corpus, n_documents, length, rng)]
+    return _needle_documents(config, corpus, n_documents, rng)
+
+
+def _needle_documents(config: Config, corpus: Corpus, n: int, rng: np.random.Generator) -> list[SearchDocument]:
+    """Question ``q`` of document ``d`` is about a needle at depth number ``d + q`` of ``search.depths``, in turn."""
+    settings, length, tokenizer = config.search, config.rope.target_window_tokens, corpus.tokenizer
+    depths = settings.depths
+    check_needles(config.data.needles)
+    maker = NeedleMaker(tokenizer.encode, config.data.needles.wording, config.data.needles.digits, tokenizer.bos, None)
+    texts = corpus.text(HOLDOUT).draw_apart(rng, min(n, settings.texts or n), length)
+    made = [
+        maker.make(
+            rng,
+            texts[number % len(texts)],
+            length,
+            [depths[(number + question) % len(depths)] for question in range(settings.questions)],
+            settings.questions + settings.distractors,
+            settings.questions,
+        )
+        for number in range(n)
+    ]
+    return [SearchDocument(one.tokens, one.answer_spans) for one in made]
 
 
 def digest(documents: Sequence[SearchDocument]) -> str:

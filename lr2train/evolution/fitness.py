@@ -3,7 +3,7 @@
 Fitness is the needle-driven perplexity exp(mean negative log-likelihood over the answer tokens of all documents)
 (paper, Section 3.2).
 
-Choice: a decision of the search (a race, a loop over all candidates) is a pure function of losses that it looks up.
+Choice: a decision of the search (a loop over all candidates, the final) is a pure function of losses that it looks up.
 ``Fitness.settle`` runs the decision on the known losses, lets the ranks compute the first losses that are missing, and
 runs it again, until none is missing. So neither the number of ranks nor a kill can change the result. While a loss is
 missing the decision continues with a guess, to find work for the other ranks. Cost: on many ranks some of these losses
@@ -143,7 +143,8 @@ class Fitness:
             UserError, RuntimeError: one rank failed while it evaluated; raised on every rank.
         """
         keys = [(candidate.key, document) for candidate, document in pairs]
-        missing = [pair for pair, key in zip(pairs, keys, strict=True) if key not in self._slopes]
+        # of two equal pairs one is computed: tracks may meet
+        missing = [pair for key, pair in dict(zip(keys, pairs, strict=True)).items() if key not in self._slopes]
         for first in range(0, len(missing), ranks.world()):
             self._compute(missing[first : first + ranks.world()], self._evaluate_slopes)
         self._wanted_slopes.update(keys)
@@ -269,7 +270,7 @@ class _Attempt:
             self.asked.add(pair)
             return self._known[pair]
         if pair not in self._guesses:
-            # No loss is smaller, so the race goes on with this candidate.
+            # No loss is smaller, so the final goes on with this candidate.
             self._guesses[pair] = np.zeros(len(self._documents[document].spans))
             self.missing.append((candidate, document))
             if len(self.missing) == self._room:

@@ -25,13 +25,14 @@ from functools import cached_property
 
 import numpy as np
 
-from lr2train.config import SearchConfig, StartFrom, UserError
-from lr2train.rope.factors import Factors
+from lr2train.config import Operators, SearchConfig, StartFrom, UserError
+from lr2train.rope.factors import Factors, longrope_attention_factor
 from lr2train.rope.methods import METHODS
 from lr2train.rope.spectrum import Spectrum
 
 ATTENTION_GRID = 0.005  # step of the attention factor
-MIN_SAMPLES = 4  # of a generation of CMA-ES
+_CURVES = 8  # NTK curves from which the authors' search starts
+_LAST_RISE = 4.0  # by how much the authors' last factor may exceed its neighbour
 ALL = 0  # stands for the critical index where every factor is free: the tail is the whole table
 
 
@@ -86,26 +87,26 @@ class Space:
                 f"search.critical_index={fixed} is outside 1 … {self.spectrum.n_dims - 1}; "
                 "set search.critical_index inside, or to null to search it"
             )
-        if self.settings.algorithm == "cmaes" and self.all_dims:
+        if self.authors and (self.all_dims or fixed is None):
             raise UserError(
-                "search.algorithm=cmaes has a form for the tail alone; set search.space=longrope2, or "
-                "search.algorithm=evolution"
-            )
-        if self.settings.algorithm == "cmaes" and self.settings.population - self.settings.top_k < MIN_SAMPLES:
-            raise UserError(
-                f"search.population={self.settings.population} leaves fewer than {MIN_SAMPLES} samples beside "
-                f"search.top_k={self.settings.top_k}, which search.algorithm=cmaes cannot learn from; "
-                f"set search.population to {self.settings.top_k + MIN_SAMPLES} or more"
+                "search.operators=authors needs one critical index of search.space=longrope2; set "
+                f"search.critical_index to one, such as {self.start.critical_index} (tcd)"
             )
         self._refuse_bounds("tail")
         self._refuse_bounds("attention_factor")
-        for name, example in (("mutation_step", 0.01), ("mutation_spread", 0.25), ("attention_factor", 1.0)):
+        if self.authors and self._highest(0) < self.bounds[0]:
+            raise UserError(
+                f"{self.spectrum.n_dims - self.critical_indices[0]} strictly increasing factors in steps of "
+                f"search.mutation_step={self.settings.mutation_step} do not fit between {self.bounds[0]:g} and "
+                f"{self.bounds[1]:g}; raise search.tail_high"
+            )
+        for name, example in (("mutation_step", 0.01), ("mutation_spread", 0.25)):
             if not 1e-6 <= getattr(self.settings, name) < math.inf:
                 raise UserError(
                     f"search.{name}={getattr(self.settings, name)} is not a finite number of 1e-6 or more; "
                     f"set search.{name} to a number such as {example}"
                 )
-        if not 1 <= self.settings.top_k < self.settings.population:
+        if self.settings.algorithm != "gradient" and not 1 <= self.settings.top_k < self.settings.population:
             raise UserError(
                 f"search.top_k={self.settings.top_k} is outside 1 … {self.settings.population - 1}, "
                 "which leaves no parent or no room for "
@@ -136,6 +137,11 @@ class Space:
         return self.settings.space == "longrope"
 
     @property
+    def authors(self) -> bool:
+        """Whether candidates are drawn and varied as in the authors' public search."""
+        return self.settings.operators == Operators.authors
+
+    @property
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest free factor.
 
@@ -150,6 +156,13 @@ class Space:
         if fixed is not None:
             return range(fixed, fixed + 1)
         return range(self.start.lowest_critical_index, self.start.critical_index + 1)
+
+    @property
+    def spread_indices(self) -> list[int]:
+        """The critical indices, or ``search.population`` of them, spread evenly."""
+        indices = np.array(self.critical_indices)
+        n = min(self.settings.population, len(indices))
+        return indices[np.linspace(0, len(indices) - 1, n).round().astype(int)].tolist()
 
     def factors(self, candidate: Candidate) -> Factors:
         """The candidate as rescale factors of all D dimensions, of the model's unscaled frequencies."""
@@ -166,20 +179,30 @@ class Space:
 
         Each critical index gets one member, whose tail is constant and drawn from the bounds; mutations of these
         members fill the rest. Where every factor is free, LongRoPE v1's start takes the place of these members: PI,
-        NTK-aware and the lambda-linear YaRN curve.
+        NTK-aware and the lambda-linear YaRN curve. The authors' search starts with 2 P members from eight NTK curves
+        ``scale^(i / rcd)``, with scales from the lower bound to the upper one.
         """
+        if self.authors:
+            return self.fill(curves := self._curves(), curves, 2 * self.settings.population, rng)
         if self.all_dims:
-            members = [self._like(name, rng) for name in ("pi", "ntk_aware", "longrope")][: self.settings.population]
+            curves = (tuple(map(self.on_grid, curve)) for curve in self.curves()[: self.settings.population])
+            members = [Candidate(ALL, curve, self._draw_attention_factor(rng)) for curve in curves]
         else:
-            indices = np.array(self.critical_indices)
-            if len(indices) > self.settings.population:  # no room for all: spread evenly
-                indices = indices[np.linspace(0, len(indices) - 1, self.settings.population).round().astype(int)]
-            members = [self._constant(int(index), rng) for index in indices]
+            members = [self._constant(index, rng) for index in self.spread_indices]
         return self.fill(members, members, self.settings.population, rng)
 
-    def _like(self, method: str, rng: np.random.Generator) -> Candidate:
-        table = METHODS[method](self.start, self.target_tokens).rescale / self.start.own_factors
-        return Candidate(ALL, tuple(self.on_grid(value) for value in table), self._draw_attention_factor(rng))
+    def _curves(self) -> list[Candidate]:
+        index, curves = self.critical_indices[0], {}
+        for scale in np.linspace(*self.bounds, _CURVES):
+            tail = scale ** (np.arange(index, self.spectrum.n_dims) / index)
+            one = Candidate(index, self._increasing(np.minimum(tail, self.bounds[1])), self.attention_factor_at(0.5))
+            curves[one.key] = one
+        return list(curves.values())
+
+    def curves(self) -> list[np.ndarray]:
+        """The factors from which LongRoPE v1's search starts, each float64 [D] on top of the start's own table."""
+        made = (METHODS[name](self.start, self.target_tokens).rescale for name in ("pi", "ntk_aware", "longrope"))
+        return [np.array(rescale) / self.start.own_factors for rescale in made]
 
     def _constant(self, critical_index: int, rng: np.random.Generator) -> Candidate:
         value = self.on_grid(rng.uniform(*self.bounds))
@@ -207,7 +230,11 @@ class Space:
         for attempt in range(20 * size):
             if len(out) >= size:
                 break
-            child = self.mutate(parents[attempt % len(parents)], rng, parents)
+            parent = parents[attempt % len(parents)]
+            if self.authors and attempt % 2:  # as many crossovers as mutations
+                child = self._cross(parent, parents[rng.integers(len(parents))], rng)
+            else:
+                child = self.mutate(parent, rng, parents)
             if child.key not in keys:
                 keys.add(child.key)
                 out.append(child)
@@ -243,7 +270,7 @@ class Space:
         tail = np.where(rng.random(len(first.tail)) < 0.5, first.tail, other.tail)
         return replace(
             first,
-            tail=tuple(np.sort(tail).tolist()),
+            tail=self._increasing(np.sort(tail)) if self.authors else tuple(np.sort(tail).tolist()),
             attention_factor=(first if rng.random() < 0.5 else second).attention_factor,
         )
 
@@ -264,10 +291,29 @@ class Space:
         low, high = self.bounds
         values = np.array(tail)
         for i in np.flatnonzero(rng.random(len(values)) < self.settings.mutation_probability):
-            values[i] = self.on_grid(rng.normal(values[i], self.settings.mutation_spread * (high - low)))
+            moved = rng.normal(values[i], self.settings.mutation_spread * (high - low))
+            free = self.authors and 0 < i == len(values) - 1  # the authors' last entry may leave the bounds
+            values[i] = min(max(moved, low), values[i - 1] + _LAST_RISE) if free else self.on_grid(moved)
             values[:i] = np.minimum(values[:i], values[i])
             values[i:] = np.maximum(values[i:], values[i])
-        return tuple(map(float, values))
+        return self._increasing(values) if self.authors else tuple(map(float, values))
+
+    def _increasing(self, values: np.ndarray) -> tuple[float, ...]:
+        """A non-decreasing tail made strictly increasing on the grid, as the authors' is.
+
+        All entries lie in the bounds but the last one, which may exceed its neighbour by ``_LAST_RISE``.
+        """
+        step, made = self.settings.mutation_step, []
+        for i, value in enumerate(values.tolist()):
+            least = made[-1] + step if made else self.bounds[0]
+            most = self._highest(i) if i < len(values) - 1 or not made else made[-1] + _LAST_RISE
+            made.append(_nearest(min(max(value, least), most), step, 0.0, math.inf))
+        return tuple(made)
+
+    def _highest(self, place: int) -> float:
+        """The highest value of a tail's entry that leaves room for the entries after it, but for the last one."""
+        after = self.spectrum.n_dims - self.critical_indices[0] - 2 - place
+        return self.bounds[1] - max(0, after) * self.settings.mutation_step
 
     def _mutate_attention_factor(self, value: float, rng: np.random.Generator) -> float:
         if not self.settings.search_attention_factor or rng.random() >= self.settings.mutation_probability:
@@ -285,7 +331,9 @@ class Space:
         Where it is not searched: ``search.attention_factor``, or the model's own if that is larger.
         """
         if not self.settings.search_attention_factor:
-            return max(self.settings.attention_factor, self.spectrum.attention_factor)
+            default = longrope_attention_factor(self.scale, self.start.window_tokens)
+            wanted = self.settings.attention_factor
+            return max(default if wanted is None else wanted, self.spectrum.attention_factor)
         low, high = self.settings.attention_factor_low, self.settings.attention_factor_high
         return self._attention_on_grid(low + share * (high - low))
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lr2train.config import SearchConfig
+from lr2train.evolution.final import Confidence, Scored, as_json
 from lr2train.evolution.fitness import Fitness
 from lr2train.evolution.genome import ALL, Candidate
 from lr2train.evolution.loop import Generation
-from lr2train.evolution.race import Scored
 from lr2train.ranks import rank
 
 
@@ -26,27 +26,23 @@ class History:
         file: generations.jsonl; written anew at each start, as a resumed search replays its generations from the
             journal.
         lines: contents of the file.
-        dropped: candidates of the newest generation that left the race.
     """
 
     settings: SearchConfig
     fitness: Fitness
     file: Path
     lines: list[dict[str, Any]] = field(default_factory=list)
-    dropped: int = 0
 
     def add(self, generation: Generation) -> str:
         """Write the generation's line; returns a sentence for the log."""
         self.lines.append(_line(generation, self.fitness))
-        self.dropped = len(generation.dropped)
         if rank() == 0:
             with self.file.open("w" if len(self.lines) == 1 else "a") as file:
                 file.write(json.dumps(self.lines[-1]) + "\n")
         return (
             f"generation {generation.index}/{self.settings.generations}: "
             f"{self.settings.objective} perplexity {generation.best.perplexity:.4f}, "
-            f"{described(generation.best.candidate)}, {len(generation.dropped)} dropped, "
-            f"{self.fitness.document_forwards} document-forwards"
+            f"{described(generation.best.candidate)}, {self.fitness.document_forwards} document-forwards"
         )
 
     @property
@@ -72,30 +68,21 @@ class History:
             "search/attention_factor": best["attention_factor"],
             "search/document_forwards": line["document_forwards"],
             "search/candidates": line["candidates"],
-            "search/dropped": self.dropped,
         }
 
     @property
     def expected_evaluations(self) -> int:
-        """Evaluations of the whole search, extrapolated from the generations so far.
+        """Evaluations of the whole search."""
+        return max(self.settings.most_forwards, self.fitness.computed)
 
-        Before the first generation it is the number without racing.
-        """
-        settings = self.settings
-        if not self.lines or settings.algorithm in ("surrogate", "gradient"):  # a fixed budget
-            return settings.most_forwards
-        final = settings.top_k * settings.final_documents  # without racing; with racing about half of it
-        by_generation = self.lines[-1]["document_forwards"] / len(self.lines)
-        expected = by_generation * (settings.generations + 1) + final / (2 if settings.racing else 1)
-        return max(round(expected), self.fitness.computed)
-
-    def result(self, finalists: Sequence[Scored]) -> dict[str, Any]:
-        """The contents of search.json; ``finalists`` are best first."""
+    def result(self, finalists: Sequence[Scored], confidence: Confidence | None) -> dict[str, Any]:
+        """The contents of search.json; ``finalists`` are best first, ``confidence`` is None of one finalist."""
         best = finalists[0]
         return {
             "perplexity": best.perplexity,
             "scored_documents": best.documents,
             **_plain(best.candidate),
+            "confidence": as_json(confidence),
             "candidates": self.lines[-1]["candidates"],
             "document_forwards": self.fitness.document_forwards,
             "evaluations": self.fitness.computed,
@@ -124,15 +111,13 @@ def _plain(candidate: Candidate) -> dict[str, Any]:
 
 
 def _line(generation: Generation, fitness: Fitness) -> dict[str, Any]:
-    all_scored = [*generation.population, *generation.dropped]
     return {
         "generation": generation.index,
         "best_perplexity": generation.best.perplexity,
         "best": _plain(generation.best.candidate),
-        "perplexities": [one.perplexity for one in all_scored],
-        "documents": [one.documents for one in all_scored],
-        "critical_indices": [one.candidate.critical_index for one in all_scored],
-        "attention_factors": [one.candidate.attention_factor for one in all_scored],
+        "perplexities": [one.perplexity for one in generation.population],
+        "critical_indices": [one.candidate.critical_index for one in generation.population],
+        "attention_factors": [one.candidate.attention_factor for one in generation.population],
         "candidates": generation.evaluated,
         "document_forwards": fitness.document_forwards,
     }

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from lr2train.evolution.final import Scored
 from lr2train.evolution.genome import Candidate, Space
-from lr2train.evolution.race import Scored
 from lr2train.run import stream
 
-ScoreCandidates = Callable[[Sequence[Candidate], Sequence[Candidate]], list[Scored]]
-"""(candidates, candidates kept so far) -> the candidates in their order, scored."""
+ScoreCandidates = Callable[[Sequence[Candidate]], list[Scored]]
+"""Candidates -> the candidates in their order, each scored on every document."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,12 @@ class Generation:
 
     Attributes:
         index: 0 is the initial population.
-        population: parents and children that were scored on all documents, best first.
-        dropped: children that left the race, by their loss so far.
+        population: parents and children, or starts, or tracks, best first.
         evaluated: number of distinct candidates so far.
     """
 
     index: int
     population: tuple[Scored, ...]
-    dropped: tuple[Scored, ...]
     evaluated: int
 
     @property
@@ -45,7 +43,7 @@ def evolve(space: Space, score: ScoreCandidates, seed: int) -> Iterator[Generati
 
     Args:
         space: bounds and settings.
-        score: pure; scores at least ``top_k`` of all its candidates on every document.
+        score: pure.
         seed: of every random choice.
     """
     settings = space.settings
@@ -58,14 +56,9 @@ def evolve(space: Space, score: ScoreCandidates, seed: int) -> Iterator[Generati
             space.fill([], kept, settings.population - len(kept), rng, frozenset(seen)) if kept else space.initial(rng)
         )
         seen.update(child.key for child in children)
-        generation = _generation(index, parents, score(children, kept), len(seen))
-        parents = generation.population[: settings.top_k]
-        yield generation
-
-
-def _generation(index: int, parents: Sequence[Scored], children: Sequence[Scored], evaluated: int) -> Generation:
-    complete = ranked([*parents, *(child for child in children if not child.dropped)])
-    return Generation(index, complete, ranked([child for child in children if child.dropped]), evaluated)
+        parents = ranked([*parents, *score(children)])
+        yield Generation(index, parents, len(seen))
+        parents = parents[: settings.top_k]
 
 
 def ranked(scored: Sequence[Scored]) -> tuple[Scored, ...]:

@@ -202,11 +202,7 @@ def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str
 def _search(search: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("one document", f"{flops(search['flops_per_document'])}, {search['gpu_gib']:.1f} GiB on one GPU"),
-        (
-            "document-forwards",
-            f"{search['document_forwards']:,} at most"
-            + (", as if racing dropped no candidate" if search["racing"] else ""),
-        ),
+        ("document-forwards", f"{search['document_forwards']:,} at most"),
         (
             "time",
             f"[bold]{hours(search['hours'])}[/bold] = {hours(search['gpu_hours'])} of one GPU, "

@@ -60,8 +60,19 @@ def style_sheet() -> str:
 @cache
 def paper() -> Look:
     """The style sheet's light colours, which stand before the dark ones."""
-    colors = dict(reversed(re.findall(r"--(\w+): (#\w{6})", style_sheet())))
+    colors = dict(reversed(_colors()))
     return _look([colors[name] for name in NAMES])
+
+
+@cache
+def night() -> Look:
+    """The style sheet's dark colours."""
+    colors = dict(_colors())
+    return _look([colors[name] for name in NAMES])
+
+
+def _colors() -> list[tuple[str, str]]:
+    return re.findall(r"--(\w+): (#\w{6})", style_sheet())
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,15 @@ class Chart:
             _, columns = self._render(paper(), file, format="png", dpi=DOTS_PER_INCH)
         write_text(numbers, csv_of([*columns], zip(*columns.values(), strict=True)))
         return [picture, numbers]
+
+    def write_themes(self, path: Path) -> list[Path]:
+        """Write ``path``-light.svg and ``path``-dark.svg, transparent; the same bytes for the same numbers."""
+        paths = [path.parent / f"{path.name}-{theme}.svg" for theme in ("light", "dark")]
+        for file, look in zip(paths, (paper(), night()), strict=True):
+            drawn = text_io.StringIO()
+            self._render(look, drawn, format="svg", transparent=True, metadata={"Date": None})
+            write_text(file, _standalone(drawn.getvalue()))
+        return paths
 
     def _render(self, look: Look, file: TextIO | BinaryIO | Any, **options: Any) -> Drawn:
         with matplotlib.rc_context(_style(look)):
@@ -140,6 +160,13 @@ def _style(look: Look) -> dict[Any, Any]:
     style |= {"axes.edgecolor": look.line, "axes.spines.top": False, "axes.spines.right": False}
     style |= {"axes.grid": True, "axes.axisbelow": True, "grid.color": look.line, "grid.linewidth": 0.6}
     return style | {"legend.frameon": False, "patch.linewidth": 0.0, "lines.linewidth": 1.6}
+
+
+def _standalone(svg: str) -> str:
+    """A file of its own: text in the viewer's font, numbers to a hundredth of a point, no metadata."""
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, 'Segoe UI', Roboto, sans-serif", svg)
+    return re.sub(r"(\.\d\d)\d+", r"\1", svg)
 
 
 def _markup(svg: str, description: str) -> Markup:

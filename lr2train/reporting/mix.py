@@ -29,18 +29,19 @@ def corpus_charts(folder: Path, plan: Json | None, long_attention: str = "segmen
     made = {}
     if plan:
         made = {"lengths": lengths(plan), "mix": marginals(plan), "segments": documents_per_segment(plan["windows"])}
-    spans = {window: first_segment(folder, window) for window in ("short", "long")}
+    spans = {window: next(iter(segments(folder, window, 1)), []) for window in ("short", "long")}
     return {**made, "windows": windows(spans, long_attention == "document")} if any(spans.values()) else made
 
 
-def first_segment(folder: Path, window: str) -> Spans:
-    """[start, stop) in the segment of each document of a window's first segment; empty without a segment table."""
+def segments(folder: Path, window: str, most: int) -> list[Spans]:
+    """[start, stop) of each document in the first ``most`` segments of a window; empty without a segment table."""
     path = segment_table.file_of(folder, window)
     if not path.is_file():
         return []
     table = segment_table.read(path, 0)
-    rows = table.spans_of(0) if table.n_segments else []
-    return [(int(table.offset[i]), int(table.offset[i] + table.stop[i] - table.start[i])) for i in rows]
+    every = (table.spans_of(number) for number in range(min(most, table.n_segments)))
+    offset, stop = table.offset, table.offset + table.stop - table.start
+    return [[(int(offset[i]), int(stop[i])) for i in rows] for rows in every]
 
 
 @chart((4.8, 2.8))

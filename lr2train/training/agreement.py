@@ -25,13 +25,15 @@ class MicroBatch(NamedTuple):
     n_targets: int  # tokens that are predicted
     n_pairs: int  # causal query-key pairs within document spans
     strategy: str  # of attention
+    jumps: int = 0  # crc32 of the jumps of positions
 
 
 def described(batch: Batch, strategy: str) -> MicroBatch:
     """The description of ``batch`` served with ``strategy``."""
     n_pairs = sum((stop - start) * (stop - start + 1) // 2 for start, stop in batch.spans)
     spans = zlib.crc32(repr(batch.spans).encode())
-    return MicroBatch(batch.window, len(batch.tokens), spans, batch.n_target_tokens, n_pairs, strategy)
+    jumps = zlib.crc32(repr(batch.jumps).encode())
+    return MicroBatch(batch.window, len(batch.tokens), spans, batch.n_target_tokens, n_pairs, strategy, jumps)
 
 
 def agree(describe: Callable[[], Sequence[MicroBatch]], sp: int) -> list[MicroBatch]:

@@ -30,7 +30,7 @@ from lr2train.training.deepspeed.checkpoint import Checkpoints
 from lr2train.training.deepspeed.engine import Engine, StepStats
 from lr2train.training.metrics import Brief, Sink, bad_steps_in
 from lr2train.training.profiling import KEY, StepProfiler
-from lr2train.training.schedule import learning_rate
+from lr2train.training.settling import Settling
 from lr2train.training.steps import StepRanges, Steps
 from lr2train.training.validation import HeldOut
 
@@ -42,6 +42,7 @@ class Training:
     Attributes:
         folder: of the run.
         total_steps: the step to train to, skipped steps included.
+        settling: ends the run earlier.
     """
 
     config: Config
@@ -52,6 +53,7 @@ class Training:
     total_steps: int
     checkpoints: Checkpoints
     held_out: HeldOut
+    settling: Settling
 
 
 class Interrupt:
@@ -85,7 +87,7 @@ def listen_for_interrupt() -> Iterator[Interrupt]:
 
 
 def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
-    """Train from step ``done`` to the last one, skipped steps left out.
+    """Train from step ``done`` to the last one, skipped steps left out; a run that settles ends earlier.
 
     Returns:
         Whether the end was reached; False: interrupted, and the checkpoint is written.
@@ -100,18 +102,20 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
     tokens_seen = (done - skips.until(done).count) * config.optim.segments_per_step * config.data.segment_tokens
     parameters = _multiplied_parameters(engine)
     _say_missing_peak(engine.device)
-    steps, saved, before = skips.remaining(done, total_steps), done, done
-    held_out = training.held_out
+    held_out, settling = training.held_out, training.settling
+    steps, saved, before = skips.remaining(done, settling.end), done, done
     sinks = [*sinks, brief := Brief()]
     if not done and steps and held_out.measures:
-        _write(sinks, 0, {"tokens_seen": 0, **held_out.measure(0)})
+        measured = held_out.measure(0)
+        settling.note(0, measured)
+        _write(sinks, 0, {"tokens_seen": 0, **measured})
     ahead = prefetched(loader.batches, steps, config.data.prefetch_steps, config.data.loader_threads)
     chosen = StepRanges.parse(config.logger.profile_steps, KEY)
     profiler = StepProfiler(chosen, steps, training.folder / "profile", engine.device)
     with listen_for_interrupt() as interrupt, closing(ahead) as batches, profiler:
         # Steps count from 0, files from 1.
         for step in progress.track(steps, total_steps, "train", total_steps - len(steps), brief.note):
-            lr = learning_rate(step, total_steps, config.optim)
+            lr = settling.learning_rate(step)
             with profiler.step(step):
                 start = time.perf_counter()
                 micro_batches = next(batches)
@@ -122,9 +126,10 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
             flops = step_flops(stats, parameters, engine.hf_config)
             figures = _figures(stats, lr, tokens_seen, seconds, waited, flops, engine)
             figures["bad_steps"] = bad.total + (not stats.finite)
-            last = step == steps[-1]
-            if held_out.due(before, step + 1, last):
+            if held_out.due(before, step + 1, settling.is_last(step, steps)):
                 figures |= held_out.measure(step + 1)
+                settling.note(step + 1, figures)
+            last = settling.is_last(step, steps)
             before = step + 1
             _write(sinks, step + 1, figures)
             engine.check_saving()
@@ -138,6 +143,8 @@ def fit(training: Training, done: int, sinks: Sequence[Sink]) -> bool:
             if stats.interrupted and not last:
                 engine.finish_saving()
                 return False
+            if last:
+                break
     return True
 
 

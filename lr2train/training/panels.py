@@ -42,7 +42,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Critical index of the best candidate", ("search/critical_index",)),
         Panel("Attention factor of the best candidate", ("search/attention_factor",)),
         Panel("Document-forwards", ("search/document_forwards",)),
-        Panel("Candidates, and of these dropped", ("search/candidates", "search/dropped")),
+        Panel("Candidates", ("search/candidates",)),
     ),
 }
 PICTURES = {

@@ -22,6 +22,7 @@ from lr2train.data.corpus import Corpus
 from lr2train.data.feed.held_out import HeldOutSegments
 from lr2train.parallel import control
 from lr2train.progress import say
+from lr2train.rope.factors import Factors
 from lr2train.training.deepspeed.engine import Engine
 
 
@@ -38,10 +39,11 @@ class HeldOut:
         self._engine, self._batches, self._every = engine, batches, every_steps
 
     @classmethod
-    def prepare(cls, config: Config, corpus: Corpus, engine: Engine, original_window_tokens: int) -> HeldOut:
+    def prepare(cls, config: Config, corpus: Corpus, engine: Engine, factors: Factors) -> HeldOut:
         """Read the held-out segments, and say which window has none. A collective.
 
-        A curriculum trains the short window alone, so only its loss is measured.
+        Long ones are as long as the target window, also where training segments are shorter and positions jump. A
+        curriculum trains the short window alone, so only its loss is measured.
 
         Raises:
             UserError: held-out documents cannot be read; on every rank.
@@ -52,7 +54,7 @@ class HeldOut:
         kept: list[Batch] = []
         counts = []
         for window in WINDOWS if config.data.kind == "segments" else (SHORT,):
-            n_segments, found = _read(window, config, corpus, engine, original_window_tokens)
+            n_segments, found = _read(window, config, corpus, engine, factors)
             if missing := _missing(window, n_segments, corpus, engine, found):
                 say("train", f"the held-out loss of the {window} window is not measured: {missing}")
                 continue
@@ -66,6 +68,11 @@ class HeldOut:
     def measures(self) -> bool:
         """Whether there is something to measure."""
         return bool(self._batches)
+
+    @property
+    def windows(self) -> set[str]:
+        """The windows that are measured."""
+        return {batch.window for batch in self._batches}
 
     def due(self, before: int, step: int, last: bool) -> bool:
         """Whether to measure after a step.
@@ -98,9 +105,7 @@ class HeldOut:
         )
 
 
-def _read(
-    window: str, config: Config, corpus: Corpus, engine: Engine, original_window_tokens: int
-) -> tuple[int, list[Batch]]:
+def _read(window: str, config: Config, corpus: Corpus, engine: Engine, factors: Factors) -> tuple[int, list[Batch]]:
     """How many segments a window has on all ranks, and this rank's batches. A collective.
 
     Raises:
@@ -110,7 +115,8 @@ def _read(
 
     def read() -> int:
         most = config.engine.validate_segments
-        segments = HeldOutSegments(corpus, window, original_window_tokens, data.segment_tokens, most)
+        n_tokens = factors.target_window_tokens if window == LONG else data.segment_tokens
+        segments = HeldOutSegments(corpus, window, factors.spectrum.window_tokens, n_tokens, most)
         whole = window == LONG and data.long_attention == LongAttention.segment
         mine.extend(segments.batches(mesh.dp_rank, mesh.dp_size, whole))
         return len(segments.numbers)

@@ -6,6 +6,7 @@ share one launch.
 """
 
 import copy
+import itertools
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -126,24 +127,31 @@ def explicitly(family: str, changes: dict, spans) -> tuple[Tensor, dict[str, Ten
     return logits, gradients(model)
 
 
-def cases_of(world: int) -> list[Case]:
-    """Llama under everything; the other families under each strategy and kind of segment: their attention is alike."""
-    cases = []
+def cases_of(world: int, whole: bool) -> list[Case]:
+    """Llama under everything. ``whole``: the other families under each strategy with each kind of segment; else each
+    of their strategies takes one kind, and each family meets all kinds: their attention is alike.
+    """
+    cases, turn = [], itertools.count()
+
+    def kinds() -> tuple[str, ...]:
+        return KINDS if whole else (KINDS[next(turn) % len(KINDS)],)
+
     for family, changes in FAMILIES.items():
-        named = EVERY if family == "llama" else KINDS
-        cases.append(Case(family, "local", EVERY if world == 1 else ALIGNED, changes))
-        cases += [Case(family, strategy, named, changes) for strategy in ("ulysses", "ring", "gather")]
-        cases += [Case(family, strategy, named, changes, ring=min(2, world)) for strategy in ("ulysses_ring",)]
+        llama = family == "llama"
+        cases.append(Case(family, "local", ALIGNED if world > 1 else EVERY if llama or whole else KINDS[:1], changes))
+        for strategy in ("ulysses", "ring", "gather", "ulysses_ring"):
+            ring = min(2, world) if strategy == "ulysses_ring" else 1
+            cases.append(Case(family, strategy, EVERY if llama else kinds(), changes, ring))
     for family, changes in SLIDING.items():
         cases.append(Case(family, "local", ALIGNED, changes))
-        cases += [Case(family, strategy, KINDS, changes) for strategy in ("ulysses", "ring", "gather")]
-        cases.append(Case(family, "auto", EVERY, changes, ring=min(2, world)))
+        cases += [Case(family, strategy, kinds(), changes) for strategy in ("ulysses", "ring", "gather")]
+        cases.append(Case(family, "auto", EVERY if whole else kinds(), changes, ring=min(2, world)))
     return [case for case in cases if world < 4 or case.family in ("llama", "qwen2")]
 
 
-def check_cases(rank: int, world: int) -> None:
+def check_cases(rank: int, world: int, whole: bool) -> None:
     meshes = {ring: make_mesh(world, None, ring) for ring in {1, min(2, world)}} if world > 1 else {1: Mesh()}
-    for (family, _), cases in groupby(cases_of(world), key=lambda case: (case.family, case.changes)):
+    for (family, _), cases in groupby(cases_of(world, whole), key=lambda case: (case.family, case.changes)):
         alike = list(cases)
         changes = alike[0].changes
         names = dict.fromkeys(name for case in alike for name in case.segments)
@@ -180,13 +188,18 @@ def summed(grads: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view_as(grad) for (name, grad), part in zip(grads.items(), parts, strict=True)}
 
 
-def test_on_one_rank():
-    check_cases(0, 1)
+HOW_MANY = pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "whole"])
 
 
+@HOW_MANY
+def test_on_one_rank(whole):
+    check_cases(0, 1, whole)
+
+
+@HOW_MANY
 @pytest.mark.parametrize("world", [2, 4])
-def test_on_ranks(world, tmp_path):
-    run_ranks(check_cases, world, tmp_path=tmp_path, timeout_s=180)
+def test_on_ranks(world, whole, tmp_path):
+    run_ranks(check_cases, world, whole, tmp_path=tmp_path, timeout_s=180)
 
 
 # ---- how training calls a model ----

@@ -274,16 +274,19 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_verb_runs_with_closed_standard_streams(world):
-    typed = [
+def prepared(world: Path) -> list[str]:
+    """A preparation of the texts, with the tokenizer that is there."""
+    return [
         f"runs_folder={world}",
-        "name=silent",
         f"data.sources=[{{name: texts, path: {world}/texts}}]",
         f"model.original_window_tokens={tiny.L0}",
         f"data.segment_tokens={tiny.L}",
         f"data.tokenizer={world}/base",
-        "data.holdout=0.4",
     ]
+
+
+def test_a_verb_runs_with_closed_standard_streams(world):
+    typed = [*prepared(world), "name=silent", "data.holdout=0.4"]
     command = shlex.join([sys.executable, "-m", "lr2train.prepare", *typed])
     done = subprocess.run(
         ["bash", "-c", f"exec {command} <&- >&- 2>&-"], cwd=world, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -293,20 +296,14 @@ def test_a_verb_runs_with_closed_standard_streams(world):
 
 
 def test_a_sweep_runs_every_job_in_a_process_and_tells_of_the_one_that_failed(world):
-    settings = [
-        "optim.steps=1",
-        "optim.segments_per_step=1",
-        f"data.segment_tokens={tiny.L}",
-        "rope=pi",
-        f"model.path={world}/base",
-    ]
-    swept = ["name=lr_${optim.lr}", "optim.lr=1e-4,-1,2e-4", "--multirun"]
-    done = run("train", *tiny.arguments(world, *settings), *swept, folder=world)
+    """With the verb that starts fastest; what a job computes is nothing to the sweep."""
+    swept = ["name=held_${data.holdout}", "data.holdout=0.3,-1,0.4", "--multirun"]
+    done = run("prepare", *prepared(world), *swept, folder=world)
     assert done.returncode == 2
-    assert sorted(file.parent.name for file in world.glob("lr_*/train.json")) == ["lr_0.0001", "lr_0.0002"]
-    assert "job 1 of 3: done: optim.lr=1e-4" in done.stderr
-    assert "job 2 of 3: failed with exit code 2: optim.lr=-1" in done.stderr
-    assert "job 3 of 3: done: optim.lr=2e-4" in done.stderr
+    assert sorted(file.parent.name for file in world.glob("held_*/prepare.json")) == ["held_0.3", "held_0.4"]
+    assert "job 1 of 3: done: data.holdout=0.3" in done.stderr
+    assert "job 2 of 3: failed with exit code 2: data.holdout=-1" in done.stderr
+    assert "job 3 of 3: done: data.holdout=0.4" in done.stderr
     assert "1 of 3 jobs failed" in done.stderr
 
 
@@ -403,10 +400,11 @@ def refused(verb: str, arguments: list[str]) -> str | None:
     return None
 
 
-# A wheel.
+# A release.
 
 
-def test_a_wheel_in_a_fresh_environment_serves_from_an_empty_folder(tmp_path):
+def test_a_release_in_a_fresh_environment_serves_from_an_empty_folder(tmp_path):
+    """The wheel is made from the sdist, so that the sdist holds all that a build needs."""
     sources, environment, empty = tmp_path / "sources", tmp_path / "environment", tmp_path / "an empty folder = ü"
     shutil.copytree(ROOT / "lr2train", sources / "lr2train", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "conf", sources / "conf", ignore=shutil.ignore_patterns("local"))
@@ -416,9 +414,12 @@ def test_a_wheel_in_a_fresh_environment_serves_from_an_empty_folder(tmp_path):
         shutil.copy(ROOT / name, sources)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-deps", "--no-index"]
+    build = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=sources, check=True, capture_output=True, text=True)
     subprocess.run(
-        [*pip, "wheel", *offline, "--no-build-isolation", "-w", str(tmp_path), str(sources)],
+        [*pip, "wheel", *offline, "--no-build-isolation", "-w", str(tmp_path), done.stdout.split()[-1]],
         check=True,
+        cwd=tmp_path,
         capture_output=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
@@ -436,7 +437,12 @@ def test_a_wheel_in_a_fresh_environment_serves_from_an_empty_folder(tmp_path):
     assert installed == {file.relative_to(ROOT) for file in CONF_FOLDER.rglob("*.yaml") if file.parent.name != "local"}
     empty.mkdir()
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [str(environment / "bin" / "lr2train"), "plan", "experiment=llama3_8b_128k"]
+    lr2train = str(environment / "bin" / "lr2train")
+    said = subprocess.run([lr2train, "--version"], cwd=empty, env=clean, capture_output=True, text=True)
+    released = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert said.stdout == f"lr2train {released[0]}\n"
+    assert wheel.name.startswith(f"lr2train-{released[0]}-py3")
+    command = [lr2train, "plan", "experiment=llama3_8b_128k"]
     done = subprocess.run(command, cwd=empty, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "8.03B" in done.stdout

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import string
+from functools import partial
 
 import numpy as np
 import pytest
@@ -381,6 +384,69 @@ def test_the_promised_pairs_fit_for_every_draw(pairs, questions):
     assert maker.most_pairs(4000) > 20
 
 
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from(sorted(WORDINGS)),
+    st.sampled_from(["trained_pairs", "threes", "llama2"]),
+)
+@settings(max_examples=25)
+def test_who_follows_the_needles_of_a_chain_finds_its_answer(seed, pairs, chains, hops, wording, name):
+    """The text alone is read, as a person would: each name stands in one needle, and leads to the next or a number."""
+    tokenizer, how, outside = TOKENIZERS[name], WORDINGS[wording], 100_000
+    maker = NeedleMaker(tokenizer.encode, wording, 4, None, None)
+    make = partial(
+        maker.make, filler=np.full(3000, outside), length_tokens=2500, n_pairs=pairs, n_chains=chains, hops=hops
+    )
+    made = make(np.random.default_rng(seed))
+    assert len(made.tokens) == 2500
+    assert len(made.answer_spans) == len(made.answers) == 1 + chains
+    asked_from = int(np.flatnonzero(made.tokens == outside)[-1]) + 1
+    hidden = made.tokens[:asked_from]
+    sentence = re.escape(how.needle).replace(r"\{key\}", rf"([a-z]+{how.key_joint}[a-z]+)") + r" ?([a-z0-9_-]+)"
+    needles = re.findall(sentence, tokenizer.decode(hidden[hidden != outside]))
+    leads_to = dict(needles)
+    assert len(needles) == len(leads_to) == pairs + chains * (hops + 1), "a name has two needles"
+    assert len({value for value in leads_to.values() if value.isdigit()}) == pairs + chains
+    first_names, asked = set(leads_to) - set(leads_to.values()), []
+    for (start, stop), answer in zip(made.answer_spans, made.answers, strict=True):
+        assert asked_from < start < stop
+        assert tokenizer.decode(made.tokens[start:stop]).strip() == answer
+        before = tokenizer.decode(made.tokens[asked_from:start]).strip()
+        (key,) = (one for one in first_names if before.endswith(how.question.format(key=one).strip()))
+        path = [leads_to[key]]
+        while not path[-1].isdigit():
+            path.append(leads_to[path[-1]])
+        assert how.link.join(path) == answer
+        asked.append(len(path))
+    assert asked == [1] + chains * [hops + 1]
+    again = make(np.random.default_rng(seed))
+    assert again.tokens.tolist() == made.tokens.tolist()
+    assert again.answer_spans == made.answer_spans
+    assert make(np.random.default_rng(seed + 1)).answers != made.answers
+
+
+def test_a_document_without_chains_is_what_it_was_before_there_were_chains():
+    """The draws of pairs come first, so corpora and demos keep their documents; a digest of one, made then."""
+    tokenizer = TOKENIZERS["trained_pairs"]
+    made = NeedleMaker(tokenizer.encode, "code", 5, 0, None).make(np.random.default_rng(3), FILLER, 300, None, 4, 2)
+    assert hashlib.sha256(made.tokens.tobytes()).hexdigest()[:16] == "c85cd713228d10a7"
+
+
+@pytest.mark.parametrize(("chains", "hops"), [(1, 1), (3, 2), (2, 4)])
+def test_the_promised_pairs_fit_beside_chains(chains, hops):
+    tokenizer = TOKENIZERS["threes"]
+    maker = NeedleMaker(tokenizer.encode, "plain", 7, 0, None)
+    lengths = [length for length in range(50, 1500, 50) if maker.most_pairs(length, 1, chains, hops)]
+    for length in lengths:
+        fit = maker.most_pairs(length, 1, chains, hops)
+        for seed in range(3):
+            maker.make(np.random.default_rng(seed), FILLER, length, None, fit, 1, n_chains=chains, hops=hops)
+    assert lengths
+
+
 def test_a_document_that_cannot_be_made_is_refused():
     encode, rng = TOKENIZERS["threes"].encode, np.random.default_rng(0)
     for words, arguments in (
@@ -389,6 +455,7 @@ def test_a_document_that_cannot_be_made_is_refused():
         ("1 pairs and 2 questions", {"n_pairs": 1, "n_questions": 2}),
         ("depth=-0.1 is not between 0 and 1", {"depth": -0.1}),
         ("depth=1.5", {"depth": 1.5}),
+        ("10 pairs and 800 chains of 2 needles has more names", {"n_pairs": 10, "n_chains": 800}),
     ):
         with pytest.raises(UserError, match=words):
             NeedleMaker(encode, "paper", 7, None, None).make(

@@ -72,7 +72,7 @@ def test_what_would_stop_a_run_comes_first_and_is_the_exit_code(tmp_path, monkey
 def stopping(capsys, *arguments: str) -> str:
     """What is printed, with the exit code 2."""
     with pytest.raises(SystemExit) as end:
-        doctor._from_the_command_line(compose("doctor", list(arguments)))
+        doctor.from_the_command_line(compose("doctor", list(arguments)))
     assert end.value.code == 2
     return capsys.readouterr().out
 

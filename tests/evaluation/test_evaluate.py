@@ -160,7 +160,8 @@ def test_text_files_keep_the_tables_of_earlier_commands(world, capsys):
     needles = (world / "tables" / "evaluation" / "table.txt").read_text()
     evaluate(config_of(world, *config, "eval.tasks=[text]"))
     assert (world / "tables" / "evaluation" / "table.txt").read_text() == needles
-    assert "needle accuracy" in needles
+    assert needles.splitlines()[0] == "Needles found, percent of the documents"
+    assert needles.splitlines()[3].startswith("4 documents a cell; standard error of a cell: 25 points at 50%")
 
 
 def on_ranks(rank: int, world_size: int, world: Path, name: str):
@@ -172,18 +173,18 @@ def on_ranks(rank: int, world_size: int, world: Path, name: str):
 
 def test_scores_are_equal_on_any_number_of_ranks(world, tmp_path):
     alone = evaluate(config_of(world, "name=one", f"run=[{world}/base,first]"))
-    for n_ranks in (2, 4):
-        found = run_ranks(on_ranks, n_ranks, world, f"ranks_{n_ranks}", tmp_path=tmp_path, timeout_s=120)
-        assert all(one["rows"] == found[0]["rows"] for one in found)
-        for ours, theirs in zip(alone["scores"], found[0]["scores"], strict=True):
-            assert {k: v for k, v in ours.items() if k not in ("seconds", "measures")} == {
-                k: v for k, v in theirs.items() if k not in ("seconds", "measures")
-            }
-            for name, value in ours["measures"].items():
-                # ranks have other numbers of threads, so sums differ in their last bits; decisions do not
-                assert theirs["measures"][name] == pytest.approx(value, rel=1e-6)
-        journal = lines(world / f"ranks_{n_ranks}" / "evaluation" / "first" / "answers.jsonl")
-        assert len({one["key"] for one in journal}) == len(journal) == 2 * 4 + 2
+    n_ranks = 3  # the samples are no multiple of it
+    found = run_ranks(on_ranks, n_ranks, world, "ranks", tmp_path=tmp_path, timeout_s=120)
+    assert all(one["rows"] == found[0]["rows"] for one in found)
+    for ours, theirs in zip(alone["scores"], found[0]["scores"], strict=True):
+        assert {k: v for k, v in ours.items() if k not in ("seconds", "measures")} == {
+            k: v for k, v in theirs.items() if k not in ("seconds", "measures")
+        }
+        for name, value in ours["measures"].items():
+            # ranks have other numbers of threads, so sums differ in their last bits; decisions do not
+            assert theirs["measures"][name] == pytest.approx(value, rel=1e-6)
+    journal = lines(world / "ranks" / "evaluation" / "first" / "answers.jsonl")
+    assert len({one["key"] for one in journal}) == len(journal) == 2 * 4 + 2
 
 
 def test_another_end_of_texts_is_another_model(world, tmp_path):
@@ -213,7 +214,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(world, monkeypatch):
     def dying(file, entries):
         append(file, entries)
         written.extend(entries)
-        if len(written) >= 3:
+        if len(written) >= 7:
             raise Killed
 
     monkeypatch.setattr(answers_module.journals, "append", dying)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from lr2train.config import SearchConfig
 from lr2train.evolution.descent import descend, non_decreasing
+from lr2train.evolution.final import Scored
 from lr2train.evolution.fitness import Slope
-from lr2train.evolution.genome import Space
+from lr2train.evolution.genome import ALL, Space
 from lr2train.rope import Spectrum
 
 BEST, BEST_FACTOR = 12.0, 1.3
@@ -19,13 +20,14 @@ INDEX = 11  # the loss is lowest with this critical index
 
 
 class Valley:
-    """Loss and slopes of ``mean squared distance of log factors from a known tail``, as ``Fitness`` hands them out."""
+    """Loss and slopes of ``mean squared distance of log factors from a known tail``, as a scorer hands them out."""
 
     def __init__(self, space: Space):
-        self.space, self.calls = space, 0
+        self.space, self.forwards, self.asked = space, 0, []
 
-    def loss(self, candidate) -> float:
-        return self.slope(candidate).loss
+    @property
+    def fitness(self):
+        return self
 
     def slope(self, candidate) -> Slope:
         factors = self.space.factors(candidate)
@@ -36,55 +38,63 @@ class Valley:
         return Slope(loss, 2 * logs, 8 * off)
 
     def slopes(self, pairs) -> list[Slope]:
-        self.calls += len(pairs)
+        self.forwards += 3 * len(pairs)
+        self.asked.append([document for _, document in pairs])
         return [self.slope(candidate) for candidate, _ in pairs]
 
-
-class Scorer:
-    def __init__(self, space: Space):
-        self.fitness = Valley(space)
+    def on(self, candidates, documents) -> list[Scored]:
+        self.forwards += len(candidates) * len(documents)
+        self.asked.append(list(documents))
+        return [Scored(one, self.slope(one).loss, len(documents)) for one in candidates]
 
 
 def run(**settings):
-    values = {"algorithm": "gradient", "population": 12, "top_k": 2, "generations": 24, "documents": 5, **settings}
+    values = {"population": 12, "top_k": 2, "generations": 24, "documents": 27, **settings}
     space = Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**values))
-    scorer = Scorer(space)
-    return list(descend(space, scorer, 0)), scorer.fitness, space  # type: ignore[arg-type]
+    valley = Valley(space)
+    return list(descend(space, valley, 0)), valley  # type: ignore[arg-type]
 
 
 def test_it_ends_in_the_valley():
-    generations, valley, _ = run()
+    generations, valley = run()
     best = generations[-1].best.candidate
     assert best.critical_index == INDEX
     assert best.tail == pytest.approx([BEST] * len(best.tail), rel=0.02)
     assert best.attention_factor == pytest.approx(BEST_FACTOR, abs=0.02)
-    assert valley.loss(best) < 0.01 * valley.loss(generations[0].best.candidate)
+    assert valley.slope(best).loss < 0.01 * generations[0].best.loss
+
+
+def test_where_every_factor_is_free_it_descends_from_the_curves_of_longrope():
+    generations, _ = run(space="longrope", tail_high=1.5, generations=40, step_size=0.1)
+    assert len(generations[0].population) == 3
+    best = generations[-1].best.candidate
+    assert best.critical_index == ALL and len(best.tail) == 32
+    assert best.tail[INDEX:] == pytest.approx([BEST] * (32 - INDEX), rel=0.05)
 
 
 def test_every_candidate_is_in_the_space_and_the_same_seed_finds_the_same():
-    generations, _, space = run()
-    low, high = space.bounds
+    generations, valley = run()
+    low, high = valley.space.bounds
     for generation in generations:
-        for one in (*generation.population, *generation.dropped):
+        for one in generation.population:
             tail = one.candidate.tail
             assert list(tail) == sorted(tail)
             assert low <= tail[0] and tail[-1] <= high
     assert run()[0] == generations
 
 
-def test_the_cost_is_the_announced_cost():
-    """One track for each of the 9 critical indices, fewer each round, two from the middle on."""
-    generations, valley, _ = run()
-    sizes = [len(one.population) + len(one.dropped) for one in generations]
-    assert sizes[0] == 9 and sizes[-1] == 2 and sizes == sorted(sizes, reverse=True)
-    assert valley.calls == sum(sizes)
-    settings = SearchConfig(algorithm="gradient", population=9, top_k=2, generations=24, documents=5)
-    assert settings.most_forwards == 3 * sum(sizes)
-    assert len(run(population=4)[0][0].population) + len(run(population=4)[0][0].dropped) == 4
+def test_the_cost_is_the_announced_cost_and_each_document_is_met_once_by_a_track():
+    """Nine critical indices are compared on three documents; then two tracks take 24 further documents in turn."""
+    generations, valley = run()
+    assert [len(one.population) for one in generations] == [9] + [2] * 24
+    assert valley.forwards == SearchConfig(population=9, top_k=2, generations=24).most_forwards == 9 * 3 + 2 * 3 * 24
+    assert sorted(valley.asked[0] + [one for asked in valley.asked[1:] for one in asked[:1]]) == list(range(27))
+    assert [one.candidate.critical_index for one in run(population=3)[0][0].population] == [12, 8, 16]
+    assert len(run(step_documents=3)[1].asked[-1]) == 6
 
 
 def test_a_fixed_attention_factor_and_a_fixed_critical_index_stay():
-    generations, _, _ = run(search_attention_factor=False, attention_factor=1.1, critical_index=13, top_k=1)
+    generations, _ = run(search_attention_factor=False, attention_factor=1.1, critical_index=13, top_k=1)
     found = {(one.best.candidate.critical_index, one.best.candidate.attention_factor) for one in generations}
     assert found == {(13, 1.1)}
 

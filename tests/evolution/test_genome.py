@@ -96,7 +96,7 @@ def test_keys_are_equal_iff_candidates_are(tail, other, attention, index):
 
 
 def default_space(**options) -> Space:
-    return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**options))
+    return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**{"algorithm": "evolution", **options}))
 
 
 def test_the_initial_population_covers_every_critical_index_with_constant_tails():
@@ -201,9 +201,10 @@ def test_longrope_candidates_stay_inside_the_space(seed, crossover):
         ({"mutation_step": 0.0}, r"search\.mutation_step=0\.0 is not a finite number of 1e-6 or more"),
         ({"mutation_step": 1e-320}, r"is not a finite number of 1e-6 or more"),
         ({"top_k": 64}, r"search\.top_k=64 is outside 1 … 63, .*set search\.top_k to 16"),
+        ({"operators": "authors"}, r"search\.operators=authors needs one critical index .*search\.critical_index .*16"),
         (
-            {"space": "longrope", "algorithm": "cmaes"},
-            r"search\.algorithm=cmaes has a form for the tail alone; set search\.space=longrope2",
+            {"operators": "authors", "critical_index": 12, "tail_high": 1.01},
+            r"20 strictly increasing factors in steps of search\.mutation_step=0\.01 do not fit between 8 and 8\.08",
         ),
         ({"space": "longrope", "critical_index": 9}, r"search\.critical_index=9 has no meaning"),
         ({"top_k": 0}, r"search\.top_k=0 is outside"),

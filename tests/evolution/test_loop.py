@@ -1,14 +1,14 @@
-"""The paper's algorithm and CMA-ES, on a synthetic fitness whose optimum is known."""
+"""The paper's algorithm, on a synthetic fitness whose optimum is known."""
 
 import math
 
+import numpy as np
 import pytest
 
 from lr2train.config import SearchConfig
-from lr2train.evolution.cma import evolve_cmaes
+from lr2train.evolution.final import Scored
 from lr2train.evolution.genome import Candidate, Space
 from lr2train.evolution.loop import Generation, evolve
-from lr2train.evolution.race import Scored
 from lr2train.rope import Spectrum
 
 SCALE, N_DIMS = 8.0, 32
@@ -21,8 +21,7 @@ class Bowl:
     def __init__(self):
         self.asked: list[Candidate] = []
 
-    def __call__(self, candidates, kept):
-        assert not {one.key for one in candidates} & {one.key for one in kept}, "a kept candidate is not scored again"
+    def __call__(self, candidates):
         self.asked += candidates
         return [Scored(candidate, math.log(self.value(candidate)), 1) for candidate in candidates]
 
@@ -33,22 +32,13 @@ class Bowl:
         return 1 + tail + 0.01 * abs(candidate.critical_index - 11) + 4 * (candidate.attention_factor - 1.2) ** 2
 
 
-class Racing(Bowl):
-    """Drops every candidate that is not among the six best so far."""
-
-    def __call__(self, candidates, kept):
-        scored = super().__call__(candidates, kept)
-        losses = sorted([*(one.loss for one in scored), *(math.log(self.value(one)) for one in kept)])
-        return [Scored(one.candidate, one.loss, 1, dropped=one.loss > losses[5]) for one in scored]
-
-
 def space(**settings) -> Space:
-    values = {"population": 24, "top_k": 6, "generations": 15, **settings}
+    values = {"algorithm": "evolution", "population": 24, "top_k": 6, "generations": 15, **settings}
     return Space(Spectrum(64, 10000.0, 512), 4096, SearchConfig(**values))
 
 
-def run(seed: int = 0, scorer=None, algorithm=evolve, **settings) -> list[Generation]:
-    return list(algorithm(space(**settings), scorer or Bowl(), seed))
+def run(seed: int = 0, scorer=None, **settings) -> list[Generation]:
+    return list(evolve(space(**settings), scorer or Bowl(), seed))
 
 
 def test_the_result_depends_on_the_seed_alone():
@@ -95,7 +85,7 @@ def test_the_search_ends_near_the_optimum(seed):
 
 
 def test_ties_are_broken_by_the_candidates_key():
-    first = run(generations=1, scorer=lambda candidates, kept: [Scored(one, 0.0, 1) for one in candidates])[0]
+    first = run(generations=1, scorer=lambda candidates: [Scored(one, 0.0, 1) for one in candidates])[0]
     keys = [member.candidate.key for member in first.population]
     assert keys == sorted(keys)
 
@@ -115,38 +105,15 @@ def test_a_space_with_fewer_candidates_than_the_population_is_searched_whole():
     assert generations[-1].best.candidate.attention_factor == 1.05
 
 
-def test_dropping_candidates_that_cannot_be_parents_changes_no_generation():
-    plain, racing = run(), run(scorer=Racing())
-    assert [one.population[:6] for one in racing] == [one.population[:6] for one in plain]
-    assert all(len(one.population) + len(one.dropped) == 24 for one in racing)
-    assert sum(len(one.dropped) for one in racing) > 100
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_cmaes_ends_near_the_optimum(seed):
-    """The optimum's tail is straight, a form that CMA-ES can draw; so the bound is narrower."""
-    generations = run(seed, algorithm=evolve_cmaes, generations=25)
-    best = generations[-1].best
-    assert best.perplexity - 1 < 0.05 * (generations[0].best.perplexity - 1)
-    assert abs(best.candidate.critical_index - BEST.critical_index) <= 1
-    assert run(seed, algorithm=evolve_cmaes, generations=3) == generations[:4], "the seed alone decides"
-    assert [one.index for one in generations] == list(range(26))
-    scores = [one.best.loss for one in generations]
-    assert scores == sorted(scores, reverse=True)
-
-
-def test_cmaes_learns_from_dropped_candidates_too():
-    best = run(algorithm=evolve_cmaes, scorer=Racing(), generations=25)[-1].best
-    assert best.perplexity < 1.01
-
-
-def test_cmaes_candidates_stay_inside_the_space():
-    one = space()
-    for generation in run(algorithm=evolve_cmaes, generations=4):
-        for scored in (*generation.population, *generation.dropped):
-            tail = scored.candidate.tail
-            assert scored.candidate.critical_index in one.critical_indices
-            assert len(tail) == N_DIMS - scored.candidate.critical_index
-            assert one.bounds[0] <= tail[0]
-            assert list(tail) == sorted(tail)
-            assert tail[-1] <= one.bounds[1]
+def test_the_authors_generations_have_as_many_crossovers_as_mutations_and_twice_the_first_candidates():
+    settings = {"operators": "authors", "critical_index": 11, "search_attention_factor": False, "top_k": 12}
+    bowl = Bowl()
+    generations = run(scorer=bowl, generations=8, **settings)
+    assert len(generations[0].population) == 48 and generations[-1].evaluated == 48 + 8 * 12
+    assert all(one.critical_index == 11 and np.all(np.diff(one.tail) > 0.009) for one in bowl.asked)
+    firsts, parents = bowl.asked[48:60], [one.candidate for one in generations[0].population[:12]]
+    values = {round(value, 2) for parent in parents for value in parent.tail}
+    crossed = [np.mean([round(value, 2) in values for value in one.tail]) for one in firsts]
+    assert np.mean(crossed[1::2]) > np.mean(crossed[::2]), "every second child has its values from two parents"
+    best = [one.best.perplexity for one in generations]
+    assert best == sorted(best, reverse=True) and best[-1] < best[0]

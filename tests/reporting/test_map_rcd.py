@@ -68,16 +68,16 @@ def serial(world):
 def test_a_cell_equals_a_plain_forward_pass(world, serial):
     given, summary = serial
     lines = lines_of(given.out)
-    assert len(lines) == summary["cells"] == 2 * (3 + 2 * 2)
+    assert len(lines) == summary["cells"] == 2 * (4 + 2 * 2)
     config = map_rcd.compose_config(given)
     documents = map_rcd.documents_of(config)
     assert [len(one.tokens) for one in documents] == [tiny.L] * 2
-    assert [len(one.answer_spans) for one in documents] == [2, 2]
+    assert [len(one.spans) for one in documents] == [2, 2]
     for line in (line for line in lines if line["attention_factor"] == 1.2):
         factors = _cell_of(line).factors(tiny.SPECTRUM, tiny.L)
-        losses = [_plain_loss(world / "base", factors, one) for one in documents]
+        losses = [loss for one in documents for loss in _plain_losses(world / "base", factors, one)]
         assert line["nll"] == pytest.approx(losses, rel=1e-4)
-        mean = sum(losses) / sum(one.n_answer_tokens for one in documents)
+        mean = sum(losses) / sum(one.n_scored_tokens for one in documents)
         assert line["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
     assert len({line["perplexity"] for line in lines}) == len(lines), "two cells were measured with the same factors"
     for picture in summary["pictures"]:
@@ -88,8 +88,8 @@ def _cell_of(line: dict) -> MapCell:
     return MapCell(*(line[key] for key in ("method", "attention_factor", "critical_index", "scale")))
 
 
-def _plain_loss(folder, factors, document) -> float:
-    """The loss without our modules: transformers' own rotary table is overwritten."""
+def _plain_losses(folder, factors, document) -> list[float]:
+    """The loss of each answer without our modules: transformers' own rotary table is overwritten."""
     model = load.load_whole(folder)
     rotary = model.base_model.rotary_emb
     rotary.inv_freq = torch.tensor(factors.inv_freq, dtype=torch.float32)
@@ -97,7 +97,7 @@ def _plain_loss(folder, factors, document) -> float:
     ids = torch.from_numpy(document.tokens)
     with torch.no_grad():
         likelihoods = model(ids[None]).logits[0].double().log_softmax(-1)
-    return -sum(likelihoods[t - 1, ids[t]].item() for start, stop in document.answer_spans for t in range(start, stop))
+    return [-sum(likelihoods[t - 1, ids[t]].item() for t in range(start, stop)) for start, stop in document.spans]
 
 
 def test_a_killed_map_measures_only_missing_cells(world, serial, tmp_path, monkeypatch, capsys):
@@ -123,7 +123,7 @@ def test_several_processes_measure_the_same_cells(world, serial, tmp_path):
     map_rcd.make_map(arguments(world, tmp_path, *only, "--processes", "2"))
     expected = {_cell_of(line): line["nll"] for line in lines_of(serial[0].out)}
     found = {_cell_of(line): line["nll"] for line in lines_of(tmp_path)}
-    assert len(found) == 5
+    assert len(found) == 6
     assert found == {cell: expected[cell] for cell in found}
 
 
@@ -143,7 +143,7 @@ def test_default_indices_span_d10_to_tcd_plus_2(world, tmp_path):
 
 
 def grid(losses, indices=(14, 16), scales=(1.0,), factor: float = 1.0) -> dict[MapCell, dict]:
-    """Cells from losses(index, scale) -> float64 [documents], one answer token a document."""
+    """Cells from losses(index, scale) -> float64 [answers], one token an answer."""
     lines = {}
     for index in indices:
         for scale in scales:

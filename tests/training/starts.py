@@ -6,6 +6,7 @@ second instead of five.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ def train(
 
 def _train(arguments: list[str], err: Path, strike: tuple[int, int] | None, environ: dict[str, str]) -> None:
     os.environ.update(environ)
+    gc.freeze()  # as the ranks do
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
 
     from lr2train.cli.door import main

@@ -1,4 +1,7 @@
-"""A resumed run ends where an undisturbed run ends: after a kill, after an interrupt, on another number of ranks."""
+"""A resumed run ends where an undisturbed run ends: after a kill, after an interrupt, on another number of ranks.
+
+Positions of its long segments jump.
+"""
 
 import json
 import os
@@ -33,7 +36,7 @@ def overrides(tmp_path_factory) -> list[str]:
     common = [
         f"runs_folder={runs}", "experiment=tiny_4k", "model.path=null", "rope=longrope2", "rope.factors=null",
         "rope.critical_index=2", "rope.tail=[2.0]",
-        "rope.target_window_tokens=128", "model.original_window_tokens=64",
+        "rope.target_window_tokens=256", "data.long_positions=skip", "model.original_window_tokens=64",
         "model.architecture.max_position_embeddings=64",
         "model.architecture.hidden_size=32",
         "model.architecture.head_dim=16", "model.architecture.num_hidden_layers=1", "model.architecture.vocab_size=400",

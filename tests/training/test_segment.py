@@ -28,15 +28,17 @@ def batches(draw) -> tuple[Batch, np.ndarray, np.ndarray]:
     drawn = st.sets(st.integers(0, n_tokens), min_size=2, max_size=8) if n_tokens > 1 else st.just({0, 1})
     borders = sorted(draw(drawn))
     spans = tuple((start, stop) for start, stop in pairwise(borders) if draw(st.booleans()))
+    jumps = tuple((draw(st.integers(*span[:1], span[1] - 1)), draw(st.integers(0, 9))) for span in spans)
     labels, positions = [], []
     for place in range(n_tokens):
         span = next(((start, stop) for start, stop in spans if start <= place < stop), None)
-        positions.append(place - span[0] if span else 0)
+        skipped = sum(tokens for at, tokens in jumps if span and span[0] <= at <= place)
+        positions.append(place - span[0] + skipped if span else 0)
         inside = span is not None and place + 1 < span[1] and draw(st.integers(0, 4)) > 0
         cut = span is not None and place + 1 == span[1] and draw(st.booleans())  # the document goes on elsewhere
         labels.append(int(tokens[place + 1]) if inside else int(rng.integers(70_000)) if cut else IGNORE)
     written = np.array(labels), np.array(positions)
-    return batch_of_labels(tokens, written[0], spans, SHORT), *written
+    return batch_of_labels(tokens, written[0], spans, SHORT, jumps), *written
 
 
 @given(batches())
@@ -46,7 +48,7 @@ def test_labels_and_positions_are_those_written_down(case):
     assert np.array_equal(labels_of(batch), labels)
     assert np.array_equal(positions_of(batch), positions)
     assert batch.n_target_tokens == np.count_nonzero(labels != IGNORE)
-    made = (*tensors_of(batch, CPU), document_positions(batch.spans, len(batch.tokens), CPU))
+    made = (*tensors_of(batch, CPU), document_positions(batch.spans, len(batch.tokens), CPU, batch.jumps))
     for tensor, expected in zip(made, (batch.tokens, labels, positions), strict=True):
         assert tensor.dtype == torch.int64
         assert tensor.tolist() == expected.tolist()

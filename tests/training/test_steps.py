@@ -129,7 +129,8 @@ def losses(folder: Path, name: str) -> list[float]:
 
 def test_chosen_steps_leave_a_trace_across_an_interrupt_and_no_other_step_does(folder):
     """The interrupt ends the range 6-7 after its first step; step 40 does not exist."""
-    chosen = ["name=profiled", "engine.validate_every_steps=0", "logger.profile_steps=[2-3, 6-7, 40]"]
+    plain = ["optim.steps=8", "engine.validate_every_steps=0"]
+    chosen = ["name=profiled", *plain, "logger.profile_steps=[2-3, 6-7, 40]"]
     code, err = train(folder, *chosen, strike=(6, signal.SIGTERM))
     assert code == 130, err
     assert "2 of the 5 steps of logger.profile_steps (2-3, 6-7, 40) have no trace of this start" in err
@@ -147,7 +148,7 @@ def test_chosen_steps_leave_a_trace_across_an_interrupt_and_no_other_step_does(f
     assert header.split() == ["operator", "calls", "cpu", "ms", "share"]
     spent = [float(row.split()[-2]) for row in rows]
     assert spent == sorted(spent, reverse=True)
-    code, err = train(folder, "name=plain", "engine.validate_every_steps=0")
+    code, err = train(folder, "name=plain", *plain)
     assert code == 0, err
     assert losses(folder, "profiled") == losses(folder, "plain")
     assert not (folder / "plain" / "profile").exists()

@@ -118,6 +118,7 @@ def _training(folder: Path, size: Size) -> Any:
     from lr2train.training.deepspeed.checkpoint import Checkpoints
     from lr2train.training.deepspeed.engine import Engine
     from lr2train.training.loop import Training
+    from lr2train.training.settling import Settling
     from lr2train.training.steps import Steps
     from lr2train.training.validation import HeldOut
     from tools.bench import synthetic
@@ -147,7 +148,8 @@ def _training(folder: Path, size: Size) -> Any:
     engine = Engine(config, mesh, factors, load.config_of(config.model), torch.device("cpu"))
     held_out = HeldOut(engine, (), 0)
     settled = Steps.settle(folder, config.data, mesh.dp_size, config.optim.segments_per_step)
-    return Training(config, folder, engine, loader, settled, steps, Checkpoints(folder / "checkpoints"), held_out)
+    checkpoints, settling = Checkpoints(folder / "checkpoints"), Settling(config.optim, steps)
+    return Training(config, folder, engine, loader, settled, steps, checkpoints, held_out, settling)
 
 
 class _BareLoop:

@@ -1,29 +1,28 @@
-"""Search algorithms beside the paper's plain loop: document-forwards, and perplexity on held-out needles.
+"""The search beside the paper's plain loop on three base models: document-forwards, perplexity of held-out needles.
 
-    python -m tools.bench.search [--quick]
+    python -m tools.bench.search [--only demo window_128] [--seeds 5] [--minutes 9]
 
-Every search is a run of ``lr2train search`` on the demo's tiny model, in its own process. Finished searches
-are not run again. Plain and racing searches of a seed share population size, iterations, operators and the first
-candidates.
+Plain is the paper's loop in a scaled form: population 16, 8 iterations, 10 documents with the needle at the start.
+Searches run one after another in this process, and a finished one is not run again; after ``--minutes`` it ends and the
+same command goes on. Missing base models are trained first, from the demo's corpus.
 
 All winners are scored on the same held-out documents, which no corpus holds: each is a source file of an installed
-package. Documents have the paper's form (one question, needle at the start) with distractors; a second set has the
-needle at five depths. A quick run has too few seeds to tell similar searches apart, so its bound allows one standard
-error. The last lines read ``name: value``. Exits with 1 where a bound is missed.
+package, with one question. A first set has the needle at the start, a second one at five depths. A difference to plain
+has a standard error, by a bootstrap over seeds and documents. The last lines read ``name: value``. Exits with 1 where a
+search is worse than plain by more than one standard error.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io as text_io
 import json
 import math
-import multiprocessing
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,213 +30,170 @@ from typing import Any
 import numpy as np
 import torch
 
-from lr2train import progress, run
+from lr2train import io, progress, run
 from lr2train.cli.composition import compose
-from lr2train.config import NeedleConfig
 from lr2train.data.corpus import Corpus
 from lr2train.data.needles import NeedleDocument, NeedleMaker
 from lr2train.model import load, rotary
 from lr2train.model.score import score
 from lr2train.rope import METHODS, Factors
+from lr2train.search import search
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-BOUND = "surrogate"  # the search with bounds: the default of ``search=``
-COST_BOUND = 0.25  # of the plain loop's document-forwards
 LICENSE_CHARACTERS = 2000  # the license at the top of every file is skipped
 NEEDLES = 21  # in every document, asked for or not: every good candidate finds a single needle
-ONE = ["search.questions=1", f"search.distractors={NEEDLES - 1}"]
-FOUR = ["search.questions=4", f"search.distractors={NEEDLES - 4}"]
-PLAIN = ["search.racing=false", "search.documents=10", "search.final_documents=0", *ONE]
-RACING = ["search.racing=true", "search.documents=3", "search.final_documents=24", *FOUR]
+DEPTHS = {"start": [0.0], "depths": [0.0, 0.25, 0.5, 0.75, 1.0]}
 VARIANTS = {
-    "plain": PLAIN,
-    "racing_only": [*PLAIN, "search.racing=true"],
-    "racing": RACING,
-    "cmaes": [*RACING, "search.algorithm=cmaes"],
-    "surrogate": [*ONE, "search.algorithm=surrogate", "search.documents=20", "search.final_documents=24"],
-}
-COLUMNS = (
-    "variant",
-    "seed",
-    "document-forwards",
-    "rcd",
-    "attention factor",
-    "search perplexity",
-    "held-out: start",
-    "held-out: depths",
+    "plain": [
+        "search=paper", "search.population=16", "search.top_k=4", "search.generations=8",
+        "search.search_attention_factor=true", "search.move_critical_index=0.2", "search.questions=1",
+        f"search.distractors={NEEDLES - 1}",
+    ],
+    "gradient": ["search=gradient"],
+    "small": ["search=small"],
+}  # fmt: skip
+_SHORT_STAGES = (
+    "data.stages=[{steps: 200, length_tokens: 64, repeats: 1.0},"
+    "{steps: 450, length_tokens: 128, repeats: 0.15, needles: 0.3, dense: 0.4, text: 0.15}]"
 )
-DESCRIPTIONS = {
-    "plain": "the paper's loop: every candidate on 10 documents of one question",
-    "racing_only": "the same documents, hopeless candidates dropped",
-    "racing": "3 documents of 4 questions, racing, the last top_k on 24 further documents",
-    "cmaes": "CMA-ES instead of evolution, on racing's documents",
-    "surrogate": (
-        "20 documents of one question and 24 further documents; a Gaussian process over all evaluations chooses "
-        "candidates and documents"
-    ),
-}
+_WINDOW_128 = [_SHORT_STAGES, "rope.target_window_tokens=128", "model.architecture.max_position_embeddings=128"]
 
 
 @dataclass(frozen=True)
-class SearchSize:
-    """Extent of the benchmark."""
+class Base:
+    """A base model: how it is trained, and the window that it is extended to."""
 
-    seeds: int
-    population: int
-    generations: int
-    top_k: int
-    variants: tuple[str, ...]
-    held_out: int  # documents with the needle at the start, and as many with needles at five depths
-    margin: float  # standard errors by which a search may be worse and still count as equal
+    target_tokens: int
+    overrides: Sequence[str] = ()
 
 
-FULL = SearchSize(5, 32, 8, 8, ("plain", "racing_only", "racing", "cmaes", "surrogate"), 120, 0.0)
-QUICK = SearchSize(4, 16, 4, 4, ("plain", "surrogate"), 40, 1.0)  # too few seeds for a smaller margin
+BASES = {
+    "demo": Base(4096),
+    "window_128": Base(1024, [*_WINDOW_128, "seed=1"]),
+    "theta_1e5": Base(1024, [*_WINDOW_128, "seed=2", "model.architecture.rope_parameters.rope_theta=100000.0"]),
+}
+Losses = dict[str, list[float]]
+"""Set of held-out documents -> loss per answer token of each document, nats."""
 
 
 def main() -> int:
-    """Run all searches, score their winners, print the table and the figures."""
-    arguments = _arguments()
-    size, folder = (QUICK if arguments.quick else FULL), Path(arguments.out) / ("quick" if arguments.quick else "full")
-    _make_model(arguments)
-    jobs = [(variant, seed) for seed in range(size.seeds) for variant in size.variants]
-    _search_all(arguments, size, folder, jobs)
-    held_out = _score_all(arguments, size, folder, jobs)
-    return _report(size, folder, held_out)
+    """Run what is missing until the time is over; print the table of all that is finished."""
+    asked, start = _arguments(), time.monotonic()
+    torch.set_num_threads(1)
+    for work in _all_work(asked):
+        work()
+        if time.monotonic() - start > 60 * asked.minutes:
+            progress.say("bench_search", "time is over; the same command goes on")
+            break
+    return _report(asked)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a small search, plain and surrogate alone; less than ten minutes"
-    )
-    parser.add_argument("--model", default="runs/base/model", help="where missing, the demo's first two steps make it")
-    parser.add_argument("--corpus", default="runs/corpus", help="where missing, the demo's first step makes it")
-    parser.add_argument(
-        "--out", default="runs/bench_search", help="folder of the searches; finished searches are not run again"
-    )
-    parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="concurrent searches, one thread each"
-    )
+    parser.add_argument("--only", nargs="+", choices=BASES, default=list(BASES), help="base models")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="searches")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--held-out", type=int, default=60, help="documents of each set")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after this time")
+    parser.add_argument("--runs", default="runs", help="folder of the corpus and the base models, made where missing")
+    parser.add_argument("--out", default="runs/bench_search", help="folder of the searches")
     return parser.parse_args()
 
 
-def _make_model(arguments: argparse.Namespace) -> None:
-    """The demo's corpus and base model, where they are missing."""
-    if not (Path(arguments.corpus) / "corpus.json").exists():
-        _call("lr2train.prepare", "experiment=tiny_4k", *_where(Path(arguments.corpus)))
-    if not (Path(arguments.model) / "config.json").exists():
-        progress.say("bench_search", f"no model at {arguments.model}: training the demo's base, about five minutes")
-        where = _where(Path(arguments.model).parent)
-        subprocess.run(
-            [
-                "bash",
-                str(ROOT / "launch" / "run.sh"),
-                "2",
-                "train",
-                "experiment=tiny_base",
-                f"data.path={arguments.corpus}",
-                *where,
-            ],
-            check=True,
-        )
+def _model(asked: argparse.Namespace, base: str) -> Path:
+    return Path(asked.runs) / ("base" if base == "demo" else base) / "model"
 
 
-def _where(folder: Path) -> list[str]:
-    return [f"runs_folder={folder.parent}", f"name={folder.name}"]
+def _all_work(asked: argparse.Namespace) -> Iterator[Any]:
+    """Functions that each do one missing piece, in their order."""
+    corpus = Path(asked.runs) / "corpus"
+    if not (corpus / "corpus.json").exists():
+        yield lambda: _call("prepare", "experiment=tiny_4k", f"runs_folder={asked.runs}", "name=corpus")
+    for base in asked.only:
+        if not (_model(asked, base) / "config.json").exists():
+            yield lambda base=base: _train(asked, base)
+    for seed in range(asked.seeds):
+        for base in asked.only:
+            for variant in asked.variants:
+                if not (_folder(asked, base, variant, seed) / "search.json").exists():
+                    yield lambda one=(base, variant, seed): _search(asked, *one)
+                if not _losses_file(asked, base, variant, seed).exists():
+                    yield lambda one=(base, variant, seed): _score(asked, *one)
 
 
-def _call(module: str, *overrides: str) -> None:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", module, *overrides], env=environ, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{module} {' '.join(overrides)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+def _call(verb: str, *overrides: str) -> None:
+    subprocess.run([sys.executable, "-m", "lr2train", verb, *overrides], check=True)
 
 
-# ---- searches ----
+def _train(asked: argparse.Namespace, base: str) -> None:
+    where = [f"runs_folder={asked.runs}", f"name={_model(asked, base).parent.name}", f"data.path={asked.runs}/corpus"]
+    _call("train", "experiment=tiny_base", *where, *BASES[base].overrides)
 
 
-def _overrides(arguments: argparse.Namespace, size: SearchSize, variant: str, seed: int) -> list[str]:
+def _folder(asked: argparse.Namespace, base: str, variant: str, seed: int) -> Path:
+    return Path(asked.out) / base / f"{variant}_{seed}"
+
+
+def _search(asked: argparse.Namespace, base: str, variant: str, seed: int) -> None:
+    folder = _folder(asked, base, variant, seed)
+    progress.say("bench_search", f"{base}, {variant}, seed {seed}")
+    with contextlib.redirect_stdout(text_io.StringIO()):
+        search(compose("search", [*_setting(asked, base), f"seed={seed}", *VARIANTS[variant],
+            f"runs_folder={folder.parent}", f"name={folder.name}"]))  # fmt: skip
+
+
+def _setting(asked: argparse.Namespace, base: str) -> list[str]:
     return [
-        "experiment=tiny_4k", f"model.path={arguments.model}", f"data.path={arguments.corpus}", "device=cpu",
-        "threads=1", f"seed={seed}", f"search.population={size.population}",
-        f"search.generations={size.generations}", f"search.top_k={size.top_k}", *VARIANTS[variant],
+        "experiment=tiny_4k", f"model.path={_model(asked, base)}", "model.original_window_tokens=null",
+        f"data.path={asked.runs}/corpus", f"rope.target_window_tokens={BASES[base].target_tokens}", "device=cpu",
+        "threads=1", "logger.tensorboard=false",
     ]  # fmt: skip
-
-
-def _search_all(arguments: argparse.Namespace, size: SearchSize, folder: Path, jobs: Sequence[tuple[str, int]]) -> None:
-    def one(job: tuple[str, int]) -> None:
-        variant, seed = job
-        run_folder = folder / f"{variant}_{seed}"
-        _call("lr2train.search", *_overrides(arguments, size, variant, seed), *_where(run_folder))
-
-    _in_order("searches", [job for job in jobs if job[0] != "racing_only"], one, arguments.processes)
-    again = [job for job in jobs if job[0] == "racing_only"]
-    for variant, seed in again:
-        _copy_journal(folder / f"plain_{seed}", folder / f"{variant}_{seed}")
-    _in_order("searches over the plain loop's journal", again, one, arguments.processes)
-
-
-def _copy_journal(plain: Path, run_folder: Path) -> None:
-    """Reuse the plain loop's evaluations of the same documents; they count as document-forwards all the same."""
-    if not run_folder.exists():
-        run_folder.mkdir(parents=True)
-        (run_folder / "journal.jsonl").write_text((plain / "journal.jsonl").read_text())
-
-
-def _in_order(what: str, jobs: Sequence[Any], one: Callable[[Any], None], processes: int) -> None:
-    start = time.monotonic()
-    with ThreadPoolExecutor(processes) as pool:
-        for number, done in enumerate(as_completed([pool.submit(one, job) for job in jobs]), 1):
-            if done.exception():
-                pool.shutdown(cancel_futures=True)
-            done.result()
-            spent = time.monotonic() - start
-            progress.say(
-                "bench_search",
-                f"{what}: {number}/{len(jobs)}, {spent:.0f} s, {spent / number * (len(jobs) - number):.0f} s left",
-            )
 
 
 # ---- held-out documents ----
 
-Task = tuple[str, str, list[NeedleDocument], Factors, str]  # model, name, documents, factors, kind
+
+def _losses_file(asked: argparse.Namespace, base: str, variant: str, seed: int) -> Path:
+    return _folder(asked, base, variant, seed) / f"held_out_{asked.held_out}.json"
 
 
-def _score_all(
-    arguments: argparse.Namespace, size: SearchSize, folder: Path, jobs: Sequence[tuple[str, int]]
-) -> dict[tuple[str, str], list[float]]:
-    """(subject, kind) -> loss per answer token of every held-out document."""
-    settings = compose("search", [*_overrides(arguments, size, "plain", 0), "name=held_out"])
-    corpus, length = Corpus.open(arguments.corpus), settings.rope.target_window_tokens
-    kinds = {"start": [0.0], "depths": [0.0, 0.25, 0.5, 0.75, 1.0]}
-    texts = _unseen_texts(corpus, 2 * size.held_out, length)
-    documents = {
-        kind: _held_out(corpus, settings.data.needles, texts[number :: len(kinds)], length, depths, kind)
-        for number, (kind, depths) in enumerate(kinds.items())
+def _score(asked: argparse.Namespace, base: str, variant: str, seed: int) -> None:
+    factors = Factors.load(_folder(asked, base, variant, seed) / "factors.json")
+    io.write_json(_losses_file(asked, base, variant, seed), _losses(asked, base, factors))
+
+
+def _losses(asked: argparse.Namespace, base: str, factors: Factors) -> Losses:
+    model = load.load_whole(_model(asked, base))
+    table = rotary.install(model, factors)
+    table.use(factors)
+    return {
+        kind: [score(model, table, "long", one.tokens, one.answer_spans).nll / one.n_answer_tokens for one in documents]
+        for kind, documents in _held_out(asked, BASES[base].target_tokens).items()
     }
-    subjects = {
-        f"{variant}_{seed}": Factors.load(folder / f"{variant}_{seed}" / "factors.json") for variant, seed in jobs
-    }
-    spectrum = next(iter(subjects.values())).spectrum
-    subjects |= {name: METHODS[name](spectrum, length) for name in ("ntk", "yarn")}
-    tasks: list[Task] = [
-        (arguments.model, name, documents[kind], factors, kind) for name, factors in subjects.items() for kind in kinds
-    ]
-    found: dict[tuple[str, str], list[float]] = {}
-    start = time.monotonic()
-    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
-        for number, (key, losses) in enumerate(pool.map(_losses, tasks), 1):
-            found[key] = losses
-            left = (time.monotonic() - start) / number * (len(tasks) - number)
-            progress.say("bench_search", f"held-out: {number}/{len(tasks)}, {left:.0f} s left")
-    return found
 
 
-def _unseen_texts(corpus: Corpus, n_texts: int, length: int) -> list[np.ndarray]:
+_HELD_OUT: dict[int, dict[str, list[NeedleDocument]]] = {}
+
+
+def _held_out(asked: argparse.Namespace, length: int) -> dict[str, list[NeedleDocument]]:
+    """The two sets, of ``length`` tokens a document; each source file gives one document."""
+    if length not in _HELD_OUT:
+        needles = compose("search", ["experiment=tiny_4k", "name=held_out"]).data.needles
+        tokenizer = Corpus.open(Path(asked.runs) / "corpus").tokenizer
+        texts = _unseen_texts(tokenizer, len(DEPTHS) * asked.held_out, length)
+        maker = NeedleMaker(tokenizer.encode, needles.wording, needles.digits, tokenizer.bos, None)
+        made = _HELD_OUT.setdefault(length, {})
+        for place, (kind, depths) in enumerate(DEPTHS.items()):
+            rng = run.stream(20_000, "held_out", kind)
+            made[kind] = [
+                maker.make(rng, text, length, depths[number % len(depths)], NEEDLES)
+                for number, text in enumerate(texts[place :: len(DEPTHS)])
+            ]
+    return _HELD_OUT[length]
+
+
+def _unseen_texts(tokenizer: Any, n_texts: int, length: int) -> list[np.ndarray]:
     """Token ids of ``n_texts`` long source files of transformers, which no corpus of the demo holds."""
     import transformers
 
@@ -245,7 +201,7 @@ def _unseen_texts(corpus: Corpus, n_texts: int, length: int) -> list[np.ndarray]
     texts = []
     for number in run.stream(20_000, "unseen").permutation(len(files)):
         body = files[number].read_text()[LICENSE_CHARACTERS : LICENSE_CHARACTERS + 40 * length]
-        ids = corpus.tokenizer.encode(body)
+        ids = tokenizer.encode(body)
         if len(ids) >= length:
             texts.append(np.asarray(ids))
         if len(texts) == n_texts:
@@ -253,109 +209,62 @@ def _unseen_texts(corpus: Corpus, n_texts: int, length: int) -> list[np.ndarray]
     raise SystemExit(f"only {len(texts)} of {n_texts} source files of transformers are long enough")
 
 
-def _held_out(
-    corpus: Corpus,
-    needles: NeedleConfig,
-    texts: Sequence[np.ndarray],
-    length: int,
-    depths: Sequence[float],
-    kind: str,
-) -> list[NeedleDocument]:
-    rng, tokenizer = run.stream(20_000, "held_out", kind), corpus.tokenizer
-    maker = NeedleMaker(tokenizer.encode, needles.wording, needles.digits, tokenizer.bos, None)
-    return [maker.make(rng, text, length, depths[number % len(depths)], NEEDLES) for number, text in enumerate(texts)]
-
-
-def _losses(task: Task) -> tuple[tuple[str, str], list[float]]:
-    path, name, documents, factors, kind = task
-    torch.set_num_threads(1)
-    model = load.load_whole(path)
-    table = rotary.install(model, factors)
-    table.use(factors)
-    return (name, kind), [
-        score(model, table, "long", one.tokens, one.answer_spans).nll / one.n_answer_tokens for one in documents
-    ]
-
-
 # ---- report ----
 
 
-def _report(size: SearchSize, folder: Path, held_out: dict[tuple[str, str], list[float]]) -> int:
-    results = {
-        (variant, seed): json.loads((folder / f"{variant}_{seed}" / "search.json").read_text())
-        for variant in size.variants
-        for seed in range(size.seeds)
-    }
-    print(
-        f"P = {size.population}, {size.generations} iterations, top_k = {size.top_k}, {size.seeds} seeds, {NEEDLES} "
-        "needles a document\n"
-    )
-    for variant in size.variants:
-        print(f"{variant}: {DESCRIPTIONS[variant]}")
+def _report(asked: argparse.Namespace) -> int:
+    """Print a row for each base and search, over the seeds that every search of the base has finished."""
+    columns = ["base", "search", "seeds", "document-forwards", "share of plain"]
+    columns += [cell for kind in DEPTHS for cell in (kind, "minus plain, nats", "standard error")]
+    print("\n| " + " | ".join(columns) + " |\n|---|---|" + "---:|" * (len(columns) - 2))
+    figures, worse = [], []
+    for base in asked.only:
+        seeds = [
+            seed
+            for seed in range(asked.seeds)
+            if all(_losses_file(asked, base, one, seed).exists() for one in asked.variants)
+        ]
+        if not seeds:
+            continue
+        losses = {one: [io.read_json(_losses_file(asked, base, one, seed)) for seed in seeds] for one in asked.variants}
+        cost = {one: np.mean([_forwards(asked, base, one, seed) for seed in seeds]) for one in asked.variants}
+        for one in asked.variants:
+            cells = [base, one, len(seeds), f"{cost[one]:.0f}"]
+            cells.append(f"{cost[one] / cost['plain']:.3f}" if "plain" in cost else "")
+            for kind in DEPTHS:
+                mine = np.array([of_seed[kind] for of_seed in losses[one]])
+                difference = mine - np.array([of_seed[kind] for of_seed in losses.get("plain", losses[one])])
+                error = _standard_error(difference)
+                cells += [f"{math.exp(mine.mean()):.4f}"]
+                cells += ["", ""] if one == "plain" else [f"{difference.mean():+.4f}", f"{error:.4f}"]
+                figures.append((f"{base}_{one}_{kind}_nats_minus_plain", difference.mean()))
+                if difference.mean() > error:
+                    worse.append(f"{base}_{one}_{kind}")
+            print("| " + " | ".join(map(str, cells)) + " |")
+        for name in ("ntk", "yarn"):
+            print(
+                "| "
+                + " | ".join(map(str, [base, f"{name}, no search", "", 0, "", *_unsearched(asked, base, name)]))
+                + " |"
+            )
     print()
-    print(_row(*COLUMNS))
-    for (variant, seed), one in results.items():
-        found = (
-            one["document_forwards"],
-            one["critical_index"],
-            f"{one['attention_factor']:.3f}",
-            f"{one['perplexity']:.4f}",
-        )
-        print(_row(variant, seed, *found, *_held_out_perplexities(held_out, f"{variant}_{seed}")))
-    for name in ("ntk", "yarn"):
-        print(_row(name, "", "", "", "", "", *_held_out_perplexities(held_out, name)))
-    return _figures(size, folder, results, held_out)
+    for name, value in figures:
+        print(f"{name}: {value:.4f}")
+    print(f"worse_than_plain_by_more_than_one_standard_error: {', '.join(worse) or 'none'}")
+    return 1 if worse else 0
 
 
-def _held_out_perplexities(held_out: dict[tuple[str, str], list[float]], subject: str) -> list[str]:
-    return [f"{_perplexity(held_out[subject, kind]):.4f}" for kind in ("start", "depths")]
+def _forwards(asked: argparse.Namespace, base: str, variant: str, seed: int) -> int:
+    return json.loads((_folder(asked, base, variant, seed) / "search.json").read_text())["document_forwards"]
 
 
-def _row(*cells: object) -> str:
-    """A line of the table; each column is as wide as its heading."""
-    first, *others = (f"{cell}" for cell in cells)
-    return f"{first:12}" + "".join(f"  {cell:>{len(head)}}" for cell, head in zip(others, COLUMNS[1:], strict=True))
-
-
-def _figures(
-    size: SearchSize,
-    folder: Path,
-    results: dict[tuple[str, int], dict[str, Any]],
-    held_out: dict[tuple[str, str], list[float]],
-) -> int:
-    print()
-    seeds, forwards, perplexity = range(size.seeds), {}, {}
-    for variant in size.variants:
-        forwards[variant] = [results[variant, seed]["document_forwards"] for seed in seeds]
-        print(f"document_forwards_{variant}: {sum(forwards[variant])}")
-        for kind in ("start", "depths"):
-            losses = [loss for seed in seeds for loss in held_out[f"{variant}_{seed}", kind]]
-            perplexity[variant, kind] = _perplexity(losses)
-            print(f"held_out_perplexity_{kind}_{variant}: {perplexity[variant, kind]:.4f}")
-    for variant in size.variants[1:]:
-        shares = [mine / plain for mine, plain in zip(forwards[variant], forwards["plain"], strict=True)]
-        wins = sum(
-            np.mean(held_out[f"{variant}_{seed}", "start"]) <= np.mean(held_out[f"plain_{seed}", "start"])
-            for seed in seeds
-        )
-        print(f"cost_{variant}_over_plain: {sum(forwards[variant]) / sum(forwards['plain']):.4f}")
-        print(f"largest_cost_{variant}_over_plain_of_a_seed: {max(shares):.4f}")
-        print(f"seeds_on_which_{variant}_is_at_least_as_good_as_plain: {wins} of {size.seeds}")
-        mine, plain = (np.array([held_out[f"{one}_{seed}", "start"] for seed in seeds]) for one in (variant, "plain"))
-        print(f"nats_a_token_{variant}_minus_plain: {(mine - plain).mean():.4f}")
-        print(f"standard_error_of_{variant}_minus_plain: {_standard_error(mine - plain):.4f}")
-    journals = [folder / f"plain_{seed}" / "journal.jsonl" for seed in seeds]
-    seconds = [json.loads(line)["seconds"] for journal in journals for line in journal.read_text().splitlines()]
-    print(f"seconds_per_document_forward: {np.median(seconds):.4f}")
-    cheap = max(mine / plain for mine, plain in zip(forwards[BOUND], forwards["plain"], strict=True)) <= COST_BOUND
-    worse = np.array(
-        [np.subtract(held_out[f"{BOUND}_{seed}", "start"], held_out[f"plain_{seed}", "start"]) for seed in seeds]
-    )
-    good = worse.mean() <= size.margin * _standard_error(worse)
-    print(f"bound_cost_of_{BOUND}_at_most_{COST_BOUND}: {'met' if cheap else 'MISSED'}")
-    margin = f"_within_{size.margin:g}_standard_error" if size.margin else ""
-    print(f"bound_{BOUND}_at_least_as_good_as_plain_on_held_out_needles{margin}: {'met' if good else 'MISSED'}")
-    return 0 if cheap and good else 1
+def _unsearched(asked: argparse.Namespace, base: str, method: str) -> list[str]:
+    """Cells of a method without a search."""
+    file = Path(asked.out) / base / f"{method}_{asked.held_out}.json"
+    if not file.exists():
+        spectrum = Factors.load(next((Path(asked.out) / base).glob("*_*/factors.json"))).spectrum
+        io.write_json(file, _losses(asked, base, METHODS[method](spectrum, BASES[base].target_tokens)))
+    return [cell for losses in io.read_json(file).values() for cell in (f"{math.exp(np.mean(losses)):.4f}", "", "")]
 
 
 def _standard_error(differences: np.ndarray) -> float:
@@ -366,10 +275,6 @@ def _standard_error(differences: np.ndarray) -> float:
         for _ in range(1000)
     )
     return float(np.std([one.mean() for one in drawn]))
-
-
-def _perplexity(losses: Sequence[float]) -> float:
-    return math.exp(min(float(np.mean(losses)), 700.0))
 
 
 if __name__ == "__main__":

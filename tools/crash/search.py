@@ -1,6 +1,6 @@
 """kill -9 a search repeatedly, on one, two and four ranks in turn: it must end as an undisturbed search does.
 
-    python -m tools.crash.search [--kills 6] [--seed 0] [search=surrogate …]
+    python -m tools.crash.search [--kills 6] [--seed 0] [search=paper …]
 
 Needs runs/corpus and runs/base, which ``bash launch/demo.sh`` makes. Every second kill hits one rank alone; then the
 job must end by itself within a minute, with its journal intact. The other kills hit all processes at once. After each

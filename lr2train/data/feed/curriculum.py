@@ -1,4 +1,4 @@
-"""Batches that teach a base model from scratch, stage by stage: repeated tokens, needle documents, plain text.
+"""Batches that teach a base model from scratch, stage by stage: repeated tokens, needle documents, chains, plain text.
 
 Choice: no segment is planned. A segment is filled with rows (documents) of one length from its own random stream, keyed
 by (seed, step, segment). So it does not depend on the number of ranks, and any step can be made at once. Text is
@@ -19,6 +19,7 @@ from lr2train.data.text import Text
 from lr2train.run import stream
 
 DENSE_PAIRS = 12  # at most, in a row of kind "dense"
+MOST_CHAINS = 4  # in a row of kind "chains"
 
 # tokens int64 [rows, length]; bool [rows, length], whether a token is a target of the one before it
 Rows = tuple[np.ndarray, np.ndarray]
@@ -92,11 +93,13 @@ class RowMaker:
         self._text = Text(corpus.stores(), tokenizer.n_borders)
         self._needles, self._size = data.needles, data.segment_tokens
         self._maker = NeedleMaker(tokenizer.encode, data.needles.wording, data.needles.digits, tokenizer.bos, None)
-        self._most_pairs: dict[tuple[int, int], int] = {}  # by length and questions; counting takes a while
+        # By length, questions and chains; counting takes a while.
+        self._most_pairs: dict[tuple[int, int, int], int] = {}
         self._kinds: dict[str, Callable[[np.random.Generator, int, int], Rows]] = {
             "repeats": self._repeats,
             "needles": self._needle_rows,
             "dense": self._dense_rows,
+            "chains": self._chain_rows,
             "text": self._text_rows,
         }
 
@@ -115,13 +118,18 @@ class RowMaker:
         if self._shares(stage).min() < 0 or not self._shares(stage).sum() > 0:
             raise UserError(
                 f"{where} has shares repeats={stage.repeats}, needles={stage.needles}, dense={stage.dense}, "
-                f"text={stage.text}; set one above 0 and none below"
+                f"chains={stage.chains}, text={stage.text}; set one above 0 and none below"
             )
-        asks = stage.needles or stage.dense
+        asks = stage.needles or stage.dense or stage.chains
         if asks and not self._pairs_that_fit(length, self._needles.max_questions if stage.needles else 1):
             raise UserError(
                 f"{where}.length_tokens={length} has no room for a needle; use a greater length, fewer "
                 "data.needles.digits, or data.needles.wording=code"
+            )
+        if stage.chains and not self._pairs_that_fit(length, 1, 1):
+            raise UserError(
+                f"{where}.length_tokens={length} has no room for a chain of {self._needles.hops + 1} needles beside a "
+                "pair; use a greater length or fewer data.needles.hops"
             )
         if (asks or stage.text) and self._text.longest < length:
             raise UserError(
@@ -178,17 +186,35 @@ class RowMaker:
         n_pairs = rng.integers(min(3, most), most, size=n_rows, endpoint=True)
         return self._hidden_and_asked(rng, length, n_pairs, n_pairs)
 
+    def _chain_rows(self, rng: np.random.Generator, n_rows: int, length: int) -> Rows:
+        """Needle documents with up to ``MOST_CHAINS`` chains, as many as fit, and pairs in the rest; one pair is asked
+        for.
+        """
+        most = max(n for n in range(1, MOST_CHAINS + 1) if self._pairs_that_fit(length, 1, n) or n == 1)
+        n_chains = rng.integers(1, most, size=n_rows, endpoint=True)
+        fitting = np.array([self._pairs_that_fit(length, 1, n) for n in range(most + 1)])[n_chains]
+        n_pairs = rng.integers(1, np.minimum(self._needles.max_pairs, fitting), endpoint=True)
+        return self._hidden_and_asked(rng, length, n_pairs, np.ones_like(n_pairs), n_chains)
+
     def _hidden_and_asked(
-        self, rng: np.random.Generator, length: int, n_pairs: np.ndarray, n_questions: np.ndarray
+        self,
+        rng: np.random.Generator,
+        length: int,
+        n_pairs: np.ndarray,
+        n_questions: np.ndarray,
+        n_chains: np.ndarray | None = None,
     ) -> Rows:
         """One needle document a row; the answers alone are targets."""
         fillers = self._text.draw(rng, len(n_pairs), length)
         depths = np.where(rng.random(len(n_pairs)) < self._needles.at_start, 0.0, np.nan)
         tokens, is_target = np.empty((len(n_pairs), length), np.int64), np.zeros((len(n_pairs), length), bool)
-        for row, (filler, depth, pairs, questions) in enumerate(
-            zip(fillers, depths, n_pairs.tolist(), n_questions.tolist(), strict=True)
+        chains = np.zeros_like(n_pairs) if n_chains is None else n_chains
+        for row, (filler, depth, pairs, questions, chained) in enumerate(
+            zip(fillers, depths, n_pairs.tolist(), n_questions.tolist(), chains.tolist(), strict=True)
         ):
-            document = self._maker.make(rng, filler, length, None if np.isnan(depth) else 0.0, pairs, questions)
+            place = None if np.isnan(depth) else 0.0
+            hops = self._needles.hops
+            document = self._maker.make(rng, filler, length, place, pairs, questions, n_chains=chained, hops=hops)
             tokens[row] = document.tokens
             for start, stop in document.answer_spans:
                 is_target[row, start:stop] = True
@@ -199,7 +225,8 @@ class RowMaker:
         first = np.broadcast_to(np.array(self._bos, dtype=np.int64), (len(body), len(self._bos)))
         return np.concatenate([first, body], axis=1)
 
-    def _pairs_that_fit(self, length: int, max_questions: int) -> int:
-        if (length, max_questions) not in self._most_pairs:
-            self._most_pairs[length, max_questions] = self._maker.most_pairs(length, max_questions)
-        return self._most_pairs[length, max_questions]
+    def _pairs_that_fit(self, length: int, max_questions: int, n_chains: int = 0) -> int:
+        key = (length, max_questions, n_chains)
+        if key not in self._most_pairs:
+            self._most_pairs[key] = self._maker.most_pairs(*key, self._needles.hops)
+        return self._most_pairs[key]

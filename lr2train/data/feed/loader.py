@@ -10,19 +10,21 @@ segment tables of both windows stay mapped, and all token shards stay open.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lr2train.config import DataConfig, LongAttention, UserError
+from lr2train.config import DataConfig, LongAttention, LongPositions, UserError
 from lr2train.data.batch import LONG, SHORT, WINDOWS, Batch, Loader
 from lr2train.data.corpus import Corpus
 from lr2train.data.feed.assembly import SourceTokens, assemble, find_spans
 from lr2train.data.feed.curriculum import CurriculumLoader
 from lr2train.data.feed.order import Order, Schedule, default_group, part
+from lr2train.data.feed.positions import drawn_jumps
 from lr2train.data.plan.segment_table import COLUMNS, SegmentTable
 from lr2train.data.store import allow_open_files
 from lr2train.progress import say
+from lr2train.run import stream
 
 
 def make_loader(
@@ -45,7 +47,8 @@ def make_loader(
         segments_per_step: the global batch.
         original_window_tokens: L0 of the model that will train, compared with the corpus' L0; None skips the
             comparison.
-        target_window_tokens: L, compared with the length of a segment; None skips the comparison.
+        target_window_tokens: L, compared with the length of a segment; the reach of jumping positions. None skips the
+            comparison, and no position jumps.
 
     Raises:
         UserError: corpus and model disagree, or the global batch does not divide over groups and ranks.
@@ -66,6 +69,7 @@ def make_loader(
         seed,
         ranks,
         data.group_segments or default_group(dp_size, segments_per_step),
+        target_window_tokens if data.long_positions == LongPositions.skip else None,
     )
 
 
@@ -81,7 +85,14 @@ def _check_windows(
                 f"{key}={wanted}, but the corpus data.path={corpus.folder} was planned for {planned}; run prepare with "
                 f"the same value, or set {key}={planned}"
             )
-    if target_window_tokens not in (None, data.segment_tokens):
+    if target_window_tokens is not None and data.long_positions == LongPositions.skip:
+        if data.segment_tokens >= target_window_tokens:
+            raise UserError(
+                f"data.long_positions=skip wants segments below rope.target_window_tokens={target_window_tokens}, and "
+                f"data.segment_tokens={data.segment_tokens}; set data.long_positions to full, or prepare a corpus of "
+                "shorter segments"
+            )
+    elif target_window_tokens not in (None, data.segment_tokens):
         raise UserError(
             f"data.segment_tokens={data.segment_tokens} "
             f"{'exceeds' if data.segment_tokens > target_window_tokens else 'is below'} "
@@ -151,13 +162,22 @@ def _listed(numbers: Sequence[int]) -> str:
 class SegmentLoader:
     """Batches of planned segments.
 
+    Args:
+        reach_tokens: positions of long segments jump and stay below this length; None: they do not jump.
+
     Raises:
         UserError: the corpus has no segment, groups do not fit the ranks, or the system's limit of open files is too
             low.
     """
 
     def __init__(
-        self, corpus: Corpus, long_attention: LongAttention, seed: int, ranks: Ranks, group_segments: int
+        self,
+        corpus: Corpus,
+        long_attention: LongAttention,
+        seed: int,
+        ranks: Ranks,
+        group_segments: int,
+        reach_tokens: int | None = None,
     ) -> None:
         ranks.check_groups(group_segments)
         self._tables = {window: _plain(corpus.segment_table(window)) for window in WINDOWS}
@@ -170,7 +190,7 @@ class SegmentLoader:
         allow_open_files(sum(len(store.first) - 1 for store in stores))
         self._sources = [SourceTokens(store) for store in stores]
         self._whole = {SHORT: False, LONG: long_attention is LongAttention.segment}
-        self._ranks = ranks
+        self._ranks, self._seed, self._reach_tokens = ranks, seed, reach_tokens
         self._padding = corpus.tokenizer.eos
         costs = {window: attention_costs(table, self._whole[window]) for window, table in self._tables.items()}
         self._schedule = Schedule({window: table.n_segments for window, table in self._tables.items()}, group_segments)
@@ -178,6 +198,8 @@ class SegmentLoader:
         self._groups_per_step = ranks.segments_per_step // group_segments
         self._say_repeats(group_segments)
         self.fingerprint = f"{corpus.fingerprint}-{long_attention.name}-{group_segments}"
+        if reach_tokens is not None:
+            self.fingerprint += f"-skip-{reach_tokens}"
 
     def _say_repeats(self, group_segments: int) -> None:
         for window in WINDOWS:
@@ -207,7 +229,17 @@ class SegmentLoader:
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, short and long ones interleaved."""
-        return self.load(self.segments(step))
+        segments = self.segments(step)
+        return [
+            self._with_jumps(batch, step, segment)
+            for batch, (_, segment) in zip(self.load(segments), segments, strict=True)
+        ]
+
+    def _with_jumps(self, batch: Batch, step: int, segment: int) -> Batch:
+        if batch.window != LONG or self._reach_tokens is None:
+            return batch
+        rng = stream(self._seed, "positions", step, segment)  # other jumps each time the segment is read
+        return replace(batch, jumps=drawn_jumps(batch.spans, self._reach_tokens, rng))
 
     def described(self, step: int) -> list[str]:
         """Window, number and sources of each of this rank's segments of a step."""

@@ -69,6 +69,7 @@ def _options(source: SourceConfig, data: DataConfig) -> dict[str, Any]:
         count=100,
         max_pairs=data.needles.max_pairs,
         questions=data.needles.max_questions,
+        chains=0,
         answers_only=True,
     )
 
@@ -105,7 +106,9 @@ def ensure_needles(
             n_pairs = int(rng.integers(1, options["max_pairs"], endpoint=True))
             depth = 0.0 if rng.random() < config.at_start else None  # None: anywhere
             n_questions = min(n_pairs, options["questions"])
-            document = maker.make(rng, text.draw(rng, 1, length)[0], length, depth, n_pairs, n_questions)
+            n_chains = int(rng.integers(0, options["chains"], endpoint=True)) if options["chains"] else 0
+            filler = text.draw(rng, 1, length)[0]
+            document = maker.make(rng, filler, length, depth, n_pairs, n_questions, n_chains=n_chains, hops=config.hops)
             targets = document.answer_spans if options["answers_only"] else None
             train.add(document.tokens, targets, origin=f"{source.name}:{number}")
     summary = _summary(folder, source, fingerprint)

@@ -278,7 +278,7 @@ class Engine:
 
     def _described(self, batches: Sequence[Batch], attentions: list[SegmentAttention]) -> list[MicroBatch]:
         """The micro-batches as ranks compare them; fills ``attentions`` with the attention of each."""
-        attentions.extend(self.attention.segment(batch.spans, len(batch.tokens)) for batch in batches)
+        attentions.extend(self.attention.segment(batch.spans, len(batch.tokens), batch.jumps) for batch in batches)
         return [described(batch, attention.choice.title) for batch, attention in zip(batches, attentions, strict=True)]
 
     def _stats(self, sums: torch.Tensor, work: Sequence[MicroBatch], losses: torch.Tensor) -> StepStats:

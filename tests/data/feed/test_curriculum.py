@@ -98,6 +98,27 @@ def test_needle_rows_ask_for_hidden_pairs_and_answers_alone_are_targets(data, ki
     assert fewest <= min(asked) <= max(asked) <= most
 
 
+def test_chain_rows_ask_for_every_chain_and_one_pair(data):
+    corpus, hops = Corpus.open(data.path), 2
+    data = replace(data, needles=replace(data.needles, hops=hops))
+    asked = []
+    for batch in loader(data, StageConfig(steps=1, length_tokens=128, chains=1.0)).batches(0):
+        assert_spans(batch, 128)
+        for row, targets in zip(*rows(batch, 128), strict=True):
+            known = np.flatnonzero(targets != IGNORE)
+            ranges = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1)
+            answers = [corpus.tokenizer.decode(row[one + 1]).strip() for one in ranges]
+            assert [answer.count(" = ") for answer in answers] == [0] + [hops] * (len(answers) - 1)
+            text = corpus.tokenizer.decode(row[1 : ranges[0][0]])
+            for answer in answers[1:]:
+                *names, number = answer.split(" = ")
+                assert all(f"\n{name} = " in f"\n{text}" for name in names)
+                assert f"{names[-1]} = {number}\n" in text
+                assert f" = {names[0]}\n" in text
+            asked.append(len(answers) - 1)
+    assert min(asked) >= 1
+
+
 def test_shares_hold_in_each_batch(data):
     stage = StageConfig(steps=1, length_tokens=32, repeats=0.5, needles=0.0, text=0.5)
     for batch in loader(data, stage).batches(0):
@@ -137,6 +158,10 @@ def test_batches_do_not_depend_on_the_number_of_ranks(data):
         (
             r"data\.stages\[0\]\.length_tokens=12 .*data\.needles\.wording=code",
             StageConfig(steps=1, length_tokens=12, **NEEDLES),
+        ),
+        (
+            r"data\.stages\[0\]\.length_tokens=40 .*chain of 2 needles .*data\.needles\.hops",
+            StageConfig(steps=1, length_tokens=40, chains=1.0),
         ),
     ],
 )

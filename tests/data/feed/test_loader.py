@@ -20,10 +20,11 @@ from batches import labels_of, positions_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lr2train.config import Config, LongAttention, SourceConfig, UserError
-from lr2train.data.batch import IGNORE, LONG, SHORT
+from lr2train.config import Config, LongAttention, LongPositions, SourceConfig, UserError
+from lr2train.data.batch import IGNORE, LONG, SHORT, Batch
 from lr2train.data.corpus import Corpus
 from lr2train.data.feed.loader import make_loader
+from lr2train.data.feed.positions import drawn_jumps
 from lr2train.data.feed.prefetch import prefetched
 from lr2train.data.plan.segment_table import file_of
 from lr2train.data.store import allow_open_files
@@ -163,6 +164,73 @@ def test_labels_never_cross_documents(config, attention):
         assert all((positions[start] == 0) for start, _ in batch.spans)
         assert positions.max() < 512
         assert restarts or batch.spans == ((0, 512),)
+
+
+# ---- positions that jump ----
+
+
+def skipping(config: Config, size: int = 1, attention=LongAttention.segment):
+    """A loader for each rank, whose long segments of 512 tokens reach over 2048."""
+    data = replace(config.data, group_segments=size, long_attention=attention, long_positions=LongPositions.skip)
+    return [make_loader(Corpus.open(config.data.path), data, 0, rank, size, 8, 128, 2048) for rank in range(size)]
+
+
+@given(st.integers(2, 300), st.integers(0, 200), st.integers(0, 99))
+def test_positions_of_a_span_jump_once_and_stay_below_the_target_window(n_tokens, room, seed):
+    spans = ((3, 3 + n_tokens), (3 + n_tokens, 5 + n_tokens), (5 + n_tokens, 6 + n_tokens))
+    reach = n_tokens + room
+    jumps = drawn_jumps(spans, reach, np.random.default_rng(seed))
+    batch = Batch(np.zeros(spans[-1][1], np.int32), np.zeros((2, 0), np.int64), spans, LONG, jumps)
+    for (start, stop), (place, tokens) in zip(spans, jumps, strict=False):
+        steps = np.diff(positions_of(batch)[start:stop])
+        assert start < place < stop
+        assert (np.delete(steps, place - 1 - start) == 1).all()
+        assert steps[place - 1 - start] == 1 + tokens
+    assert len(jumps) == 2  # no place for one in a span of one token
+    assert [positions_of(batch)[start] for start, _ in spans] == [0, 0, 0]
+    assert positions_of(batch).max() < reach
+
+
+def test_every_distance_of_the_target_window_is_met_and_those_in_the_middle_equally_often():
+    n, reach, rng, seen = 16, 96, np.random.default_rng(0), np.zeros(96)
+    earlier, later = np.tril_indices(n, -1)[::-1]
+    for (place, tokens), times in Counter(drawn_jumps(((0, n),), reach, rng)[0] for _ in range(40_000)).items():
+        across = (earlier < place) & (place <= later)
+        np.add.at(seen, (later - earlier + tokens)[across], times)
+    assert (seen[1:] > 0).all()
+    middle = seen[n : reach - n + 1]
+    assert np.abs(middle / middle.mean() - 1).max() < 0.06  # 5 standard errors of a distance
+    assert seen[reach - n + 1 :].max() < middle.mean()
+
+
+def test_jumps_depend_on_seed_and_step_alone_and_short_segments_have_none(config):
+    (walked,), pair = skipping(config), skipping(config, size=2)
+    steps = [walked.batches(step) for step in range(6)]
+    assert [batch.jumps for batch in skipping(config)[0].batches(5)] == [batch.jumps for batch in steps[5]]
+    data = replace(config.data, group_segments=2, long_positions=LongPositions.skip)
+    alone = make_loader(Corpus.open(config.data.path), data, 0, 0, 1, 8, 128, 2048)
+    for step in range(3):
+        of_ranks = {(one.tokens.tobytes(), one.jumps) for rank in pair for one in rank.batches(step)}
+        assert of_ranks == {(one.tokens.tobytes(), one.jumps) for one in alone.batches(step)}
+    long = [batch for step in steps for batch in step if batch.window == LONG]
+    assert len({batch.jumps for batch in long}) == len(long) > 4
+    assert max(positions_of(batch).max() for batch in long) > 1024
+    assert all(batch.jumps == () for step in steps for batch in step if batch.window == SHORT)
+    (full,) = loaders(config, 1)
+    assert all(batch.jumps == () for batch in full.batches(0))
+    assert full.fingerprint != walked.fingerprint
+
+
+def test_under_a_document_mask_each_document_has_its_jump(config):
+    (loader,) = skipping(config, attention=LongAttention.document)
+    for batch in (batch for step in range(4) for batch in loader.batches(step) if batch.window == LONG):
+        assert len(batch.jumps) == sum(stop - start > 1 for start, stop in batch.spans)
+
+
+def test_segments_of_the_target_window_leave_no_room_to_jump(config):
+    data = replace(config.data, long_positions=LongPositions.skip)
+    with pytest.raises(UserError, match=r"below rope\.target_window_tokens=512, .*set data\.long_positions to full"):
+        make_loader(Corpus.open(config.data.path), data, 0, 0, 1, 8, 128, 512)
 
 
 def test_a_loader_that_does_not_fit_the_model_is_refused(config):

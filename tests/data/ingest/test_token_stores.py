@@ -6,11 +6,12 @@ import gzip
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from ranks import forking
 
+from lr2train.cli.door import main
 from lr2train.config import Config, DecontaminateConfig, SourceConfig, UserError
 from lr2train.data import tokenizer
 from lr2train.data.corpus import Corpus, source_store
@@ -31,7 +34,6 @@ from lr2train.data.ingest.split_scheduler import SplitScheduler
 from lr2train.data.ingest.tokenize_split import SplitTask
 from lr2train.prepare import prepare
 
-ROOT = Path(__file__).resolve().parents[3]
 FILES = (".bin", ".idx", ".lengths.npy", ".targets.npy", ".hashes.npy", ".origins.txt")
 
 
@@ -191,23 +193,39 @@ def test_the_scheduler_ends_where_one_reader_would(documents, n, size, tokens, w
         assert sum(made[key] for made in scheduler.counted) == expected[key]
 
 
-KILLED = """
-import os, signal, sys
-replace, left = os.replace, int(sys.argv[1])
+def run_verb(arguments: list[str]) -> None:
+    sys.dont_write_bytecode = True  # a limit on file sizes would cut it
+    sys.argv = ["prepare", *arguments]
+    main("prepare", prepare)
 
-def killed(source, target):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
 
-os.replace = killed
-from lr2train.cli.door import main
-from lr2train.prepare import prepare
-sys.argv[1:2] = []
-main("prepare", prepare)
-"""
+def killed(at: int, arguments: list[str]) -> None:
+    """The verb, in a process that kills itself before it renames its file number ``at``."""
+    replace, left = os.replace, [at]
+
+    def killing(source, target):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = killing
+    run_verb(arguments)
+
+
+def limited(stderr: Path, arguments: list[str]) -> None:
+    """The verb, in a process whose files end at 12 kB."""
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))
+    run_verb(arguments)
+
+
+def in_a_process(body: Callable[..., None], *given: object) -> int | None:
+    """The exit code."""
+    process = forking().Process(target=body, args=given)
+    process.start()
+    process.join(60)
+    return process.exitcode
 
 
 def command(texts: Path, runs: Path, *more: str) -> list[str]:
@@ -220,13 +238,7 @@ def command(texts: Path, runs: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("at", [3, 19, 60, 111])
 def test_a_killed_job_goes_on_with_its_finished_token_shards(whole, texts, tmp_path, at):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    dead = subprocess.run(
-        [sys.executable, "-c", KILLED, str(at), *command(texts, tmp_path)],
-        env=environment,
-        capture_output=True,
-    )
-    assert dead.returncode == -signal.SIGKILL
+    assert in_a_process(killed, at, command(texts, tmp_path)) == -signal.SIGKILL
     store = tmp_path / "corpus" / "store" / "web"
     before = {file.name: file.stat().st_mtime_ns for file in store.glob("train-*.json")}
     prepare(config(texts, tmp_path))
@@ -476,18 +488,14 @@ def test_a_manifest_appears_after_the_disk_holds_its_files(texts, tmp_path, monk
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_limit_on_file_sizes_names_the_file_and_breaks_nothing(whole, texts, tmp_path, workers):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))"
-    verb = "from lr2train.prepare import prepare, main; main('prepare', prepare)"
-    script = f"{limit}; import sys; sys.path.insert(0, ''); {verb}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     arguments = [
         one if not one.startswith("data.workers") else f"data.workers={workers}"
         for one in command(texts, tmp_path, "data.shard_bytes=60000")
     ]
-    ended = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
-    assert ended.returncode
+    assert in_a_process(limited, tmp_path / "stderr", arguments)
+    said = (tmp_path / "stderr").read_text()
     store_file = r"store/web/\w+-\d+\."
-    assert re.search(rf"(File too large.*{store_file}|{store_file}.*File too large)", ended.stderr), ended.stderr
+    assert re.search(rf"(File too large.*{store_file}|{store_file}.*File too large)", said), said
     prepare(config(texts, tmp_path, shard_bytes=60_000))
     assert Corpus.open(tmp_path / "corpus").verify() > 0
     assert not list((tmp_path / "corpus").rglob(".*.tmp"))

@@ -31,12 +31,14 @@ CASES = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2)]  # wo
 
 
 def segment(index: int) -> Batch:
-    """Segments with unlike numbers of targets: short ones (packed, padded) and long ones in turn."""
+    """Segments with unlike numbers of targets: short ones (packed, padded) and long ones in turn. Positions of long
+    ones from number 3 on jump.
+    """
     rng = np.random.default_rng(index)
     tokens = rng.integers(0, VOCAB, T).astype(np.int32)
     labels = np.append(tokens[1:], -100)
     if index % 2:
-        return batch_of_labels(tokens, labels, ((0, T),), "long")
+        return batch_of_labels(tokens, labels, ((0, T),), "long", ((5 * index, 50 + index),) if index > 1 else ())
     spans = {EMPTY_SHARD: SHORT_SPANS[:2], WITHIN: WITHIN_SPANS}.get(index, SHORT_SPANS)
     for _, stop in spans:
         labels[stop - 1] = -100

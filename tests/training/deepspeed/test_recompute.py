@@ -108,8 +108,13 @@ def of_all_ranks(results: list[dict], way: str, strategy: str) -> tuple[int, int
 
 
 WAYS = {name: {"recompute": name} for name in ("none", "keep_attention", "layer")}
-CASES = [*((model, 2, list(STRATEGIES)) for model in ("llama", "qwen3")), ("llama", 4, list(STRATEGIES)),
-         *((model, 2, ["ring"]) for model in ("mistral", "mixtral", "stablelm"))]  # fmt: skip
+CASES = [
+    ("llama", 2, list(STRATEGIES)),
+    ("qwen3", 2, ["ulysses", "ring"]),
+    ("llama", 4, ["ulysses_ring"]),
+    *((model, 2, ["ring"]) for model in ("mistral", "mixtral", "stablelm")),
+    *(pytest.param(*one, list(STRATEGIES), marks=pytest.mark.slow) for one in (("qwen3", 2), ("llama", 4))),
+]
 
 
 @pytest.mark.parametrize(("model", "world", "strategies"), CASES)

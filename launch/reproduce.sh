@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The paper's tables in miniature on a laptop CPU: base models, searches, a training for each row, evaluation, one page
+# and docs/REPRODUCTION.md.
+#   bash launch/reproduce.sh          hours on two cores
+#   bash launch/reproduce.sh quick    one base and one seed, within 40 minutes on two cores
+# After an interrupt, the same command goes on where it was. Further arguments go to `python -m tools.reproduce`.
+set -euo pipefail
+export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1  # the same on every machine, and nothing is downloaded
+export OMP_NUM_THREADS=1  # two steps run side by side, one thread each
+source "$(dirname "$0")/setup.sh"
+cd "$checkout"
+exec python -m tools.reproduce "$@" --document docs/REPRODUCTION.md

@@ -1,0 +1,138 @@
+"""Scores of the rows, from what `evaluate` wrote, and their statistics.
+
+A score of a document is 0 … 100. A row has scores [seed, document] at each length; all rows of a cell answer the same
+documents, so differences are paired. The seeds and the documents are two crossed samples:
+
+    se^2 = sum over tasks of v_t / (T^2 n_t)  +  v_seed / S  -  sum over tasks of r_t / (T^2 n_t S)
+
+with T tasks, n_t documents of task t, S seeds; v_t the variance of document means, v_seed of seed means, r_t the
+residual mean square of the two-way layout, which the first two parts both contain (Searle, Casella and McCulloch,
+Variance Components, 1992, section 4.4: expected mean squares). The standard error is at least that of each part alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lr2train import io
+from lr2train.evaluation.needles import TEXT
+from lr2train.evaluation.results import folder_name
+
+SURE = 2.0  # standard errors outside which a difference is called one
+Scores = dict[str, dict[int, np.ndarray]]
+"""Task -> length -> float64 [documents], in the order of their numbers."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tasks, documents and seeds.
+
+    Attributes:
+        mean: in points.
+        se: standard error over seeds and documents.
+        spread: standard deviation of the seeds' means; nan with one seed.
+    """
+
+    mean: float
+    se: float
+    spread: float = math.nan
+
+    @property
+    def sign(self) -> str:
+        """ ">", "<", or "~" where the mean lies within ``SURE`` standard errors of 0."""
+        if not math.isfinite(self.mean) or abs(self.mean) <= SURE * self.se:
+            return "~"
+        return ">" if self.mean > 0 else "<"
+
+
+def scores_in(folder: Path, model: str = "") -> dict[str, Scores]:
+    """Label of a model -> its scores, from the ``evaluate.json`` and the samples in a run folder.
+
+    Args:
+        folder: of the run.
+        model: only labels that end so.
+    """
+    result, found = io.read_json(folder / "evaluate.json"), {}
+    for score in result["scores"]:
+        label, task, measures = score["model"], score["task"], list(score["measures"])
+        if not label.endswith(model) or not measures:
+            continue
+        scores: Scores = found.setdefault(label, {})
+        if task not in scores:
+            file = folder / "evaluation" / folder_name(label) / f"{task}.jsonl"
+            scores[task] = _samples(file, measures[0])
+    return found
+
+
+def _samples(file: Path, measure: str) -> dict[int, np.ndarray]:
+    by_length: dict[int, dict[int, float]] = {}
+    for text in file.read_text().splitlines():
+        line = json.loads(text)
+        value = line.get(measure)
+        by_length.setdefault(line["length_tokens"], {})[line["number"]] = math.nan if value is None else float(value)
+    return {length: np.array([values[number] for number in sorted(values)]) for length, values in by_length.items()}
+
+
+def at(seeds: Sequence[Scores], lengths: Sequence[int]) -> list[np.ndarray]:
+    """The scores of a row over some lengths: for each task (but plain text) and length, float64 [seed, document]."""
+    tasks = sorted({task for scores in seeds for task in scores} - {TEXT})
+    stacked = []
+    for task in tasks:
+        for length in lengths:
+            each = [scores.get(task, {}).get(length) for scores in seeds]
+            if all(one is not None for one in each) and each:
+                stacked.append(np.stack([one for one in each if one is not None]))
+    return stacked
+
+
+def estimate(strata: Sequence[np.ndarray]) -> Estimate:
+    """Mean over strata, each float64 [seed, document]; the strata (tasks, lengths) count alike."""
+    if not strata:
+        return Estimate(math.nan, math.nan)
+    n, seeds = len(strata), strata[0].shape[0]
+    of_seed = np.mean([one.mean(axis=1) for one in strata], axis=0)
+    documents = sum(_variance(one.mean(axis=0)) / one.shape[1] for one in strata) / n**2
+    if seeds == 1:
+        return Estimate(float(of_seed.mean()), math.sqrt(documents))
+    by_seed = _variance(of_seed) / seeds
+    residual = sum(_residual(one) / one.size for one in strata) / n**2
+    square = max(documents + by_seed - residual, documents, by_seed)
+    return Estimate(float(of_seed.mean()), math.sqrt(square), math.sqrt(_variance(of_seed)))
+
+
+def _variance(values: np.ndarray) -> float:
+    return float(np.var(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _residual(scores: np.ndarray) -> float:
+    """Mean square of what neither the seed nor the document explains."""
+    left = scores - scores.mean(axis=0) - scores.mean(axis=1, keepdims=True) + scores.mean()
+    degrees = (scores.shape[0] - 1) * (scores.shape[1] - 1)
+    return float((left**2).sum() / degrees) if degrees else 0.0
+
+
+def difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Estimate:
+    """a minus b, document by document and seed by seed."""
+    return estimate([one - two for one, two in zip(a, b, strict=True)])
+
+
+def pooled(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean over cells, which are taken as independent."""
+    known = [one for one in estimates if math.isfinite(one.mean)]
+    if not known:
+        return Estimate(math.nan, math.nan)
+    n = len(known)
+    mean, se = sum(one.mean for one in known) / n, math.sqrt(sum(one.se**2 for one in known)) / n
+    return Estimate(mean, se, sum(one.spread for one in known) / n)
+
+
+def text_loss(seeds: Sequence[Mapping[str, Mapping[int, np.ndarray]]], length: int) -> list[np.ndarray]:
+    """Mean loss of plain text (nats a token) of each document at a length, float64 [seed, document]."""
+    each = [scores.get(TEXT, {}).get(length) for scores in seeds]
+    return [np.stack([one for one in each if one is not None])] if each and all(x is not None for x in each) else []

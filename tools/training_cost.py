@@ -1,0 +1,243 @@
+"""How many tokens does training need? Needle scores at the target window against the long tokens of a training.
+
+    python -m tools.training_cost --runs runs --out runs/training_cost [--rope rope=pi] [--seconds 540]
+
+Each cell is a run of ``lr2train train`` with a learning-rate schedule of its own: a kind of long segments, a number of
+steps, a seed. ``--runs`` is a folder in which the demo (``bash launch/demo.sh``) has left ``corpus``, ``base`` and
+``factors``. A finished cell stands in ``cells.jsonl`` and is not run again. After ``--seconds`` no further cell begins,
+and the same command goes on.
+
+    full       segments of the target window, positions 0, 1, 2 …
+    skip       segments of a quarter of it whose positions jump: as many segments a step, a quarter of the tokens
+    still      the same segments without the jumps: what do the jumps do?
+    skip_wide  ``skip`` with as many tokens a step as ``full``
+
+All cells answer the same held-out documents, whose needles lie at random depths. An answer is right where greedy
+decoding produces it after the right answers before it.
+
+Choice: a curve of finished runs, not of the checkpoints of one run, because the end of a schedule is part of a
+training. Cost: the steps of all runs add up. An error is the standard error over seeds. The answers of one
+document are not independent, so it does not say how another draw of documents would come out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TARGET_TOKENS, PART = 4096, 4  # a segment of ``skip`` is this part of the target window
+KINDS = {
+    "full": (TARGET_TOKENS, 2),  # tokens of a segment, segments a step; half of the segments are long
+    "skip": (TARGET_TOKENS // PART, 2),
+    "still": (TARGET_TOKENS // PART, 2),
+    "skip_wide": (TARGET_TOKENS // PART, 2 * PART),
+}
+DOCUMENTS, QUESTIONS, NEEDLES = 8, 25, 60
+PRELOAD = ["lr2train.train", "transformers.models.llama.modeling_llama", "deepspeed.runtime.zero.stage3"]
+Json = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """One training, or with ``steps`` 0 the model that it begins with."""
+
+    rope: str  # overrides; empty: the searched factors
+    kind: str
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return f"{self.rope.replace('rope=', '').replace(' ', '_') or 'searched'}_{self.kind}_{self.steps}_{self.seed}"
+
+
+def main() -> None:
+    """Run the cells that are missing, and print the table."""
+    given = _arguments()
+    given.out.mkdir(parents=True, exist_ok=True)
+    start, journal = time.monotonic(), given.out / "cells.jsonl"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    for cell in _cells(given):
+        if cell in map(_cell_of, _read(journal)):
+            continue
+        if time.monotonic() - start > given.seconds:
+            print("time is up; the same command goes on")
+            break
+        # A process each: DeepSpeed starts once in a process.
+        process = context.Process(target=_run_cell, args=(given, cell))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{cell.name} ended with {process.exitcode}; its output is above")
+    print(table(_read(journal)))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, help="folder with corpus, base and factors of the demo")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the cells")
+    parser.add_argument("--rope", default="", help="overrides of the RoPE scaling; empty: the searched factors")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--steps", default="0,5,10,20,40,80", help="0: the untrained model")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--train", default="", help="further overrides of every training")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further cell after this time")
+    return parser.parse_args()
+
+
+def _cells(given: argparse.Namespace) -> list[Cell]:
+    """One seed after another, so that a whole curve is there early. The untrained model is one cell."""
+    steps, seeds = ([int(one) for one in listed.split(",")] for listed in (given.steps, given.seeds))
+    trained = [Cell(given.rope, kind, n, seed) for seed in seeds for n in steps if n for kind in given.kinds.split(",")]
+    return [Cell(given.rope, "full", 0, 0)] * (0 in steps) + trained
+
+
+def _cell_of(line: Json) -> Cell:
+    return Cell(*(line[field] for field in Cell._fields))
+
+
+# ---- a cell, in a process of its own ----
+
+
+def _run_cell(given: argparse.Namespace, cell: Cell) -> None:
+    """Train and score; the line goes into the journal."""
+    import torch
+
+    torch.set_num_threads(1)
+    seconds = _trained(given, cell) if cell.steps else 0.0
+    folder = given.out / cell.name
+    found = _scored(given, cell, folder / "model" if cell.steps else given.runs / "base/model")
+    lines = _read(folder / "metrics.jsonl")
+    segment_tokens, segments_per_step = KINDS[cell.kind]
+    n_long = sum(line["window_mix"] * segments_per_step for line in lines if "window_mix" in line)
+    line = cell._asdict() | found | {
+        "long_tokens": round(n_long * segment_tokens), "train_s": round(seconds, 1),
+        "heldout_loss_long": lines[-1]["heldout_loss_long"] if lines else None,
+    }  # fmt: skip
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    with (given.out / "cells.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
+
+
+def _trained(given: argparse.Namespace, cell: Cell) -> float:
+    """Train the cell's run; returns its seconds."""
+    from lr2train.cli.composition import compose
+    from lr2train.data.feed import loader
+    from lr2train.train import train
+
+    if cell.kind == "still":
+        loader.drawn_jumps = lambda *_: ()
+    corpus = given.runs / "corpus" if cell.kind == "full" else _rows(given)
+    segment_tokens, segments_per_step = KINDS[cell.kind]
+    begun = time.monotonic()
+    train(
+        compose(
+            "train",
+            [
+                *_model(given, cell), f"name={cell.name}", f"data.path={corpus}", f"seed={cell.seed}", "threads=1",
+                f"data.segment_tokens={segment_tokens}", f"optim.segments_per_step={segments_per_step}",
+                f"data.long_positions={'full' if cell.kind == 'full' else 'skip'}", f"optim.steps={cell.steps}",
+                f"optim.warmup_steps={max(1, cell.steps // 10)}", "parallel.sp=1", "logger=jsonl",
+                "engine.checkpoint_every_steps=20", "engine.validate_segments=1", "engine.validate_every_steps=1000",
+                *given.train.split(),
+            ],
+        )
+    )  # fmt: skip
+    return time.monotonic() - begun
+
+
+def _model(given: argparse.Namespace, cell: Cell) -> list[str]:
+    factors = "null" if cell.rope else f"{given.runs}/factors/factors.json"
+    model = f"model.path={given.runs}/base/model"
+    return ["experiment=tiny_4k", f"runs_folder={given.out}", model, *cell.rope.split(), f"rope.factors={factors}"]
+
+
+def _rows(given: argparse.Namespace) -> Path:
+    """The corpus of ``skip``: the same sources in shorter segments, with needle documents as long as a segment."""
+    from lr2train.cli.composition import compose
+    from lr2train.prepare import prepare
+
+    folder = given.out / "corpus_rows"
+    options = {
+        "lengths_tokens": [TARGET_TOKENS // PART], "count": 180 * PART, "max_pairs": 100 // PART,
+        "questions": 100 // PART,
+    }  # fmt: skip
+    if not (folder / "corpus.json").exists():
+        prepare(
+            compose(
+                "prepare",
+                [
+                    "experiment=tiny_4k", f"runs_folder={given.out}", f"name={folder.name}", "data.workers=1",
+                    f"model.path={given.runs}/base/model", f"data.tokenizer={given.runs}/corpus/tokenizer",
+                    f"data.segment_tokens={TARGET_TOKENS // PART}",
+                    *(f"data.sources.needles_long.options.{key}={value}" for key, value in options.items()),
+                ],
+            )
+        )  # fmt: skip
+    return folder
+
+
+def _scored(given: argparse.Namespace, cell: Cell, model_folder: Path) -> Json:
+    """Share of right answers, and the perplexity of answer tokens, under the cell's factors."""
+    from lr2train.cli.composition import compose
+    from lr2train.data.corpus import Corpus
+    from lr2train.data.needles import NeedleMaker
+    from lr2train.data.store import HOLDOUT
+    from lr2train.model import load, rotary
+    from lr2train.model.score import score
+    from lr2train.rope.methods import build
+    from lr2train.run import stream
+
+    corpus = Corpus.open(given.runs / "corpus")
+    config = compose("train", [*_model(given, cell), "name=x", f"data.path={given.runs}/corpus"])
+    factors = build(config.rope, load.spectrum_of(load.config_of(config.model), config.model))
+    model = load.load_whole(model_folder)
+    table, needles, rng = rotary.install(model, factors), config.data.needles, stream(0, "training cost")
+    maker = NeedleMaker(corpus.tokenizer.encode, needles.wording, needles.digits, corpus.tokenizer.bos, None)
+    scores = []
+    for filler in corpus.text(HOLDOUT).draw_apart(rng, DOCUMENTS, TARGET_TOKENS):
+        one = maker.make(rng, filler, TARGET_TOKENS, None, NEEDLES, QUESTIONS)
+        scores.append((one.answer_spans, score(model, table, "long", one.tokens, one.answer_spans)))
+    right = [n == stop - start for spans, one in scores for n, (start, stop) in zip(one.right, spans, strict=True)]
+    nll, n_tokens = sum(one.nll for _, one in scores), sum(one.n_tokens for _, one in scores)
+    return {"accuracy": statistics.fmean(right), "answer_nll": nll / n_tokens}
+
+
+# ---- the table ----
+
+
+def _read(file: Path) -> list[Json]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def table(cells: Sequence[Json]) -> str:
+    """A line for each kind and number of steps: mean and standard error over the seeds."""
+    head = ("rope", "kind", "steps", "seeds", "long tokens", "accuracy", "answer loss", "held-out long loss", "seconds")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for key in dict.fromkeys((one["rope"], one["kind"], one["steps"]) for one in cells):
+        group = [one for one in cells if (one["rope"], one["kind"], one["steps"]) == key]
+        spreads = [_spread([one[name] for one in group]) for name in ("accuracy", "answer_nll", "heldout_loss_long")]
+        tokens, seconds = (statistics.fmean(one[name] for one in group) for name in ("long_tokens", "train_s"))
+        shown = (key[0] or "searched", *key[1:], len(group), f"{tokens:,.0f}", *spreads, f"{seconds:.0f}")
+        lines.append("| " + " | ".join(map(str, shown)) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    error = f" ± {statistics.stdev(known) / math.sqrt(len(known)):.3f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.3f}{error}" if known else "-"
+
+
+if __name__ == "__main__":
+    main()
