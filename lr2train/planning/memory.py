@@ -4,7 +4,7 @@ Choice: each item is a short formula, close to what our engine and DeepSpeed 0.1
 formula and see which config key changes it. Cost: fragmentation of the allocator is not in the formulas; a tenth of the
 GPU is kept free for it.
 
-Symbols: N parameters, W ranks, P parameters of the gathered module, t = T / sp tokens of a rank, H hidden size,
+Symbols: N parameters, W ranks, P parameters of the largest module that is gathered at once, t = T / sp tokens of a rank, H hidden size,
 F intermediate size, Hq and Hk query and key heads of Dh dimensions, V vocabulary, b bytes of a weight.
 """
 
@@ -122,12 +122,14 @@ def shard_bytes(parameters: int, bytes_per_parameter: int, ranks: int) -> float:
     return parameters * bytes_per_parameter / ranks
 
 
-def gathered_bytes(parameters: int, largest_parameters: int, live_parameters: int, weight_bytes: int) -> float:
-    """Weights gathered at one time under ZeRO-3: b * min(N, max(live limit, P)).
+def gathered_bytes(counts: ModelCounts, live_parameters: int, weight_bytes: int) -> float:
+    """Weights gathered at one time under ZeRO-3: b * min(N, max(live limit + p, P)).
 
-    DeepSpeed keeps and prefetches layers up to ``stage3_max_live_parameters``.
+    DeepSpeed keeps and prefetches layers up to ``stage3_max_live_parameters``, and goes beyond by one parameter of at
+    most p elements.
     """
-    return weight_bytes * min(parameters, max(live_parameters, largest_parameters))
+    one = max(counts.embedding_parameters, counts.head_parameters, counts.hidden * counts.intermediate)
+    return weight_bytes * min(counts.parameters, max(live_parameters + one, counts.largest_gathered_parameters))
 
 
 def saved_inputs_bytes(layers: int, hidden: int, tokens: int, weight_bytes: int) -> float:
@@ -187,13 +189,17 @@ def loss_bytes(hidden: int, vocabulary: int, chunk_tokens: int, tokens: int, wei
     return chunk * vocabulary * (8 + weight_bytes) + 4 * vocabulary * hidden + tokens * hidden * (3 * weight_bytes + 4)
 
 
-def original_in_loss_bytes(counts: ModelCounts, tokens: int, weight_bytes: int, whole: bool) -> float:
-    """Of the original model, while a distilled loss is computed: its head b V H, unless its weights are ``whole`` on
-    the rank anyway, and its hidden states b t H. The logits of both models, of half a chunk, take no more than those of
-    one model.
+def distilled_loss_bytes(counts: ModelCounts, setting: MemorySetting) -> float:
+    """Peak of a distilled loss: as ``loss_bytes``, but chunk * V * (8 + b / 2) for the logits, and the original model's
+    head b V H (under ZeRO-3, where it is gathered for the loss) and hidden states b t H.
+
+    Of half a chunk, logits and probabilities of both models exist in fp32, and the gradient in the model's dtype.
     """
-    head = 0 if whole else counts.vocabulary * counts.hidden
-    return weight_bytes * (head + tokens * counts.hidden)
+    weight, tokens = WEIGHT_BYTES[setting.dtype], setting.tokens
+    head = counts.vocabulary * counts.hidden if setting.zero_stage == 3 else 0
+    less = min(setting.chunk_tokens, tokens) * counts.vocabulary * weight / 2
+    plain = loss_bytes(counts.hidden, counts.vocabulary, setting.chunk_tokens, tokens, weight)
+    return plain - less + weight * (head + tokens * counts.hidden)
 
 
 def bucket_bytes(bucket_parameters: int, sent_bytes: int) -> float:
@@ -303,13 +309,13 @@ def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
             formula(gradient, per_gradients),
             not s.offload_optimizer,
         ),
-        *apart,
         MemoryItem(
             f"{master}Adam's moments",
             shard_bytes(n, optimizer, per_optimizer),
             formula(optimizer, per_optimizer),
             not s.offload_optimizer,
         ),
+        *apart,
     ]
 
 
@@ -323,12 +329,13 @@ def _original(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
 
 
 def _gathered(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
-    weight, largest = WEIGHT_BYTES[s.dtype], counts.largest_gathered_parameters
     if s.zero_stage < 3:
         return []
-    size = gathered_bytes(counts.parameters, largest, s.live_parameters, weight)
-    live = max(s.live_parameters, largest) / 1e6
-    return [MemoryItem("gathered weights", size, f"{weight} B · min(N, {live:.4g}M live parameters)")]
+    weight = WEIGHT_BYTES[s.dtype]
+    size = gathered_bytes(counts, s.live_parameters, weight)
+    return [
+        MemoryItem("gathered weights", size, f"{weight} B · min(N, {s.live_parameters / 1e6:.4g}M + one parameter)")
+    ]
 
 
 def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
@@ -338,7 +345,7 @@ def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     flight = layer_flight_bytes(counts, t, weight, s.tile_tokens)
     loss = loss_bytes(counts.hidden, counts.vocabulary, s.chunk_tokens, t, weight)
     if s.distills:
-        loss += original_in_loss_bytes(counts, t, weight, s.zero_stage < 3)
+        loss = max(loss, distilled_loss_bytes(counts, s))
     items, whole = _kept_for_recomputation(counts, s), counts.layers - recomputed
     if whole:
         how = f"{whole} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB"
