@@ -4,8 +4,9 @@ Choice: each item is a short formula, close to what our engine and DeepSpeed 0.1
 formula and see which config key changes it. Cost: fragmentation of the allocator is not in the formulas; a tenth of the
 GPU is kept free for it.
 
-Symbols: N parameters, W ranks, P parameters of the largest module that is gathered at once, t = T / sp tokens of a rank, H hidden size,
-F intermediate size, Hq and Hk query and key heads of Dh dimensions, V vocabulary, b bytes of a weight.
+Symbols: N parameters, W ranks, P parameters of the largest module that is gathered at once, t = T / sp tokens of a
+rank, H hidden size, F intermediate size, Hq and Hk query and key heads of Dh dimensions, V vocabulary, b bytes of a
+weight.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class MemorySetting:
     @property
     def sums_apart(self) -> bool:
         """ZeRO-1 in bfloat16: gradients stay in bfloat16 too, beside their fp32 sums (DeepSpeed's BF16_Optimizer)."""
-        return self.zero_stage == 1 and self.dtype == "bfloat16"
+        return self.zero_stage == 1 and self.dtype == "bfloat16" and not self.offload_optimizer
 
     @property
     def tokens(self) -> int:
