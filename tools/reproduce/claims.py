@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tools.reproduce import figures, paper
 from tools.reproduce.figures import Estimate
-from tools.reproduce.results import LONG, SHORT, Cell, row_for
+from tools.reproduce.results import LONG, MIDDLE, SHORT, Cell, row_for
 from tools.reproduce.rows import ONE_TABLE, ROWS, SHARED
 
 REPRODUCED, OPPOSITE, UNDECIDED, MISSING = "reproduced", "the opposite", "undecided", "not run"
@@ -21,7 +21,8 @@ class Claim:
 
     Attributes:
         table: of the paper; "" for a question that the paper does not answer.
-        window: LONG (score at the target window) or SHORT (score in the original window).
+        window: LONG (score at the target window), MIDDLE (mean over the lengths between the windows) or SHORT (score in
+            the original window).
         shared: under the shared attention factor.
     """
 
@@ -40,10 +41,13 @@ class Claim:
     def words(self) -> str:
         """The claim, as tables name it."""
         one, two = (ROWS[key].label for key in (self.a, self.b))
-        return f"{one} > {two}" + (", short window" if self.window == SHORT else "")
+        return f"{one} > {two}" + {SHORT: ", short window", MIDDLE: ", between the windows", LONG: ""}[self.window]
 
     def printed(self, model: int) -> float | None:
-        """The paper's difference, in points of RULER at 128k or of the share kept; None: not in the paper."""
+        """The paper's difference, in points of RULER (at 128k, or between the windows) or of the share kept.
+
+        None: not in the paper.
+        """
         if not self.table:
             return None
         found = [self._of_paper(key, model) for key in (self.a, self.b)]
@@ -52,8 +56,8 @@ class Claim:
     def _of_paper(self, key: str, model: int) -> float | None:
         # The paper's baselines have no mixed windows; ours have both forms.
         key = key.removesuffix(ONE_TABLE) if key not in paper.RULER else key
-        if self.window == LONG:
-            return paper.longest(key, model)
+        if self.window != SHORT:
+            return paper.longest(key, model) if self.window == LONG else paper.between(key, model)
         return paper.kept(key, model, three=self.table != "4")
 
 
@@ -61,6 +65,7 @@ def _claims() -> list[Claim]:
     found = []
     for shared in (False, True):
         found += [Claim("2", "longrope2", other, shared=shared) for other in ("ntk", "yarn", "longrope")]
+        found += [Claim("2", "longrope2", other, MIDDLE, shared) for other in ("ntk", "yarn", "longrope")]
         found += [Claim("", "longrope2", "pi", shared=shared)]
         found += [Claim("5", f"{name}_rcd", name, shared=shared) for name in ("ntk", "yarn")]
         found += [Claim("5", "longrope2", f"{name}_rcd", shared=shared) for name in ("ntk", "yarn")]
@@ -122,7 +127,7 @@ def judge(claim: Claim, cells: Sequence[Cell]) -> Verdict:
 def sentence(verdict: Verdict) -> str:
     """One sentence: the claim, our difference, the paper's, the verdict."""
     claim, pooled = verdict.claim, verdict.pooled
-    where = "in the original window" if claim.window == SHORT else "at the target window"
+    where = {SHORT: "in the original window", MIDDLE: "between the windows", LONG: "at the target window"}[claim.window]
     shared = ", all under one attention factor" if claim.shared else ""
     one, two = (ROWS[key].label for key in (claim.a, claim.b))
     if verdict.word == MISSING:
