@@ -12,6 +12,12 @@ from tools.reproduce.results import LONG, MIDDLE, SHORT, Cell, row_for
 from tools.reproduce.rows import ONE_TABLE, ROWS, SHARED
 
 REPRODUCED, OPPOSITE, UNDECIDED, MISSING = "reproduced", "the opposite", "undecided", "not run"
+BESIDE_THE_PAPER = {
+    REPRODUCED: "better",
+    OPPOSITE: "worse",
+    UNDECIDED: "no difference outside the error",
+    MISSING: MISSING,
+}
 FULL, EMPTY = 95.0, 5.0  # scores between which a difference can show
 
 
@@ -136,5 +142,8 @@ def sentence(verdict: Verdict) -> str:
     said = ", ".join(f"{value:+.1f} on {name}" for name, value in printed if value is not None)
     words = f"{one} against {two} {where}{shared}: {pooled.mean:+.1f} ± {pooled.se:.1f} points"
     words += f" (paper: {said})" if said else " (not in the paper)"
-    end = {REPRODUCED: "better", OPPOSITE: "worse", UNDECIDED: "no difference outside the error"}[verdict.word]
-    return f"{words}: {end}" + (", but both rows are at an end of the scale" if verdict.saturated else "") + "."
+    return (
+        f"{words}: {BESIDE_THE_PAPER[verdict.word]}"
+        + (", but both rows are at an end of the scale" if verdict.saturated else "")
+        + "."
+    )
