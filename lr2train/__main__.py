@@ -7,15 +7,18 @@ import importlib
 import sys
 from pathlib import Path
 
+from lr2train import __version__
 from lr2train.cli import door, help
 from lr2train.config import READS, VERBS
 
 
 def main() -> None:
-    """Run a verb. Without one, or for ``--help``, list all verbs."""
+    """Run a verb. Without one, or for ``--help``, list all verbs; ``--version`` prints the version."""
     verb = next((one for one in sys.argv[1:] if not one.startswith("--local_rank")), "--help")
     if verb in ("--help", "-h", "help"):
         print(help.overview())
+    elif verb == "--version":
+        print(f"lr2train {__version__}")
     elif verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         meant = f"did you mean {close[0]}?" if close else f"verbs are {', '.join(VERBS)}"

@@ -307,8 +307,7 @@ def _plain_name(title: str) -> str:
 
 def _text_of(result: dict[str, Any]) -> str:
     """The needle comparison, where there is one, and all tables as text."""
-    parts = [tables.needle_table(result)] if result["rows"] else []
-    return "\n\n".join([*parts, *(table.text() for table in result["tables"])])
+    return "\n\n".join(table.text() for table in [*tables.needle_tables(result["rows"]), *result["tables"]])
 
 
 def _with_earlier(result: dict[str, Any], file: Path) -> dict[str, Any]:

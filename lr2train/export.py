@@ -49,9 +49,9 @@ def export(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: the run is not finished, and no checkpoint is named; the checkpoint cannot be read; the dtype is
-            unknown; the folder holds other files or cannot be written; the attention factor cannot be put into the
-            weights; or the model computes logits that are not finite. Nothing is replaced then, unless such logits
-            come from an exported folder alone.
+            unknown; the runtime is a plug-in that cannot be imported; the folder holds other files or cannot be
+            written; the attention factor cannot be put into the weights; or the model computes logits that are not
+            finite. Nothing is replaced then, unless such logits come from an exported folder alone.
     """
     ranks.refuse_ranks("export")
     job = run.Run(trained_run.run_folder(config), "export")
@@ -61,6 +61,7 @@ def export(config: Config) -> dict[str, Any]:
             "empty"
         )
     _refuse_unfinished(config, job)
+    engines.runtime_of(str(config.export.runtime))  # a plug-in that cannot be imported is refused now
     factors = Factors.load(job.folder / "factors.json")
     root = Path(config.export.folder or job.folder / "export")
     _refuse_to_overwrite(root)
@@ -78,8 +79,10 @@ def _export(config: Config, job: run.Run, factors: Factors, root: Path, temporar
     device = str(processes.pick_device(config.device))
     ours = _our_logits(source, device, names) if config.export.check else {}
     windows = engines.Windows(factors, source.short_factor, source.plain_short, source.values)
-    cards = {name: engines.card(name, str(config.run), config.model.path, windows) for name in names}
-    written = folders.write(source, root, names, cards)
+    asked = str(config.export.runtime)
+    cards = {name: engines.card(name, str(config.run), config.model.path, windows, asked) for name in names}
+    files = {name: engines.runtime_of(asked).files(name, windows) for name in names}
+    written = folders.write(source, root, names, cards, files)
     _remove_outdated(job, source, root, names)
     of_folder = {
         name: {
@@ -101,7 +104,7 @@ def _export(config: Config, job: run.Run, factors: Factors, root: Path, temporar
     }
     if reason := io.write_json_where_allowed(job.folder / "export.json", result):
         progress.say("export", f"{job.folder / 'export.json'} is not written ({reason})")
-    _tell(job, result, engines.lines_of(windows, names))
+    _tell(job, result, engines.lines_of(windows, names, asked))
     return result
 
 
@@ -185,7 +188,7 @@ def _names(config: Config, source: folders.Source) -> tuple[str, ...]:
             f"{why}, so no GGUF has the window of {source.window_of('two')} tokens (export.runtime=gguf); set "
             "export.runtime=all to export for the other runtimes"
         )
-    return engines.FOLDERS_OF[runtime]
+    return engines.runtime_of(runtime).folders
 
 
 def _tell(job: run.Run, result: dict[str, Any], lines: Sequence[engines.Line]) -> None:

@@ -5,7 +5,7 @@
 
 The page is one file: no network, no scripts, pictures inside. The search, corpus and base run of ``runs/first`` are
 found by the paths that it recorded; a given search or corpus replaces them. ``report_files/`` beside the page holds
-each picture as PNG and its numbers as CSV, and each table as CSV.
+each picture as PNG and its numbers as CSV, and each table as CSV. A comparison also prints its needle tables.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from lr2train import io, progress
 from lr2train.cli.door import door
+from lr2train.evaluation.tables import needle_tables, trained_difference
 from lr2train.reporting import results
 from lr2train.reporting.canvas import Chart, csv_of
 from lr2train.reporting.inputs import gather_all
@@ -27,9 +28,10 @@ from lr2train.reporting.pictures import all_charts
 
 @dataclass(frozen=True)
 class Composed:
-    """A page as HTML, with its drawings by name and its tables by section."""
+    """A page as HTML, with its drawings by name and its tables by section; ``text`` is what a comparison prints."""
 
     page: str
+    text: str
     charts: dict[str, Chart]
     sheets: dict[str, list[Any]]
     compares: bool
@@ -48,7 +50,9 @@ def compose(folders: Sequence[Path]) -> Composed:
     evaluation = results.evaluation_of(runs)
     sheets = results.all_sheets(runs, evaluation)
     charts = all_charts(runs, evaluation["rows"] if evaluation else [])
-    return Composed(render(runs, evaluation, charts, sheets), charts, sheets, len(runs) > 1)
+    models = evaluation["rows"] if evaluation else []
+    text = "\n\n".join([*(table.text() for table in needle_tables(models)), trained_difference(models)]).strip()
+    return Composed(render(runs, evaluation, charts, sheets), text, charts, sheets, len(runs) > 1)
 
 
 def report(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -71,6 +75,8 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
         io.write_text(beside / f"{sheet.name}.csv", csv_of(sheet.head, sheet.rows))
     values = {"page": str(page), "folders": [str(folder) for folder in folders], "bytes": page.stat().st_size}
     io.write_json(folders[0] / "report.json", {**values, "pictures": sorted(made.charts)})
+    if made.compares and made.text:
+        print(made.text)
     return page
 
 

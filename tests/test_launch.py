@@ -1,11 +1,18 @@
-"""launch/slurm.sbatch with commands of SLURM that only write down how they were called."""
+"""launch/slurm.sbatch with commands of SLURM that only write down how they were called; launch/demo.sh's commands."""
 
 import os
+import re
+import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lr2train.cli.composition import compose
+from lr2train.config import Config, to_dict
+
+DEMO = (Path(__file__).resolve().parents[1] / "launch" / "demo.sh").read_text().replace("\\\n", " ")
 SCRIPT = Path(__file__).resolve().parents[1] / "launch" / "slurm.sbatch"
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >> calls
@@ -52,3 +59,46 @@ def test_slurm_queues_a_job_again_where_rank_0_has_left_its_marker(tmp_path, int
     assert any(call.endswith(" train name=first a=[1, 2]") for call in calls)
     assert ("scontrol requeue 42" in calls) == interrupted
     assert not marker.exists()
+
+
+def demo_command(verb: str, named: str) -> Config:
+    """The config of the demo's command of a verb whose arguments hold ``named``."""
+    found = re.findall(rf"(?:ranks|lr2train) {verb} ([^\"\n]*) \"\$@\"", DEMO)
+    (arguments,) = (words for words in map(shlex.split, found) if named in words)
+    return compose(verb, arguments)
+
+
+def flat(values: dict, prefix: str = "") -> dict[str, object]:
+    return {
+        key: value
+        for name, one in values.items()
+        for key, value in (flat(one, f"{prefix}{name}.") if isinstance(one, dict) else {f"{prefix}{name}": one}).items()
+    }
+
+
+def test_the_demo_trains_both_methods_alike():
+    ours, yarn = (flat(to_dict(demo_command("train", name))) for name in ("name=tiny_4k", "name=tiny_4k_yarn"))
+    differing = {key for key in {*ours, *yarn} if ours.get(key) != yarn.get(key)}
+    assert differing == {
+        "name", "rope.method", "rope.factors", "rope.options.beta_fast", "rope.options.beta_slow",
+    }  # fmt: skip
+    assert (ours["rope.method"], yarn["rope.method"]) == ("longrope2", "yarn")
+
+
+def test_the_demo_asks_both_the_same_questions():
+    ours, yarn = (demo_command("evaluate", name) for name in ("run=tiny_4k", "run=tiny_4k_yarn"))
+    assert ours.eval == replace(yarn.eval, methods=ours.eval.methods, untrained=True)
+
+
+def test_the_demo_says_how_long_its_longest_step_is():
+    stages = demo_command("train", "name=base").data.stages
+    *first, last = (stage.length_tokens for stage in stages)
+    lengths = f"{', '.join(map(str, first))}, then {last} tokens"
+    assert f"the longest step, {sum(stage.steps for stage in stages)} steps on documents of {lengths}" in DEMO
+
+
+def test_every_command_of_the_demo_can_be_composed():
+    commands = re.findall(r"(?:ranks|lr2train) (\w+) ([^\"\n]*) \"\$@\"", DEMO)
+    assert len(commands) == 9
+    for verb, arguments in commands:
+        compose(verb, shlex.split(arguments))

@@ -21,6 +21,7 @@ from reporting.searches import L0, SPECTRUM, L, make_search, write_jsonl
 
 from lr2train.config import UserError
 from lr2train.evaluation.results import TaskScore, json_of
+from lr2train.evaluation.tables import trained_difference
 from lr2train.io import read_json, write_json
 from lr2train.report import compose, main, pictures_of, report
 from lr2train.reporting import canvas, charts, inputs
@@ -241,6 +242,7 @@ def make_run(runs: Path, name: str = "first") -> Path:
         folder / "train.json",
         {
             "steps": 120,
+            "settled": "after step 96: the held-out loss fell no more",
             "final_loss": 1.9,
             "tokens_seen": 983040,
             "seconds": 331.0,
@@ -408,6 +410,7 @@ def test_a_finished_run_fills_every_section(parsed, page):
     ):
         assert words in folded(parsed.ids[section]), words
     assert "<h1>512 → 4,096 tokens</h1>" in page.read_text()
+    assert "ended early after step 96: the held-out loss fell no more" in page.read_text()
     sources = parsed.table("Sources")
     assert sources["stdlib"] == ["495", "3,394,929", "17", "501,760 (22×)", "1,249,280 (56×)", "1"]
 
@@ -634,6 +637,26 @@ def test_a_comparison_shows_both_runs_in_the_same_tables(pair, compared):
     assert page.table("Settings that differ") == {
         "head": ["first", "second"], "optim.lr": ["0.0001", "0.0002"],
     }  # fmt: skip
+
+
+def test_a_comparison_prints_a_figure_a_cell(pair):
+    accuracy, answers, texts, difference = compose(pair).text.split("\n\n")
+    trained = [f"{folder.name}: longrope2 trained" for folder in pair]
+    assert [line.split("  ")[0] for line in accuracy.splitlines()[-3:-1]] == trained
+    assert all(table.splitlines()[1].split()[-2:] == ["2048", "4096"] for table in (accuracy, answers, texts))
+    assert re.match(rf"At 4096 tokens {trained[0]} finds \d+% and {trained[1]} \d+%: \+0 points", difference)
+
+
+def test_the_difference_of_two_trained_models_has_its_standard_error():
+    def row(label: str, accuracy: float, documents: int) -> dict:
+        at = {"length_tokens": 64, "accuracy": accuracy}
+        return {"label": label, "by_length": [at], "cells": [{**at, "depth": 0.0, "documents": documents}]}
+
+    ours, theirs = row("longrope2 trained", 0.9, 40), row("yarn trained", 0.75, 40)
+    words = "At 64 tokens longrope2 trained finds 90% and yarn trained 75%: +15 points, with a standard error of 8"
+    # 100 sqrt(0.9 * 0.1 / 40 + 0.75 * 0.25 / 40) = 8.33
+    assert trained_difference([row("yarn untrained", 0.1, 40), ours, theirs]) == words
+    assert trained_difference([ours]) == trained_difference([]) == ""
 
 
 def test_a_comparison_draws_a_curve_for_each_run(pair, compared):

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from lr2train.attention.strategies import STRATEGIES
+from lr2train.attention.strategies import STRATEGIES, strategy_of
 from lr2train.attention.strategy import PackedSegment, SegmentWork, Strategy
 from lr2train.config import UserError
 from lr2train.parallel.layout import Kind
@@ -103,7 +103,7 @@ def choose(strategy: str, layers: Layers, segment: PackedSegment) -> AttentionCh
     works = layers.works(segment)
     if strategy == "auto":
         return _cheapest(works, segment)
-    chosen = STRATEGIES[strategy]
+    chosen = strategy_of(strategy)
     if all(_serves(chosen, work) for work in works):
         names = tuple((work.sliding_window, strategy) for work in works)
         return AttentionChoice(names, chosen.layout_kind, f"parallel.strategy={strategy}")
@@ -119,7 +119,7 @@ def bytes_sent(choice: AttentionChoice, layers: Layers, segment: PackedSegment) 
     """Bytes that the busiest rank sends for a segment: all layers, forward and backward, no recomputation."""
     total = 0
     for work, n_layers in layers.works(segment).items():
-        total += STRATEGIES[choice.strategy(work.sliding_window)].bytes_sent(work).total * n_layers
+        total += strategy_of(choice.strategy(work.sliding_window)).bytes_sent(work).total * n_layers
     return total
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lr2train.attention.choice import AttentionChoice
 from lr2train.attention.once import Once
-from lr2train.attention.strategies import STRATEGIES
+from lr2train.attention.strategies import strategy_of
 from lr2train.attention.strategy import Attend, PackedSegment
 from lr2train.attention.tiles import Spans
 from lr2train.parallel.comm import to_device
@@ -60,7 +60,7 @@ class SegmentAttention(Once):
 
 
 def _prepared(attention: SegmentAttention, sliding_window: int | None) -> Attend:
-    strategy = STRATEGIES[attention.choice.strategy(sliding_window)]
+    strategy = strategy_of(attention.choice.strategy(sliding_window))
     return strategy.prepare(attention.segment, attention.mesh, sliding_window)
 
 

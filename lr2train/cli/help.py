@@ -145,7 +145,8 @@ def _kind(key: Key) -> str:
     """The type of a key with its choices or limits, in words."""
     null = " or null" if NoneType in get_args(key.hint) else ""
     if choices := key.field.metadata.get("choices"):
-        return " | ".join(choices.__members__) + null
+        own = " | package.module.NAME" if key.field.metadata.get("plugins") else ""
+        return " | ".join(choices.__members__) + own + null
     core = core_of(key.hint)
     one = "path" if key.field.metadata.get("path") else _TYPES.get(core) or _TYPES[get_args(core)[-1]]
     many = {list: f"list of {one}s", dict: f"dictionary of {one}s"}

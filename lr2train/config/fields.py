@@ -74,7 +74,7 @@ def number(default: Any, **limits: Any) -> Any:
     return _field(default, limits=Limits(**limits))
 
 
-def one_of(default: Enum | None, choices: type[Enum] | None = None) -> Any:
+def one_of(default: Enum | None, choices: type[Enum] | None = None, plugins: bool = False) -> Any:
     """A field that takes a member of an Enum by its name; ``load`` turns the name into the member.
 
     Hydra sees text and not the Enum: it would refuse a wrong choice under every verb, also where an environment
@@ -84,9 +84,10 @@ def one_of(default: Enum | None, choices: type[Enum] | None = None) -> Any:
     Args:
         default: a member, or None where null is a choice too.
         choices: the Enum, where the default does not tell it.
+        plugins: ``package.module.NAME`` of a user's own package is a choice too; it stays text.
     """
     choices = choices or type(default)  # type: ignore[assignment]
-    return _field(default, choices=choices)
+    return _field(default, choices=choices, plugins=plugins)
 
 
 def a_path(default: Any = None) -> Any:

@@ -20,6 +20,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from lr2train.config.fields import UserError
 from lr2train.config.gpus import PEAKS_TFLOPS, peak_tflops
+from lr2train.config.plugins import is_plugin
 from lr2train.config.schema import Config
 from lr2train.config.verbs import reads
 
@@ -154,6 +155,8 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]
 def _check(key: str, one: Field[Any], value: Any) -> None:
     """Refuse a value that its field does not take. null, where the type allows it, is for the reader of the key."""
     choices, limits = one.metadata.get("choices"), one.metadata.get("limits")
+    if one.metadata.get("plugins") and is_plugin(value):
+        return  # imported where it is used
     if choices and value not in choices.__members__ and not (value is None and one.default is None):
         names = list(choices.__members__)
         close = difflib.get_close_matches(str(value), names, n=1) or names

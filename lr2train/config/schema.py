@@ -119,6 +119,7 @@ class Runtime(StrEnum):
     vllm = "vllm"
     sglang = "sglang"
     gguf = "gguf"
+    tensorrt_llm = "tensorrt_llm"
 
 
 class WeightsOf(StrEnum):
@@ -244,7 +245,8 @@ class RopeConfig:
     # The frequencies that a method or a search rescales, for a model that is extended already (llama3, yarn, linear,
     # longrope). own: those of the model's own table, because the model was trained with it. plain: the unscaled ones.
     start_from: str = one_of(StartFrom.own)
-    # RoPE scaling method, a key of lr2train.rope.METHODS (the presets rope=… set it).
+    # RoPE scaling method, a key of lr2train.rope.METHODS (the presets rope=… set it), or package.module.function of
+    # your own.
     method: str = "longrope2"
     # The real critical dimension rcd as a zero-based frequency index, for methods that take one (longrope2, yarn_rcd,
     # ntk_rcd).
@@ -449,8 +451,8 @@ class ParallelConfig:
     # Strategy of sequence-parallel attention (docs/ATTENTION.md). auto: the fitting strategy that sends fewest bytes.
     # local: nothing is sent. ulysses: heads are exchanged. ring: keys and values travel in a ring. gather: each rank
     # fetches the keys and values of its documents. ulysses_ring: ulysses inside a node, ring between nodes.
-    # ring_flash_attn: the ring of that library, on CUDA.
-    strategy: str = one_of(StrategyName.auto)
+    # ring_flash_attn: the ring of that library, on CUDA. package.module.NAME: a Strategy of your own.
+    strategy: str = one_of(StrategyName.auto, plugins=True)
     # Ring size within parallel.sp, for ulysses_ring. 0: as small as the heads and nodes allow.
     ring: int = number(0, least=0)
     # Seconds that a collective waits for a rank before the job ends. A rank that fails is noticed at once.
@@ -627,7 +629,8 @@ class SearchConfig:
 class EvalConfig:
     """What is measured, and on how much."""
 
-    # What is measured: names of tasks or of groups of tasks. docs/EVALUATION.md lists all.
+    # What is measured: names of tasks or of groups of tasks (docs/EVALUATION.md lists all), or package.module.Class of
+    # your own.
     tasks: list[str] = field(default_factory=lambda: ["needles"])
     # Lengths of prompts and documents, tokens. A length beyond the target window is refused.
     # Empty: 4096 (L0, if L0 is smaller), doubling, and the target window.
@@ -715,9 +718,9 @@ class ExportConfig:
     checkpoint: str | None = None
     # Data type of the exported weights. null: the data type of the trained weights.
     dtype: str | None = one_of(None, Dtype)
-    # The runtime whose folders are written. transformers: two/. sglang: long/ and short/. gguf (llama.cpp): long/ and
-    # two/. vllm, all: all three.
-    runtime: str = one_of(Runtime.all)
+    # The runtime whose folders are written. transformers: two/. sglang, tensorrt_llm: long/ and short/. gguf
+    # (llama.cpp): long/ and two/. vllm, all: all three. package.module.NAME: a Runtime of your own.
+    runtime: str = one_of(Runtime.all, plugins=True)
     # Whether the logits of each folder are compared with the run's. The comparison holds one whole model in memory.
     check: bool = True
 

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from lr2train.config import EvalConfig
+    from lr2train.data.corpus import Corpus
+    from lr2train.evaluation.filler import TextFolder
+    from lr2train.evaluation.tokens import PromptTokenizer
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,23 @@ class Sample:
     length_tokens: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
     left_out: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """What a task of a user's own package is made from: ``eval.tasks=[package.module.Class]`` calls ``Class(inputs)``.
+
+    Attributes:
+        tokenizer: of the model that answers.
+        lengths_tokens: of prompts and documents, as far as the model's window goes.
+        settings: the keys of ``eval``.
+        source: held-out documents; None without ``data.path`` and ``eval.essays``.
+    """
+
+    tokenizer: PromptTokenizer
+    lengths_tokens: Sequence[int]
+    settings: EvalConfig
+    source: Corpus | TextFolder | None
 
 
 class Task(Protocol):

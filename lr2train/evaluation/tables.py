@@ -61,7 +61,8 @@ def all_tables(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table
         scores: of all models and tasks.
         models: labels, in the order of the rows; the first is the base.
     """
-    made = [*_perplexity(scores, models), *_ruler(scores, models), *_retrieval(scores, models), *_short(scores, models)]
+    made = [*_perplexity(scores, models), *_ruler(scores, models), *_retrieval(scores, models)]
+    made += [*_plugins(scores, models), *_short(scores, models)]
     if failed := _failed(scores):
         made.append(failed)
     return made
@@ -117,10 +118,26 @@ def _with_mean(label: str, values: Sequence[float]) -> tuple[Value, ...]:
     return (label, math.fsum(values) / len(values), *values)
 
 
+_OURS = {*RULER, *loft.NAMES, *infinitebench.NAMES, *longbench.NAMES, needles.NEEDLES, needles.TEXT}
+
+
+def _plugins(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table]:
+    """Tasks of a user's own package that have lengths: a table each."""
+    by_length = [one for one in scores if one.task not in _OURS and one.length_tokens]
+    tables = []
+    for task in dict.fromkeys(one.task for one in by_length):
+        own = [one for one in by_length if one.task == task]
+        found = {(one.model, one.length_tokens): one.main for one in own}
+        lengths = sorted({one.length_tokens for one in own})
+        rows = tuple((model, *(found.get((model, length)) for length in lengths)) for model in models)
+        title = f"{task}: {next(iter(own[0].measures))} by length"
+        tables.append(Table(title, ("", *map(str, lengths)), rows))
+    return tables
+
+
 def _short(scores: Sequence[TaskScore], models: Sequence[str]) -> list[Table]:
     """Tasks without lengths that are none of ours: scores, and shares of the first model's (paper, Table 4)."""
-    ours = {*RULER, *loft.NAMES, *infinitebench.NAMES, *longbench.NAMES, needles.NEEDLES, needles.TEXT}
-    short = [one for one in scores if one.task not in ours and not one.length_tokens]
+    short = [one for one in scores if one.task not in _OURS and not one.length_tokens]
     return [*_percentages([one for one in short if one.percent], models), *_other_metrics(short)]
 
 
@@ -165,35 +182,76 @@ def _failed(scores: Sequence[TaskScore]) -> Table | None:
     )
 
 
-def needle_table(result: Mapping[str, Any]) -> str:
-    """The needle comparison as text: a row for each model and method; the attention factor, then a column for each
-    length.
+_NEEDLES = (  # key of ``by_length``, title
+    ("accuracy", "Needles found, percent of the documents"),
+    ("answer_perplexity", "Perplexity of the needles' answers (1 is certainty)"),
+    ("text_perplexity", "Perplexity of held-out text"),
+)
 
-    A cell holds needle accuracy, answer perplexity and text perplexity.
+
+def needle_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The needle comparison: a table for each figure, a row for each model, a column for each length in tokens.
+
+    Args:
+        rows: of ``evaluate.json``.
     """
-    width = max(len(row["label"]) for row in result["rows"]) + 2
-    lines = [
-        "needle accuracy | answer ppl | text ppl",
-        " " * width + f"{'attention factor':>18}" + "".join(f"{length:>24}" for length in result["lengths_tokens"]),
-    ]
-    for row in result["rows"]:
-        at = {one["length_tokens"]: one for one in row["by_length"]}
-        cells = (_needle_cell(at.get(length)) for length in result["lengths_tokens"])
-        lines.append(
-            f"{row['label']:<{width}}{row['attention_factor']:>18.3f}" + "".join(f"{cell:>24}" for cell in cells)
+    lengths = sorted(set().union(*map(_lengths, rows)))
+    tables = []
+    for key, title in _NEEDLES if rows else ():
+        of_model = [(row["label"], {one["length_tokens"]: one for one in row["by_length"]}) for row in rows]
+        shown = tuple(
+            (label, *(_needle_figure(key, at.get(length, {}).get(key)) for length in lengths)) for label, at in of_model
         )
-    return "\n".join(lines)
+        note = _standard_error(rows) if key == "accuracy" else ""
+        tables.append(Table(title, ("length in tokens", *map(str, lengths)), shown, note))
+    return tables
 
 
-def _needle_cell(one: Mapping[str, Any] | None) -> str:
-    if one is None:
-        return "-"
-    return (
-        f"{one['accuracy']:.0%} | {_short_number(one['answer_perplexity'])} | {_short_number(one['text_perplexity'])}"
-    )
-
-
-def _short_number(value: float | None) -> str:
+def _needle_figure(key: str, value: float | None) -> str | None:
     if value is None or math.isnan(value):
-        return "-"
-    return f"{value:.2f}" if value < 1000 else f"{value:.1e}"
+        return None
+    return f"{value:.0%}" if key == "accuracy" else f"{value:.2f}" if value < 1000 else f"{value:.1e}"
+
+
+def _standard_error(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How much chance is in an accuracy. Empty where columns have unlike numbers of documents."""
+    counts = {_documents(row, one["length_tokens"]) for row in rows for one in row["by_length"]}
+    if len(counts) != 1:
+        return ""
+    n = counts.pop()
+    at_half, at_nine_tenths = 50 / math.sqrt(n), 30 / math.sqrt(n)  # 100 sqrt(p (1 - p) / n)
+    return f"{n} documents a cell; standard error of a cell: {at_half:.0f} points at 50%, {at_nine_tenths:.0f} at 90%"
+
+
+def _documents(row: Mapping[str, Any], length: int) -> int:
+    return sum(cell["documents"] for cell in row["cells"] if cell["length_tokens"] == length)
+
+
+def _lengths(row: Mapping[str, Any]) -> set[int]:
+    return {one["length_tokens"] for one in row["by_length"]}
+
+
+def trained_difference(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How two trained models differ at the longest length, and how much of the difference may be chance.
+
+    The standard error is sqrt(p (1 - p) / n + q (1 - q) / m), for accuracies p and q over n and m documents. It is too
+    large for models that answer the same documents.
+
+    Args:
+        rows: of ``evaluate.json``.
+
+    Returns:
+        A sentence; empty where the rows do not hold two trained models, or no common length.
+    """
+    trained = [row for row in rows if row["label"].endswith(" trained")]
+    common = set.intersection(*(_lengths(row) for row in trained)) if trained else set()
+    if len(trained) != 2 or not common:
+        return ""
+    length = max(common)
+    shares = [one["accuracy"] for row in trained for one in row["by_length"] if one["length_tokens"] == length]
+    error = math.sqrt(sum(p * (1 - p) / _documents(row, length) for p, row in zip(shares, trained, strict=True)))
+    (first, p), (second, q) = zip((row["label"] for row in trained), shares, strict=True)
+    return (
+        f"At {length} tokens {first} finds {p:.0%} and {second} {q:.0%}: {100 * (p - q):+.0f} points, with a standard "
+        f"error of {100 * error:.0f}"
+    )

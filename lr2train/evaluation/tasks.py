@@ -1,6 +1,7 @@
 """Names of ``eval.tasks`` -> tasks: our own benchmarks, by task or by group, for the tokenizer of each model.
 
-Choice: a name that is none of ours is lm-eval's, and lm-eval is asked.
+Choice: ``package.module.Class`` is a task of a user's own package. Every other name that is none of ours is lm-eval's,
+and lm-eval is asked.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import torch
 
 from lr2train import progress
 from lr2train.config import Config, UserError
+from lr2train.config.plugins import is_plugin, plugin
 from lr2train.data.corpus import Corpus
 from lr2train.evaluation import infinitebench, loft, longbench, needles, ruler
 from lr2train.evaluation.answers import Answers
 from lr2train.evaluation.filler import TextFolder, essays_of
 from lr2train.evaluation.models import Compared
-from lr2train.evaluation.request import Task
+from lr2train.evaluation.request import Task, TaskInputs
 from lr2train.evaluation.subject import Subject
 from lr2train.evaluation.tokens import PromptTokenizer
 from lr2train.model import load
@@ -49,7 +51,7 @@ class Suite:
         cache: folder of generated samples.
 
     Attributes:
-        names: of our own tasks, in the order of the tables.
+        names: of our own tasks and of plug-ins, in the order of the tables.
         harness_names: of lm-eval's tasks.
         corpus: gives held-out text; None without ``data.path``.
     """
@@ -58,8 +60,8 @@ class Suite:
         self.config, self.lengths, self.cache = config, lengths, cache
         given = config.eval.tasks
         expanded = [name for one in given for name in GROUPS.get(one, (one,))]
-        self.names = [name for name in dict.fromkeys(expanded) if name in OURS]
-        self.harness_names = [name for name in dict.fromkeys(expanded) if name not in OURS]
+        self.names = [name for name in dict.fromkeys(expanded) if name in OURS or is_plugin(name)]
+        self.harness_names = [name for name in dict.fromkeys(expanded) if name not in self.names]
         self.corpus = Corpus.open(config.data.path) if config.data.path is not None else None
         self._models = models
         self._tokenizers: dict[Path, PromptTokenizer] = {}
@@ -130,7 +132,21 @@ class Suite:
             names = [name for name in self.names if name in GROUPS[group]]
             if names:
                 made |= {task.name: task for task in self._group(group, names, subject, lengths)}
+        made |= {name: self._plugin(name, subject, lengths) for name in self.names if name not in OURS}
         return [made[name] for name in self.names if name in made]
+
+    def _plugin(self, name: str, subject: Subject, lengths: list[int]) -> Task:
+        """A task of a user's own package.
+
+        Raises:
+            UserError: the class cannot be imported, or names its task like one of ours.
+        """
+        has_text = self.config.eval.essays is not None or self.corpus is not None
+        source = self._source(subject) if has_text else None
+        task = plugin(name, "eval.tasks", type)(TaskInputs(self.tokenizer(subject), lengths, self.config.eval, source))
+        if task.name in OURS:
+            raise UserError(f"eval.tasks: {name} names its task {task.name}, as one of ours; give it another name")
+        return task
 
     def _group(self, group: str, names: list[str], subject: Subject, lengths: list[int]) -> Sequence[Task]:
         settings = self.config.eval

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from lr2train.config import Algorithm
 from lr2train.evolution.fitness import Fitness, Losses
 from lr2train.evolution.genome import Candidate, Space
 
@@ -100,13 +101,16 @@ class CandidateScorer:
         self.fitness.settle(lambda losses: [losses(one, document) for one in candidates for document in documents])
         return [Scored(one, self.fitness.loss(one, documents), len(documents)) for one in candidates]
 
-    def final(self, finalists: Sequence[Candidate]) -> tuple[list[Scored], Confidence | None]:
+    def final(self, best: Sequence[Scored]) -> tuple[list[Scored], Confidence | None]:
         """The finalists, best first, scored on the final's documents alone, and how sure the winner is.
 
         The finalists were chosen on the documents of the generations, so their losses there are too low. Without
-        documents of the final, the documents of the generations decide.
+        documents of the final, the documents of the generations decide. There, a descent's tracks have met each
+        document at another point: then the best stay as they are, and nothing is said about the winner.
         """
-        finalists = list(dict.fromkeys(finalists))  # tracks may meet
+        if not self._settings.final_documents and self._settings.algorithm == Algorithm.gradient:
+            return list(best), None
+        finalists = list(dict.fromkeys(one.candidate for one in best))  # tracks may meet
         n_first, n_all = self._settings.documents, len(self.fitness.documents)
         order = range(n_first, n_all) if n_all > n_first else range(n_first)
         sizes = [one.n_scored_tokens for one in self.fitness.documents]

@@ -3,7 +3,7 @@ group.
 """
 
 from lr2train.rope.factors import Factors
-from lr2train.rope.methods import METHODS, build
+from lr2train.rope.methods import METHODS, build, made
 from lr2train.rope.spectrum import Spectrum
 
-__all__ = ["METHODS", "Factors", "Spectrum", "build"]
+__all__ = ["METHODS", "Factors", "Spectrum", "build", "made"]

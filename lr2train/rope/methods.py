@@ -2,7 +2,8 @@
 RopeConfig.
 
 Choice: a method is a plain float64 function, and its keyword-only parameters are its options. ``build`` reads the
-signature, so an option cannot be declared here and forgotten there. Parameters that only a search can find (critical
+signature, so an option cannot be declared here and forgotten there. A method of a user's own package is named
+``package.module.function`` in ``rope.method``. Parameters that only a search can find (critical
 index, tail) have no default: a wrong default would go unnoticed through days of training. Cost: the searched methods do
 not run without these parameters.
 
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from lr2train.config import RopeConfig, UserError
+from lr2train.config.plugins import is_plugin, plugin
 from lr2train.rope import hf
 from lr2train.rope.curves import frequency_linear, lambda_linear, llama3_ramp, ramp_between, yarn_ramp
 from lr2train.rope.factors import Factors, extension_ratio, longrope_attention_factor, read_factors_json
@@ -34,13 +36,13 @@ from lr2train.rope.spectrum import Spectrum, checked_table
 
 def none(spectrum: Spectrum, target_tokens: int) -> Factors:
     """lambda_i = 1: the original RoPE beyond its window."""
-    return _made("none", spectrum, target_tokens, np.ones(spectrum.n_dims))
+    return made("none", spectrum, target_tokens, np.ones(spectrum.n_dims))
 
 
 def pi(spectrum: Spectrum, target_tokens: int) -> Factors:
     """lambda_i = s: positional interpolation (Chen et al. 2023, arXiv 2306.15595); `linear` in transformers."""
     scale = extension_ratio(spectrum, target_tokens)
-    return _made("pi", spectrum, target_tokens, np.full(spectrum.n_dims, scale))
+    return made("pi", spectrum, target_tokens, np.full(spectrum.n_dims, scale))
 
 
 def ntk_aware(spectrum: Spectrum, target_tokens: int) -> Factors:
@@ -49,7 +51,7 @@ def ntk_aware(spectrum: Spectrum, target_tokens: int) -> Factors:
     """
     scale = extension_ratio(spectrum, target_tokens)
     exponent = np.arange(spectrum.n_dims) / (spectrum.n_dims - 1)  # 2i/(d-2)
-    return _made("ntk_aware", spectrum, target_tokens, scale**exponent)
+    return made("ntk_aware", spectrum, target_tokens, scale**exponent)
 
 
 def ntk(spectrum: Spectrum, target_tokens: int) -> Factors:
@@ -61,9 +63,9 @@ def ntk(spectrum: Spectrum, target_tokens: int) -> Factors:
     scale = extension_ratio(spectrum, target_tokens)
     if spectrum.own_rescale is not None:  # the same curve, told by its critical index
         exponent = np.arange(spectrum.n_dims) / spectrum.critical_index_real
-        return _made("ntk", spectrum, target_tokens, scale**exponent)
+        return made("ntk", spectrum, target_tokens, scale**exponent)
     growth = math.log(target_tokens / (2 * math.pi)) / math.log(spectrum.window_tokens / (2 * math.pi))
-    return _made("ntk", spectrum, target_tokens, _base_change(spectrum, spectrum.base ** (growth - 1.0)))
+    return made("ntk", spectrum, target_tokens, _base_change(spectrum, spectrum.base ** (growth - 1.0)))
 
 
 def dynamic_ntk(spectrum: Spectrum, target_tokens: int, *, length_tokens: int | None = None) -> Factors:
@@ -78,7 +80,7 @@ def dynamic_ntk(spectrum: Spectrum, target_tokens: int, *, length_tokens: int | 
     length = max(target_tokens if length_tokens is None else length_tokens, spectrum.window_tokens)
     stretch = scale * length / spectrum.window_tokens - (scale - 1.0)
     exponent = np.arange(spectrum.n_dims) / (spectrum.n_dims - 1)  # (2i/d) * (d/(d-2))
-    return _made("dynamic_ntk", spectrum, target_tokens, stretch**exponent)
+    return made("dynamic_ntk", spectrum, target_tokens, stretch**exponent)
 
 
 def yarn(spectrum: Spectrum, target_tokens: int, *, beta_fast: float = 32.0, beta_slow: float = 1.0) -> Factors:
@@ -105,7 +107,7 @@ def ntk_rcd(spectrum: Spectrum, target_tokens: int, *, critical_index: int) -> F
     """NTK-rcd: lambda_i = s^(i / rcd), which is s at the found critical index (paper, Section 4.3)."""
     scale = extension_ratio(spectrum, target_tokens)
     exponent = np.arange(spectrum.n_dims) / _checked_index(spectrum, critical_index)
-    return _made("ntk_rcd", spectrum, target_tokens, scale**exponent)
+    return made("ntk_rcd", spectrum, target_tokens, scale**exponent)
 
 
 def llama3(
@@ -132,7 +134,7 @@ def llama3(
         )
     factor = extension_ratio(spectrum, target_tokens) if factor is None else factor
     ramp = llama3_ramp(spectrum, low_freq_factor, high_freq_factor)
-    return _made("llama3", spectrum, target_tokens, frequency_linear(ramp, factor))
+    return made("llama3", spectrum, target_tokens, frequency_linear(ramp, factor))
 
 
 def longrope(
@@ -153,7 +155,7 @@ def longrope(
     """
     scale = extension_ratio(spectrum, target_tokens)
     table = lambda_linear(yarn_ramp(spectrum, beta_fast, beta_slow), scale) if rescale is None else rescale
-    return _made("longrope", spectrum, target_tokens, table, longrope_attention_factor(scale, spectrum.window_tokens))
+    return made("longrope", spectrum, target_tokens, table, longrope_attention_factor(scale, spectrum.window_tokens))
 
 
 def longrope2(
@@ -176,7 +178,7 @@ def longrope2(
     rcd = _checked_index(spectrum, critical_index)
     right = _full_tail(spectrum, rcd, tail)  # [D - rcd]
     table = np.concatenate([right[0] ** (np.arange(rcd) / rcd), right])  # [D]
-    return _made("longrope2", spectrum, target_tokens, table, 1.0 if attention_factor is None else attention_factor)
+    return made("longrope2", spectrum, target_tokens, table, 1.0 if attention_factor is None else attention_factor)
 
 
 METHODS: dict[str, Callable[..., Factors]] = {
@@ -185,9 +187,14 @@ METHODS: dict[str, Callable[..., Factors]] = {
 }
 
 
-def _made(
+def made(
     name: str, spectrum: Spectrum, target_tokens: int, rescale: Iterable[float], attention_factor: float = 1.0
 ) -> Factors:
+    """The Factors of a method: its D rescale factors on top of the model's own table.
+
+    Raises:
+        UserError: ``rescale`` has another length than D, or a factor is not positive and finite.
+    """
     on_top = checked_table("rescale", tuple(rescale), spectrum.n_dims)
     table = tuple(float(own * x) for own, x in zip(spectrum.own_factors, on_top, strict=True))
     return Factors(table, attention_factor, spectrum, target_tokens, name)
@@ -195,7 +202,7 @@ def _made(
 
 def _yarn(spectrum: Spectrum, target_tokens: int, ramp: np.ndarray, name: str) -> Factors:
     scale = extension_ratio(spectrum, target_tokens)
-    return _made(name, spectrum, target_tokens, frequency_linear(ramp, scale), 0.1 * math.log(scale) + 1.0)
+    return made(name, spectrum, target_tokens, frequency_linear(ramp, scale), 0.1 * math.log(scale) + 1.0)
 
 
 def _base_change(spectrum: Spectrum, ratio: float) -> np.ndarray:
@@ -286,21 +293,30 @@ def _described(spectrum: Spectrum) -> str:
 
 
 def _from_method(rope: RopeConfig, spectrum: Spectrum) -> Factors:
-    method = METHODS.get(rope.method)
-    if method is None:
-        raise UserError(f"rope.method={rope.method} is not one of {', '.join(METHODS)}; set rope.method to one of them")
+    method = _method_of(rope.method)
     arguments = _arguments(rope, method)
     try:
-        made = method(spectrum.start(rope.start_from), rope.target_window_tokens, **arguments)
+        factors = method(spectrum.start(rope.start_from), rope.target_window_tokens, **arguments)
+        if not isinstance(factors, Factors):
+            raise TypeError(f"it returns {type(factors).__name__} and not Factors")
         # A longrope or YaRN base has an attention factor of its own. A longer window does not need a smaller one.
-        factor = max(made.attention_factor, spectrum.attention_factor)
-        return replace(made, spectrum=spectrum, attention_factor=factor)
+        factor = max(factors.attention_factor, spectrum.attention_factor)
+        return replace(factors, spectrum=spectrum, attention_factor=factor)
     except UserError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:  # options are untyped in YAML
         raise UserError(
             f"rope.options={rope.options} do not fit rope.method={rope.method} ({error}); give numbers"
         ) from error
+
+
+def _method_of(name: str) -> Callable[..., Factors]:
+    """A method of ours, or a function of a user's own package. Raises UserError where there is none."""
+    if is_plugin(name):
+        return plugin(name, "rope.method", what="function")
+    if name not in METHODS:
+        raise UserError(f"rope.method={name} is not one of {', '.join(METHODS)}; set rope.method to one of them")
+    return METHODS[name]
 
 
 def _arguments(rope: RopeConfig, method: Callable[..., Factors]) -> dict[str, Any]:

@@ -2,27 +2,25 @@
 
 Each sentence was checked by running the runtime (transformers 5.23, vLLM 0.32 on CPU, llama-cpp-python 0.3.36), or,
 where ``READ`` is said, in the runtime's code alone.
+
+Choice: a runtime is one ``Runtime``: the folders it reads and what is said of them. ``RUNTIMES`` has ours;
+``export.runtime=package.module.NAME`` is one of a user's own package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lr2train.config.plugins import is_plugin, plugin
 from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 from lr2train.serving import gguf_longrope
 
 HERE = "."  # a folder in its own model card: a card names no path of the machine that wrote the card
-FOLDERS_OF = {
-    "all": ("long", "short", "two"),
-    "transformers": ("two",),
-    "vllm": ("long", "short", "two"),
-    "sglang": ("long", "short"),
-    "gguf": ("long", "two"),
-}
+FOLDERS = ("long", "short", "two")
 # Model types whose graphs in llama.cpp take RoPE tables. All were run.
 GGUF_TYPES = ("llama", "mistral", "mixtral", "phi3", "granite")
 _READ = "Read in its code, not run."
@@ -70,31 +68,43 @@ class Windows:
         return rope_hf.by_layer_type(self.config)
 
 
-def lines_of(windows: Windows, folders: Sequence[str]) -> list[Line]:
-    """The lines for the folders that an export holds."""
+@dataclass(frozen=True)
+class Runtime:
+    """What an export holds for one runtime.
+
+    Attributes:
+        folders: that the runtime reads: some of ``FOLDERS``.
+        lines: windows of the model -> what is said of each folder.
+        files: (folder, windows of the model) -> file name -> text, for files that only this runtime reads.
+    """
+
+    folders: tuple[str, ...]
+    lines: Callable[[Windows], Sequence[Line]]
+    files: Callable[[str, Windows], Mapping[str, str]] = lambda folder, windows: {}
+
+
+def runtime_of(name: str) -> Runtime:
+    """The runtime of ``export.runtime``; ``all`` reads every folder.
+
+    Raises:
+        UserError: the name is a plug-in that cannot be imported or is no Runtime.
+    """
+    if name == "all":
+        return Runtime(FOLDERS, lambda windows: ())
+    return plugin(name, "export.runtime", Runtime, "Runtime") if is_plugin(name) else RUNTIMES[name]
+
+
+def lines_of(windows: Windows, folders: Sequence[str], asked: str = "all") -> list[Line]:
+    """The lines of all runtimes for the folders that an export holds.
+
+    Args:
+        asked: ``export.runtime``; the lines of a plug-in stand first.
+    """
     original, target = windows.factors.spectrum.window_tokens, windows.factors.target_window_tokens
-    every = [
-        *_transformers(windows, original),
-        Line(
-            "vLLM", "two", f"vllm serve {{folder}} --max-model-len {target}",
-            "every length, across the switch; texts of both windows at once; chunked prefill, prefix cache",
-            "With the plugin of lr2train in vLLM's environment (pip install ./serving/lr2train_vllm); without it, the "
-            f"long table serves all texts. Run on CPU. Refused: {_REFUSED_BY_PLUGIN}.",
-        ),
-        *_server(windows, "vLLM", "vllm serve {folder}", "--max-model-len", "two/ needs the plugin."),
-        *_server(
-            windows, "SGLang", "python -m sglang.launch_server --model-path {folder}", "--context-length",
-            f"Do not serve two/: one table would serve all. {_READ}",
-        ),
-        *_llama_cpp(windows, original, target),
-        Line(
-            "TensorRT-LLM", "long", "trtllm-serve {folder}", f"texts of {original + 1} to {target} tokens",
-            f"Shorter texts are under the long table too. {_READ}",
-        ),
-        Line("TensorRT-LLM", "short", "trtllm-serve {folder}", f"texts of up to {original} tokens", _READ),
-    ]  # fmt: skip
+    ours = [line for runtime in RUNTIMES.values() for line in runtime.lines(windows)]
     if windows.by_layer_type:  # other runtimes were not checked with these dicts
-        every = [line for line in every if line.runtime == "transformers"]
+        ours = [line for line in ours if line.runtime == "transformers"]
+    every = [*(runtime_of(asked).lines(windows) if is_plugin(asked) else ()), *ours]
     if target <= original:
         every = [_one_window(line) for line in every if line.folder == "short"]
     return [line for line in every if line.folder in folders]
@@ -104,8 +114,8 @@ def _one_window(line: Line) -> Line:
     return Line(line.runtime, line.folder, line.command, line.exact)
 
 
-def _transformers(windows: Windows, original: int) -> list[Line]:
-    load = "AutoModelForCausalLM.from_pretrained('{folder}'"
+def _transformers(windows: Windows) -> list[Line]:
+    load, original = "AutoModelForCausalLM.from_pretrained('{folder}'", windows.factors.spectrum.window_tokens
     factor, short_factor = windows.factors.attention_factor, windows.short_factor
     below = (
         f"Texts of up to {original} tokens are exact too{_but_for_bits(windows)}."
@@ -135,6 +145,35 @@ def _transformers(windows: Windows, original: int) -> list[Line]:
 def _but_for_bits(windows: Windows) -> str:
     """Of a base that was extended already, the short factors give the frequencies but for their last bits."""
     return ", but for the last bits of the base's own frequencies" if rope_hf.is_rescaled(windows.config) else ""
+
+
+def _vllm(windows: Windows) -> list[Line]:
+    return [
+        Line(
+            "vLLM", "two", f"vllm serve {{folder}} --max-model-len {windows.factors.target_window_tokens}",
+            "every length, across the switch; texts of both windows at once; chunked prefill, prefix cache",
+            "With the plugin of lr2train in vLLM's environment (pip install ./serving/lr2train_vllm); without it, the "
+            f"long table serves all texts. Run on CPU. Refused: {_REFUSED_BY_PLUGIN}.",
+        ),
+        *_server(windows, "vLLM", "vllm serve {folder}", "--max-model-len", "two/ needs the plugin."),
+    ]  # fmt: skip
+
+
+def _sglang(windows: Windows) -> list[Line]:
+    command = "python -m sglang.launch_server --model-path {folder}"
+    more = f"Do not serve two/: one table would serve all. {_READ}"
+    return _server(windows, "SGLang", command, "--context-length", more)
+
+
+def _tensorrt_llm(windows: Windows) -> list[Line]:
+    original, target = windows.factors.spectrum.window_tokens, windows.factors.target_window_tokens
+    return [
+        Line(
+            "TensorRT-LLM", "long", "trtllm-serve {folder}", f"texts of {original + 1} to {target} tokens",
+            f"Shorter texts are under the long table too. {_READ}",
+        ),
+        Line("TensorRT-LLM", "short", "trtllm-serve {folder}", f"texts of up to {original} tokens", _READ),
+    ]  # fmt: skip
 
 
 def _server(windows: Windows, runtime: str, command: str, limit: str, more: str) -> list[Line]:
@@ -168,8 +207,9 @@ def why_no_gguf(config: Mapping[str, Any], window_tokens: int, extended: bool = 
     return ""
 
 
-def _llama_cpp(windows: Windows, original: int, target: int) -> list[Line]:
+def _llama_cpp(windows: Windows) -> list[Line]:
     """Of short/ with a table of its own, the converter would write another attention factor: two/ has it right."""
+    original, target = windows.factors.spectrum.window_tokens, windows.factors.target_window_tokens
     convert = "python convert_hf_to_gguf.py {folder} --outfile converted.gguf"
     why = why_no_gguf(windows.config, target)
     lines = []
@@ -200,6 +240,15 @@ def _with_tables(windows: Windows, original: int, target: int, convert: str) -> 
         ),
     ]  # fmt: skip
     return lines if context else [lines[0], lines[2]]  # llama.cpp has no context of fewer than 256 tokens
+
+
+RUNTIMES = {
+    "transformers": Runtime(("two",), _transformers),
+    "vllm": Runtime(FOLDERS, _vllm),
+    "sglang": Runtime(("long", "short"), _sglang),
+    "gguf": Runtime(("long", "two"), _llama_cpp),
+    "tensorrt_llm": Runtime(("long", "short"), _tensorrt_llm),
+}
 
 
 def in_words(line: Line, folder: str | Path) -> str:
@@ -261,9 +310,9 @@ def _name_of(base: str | None) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
-def card(folder: str, name: str, base: str | None, windows: Windows) -> str:
-    """The model card of a folder."""
-    lines, factors = lines_of(windows, (folder,)), windows.factors
+def card(folder: str, name: str, base: str | None, windows: Windows, asked: str = "all") -> str:
+    """The model card of a folder; ``asked`` as in ``lines_of``."""
+    lines, factors = lines_of(windows, (folder,), asked), windows.factors
     rows = [
         f"| {line.runtime} | `{line.command.format(folder=HERE)}` | {line.exact} | {line.limits} |" for line in lines
     ]

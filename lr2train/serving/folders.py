@@ -33,7 +33,7 @@ from lr2train.rope import hf as rope_hf
 from lr2train.rope.factors import Factors
 from lr2train.serving import engines, fold, gguf_longrope
 
-FOLDERS = ("long", "short", "two")
+FOLDERS = engines.FOLDERS
 CODE = "modeling_longrope2.py"
 GGUF_CODE = gguf_longrope.NAME
 RECORD = "lr2train.json"
@@ -139,13 +139,27 @@ def class_of(folder: Path) -> Any:
     return getattr(module, class_name(architecture))
 
 
-def write(source: Source, root: Path, names: Sequence[str], cards: dict[str, str]) -> dict[str, bool]:
+def write(
+    source: Source,
+    root: Path,
+    names: Sequence[str],
+    cards: Mapping[str, str],
+    files: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, bool]:
     """Make the folders ``root/<name>``; returns which of them were written, and not found complete.
+
+    Args:
+        source: the run.
+        root: folder of the export.
+        names: of the folders.
+        cards: model card of each folder.
+        files: further texts of each folder, by file name (``engines.Runtime.files``).
 
     Raises:
         UserError: the weights do not belong to the config, cannot be folded, or hold numbers that are not finite.
     """
-    made_of = {name: _fingerprint(source, name, cards[name]) for name in names}
+    texts = {name: {"README.md": cards[name], **(files or {}).get(name, {})} for name in names}
+    made_of = {name: _fingerprint(source, name, texts[name]) for name in names}
     missing = [name for name in names if _record(root / name).get("made_of") != made_of[name]]
     if not missing:
         return dict.fromkeys(names, False)
@@ -159,20 +173,20 @@ def write(source: Source, root: Path, names: Sequence[str], cards: dict[str, str
                 model_folder.share_weights(found, temporary)
             else:
                 model_folder.write_stream(_stream(source, name, twin, conversions, tensors), temporary)
-            _write_rest(source, name, temporary, twin, cards[name])
+            _write_rest(source, name, temporary, twin, texts[name])
             weights = {file.name: file.stat().st_size for file in temporary.glob("*.safetensors")}
             record = {"made_of": made_of[name], "weights": source.weights_of(name), "files": weights}
             io.write_json(temporary / RECORD, record)
     return {name: name in missing for name in names}
 
 
-def _fingerprint(source: Source, name: str, card: str) -> str:
+def _fingerprint(source: Source, name: str, texts: Mapping[str, str]) -> str:
     """Of all that goes into a folder, without a path: the same inputs elsewhere make the same folder."""
     companions = [[file.name, io.sha256_of(file)] for file in source.companions if file.is_file()]
     codes = [_text(CODE)] if name == "two" else []
     codes += [_text(GGUF_CODE)] if _for_gguf(source, name) else []
     config = model_folder.shareable(source.config_of(name))
-    return io.fingerprint([name, source.weights_of(name), config, companions, card, codes])
+    return io.fingerprint([name, source.weights_of(name), config, companions, texts, codes])
 
 
 def _for_gguf(source: Source, name: str) -> bool:
@@ -238,11 +252,12 @@ def _stream(
         raise UserError(refusal)
 
 
-def _write_rest(source: Source, name: str, folder: Path, twin: Any, card: str) -> None:
+def _write_rest(source: Source, name: str, folder: Path, twin: Any, texts: Mapping[str, str]) -> None:
     facts = model_folder.facts_of(twin)
     config = {**model_folder.shareable(source.config_of(name)), **facts, "dtype": source.dtype}
     model_folder.copy_companions(source.companions, folder, source.window_of(name))
-    io.write_text(folder / "README.md", card)
+    for file, text in texts.items():
+        io.write_text(folder / file, text)
     if _for_gguf(source, name):
         io.write_text(folder / GGUF_CODE, _text(GGUF_CODE))
     if name == "two":

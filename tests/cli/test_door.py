@@ -400,10 +400,11 @@ def refused(verb: str, arguments: list[str]) -> str | None:
     return None
 
 
-# A wheel.
+# A release.
 
 
-def test_a_wheel_in_a_fresh_environment_serves_from_an_empty_folder(tmp_path):
+def test_a_release_in_a_fresh_environment_serves_from_an_empty_folder(tmp_path):
+    """The wheel is made from the sdist, so that the sdist holds all that a build needs."""
     sources, environment, empty = tmp_path / "sources", tmp_path / "environment", tmp_path / "an empty folder = ü"
     shutil.copytree(ROOT / "lr2train", sources / "lr2train", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "conf", sources / "conf", ignore=shutil.ignore_patterns("local"))
@@ -413,9 +414,12 @@ def test_a_wheel_in_a_fresh_environment_serves_from_an_empty_folder(tmp_path):
         shutil.copy(ROOT / name, sources)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-deps", "--no-index"]
+    build = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=sources, check=True, capture_output=True, text=True)
     subprocess.run(
-        [*pip, "wheel", *offline, "--no-build-isolation", "-w", str(tmp_path), str(sources)],
+        [*pip, "wheel", *offline, "--no-build-isolation", "-w", str(tmp_path), done.stdout.split()[-1]],
         check=True,
+        cwd=tmp_path,
         capture_output=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
@@ -433,7 +437,12 @@ def test_a_wheel_in_a_fresh_environment_serves_from_an_empty_folder(tmp_path):
     assert installed == {file.relative_to(ROOT) for file in CONF_FOLDER.rglob("*.yaml") if file.parent.name != "local"}
     empty.mkdir()
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [str(environment / "bin" / "lr2train"), "plan", "experiment=llama3_8b_128k"]
+    lr2train = str(environment / "bin" / "lr2train")
+    said = subprocess.run([lr2train, "--version"], cwd=empty, env=clean, capture_output=True, text=True)
+    released = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert said.stdout == f"lr2train {released[0]}\n"
+    assert wheel.name.startswith(f"lr2train-{released[0]}-py3")
+    command = [lr2train, "plan", "experiment=llama3_8b_128k"]
     done = subprocess.run(command, cwd=empty, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "8.03B" in done.stdout

@@ -222,8 +222,9 @@ def test_the_final_is_decided_on_the_further_documents_alone(folder, tmp_path, m
     scorer = CandidateScorer(
         Space(tiny.SPECTRUM, tiny.L, SearchConfig(population=4, top_k=2, documents=2, final_documents=1)), fitness
     )
-    assert [one.candidate for one in sorted(scorer([first, second]), key=lambda one: one.loss)] == [first, second]
-    final, confidence = scorer.final([first, second, first])
+    best = sorted(scorer([first, second]), key=lambda one: one.loss)
+    assert [one.candidate for one in best] == [first, second]
+    final, confidence = scorer.final([*best, best[0]])
     assert (confidence.documents, confidence.unseen, confidence.spared) == (1, True, 0)
     assert [(one.candidate, one.documents) for one in final] == [(second, 1), (first, 1)]
 
@@ -253,7 +254,7 @@ def whole_search(folder, journal, sharded: bool = False, algorithm: str = "evolu
     fitness, space = fitness_over(folder, journal, sharded), Space(tiny.SPECTRUM, tiny.L, settings)
     scorer = CandidateScorer(space, fitness)
     generations = list(ALGORITHMS[algorithm](space, scorer, 0))
-    final = scorer.final([one.candidate for one in generations[-1].population[:2]])
+    final = scorer.final(generations[-1].population[:2])
     return generations, final, fitness.document_forwards, fitness.computed
 
 

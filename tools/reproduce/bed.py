@@ -98,17 +98,32 @@ _FOUR = Base("bed_a_four", "bed_base", ("data.stages.1.steps=1200", "data.stages
 _METHODS = ("longrope2", "yarn", "ntk", "pi", "longrope")
 _ABLATIONS = ("ntk_rcd", "yarn_rcd", "text", "all_dims")
 _ROWS = (
-    *_METHODS,
-    *(f"{one}_shared" for one in _METHODS[1:]),
+    *_METHODS[:-1],
+    *(f"{one}_shared" for one in _METHODS[1:-1]),
     "longrope2_one_table",
     *_ABLATIONS,
+    *("longrope", "longrope_shared"),
     *("distill", "one_factor", "document"),
     *(f"{one}_one_table" for one in _METHODS[1:]),
     *(f"{one}_shared" for one in _ABLATIONS),
 )
+_DEMO = Base("base", "tiny_base")
 _SEARCHES = ("needle", "text", "all_dims", "longrope")
 _MAP = ("--attention-factor", "1.2", "1.3", "--documents")
 FORMS = {
+    "demo": Form(  # the demo's base model, with many needles that are not asked for; one seed
+        name="demo",
+        experiment="tiny_4k",
+        original_window_tokens=512,
+        cells=((_DEMO, 8),),
+        rows=_ROWS,
+        searches=_SEARCHES,
+        seeds=1,
+        search_seeds=1,
+        training=("parallel.sp=1", "optim.steps=20", "engine.validate_every_steps=0", "logger.tensorboard=false"),
+        evaluation=("eval.samples=6", "eval.questions=4", "eval.distractors=20", "eval.text_documents=8"),
+        map_rcd=(*_MAP, "8", "--scales", "1.0", "1.6"),
+    ),
     "quick": Form(
         name="quick",
         experiment="bed",

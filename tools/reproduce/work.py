@@ -35,7 +35,12 @@ PRELOAD = ["lr2train.train", "lr2train.search", "lr2train.evaluate", "deepspeed"
 
 
 def run_step(verb: str, arguments: Sequence[str], log: Path) -> None:
-    """In a process of its own: the verb, with its output in ``log``. The exit code is the verb's."""
+    """In a process of its own: the verb, with its output in ``log``. The exit code is the verb's.
+
+    Ctrl-C of the terminal reaches the driver alone, which ends the verbs: a second signal would stop a verb while it
+    writes its checkpoint.
+    """
+    os.setsid()
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -137,7 +142,7 @@ class Driver:
 
     def run(self) -> Outcome:
         """Run all steps that can run; a signal ends the running ones, which resume at the next start."""
-        before = signal.signal(signal.SIGTERM, _interrupt)
+        before = {one: signal.signal(one, _interrupt) for one in (signal.SIGTERM, signal.SIGHUP)}
         try:
             waits = self._start_ready()
             total = sum(map(self._expected, self._steps))
@@ -150,7 +155,8 @@ class Driver:
             self.outcome.interrupted = True
             self._stop()
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for one, handler in before.items():
+                signal.signal(one, handler)
         return self.outcome
 
     def look(self) -> Outcome:

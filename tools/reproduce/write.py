@@ -78,6 +78,7 @@ def _setup(form: Form, cells: Sequence[Cell], steps: tuple[int, int], seconds: f
         f"Cells: {names}. The original window has {form.original_window_tokens} tokens.",
         f"Each row is trained with {form.seeds} {'seed' if form.seeds == 1 else 'seeds'}; each search runs with "
         f"{form.search_seeds}. Every row of a table has the same tokens, order of data, learning rate and steps.",
+        *(["With one seed, the standard errors hold the documents alone."] if form.seeds == 1 else []),
         "Rows with a shared attention factor take the one that the needle search of LongRoPE2 found. They have no "
         "search of their own under it.",
         "Rows without mixed windows read the rescaled table and its attention factor in both windows, in training and "

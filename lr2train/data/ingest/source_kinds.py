@@ -5,7 +5,6 @@ Each kind has two functions: ``list_â€¦`` returns the input in splits, ``read_â€
 
 from __future__ import annotations
 
-import importlib
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lr2train.config import SourceConfig, UserError
+from lr2train.config.plugins import plugin
 from lr2train.data.ingest.find_files import FoundFiles, SourceInput, find_files, reasons_in_words
 from lr2train.data.ingest.formats import SUFFIXES, input_splits, is_read, read_files, read_text
 from lr2train.data.ingest.records import InputFile, InputSplit, ReadCounts, SourceDocument, document_of_text, printable
@@ -154,11 +154,4 @@ def import_target(source: SourceConfig) -> Callable[..., Iterable[Any]]:
     Raises:
         UserError: the class cannot be imported.
     """
-    module, _, name = (source.target or "").rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module before the dot
-        raise UserError(
-            f"data.sources.{source.name}.target={source.target} cannot be imported ({error}); set it to "
-            "package.module.Class of a package on PYTHONPATH"
-        ) from error
+    return plugin(source.target, f"data.sources.{source.name}.target")
