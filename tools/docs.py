@@ -32,7 +32,9 @@ LAUNCHED = re.compile(  # what stands before the verb
     re.DOTALL,
 )
 CLUSTER = re.compile(r"--hostfile|multinode\.sh|slurm\.sbatch|^deepspeed|^torchrun")
-SLOW = re.compile(r"launch/(demo|test)\.sh|lr2train (search|train|rehearse|evaluate)|run\.sh \d+ (search|train)|tools\.")
+SLOW = re.compile(
+    r"launch/(demo|test)\.sh|lr2train (search|train|rehearse|evaluate)|run\.sh \d+ (search|train)|tools\."
+)
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,15 @@ class Command:
 
 
 def blocks(page: Path) -> Iterator[Command]:
-    """The commands of the page's blocks of ``bash``; a file that is written line by line is one command."""
+    """The commands of the page's blocks of ``bash``, and those after a ``$`` above their output.
+
+    A file that is written line by line is one command.
+    """
     inside, needs, begun, end = False, "", "", ""
     for number, line in enumerate(page.read_text("utf-8").splitlines(), 1):
-        if end:  # of a file
+        if not inside and line.startswith("$ "):
+            yield Command(page, number, re.sub(r"\s+#\s.*", "", line[2:]), "")
+        elif end:  # of a file
             begun += f"{line}\n"
             if line != end:
                 continue
