@@ -182,7 +182,7 @@ def _run(
             job.log(history.add(generation))
             for board in boards:
                 board.write(generation.index, history.figures)
-        return scorer.final([one.candidate for one in finalists])
+        return scorer.final(finalists)
 
 
 def _write(

@@ -28,8 +28,16 @@ GROUPS = [
 VERBS = sorted(READS)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("verb", VERBS)
+# Each experiment for two verbs that read most keys and for some of the others in turn.
+IN_TURN = {(verb, EXPERIMENTS[number % len(EXPERIMENTS)]) for number, verb in enumerate(VERBS)}
+PAIRS = [
+    pytest.param(verb, one, marks=[] if verb in ("train", "search") or (verb, one) in IN_TURN else pytest.mark.slow)
+    for verb in VERBS
+    for one in EXPERIMENTS
+]
+
+
+@pytest.mark.parametrize(("verb", "experiment"), PAIRS)
 def test_every_experiment_composes_for_every_verb(verb, experiment):
     composed = compose(verb, [f"experiment={experiment}", "name=x"])
     assert composed.name == "x"
@@ -111,6 +119,19 @@ def test_bad_input_names_key_value_and_limit(override, tells):
     assert "\n" not in sentence
 
 
+@pytest.mark.parametrize(
+    ("overrides", "tells"),
+    [
+        (["data.kind=curriculum", "data.long_positions=skip"], ["data.kind=curriculum", "data.long_positions to full"]),
+        (["optim.settle_validations=2", "engine.validate_every_steps=0"], ["optim.settle_validations to 0"]),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(overrides, tells):
+    with pytest.raises(UserError) as error:
+        compose("train", ["experiment=tiny_4k", "name=x", *overrides])
+    assert all(part in str(error.value) for part in tells), error.value
+
+
 def _reader(override: str) -> str:
     """A verb that reads the key."""
     return next(verb for verb in ("train", *READS) if reads(verb, override.partition("=")[0]) or verb == "plan")
@@ -183,7 +204,8 @@ def test_a_number_out_of_its_limits_is_refused_and_the_remedy_leads_on(key, limi
                 break
             name, _, text = remedy.partition("=")
             OmegaConf.update(made, re.sub(r"\.([sb0])(?=\.|$)", "[0]", name), OmegaConf.create(f"value: {text}").value)
-        assert _refused(made, verb) is None, f"{key}={value}"
+        else:
+            assert _refused(made, verb) is None, f"{key}={value}"
 
 
 def _refused(made: Any, verb: str) -> str | None:

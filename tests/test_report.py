@@ -242,6 +242,7 @@ def make_run(runs: Path, name: str = "first") -> Path:
         folder / "train.json",
         {
             "steps": 120,
+            "settled": "after step 96: the held-out loss fell no more",
             "final_loss": 1.9,
             "tokens_seen": 983040,
             "seconds": 331.0,
@@ -409,6 +410,7 @@ def test_a_finished_run_fills_every_section(parsed, page):
     ):
         assert words in folded(parsed.ids[section]), words
     assert "<h1>512 → 4,096 tokens</h1>" in page.read_text()
+    assert "ended early after step 96: the held-out loss fell no more" in page.read_text()
     sources = parsed.table("Sources")
     assert sources["stdlib"] == ["495", "3,394,929", "17", "501,760 (22×)", "1,249,280 (56×)", "1"]
 

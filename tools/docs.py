@@ -32,7 +32,9 @@ LAUNCHED = re.compile(  # what stands before the verb
     re.DOTALL,
 )
 CLUSTER = re.compile(r"--hostfile|multinode\.sh|slurm\.sbatch|^deepspeed|^torchrun")
-SLOW = re.compile(r"launch/(demo|test)\.sh|lr2train (search|train|rehearse)|run\.sh \d+ (search|train)|tools\.")
+SLOW = re.compile(
+    r"launch/(demo|test)\.sh|lr2train (search|train|rehearse|evaluate)|run\.sh \d+ (search|train)|tools\."
+)
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,25 @@ class Command:
         return (found[1], [one for one in shlex.split(found[2]) if one != "…"]) if found else None
 
     def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}: {self.text}"
+        return f"{self.page.relative_to(ROOT)}:{self.line}: {self.text.splitlines()[0]}"
 
 
 def blocks(page: Path) -> Iterator[Command]:
-    """The commands of the page's blocks of ``bash``."""
-    inside, needs, begun = False, "", ""
+    """The commands of the page's blocks of ``bash``; a file that is written line by line is one command."""
+    inside, needs, begun, end = False, "", "", ""
     for number, line in enumerate(page.read_text("utf-8").splitlines(), 1):
-        if line.startswith("```"):
+        if end:  # of a file
+            begun += f"{line}\n"
+            if line != end:
+                continue
+            yield Command(page, number, begun, needs)
+            begun = end = ""
+        elif line.startswith("```"):
             inside, needs = line == "```bash", ""
         elif inside and line.startswith("#"):
             needs = line[1:].strip().removeprefix("needs ") if line[1:].strip().startswith("needs ") else needs
+        elif inside and (file := re.search(r"<<'(\w+)'$", line)):
+            begun, end = f"{line}\n", file[1]
         elif inside and line.strip():
             begun += re.sub(r"\s+#\s.*", "", line).strip()
             if begun.endswith("\\"):
@@ -111,7 +121,7 @@ def main() -> None:
         return
     shutil.copytree(given.runs, given.folder / "runs", dirs_exist_ok=True)
     shutil.copytree(given.folder / "runs" / "tiny_4k", given.folder / "runs" / "first", dirs_exist_ok=True)
-    for name in ("launch", "tools", "requirements.txt"):
+    for name in ("launch", "tools", "lr2train", "requirements.txt"):
         (given.folder / name).is_symlink() or (given.folder / name).symlink_to(ROOT / name)
     run = [one for one in every if not one.needs and (given.slow or not SLOW.search(one.text))]
     failed = [one for one in run if not _run(one, given.folder)]

@@ -9,7 +9,8 @@ and the same command goes on.
 
     full       segments of the target window, positions 0, 1, 2 …
     skip       segments of a quarter of it whose positions jump: as many segments a step, a quarter of the tokens
-    skip_wide  the same, with as many tokens a step as ``full``
+    still      the same segments without the jumps: what do the jumps do?
+    skip_wide  ``skip`` with as many tokens a step as ``full``
 
 All cells answer the same held-out documents, whose needles lie at random depths. An answer is right where greedy
 decoding produces it after the right answers before it.
@@ -36,6 +37,7 @@ TARGET_TOKENS, PART = 4096, 4  # a segment of ``skip`` is this part of the targe
 KINDS = {
     "full": (TARGET_TOKENS, 2),  # tokens of a segment, segments a step; half of the segments are long
     "skip": (TARGET_TOKENS // PART, 2),
+    "still": (TARGET_TOKENS // PART, 2),
     "skip_wide": (TARGET_TOKENS // PART, 2 * PART),
 }
 DOCUMENTS, QUESTIONS, NEEDLES = 8, 25, 60
@@ -130,8 +132,11 @@ def _run_cell(given: argparse.Namespace, cell: Cell) -> None:
 def _trained(given: argparse.Namespace, cell: Cell) -> float:
     """Train the cell's run; returns its seconds."""
     from lr2train.cli.composition import compose
+    from lr2train.data.feed import loader
     from lr2train.train import train
 
+    if cell.kind == "still":
+        loader.drawn_jumps = lambda *_: ()
     corpus = given.runs / "corpus" if cell.kind == "full" else _rows(given)
     segment_tokens, segments_per_step = KINDS[cell.kind]
     begun = time.monotonic()
@@ -143,7 +148,8 @@ def _trained(given: argparse.Namespace, cell: Cell) -> float:
                 f"data.segment_tokens={segment_tokens}", f"optim.segments_per_step={segments_per_step}",
                 f"data.long_positions={'full' if cell.kind == 'full' else 'skip'}", f"optim.steps={cell.steps}",
                 f"optim.warmup_steps={max(1, cell.steps // 10)}", "parallel.sp=1", "logger=jsonl",
-                "engine.checkpoint_every_steps=1000", "engine.validate_every_steps=1000", *given.train.split(),
+                "engine.checkpoint_every_steps=20", "engine.validate_segments=1", "engine.validate_every_steps=1000",
+                *given.train.split(),
             ],
         )
     )  # fmt: skip

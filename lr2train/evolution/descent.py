@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,11 +38,13 @@ class _Track:
 
     Attributes:
         values: float64 [n + 1], shares 0 … 1 of their ranges: the logarithms of the tail, then the attention factor.
+        losses: of each document that it has met, nats a token.
         steps: how many were made.
     """
 
     critical_index: int
     values: np.ndarray
+    losses: list[float] = field(default_factory=list)
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -61,8 +63,8 @@ class _Track:
 def descend(space: Space, scorer: CandidateScorer, seed: int) -> Iterator[Generation]:
     """Yield the scored starts, then ``search.generations`` rounds of one step a track.
 
-    ``Generation.population`` holds the starts, best first; then the points that the tracks have reached, by the loss on
-    that round's documents at the points that they came from.
+    ``Generation.population`` holds the starts, best first; then the points that the tracks have reached, by the loss of
+    the latest half of their rounds, each at the point that the round began with.
     """
     settings, fitness = space.settings, scorer.fitness
     order = stream(seed, "search", "descent").permutation(settings.documents).tolist()
@@ -79,8 +81,10 @@ def descend(space: Space, scorer: CandidateScorer, seed: int) -> Iterator[Genera
         scored = []
         for place, track in enumerate(live):
             part = slopes[place * len(documents) : (place + 1) * len(documents)]
+            track.losses += [one.loss for one in part]
             track.step(_chained(space, track, part), _step_size(settings, number))
-            scored.append(Scored(_candidate(space, track), float(np.mean([one.loss for one in part])), len(part)))
+            recent = track.losses[len(track.losses) // 2 :]  # early points are far from the present one
+            scored.append(Scored(_candidate(space, track), float(np.mean(recent)), len(recent)))
         seen.update(one.candidate.key for one in scored)
         yield Generation(number + 1, ranked(scored), len(seen))
 

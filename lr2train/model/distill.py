@@ -21,13 +21,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lr2train.attention.segment import SegmentAttention
 from lr2train.model import rotary
 from lr2train.model.head import PLAIN, LogitForm
-from lr2train.model.loss import LossHead
+from lr2train.model.loss import Gradients, LossHead, OnePass, chunks, logits_of, wide
 from lr2train.model.weights import Gather
 from lr2train.rope.factors import Factors
 
@@ -108,7 +107,7 @@ class DistillHead(LossHead):
         return torch.stack(both)
 
 
-class _ChunkedDistillation(torch.autograd.Function):
+class _ChunkedDistillation(OnePass):
     """Computes losses and gradients of a chunk of positions at a time, all in the forward pass.
 
     The gradient of the logits is ``(q - one-hot) + weight * (q - p)``.
@@ -128,33 +127,35 @@ class _ChunkedDistillation(torch.autograd.Function):
         divergence_weight: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Arguments as ``DistillHead.forward``; returns total, loss and divergence."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        loss, divergence = (torch.zeros((), dtype=wide, device=hidden.device) for _ in range(2))
-        grad_hidden = torch.zeros_like(hidden)
-        # Summed in fp32: in bf16 the small terms of thousands of chunks would be lost.
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-        for rows in targets.split(chunk_tokens) if len(targets) else ():
-            logits = form.logits(F.linear(hidden[rows], weight).to(wide))  # [chunk, V]
-            log_q = logits.log_softmax(-1)
-            log_p = form.logits(F.linear(original[rows], head).to(wide)).log_softmax(-1)
-            p = log_p.exp()
-            here = torch.arange(len(rows), device=rows.device), labels[rows]
-            loss -= log_q[here].sum()
-            divergence += log_p.sub_(log_q).mul_(p).sum()
-            grad = log_q.exp_().mul_(1 + divergence_weight).sub_(p, alpha=divergence_weight)
-            grad[here] -= 1.0
-            grad = form.to_products(grad, logits).to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight
-            grad_weight += grad.T @ hidden[rows]
-        ctx.gradients = grad_hidden, grad_weight
+        loss, divergence = (torch.zeros((), dtype=wide(hidden), device=hidden.device) for _ in range(2))
+        ctx.gradients = Gradients(hidden, weight)
+        for rows in chunks(targets, chunk_tokens):
+            own, apart = _of_chunk(ctx.gradients, rows, labels[rows], original[rows], head, form, divergence_weight)
+            loss += own
+            divergence += apart
         ctx.mark_non_differentiable(loss, divergence)
         return loss + divergence_weight * divergence, loss, divergence
 
-    @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden [T, H] and weight [V, H] in their dtypes."""
-        grad_hidden, grad_weight = ctx.gradients
-        del ctx.gradients  # scaled in place, so they serve once
-        # A 0-dimensional factor would be rounded to bf16 first, and the head's gradient has it in fp32.
-        hidden = torch.mul(grad_hidden, grad_total.reshape(1, 1), out=grad_hidden)
-        return hidden, grad_weight.mul_(grad_total).to(hidden.dtype), *([None] * 7)
+
+def _of_chunk(
+    gradients: Gradients,
+    rows: Tensor,
+    labels: Tensor,
+    original: Tensor,
+    head: Tensor,
+    form: LogitForm,
+    divergence_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of one chunk; returns its loss and its divergence. A function, so that its logits are free when
+    the next ones are made.
+    """
+    logits = logits_of(gradients.hidden[rows], gradients.weight, form)  # [chunk, V]
+    log_q = logits.log_softmax(-1)
+    log_p = logits_of(original, head, form).log_softmax(-1)
+    p = log_p.exp()
+    here = torch.arange(len(rows), device=rows.device), labels
+    loss, divergence = -log_q[here].sum(), log_p.sub_(log_q).mul_(p).sum()
+    grad = log_q.exp_().mul_(1 + divergence_weight).sub_(p, alpha=divergence_weight)
+    grad[here] -= 1.0
+    gradients.add(rows, form.to_products(grad, logits))
+    return loss, divergence

@@ -75,29 +75,69 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """hidden [T, H], weight [V, H], labels [T], targets [n] -> scalar, as ``LossHead.forward``."""
         ctx.save_for_backward(hidden, weight, labels, targets)
         ctx.chunk_tokens, ctx.form = chunk_tokens, form
-        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
-        for rows in _chunks(targets, chunk_tokens):
-            logits = form.logits(F.linear(hidden[rows], weight).to(total.dtype))
-            total += F.cross_entropy(logits, labels[rows], reduction="sum")
+        total = torch.zeros((), dtype=wide(hidden), device=hidden.device)
+        for rows in chunks(targets, chunk_tokens):
+            total += F.cross_entropy(logits_of(hidden[rows], weight, form), labels[rows], reduction="sum")
         return total
 
     @staticmethod
     def backward(ctx, grad_total: torch.Tensor):
         """Gradients of hidden [T, H] and weight [V, H] in their dtypes: (softmax - one-hot) through form and head."""
         hidden, weight, labels, targets = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
-        # Summed in fp32: in bf16 the small terms of thousands of chunks would be lost.
-        grad_weight = torch.zeros(weight.shape, dtype=_wide(hidden), device=weight.device)
-        for rows in _chunks(targets, ctx.chunk_tokens):
-            logits = ctx.form.logits(F.linear(hidden[rows], weight).to(grad_weight.dtype))  # [chunk, V]
-            grad = _of_products(torch.softmax(logits, dim=-1), logits, labels[rows], ctx.form)
-            grad = (grad * grad_total).to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight
-            grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        gradients = Gradients(hidden, weight)
+        for rows in chunks(targets, ctx.chunk_tokens):
+            _again(gradients, rows, labels[rows], ctx.form, grad_total)
+        return gradients.of_hidden, gradients.of_weight.to(weight.dtype), None, None, None, None
 
 
-class _OnePassCrossEntropy(torch.autograd.Function):
+def _again(gradients: Gradients, rows: torch.Tensor, labels: torch.Tensor, form: LogitForm, scale: torch.Tensor):
+    """Add the gradients of one chunk. A function, so that its logits are free when the next ones are made."""
+    logits = logits_of(gradients.hidden[rows], gradients.weight, form)
+    grad = _of_products(torch.softmax(logits, dim=-1), logits, labels, form)
+    gradients.add(rows, grad * scale)
+
+
+class Gradients:
+    """The gradients of hidden states [T, H] and of a head's weight [V, H], summed over chunks of positions.
+
+    Attributes:
+        of_hidden: in the dtype of ``hidden``.
+        of_weight: fp32 at least; in bf16 the small terms of thousands of chunks would be lost.
+    """
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor):
+        self.hidden, self.weight = hidden, weight
+        self.of_hidden = torch.zeros_like(hidden)
+        self.of_weight = torch.zeros(weight.shape, dtype=wide(hidden), device=weight.device)
+
+    def add(self, rows: torch.Tensor, grad: torch.Tensor) -> None:
+        """Add a chunk: ``grad`` [n, V] is the gradient of its products with the weight, at the positions ``rows``."""
+        grad = grad.to(self.hidden.dtype)
+        self.of_hidden[rows] = grad @ self.weight
+        self.of_weight += grad.T @ self.hidden[rows]
+
+    def scaled(self, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both, times a scalar, in the dtypes of what they are gradients of. In place: serves once."""
+        # As a matrix, so that fp32 is the common dtype: a scalar would be rounded to the dtype of the gradient first.
+        torch.mul(self.of_hidden, scale.reshape(1, 1), out=self.of_hidden)
+        return self.of_hidden, self.of_weight.mul_(scale).to(self.weight.dtype)
+
+
+class OnePass(torch.autograd.Function):
+    """A scalar loss of (hidden, weight, …) whose forward pass leaves its ``Gradients`` in ``ctx.gradients``."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total: torch.Tensor, *_: torch.Tensor):  # type: ignore[override]
+        """The gradients of the forward pass, times grad_total; a NaN there makes them NaN. Runs once: in place."""
+        assert ctx.gradients is not None, (
+            "the gradients of the loss were scaled in place: a graph has one backward pass"
+        )
+        gradients, ctx.gradients = ctx.gradients, None
+        return *gradients.scaled(grad_total), *([None] * (len(ctx.needs_input_grad) - 2))
+
+
+class _OnePassCrossEntropy(OnePass):
     """Computes the logits of a chunk once, in the forward pass, and the gradients with them."""
 
     @staticmethod
@@ -111,30 +151,24 @@ class _OnePassCrossEntropy(torch.autograd.Function):
         form: LogitForm,
     ) -> torch.Tensor:
         """hidden [T, H], weight [V, H], labels [T], targets [n] -> scalar, as ``LossHead.forward``."""
-        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=total.dtype, device=weight.device)
-        for rows in _chunks(targets, chunk_tokens):
-            logits = form.logits(F.linear(hidden[rows], weight).to(total.dtype))  # [chunk, V]
-            log_p = F.log_softmax(logits, dim=-1)
-            total += F.nll_loss(log_p, labels[rows], reduction="sum")
-            grad = _of_products(log_p.exp_(), logits, labels[rows], form).to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight
-            grad_weight += grad.T @ hidden[rows]
-        ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
+        total = torch.zeros((), dtype=wide(hidden), device=hidden.device)
+        ctx.gradients = Gradients(hidden, weight)
+        for rows in chunks(targets, chunk_tokens):
+            total += _with_gradients(ctx.gradients, rows, labels[rows], form)
         return total
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_total: torch.Tensor):  # type: ignore[override]
-        """The gradients of the forward pass, times grad_total; a NaN there makes them NaN. Runs once: in place."""
-        assert ctx.gradients is not None, (
-            "the gradients of the loss were scaled in place: a graph has one backward pass"
-        )
-        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        # As a matrix, so that fp32 is the common dtype: a scalar would be rounded to the dtype of grad_hidden first.
-        torch.mul(grad_hidden, grad_total.reshape(1, 1), out=grad_hidden)
-        return grad_hidden, grad_weight.mul_(grad_total).to(ctx.weight_dtype), None, None, None, None
+
+def _with_gradients(gradients: Gradients, rows: torch.Tensor, labels: torch.Tensor, form: LogitForm) -> torch.Tensor:
+    """Add the gradients of one chunk; returns its loss. A function, so that its logits are free when the next ones are
+    made.
+    """
+    logits = logits_of(gradients.hidden[rows], gradients.weight, form)
+    log_p = F.log_softmax(logits, dim=-1)
+    loss = F.nll_loss(log_p, labels, reduction="sum")
+    grad = _of_products(log_p.exp_(), logits, labels, form).to(gradients.hidden.dtype)
+    del logits, log_p  # before the products with the head
+    gradients.add(rows, grad)
+    return loss
 
 
 def _of_products(p: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, form: LogitForm) -> torch.Tensor:
@@ -145,11 +179,16 @@ def _of_products(p: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, fo
     return form.to_products(p, logits)
 
 
-def _wide(hidden: torch.Tensor) -> torch.dtype:
+def logits_of(hidden: torch.Tensor, weight: torch.Tensor, form: LogitForm) -> torch.Tensor:
+    """Logits [n, V] of hidden states [n, H], in fp32 at least."""
+    return form.logits(F.linear(hidden, weight).to(wide(hidden)))
+
+
+def wide(hidden: torch.Tensor) -> torch.dtype:
     """The dtype of logits and sums: fp32, or fp64 for fp64."""
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _chunks(targets: torch.Tensor, chunk_tokens: int) -> tuple[torch.Tensor, ...]:
+def chunks(targets: torch.Tensor, chunk_tokens: int) -> tuple[torch.Tensor, ...]:
     """The positions with a target, in chunks; positions without a target cost nothing."""
     return targets.split(chunk_tokens) if len(targets) else ()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lr2train.attention.hf import NAME, install, layers_of, refuse_config, refuse_device, ring_ranks
+from lr2train.attention.hf import NAME, install, layers_of, refuse_config, refuse_device, refuse_jumps, ring_ranks
 from lr2train.config import ParallelConfig, UserError
 from lr2train.parallel.layout import Layout
 from lr2train.parallel.mesh import Mesh
@@ -101,6 +101,16 @@ def test_a_sliding_window_below_the_longest_document_is_logged(caplog):
 
 
 # ---- refusals ----
+
+
+def test_positions_may_not_jump_farther_than_a_sliding_window_reaches():
+    qwen = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+    for family, changes in (("mistral", {"sliding_window": 7}), ("qwen2", qwen)):
+        config = tiny_model(family, **changes).config
+        refuse_jumps(config, 7)
+        with pytest.raises(UserError, match=r"attend to 7 tokens back.*distances up to 8; set data.long_positions"):
+            refuse_jumps(config, 8)
+    refuse_jumps(tiny_model("llama").config, 8)
 
 
 def test_a_config_that_no_rank_could_run_is_refused_without_weights():

@@ -97,35 +97,51 @@ def composed(*arguments: str) -> Any:
         return composition.composed("train", ["name=x", *ENTRIES, *arguments], composition.config_folders())
 
 
-@pytest.mark.parametrize("text", LOOKS_LIKE_SOMETHING_ELSE)
-def test_text_stays_text_whatever_it_looks_like(text):
-    made = composed(*(f"{key}={text}" for key in TEXTS))
-    assert {key: at(made, key) for key in TEXTS} == dict.fromkeys(TEXTS, text)
-    if text[0] not in "[{":
-        made = composed(*(f"{key}=[{text},b]" for key in LISTS_OF_TEXT))
-        assert {key: list(at(made, key)) for key in LISTS_OF_TEXT} == {key: [text, "b"] for key in LISTS_OF_TEXT}
+@pytest.mark.parametrize("turn", range(5))
+def test_text_stays_text_whatever_it_looks_like(turn):
+    """A key has another text in each turn; each text is met by many keys."""
+    texts = {
+        key: LOOKS_LIKE_SOMETHING_ELSE[(n + 3 * turn) % len(LOOKS_LIKE_SOMETHING_ELSE)] for n, key in enumerate(TEXTS)
+    }
+    plain = [text for text in LOOKS_LIKE_SOMETHING_ELSE if text[0] not in "[{"]
+    lists = {key: [plain[(n + 3 * turn) % len(plain)], "b"] for n, key in enumerate(LISTS_OF_TEXT)}
+    typed = [f"{key}=[{','.join(value)}]" for key, value in lists.items()]
+    made = composed(*(f"{key}={text}" for key, text in texts.items()), *typed)
+    assert {key: at(made, key) for key in TEXTS} == texts
+    assert {key: list(at(made, key)) for key in LISTS_OF_TEXT} == lists
 
 
-@pytest.mark.parametrize("odd", ODD)
-def test_odd_paths_come_through_as_they_are(odd):
-    path = f"/data/{odd}"
-    if "${" in odd:  # an interpolation that names nothing
-        with pytest.raises(UserError, match=r"write \\\$\{ where"):
-            composed(f"data.path={path}")
-        path = path.replace("${", "\\${")
-    made = composed(*(f"{key}={path}" for key in PATHS))
-    expected = path.replace("\\${", "${")
-    assert {key: at(made, key) for key in PATHS} == dict.fromkeys(PATHS, expected)
+UNCLOSED = "${unclosed"  # an interpolation that names nothing
 
 
-@pytest.mark.parametrize("odd", [odd for odd in ODD if not set(odd) & set(",[]{}")])
-def test_odd_paths_come_through_inside_a_list(odd):
-    path = f"/data/{odd.rstrip()}"
+@pytest.mark.parametrize("turn", range(6))
+def test_odd_paths_come_through_as_they_are(turn):
+    """Each odd path is met in two turns, by other keys."""
+    paths = {key: f"/data/{ODD[(n + len(PATHS) * turn) % len(ODD)]}" for n, key in enumerate(PATHS)}
+    typed = [f"{key}={path}".replace("${", "\\${") for key, path in paths.items()]
+    made = composed(*typed)
+    assert {key: at(made, key) for key in PATHS} == paths
+
+
+def test_an_interpolation_in_a_path_names_its_remedy():
+    with pytest.raises(UserError, match=r"write \\\$\{ where"):
+        composed(f"data.path=/data/{UNCLOSED}")
+
+
+# Quotes would pair with those of a neighbour, so each path that has them is in a list of its own.
+UNQUOTED = [odd for odd in ODD if not set(odd) & set(",[]{}")]
+QUOTED = [[odd] for odd in UNQUOTED if set(odd) & set("'\"\\")]
+
+
+@pytest.mark.parametrize("odds", [[odd for odd in UNQUOTED if [odd] not in QUOTED], *QUOTED], ids=" ".join)
+def test_odd_paths_come_through_inside_a_list(odds):
+    paths = [f"/data/{odd.rstrip()}" for odd in odds]
+    sources = ",".join(f"{{name: t{number}, path: {path}}}" for number, path in enumerate(paths))
     made = compose(
-        "prepare", ["name=x", f"data.sources=[{{name: t, path: {path}}}]", f"data.decontaminate.files=[{path},b]"]
+        "prepare", ["name=x", f"data.sources=[{sources}]", f"data.decontaminate.files=[{','.join(paths)},b]"]
     )
-    assert made.data.sources[0].path == path
-    assert made.data.decontaminate.files == [path, "b"]
+    assert [source.path for source in made.data.sources] == paths
+    assert made.data.decontaminate.files == [*paths, "b"]
 
 
 def test_quotes_and_null_are_heard():

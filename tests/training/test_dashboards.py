@@ -50,16 +50,43 @@ for sink in opened:
 """
 
 
-def record(folder: Path, mode: str, done: int, last: int, **environment: str) -> str:
-    """A job that writes steps to all sinks, in a process of its own; what it says."""
+def start(folder: Path, mode: str, done: int, last: int, **environment: str) -> subprocess.Popen[str]:
+    """A job that writes steps to all sinks, in a process of its own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     command = [sys.executable, "-c", JOB, str(folder), mode, str(done), str(last)]
     environment = {**kept, "NETRC": os.devnull, "WANDB_CONFIG_DIR": str(folder / "none"), **environment}
-    done_job = subprocess.run(
-        [*command, "data.sources.web.options.token=swordfish-argument"], env=environment, capture_output=True, text=True
-    )
-    assert done_job.returncode == 0, done_job.stderr
-    return done_job.stderr
+    return subprocess.Popen(
+        [*command, "data.sources.web.options.token=swordfish-argument"],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def said_by(job: subprocess.Popen[str]) -> str:
+    """What the job says until its end."""
+    said = job.communicate()[1]
+    assert job.returncode == 0, said
+    return said
+
+
+def record(folder: Path, mode: str, done: int, last: int, **environment: str) -> str:
+    """Run a job; what it says."""
+    return said_by(start(folder, mode, done, last, **environment))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_help(tmp_path_factory):
+    """(folder, job) without a network and without a login. Started first: wandb waits a dozen seconds for a server."""
+    folder = tmp_path_factory.mktemp("online")
+    # Port 9 of this machine refuses at once; wandb itself would try again for a minute and a half.
+    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1", "WANDB_SILENT": "true"}
+    jobs = {
+        name: (folder / name, start(folder / name, "online", 0, 1, **environment))
+        for name, environment in {"network": {"WANDB_API_KEY": SECRETS["key"], **nowhere}, "login": {}}.items()
+    }
+    yield jobs
+    for _, job in jobs.values():
+        job.kill()
+        job.wait()
 
 
 def recorded(folder: Path) -> list[tuple[str, list[int]]]:
@@ -108,17 +135,6 @@ def test_offline_runs_resume_without_repeats_and_hold_no_secret(tmp_path):
     assert any(b"https://x.org" in file.read_bytes() for file in files)  # the config is there
     for name, secret in SECRETS.items():
         assert [file for file in files if secret.encode() in file.read_bytes()] == [], name
-
-
-def test_without_a_network_or_a_login_a_run_is_recorded_offline(tmp_path):
-    """Port 9 of this machine refuses at once; wandb itself would try again for a minute and a half."""
-    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
-    said = record(tmp_path / "network", "online", 0, 1, WANDB_API_KEY=SECRETS["key"], **nowhere)
-    assert said.count("wandb does not start online") == 1
-    said += record(tmp_path / "login", "online", 0, 1)
-    assert "nobody is logged in" in said
-    for name in ("network", "login"):
-        assert [steps for _, steps in recorded(tmp_path / name)] == [[0, 1]]
 
 
 def test_the_group_is_that_of_the_folders_other_verbs(tmp_path):
@@ -223,3 +239,11 @@ def test_a_server_that_does_not_answer_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be saved on wandb"):
         dashboard.dashboard(compose("dashboard", ["run=first", f"runs_folder={tmp_path}"]))
     assert not (tmp_path / "first" / "dashboard.json").exists()
+
+
+def test_without_a_network_or_a_login_a_run_is_recorded_offline(without_help):
+    said = {name: said_by(job) for name, (_, job) in without_help.items()}
+    assert said["network"].count("wandb does not start online") == 1
+    assert "nobody is logged in" in said["login"]
+    for folder, _ in without_help.values():
+        assert [steps for _, steps in recorded(folder)] == [[0, 1]]

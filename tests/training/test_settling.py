@@ -12,8 +12,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lr2train.cli.composition import compose
-from lr2train.config import OptimConfig, UserError
+from lr2train.config import OptimConfig
 from lr2train.training.settling import FILE, LOSS, Settling
 from tests.training.test_validation import lines_of, train, without_times
 
@@ -119,7 +118,3 @@ def test_a_run_that_measures_no_long_loss_cannot_settle(folder):
     assert code == 2
     assert "optim.settle_validations=2 looks at the held-out loss of the long window, which is not measured" in err
     assert not (folder / "unmeasured" / "train.inputs.json").exists()
-    with pytest.raises(UserError, match=r"engine\.validate_every_steps=0 .*set optim\.settle_validations to 0"):
-        compose(
-            "train", ["experiment=tiny_4k", "name=x", "optim.settle_validations=1", "engine.validate_every_steps=0"]
-        )

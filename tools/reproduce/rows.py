@@ -71,12 +71,14 @@ ROWS = _rows()
 
 
 def _longrope(ratio: int, form: Form) -> tuple[str, ...]:
-    """LongRoPE v1: all dimensions in [1, 1.25 s], text perplexity, and its own attention factor for every candidate."""
+    """LongRoPE v1: all dimensions in [1, 1.25 s], text perplexity, and its own attention factor for every candidate.
+
+    The algorithm is that of all searches, so that tables compare spaces and objectives alone.
+    """
     factor = longrope_attention_factor(ratio, form.original_window_tokens)
     return (
         "search.space=longrope",
         "search.tail_high=1.25",
-        "search.crossover=0.5",
         "search.objective=text",
         "search.search_attention_factor=false",
         f"search.attention_factor={factor:.6f}",

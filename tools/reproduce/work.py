@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +36,12 @@ PRELOAD = ["lr2train.train", "lr2train.search", "lr2train.evaluate", "deepspeed"
 
 
 def run_step(verb: str, arguments: Sequence[str], log: Path) -> None:
-    """In a process of its own: the verb, with its output in ``log``. The exit code is the verb's."""
+    """In a process of its own: the verb, with its output in ``log``. The exit code is the verb's.
+
+    Ctrl-C of the terminal reaches the driver alone, which ends the verbs: a second signal would stop a verb while it
+    writes its checkpoint.
+    """
+    os.setsid()
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -91,9 +97,9 @@ class Journal:
         return float(str(self.known[step.name]["seconds"]))
 
     def seconds_of(self, verb: str) -> float | None:
-        """Mean seconds of the finished steps of a verb."""
+        """Median seconds of the finished steps of a verb."""
         found = [float(str(line["seconds"])) for line in self.known.values() if line["verb"] == verb]
-        return sum(found) / len(found) if found else None
+        return statistics.median(found) if found else None
 
 
 @dataclass
@@ -137,7 +143,7 @@ class Driver:
 
     def run(self) -> Outcome:
         """Run all steps that can run; a signal ends the running ones, which resume at the next start."""
-        before = signal.signal(signal.SIGTERM, _interrupt)
+        before = {one: signal.signal(one, _interrupt) for one in (signal.SIGTERM, signal.SIGHUP)}
         try:
             waits = self._start_ready()
             total = sum(map(self._expected, self._steps))
@@ -150,7 +156,8 @@ class Driver:
             self.outcome.interrupted = True
             self._stop()
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for one, handler in before.items():
+                signal.signal(one, handler)
         return self.outcome
 
     def look(self) -> Outcome:
@@ -247,7 +254,10 @@ class Driver:
         return f"{count}{lost}, now {' and '.join(self._running)}"
 
     def _done_s(self) -> float:
-        return sum(self._expected(step) for step in self._steps if step.name in self.outcome.done)
+        """Expected seconds of the finished steps, and of what the running ones have done."""
+        done = sum(self._expected(step) for step in self._steps if step.name in self.outcome.done)
+        spent = ((time.monotonic() - one.start_s, self._expected(one.step)) for one in self._running.values())
+        return done + sum(min(seconds, expected) for seconds, expected in spent)
 
     def _expected(self, step: Step) -> float:
         """Seconds that a step takes: as the finished ones of its verb, else a guess."""
