@@ -305,7 +305,7 @@ def test_the_document_and_the_page_show_the_same_tables(recorded):
     assert row.endswith("| 49.39 | 39.37 | 92.14 | 85.06 |")
     assert "| needle | base, 4x | 5 | 1.200 | 1.500 | 28 | 30 |" in document
     for made in (document, page, terminal):
-        assert "9 of 12 steps are finished, which took 2.0 hours of one core" in made
+        assert "9 of 12 steps are finished, which took 2.0 hours in one process" in made
         assert "base_4x_ntk_s0 failed" in made
         assert "A row is trained on 4,096 tokens." in made
         assert "rows lie between 40.0 and 70.0 at the target window" in made
