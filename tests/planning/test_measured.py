@@ -14,6 +14,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_rehearsal_agrees_with_torchs_own_accounting_in_every_phase(tmp_path):
     for case, one in zip(CASES, compared(CASES, partial(run_ranks, tmp_path=tmp_path, timeout_s=300)), strict=True):
         assert len(one.measured) == 7, case.title  # forward and backward of three micro-batches, and the update

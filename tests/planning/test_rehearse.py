@@ -111,7 +111,7 @@ def test_states_and_buckets_are_those_of_zeros_formulas(llama):
         ("phi3_mini_128k", ("hardware.gpus=16", "parallel.sp=16", "engine.recompute=none")),
         ("tiny_4k", ()),
         ("llama3_8b_128k", ("engine.zero_stage=2", "optim.distill_short=0.5")),
-        ("tiny_4k", ("engine.zero_stage=0",)),
+        pytest.param("tiny_4k", ("engine.zero_stage=0",), marks=pytest.mark.slow),
         pytest.param("tiny_base", ("hardware.gpus=8", "optim.segments_per_step=8"), marks=pytest.mark.slow),
     ],
 )
