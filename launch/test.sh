@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests, some ten minutes on two cores. Arguments go to pytest:  bash launch/test.sh tests/rope -k yarn
+# The tests. Arguments go to pytest:  bash launch/test.sh tests/rope -k yarn  (or -m slow: the longer proofs alone)
 set -euo pipefail
 export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1  # many small processes: threads of several would wait for each other

@@ -260,6 +260,9 @@ def recorded(tmp_path):
             kept = {64: [100.0] * 9 + [0.0]}
             _record(folder, f"{row} trained", {**kept, 128: at, 256: at})
             write_json(folder / "factors.json", {"attention_factor": 1.2})
+            write_json(folder / "train.json", {"tokens_seen": 4096})
+    found = {"critical_index": 5, "attention_factor": 1.2, "perplexity": 1.5, "document_forwards": 28, "seconds": 30.2}
+    write_json(tmp_path / "base_4x_search_needle_s0" / "search.json", found)
     return tmp_path
 
 
@@ -296,9 +299,11 @@ def test_the_document_and_the_page_show_the_same_tables(recorded):
     row = next(line for line in document.splitlines() if line.startswith("| YaRN (2 seeds)"))
     assert "| 1.200 | 90.0 ± 0.0 | 40.0 ± 0.0 | 40.0 ± 0.0 | ~ -30.0 ± 15.3 | 90.0 ± 0.0 |" in row
     assert row.endswith("| 49.39 | 39.37 | 92.14 | 85.06 |")
+    assert "| needle | base, 4x | 5 | 1.200 | 1.500 | 28 | 30 |" in document
     for made in (document, page, terminal):
         assert "9 of 12 steps are finished, which took 2.0 hours of one core" in made
         assert "base_4x_ntk_s0 failed" in made
+        assert "A row is trained on 4,096 tokens." in made
         assert "rows lie between 40.0 and 70.0 at the target window" in made
     assert page.count("<table") == sum(len(section.sheets) for section in sections)
     assert "<svg" in page

@@ -133,7 +133,8 @@ def _value(key: Key, composed: DictConfig) -> str:
     """`` = value``; nothing for a key in the entries of a list, because each entry has a value of its own."""
     if ".NAME." in key.name:
         return ""
-    if key.name in OmegaConf.missing_keys(composed):
+    group, _, name = key.name.rpartition(".")
+    if OmegaConf.is_missing(OmegaConf.select(composed, group) if group else composed, name):
         return "=…  has to be given"
     value = OmegaConf.select(composed, key.name)
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

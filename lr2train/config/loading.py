@@ -31,9 +31,8 @@ def load(composed: DictConfig, verb: str) -> Config:
     Raises:
         UserError: a mandatory key is missing, or the value of a key that the verb reads is out of its limits.
     """
-    _refuse_interpolation(composed)
-    if missing := sorted(OmegaConf.missing_keys(composed)):
-        key = typed_key(missing[0])
+    if missing := sorted(_missing(composed)):
+        key = missing[0]
         raise UserError(f"{key} has no value and no default; set it on the command line: {key}=…")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
@@ -73,16 +72,19 @@ def _with_runs(config: Config, verb: str) -> None:
     config.run = f"[{','.join(found)}]" if len(found) > 1 else found[0] if found else None
 
 
-def _refuse_interpolation(node: Any, prefix: str = "") -> None:
-    """Refuse a value whose ``${…}`` leads nowhere.
+def _missing(node: Any, prefix: str = "") -> Iterator[str]:
+    """The keys without a value and without a default.
 
     Raises:
-        UserError: the text names the key and the value as they stand.
+        UserError: the ``${…}`` of a value leads nowhere; the text names the key and the value as they stand.
     """
     for name in node if isinstance(node, DictConfig) else range(len(node)):
         key = f"{prefix}{name}"
+        if OmegaConf.is_missing(node, name):
+            yield key
+            continue
         try:
-            value = None if OmegaConf.is_missing(node, name) else node[name]
+            value = node[name]
         except InterpolationResolutionError as error:
             raw = OmegaConf.to_container(node, resolve=False)[name]  # type: ignore[index, call-overload]
             cause = " ".join(str(error).split("\n")[0].split())
@@ -90,7 +92,7 @@ def _refuse_interpolation(node: Any, prefix: str = "") -> None:
                 f"{key}={raw} cannot be resolved ({cause}); write \\${{ where a text has ${{ and names no key"
             ) from error
         if OmegaConf.is_config(value):
-            _refuse_interpolation(value, f"{key}.")
+            yield from _missing(value, f"{key}.")
 
 
 def typed_key(key: str) -> str:
@@ -206,17 +208,9 @@ def _check_parents(config: Config) -> None:
     population, top_k = config.search.population, config.search.top_k
     most = population if config.search.algorithm == "gradient" else population - 1  # children need room
     if top_k > most:
+        remedy = f"search.top_k to {max(1, population // 4)}" if most else "search.population to 2"
         raise UserError(
-            f"search.top_k={top_k} is above {most}, which search.population={population} leaves room for; set "
-            f"search.top_k to {max(1, population // 4)}"
-        )
-
-
-def _check_descent(config: Config) -> None:
-    if config.search.algorithm == "gradient" and config.search.shard:
-        raise UserError(
-            "search.algorithm=gradient needs the whole model on each rank, and search.shard=true divides it; set "
-            "search=paper"
+            f"search.top_k={top_k} is above {most}, which search.population={population} leaves room for; set {remedy}"
         )
 
 
@@ -322,7 +316,6 @@ def _value_at(values: Any, path: str) -> Any:
 _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
     (("prepare", "search", "train", "evaluate", "generate", "plan", "rehearse"), _check_name),
     (("search", "plan"), _check_parents),
-    (("search", "plan"), _check_descent),
     (("train", "inspect", "plan", "rehearse"), _check_group),
     (("train", "plan", "rehearse"), _check_shards),
     (("plan", "rehearse"), _with_peak),

@@ -48,7 +48,7 @@ class Score:
         return math.fsum(self.nlls)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that ZeRO-3 gathers inside could not enter a backward pass later
 def score(
     model: Any,
     rotary: WindowRotary,

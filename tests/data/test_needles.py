@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import string
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -144,7 +144,7 @@ def no_borders():
 
 
 TOKENIZERS = {
-    make.__name__: make()
+    make.__name__: cache(make)  # trained where it is used
     for make in (
         trained_pairs, merging_bytes, prefixing_bytes, threes, single_digits, llama2, metaspace, sentence_pieces,
         one_space_of_many, word_pieces, no_borders
@@ -157,7 +157,7 @@ FILLER = np.full(5000, 300)
 def test_two_of_the_tokenizers_merge_answers_with_their_surroundings():
     """The trap is there: in plain text the number's last digits and what stands beside them are one token."""
     for name, text in (("metaspace", "is: 6716097. The"), ("no_borders", "provided text is 6716097. \n")):
-        tokenizer = TOKENIZERS[name]
+        tokenizer = TOKENIZERS[name]()
         tokens = [tokenizer.decode([id]) for id in tokenizer.encode(text)]
         assert any(
             any(c.isdigit() for c in token) and any(c.isalpha() or c == "." for c in token) for token in tokens
@@ -167,7 +167,7 @@ def test_two_of_the_tokenizers_merge_answers_with_their_surroundings():
 @pytest.mark.parametrize("wording", WORDINGS)
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_an_answer_is_exactly_its_number(name, wording):
-    tokenizer, outside = TOKENIZERS[name], 100_000
+    tokenizer, outside = TOKENIZERS[name](), 100_000
     maker = NeedleMaker(tokenizer.encode, wording, 7, tokenizer.bos, tokenizer.eos)
     for seed in range(20):
         n_pairs = 1 + seed % 3
@@ -205,7 +205,7 @@ def has_digit(tokenizer, id) -> bool:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_document_is_a_book_with_a_needle_at_its_depth(name, depth):
     """BOS, intro, a part of the book, the needle, the rest, the question: no token of the book is lost or moved."""
-    tokenizer = TOKENIZERS[name]
+    tokenizer = TOKENIZERS[name]()
     book = np.arange(100_000, 102_000)  # every place has its own id
     bare = without_filler(NeedleMaker(tokenizer.encode, "paper", 7, tokenizer.bos, None))
     for length in (len(bare.tokens) + 1, 777, 1024):
@@ -236,7 +236,7 @@ def test_a_document_is_a_book_with_a_needle_at_its_depth(name, depth):
 
 @pytest.mark.parametrize("name", sorted(set(TOKENIZERS) - LOSSY))
 def test_a_document_reads_as_the_paper_shows(name):
-    tokenizer = TOKENIZERS[name]
+    tokenizer = TOKENIZERS[name]()
     made = without_filler(NeedleMaker(tokenizer.encode, "paper", 7, None, None))
     text = tokenizer.decode(made.tokens)
     key = text.split("mentioned")[0].rsplit("for ", 1)[1].strip()
@@ -253,14 +253,14 @@ def test_a_document_reads_as_the_paper_shows(name):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_space_stands_before_each_answer(name):
     """Also where a tokenizer makes one space of several, or has no token for spaces."""
-    made = without_filler(NeedleMaker(TOKENIZERS[name].encode, "paper", 7, None, None))
-    assert TOKENIZERS[name].decode(made.tokens).endswith(f"mentioned in the provided text is {made.answers[0]}")
+    made = without_filler(NeedleMaker(TOKENIZERS[name]().encode, "paper", 7, None, None))
+    assert TOKENIZERS[name]().decode(made.tokens).endswith(f"mentioned in the provided text is {made.answers[0]}")
 
 
 def test_the_sample_of_appendix_c_comes_out(monkeypatch):
     """The paper's own sample, its book shortened to one sentence."""
     monkeypatch.setattr(NeedleMaker, "_draw", lambda *_: (["numerous-kite"], ["6716097"]))
-    tokenizer = TOKENIZERS["threes"]
+    tokenizer = TOKENIZERS["threes"]()
     book = tokenizer.encode(
         "The Old Testament of the King James Version of the Bible The First Book of Moses: Called Genesis"
     )
@@ -291,7 +291,7 @@ def test_the_sample_of_appendix_c_comes_out(monkeypatch):
 def test_the_short_wordings_read_as_given(monkeypatch, wording, reads):
     joint = WORDINGS[wording].key_joint
     monkeypatch.setattr(NeedleMaker, "_draw", lambda *_: ([f"numerous{joint}kite"], ["6716097"]))
-    tokenizer = TOKENIZERS["threes"]
+    tokenizer = TOKENIZERS["threes"]()
     book, maker = tokenizer.encode("BOOK"), NeedleMaker(tokenizer.encode, wording, 7, None, None)
     made = maker.make(np.random.default_rng(0), book, len(book) + len(without_filler(maker).tokens), 0.0)
     assert tokenizer.decode(made.tokens) == reads
@@ -357,7 +357,7 @@ def test_all_of_pg19_is_held_out():
 @given(st.integers(200, 400), st.floats(0, 1), st.integers(0, 1000))
 @settings(max_examples=60)
 def test_the_first_needle_stands_at_the_depth_that_was_asked_for(length, depth, seed):
-    tokenizer = TOKENIZERS["trained_pairs"]
+    tokenizer = TOKENIZERS["trained_pairs"]()
     filler = np.arange(1000, 1000 + length)  # each place has its own id
     made = NeedleMaker(tokenizer.encode, "code", 5, 0, None).make(
         np.random.default_rng(seed), filler, length, depth, 3, 2
@@ -374,7 +374,7 @@ def test_the_first_needle_stands_at_the_depth_that_was_asked_for(length, depth, 
 
 @pytest.mark.parametrize(("pairs", "questions"), [(1, 1), (4, 2), (7, 7), (2, 1)])
 def test_the_promised_pairs_fit_for_every_draw(pairs, questions):
-    tokenizer = TOKENIZERS["threes"]
+    tokenizer = TOKENIZERS["threes"]()
     maker = NeedleMaker(tokenizer.encode, "plain", 7, 0, None)
     for length in range(30, 400, 7):
         fit = min(pairs, maker.most_pairs(length, questions))
@@ -395,7 +395,7 @@ def test_the_promised_pairs_fit_for_every_draw(pairs, questions):
 @settings(max_examples=25)
 def test_who_follows_the_needles_of_a_chain_finds_its_answer(seed, pairs, chains, hops, wording, name):
     """The text alone is read, as a person would: each name stands in one needle, and leads to the next or a number."""
-    tokenizer, how, outside = TOKENIZERS[name], WORDINGS[wording], 100_000
+    tokenizer, how, outside = TOKENIZERS[name](), WORDINGS[wording], 100_000
     maker = NeedleMaker(tokenizer.encode, wording, 4, None, None)
     make = partial(
         maker.make, filler=np.full(3000, outside), length_tokens=2500, n_pairs=pairs, n_chains=chains, hops=hops
@@ -430,14 +430,14 @@ def test_who_follows_the_needles_of_a_chain_finds_its_answer(seed, pairs, chains
 
 def test_a_document_without_chains_is_what_it_was_before_there_were_chains():
     """The draws of pairs come first, so corpora and demos keep their documents; a digest of one, made then."""
-    tokenizer = TOKENIZERS["trained_pairs"]
+    tokenizer = TOKENIZERS["trained_pairs"]()
     made = NeedleMaker(tokenizer.encode, "code", 5, 0, None).make(np.random.default_rng(3), FILLER, 300, None, 4, 2)
     assert hashlib.sha256(made.tokens.tobytes()).hexdigest()[:16] == "c85cd713228d10a7"
 
 
 @pytest.mark.parametrize(("chains", "hops"), [(1, 1), (3, 2), (2, 4)])
 def test_the_promised_pairs_fit_beside_chains(chains, hops):
-    tokenizer = TOKENIZERS["threes"]
+    tokenizer = TOKENIZERS["threes"]()
     maker = NeedleMaker(tokenizer.encode, "plain", 7, 0, None)
     lengths = [length for length in range(50, 1500, 50) if maker.most_pairs(length, 1, chains, hops)]
     for length in lengths:
@@ -448,7 +448,7 @@ def test_the_promised_pairs_fit_beside_chains(chains, hops):
 
 
 def test_a_document_that_cannot_be_made_is_refused():
-    encode, rng = TOKENIZERS["threes"].encode, np.random.default_rng(0)
+    encode, rng = TOKENIZERS["threes"]().encode, np.random.default_rng(0)
     for words, arguments in (
         ("document of 20 tokens .*data\\.needles\\.wording=code", {"length_tokens": 20}),
         ("of filler and has 9;", {"filler": FILLER[:9]}),

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from lr2train.config import UserError
+from lr2train.config import EvalConfig, NeedleConfig, UserError
 from lr2train.evaluation import figures
-from lr2train.evaluation.needles import buckets
+from lr2train.evaluation.needles import NeedleTask, buckets
 from lr2train.evaluation.request import Answer, Likelihood, Sample
 from lr2train.evaluation.subject import Subject, install, with_factors
 from lr2train.model import load
@@ -111,6 +111,24 @@ def answered(length: int, depth: float, nlls: tuple[float, ...], right: tuple[in
     spans = tuple((length - n_tokens * (number + 1), length - n_tokens * number) for number in range(len(nlls)))
     sample = Sample("needles", 0, Likelihood(np.zeros(length, np.int64), spans), ("1",), length, {"depth": depth})
     return sample, Answer("long", nlls=nlls, right=right)
+
+
+@pytest.mark.parametrize(
+    ("questions", "chains", "right", "grades"),
+    [
+        (1, 0, (2,), {"exact": 100.0, "recall": 100.0}),
+        (1, 0, (1,), {"exact": 0.0, "recall": 50.0}),
+        (2, 0, (2, 1), {"exact": 50.0, "recall": 75.0, "all": 0.0}),
+        (1, 1, (2, 2), {"exact": 100.0, "recall": 100.0, "all": 100.0, "pairs": 100.0, "chains": 100.0}),
+        (3, 1, (2, 0, 2, 1), {"exact": 50.0, "recall": 62.5, "all": 0.0, "pairs": 200 / 3, "chains": 0.0}),
+    ],
+)
+def test_a_document_is_graded_answer_by_answer(questions, chains, right, grades):
+    """Two tokens an answer; the answers of chains are the last."""
+    task = NeedleTask(EvalConfig(questions=questions, chains=chains), NeedleConfig(), None, [])
+    sample, answer = answered(100, 0.5, (0.0,) * len(right), right, 2)
+    assert task.grade(sample, answer) == pytest.approx(grades)
+    assert task.measures == tuple(grades)
 
 
 def test_a_cell_is_a_length_and_a_depth():

@@ -108,7 +108,7 @@ def test_states_and_buckets_are_those_of_zeros_formulas(llama):
     [
         ("phi3_mini_128k", ("hardware.gpus=16", "parallel.sp=16", "engine.recompute=none")),
         ("tiny_4k", ()),
-        ("tiny_base", ("hardware.gpus=8", "optim.segments_per_step=8")),
+        pytest.param("tiny_base", ("hardware.gpus=8", "optim.segments_per_step=8"), marks=pytest.mark.slow),
     ],
 )
 def test_the_estimate_of_an_experiment_agrees_within_five_percent(experiment, overrides):
@@ -122,7 +122,8 @@ def test_the_estimate_of_an_experiment_agrees_within_five_percent(experiment, ov
 
 
 @pytest.mark.parametrize(
-    ("experiment", "recompute"), [("llama3_8b_128k", "layer"), ("phi3_mini_128k", "keep_attention")]
+    ("experiment", "recompute"),
+    [("llama3_8b_128k", "layer"), pytest.param("phi3_mini_128k", "keep_attention", marks=pytest.mark.slow)],
 )
 def test_the_estimate_of_all_layers_agrees_with_one_and_two_layers_carried_on(experiment, recompute):
     config = composed(experiment, f"engine.recompute={recompute}")
@@ -139,7 +140,7 @@ def test_the_verb_writes_what_it_shows(tmp_path, capsys, monkeypatch):
         "tiny_4k", "model.architecture.num_hidden_layers=1", "engine.recompute=layer", f"runs_folder={tmp_path}"
     )
     candidates = verb._candidates
-    monkeypatch.setattr(verb, "_candidates", lambda config: candidates(config)[2:4])  # two settings say the same as ten
+    monkeypatch.setattr(verb, "_candidates", lambda config: candidates(config)[2:3])  # one setting says the same as ten
     result = verb.rehearse(config)
     assert json.loads((tmp_path / "rehearse" / verb.FILE).read_text()) == json.loads(json.dumps(result))
     shown = capsys.readouterr().out

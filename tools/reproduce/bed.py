@@ -1,6 +1,9 @@
 """The test bed as one table: experiments, base models, lengths, seeds, and what the quick and the full form run of it.
 
-The two forms have folders of their own. They differ in nothing but what stands here.
+Choice: the family of the demo (window 512), because its bases are known to retrieve. Documents with 20 needles that are
+not asked for keep rows away from 100 %. Few training steps leave differences to see: more steps make up for poor
+factors. Cost: the family has no tasks of several hops; ``conf/experiment/bed.yaml`` has, and would stand here by its
+names.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ class Base:
         name: of its run.
         experiment: of its training.
         overrides: of its training.
-        tokens: how many tokens it sees, in multiples of the usual number. Only bases with 1 have rows in the tables;
-            the others are there for the hypothesis.
+        tokens: of needles and text that it sees, in multiples of the usual number. Only bases with 1 have rows in the
+            tables; the others are there for the hypothesis.
     """
 
     name: str
@@ -92,58 +95,81 @@ class Form:
         return (*words, f"data.path={runs / self.corpus(ratio)}", f"model.path={runs / base.name / 'model'}")
 
 
-_A, _B = Base("bed_a", "bed_base"), Base("bed_b", "bed_base", ("model=bed_b",))
-_QUARTER = Base("bed_a_quarter", "bed_base", ("data.stages.1.steps=75", "data.stages.2.steps=100"), 0.25)
-_FOUR = Base("bed_a_four", "bed_base", ("data.stages.1.steps=1200", "data.stages.2.steps=1600"), 4)
+_LATER = (230, 120, 180)  # steps of the stages after the first of conf/experiment/tiny_base.yaml
+
+
+def _base(name: str, tokens: float, *overrides: str) -> Base:
+    """A base of the demo's family. The first stage of its training stays: there induction forms."""
+    steps = [f"data.stages.{1 + i}.steps={round(tokens * one)}" for i, one in enumerate(_LATER) if tokens != 1]
+    return Base(
+        name, "tiny_base", ("engine.validate_every_steps=0", "logger.tensorboard=false", *steps, *overrides), tokens
+    )
+
+
+_A = _base("base_a", 1)
+_B = _base("base_b", 1, "seed=1", "model.architecture.rope_parameters.rope_theta=2000.0")
+_QUARTER, _FOUR = _base("base_a_quarter", 0.25), _base("base_a_four", 4)
 _METHODS = ("longrope2", "yarn", "ntk", "pi", "longrope")
 _ABLATIONS = ("ntk_rcd", "yarn_rcd", "text", "all_dims")
 _ROWS = (
-    *_METHODS[:-1],
-    *(f"{one}_shared" for one in _METHODS[1:-1]),
+    *_METHODS,
+    *(f"{one}_shared" for one in _METHODS[1:]),
     "longrope2_one_table",
     *_ABLATIONS,
-    *("longrope", "longrope_shared"),
+    *(f"{one}_shared" for one in _ABLATIONS),
     *("distill", "one_factor", "document"),
     *(f"{one}_one_table" for one in _METHODS[1:]),
-    *(f"{one}_shared" for one in _ABLATIONS),
 )
-_DEMO = Base("base", "tiny_base")
 _SEARCHES = ("needle", "text", "all_dims", "longrope")
-_MAP = ("--attention-factor", "1.2", "1.3", "--documents")
+_TRAINING = (
+    "parallel.sp=1",
+    "engine.zero_stage=0",
+    "engine.validate_every_steps=0",
+    "logger.tensorboard=false",
+    "optim.steps=15",
+    "optim.warmup_steps=3",
+)
+_EVALUATION = ("eval.questions=4", "eval.distractors=20")
+_MAP = ("--questions", "4", "--distractors", "20", "--attention-factor", "1.2", "1.3", "--documents")
 FORMS = {
-    "demo": Form(  # the demo's base model, with many needles that are not asked for; one seed
+    "demo": Form(  # the demo's base alone, one seed, more steps: the shortest form that fills tables
         name="demo",
         experiment="tiny_4k",
         original_window_tokens=512,
-        cells=((_DEMO, 8),),
+        cells=((Base("base", "tiny_base"), 8),),
         rows=_ROWS,
         searches=_SEARCHES,
         seeds=1,
         search_seeds=1,
         training=("parallel.sp=1", "optim.steps=20", "engine.validate_every_steps=0", "logger.tensorboard=false"),
-        evaluation=("eval.samples=6", "eval.questions=4", "eval.distractors=20", "eval.text_documents=8"),
+        evaluation=("eval.samples=6", *_EVALUATION, "eval.text_documents=8"),
         map_rcd=(*_MAP, "8", "--scales", "1.0", "1.6"),
     ),
     "quick": Form(
         name="quick",
-        experiment="bed",
-        original_window_tokens=256,
+        experiment="tiny_4k",
+        original_window_tokens=512,
         cells=((_A, 8), (_QUARTER, 8)),
         rows=_ROWS,
         searches=_SEARCHES,
         seeds=2,
         search_seeds=1,
-        map_rcd=(*_MAP, "12", "--scales", "1.0", "1.6"),
+        training=_TRAINING,
+        evaluation=(*_EVALUATION, "eval.samples=6", "eval.text_documents=8"),
+        map_rcd=(*_MAP, "8", "--scales", "1.0", "1.6"),
     ),
     "full": Form(
         name="full",
-        experiment="bed",
-        original_window_tokens=256,
+        experiment="tiny_4k",
+        original_window_tokens=512,
         cells=((_A, 8), (_B, 8), (_A, 16), (_B, 16), (_QUARTER, 8), (_FOUR, 8)),
         rows=_ROWS,
         searches=_SEARCHES,
         seeds=3,
         search_seeds=3,
+        search=("search=gradient",),
+        training=_TRAINING,
+        evaluation=(*_EVALUATION, "eval.samples=20", "eval.text_documents=16"),
         map_rcd=(*_MAP, "40"),
     ),
 }

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lr2train import io
+from tools.map_rcd_verdicts import in_words
 from tools.reproduce import figures
 from tools.reproduce.bed import Base, Form
 from tools.reproduce.figures import Estimate, Scores
@@ -30,8 +31,10 @@ class Cell:
         rows: row -> seed -> scores; a seed that has not run is missing.
         untrained: row -> scores of the untrained base; its keys begin with ``UNTRAINED``.
         factors: row -> attention factor of the first seed that has run.
+        tokens_seen: numbers of tokens that rows were trained on; one, unless rows differ.
         searches: kind -> the search.json of each seed that has run.
         map: the cells of tools.map_rcd, where it has run.
+        map_verdicts: what it says of the paper's two hypotheses, over all its attention factors.
     """
 
     base: Base
@@ -41,8 +44,10 @@ class Cell:
     rows: dict[str, dict[int, Scores]] = field(default_factory=dict)
     untrained: dict[str, Scores] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
+    tokens_seen: set[int] = field(default_factory=set)
     searches: dict[str, list[Json]] = field(default_factory=dict)
     map: list[Json] = field(default_factory=list)
+    map_verdicts: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -118,11 +123,14 @@ def _cell(form: Form, base: Base, ratio: int, runs: Path) -> Cell:
                 cell.rows.setdefault(key, {})[seed] = next(iter(figures.scores_in(folder, "trained").values()))
                 factor = io.read_json(folder / "factors.json")["attention_factor"]
                 cell.factors.setdefault(key, factor)
+                cell.tokens_seen.add(io.read_json(folder / "train.json")["tokens_seen"])
     for kind in form.searches:
         files = [runs / f"{name}_search_{kind}_s{seed}" / "search.json" for seed in range(form.search_seeds)]
         cell.searches[kind] = [io.read_json(file) for file in files if file.exists()]
     lines = runs / f"{name}_map" / "cells.jsonl"
-    if (lines.parent / "summary.json").exists():
+    if (summary := lines.parent / "summary.json").exists():
+        verdicts = io.read_json(summary)["verdicts"]
+        cell.map_verdicts = in_words(verdicts.get("all") or next(iter(verdicts.values()))).splitlines()[:2]
         cell.map = [json.loads(text) for text in lines.read_text().splitlines()]
     return cell
 

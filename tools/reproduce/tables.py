@@ -74,6 +74,27 @@ def untrained_sheet(cells: Sequence[Cell]) -> list[Sheet]:
     return found
 
 
+def search_sheet(cells: Sequence[Cell]) -> list[Sheet]:
+    """What the searches found, and what they cost."""
+    head = ["search", "base", "critical index", "attention factor", "perplexity", "document-forwards", "seconds"]
+    rows = [
+        [
+            kind,
+            cell.name,
+            str(one["critical_index"] or "–"),
+            f"{one['attention_factor']:.3f}",
+            f"{one['perplexity']:.3f}",
+            f"{one['document_forwards']:,}",
+            f"{one['seconds']:.0f}",
+        ]
+        for cell in cells
+        for kind, every in cell.searches.items()
+        for one in every
+    ]
+    note = "The perplexity is that of the search's own objective, so only searches with one objective compare."
+    return [Sheet("searches", "The searches", head, rows, note)] if rows else []
+
+
 def _label(row: str) -> str:
     key = row.removeprefix(UNTRAINED)
     return ROWS[key].label if key in ROWS else key
@@ -155,7 +176,7 @@ def part_sheet(cells: Sequence[Cell]) -> Sheet:
 def best_rows(cells: Sequence[Cell]) -> list[str]:
     """A sentence for each cell: its best row at the target window, and how LongRoPE2 stands to it."""
     said = []
-    for cell in (cell for cell in cells if cell.rows.get("longrope2")):
+    for cell in (cell for cell in cells if "longrope2" in cell.rows and len(cell.rows) > 1):
         scores = {row: cell.score(row, cell.window(LONG)).mean for row in cell.rows}
         best = max(scores, key=lambda row: scores[row])
         words = f"{cell.name}: the best row at {cell.lengths[-1]} tokens is {_label(best)}"

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -96,9 +97,9 @@ class Journal:
         return float(str(self.known[step.name]["seconds"]))
 
     def seconds_of(self, verb: str) -> float | None:
-        """Mean seconds of the finished steps of a verb."""
+        """Median seconds of the finished steps of a verb."""
         found = [float(str(line["seconds"])) for line in self.known.values() if line["verb"] == verb]
-        return sum(found) / len(found) if found else None
+        return statistics.median(found) if found else None
 
 
 @dataclass
@@ -253,7 +254,10 @@ class Driver:
         return f"{count}{lost}, now {' and '.join(self._running)}"
 
     def _done_s(self) -> float:
-        return sum(self._expected(step) for step in self._steps if step.name in self.outcome.done)
+        """Expected seconds of the finished steps, and of what the running ones have done."""
+        done = sum(self._expected(step) for step in self._steps if step.name in self.outcome.done)
+        spent = ((time.monotonic() - one.start_s, self._expected(one.step)) for one in self._running.values())
+        return done + sum(min(seconds, expected) for seconds, expected in spent)
 
     def _expected(self, step: Step) -> float:
         """Seconds that a step takes: as the finished ones of its verb, else a guess."""

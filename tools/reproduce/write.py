@@ -64,7 +64,7 @@ def sections_of(
         setup,
         _verdict_section(found, with_rows),
         Section("Rows", ["Lengths are in tokens."], sheets, _charts(with_rows)),
-        Section("Before training", ["These rows cost no training."], tables.untrained_sheet(with_rows)),
+        Section("Before training", [], [*tables.search_sheet(cells), *tables.untrained_sheet(with_rows)]),
         _hypothesis(cells, runs),
         Section("The limits of a tiny model", _limits(with_rows, found)),
     ]
@@ -72,12 +72,14 @@ def sections_of(
 
 def _setup(form: Form, cells: Sequence[Cell], steps: tuple[int, int], seconds: float) -> list[str]:
     names = ", ".join(cell.name for cell in cells)
+    seen = sorted(set[int]().union(*(cell.tokens_seen for cell in cells)))
     return [
         f"The {form.name} form, made by `{command_of(form)}`: {steps[0]} of {steps[1]} steps are finished, which took "
         f"{seconds / 3600:.1f} hours of one core.",
         f"Cells: {names}. The original window has {form.original_window_tokens} tokens.",
         f"Each row is trained with {form.seeds} {'seed' if form.seeds == 1 else 'seeds'}; each search runs with "
         f"{form.search_seeds}. Every row of a table has the same tokens, order of data, learning rate and steps.",
+        *([f"A row is trained on {' or '.join(f'{one:,}' for one in seen)} tokens."] if seen else []),
         *(["With one seed, the standard errors hold the documents alone."] if form.seeds == 1 else []),
         "Rows with a shared attention factor take the one that the needle search of LongRoPE2 found. They have no "
         "search of their own under it.",
@@ -136,8 +138,8 @@ def _hypothesis(cells: Sequence[Cell], runs: Path) -> Section:
         if file.exists():
             factors[cell.base.name] = Factors.load(file)
     sentences = [
-        "The paper: too little training makes the real critical index smaller than the theoretical one. So the index "
-        "should grow with the tokens of the base's training.",
+        "The paper: too little training makes the real critical index smaller than the theoretical one.",
+        "So the index should grow with the tokens of the base's training.",
         *_order_of_indices(cells, factors),
     ]
     return Section("The hypothesis", sentences, [tables.hypothesis_sheet(cells, factors)])
@@ -150,9 +152,9 @@ def _order_of_indices(cells: Sequence[Cell], factors: dict[str, Factors]) -> lis
         best, tcd = best_index(cell.map), factors[cell.base.name].spectrum.critical_index
         moved = tables.Estimate(best.mean - tcd, best.se)
         where = {">": "above", "<": "below", "~": "not distinguishable from"}[moved.sign]
-        said.append(
-            f"{cell.name} ({cell.base.tokens:g} times the tokens): the best index {best.mean:.1f} is {where} {tcd}."
-        )
+        times = f"{cell.base.tokens:g} times the tokens"
+        said.append(f"{cell.name} ({times}): the best index {best.mean:.1f} is {where} {tcd}, the theoretical one.")
+        said += [f"- {words.strip()}." for words in cell.map_verdicts]
     for ratio in sorted({ratio for _, ratio in known}):
         by_tokens = sorted((tokens, one) for (tokens, of), one in known.items() if of == ratio)
         if len(by_tokens) > 1:
