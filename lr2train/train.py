@@ -179,6 +179,8 @@ def _build(
         UserError: the parts do not fit the ranks or each other; on every rank, and the folder is not claimed.
     """
     hf_config, factors, _ = inputs
+    if config.engine.deterministic:
+        processes.add_in_a_fixed_order()
     start_deepspeed(device)
     ring = attention.ring_ranks(hf_config, config.parallel, processes.ranks_per_node())
     mesh = make_mesh(config.parallel.sp, config.parallel.timeout_s, ring)

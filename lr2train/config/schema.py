@@ -518,6 +518,9 @@ class EngineConfig:
     # Fused kernels for norms, rotations and gated activations. auto: on CUDA where liger-kernel is installed. off: the
     # model's own modules.
     fused: str = one_of(Fused.auto)
+    # Whether operators on a GPU add in a fixed order, so that a resumed run has the same bits as an undisturbed one.
+    # false, because attention's backward pass then takes longer and needs more memory. A CPU always does so.
+    deterministic: bool = False
     # Tokens per chunk of the chunked loss; only one chunk's logits are in memory.
     loss_chunk_tokens: int = number(4096, least=1)
     # Optimizer steps between two measurements of the held-out loss, of both windows. 0: never.
