@@ -199,7 +199,7 @@ def test_every_figure_of_training_and_search_has_a_panel_and_no_panel_is_empty()
     )
     line = {"best": {"critical_index": 3, "attention_factor": 1.1}, "best_perplexity": 2.0}
     line |= {"document_forwards": 4, "candidates": 5}
-    searched = History(Config(name="x").search, None, Path("x"), [line], dropped=1).figures
+    searched = History(Config(name="x").search, None, Path("x"), [line]).figures
     assert shown_keys() - {"distill_loss"} == {*written, "bad_steps", *held_out, *searched} - {"distill_loss"}
 
 
