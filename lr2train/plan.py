@@ -188,7 +188,8 @@ def _held_out_share(counts: ModelCounts, flops: float, parts: list[dict[str, Any
     if config.data.long_positions == LongPositions.skip and LONG in longest:  # measured at the target window
         target = config.rope.target_window_tokens
         longest[LONG] = cost.training_flops_per_token(counts, target) * target / config.data.segment_tokens
-    return sum(longest.values()) / TRAINING * segments / (every * config.optim.segments_per_step * flops)
+    needles = -(-config.engine.validate_needles // dp_size) * dp_size * longest.get(LONG, 0.0)
+    return (sum(longest.values()) * segments + needles) / TRAINING / (every * config.optim.segments_per_step * flops)
 
 
 def _part(counts: ModelCounts, part: WorkloadPart, workload: Workload, config: Config) -> dict[str, Any]:

@@ -484,8 +484,8 @@ class OptimConfig:
     min_lr_ratio: float = number(0.0, least=0, most=1)
     # Optimizer steps of the run. 0: one epoch of the planned segments.
     steps: int = number(0, least=0)
-    # End the run when the held-out loss of the long window has settled: the best of this many measurements in a row is
-    # less than optim.settle_nats below the best before (docs/RUNNING.md). 0: the run has all its steps.
+    # End the run when its held-out loss has settled (of needles with engine.validate_needles, else of the long window):
+    # the best of this many measurements in a row is less than optim.settle_nats below the best before. 0: never.
     settle_validations: int = number(0, least=0, most=_MOST)
     # The least gain that counts for optim.settle_validations, nats per target token. 0.01: one percent of perplexity.
     settle_nats: float = number(0.01, least=0)
@@ -527,6 +527,8 @@ class EngineConfig:
     validate_every_steps: int = number(100, least=0)
     # Held-out segments of each window in such a measurement.
     validate_segments: int = number(8, least=1, most=_MOST)
+    # Needle documents of the target window in such a measurement, made from held-out text (data.needles). 0: none.
+    validate_needles: int = number(0, least=0, most=_MOST)
     # Optimizer steps between two checkpoints.
     checkpoint_every_steps: int = number(100, least=1)
     # Checkpoints that are kept; older ones are removed.

@@ -20,7 +20,7 @@ from tools.reproduce.rows import ROWS, SHARED
 Json = dict[str, Any]
 UNTRAINED = "untrained "  # begins the key of a row of the untrained base under a method
 BASE = UNTRAINED + "none"  # under its own table
-LONG, SHORT = "long", "short"
+LONG, MIDDLE, SHORT = "long", "middle", "short"
 
 
 @dataclass
@@ -55,9 +55,11 @@ class Cell:
         return f"{self.base.name}, {self.ratio}x"
 
     def window(self, which: str) -> list[int]:
-        """LONG: the target window alone; SHORT: the lengths in the original window."""
+        """LONG: the target window alone; MIDDLE: the lengths between; SHORT: those in the original window."""
         if which == LONG:
             return self.lengths[-1:]
+        if which == MIDDLE:
+            return [length for length in self.lengths[:-1] if length > self.original_window_tokens]
         return [length for length in self.lengths if length <= self.original_window_tokens]
 
     def score(self, row: str, lengths: Sequence[int]) -> Estimate:
