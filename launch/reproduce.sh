@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The paper's tables in miniature on a laptop CPU: base models, searches, a training for each row, evaluation, one page
 # and docs/REPRODUCTION.md.
-#   bash launch/reproduce.sh          hours on two cores
-#   bash launch/reproduce.sh quick    one base and one seed, within 40 minutes on two cores
+#   bash launch/reproduce.sh          two bases, two ratios, three seeds: some five hours on two idle cores (an estimate)
+#   bash launch/reproduce.sh quick    one base, one ratio, two seeds: about half an hour on two idle cores (an estimate)
+#   bash launch/reproduce.sh demo     the demo's base, one seed
 # After an interrupt, the same command goes on where it was. Further arguments go to `python -m tools.reproduce`.
 set -euo pipefail
 export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1  # the same on every machine, and nothing is downloaded

@@ -31,7 +31,7 @@ MAY_CHANGE = (
     "engine.validate_every_steps:", "engine.validate_segments:",
     # memory against time
     "engine.recompute:", "engine.activation_checkpointing:", "engine.recompute_layers:", "engine.tile_mlp:",
-    "engine.offload_inputs:", "engine.fused:",
+    "engine.offload_inputs:", "engine.fused:", "engine.deterministic:",
     "engine.loss_chunk_tokens:", "search.chunk_tokens:", "search.shard:",
     *(f"engine.deepspeed.zero_optimization.{key}" for key in (
         "offload_", "stage3_", "allgather_", "reduce_bucket_size", "sub_group_size", "overlap_comm",

@@ -17,7 +17,7 @@ from lr2train.attention import hf as attention
 from lr2train.attention.strategy import PackedSegment
 from lr2train.cli.door import main
 from lr2train.config import Config, LongPositions
-from lr2train.data.batch import LONG
+from lr2train.data.batch import LONG, SHORT
 from lr2train.model import tiled_mlp
 from lr2train.model.flops import TRAINING
 from lr2train.planning import cost, memory
@@ -158,16 +158,19 @@ def _cost(counts: ModelCounts, workload: Workload, config: Config) -> dict[str, 
     hardware = config.hardware
     parts = [_part(counts, part, workload, config) for part in workload.parts]
     flops = sum(part["share"] * part["flops_per_token"] for part in parts)
+    original = sum(part["share"] * part["original_flops_per_token"] for part in parts)
     again = sum(part["share"] * part["recomputed_flops_per_token"] for part in parts)
     step_flops = flops * config.optim.segments_per_step * config.data.segment_tokens
-    hours = workload.steps and cost.gpu_hours(step_flops * workload.steps, hardware.gpu_bf16_tflops, hardware.mfu)
+    done = step_flops * (1 + original / flops)  # the original model's pass takes time, and is no useful work
+    hours = workload.steps and cost.gpu_hours(done * workload.steps, hardware.gpu_bf16_tflops, hardware.mfu)
     return {
         "parts": parts,
         "flops_per_token": flops,
         "recompute_share": again / flops,
+        "original_share": original / flops,
         "held_out_share": _held_out_share(counts, flops, parts, config),
-        "step_s": cost.gpu_hours(step_flops, hardware.gpu_bf16_tflops, hardware.mfu) * 3600 / hardware.gpus,
-        "tokens_per_s_per_gpu": cost.tokens_per_s(hardware.gpu_bf16_tflops, hardware.mfu, flops),
+        "step_s": cost.gpu_hours(done, hardware.gpu_bf16_tflops, hardware.mfu) * 3600 / hardware.gpus,
+        "tokens_per_s_per_gpu": cost.tokens_per_s(hardware.gpu_bf16_tflops, hardware.mfu, flops + original),
         "total_flops": workload.steps and step_flops * workload.steps,
         "gpu_hours": hours,
         "hours": hours and hours / hardware.gpus,  # None where the number of steps is unknown
@@ -185,12 +188,15 @@ def _held_out_share(counts: ModelCounts, flops: float, parts: list[dict[str, Any
     if config.data.long_positions == LongPositions.skip and LONG in longest:  # measured at the target window
         target = config.rope.target_window_tokens
         longest[LONG] = cost.training_flops_per_token(counts, target) * target / config.data.segment_tokens
-    return sum(longest.values()) / TRAINING * segments / (every * config.optim.segments_per_step * flops)
+    needles = -(-config.engine.validate_needles // dp_size) * dp_size * longest.get(LONG, 0.0)
+    return (sum(longest.values()) * segments + needles) / TRAINING / (every * config.optim.segments_per_step * flops)
 
 
 def _part(counts: ModelCounts, part: WorkloadPart, workload: Workload, config: Config) -> dict[str, Any]:
     setting, span = MemorySetting.of(config), part.span_tokens
     flops = cost.training_flops_per_token(counts, span)
+    distilled = bool(config.optim.distill_short) and part.window == SHORT
+    original = cost.forward_flops_per_token(counts, span) if distilled else 0.0
     return {
         "window": part.window,
         "span_tokens": span,
@@ -200,7 +206,10 @@ def _part(counts: ModelCounts, part: WorkloadPart, workload: Workload, config: C
         "recomputed_flops_per_token": cost.recomputed_flops_per_token(
             counts, span, setting.recompute, setting.recomputed(counts.layers)
         ),
-        "tokens_per_s_per_gpu": cost.tokens_per_s(config.hardware.gpu_bf16_tflops, config.hardware.mfu, flops),
+        "original_flops_per_token": original,
+        "tokens_per_s_per_gpu": cost.tokens_per_s(
+            config.hardware.gpu_bf16_tflops, config.hardware.mfu, flops + original
+        ),
     }
 
 

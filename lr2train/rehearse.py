@@ -4,8 +4,9 @@
 
 The real configuration runs through the real code, forward, backward and update: the model of transformers, attention
 with the branch of its CUDA kernel, recomputation and DeepSpeed. Tensors have shapes and no memory, and the other ranks
-do not exist. Writes ``runs/<name>/rehearsal.json`` and prints the same figures as tables. A shape, dtype or strategy
-that does not fit ends the verb with one sentence that names the layer.
+do not exist. Writes ``runs/<name>/rehearsal.json``, a picture of the memory over the step, and prints the
+same figures as tables. A shape, dtype or strategy that does not fit ends the verb with one sentence that names the
+layer.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ from lr2train.planning.rehearsal_tables import show
 from lr2train.planning.roofline import ASSUMPTIONS, GPUS
 from lr2train.planning.timeline import GATHERED, Timeline
 from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, workload_of
+from lr2train.reporting.memory import FILE
+from lr2train.reporting.pictures import write_memory_picture
 from lr2train.rope.factors import refuse_target
 from lr2train.rope.methods import METHODS
 from lr2train.training.deepspeed.rehearsed import RehearsedEngine, fake_tensors, one_rank_of
 from lr2train.training.deepspeed.start import accumulation_of
 
 log = logging.getLogger(__name__)
-FILE = "rehearsal.json"
 FIRST = "first"  # the micro-batch in which DeepSpeed learns the order of modules: it fetches nothing ahead
 
 
@@ -76,11 +78,6 @@ def rehearse(config: Config) -> dict[str, Any]:
         UserError: training would refuse this config, or a layer does not fit; the text names the layer.
     """
     refuse_mesh(config)
-    if config.optim.distill_short:
-        raise UserError(
-            f"optim.distill_short={config.optim.distill_short:g} needs a second model, which is not rehearsed; set "
-            "optim.distill_short to 0, and add its costs (docs/RUNNING.md)"
-        )
     hf_config = hf_config_of(config.model)
     counts = counts_of(hf_config, config.model)
     refuse_target(config.rope.target_window_tokens, counts.window_tokens)
@@ -116,8 +113,9 @@ def rehearse(config: Config) -> dict[str, Any]:
     }
     path = Path(config.runs_folder) / config.name / FILE
     io.write_json(path, result)
+    picture, _ = write_memory_picture(path.parent)
     show(result)
-    progress.say("rehearse", f"{seen.seconds:.0f} s; written to {path}")
+    progress.say("rehearse", f"{seen.seconds:.0f} s; written to {path}; memory over the step: {picture}")
     return result
 
 
@@ -253,6 +251,23 @@ _DEPTHS = (1, 2)  # layers of a short rehearsal; memory and time grow by the sam
 def _settings(config: Config, hf_config: Any) -> list[dict[str, Any]]:
     """Peak memory and time of a step under other settings, each from two short rehearsals. The smallest peak first."""
     progress.say("rehearse", "other settings, with few layers")
+    with _without_log():
+        return _compared(config, hf_config)
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep back what every rehearsal logs anew: its kernels and strategies."""
+    ours = logging.getLogger("lr2train")
+    level = ours.level
+    ours.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+
+
+def _compared(config: Config, hf_config: Any) -> list[dict[str, Any]]:
     peak, seconds = _estimate(config, hf_config)
     found = []
     for text, other in _candidates(config):

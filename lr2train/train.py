@@ -22,7 +22,6 @@ from lr2train import io, ranks, run
 from lr2train.attention import hf as attention
 from lr2train.cli.door import main
 from lr2train.config import Config, LongPositions, UserError
-from lr2train.data.batch import LONG
 from lr2train.data.corpus import Corpus
 from lr2train.data.feed.loader import make_loader
 from lr2train.model import load, tiled_mlp
@@ -70,9 +69,7 @@ def train(config: Config) -> dict[str, Any]:
         _verify(inputs.corpus, config)
         training = _build(job, config, inputs, contents, device)
         done = _resume(job, training, inputs.factors)
-        training = replace(
-            training, settling=Settling.resume(config.optim, training.total_steps, training.folder, done)
-        )
+        training = replace(training, settling=Settling.resume(config, training.total_steps, training.folder, done))
         started = time.monotonic()
         _fit(job, training, done)
         _write_model(job, training, inputs)
@@ -182,6 +179,8 @@ def _build(
         UserError: the parts do not fit the ranks or each other; on every rank, and the folder is not claimed.
     """
     hf_config, factors, _ = inputs
+    if config.engine.deterministic:
+        processes.add_in_a_fixed_order()
     start_deepspeed(device)
     ring = attention.ring_ranks(hf_config, config.parallel, processes.ranks_per_node())
     mesh = make_mesh(config.parallel.sp, config.parallel.timeout_s, ring)
@@ -199,7 +198,8 @@ def _build(
     engine = Engine(_with_recompute(job, config, hf_config, mesh, device), mesh, factors, hf_config, device)
     total_steps = config.optim.steps or loader.steps_per_epoch
     held_out = HeldOut.prepare(config, inputs.corpus, engine, factors)
-    if config.optim.settle_validations and LONG not in held_out.windows:
+    settling = Settling(config, total_steps)  # knows its measurements when the checkpoint is read
+    if config.optim.settle_validations and settling.measured not in held_out.names:
         raise UserError(
             f"optim.settle_validations={config.optim.settle_validations} looks at the held-out loss of the long "
             "window, which is not measured here; set optim.settle_validations to 0"
@@ -207,7 +207,6 @@ def _build(
     job.claim(contents)
     fingerprint = control.from_rank_0(job.fingerprint if ranks.rank() == 0 else "")
     checkpoints = Checkpoints(job.folder / "checkpoints", fingerprint, config.engine.keep_checkpoints)
-    settling = Settling(config.optim, total_steps)  # knows its measurements when the checkpoint is read
     return Training(config, job.folder, engine, loader, steps, total_steps, checkpoints, held_out, settling)
 
 

@@ -15,7 +15,7 @@ from tools.docs import PAGES, ROOT, blocks, spans
 KEYS = {key.name for key in help._keys(Config)}
 GROUPS = {folder.name for folder in CONF_FOLDER.iterdir() if folder.is_dir()}
 OTHERS = re.compile(  # programs that a reader has from elsewhere
-    "bash|cat|cp|curl|for|git|llama-server|mkdir|pip|printf|python|source|tail|tensorboard|torchrun|vllm|wandb"
+    "bash|cat|cp|curl|for|git|llama-server|mkdir|pip|printf|python|rm|source|tail|tensorboard|torchrun|vllm|wandb"
 )
 OPEN = ("engine.deepspeed.", "data.keep_below.", "model.overrides.", "model.architecture.")  # keys of others below
 _NAMED = {one: re.compile(re.escape(one).replace(r"\.NAME\.", r"\.\w+\.")) for one in KEYS}
@@ -73,6 +73,18 @@ def test_the_other_commands_of_verbs_name_verbs_runs_and_flags():
         assert flags <= {"--help", "--cfg", "--out", "--multirun"}, one
         if verb == "report":
             assert all(argument.startswith("runs/") for argument in arguments if argument not in flags), one
+
+
+def test_a_command_without_needs_runs_after_the_demo():
+    """It names runs of the demo, or runs that the page has made before, and nothing that a laptop has not."""
+    made = set(re.findall(r"name=(\w+)", (ROOT / "launch" / "demo.sh").read_text())) | {"first"}
+    for one in (one for page in PAGES for one in blocks(page) if not one.needs):
+        made |= set(re.findall(r"\bname=(\w+)", one.text))
+        assert set(re.findall(r"\brun=(\w+)|(?<![\w/.])runs/(\w+)", one.text.split(" > ")[0])) <= {
+            pair for name in made for pair in ((name, ""), ("", name))
+        }, one
+        assert not re.search(r"/models/|/data/|/venvs/", one.text), one
+        assert one.verb is None or one.verb[0] in ("plan", "rehearse") or "_128k" not in one.text, one
 
 
 @pytest.mark.parametrize("one", OF_OTHERS, ids=str)

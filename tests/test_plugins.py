@@ -74,53 +74,31 @@ def test_each_part_is_shown_with_its_own_test(my_lab):
         test()
 
 
-def trained(rank: int, world: int, command: list[str], folder: str) -> int:
-    """The verb on a rank among others; returns how often the strategy was prepared."""
+def trained(rank: int, world: int, commands: list[list[str]], folder: str) -> list[int]:
+    """The verb on a rank among others, once for each command; returns how often the strategy was prepared."""
     import sys
 
     from lr2train.train import train
 
     sys.path.insert(0, folder)
     own = importlib.import_module("my_lab.attention")
-    with (
-        mock.patch.object(own, "block_of", wraps=own.block_of) as asked,
-        mock.patch("lr2train.parallel.processes.stop"),  # `run_ranks` still needs the process group
-    ):
-        train(compose("train", command))
-    return asked.call_count
+    _check_traffic(rank, world)
+    counts = []
+    for command in commands:
+        with (
+            mock.patch.object(own, "block_of", wraps=own.block_of) as asked,
+            mock.patch("lr2train.parallel.processes.stop"),  # `run_ranks` still needs the process group
+        ):
+            train(compose("train", command))
+        counts.append(asked.call_count)
+    return counts
 
 
-def figures(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines for key in ("loss", "grad_norm")]
-
-
-def test_method_and_strategy_train_and_equal_one_rank(world, my_lab, tmp_path):
-    """The method's factors reach the model that is trained; the strategy on two ranks equals local on one."""
-    step = [f"model.path={world}/base", "data.segment_tokens=256", "optim.steps=2", "optim.segments_per_step=2",
-            "optim.warmup_steps=0", "engine.validate_every_steps=0", "logger=jsonl"]  # fmt: skip
-    method = COMMANDS["train"]
-    two = arguments(world, tmp_path, [*method, *STRATEGY[1:]], *step, "name=two")
-    one = arguments(world, tmp_path, method, *step, "name=one")
-    assert all(run_ranks(trained, 2, two, str(my_lab), tmp_path=tmp_path))
-    assert not any(run_ranks(trained, 1, one, str(my_lab), tmp_path=tmp_path))
-    assert figures(tmp_path / "two") == pytest.approx(figures(tmp_path / "one"), rel=1e-5)
-    factors = Factors.load(tmp_path / "two" / "factors.json")
-    expected = [(tiny.L / tiny.L0) ** (0.9 * i / 7) for i in range(8)]
-    assert (factors.method, factors.rescale) == ("even", pytest.approx(expected))
-    config = json.loads((tmp_path / "two" / "model" / "config.json").read_text())
-    assert config["rope_parameters"]["long_factor"] == pytest.approx(expected)
-    result = plan(compose("plan", arguments(world, tmp_path, [*method, *STRATEGY[1:]], *step[:2], "name=planned")))
-    assert {part["strategy"] for part in result["parallel"]["attention"]} == {"my_lab.attention.EVERYWHERE"}
-
-
-def bytes_counted(rank: int, world: int, folder: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    import sys
-
+def _check_traffic(rank: int, world: int) -> None:
+    """The strategy sends what it declares."""
     from lr2train.parallel.comm import counting
     from lr2train.parallel.mesh import make_mesh
 
-    sys.path.insert(0, folder)
     mesh, segment = make_mesh(world), PackedSegment(((0, 5), (5, 16)), 16, world)
     own, work = strategy_of("my_lab.attention.EVERYWHERE"), SegmentWork(segment, 4, 2, 8, 4)
     leaves = [torch.randn(8, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
@@ -128,12 +106,33 @@ def bytes_counted(rank: int, world: int, folder: str) -> tuple[tuple[int, int], 
         out = own.prepare(segment, mesh, None)(*leaves, 0.3)
         forward = sent.total()
         out.sum().backward()
-    return (forward, sent.total() - forward), tuple(own.traffic(work, rank))
+    assert 0 < forward < sent.total() and (forward, sent.total() - forward) == own.traffic(work, rank)
 
 
-def test_the_strategy_sends_what_it_declares(my_lab, tmp_path):
-    for counted, declared in run_ranks(bytes_counted, 2, str(my_lab), tmp_path=tmp_path):
-        assert counted == declared and min(counted) > 0
+def figures(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines for key in ("loss", "grad_norm")]
+
+
+def test_method_and_strategy_train_as_local_attention_does(world, my_lab, tmp_path):
+    """The method's factors reach the model that is trained; shared segments give the numbers of whole ones."""
+    step = [f"model.path={world}/base", "data.segment_tokens=256", "optim.steps=2", "optim.segments_per_step=2",
+            "optim.warmup_steps=0", "engine.validate_every_steps=0", "logger=jsonl"]  # fmt: skip
+    method = COMMANDS["train"]
+    shared = arguments(world, tmp_path, [*method, *STRATEGY[1:]], *step, "name=shared")
+    whole = arguments(world, tmp_path, method, *step, "name=whole")
+    for shared_asks, whole_asks in run_ranks(
+        trained, 2, [shared, whole], str(my_lab), tmp_path=tmp_path, timeout_s=300
+    ):
+        assert shared_asks and not whole_asks
+    assert figures(tmp_path / "shared") == pytest.approx(figures(tmp_path / "whole"), rel=1e-5)
+    factors = Factors.load(tmp_path / "shared" / "factors.json")
+    expected = [(tiny.L / tiny.L0) ** (0.9 * i / 7) for i in range(8)]
+    assert (factors.method, factors.rescale) == ("even", pytest.approx(expected))
+    config = json.loads((tmp_path / "shared" / "model" / "config.json").read_text())
+    assert config["rope_parameters"]["long_factor"] == pytest.approx(expected)
+    result = plan(compose("plan", arguments(world, tmp_path, [*method, *STRATEGY[1:]], *step[:2], "name=planned")))
+    assert {part["strategy"] for part in result["parallel"]["attention"]} == {"my_lab.attention.EVERYWHERE"}
 
 
 def test_the_source_is_prepared(world, tmp_path):

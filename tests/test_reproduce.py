@@ -219,6 +219,8 @@ def test_the_paper_s_figures_agree_with_its_text():
     assert paper.kept("yarn", 1) == pytest.approx(100 - 15.2, abs=0.3)
     assert paper.kept("ntk", 1) == pytest.approx(100 - 9.3, abs=0.1)
     assert Claim("2", "longrope2", "yarn").printed(0) == pytest.approx(82.03 - 49.39)
+    middle = Claim("2", "longrope2", "yarn", "middle")
+    assert middle.printed(0) == pytest.approx((92.31 + 90.49 + 85.62 - 84.67 - 68.80 - 62.51) / 3)
     assert Claim("4", "longrope2", "yarn_one_table", "short").printed(1) == pytest.approx(12.53, abs=0.01)
 
 
@@ -274,6 +276,8 @@ def test_verdicts_come_from_the_figures(recorded):
     assert found.pooled.se == pytest.approx(scipy.stats.sem([100.0] * 3 + [0.0] * 7))
     assert found.word == UNDECIDED if found.pooled.mean <= 2 * found.pooled.se else REPRODUCED
     assert judge(Claim("2", "longrope2", "ntk"), [cell]).word == MISSING
+    assert judge(Claim("2", "longrope2", "yarn", "middle"), [cell]).pooled.mean == pytest.approx(30.0)
+    assert [cell.window(one) for one in ("short", "middle", "long")] == [[64], [128], [256]]
     assert cell.kept("longrope2").mean == pytest.approx(90.0)
     assert cell.text_ratio("yarn").mean == pytest.approx(100.0)
     assert "+30.0 ± 15.3 points (paper: +32.6 on LLaMA3-8B, +19.4 on Phi3-mini)" in sentence(found)
@@ -301,7 +305,7 @@ def test_the_document_and_the_page_show_the_same_tables(recorded):
     assert row.endswith("| 49.39 | 39.37 | 92.14 | 85.06 |")
     assert "| needle | base, 4x | 5 | 1.200 | 1.500 | 28 | 30 |" in document
     for made in (document, page, terminal):
-        assert "9 of 12 steps are finished, which took 2.0 hours of one core" in made
+        assert "9 of 12 steps are finished, which took 2.0 hours in one process" in made
         assert "base_4x_ntk_s0 failed" in made
         assert "A row is trained on 4,096 tokens." in made
         assert "rows lie between 40.0 and 70.0 at the target window" in made

@@ -63,10 +63,15 @@ class Command:
 
 
 def blocks(page: Path) -> Iterator[Command]:
-    """The commands of the page's blocks of ``bash``; a file that is written line by line is one command."""
+    """The commands of the page's blocks of ``bash``, and those after a ``$`` above their output.
+
+    A file that is written line by line is one command.
+    """
     inside, needs, begun, end = False, "", "", ""
     for number, line in enumerate(page.read_text("utf-8").splitlines(), 1):
-        if end:  # of a file
+        if not inside and line.startswith("$ "):
+            yield Command(page, number, re.sub(r"\s+#\s.*", "", line[2:]), "")
+        elif end:  # of a file
             begun += f"{line}\n"
             if line != end:
                 continue
@@ -112,9 +117,9 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="run in this folder, which is made")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="runs of the demo (default: %(default)s)")
     parser.add_argument("--slow", action="store_true", help="also the slow commands")
-    parser.add_argument("--only", default="", help="commands that contain this text")
+    parser.add_argument("--only", default="", help="commands whose page, line or text contains this")
     given = parser.parse_args()
-    every = [one for page in PAGES for one in blocks(page) if given.only in one.text]
+    every = [one for page in PAGES for one in blocks(page) if given.only in str(one)]
     if given.folder is None:
         for one in every:
             print(f"{one}" + (f"   [needs {one.needs}]" if one.needs else ""))

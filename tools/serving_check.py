@@ -48,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("export", type=Path, help="folder of an export, with two/ in it")
+    parser.add_argument("export", type=_absolute, help="folder of an export, with two/ in it")
     for name in RUNTIMES:
-        parser.add_argument(f"--{name}", type=Path, action="append", default=[], metavar="PYTHON")
+        parser.add_argument(f"--{name}", type=_absolute, action="append", default=[], metavar="PYTHON")
     parser.add_argument("--rows", help="cases to run, comma-separated; default: all")
     parser.add_argument("--only", action="append", help="setups to run: a text that their folder and description hold")
     parser.add_argument("--alone", action="store_true", help="leave batches of several texts out")
@@ -62,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the lines there too")
     return parser
+
+
+def _absolute(text: str) -> Path:
+    """A runtime works in another folder. Links stay: the interpreter of a virtual environment is one."""
+    return Path(text).expanduser().absolute()
 
 
 def _main(asked: argparse.Namespace) -> int:

@@ -16,13 +16,15 @@ All cells answer the same held-out documents, whose needles lie at random depths
 decoding produces it after the right answers before it.
 
 Choice: a curve of finished runs, not of the checkpoints of one run, because the end of a schedule is part of a
-training. Cost: the steps of all runs add up. An error is the standard error over seeds. The answers of one
-document are not independent, so it does not say how another draw of documents would come out.
+training. Cost: the steps of all runs add up. The first table has standard errors over seeds. The second one compares
+kinds at equal steps or equal long tokens, document by document; its standard errors are over documents, after the mean
+over the seeds that both have.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -78,7 +80,7 @@ def main() -> None:
         process.join()
         if process.exitcode:
             raise SystemExit(f"{cell.name} ended with {process.exitcode}; its output is above")
-    print(table(_read(journal)))
+    print(table(_read(journal)), comparisons(_read(journal)), sep="\n\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -204,13 +206,16 @@ def _scored(given: argparse.Namespace, cell: Cell, model_folder: Path) -> Json:
     model = load.load_whole(model_folder)
     table, needles, rng = rotary.install(model, factors), config.data.needles, stream(0, "training cost")
     maker = NeedleMaker(corpus.tokenizer.encode, needles.wording, needles.digits, corpus.tokenizer.bos, None)
-    scores = []
+    right, losses = [], []  # of each document: the share of right answers, and nats per answer token
     for filler in corpus.text(HOLDOUT).draw_apart(rng, DOCUMENTS, TARGET_TOKENS):
         one = maker.make(rng, filler, TARGET_TOKENS, None, NEEDLES, QUESTIONS)
-        scores.append((one.answer_spans, score(model, table, "long", one.tokens, one.answer_spans)))
-    right = [n == stop - start for spans, one in scores for n, (start, stop) in zip(one.right, spans, strict=True)]
-    nll, n_tokens = sum(one.nll for _, one in scores), sum(one.n_tokens for _, one in scores)
-    return {"accuracy": statistics.fmean(right), "answer_nll": nll / n_tokens}
+        found = score(model, table, "long", one.tokens, one.answer_spans)
+        hits = zip(found.right, one.answer_spans, strict=True)
+        right.append(statistics.fmean(n == stop - start for n, (start, stop) in hits))
+        losses.append(found.nll / found.n_tokens)
+    return {
+        "accuracy": statistics.fmean(right), "answer_nll": statistics.fmean(losses), "right": right, "losses": losses,
+    }  # fmt: skip
 
 
 # ---- the table ----
@@ -231,6 +236,31 @@ def table(cells: Sequence[Json]) -> str:
         shown = (key[0] or "searched", *key[1:], len(group), f"{tokens:,.0f}", *spreads, f"{seconds:.0f}")
         lines.append("| " + " | ".join(map(str, shown)) + " |")
     return "\n".join(lines)
+
+
+def comparisons(cells: Sequence[Json]) -> str:
+    """A line for each two kinds at equal steps or equal long tokens: differences over the same documents."""
+    rows: dict[tuple[str, str, int], dict[int, Json]] = {}
+    for one in cells:
+        rows.setdefault((one["rope"], one["kind"], one["steps"]), {})[one["seed"]] = one
+    lines = [
+        "| rope | first | second | seeds | accuracy: first - second | answer loss: first - second |",
+        "|---" * 6 + "|",
+    ]
+    for (first, a), (second, b) in itertools.combinations(rows.items(), 2):
+        seeds = sorted(a.keys() & b.keys())
+        tokens = {round(statistics.fmean(x[seed]["long_tokens"] for seed in seeds)) for x in (a, b)} if seeds else ()
+        if first[0] != second[0] or first[1] == second[1] or (len(tokens) != 1 and first[2] != second[2]):
+            continue
+        differences = [_over_documents(a, b, seeds, key) for key in ("right", "losses")]
+        names = (f"{kind}, {steps} steps" for _, kind, steps in (first, second))
+        lines.append("| " + " | ".join([first[0] or "searched", *names, str(len(seeds)), *differences]) + " |")
+    return "\n".join(lines)
+
+
+def _over_documents(a: dict[int, Json], b: dict[int, Json], seeds: Sequence[int], key: str) -> str:
+    of_seeds = [[x - y for x, y in zip(a[seed][key], b[seed][key], strict=True)] for seed in seeds]
+    return _spread([statistics.fmean(of_document) for of_document in zip(*of_seeds, strict=True)])
 
 
 def _spread(values: Sequence[float | None]) -> str:

@@ -85,6 +85,12 @@ LIBRARIES = {  # by preference
 }
 
 
+def libraries() -> dict[str, str | None]:
+    """The libraries by preference, each with the reason why it does not serve the GPU of this machine, or None."""
+    generation = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    return {name: refusal(name, generation) for name in LIBRARIES}
+
+
 def choose() -> tuple[str, str]:
     """(name, reason) of the best kernel on this machine: flash_attn_3 | flash_attn_4 | flash_attn | torch_varlen.
 
@@ -302,7 +308,7 @@ def _flash2_backward(queries: Queries, k: Tensor, v: Tensor, varlen: Varlen, sca
     _flash_attn_varlen_backward(
         grad_out, q, k, v, out, lse, *grads, varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k, dropout_p=0.0,
         softmax_scale=scale, causal=varlen.right == 0, window_size_left=varlen.left, window_size_right=varlen.right,
-        softcap=softcap_of(scale), alibi_slopes=None, deterministic=False,
+        softcap=softcap_of(scale), alibi_slopes=None, deterministic=_in_a_fixed_order(),
     )  # fmt: skip
     return grads
 
@@ -328,6 +334,7 @@ def _flash3_backward(queries: Queries, k: Tensor, v: Tensor, varlen: Varlen, sca
         grad_out, q, k, v, out, lse, *grads, cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k,
         max_seqlen_q=varlen.max_q, max_seqlen_k=varlen.max_k, softmax_scale=scale, is_causal=varlen.right == 0,
         window_size_left=varlen.left, window_size_right=varlen.right, softcap=softcap_of(scale),
+        deterministic=_in_a_fixed_order(),
     )  # fmt: skip
     return grads
 
@@ -351,8 +358,13 @@ def _flash4_backward(queries: Queries, k: Tensor, v: Tensor, varlen: Varlen, sca
     return _flash_attn_bwd(
         q, k, v, out, grad_out, lse, cu_seqlens_q=varlen.cu_q, cu_seqlens_k=varlen.cu_k, max_seqlen_q=varlen.max_q,
         max_seqlen_k=varlen.max_k, softmax_scale=scale, causal=varlen.right == 0, softcap=softcap_of(scale),
-        **_windows4(varlen),
+        deterministic=_in_a_fixed_order(), **_windows4(varlen),
     )[:3]  # fmt: skip
+
+
+def _in_a_fixed_order() -> bool:
+    """Whether the gradient of q is added in a fixed order (engine.deterministic); torch's own kernel asks this too."""
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def _windows4(varlen: Varlen) -> dict[str, int | None]:

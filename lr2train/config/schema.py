@@ -484,8 +484,8 @@ class OptimConfig:
     min_lr_ratio: float = number(0.0, least=0, most=1)
     # Optimizer steps of the run. 0: one epoch of the planned segments.
     steps: int = number(0, least=0)
-    # End the run when the held-out loss of the long window has settled: the best of this many measurements in a row is
-    # less than optim.settle_nats below the best before (docs/RUNNING.md). 0: the run has all its steps.
+    # End the run when its held-out loss has settled (of needles with engine.validate_needles, else of the long window):
+    # the best of this many measurements in a row is less than optim.settle_nats below the best before. 0: never.
     settle_validations: int = number(0, least=0, most=_MOST)
     # The least gain that counts for optim.settle_validations, nats per target token. 0.01: one percent of perplexity.
     settle_nats: float = number(0.01, least=0)
@@ -518,12 +518,17 @@ class EngineConfig:
     # Fused kernels for norms, rotations and gated activations. auto: on CUDA where liger-kernel is installed. off: the
     # model's own modules.
     fused: str = one_of(Fused.auto)
+    # Whether operators on a GPU add in a fixed order, so that a resumed run has the same bits as an undisturbed one.
+    # false, because attention's backward pass then takes longer and needs more memory. A CPU always does so.
+    deterministic: bool = False
     # Tokens per chunk of the chunked loss; only one chunk's logits are in memory.
     loss_chunk_tokens: int = number(4096, least=1)
     # Optimizer steps between two measurements of the held-out loss, of both windows. 0: never.
     validate_every_steps: int = number(100, least=0)
     # Held-out segments of each window in such a measurement.
     validate_segments: int = number(8, least=1, most=_MOST)
+    # Needle documents of the target window in such a measurement, made from held-out text (data.needles). 0: none.
+    validate_needles: int = number(0, least=0, most=_MOST)
     # Optimizer steps between two checkpoints.
     checkpoint_every_steps: int = number(100, least=1)
     # Checkpoints that are kept; older ones are removed.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.cuda import nccl
 
-from lr2train.attention import kernel
+from lr2train.attention import cuda, kernel
 from lr2train.config import UserError
 from lr2train.diagnosis.findings import Findings
 
@@ -124,9 +124,14 @@ def _busy(found: Findings) -> None:
 
 
 def _kernels(found: Findings) -> None:
-    """Note the kernel of each device, with the reason of the choice: why none that is preferred can be used."""
+    """Note the kernel of each device, with the reason of the choice, and which libraries could serve CUDA."""
     found.note(KERNELS, "cpu", _kernel(found, "cpu"))
-    found.note(KERNELS, "cuda", _kernel(found, "cuda") if torch.cuda.is_available() else "none: torch sees no GPU")
+    if not torch.cuda.is_available():
+        found.note(KERNELS, "cuda", "none: torch sees no GPU")
+        return
+    found.note(KERNELS, "cuda", _kernel(found, "cuda"))
+    for name, why in cuda.libraries().items():
+        found.note(KERNELS, name, why or "can be used")
 
 
 def _kernel(found: Findings, device: str) -> str:

@@ -157,5 +157,7 @@ def _of_chunk(
     loss, divergence = -log_q[here].sum(), log_p.sub_(log_q).mul_(p).sum()
     grad = log_q.exp_().mul_(1 + divergence_weight).sub_(p, alpha=divergence_weight)
     grad[here] -= 1.0
-    gradients.add(rows, form.to_products(grad, logits))
+    grad = form.to_products(grad, logits).to(gradients.hidden.dtype)
+    del logits, log_q, log_p, p  # before the products with the head
+    gradients.add(rows, grad)
     return loss, divergence

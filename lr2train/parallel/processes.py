@@ -59,6 +59,16 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
+def add_in_a_fixed_order() -> None:
+    """Have torch and attention's kernels take operators that add in a fixed order, before the device computes.
+
+    An operator that has no such form says so in a warning, and runs.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+
+
 def _init_process_group(device: torch.device, timeout_s: float) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)

@@ -246,7 +246,7 @@ class Accounting(TorchDispatchMode):
             return None
         if asked.dtype.is_floating_point:
             return 1.0
-        overflow = here().whose == ZERO  # what ZeRO asks; others ask whether all is finite
+        overflow = here().whose == ZERO  # DeepSpeed asks for what is wrong; others ask whether all is finite
         return not overflow if asked.dtype == torch.bool else int(not overflow)
 
     # ---- places ----
@@ -444,6 +444,8 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 @cache
 def _whose(code: CodeType) -> str | None:
     path = code.co_filename.replace("\\", "/")
+    if path.endswith(_OF_DTYPES):
+        return ZERO
     if "/deepspeed/runtime/zero/" in path:
         return None if path.endswith("/linear.py") else ZERO  # ZeRO-3's own form of a linear layer: the model's work
     if "/transformers/" in path:
@@ -453,6 +455,8 @@ def _whose(code: CodeType) -> str | None:
     return OURS
 
 
+# ZeRO-1 in bfloat16, and what all stages ask of gradients: not in the folder of ZeRO.
+_OF_DTYPES = ("/deepspeed/runtime/bf16_optimizer.py", "/deepspeed/runtime/utils.py")
 # Frames that only pass on: the line that matters called them, or was called by them.
 _PASSED = (
     "/planning/",

@@ -4,8 +4,9 @@ Choice: each item is a short formula, close to what our engine and DeepSpeed 0.1
 formula and see which config key changes it. Cost: fragmentation of the allocator is not in the formulas; a tenth of the
 GPU is kept free for it.
 
-Symbols: N parameters, W ranks, P parameters of the gathered module, t = T / sp tokens of a rank, H hidden size,
-F intermediate size, Hq and Hk query and key heads of Dh dimensions, V vocabulary, b bytes of a weight.
+Symbols: N parameters, W ranks, P parameters of the largest module that is gathered at once, t = T / sp tokens of a
+rank, H hidden size, F intermediate size, Hq and Hk query and key heads of Dh dimensions, V vocabulary, b bytes of a
+weight.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class MemorySetting:
     bucket_parameters: int
     offload_optimizer: bool
     sent_bytes: int  # of a gradient on its way between ranks
+    distills: bool  # a second model, frozen
 
     @classmethod
     def of(cls, config: Config) -> MemorySetting:
@@ -88,8 +90,14 @@ class MemorySetting:
             live_parameters=int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)),
             bucket_parameters=int(zero.get("reduce_bucket_size", BUCKET_PARAMETERS)),
             sent_bytes={"float32": 4, "bfloat16": 2}[config.engine.reduce_dtype],
+            distills=config.optim.distill_short > 0,
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         )
+
+    @property
+    def sums_apart(self) -> bool:
+        """ZeRO-1 in bfloat16: gradients stay in bfloat16 too, beside their fp32 sums (DeepSpeed's BF16_Optimizer)."""
+        return self.zero_stage == 1 and self.dtype == "bfloat16" and not self.offload_optimizer
 
     @property
     def tokens(self) -> int:
@@ -115,12 +123,14 @@ def shard_bytes(parameters: int, bytes_per_parameter: int, ranks: int) -> float:
     return parameters * bytes_per_parameter / ranks
 
 
-def gathered_bytes(parameters: int, largest_parameters: int, live_parameters: int, weight_bytes: int) -> float:
-    """Weights gathered at one time under ZeRO-3: b * min(N, max(live limit, P)).
+def gathered_bytes(counts: ModelCounts, live_parameters: int, weight_bytes: int) -> float:
+    """Weights gathered at one time under ZeRO-3: b * min(N, max(live limit + p, P)).
 
-    DeepSpeed keeps and prefetches layers up to ``stage3_max_live_parameters``.
+    DeepSpeed keeps and prefetches layers up to ``stage3_max_live_parameters``, and goes beyond by one parameter of at
+    most p elements.
     """
-    return weight_bytes * min(parameters, max(live_parameters, largest_parameters))
+    one = max(counts.embedding_parameters, counts.head_parameters, counts.hidden * counts.intermediate)
+    return weight_bytes * min(counts.parameters, max(live_parameters + one, counts.largest_gathered_parameters))
 
 
 def saved_inputs_bytes(layers: int, hidden: int, tokens: int, weight_bytes: int) -> float:
@@ -169,23 +179,47 @@ def tile_gradient_bytes(counts: ModelCounts, weight_bytes: int) -> float:
 
 
 def loss_bytes(hidden: int, vocabulary: int, chunk_tokens: int, tokens: int, weight_bytes: int) -> float:
-    """Peak of the chunked cross-entropy: chunk * V * (12 + b) + 4 V H + t H (2 b + 4 + b).
+    """Peak of the chunked cross-entropy: chunk * V * (8 + b) + 4 V H + t H (3 b + 4).
 
-    The chunk's logits exist in fp32, as probabilities, as their gradient in fp32 and in the model's dtype (one and the
-    same for fp32). The head's gradient exists in fp32. Beside them are the gradient of the hidden states, and what the
-    last norm keeps: its input in fp32, the normalised input and its output.
+    The chunk's logits exist in fp32, as probabilities, and as their gradient in the model's dtype (fp32: on a CPU,
+    where the backward pass makes the logits again, the gradient before and after its scaling). The head's gradient is
+    in fp32. Beside them are the gradient of the hidden states, and what the last norm keeps: its input in fp32, the
+    normalised input and its output.
     """
     chunk = min(chunk_tokens, tokens)
-    return (
-        chunk * vocabulary * (12 + (weight_bytes if weight_bytes < 4 else 0))
-        + 4 * vocabulary * hidden
-        + tokens * hidden * (3 * weight_bytes + 4)
-    )
+    return chunk * vocabulary * (8 + weight_bytes) + 4 * vocabulary * hidden + tokens * hidden * (3 * weight_bytes + 4)
+
+
+def distilled_loss_bytes(counts: ModelCounts, setting: MemorySetting) -> float:
+    """Peak of a distilled loss: as ``loss_bytes``, but chunk * V * (8 + b / 2) for the logits, and the original model's
+    head b V H (under ZeRO-3, where it is gathered for the loss) and hidden states b t H.
+
+    Of half a chunk, logits and probabilities of both models exist in fp32, and the gradient in the model's dtype.
+    """
+    weight, tokens = WEIGHT_BYTES[setting.dtype], setting.tokens
+    head = counts.vocabulary * counts.hidden if setting.zero_stage == 3 else 0
+    less = min(setting.chunk_tokens, tokens) * counts.vocabulary * weight / 2
+    plain = loss_bytes(counts.hidden, counts.vocabulary, setting.chunk_tokens, tokens, weight)
+    return plain - less + weight * (head + tokens * counts.hidden)
 
 
 def bucket_bytes(bucket_parameters: int, sent_bytes: int) -> float:
-    """DeepSpeed's reduction bucket: one buffer, in the dtype in which gradients are sent."""
+    """DeepSpeed's reduction bucket under ZeRO-3: one buffer, in the dtype in which gradients are sent."""
     return float(bucket_parameters * sent_bytes)
+
+
+def reduction_bytes(counts: ModelCounts, setting: MemorySetting) -> float:
+    """What ZeRO-1 and ZeRO-2 add in the backward pass, or at its end, to reduce gradients over the ranks.
+
+    A bucket of B parameters in the model's dtype; a bucket's gradients joined, min(N, B), and joined in the dtype in
+    which they are sent, where that is another. ZeRO-1 in bfloat16 has no bucket: it reduces its sums of gradients where
+    they lie. Without ZeRO the joined gradients alone.
+    """
+    weight, bucket = WEIGHT_BYTES[setting.dtype], setting.bucket_parameters
+    joined = min(counts.parameters, bucket) * (weight + (setting.sent_bytes if setting.sent_bytes != weight else 0))
+    if setting.zero_stage == 0:
+        return float(joined)
+    return 0.0 if setting.sums_apart else float(bucket * weight + joined)
 
 
 def scoring_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
@@ -202,7 +236,13 @@ def checkpoint_bytes(parameters: int, weight_bytes: int) -> float:
 
 def training_items(counts: ModelCounts, setting: MemorySetting) -> list[MemoryItem]:
     """Peak memory of one GPU in training, as items."""
-    return [*_states(counts, setting), *_gathered(counts, setting), *_activations(counts, setting), *_fixed(setting)]
+    return [
+        *_states(counts, setting),
+        *_original(counts, setting),
+        *_gathered(counts, setting),
+        *_activations(counts, setting),
+        *_fixed(setting),
+    ]
 
 
 def choose_recompute(counts: ModelCounts, setting: MemorySetting, gpu_gib: float) -> tuple[str, str]:
@@ -259,7 +299,9 @@ def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     def formula(size: int, ranks: int) -> str:
         return f"{size} B · N / {ranks} ranks" if ranks > 1 else f"{size} B · N"
 
-    optimizer = MASTER_BYTES + MOMENT_BYTES
+    # without ZeRO the weights themselves are in fp32
+    optimizer, master = (MASTER_BYTES + MOMENT_BYTES, "fp32 weights and ") if s.zero_stage else (MOMENT_BYTES, "")
+    apart = [MemoryItem("gradients, bfloat16", shard_bytes(n, weight, 1), formula(weight, 1))] if s.sums_apart else []
     return [
         MemoryItem(f"weights, {s.dtype}", shard_bytes(n, weight, per_weights), formula(weight, per_weights)),
         MemoryItem(
@@ -269,22 +311,32 @@ def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
             not s.offload_optimizer,
         ),
         MemoryItem(
-            "fp32 weights and Adam's moments",
+            f"{master}Adam's moments",
             shard_bytes(n, optimizer, per_optimizer),
             formula(optimizer, per_optimizer),
             not s.offload_optimizer,
         ),
+        *apart,
     ]
 
 
+def _original(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
+    """The frozen model of short-window distillation."""
+    if not s.distills:
+        return []
+    weight, ranks = WEIGHT_BYTES[s.dtype], s.world if s.zero_stage == 3 else 1
+    how = f"{weight} B · N / {ranks} ranks" if ranks > 1 else f"{weight} B · N"
+    return [MemoryItem("the original model, frozen", shard_bytes(counts.parameters, weight, ranks), how)]
+
+
 def _gathered(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
-    weight, largest = WEIGHT_BYTES[s.dtype], counts.largest_gathered_parameters
     if s.zero_stage < 3:
-        name, how = "gradients of the module being reduced", f"{weight} B · {largest / 1e6:.3g}M"
-        return [MemoryItem(name, weight * largest, how)]
-    size = gathered_bytes(counts.parameters, largest, s.live_parameters, weight)
-    live = max(s.live_parameters, largest) / 1e6
-    return [MemoryItem("gathered weights", size, f"{weight} B · min(N, {live:.4g}M live parameters)")]
+        return []
+    weight = WEIGHT_BYTES[s.dtype]
+    size = gathered_bytes(counts, s.live_parameters, weight)
+    return [
+        MemoryItem("gathered weights", size, f"{weight} B · min(N, {s.live_parameters / 1e6:.4g}M + one parameter)")
+    ]
 
 
 def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
@@ -293,6 +345,8 @@ def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     saved = layer_saved_bytes(counts, t, weight, s.ulysses(counts.heads), s.tile_tokens)
     flight = layer_flight_bytes(counts, t, weight, s.tile_tokens)
     loss = loss_bytes(counts.hidden, counts.vocabulary, s.chunk_tokens, t, weight)
+    if s.distills:
+        loss = max(loss, distilled_loss_bytes(counts, s))
     items, whole = _kept_for_recomputation(counts, s), counts.layers - recomputed
     if whole:
         how = f"{whole} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB"
@@ -306,10 +360,18 @@ def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
         how += f", the MLP for {min(s.tile_tokens, t):,} tokens"
         summed = tile_gradient_bytes(counts, weight)
         items.append(MemoryItem("gradients of one MLP, summed over tiles", summed, f"(4 + {weight}) B · 3 H F"))
-    if loss > peak:
-        name, how = "the loss chunk", f"{min(s.chunk_tokens, t):,} · V logits in four forms, the head's fp32 gradient"
-    figures = f"max(layer {peak / GIB:.2f}, loss {loss / GIB:.2f}) GiB: {how}"
-    return [*items, MemoryItem(f"peak: {name}", max(peak, loss), figures)]
+    # In fp32 the loss is computed again in the backward pass (on a CPU), where gradients are reduced.
+    reduced = 0.0 if s.zero_stage == 3 else reduction_bytes(counts, s)
+    at_loss = loss + (reduced if s.dtype == "float32" else 0)
+    if s.zero_stage:
+        peak += reduced
+        how += f", and {reduced / GIB:.2f} GiB of gradients on their way" if reduced else ""
+    if at_loss > peak:
+        name, how = "the loss chunk", f"{min(s.chunk_tokens, t):,} · V logits in three forms, the head's fp32 gradient"
+    if max(peak, at_loss) < reduced:
+        name, how = "the reduction of gradients", "4 B · min(N, bucket)"
+    figures = f"max(layer {peak / GIB:.2f}, loss {at_loss / GIB:.2f}) GiB: {how}"
+    return [*items, MemoryItem(f"peak: {name}", max(peak, at_loss, reduced), figures)]
 
 
 def _kept_for_recomputation(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
@@ -331,11 +393,12 @@ def _kept_for_recomputation(counts: ModelCounts, s: MemorySetting) -> list[Memor
 
 
 def _fixed(s: MemorySetting) -> list[MemoryItem]:
+    bucket = MemoryItem(
+        "reduction buckets",
+        bucket_bytes(s.bucket_parameters, s.sent_bytes),
+        f"{s.sent_bytes} B · {s.bucket_parameters / 1e6:.3g}M (reduce_bucket_size)",
+    )
     return [
-        MemoryItem(
-            "reduction buckets",
-            bucket_bytes(s.bucket_parameters, s.sent_bytes),
-            f"{s.sent_bytes} B · {s.bucket_parameters / 1e6:.3g}M (reduce_bucket_size)",
-        ),
+        *([bucket] if s.zero_stage == 3 else []),
         MemoryItem("CUDA, NCCL, cuBLAS", RUNTIME_BYTES, "assumed"),
     ]

@@ -170,6 +170,8 @@ def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str
             "counted as useful",
         ),
     ]
+    if cost["original_share"]:
+        facts.append(("distillation", f"the original model's pass adds {cost['original_share']:.1%}, counted below"))
     if cost["held_out_share"]:
         facts.append(("held-out loss", f"adds {cost['held_out_share']:.1%} of the time, which is not counted below"))
     if work["steps"] is None:

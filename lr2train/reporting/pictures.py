@@ -1,4 +1,4 @@
-"""Every drawing of a page by its name, and the pictures that search and prepare write.
+"""Every drawing of a page by its name, and the pictures that search, prepare and rehearse write.
 
 Choice: a name is the file name of the picture and of its numbers (``fitness.png``, ``fitness.csv``), whichever verb
 writes them. A drawing whose data is missing is left out: a running search has no factors yet.
@@ -12,7 +12,7 @@ from pathlib import Path
 from lr2train.config import UserError
 from lr2train.evaluation.results import folder_name
 from lr2train.io import read_json
-from lr2train.reporting import charts, mix, search_charts
+from lr2train.reporting import charts, memory, mix, search_charts
 from lr2train.reporting.canvas import Chart
 from lr2train.reporting.inputs import Json, ReportInputs, gather
 from lr2train.reporting.needle_map import needle_map
@@ -43,7 +43,7 @@ def all_charts(runs: Sequence[ReportInputs], rows: Sequence[Json]) -> dict[str, 
         plan, config = first.corpus_folder / "plan.json", first.config or first.corpus_config
         attention = config.get("data", {}).get("long_attention", "segment")
         made |= mix.corpus_charts(first.corpus_folder, read_json(plan) if plan.is_file() else None, attention)
-    return made
+    return made | (memory.rehearsal_chart(first.folder) if len(runs) == 1 else {})
 
 
 def _factors(runs: Sequence[ReportInputs]) -> dict[str, Chart]:
@@ -110,6 +110,11 @@ def ensure_mix_pictures(folder: Path) -> list[Path]:
         made = mix.corpus_charts(folder, read_json(folder / "plan.json"))
         _write({name: made[name] for name in MIX}, folder / "pictures")
     return paths
+
+
+def write_memory_picture(folder: Path) -> list[Path]:
+    """Draw the rehearsal of a run folder into ``folder/pictures``; returns the picture and its numbers."""
+    return _write(memory.rehearsal_chart(folder), folder / "pictures")
 
 
 def _write(drawings: Mapping[str, Chart], folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ class Panel(NamedTuple):
 SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Training": (
         Panel("Loss of both windows, nats", ("loss_short", "loss_long")),
-        Panel("Held-out loss, nats", ("heldout_loss_short", "heldout_loss_long")),
+        Panel("Held-out loss, nats", ("heldout_loss_short", "heldout_loss_long", "heldout_loss_needles")),
         Panel("Loss, nats", ("loss",)),
         Panel("Gradient norm", ("grad_norm",), log_y=True),
         Panel("Learning rate", ("lr",)),
@@ -35,7 +35,10 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Seconds a step, and of these waiting for data", ("step_s", "data_wait_s")),
         Panel("Peak memory of rank 0, GiB", ("peak_gib",)),
         Panel("Tokens seen", ("tokens_seen",)),
-        Panel("Target tokens", ("n_target_tokens", "heldout_tokens_short", "heldout_tokens_long")),
+        Panel(
+            "Target tokens",
+            ("n_target_tokens", "heldout_tokens_short", "heldout_tokens_long", "heldout_tokens_needles"),
+        ),
     ),
     "Search": (
         Panel("Perplexity of the best candidate", ("search/best_perplexity",), log_y=True),

@@ -1,4 +1,5 @@
-"""The end of a training whose held-out loss of the long window has settled (``optim.settle_validations``).
+"""The end of a training whose held-out loss has settled (``optim.settle_validations``): of needles where they are
+measured (``engine.validate_needles``), else of the long window's text.
 
 Rule: the run has settled where the best of its last n measurements is less than ``optim.settle_nats`` below the best
 of all earlier ones. Then the learning rate falls linearly from its present value to ``optim.min_lr_ratio`` of the peak,
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from lr2train import io, ranks
-from lr2train.config import OptimConfig
+from lr2train.config import Config
+from lr2train.data.batch import LONG
 from lr2train.parallel import control
 from lr2train.progress import say
 from lr2train.training.schedule import learning_rate
+from lr2train.training.validation import NEEDLES
 
 FILE = "train.settling.json"
-LOSS = "heldout_loss_long"
 DECAY = 0.25  # steps of the decay, as a share of the steps before
 
 
@@ -33,34 +35,40 @@ class Settling:
     """The measurements of a run, and what follows from them; the same on every rank.
 
     Args:
-        optim: ``settle_validations`` 0: the run never settles.
+        config: ``optim.settle_validations`` 0: the run never settles.
         total_steps: where the run ends if it does not settle.
-        losses: step -> held-out loss of the long window, nats per target token, in the order of steps.
+        losses: step -> held-out loss, nats per target token, in the order of steps.
         file: where the losses are kept, by rank 0; None: nowhere.
+
+    Attributes:
+        measured: what the loss is of, "needles" or "long".
+        step: the step after which the run has settled; None: it has not.
     """
 
     def __init__(
-        self, optim: OptimConfig, total_steps: int, losses: Mapping[int, float] | None = None, file: Path | None = None
+        self, config: Config, total_steps: int, losses: Mapping[int, float] | None = None, file: Path | None = None
     ) -> None:
-        self._optim, self._total, self._file = optim, total_steps, file
+        self._optim, self._total, self._file = config.optim, total_steps, file
+        self.measured = NEEDLES if config.engine.validate_needles else LONG
         self._losses = dict(losses or {})
         self.step = self._found()
 
     @classmethod
-    def resume(cls, optim: OptimConfig, total_steps: int, folder: Path, done: int) -> Settling:
+    def resume(cls, config: Config, total_steps: int, folder: Path, done: int) -> Settling:
         """Of a run that goes on after ``done`` steps; later measurements are dropped. A collective."""
-        if not optim.settle_validations:
-            return cls(optim, total_steps)
+        if not config.optim.settle_validations:
+            return cls(config, total_steps)
         file = folder / FILE
         kept = dict(io.read_json(file)) if ranks.rank() == 0 and done and file.exists() else {}
         kept = {int(step): loss for step, loss in control.from_rank_0(kept).items() if int(step) <= done}
-        return cls(optim, total_steps, {step: math.inf if one is None else one for step, one in kept.items()}, file)
+        return cls(config, total_steps, {step: math.inf if one is None else one for step, one in kept.items()}, file)
 
     def note(self, step: int, figures: Mapping[str, Any]) -> None:
         """Take what was measured after ``step`` steps, in the keys of metrics.jsonl."""
-        if not self._optim.settle_validations or self.step is not None or LOSS not in figures:
+        key = f"heldout_loss_{self.measured}"
+        if not self._optim.settle_validations or self.step is not None or key not in figures:
             return
-        loss = figures[LOSS]
+        loss = figures[key]
         self._losses[step] = math.inf if loss is None else loss  # None: not finite
         if self._file is not None and ranks.rank() == 0:
             io.write_json(self._file, io.finite(self._losses))
@@ -82,8 +90,8 @@ class Settling:
         if self.step is None:
             return ""
         return (
-            f"the held-out loss of the long window fell by less than {self._optim.settle_nats} nats in "
-            f"{self._optim.settle_validations} measurements"
+            f"the held-out loss of {'needles' if self.measured == NEEDLES else 'the long window'} fell by less than "
+            f"{self._optim.settle_nats} nats in {self._optim.settle_validations} measurements"
         )
 
     @property

@@ -3,6 +3,9 @@
 Every ``engine.validate_every_steps`` steps, before the first step and after the last one, the loss of fixed segments
 (``data.feed.held_out``) is measured: short ones under the original RoPE table, long ones under the rescaled one.
 
+With ``engine.validate_needles``, so is the loss of the answers of needle documents that are made from held-out text,
+under the rescaled table. Text alone says little about retrieval (docs/RESULTS.md).
+
 Choice: segments are divided over the ranks as in a step, and the loss is their summed loss over their target tokens, so
 it does not depend on the ranks. Nothing of the training changes: no gradient, no random draw, no data. Cost: a forward
 pass of at most ``2 * validate_segments`` segments, about a third of their training; and their tokens stay in memory.
@@ -19,11 +22,13 @@ from lr2train import io
 from lr2train.config import Config, LongAttention, UserError
 from lr2train.data.batch import LONG, SHORT, WINDOWS, Batch
 from lr2train.data.corpus import Corpus
-from lr2train.data.feed.held_out import HeldOutSegments
+from lr2train.data.feed.held_out import HeldOutSegments, needle_batches
 from lr2train.parallel import control
 from lr2train.progress import say
 from lr2train.rope.factors import Factors
 from lr2train.training.deepspeed.engine import Engine
+
+NEEDLES = "needles"  # beside the windows, in keys of metrics.jsonl
 
 
 class HeldOut:
@@ -33,10 +38,13 @@ class HeldOut:
         engine: of the run.
         batches: of this data-parallel rank; empty where nothing is measured.
         every_steps: optimizer steps between two measurements.
+        needles: needle documents of this data-parallel rank.
     """
 
-    def __init__(self, engine: Engine, batches: Sequence[Batch], every_steps: int) -> None:
-        self._engine, self._batches, self._every = engine, batches, every_steps
+    def __init__(
+        self, engine: Engine, batches: Sequence[Batch], every_steps: int, needles: Sequence[Batch] = ()
+    ) -> None:
+        self._engine, self._batches, self._every, self._needles = engine, batches, every_steps, needles
 
     @classmethod
     def prepare(cls, config: Config, corpus: Corpus, engine: Engine, factors: Factors) -> HeldOut:
@@ -60,19 +68,26 @@ class HeldOut:
                 continue
             kept += found
             counts.append(f"{n_segments} {window} segment{'s' * (n_segments > 1)}")
+        needles: list[Batch] = []
+        if n_documents := config.engine.validate_needles:
+            of_rank, length = (engine.mesh.dp_rank, engine.mesh.dp_size), factors.target_window_tokens
+            control.together(
+                lambda: needles.extend(needle_batches(corpus, config.data.needles, n_documents, length, *of_rank))
+            )
+            counts.append(f"{n_documents} needle document{'s' * (n_documents > 1)}")
         if counts:
             say("train", f"held-out loss every {every} steps, of {' and '.join(counts)}")
-        return cls(engine, kept, every)
+        return cls(engine, kept, every, needles)
 
     @property
     def measures(self) -> bool:
         """Whether there is something to measure."""
-        return bool(self._batches)
+        return bool(self._batches or self._needles)
 
     @property
-    def windows(self) -> set[str]:
-        """The windows that are measured."""
-        return {batch.window for batch in self._batches}
+    def names(self) -> set[str]:
+        """What is measured: windows, and ``needles``."""
+        return {batch.window for batch in self._batches} | ({NEEDLES} if self._needles else set())
 
     def due(self, before: int, step: int, last: bool) -> bool:
         """Whether to measure after a step.
@@ -85,23 +100,26 @@ class HeldOut:
         return self.measures and (last or step // self._every > before // self._every)
 
     def measure(self, step: int) -> dict[str, Any]:
-        """``heldout_loss_<window>`` (nats per target token; None where it is not finite) and
-        ``heldout_tokens_<window>`` after ``step`` steps. A collective.
+        """``heldout_loss_<name>`` (nats per target token; None where it is not finite) and ``heldout_tokens_<name>``
+        after ``step`` steps, for each of ``names``. A collective.
 
         Raises:
             RuntimeError: a rank failed; the same text on every rank.
         """
         start = time.perf_counter()
-        found = self._engine.measure(self._batches)
+        found = self._engine.measure(self._batches) if self._batches else {}
+        if self._needles:
+            found[NEEDLES] = self._engine.measure(self._needles)[LONG]
         seconds = time.perf_counter() - start
-        losses = " and ".join(f"{one.loss:.4f} ({window})" for window, one in found.items())
+        losses = " and ".join(f"{one.loss:.4f} ({name})" for name, one in found.items())
         say("train", f"step {step}: held-out loss {losses}, measured in {seconds:.1f} s")
-        for window, one in found.items():
+        for name, one in found.items():
             if not math.isfinite(one.loss):
-                say("train", f"step {step}: the held-out loss of the {window} window is not finite; training goes on")
+                what = "needles" if name == NEEDLES else f"the {name} window"
+                say("train", f"step {step}: the held-out loss of {what} is not finite; training goes on")
         return io.finite(
-            {f"heldout_loss_{window}": one.loss for window, one in found.items()}
-            | {f"heldout_tokens_{window}": one.n_target_tokens for window, one in found.items()}
+            {f"heldout_loss_{name}": one.loss for name, one in found.items()}
+            | {f"heldout_tokens_{name}": one.n_target_tokens for name, one in found.items()}
         )
 
 

@@ -101,13 +101,17 @@ class FlashAttention2(ModuleType):
         causal, left, right, softcap, deterministic, generator, rng_state,
     ):  # fmt: skip
         assert [alibi_slopes, generator, rng_state] == [None] * 3
-        assert not (zero_tensors or deterministic or dropout_p)
+        assert not (zero_tensors or dropout_p)
+        asked_for_order.append(deterministic)
         check_longest(cu_q, cu_k, max_q, max_k)
         fill(
             (dq, dk, dv),
             backward_like_flash(dout, q, k, v, out, lse, cu_q, cu_k, max_k, scale, causal, left, right, softcap),
         )
         return dq, dk, dv, lse.clone()
+
+
+asked_for_order = []  # "deterministic" of every backward call
 
 
 def fill(into, grads):
@@ -152,6 +156,7 @@ def flash_3_fwd(*args, **kwargs):
 def flash_3_bwd(*args, **kwargs):
     given = bound(torch.ops.flash_attn_3.bwd.default, args, kwargs)
     flash_3_calls.append(given)
+    asked_for_order.append(given["deterministic"])
     check_longest(given["cu_seqlens_q"], given["cu_seqlens_k"], given["max_seqlen_q"], given["max_seqlen_k"])
     grads = backward_like_flash(*(given[name] for name in (
         "dout", "q", "k", "v", "out", "softmax_lse", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_k", "softmax_scale",
@@ -176,6 +181,7 @@ def flash_4_fwd(given):
 
 
 def flash_4_bwd(given):
+    asked_for_order.append(given["deterministic"])
     check_longest(given["cu_seqlens_q"], given["cu_seqlens_k"], given["max_seqlen_q"], given["max_seqlen_k"])
     assert given["lse"].shape == (given["q"].shape[1], given["q"].shape[0])
     left, right = flash_4_windows(given)
@@ -342,6 +348,21 @@ def test_cuda_kernels_are_called_as_they_are_documented(cuda_kernel, tiles, slid
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-2, rtol=1e-2)
     for grad, wanted in zip(torch.autograd.grad(out, leaves, grad_out), expected_grads, strict=True):
         assert (grad.double() - wanted.double()).abs().max() <= 2e-2 * max(1.0, wanted.abs().max())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_libraries_are_told_to_add_in_a_fixed_order(cuda_kernel, deterministic):
+    """torch's own operator asks torch itself; the backward of the others has a parameter."""
+    asked_for_order.clear()
+    (q, _, _), (_, k, v) = random_qkv(40, 4, 2, 16, torch.bfloat16), random_qkv(60, 4, 2, 16, torch.bfloat16, seed=1)
+    block = Block(next(iter(TILES.values())))
+    out, _ = attend_block(*(x.requires_grad_() for x in (q, k, v)), 0.3, block)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        out.float().sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(asked_for_order) == (set() if cuda_kernel == "torch_varlen" else {deterministic})
 
 
 @pytest.mark.parametrize("seed", range(6))

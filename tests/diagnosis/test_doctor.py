@@ -218,3 +218,15 @@ def test_ranks_that_do_not_meet_are_a_finding(monkeypatch, capsys):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     assert "the 2 ranks do not meet" in stopping(capsys).splitlines()[3]
+
+
+def test_all_attention_libraries_are_listed_and_not_only_the_chosen_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(devices.kernel, "kernel_name", lambda device: ("torch_varlen", "under test"))
+    found = Findings()
+    devices._kernels(found)
+    told = found.facts[devices.KERNELS]
+    assert list(told)[2:] == ["flash_attn_3", "flash_attn_4", "flash_attn"]
+    assert told["flash_attn_3"] == "is built for compute capability 9.x alone"
+    assert told["flash_attn"].startswith("is not importable")

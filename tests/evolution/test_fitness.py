@@ -297,12 +297,12 @@ def launched(folder, tmp_path_factory):
     return journals, {world: run_ranks(on_ranks, world, folder, journals, tmp_path=journals) for world in (1, 2, 4)}
 
 
-def entries_of(journal) -> dict[tuple[str, int], dict]:
+def entries_of(journal) -> dict[tuple[str, int, bool], dict]:
+    """By candidate, document, and whether the entry has slopes."""
     entries = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert len({(entry["candidate"], entry["document"]) for entry in entries}) == len(entries), (
-        "no evaluation is computed twice"
-    )
-    return {(entry["candidate"], entry["document"]): entry for entry in entries}
+    by_key = {(entry["candidate"], entry["document"], "slopes" in entry): entry for entry in entries}
+    assert len(by_key) == len(entries), "no evaluation is computed twice"
+    return by_key
 
 
 def forwards_of(entries: dict) -> int:

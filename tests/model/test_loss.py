@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lr2train.model import loss
 from lr2train.model.loss import IGNORE, LossHead
+from tools.bench.live_bytes import LiveBytes
 
 T, H, V = 37, 12, 50
 
@@ -186,3 +187,18 @@ def test_logits_never_exceed_a_chunk(monkeypatch, one_pass):
     with Largest() as largest:  # the check itself is checked: it finds whole logits where they exist
         whole(hidden, head.weight, labels)
     assert largest.numel == T * V
+
+
+def test_the_logits_of_a_chunk_are_free_when_the_next_ones_are_made(one_pass):
+    """More chunks of one size take no more memory than one, but for what grows with the tokens themselves."""
+    chunk, width, vocabulary = 64, 4, 4096
+    head = nn.Linear(width, vocabulary, bias=False)
+    peaks = []
+    for n_tokens in (chunk, 4 * chunk):
+        hidden, labels = torch.randn(n_tokens, width, requires_grad=True), torch.randint(vocabulary, (n_tokens,))
+        with LiveBytes() as live:
+            LossHead(head, chunk, one_pass=one_pass)(hidden, labels).backward()
+        peaks.append(live.peak)
+    logits = 4 * chunk * vocabulary
+    assert peaks[0] < 4 * logits
+    assert peaks[1] - peaks[0] < 0.1 * logits

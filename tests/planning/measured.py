@@ -24,10 +24,11 @@ from lr2train.planning.workload import Workload, WorkloadPart
 
 RANKS, L0 = 2, 256
 ARCHITECTURE = {
-    "model_type": "llama", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+    "model_type": "llama", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384, 
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": L0,
     "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }  # fmt: skip
+BUCKET = 200_000  # parameters
 STEPS = 2  # the first one makes the optimizer's moments and learns the order of modules
 
 Phase = tuple[str, str]
@@ -43,7 +44,7 @@ class Case(NamedTuple):
     dtype: str = "float32"
     tile_mlp: int = 0
     segment_tokens: int = 1024
-    bucket: int = 200_000
+    layers: int = 4
     ranks: int = RANKS
 
     @property
@@ -52,18 +53,18 @@ class Case(NamedTuple):
         tiled = f", tiles of {self.tile_mlp}" if self.tile_mlp else ""
         return f"ZeRO-{self.zero_stage}, recompute {self.recompute}, sp {self.sp}, {self.dtype}{tiled}"
 
-    def config(self, architecture: dict[str, Any] = ARCHITECTURE) -> Config:
+    def config(self) -> Config:
         """Small buckets and limits, so that they do not hide the rest."""
         zero = {
-            "reduce_bucket_size": self.bucket,
-            "stage3_max_live_parameters": self.bucket,
-            "stage3_prefetch_bucket_size": self.bucket,
+            "reduce_bucket_size": BUCKET,
+            "stage3_max_live_parameters": BUCKET,
+            "stage3_prefetch_bucket_size": BUCKET,
             "stage3_param_persistence_threshold": 0,
         }
         return Config(
             name="measured",
             device="cpu",
-            model=ModelConfig(architecture=architecture, dtype=self.dtype),
+            model=ModelConfig(architecture=ARCHITECTURE | {"num_hidden_layers": self.layers}, dtype=self.dtype),
             parallel=ParallelConfig(sp=self.sp),
             data=DataConfig(segment_tokens=self.segment_tokens),
             optim=OptimConfig(segments_per_step=3 * self.ranks // self.sp),

@@ -4,6 +4,7 @@ that changes on the CUDA branch fails here, without a GPU.
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -14,9 +15,10 @@ from lr2train.config import UserError
 from lr2train.planning import cost, memory
 from lr2train.planning.counts import counts_of, hf_config_of
 from lr2train.planning.memory import GIB, MemorySetting
-from lr2train.planning.timeline import BUCKETS, GATHERED, SAVED, STATES
+from lr2train.planning.timeline import BUCKETS, GATHERED, KINDS, SAVED, STATES
 from lr2train.planning.workload import workload_of
 from lr2train.rehearse import Rehearsed, rehearsed
+from lr2train.report import compose as compose_page
 
 
 def composed(experiment: str, *overrides: str):
@@ -108,6 +110,8 @@ def test_states_and_buckets_are_those_of_zeros_formulas(llama):
     [
         ("phi3_mini_128k", ("hardware.gpus=16", "parallel.sp=16", "engine.recompute=none")),
         ("tiny_4k", ()),
+        ("llama3_8b_128k", ("engine.zero_stage=2", "optim.distill_short=0.5")),
+        pytest.param("tiny_4k", ("engine.zero_stage=0",), marks=pytest.mark.slow),
         pytest.param("tiny_base", ("hardware.gpus=8", "optim.segments_per_step=8"), marks=pytest.mark.slow),
     ],
 )
@@ -148,6 +152,19 @@ def test_the_verb_writes_what_it_shows(tmp_path, capsys, monkeypatch):
         assert words in shown
     assert result["memory"]["peak_gib"] == max(one["gib"] for one in result["memory"]["phases"])
     assert {one["micro_batch"] for one in result["work"]} == {"short", "long"}
+    assert_drawn(tmp_path / "rehearse", result["memory"])
+
+
+def assert_drawn(folder, memory):
+    """The picture, its numbers and the section of the page."""
+    rows = list(csv.DictReader((folder / "pictures" / "memory.csv").open()))
+    most = max(sum(float(row[f"{kind.replace(' ', '_')}_gib"]) for kind in KINDS) for row in rows)
+    assert most == pytest.approx(memory["peak_gib"])  # the sampled moments hold the peak
+    assert (folder / "pictures" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    page = compose_page([folder]).page
+    assert "Memory over a step" in page
+    assert f"peak {memory['peak_gib']:.2f} GiB" in page
+    assert memory["at"]["line"].rpartition("/")[2] in page
 
 
 def test_what_does_not_fit_names_the_layer(monkeypatch):

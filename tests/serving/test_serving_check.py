@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,8 @@ def ours(export):
 
 
 def check(export, *arguments):
-    return serving_check.main([str(export), *map(str, arguments)])
+    """The export is named from the working folder, as a user names it."""
+    return serving_check.main([os.path.relpath(export), *map(str, arguments)])
 
 
 def test_transformers_is_exact_where_promised(export, tmp_path, capsys):

@@ -193,13 +193,13 @@ def test_every_figure_of_training_and_search_has_a_panel_and_no_panel_is_empty()
     values = dict.fromkeys((one for one in inspect.signature(StepStats).parameters), 1.0)
     engine = SimpleNamespace(mesh=SimpleNamespace(world=1), device=torch.device("cpu"))
     written = loop._figures(StepStats(**values), 0.1, 1, 1.0, 0.1, 1.0, engine)
-    held_out = {f"heldout_{what}_{window}" for what in ("loss", "tokens") for window in ("short", "long")}
+    held_out = {f"heldout_{what}_{window}" for what in ("loss", "tokens") for window in ("short", "long", "needles")}
     assert all(
         key.partition("_")[0] in inspect.getsource(HeldOut) or key in inspect.getsource(HeldOut) for key in held_out
     )
     line = {"best": {"critical_index": 3, "attention_factor": 1.1}, "best_perplexity": 2.0}
     line |= {"document_forwards": 4, "candidates": 5}
-    searched = History(Config(name="x").search, None, Path("x"), [line], dropped=1).figures
+    searched = History(Config(name="x").search, None, Path("x"), [line]).figures
     assert shown_keys() - {"distill_loss"} == {*written, "bad_steps", *held_out, *searched} - {"distill_loss"}
 
 

@@ -148,7 +148,7 @@ def _training(folder: Path, size: Size) -> Any:
     engine = Engine(config, mesh, factors, load.config_of(config.model), torch.device("cpu"))
     held_out = HeldOut(engine, (), 0)
     settled = Steps.settle(folder, config.data, mesh.dp_size, config.optim.segments_per_step)
-    checkpoints, settling = Checkpoints(folder / "checkpoints"), Settling(config.optim, steps)
+    checkpoints, settling = Checkpoints(folder / "checkpoints"), Settling(config, steps)
     return Training(config, folder, engine, loader, settled, steps, checkpoints, held_out, settling)
 
 

@@ -154,6 +154,7 @@ FORMS = {
         searches=_SEARCHES,
         seeds=2,
         search_seeds=1,
+        search=("search=gradient",),
         training=_TRAINING,
         evaluation=(*_EVALUATION, "eval.samples=6", "eval.text_documents=8"),
         map_rcd=(*_MAP, "8", "--scales", "1.0", "1.6"),
@@ -169,7 +170,7 @@ FORMS = {
         search_seeds=3,
         search=("search=gradient",),
         training=_TRAINING,
-        evaluation=(*_EVALUATION, "eval.samples=20", "eval.text_documents=16"),
-        map_rcd=(*_MAP, "40"),
+        evaluation=(*_EVALUATION, "eval.samples=12", "eval.text_documents=16"),
+        map_rcd=(*_MAP, "20"),
     ),
 }

@@ -8,10 +8,16 @@ from dataclasses import dataclass
 
 from tools.reproduce import figures, paper
 from tools.reproduce.figures import Estimate
-from tools.reproduce.results import LONG, SHORT, Cell, row_for
+from tools.reproduce.results import LONG, MIDDLE, SHORT, Cell, row_for
 from tools.reproduce.rows import ONE_TABLE, ROWS, SHARED
 
 REPRODUCED, OPPOSITE, UNDECIDED, MISSING = "reproduced", "the opposite", "undecided", "not run"
+BESIDE_THE_PAPER = {
+    REPRODUCED: "better",
+    OPPOSITE: "worse",
+    UNDECIDED: "no difference outside the error",
+    MISSING: MISSING,
+}
 FULL, EMPTY = 95.0, 5.0  # scores between which a difference can show
 
 
@@ -21,7 +27,8 @@ class Claim:
 
     Attributes:
         table: of the paper; "" for a question that the paper does not answer.
-        window: LONG (score at the target window) or SHORT (score in the original window).
+        window: LONG (score at the target window), MIDDLE (mean over the lengths between the windows) or SHORT (score in
+            the original window).
         shared: under the shared attention factor.
     """
 
@@ -40,10 +47,13 @@ class Claim:
     def words(self) -> str:
         """The claim, as tables name it."""
         one, two = (ROWS[key].label for key in (self.a, self.b))
-        return f"{one} > {two}" + (", short window" if self.window == SHORT else "")
+        return f"{one} > {two}" + {SHORT: ", short window", MIDDLE: ", between the windows", LONG: ""}[self.window]
 
     def printed(self, model: int) -> float | None:
-        """The paper's difference, in points of RULER at 128k or of the share kept; None: not in the paper."""
+        """The paper's difference, in points of RULER (at 128k, or between the windows) or of the share kept.
+
+        None: not in the paper.
+        """
         if not self.table:
             return None
         found = [self._of_paper(key, model) for key in (self.a, self.b)]
@@ -52,8 +62,8 @@ class Claim:
     def _of_paper(self, key: str, model: int) -> float | None:
         # The paper's baselines have no mixed windows; ours have both forms.
         key = key.removesuffix(ONE_TABLE) if key not in paper.RULER else key
-        if self.window == LONG:
-            return paper.longest(key, model)
+        if self.window != SHORT:
+            return paper.longest(key, model) if self.window == LONG else paper.between(key, model)
         return paper.kept(key, model, three=self.table != "4")
 
 
@@ -61,6 +71,7 @@ def _claims() -> list[Claim]:
     found = []
     for shared in (False, True):
         found += [Claim("2", "longrope2", other, shared=shared) for other in ("ntk", "yarn", "longrope")]
+        found += [Claim("2", "longrope2", other, MIDDLE, shared) for other in ("ntk", "yarn", "longrope")]
         found += [Claim("", "longrope2", "pi", shared=shared)]
         found += [Claim("5", f"{name}_rcd", name, shared=shared) for name in ("ntk", "yarn")]
         found += [Claim("5", "longrope2", f"{name}_rcd", shared=shared) for name in ("ntk", "yarn")]
@@ -122,7 +133,7 @@ def judge(claim: Claim, cells: Sequence[Cell]) -> Verdict:
 def sentence(verdict: Verdict) -> str:
     """One sentence: the claim, our difference, the paper's, the verdict."""
     claim, pooled = verdict.claim, verdict.pooled
-    where = "in the original window" if claim.window == SHORT else "at the target window"
+    where = {SHORT: "in the original window", MIDDLE: "between the windows", LONG: "at the target window"}[claim.window]
     shared = ", all under one attention factor" if claim.shared else ""
     one, two = (ROWS[key].label for key in (claim.a, claim.b))
     if verdict.word == MISSING:
@@ -131,5 +142,8 @@ def sentence(verdict: Verdict) -> str:
     said = ", ".join(f"{value:+.1f} on {name}" for name, value in printed if value is not None)
     words = f"{one} against {two} {where}{shared}: {pooled.mean:+.1f} ± {pooled.se:.1f} points"
     words += f" (paper: {said})" if said else " (not in the paper)"
-    end = {REPRODUCED: "better", OPPOSITE: "worse", UNDECIDED: "no difference outside the error"}[verdict.word]
-    return f"{words}: {end}" + (", but both rows are at an end of the scale" if verdict.saturated else "") + "."
+    return (
+        f"{words}: {BESIDE_THE_PAPER[verdict.word]}"
+        + (", but both rows are at an end of the scale" if verdict.saturated else "")
+        + "."
+    )

@@ -51,6 +51,12 @@ def kept(row: str, model: int, three: bool = False) -> float | None:
     return 100 * sum(_SHORT[row][model][place] for place in places) / sum(base) if row in _SHORT else None
 
 
+def between(row: str, model: int) -> float | None:
+    """Mean RULER over the lengths between the original window and 128k; None where the paper has none."""
+    first = (2, 0)[model]  # LLaMA3-8B has a window of 8k, Phi3-mini of 2k
+    return sum(RULER[row][model][first:5]) / (5 - first) if row in RULER else None
+
+
 def longest(row: str, model: int) -> float | None:
     """RULER at 128k; None where the paper has none."""
     return RULER[row][model][-1] if row in RULER else None

@@ -20,7 +20,7 @@ from tools.reproduce.rows import ROWS, SHARED
 Json = dict[str, Any]
 UNTRAINED = "untrained "  # begins the key of a row of the untrained base under a method
 BASE = UNTRAINED + "none"  # under its own table
-LONG, SHORT = "long", "short"
+LONG, MIDDLE, SHORT = "long", "middle", "short"
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Cell:
         rows: row -> seed -> scores; a seed that has not run is missing.
         untrained: row -> scores of the untrained base; its keys begin with ``UNTRAINED``.
         factors: row -> attention factor of the first seed that has run.
+        base_training: steps and tokens of the base's training; empty where it has not finished.
         tokens_seen: numbers of tokens that rows were trained on; one, unless rows differ.
         searches: kind -> the search.json of each seed that has run.
         map: the cells of tools.map_rcd, where it has run.
@@ -44,6 +45,7 @@ class Cell:
     rows: dict[str, dict[int, Scores]] = field(default_factory=dict)
     untrained: dict[str, Scores] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
+    base_training: tuple[int, ...] = ()
     tokens_seen: set[int] = field(default_factory=set)
     searches: dict[str, list[Json]] = field(default_factory=dict)
     map: list[Json] = field(default_factory=list)
@@ -55,9 +57,11 @@ class Cell:
         return f"{self.base.name}, {self.ratio}x"
 
     def window(self, which: str) -> list[int]:
-        """LONG: the target window alone; SHORT: the lengths in the original window."""
+        """LONG: the target window alone; MIDDLE: the lengths between; SHORT: those in the original window."""
         if which == LONG:
             return self.lengths[-1:]
+        if which == MIDDLE:
+            return [length for length in self.lengths[:-1] if length > self.original_window_tokens]
         return [length for length in self.lengths if length <= self.original_window_tokens]
 
     def score(self, row: str, lengths: Sequence[int]) -> Estimate:
@@ -116,6 +120,9 @@ def _cell(form: Form, base: Base, ratio: int, runs: Path) -> Cell:
     if (folder := runs / f"{name}_untrained" / "evaluate.json").exists():
         found = figures.scores_in(folder.parent)
         cell.untrained = {UNTRAINED + label.removesuffix(" untrained"): scores for label, scores in found.items()}
+    if (file := runs / base.name / "train.json").exists():
+        trained = io.read_json(file)
+        cell.base_training = trained["steps"], trained["tokens_seen"]
     for key in form.rows:
         for seed in range(form.seeds):
             folder = runs / f"{name}_{key}_s{seed}"

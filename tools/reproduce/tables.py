@@ -10,16 +10,17 @@ import numpy as np
 from matplotlib.figure import FigureBase
 
 from lr2train.reporting.axes import legend, tick_labels
-from lr2train.reporting.canvas import N_SERIES, Chart, Drawn, Look, chart, stacked
+from lr2train.reporting.canvas import Chart, Drawn, Look, chart, stacked
 from lr2train.reporting.results import Sheet
 from lr2train.rope.factors import Factors
 from tools.reproduce import paper
-from tools.reproduce.claims import CLAIMS, PARTS, Verdict, judge
+from tools.reproduce.claims import BESIDE_THE_PAPER, CLAIMS, PARTS, Verdict, judge
 from tools.reproduce.figures import Estimate, pooled
 from tools.reproduce.results import BASE, LONG, SHORT, UNTRAINED, Cell, best_index, row_for
 from tools.reproduce.rows import ONE_TABLE, ROWS, SHARED
 
 NOT_RUN = "not run"
+_COLORS = {"pi": 5, "ntk": 1, "yarn": 2, "longrope": 3, "longrope2": 0}  # numbers of the series, as in reports
 _METHODS = ("pi", "ntk", "yarn", "longrope", "longrope2")
 _TABLES = (  # name, title, rows, whether they have a shared attention factor
     ("table_2", "Tables 2 and 4: the methods, each with mixed windows", _METHODS, True),
@@ -155,7 +156,8 @@ def claim_sheet(found: Sequence[Verdict], cells: Sequence[Cell]) -> Sheet:
         printed = [one.claim.printed(model) for model in (0, 1)]
         of_paper = ["–" if value is None else f"{value:+.1f}" for value in printed]
         each = [_difference(one.each[name]) if name in one.each else NOT_RUN for name in names]
-        word = one.word + (", both rows at an end of the scale" if one.saturated else "")
+        word = one.word if one.claim.table else BESIDE_THE_PAPER[one.word]
+        word += ", both rows at an end of the scale" if one.saturated else ""
         kind = "shared" if one.claim.shared else "own"
         rows.append([one.claim.words, one.claim.table or "–", kind, *of_paper, *each, _difference(one.pooled), word])
     note = "Differences in points ± standard error over seeds and documents."
@@ -210,13 +212,13 @@ def by_length(figure: FigureBase, look: Look, cells: Sequence[Cell], shared: boo
     """Scores of the methods over the length, mean over bases, with the standard error as a bar."""
     axes, columns = figure.add_subplot(), {}
     lengths = cells[0].lengths
-    for number, key in enumerate(_METHODS):
+    for key, number in _COLORS.items():
         row = row_for(key, shared)
         each = [pooled([cell.score(row, [length]) for cell in cells if cell.rows.get(row)]) for length in lengths]
         if not math.isfinite(each[-1].mean):
             continue
         means, errors = np.array([one.mean for one in each]), np.array([one.se for one in each])
-        style = {"color": look.series[number % N_SERIES], "marker": "o", "markersize": 3}
+        style = {"color": look.series[number], "marker": "o", "markersize": 3}
         axes.errorbar(lengths, means, yerr=errors, label=ROWS[row].label, **style)
         columns[ROWS[row].label] = {"length_tokens": lengths, "score": means, "standard_error": errors}
     axes.set_xscale("log", base=2)

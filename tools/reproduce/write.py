@@ -75,10 +75,11 @@ def _setup(form: Form, cells: Sequence[Cell], steps: tuple[int, int], seconds: f
     seen = sorted(set[int]().union(*(cell.tokens_seen for cell in cells)))
     return [
         f"The {form.name} form, made by `{command_of(form)}`: {steps[0]} of {steps[1]} steps are finished, which took "
-        f"{seconds / 3600:.1f} hours of one core.",
+        f"{seconds / 3600:.1f} hours in one process.",
         f"Cells: {names}. The original window has {form.original_window_tokens} tokens.",
         f"Each row is trained with {form.seeds} {'seed' if form.seeds == 1 else 'seeds'}; each search runs with "
         f"{form.search_seeds}. Every row of a table has the same tokens, order of data, learning rate and steps.",
+        *_base_sentences(cells),
         *([f"A row is trained on {' or '.join(f'{one:,}' for one in seen)} tokens."] if seen else []),
         *(["With one seed, the standard errors hold the documents alone."] if form.seeds == 1 else []),
         "Rows with a shared attention factor take the one that the needle search of LongRoPE2 found. They have no "
@@ -88,6 +89,11 @@ def _setup(form: Form, cells: Sequence[Cell], steps: tuple[int, int], seconds: f
         "The paper does not say whether its baselines had mixed windows. Their loss of short scores speaks against it. "
         "So the methods stand here in both forms.",
     ]
+
+
+def _base_sentences(cells: Sequence[Cell]) -> list[str]:
+    known = {cell.base.name: cell.base_training for cell in cells if cell.base_training}
+    return [f"Base {name}: {steps:,} steps on {tokens:,} tokens." for name, (steps, tokens) in known.items()]
 
 
 def _verdict_section(found: Sequence[Verdict], cells: Sequence[Cell]) -> Section:

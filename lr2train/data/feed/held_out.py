@@ -7,7 +7,7 @@ of T tokens fill segments of their own, and the rests form one stream.
 Choice: the segments depend on the corpus, L0, T and their number alone. So every measurement reads the same tokens: on
 any ranks, after any restart, under any seed of the run. Documents and parts are drawn at random, such that the sources
 have about their shares of the window's planned tokens. Cost: the planner's exact mix of buckets is not repeated, and
-needle documents are missing, because none is held out.
+needle documents are missing, because none is held out. ``needle_batches`` makes them from held-out text.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from lr2train.config import UserError
+from lr2train.config import NeedleConfig, UserError
 from lr2train.data.batch import IGNORE, LONG, SHORT, Batch
 from lr2train.data.corpus import Corpus, source_store
 from lr2train.data.feed.assembly import SourceTokens, assemble, find_spans
+from lr2train.data.needles import NeedleDocument, needle_set
 from lr2train.data.plan.packing import Selection, concatenate, pack_long, pack_short, split_short, whole_documents
 from lr2train.data.plan.segment_table import SegmentTable
 from lr2train.data.store import HOLDOUT, SourceStore, allow_open_files
 from lr2train.run import stream
 
+_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SEED = 0  # not the run's: runs of other seeds measure the same segments
 
 
@@ -84,6 +86,38 @@ class HeldOutSegments:
     def _batch(self, segment: int, whole: bool) -> Batch:
         spans = find_spans(self._table, segment, self._sources)
         return assemble(spans, self._table.segment_tokens, self.window, whole, self._padding)
+
+
+def needle_batches(
+    corpus: Corpus, needles: NeedleConfig, n_documents: int, length_tokens: int, rank: int, size: int
+) -> list[Batch]:
+    """Needle documents of one of ``size`` data-parallel ranks, one a batch; the answers alone are targets.
+
+    They hold ``needles.max_pairs`` needles and ask for ``needles.max_questions`` of them, at five depths in turn.
+    As with segments, every rank has the same number of batches, whatever the seed of the run.
+
+    Raises:
+        UserError: nothing is held out, or the length has no room for the needles.
+    """
+    of_depth, questions = -(-n_documents // len(_DEPTHS)), min(needles.max_questions, needles.max_pairs)
+    rng = stream(_SEED, "held out", "needles")
+    distractors = needles.max_pairs - questions
+    made = needle_set(corpus, needles, of_depth, length_tokens, _DEPTHS, rng, questions, distractors)
+    in_turn = [made[place] for number in range(of_depth) for place in range(number, len(made), of_depth)]
+    batches = [_asked(document) for document in in_turn[:n_documents]]
+    return [
+        batches[first + rank] if first + rank < n_documents else _without_targets(batches[first])
+        for first in range(0, n_documents, size)
+    ]
+
+
+def _asked(document: NeedleDocument) -> Batch:
+    """One attention span; labels of the answers alone."""
+    n_tokens = len(document.tokens)
+    answers = [np.arange(start - 1, stop - 1) for start, stop in document.answer_spans]  # predicted one place earlier
+    places = np.setdiff1d(np.arange(n_tokens), np.concatenate(answers))
+    breaks = np.stack([places, np.full_like(places, IGNORE)])
+    return Batch(document.tokens.astype(np.int32), breaks, ((0, n_tokens),), LONG)
 
 
 def _without_targets(batch: Batch) -> Batch:

@@ -111,18 +111,21 @@ class Engine:
 
     def _original(self, factors: Factors) -> Original:
         """The frozen original model, divided over the ranks under ZeRO-3, else whole on the device. A collective."""
-        model, engine = self.config.model, self.config.engine
-        if engine.zero_stage == 3:
-            zero = {
-                key: value
-                for key, value in engine.deepspeed.get("zero_optimization", {}).items()
-                if key != "offload_optimizer"  # it has none
-            }
-            lm = load_sharded(model, self.device, {"zero_optimization": zero})
-        else:
-            lm = load.load_whole(load.folder_of(model), model.dtype, self.device.type, model.overrides)
+        zero = {
+            key: value
+            for key, value in self.config.engine.deepspeed.get("zero_optimization", {}).items()
+            if key != "offload_optimizer"  # it has none
+        }
+        lm = self._frozen({"zero_optimization": zero})
         install(lm, self.mesh, self.config.parallel.strategy)
         return Original(lm, factors, self._gather(modifier_rank=None))
+
+    def _frozen(self, ds_config: dict[str, Any]) -> Any:
+        """The model at ``model.path``, without gradients."""
+        model = self.config.model
+        if self.config.engine.zero_stage == 3:
+            return load_sharded(model, self.device, ds_config)
+        return load.load_whole(load.folder_of(model), model.dtype, self.device.type, model.overrides)
 
     @property
     def _on_cuda(self) -> bool:

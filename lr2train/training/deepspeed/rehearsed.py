@@ -28,6 +28,7 @@ from lr2train.parallel.mesh import Mesh
 from lr2train.rope.factors import Factors
 from lr2train.training.agreement import MicroBatch, described
 from lr2train.training.deepspeed.engine import Engine
+from lr2train.training.deepspeed.scoring import gather_in_forward, scoring_config
 from lr2train.training.deepspeed.start import start_deepspeed
 
 Enter = Callable[[str, str], None]
@@ -73,11 +74,25 @@ class RehearsedEngine(Engine):
         return self._n_batches
 
     def _lm(self, hf_config: Any, ds_config: dict[str, Any]) -> Any:
-        lm = load.build_empty(hf_config, self.config.model.dtype, lambda: torch.device("meta"))
+        self._architecture = hf_config
+        return self._fake(ds_config)
+
+    def _fake(self, ds_config: dict[str, Any]) -> Any:
+        """A model of shapes, divided over the ranks under ZeRO-3."""
+        lm = load.build_empty(self._architecture, self.config.model.dtype, lambda: torch.device("meta"))
         with self._modes(), _alone():
             _without_values(lm)
             if self.config.engine.zero_stage == 3:
                 self._partition(lm, ds_config)
+        return lm
+
+    def _frozen(self, ds_config: dict[str, Any]) -> Any:
+        ds_config = scoring_config(self.config.model.dtype, ds_config)
+        lm = self._fake(ds_config).eval().requires_grad_(False)
+        if self.config.engine.zero_stage == 3:
+            lm.to = lambda *_, **__: lm
+            with self._modes(), _alone():
+                gather_in_forward(lm, ds_config)
         return lm
 
     def _initialize(self, ds_config: dict[str, Any]) -> Any:

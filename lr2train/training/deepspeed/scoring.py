@@ -40,20 +40,25 @@ def load_sharded(
     """
     start_deepspeed(device)
     hf_config = load.config_of(model_config)
-    written = {
-        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 10**12,
-        **dtype_sections(model_config.dtype)
-    }  # fmt: skip
-    ds_config = merged(written, dict(deepspeed_config or {}))
+    ds_config = scoring_config(model_config.dtype, deepspeed_config)
     weights, ranks = load.safetensors_of(load.folder_of(model_config)), dist.get_world_size()
     model = load.assembled(
         hf_config, model_config.dtype, weights, lambda: zero_init(ds_config, ranks), gathered(modifier_rank=0)
     )
-    _gather_in_forward(model.eval().requires_grad_(False), ds_config)
+    gather_in_forward(model.eval().requires_grad_(False), ds_config)
     return model
 
 
-def _gather_in_forward(model: Any, ds_config: dict[str, Any]) -> None:
+def scoring_config(dtype: str, over: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """DeepSpeed's config of a model for scoring; ``over`` is merged over it."""
+    written = {
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 10**12,
+        **dtype_sections(dtype)
+    }  # fmt: skip
+    return merged(written, dict(over or {}))
+
+
+def gather_in_forward(model: Any, ds_config: dict[str, Any]) -> None:
     """Have DeepSpeed gather weights around forward calls. A decoder layer is one unit: gathered once, whatever parts
     are called inside.
 
