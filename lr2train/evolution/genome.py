@@ -90,7 +90,7 @@ class Space:
         if self.authors and (self.all_dims or fixed is None):
             raise UserError(
                 "search.operators=authors needs one critical index of search.space=longrope2; set "
-                f"search.critical_index to one, such as {self.start.critical_index} (tcd)"
+                f"search.critical_index to {self.start.critical_index} (tcd) or another index"
             )
         self._refuse_bounds("tail")
         self._refuse_bounds("attention_factor")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import labels_of
+from batches import labels_of, positions_of
 from ranks import run_ranks
 
 from lr2train.cli.composition import compose
@@ -105,15 +105,21 @@ def plain_step(base: Path, weights: dict[str, np.ndarray], numbers: list[int]):
     n_targets, n_short = 0, 0
     for number in numbers:
         batch = segment(number)
-        labels, tokens = (torch.from_numpy(x).long() for x in (labels_of(batch), batch.tokens))
+        labels, tokens, positions = (
+            torch.from_numpy(x).long() for x in (labels_of(batch), batch.tokens, positions_of(batch))
+        )
         for start, stop in batch.spans:
-            own = (short if batch.window == "short" else long)(tokens[None, start:stop], use_cache=False).logits[0]
+            document = tokens[None, start:stop]
+            # With a mask: without one, transformers takes a jump of the positions for the border of a document.
+            own = (short if batch.window == "short" else long)(
+                document, torch.ones_like(document), positions[None, start:stop], use_cache=False
+            ).logits[0]
             targets = labels[start:stop] != -100
             loss = loss + torch.nn.functional.cross_entropy(own[targets], labels[start:stop][targets], reduction="sum")
             n_targets += int(targets.sum())
             if batch.window == "short":
                 with torch.no_grad():
-                    theirs = original(tokens[None, start:stop], use_cache=False).logits[0][targets].log_softmax(-1)
+                    theirs = original(document, use_cache=False).logits[0][targets].log_softmax(-1)
                 log_q = own[targets].log_softmax(-1)
                 divergence = divergence + (theirs.exp() * (theirs - log_q)).sum()
                 n_short += int(targets.sum())

@@ -38,7 +38,7 @@ def segment(index: int) -> Batch:
     tokens = rng.integers(0, VOCAB, T).astype(np.int32)
     labels = np.append(tokens[1:], -100)
     if index % 2:
-        return batch_of_labels(tokens, labels, ((0, T),), "long", ((5 * index, 50 + index),) if index > 1 else ())
+        return batch_of_labels(tokens, labels, ((0, T),), "long", ((5 * index % T, 50 + index),) if index > 1 else ())
     spans = {EMPTY_SHARD: SHORT_SPANS[:2], WITHIN: WITHIN_SPANS}.get(index, SHORT_SPANS)
     for _, stop in spans:
         labels[stop - 1] = -100
