@@ -515,16 +515,18 @@ def test_the_part_with_real_ranks_runs_on_one_rank(tmp_path):
     assert run_ranks(ranks_part, 1, str(tmp_path / "ranks.json"), tmp_path=tmp_path) == [(0, 0)]
 
 
-def broken_ranks_part(rank, world, out):
+def broken_ranks_part(rank, world, out, whole):
     """One rank's ring computes with another scale: every rank has to end with 1."""
     forward = ring.forward_block
     ring.forward_block = lambda q, *rest: forward(q if rank else 1.01 * q, *rest)
-    gpu_ranks._steps = gpu_ranks._memory = lambda device: []  # the strategies fail before them
+    if not whole:
+        gpu_ranks._steps = gpu_ranks._memory = lambda device: []  # the strategies fail before them
     return gpu_check.main(["--device", "cpu", "--only", "ranks", "--out", out])
 
 
-def test_one_wrong_rank_fails_the_check_on_all(tmp_path):
-    assert run_ranks(broken_ranks_part, 2, str(tmp_path / "ranks.json"), tmp_path=tmp_path) == [1, 1]
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_wrong_rank_fails_the_check_on_all(whole, tmp_path):
+    assert run_ranks(broken_ranks_part, 2, str(tmp_path / "ranks.json"), whole, tmp_path=tmp_path) == [1, 1]
 
 
 def float32_steps(rank, world):

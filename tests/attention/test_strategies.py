@@ -205,8 +205,11 @@ def test_on_2_ranks(tmp_path):
     assert two_rings == n_cases
 
 
-def test_on_4_ranks(tmp_path):
-    every, some = CASES + WINDOWS, CASES[::4] + WINDOWS  # two pairs compute what two ranks compute alone
+# Two pairs of ranks compute what two ranks compute alone.
+@pytest.mark.parametrize("of_pairs", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_on_4_ranks(of_pairs, tmp_path):
+    """Two pairs take every case number ``of_pairs``."""
+    every, some = CASES + WINDOWS, CASES[::of_pairs] + WINDOWS
     meshes = [(4, 1, every), (4, 2, every), (2, 1, some)]
     whole, mixed, pairs = run_ranks(check_all, 4, meshes, tmp_path=tmp_path)[0]
     assert whole >= 4 * len(every) + 8

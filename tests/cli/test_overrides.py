@@ -144,6 +144,24 @@ def test_odd_paths_come_through_inside_a_list(odds):
     assert made.data.decontaminate.files == [*paths, "b"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("text", LOOKS_LIKE_SOMETHING_ELSE)
+def test_every_key_of_text_takes_every_text(text):
+    made = composed(*(f"{key}={text}" for key in TEXTS))
+    assert {key: at(made, key) for key in TEXTS} == dict.fromkeys(TEXTS, text)
+    if text[0] not in "[{":
+        made = composed(*(f"{key}=[{text},b]" for key in LISTS_OF_TEXT))
+        assert {key: list(at(made, key)) for key in LISTS_OF_TEXT} == {key: [text, "b"] for key in LISTS_OF_TEXT}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("odd", ODD)
+def test_every_key_of_a_path_takes_every_odd_path(odd):
+    path = f"/data/{odd}"
+    made = composed(*(f"{key}={path}".replace("${", "\\${") for key in PATHS))
+    assert {key: at(made, key) for key in PATHS} == dict.fromkeys(PATHS, path)
+
+
 def test_quotes_and_null_are_heard():
     made = compose(
         "generate",

@@ -171,10 +171,12 @@ def on_ranks(rank: int, world_size: int, world: Path, name: str):
     return {key: result[key] for key in ("rows", "scores")}
 
 
-def test_scores_are_equal_on_any_number_of_ranks(world, tmp_path):
-    alone = evaluate(config_of(world, "name=one", f"run=[{world}/base,first]"))
-    n_ranks = 3  # the samples are no multiple of it
-    found = run_ranks(on_ranks, n_ranks, world, "ranks", tmp_path=tmp_path, timeout_s=120)
+@pytest.mark.parametrize("n_ranks", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
+def test_scores_are_equal_on_any_number_of_ranks(n_ranks, world, tmp_path):
+    """The samples are no multiple of three."""
+    alone = evaluate(config_of(world, f"name=one_beside_{n_ranks}", f"run=[{world}/base,first]"))
+    name = f"ranks_{n_ranks}"
+    found = run_ranks(on_ranks, n_ranks, world, name, tmp_path=tmp_path, timeout_s=120)
     assert all(one["rows"] == found[0]["rows"] for one in found)
     for ours, theirs in zip(alone["scores"], found[0]["scores"], strict=True):
         assert {k: v for k, v in ours.items() if k not in ("seconds", "measures")} == {
@@ -183,7 +185,7 @@ def test_scores_are_equal_on_any_number_of_ranks(world, tmp_path):
         for name, value in ours["measures"].items():
             # ranks have other numbers of threads, so sums differ in their last bits; decisions do not
             assert theirs["measures"][name] == pytest.approx(value, rel=1e-6)
-    journal = lines(world / "ranks" / "evaluation" / "first" / "answers.jsonl")
+    journal = lines(world / name / "evaluation" / "first" / "answers.jsonl")
     assert len({one["key"] for one in journal}) == len(journal) == 2 * 4 + 2
 
 

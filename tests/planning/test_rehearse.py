@@ -139,12 +139,13 @@ def test_the_estimate_of_all_layers_agrees_with_one_and_two_layers_carried_on(ex
     assert estimate == pytest.approx(peak_gib, rel=0.05)
 
 
-def test_the_verb_writes_what_it_shows(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("n_settings", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_verb_writes_what_it_shows(n_settings, tmp_path, capsys, monkeypatch):
     config = composed(
         "tiny_4k", "model.architecture.num_hidden_layers=1", "engine.recompute=layer", f"runs_folder={tmp_path}"
     )
     candidates = verb._candidates
-    monkeypatch.setattr(verb, "_candidates", lambda config: candidates(config)[2:3])  # one setting says the same as ten
+    monkeypatch.setattr(verb, "_candidates", lambda config: candidates(config)[2 : 2 + n_settings])  # not all ten
     result = verb.rehearse(config)
     assert json.loads((tmp_path / "rehearse" / verb.FILE).read_text()) == json.loads(json.dumps(result))
     shown = capsys.readouterr().out
