@@ -8,6 +8,7 @@ answer only where the tokenizer merges the two.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -194,16 +195,11 @@ class NeedleMaker:
                 f"needle document with {n_pairs} pairs and {n_questions} questions; ask at least one question, and at "
                 f"most one a pair (of {N_KEYS})"
             )
-        keys, values = self._draw(rng, n_pairs)
-        asked = list(zip(keys, values, strict=True))[:n_questions]
-        if n_chains:
-            chains = self._draw_chains(rng, n_chains, hops, keys)
-            keys, values = (
-                keys + [key for chain in chains for key, _ in chain],
-                values + [value for chain in chains for _, value in chain],
-            )
-            asked += [(chain[0][0], self._wording.link.join(value for _, value in chain)) for chain in chains]
-        needles = [self._needle(key, value) for key, value in zip(keys, values, strict=True)]
+        pairs = list(zip(*self._draw(rng, n_pairs), strict=True))
+        chains = self._draw_chains(rng, n_chains, hops, [key for key, _ in pairs]) if n_chains else []
+        asked = pairs[:n_questions]
+        asked += [(chain[0][0], self._wording.link.join(value for _, value in chain)) for chain in chains]
+        needles = [self._needle(key, value) for key, value in itertools.chain.from_iterable([pairs, *chains])]
         questions = [self._question(key, answer) for key, answer in asked]
         head = self._bos + self._part(self._wording.intro)
         tail, spans = self._ask(questions)
