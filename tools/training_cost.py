@@ -30,10 +30,14 @@ import math
 import multiprocessing
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lr2train.cli.door import EXIT_BAD_INPUT
+from lr2train.config import UserError
 
 TARGET_TOKENS, PART = 4096, 4  # a segment of ``skip`` is this part of the target window
 KINDS = {
@@ -75,9 +79,11 @@ def main() -> None:
             print("time is up; the same command goes on")
             break
         # A process each: DeepSpeed starts once in a process.
-        process = context.Process(target=_run_cell, args=(given, cell))
+        process = context.Process(target=_run_or_refuse, args=(given, cell))
         process.start()
         process.join()
+        if process.exitcode == EXIT_BAD_INPUT:
+            raise SystemExit(EXIT_BAD_INPUT)
         if process.exitcode:
             raise SystemExit(f"{cell.name} ended with {process.exitcode}; its output is above")
     print(table(_read(journal)), comparisons(_read(journal)), sep="\n\n")
@@ -108,6 +114,15 @@ def _cell_of(line: Json) -> Cell:
 
 
 # ---- a cell, in a process of its own ----
+
+
+def _run_or_refuse(given: argparse.Namespace, cell: Cell) -> None:
+    """Train and score a cell; wrong input is one sentence."""
+    try:
+        _run_cell(given, cell)
+    except UserError as error:
+        print(f"training_cost: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
 
 
 def _run_cell(given: argparse.Namespace, cell: Cell) -> None:

@@ -333,7 +333,7 @@ class NeedleMaker:
         if room < 0:
             raise UserError(
                 f"a needle document of {length_tokens} tokens is {-room} too short for its sentences; use a greater "
-                "length, fewer pairs, or data.needles.wording=code"
+                "length, fewer pairs or chains, or data.needles.wording=code"
             )
         if room > filler_tokens:
             raise UserError(

@@ -123,7 +123,8 @@ def _all_work(asked: argparse.Namespace) -> Iterator[Any]:
 
 
 def _call(verb: str, *overrides: str) -> None:
-    subprocess.run([sys.executable, "-m", "lr2train", verb, *overrides], check=True)
+    if code := subprocess.run([sys.executable, "-m", "lr2train", verb, *overrides]).returncode:
+        raise SystemExit(code)  # the verb has said why
 
 
 def _train(asked: argparse.Namespace, base: str) -> None:
