@@ -182,9 +182,9 @@ def test_scores_are_equal_on_any_number_of_ranks(n_ranks, world, tmp_path):
         assert {k: v for k, v in ours.items() if k not in ("seconds", "measures")} == {
             k: v for k, v in theirs.items() if k not in ("seconds", "measures")
         }
-        for name, value in ours["measures"].items():
+        for measure, value in ours["measures"].items():
             # ranks have other numbers of threads, so sums differ in their last bits; decisions do not
-            assert theirs["measures"][name] == pytest.approx(value, rel=1e-6)
+            assert theirs["measures"][measure] == pytest.approx(value, rel=1e-6)
     journal = lines(world / name / "evaluation" / "first" / "answers.jsonl")
     assert len({one["key"] for one in journal}) == len(journal) == 2 * 4 + 2
 
