@@ -95,7 +95,7 @@ class Form:
         return (*words, f"data.path={runs / self.corpus(ratio)}", f"model.path={runs / base.name / 'model'}")
 
 
-_LATER = (230, 120, 180)  # steps of the stages after the first of conf/experiment/tiny_base.yaml
+_LATER = (350, 200, 300)  # steps of the stages after the first of conf/experiment/tiny_base.yaml
 
 
 def _base(name: str, tokens: float, *overrides: str) -> Base:
