@@ -117,10 +117,10 @@ _ROWS = (
     "longrope2_one_table",
     *_ABLATIONS,
     *(f"{one}_shared" for one in _ABLATIONS),
-    *("distill", "one_factor", "document"),
+    *("yarn_head", "distill", "one_factor", "document"),
     *(f"{one}_one_table" for one in _METHODS[1:]),
 )
-_SEARCHES = ("needle", "text", "all_dims", "longrope")
+_SEARCHES = ("needle", "yarn_head", "text", "all_dims", "longrope")
 _EVALUATION = ("eval.samples=12",)  # 60 documents of six answers at each length
 _MAP = ("--questions", "4", "--distractors", "20", "--attention-factor", "1.2", "1.3", "--documents")
 _SAME = {  # of quick and full

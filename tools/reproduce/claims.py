@@ -80,6 +80,7 @@ def _claims() -> list[Claim]:
     found += [Claim("2", "longrope2", other) for other in baselines]
     found += [Claim("4", "longrope2", other, SHORT) for other in baselines]
     found += [Claim("7", "longrope2", f"longrope2{ONE_TABLE}", window) for window in (LONG, SHORT)]
+    found += [Claim("", "yarn_head", other, window) for other in ("longrope2", "yarn") for window in (LONG, MIDDLE)]
     found += [Claim("", "longrope2", other, window) for other in ("document", "one_factor") for window in (LONG, SHORT)]
     return [*found, *(Claim("", "distill", "longrope2", window) for window in (SHORT, LONG))]
 
@@ -93,6 +94,7 @@ PARTS = (  # what is added, row with it, row without it
     ("searched tail above s, on NTK-rcd", "longrope2", f"ntk_rcd{SHARED}"),
     ("needles as the search's objective, at one attention factor", "longrope2", f"text{SHARED}"),
     ("NTK's rule below the critical index, at one attention factor", "longrope2", f"all_dims{SHARED}"),
+    ("YaRN in the place of NTK's rule below the critical index", "yarn_head", "longrope2"),
     ("mixed windows", "longrope2", f"longrope2{ONE_TABLE}"),
 )
 

@@ -20,7 +20,7 @@ from tools.reproduce.results import BASE, LONG, SHORT, UNTRAINED, Cell, best_ind
 from tools.reproduce.rows import ONE_TABLE, ROWS, SHARED
 
 NOT_RUN = "not run"
-_COLORS = {"pi": 5, "ntk": 1, "yarn": 2, "longrope": 3, "longrope2": 0}  # numbers of the series, as in reports
+_COLORS = {"pi": 5, "ntk": 1, "yarn": 2, "longrope": 3, "longrope2": 0, "yarn_head": 4}  # numbers of the series, as in reports
 _METHODS = ("pi", "ntk", "yarn", "longrope", "longrope2")
 _TABLES = (  # name, title, rows, whether they have a shared attention factor
     ("table_2", "Tables 2 and 4: the methods, each with mixed windows", _METHODS, True),
@@ -34,7 +34,7 @@ _TABLES = (  # name, title, rows, whether they have a shared attention factor
     ("table_6", "Table 6: search on the perplexity of all text", ("text",), True),
     ("table_7", "Table 7: without mixed windows", (f"longrope2{ONE_TABLE}",), False),
     ("table_10", "Table 10: search over all dimensions", ("all_dims",), True),
-    ("further", "Not in the paper", ("document", "distill", "one_factor"), False),
+    ("further", "Not in the paper", ("yarn_head", "document", "distill", "one_factor"), False),
 )
 
 
