@@ -194,6 +194,13 @@ class Operators(StrEnum):
     authors = "authors"
 
 
+class Head(StrEnum):
+    """Factors below the critical index. ntk: powers of the tail's first one (paper). yarn: a blend of frequencies."""
+
+    ntk = "ntk"
+    yarn = "yarn"
+
+
 class SearchSpace(StrEnum):
     """longrope2: critical index and tail. longrope: every factor is free (LongRoPE v1; the paper's ablation)."""
 
@@ -606,6 +613,9 @@ class SearchConfig:
     tail_low: float = number(1.0, above=0)
     # Upper bound of the tail, in multiples of s = L / L0.
     tail_high: float = number(2.0, above=0)
+    # Factors below the critical index (rcd) in the space longrope2. ntk: lambda_rcd^(i / rcd), as in the paper. yarn:
+    # frequencies blend linearly as in YaRN, from 32 periods in L0 to the critical index.
+    head: str = one_of(Head.ntk)
     # Fixes the critical index. null: searched between d10 and tcd.
     critical_index: int | None = number(None, least=1)
     # Whether the attention factor of the long window is searched. The paper does not search it.

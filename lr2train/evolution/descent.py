@@ -111,14 +111,13 @@ def _candidate(space: Space, track: _Track) -> Candidate:
 def _chained(space: Space, track: _Track, slopes: Sequence[Slope]) -> np.ndarray:
     """The mean slope in the track's coordinates [n + 1].
 
-    Factors below the critical index follow from the tail's first one: log lambda_i = (i / rcd) log lambda_rcd.
+    Factors below the critical index follow from the tail's first one.
     """
     low, high = space.bounds
     index, settings = track.critical_index, space.settings
     by_factor = np.mean([one.log_rescale for one in slopes], axis=0)
     tail = by_factor[index:].copy()
-    if index != ALL:
-        tail[0] += by_factor[:index] @ np.arange(index) / index
+    tail[0] += by_factor[:index] @ space.head_slopes(_candidate(space, track))
     factor_range = settings.attention_factor_high - settings.attention_factor_low
     factor = factor_range * np.mean([one.attention_factor for one in slopes])
     return np.append(math.log(high / low) * tail, factor if settings.search_attention_factor else 0.0)
