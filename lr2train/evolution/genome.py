@@ -3,8 +3,8 @@
 Source: paper, Section 3.2, Algorithms 1 and 2.
 
 ``longrope2``: a critical index rcd and the tail, the factors lambda_i of i >= rcd. The factors below follow by the NTK
-rule, lambda_i = lambda_rcd^(i / rcd). ``longrope``: every factor is free, as in LongRoPE v1 (arXiv 2402.13753); under
-the needle fitness this is the paper's ablation "all dimensions".
+rule, lambda_i = lambda_rcd^(i / rcd), or by YaRN's blend of frequencies (``search.head``). ``longrope``: every factor
+is free, as in LongRoPE v1 (arXiv 2402.13753); under the needle fitness this is the paper's ablation "all dimensions".
 
 A model that is extended already has a table of its own. By default the factors of a candidate act on top of this
 table: bounds are multiples of s = L / L0, and the critical index counts periods of the own table. With
@@ -25,7 +25,8 @@ from functools import cached_property
 
 import numpy as np
 
-from lr2train.config import Operators, SearchConfig, StartFrom, UserError
+from lr2train.config import Head, Operators, SearchConfig, StartFrom, UserError
+from lr2train.rope.curves import frequency_linear, ramp_to
 from lr2train.rope.factors import Factors, longrope_attention_factor
 from lr2train.rope.methods import METHODS
 from lr2train.rope.spectrum import Spectrum
@@ -92,6 +93,7 @@ class Space:
                 "search.operators=authors needs one critical index of search.space=longrope2; set "
                 f"search.critical_index to {self.start.critical_index} (tcd) or another index"
             )
+        self._refuse_lengths()
         self._refuse_bounds("tail")
         self._refuse_bounds("attention_factor")
         if self.authors and self._highest(0) < self.bounds[0]:
@@ -111,6 +113,17 @@ class Space:
                 f"search.top_k={self.settings.top_k} is outside 1 … {self.settings.population - 1}, "
                 "which leaves no parent or no room for "
                 f"children; set search.top_k to {max(1, self.settings.population // 4)}, or raise search.population"
+            )
+
+    def _refuse_lengths(self) -> None:
+        least, lengths = self.spectrum.window_tokens / self.target_tokens, self.settings.lengths
+        if not lengths:
+            raise UserError("search.lengths=[] names no length; set search.lengths to [1.0]")
+        if min(lengths) <= least < 1:
+            raise UserError(
+                f"search.lengths={lengths} has documents of {min(lengths) * self.target_tokens:g} tokens, which the "
+                f"original window of {self.spectrum.window_tokens} tokens serves with its own table; set each share in "
+                f"search.lengths above {least:g}"
             )
 
     def _refuse_bounds(self, name: str) -> None:
@@ -170,9 +183,21 @@ class Space:
             made = METHODS["longrope"](self.start, self.target_tokens, rescale=candidate.tail)
         else:
             made = METHODS["longrope2"](
-                self.start, self.target_tokens, critical_index=candidate.critical_index, tail=candidate.tail
+                self.start,
+                self.target_tokens,
+                critical_index=candidate.critical_index,
+                tail=candidate.tail,
+                head=self.settings.head,
             )
         return replace(made, spectrum=self.spectrum, attention_factor=candidate.attention_factor)
+
+    def head_slopes(self, candidate: Candidate) -> np.ndarray:
+        """d log lambda_i / d log lambda_rcd of the factors below the critical index, float64 [rcd]."""
+        index, first = candidate.critical_index, candidate.tail[0]
+        if index == ALL or self.settings.head == Head.ntk:
+            return np.arange(index) / max(index, 1)
+        ramp = ramp_to(self.start, index)
+        return (frequency_linear(ramp, first) * ramp / first)[:index]
 
     def initial(self, rng: np.random.Generator) -> list[Candidate]:
         """The initial population of P = ``search.population`` members (Algorithm 1).

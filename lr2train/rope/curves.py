@@ -46,6 +46,12 @@ def ramp_between(spectrum: Spectrum, low: float, high: float) -> np.ndarray:
     return np.clip((np.arange(spectrum.n_dims) - low) / width, 0.0, 1.0)
 
 
+def ramp_to(spectrum: Spectrum, high: int, beta_fast: float = 32.0) -> np.ndarray:
+    """YaRN's ramp with its end at the index ``high``, so that s is reached there (YaRN-rcd; paper, Section 4.3)."""
+    low = min(max(math.floor(spectrum.index_of(beta_fast)), 0), high - 1)
+    return ramp_between(spectrum, low, high)
+
+
 def llama3_ramp(spectrum: Spectrum, low_freq_factor: float, high_freq_factor: float) -> np.ndarray:
     """Meta's ramp: 0 with more than ``high_freq_factor`` periods inside L0, 1 with fewer than ``low_freq_factor``."""
     n_periods = spectrum.window_tokens / spectrum.own_period_tokens  # inside L0

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from lr2train.config import RopeConfig, UserError
+from lr2train.config import Head, RopeConfig, UserError
 from lr2train.config.plugins import is_plugin, plugin
 from lr2train.rope import hf
-from lr2train.rope.curves import frequency_linear, lambda_linear, llama3_ramp, ramp_between, yarn_ramp
+from lr2train.rope.curves import frequency_linear, lambda_linear, llama3_ramp, ramp_to, yarn_ramp
 from lr2train.rope.factors import Factors, extension_ratio, longrope_attention_factor, read_factors_json
 from lr2train.rope.spectrum import Spectrum, checked_table
 
@@ -98,9 +98,8 @@ def yarn(spectrum: Spectrum, target_tokens: int, *, beta_fast: float = 32.0, bet
 
 def yarn_rcd(spectrum: Spectrum, target_tokens: int, *, critical_index: int, beta_fast: float = 32.0) -> Factors:
     """YaRN-rcd: YaRN whose ramp ends at the found critical index instead of tcd (paper, Section 4.3)."""
-    high = _checked_index(spectrum, critical_index)
-    low = min(max(math.floor(spectrum.index_of(beta_fast)), 0), high - 1)  # below `high`, so that s is reached there
-    return _yarn(spectrum, target_tokens, ramp_between(spectrum, low, high), "yarn_rcd")
+    ramp = ramp_to(spectrum, _checked_index(spectrum, critical_index), beta_fast)
+    return _yarn(spectrum, target_tokens, ramp, "yarn_rcd")
 
 
 def ntk_rcd(spectrum: Spectrum, target_tokens: int, *, critical_index: int) -> Factors:
@@ -164,20 +163,28 @@ def longrope2(
     *,
     critical_index: int,
     tail: Sequence[float] | float,
+    head: str = Head.ntk,
     attention_factor: float | None = None,
 ) -> Factors:
     """lambda_i = tail[i - rcd] for i >= rcd, lambda_rcd^(i / rcd) below (paper, Section 3.2, Algorithms 1 and 2).
 
-    Below rcd this is NTK with the base b lambda_rcd^(d / (2 rcd)): it meets the tail at the critical index.
+    Below rcd this is NTK with the base b lambda_rcd^(d / (2 rcd)): it meets the tail at the critical index. With
+    ``head="yarn"`` it is YaRN-rcd with lambda_rcd in the place of s, which is not in the paper.
 
     Args:
         critical_index: rcd, zero-based cosine index, 1 ... D-1.
         tail: the D - rcd searched factors in any order, or one number for a constant tail. Bounds are the search's own.
+        head: "ntk" | "yarn".
         attention_factor: None: 1. The paper states none; the search finds one (``search.search_attention_factor``).
     """
+    if head not in list(Head):
+        raise UserError(f"rope.options.head={head} is not one of {', '.join(Head)}; set it to one of them")
     rcd = _checked_index(spectrum, critical_index)
     right = _full_tail(spectrum, rcd, tail)  # [D - rcd]
-    table = np.concatenate([right[0] ** (np.arange(rcd) / rcd), right])  # [D]
+    left = (
+        right[0] ** (np.arange(rcd) / rcd) if head == Head.ntk else frequency_linear(ramp_to(spectrum, rcd), right[0])
+    )
+    table = np.concatenate([left[:rcd], right])  # [D]
     return made("longrope2", spectrum, target_tokens, table, 1.0 if attention_factor is None else attention_factor)
 
 

@@ -1,6 +1,7 @@
 """The search space: every drawn, mutated or crossed candidate stays inside the bounds and on the grid."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,6 +94,16 @@ def test_keys_are_equal_iff_candidates_are(tail, other, attention, index):
     a = Candidate(index[0], tuple(tail), attention[0])
     b = Candidate(index[1], tuple(other), attention[1])
     assert (a.key == b.key) == (a == b)
+
+
+@pytest.mark.parametrize("head", ["ntk", "yarn"])
+def test_slopes_of_the_factors_below_the_critical_index_are_finite_differences(head):
+    space, step = default_space(head=head), 1e-5
+    for index in space.critical_indices:
+        one = Candidate(index, (9.0,) * (32 - index), 1.2)
+        moved = [replace(one, tail=(9.0 * math.exp(by),) * (32 - index)) for by in (-step, step)]
+        before, after = (np.log(space.factors(candidate).rescale[:index]) for candidate in moved)
+        np.testing.assert_allclose(space.head_slopes(one), (after - before) / (2 * step), atol=1e-8)
 
 
 def default_space(**options) -> Space:

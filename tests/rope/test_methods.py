@@ -172,6 +172,8 @@ def test_rcd_variants_reach_s_at_the_found_index():
     for name in ("yarn_rcd", "ntk_rcd"):
         assert METHODS[name](spectrum, 131072, critical_index=30).rescale[30] == pytest.approx(16.0, rel=1e-15)
     yarn_rcd = METHODS["yarn_rcd"](spectrum, 131072, critical_index=30)
+    same = METHODS["longrope2"](spectrum, 131072, critical_index=30, tail=16.0, head="yarn")
+    assert same.rescale == yarn_rcd.rescale, "longrope2 with YaRN's factors below rcd, and s from there on"
     assert set(yarn_rcd.rescale[:19]) == {1.0}
     assert set(yarn_rcd.rescale[30:]) == {16.0}
     assert yarn_rcd.attention_factor == METHODS["yarn"](spectrum, 131072).attention_factor
