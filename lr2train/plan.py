@@ -218,11 +218,12 @@ def _search(counts: ModelCounts, config: Config) -> dict[str, Any] | None:
     target, search, hardware = config.rope.target_window_tokens, config.search, config.hardware
     if target <= counts.window_tokens:
         return None
-    flops = sum(cost.scoring_flops(counts, round(share * target)) * n for share, n in search.forwards.items())
-    hours = cost.gpu_hours(flops, hardware.gpu_bf16_tflops, hardware.mfu)
+    flops = cost.scoring_flops(counts, target)
+    forwards = search.most_forwards
+    hours = cost.gpu_hours(flops * forwards, hardware.gpu_bf16_tflops, hardware.mfu)
     return {
-        "flops_per_document": cost.scoring_flops(counts, target),
-        "document_forwards": search.most_forwards,
+        "flops_per_document": flops,
+        "document_forwards": forwards,
         "gpu_hours": hours,
         "hours": hours / hardware.gpus,
         "price_usd": hours * hardware.gpu_hour_price,

@@ -143,13 +143,12 @@ def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
         if settings.objective == "needle"
         else ""
     )
-    lengths = " and ".join(f"{share * space.target_tokens:.0f}" for share in settings.lengths)
     own = " on top of the model's own table" if space.start.own_rescale else ""
     job.log(
         f"window {space.spectrum.window_tokens} -> {space.target_tokens}, {what} in [{low:g}, {high:g}]{own}, "
-        f"{settings.most_forwards} document-forwards at most ({settings.algorithm}), {settings.documents} documents "
-        f"of {lengths} tokens{asked} and {settings.final_documents} for the final"
-        + (f"; {fitness.recovered} document-forwards found in the journal" if fitness.recovered else "")
+        f"{settings.most_forwards} document-forwards at most ({settings.algorithm}), {settings.documents} documents"
+        f"{asked} and {settings.final_documents} for the final"
+        + (f"; {fitness.recovered} evaluations found in the journal" if fitness.recovered else "")
         + (f"; damaged lines taken out of it: {fitness.damaged}" if fitness.damaged else "")
     )
 

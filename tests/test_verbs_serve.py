@@ -197,7 +197,7 @@ def test_a_search_killed_with_kill_9_is_resumed_to_the_same_result(world, tmp_pa
     folder, commands = killed
     left = sum(map(forwards, lines(folder / algorithm / "journal.jsonl")))
     search(compose("search", commands[algorithm]))
-    assert f"{left} document-forwards found in the journal" in (folder / algorithm / "log.txt").read_text()
+    assert f"{left} evaluations found in the journal" in (folder / algorithm / "log.txt").read_text()
     undisturbed = search(search_config(world, tmp_path, f"search.algorithm={algorithm}", "name=undisturbed"))
     found, expected = folder / algorithm, tmp_path / "undisturbed"
     assert (found / "generations.jsonl").read_bytes() == (expected / "generations.jsonl").read_bytes()
@@ -229,14 +229,6 @@ def forwards(entry: dict) -> int:
         ),
         (["search.questions=60"], r"needle document of 256 tokens is \d+ too short"),
         (["search.depths=[]"], r"search\.depths=\[\] names no depth"),
-        (["search.lengths=[]"], r"search\.lengths=\[\] names no length; set search\.lengths to \[1\.0\]"),
-        (["search.lengths=[1,1.5]"], r"search\.lengths=1\.5 is above 1"),
-        (["search.lengths=[1,0.25]"], r"documents of 64 tokens, which .* window of 64 tokens .* above 0\.25"),
-        (
-            ["search.lengths=[1,0.4]", "search.distractors=9"],
-            r"documents of 102 tokens, which do not surely hold search\.questions=2 and search\.distractors=9; "
-            r"set each share in search\.lengths to 0\.\d+ or more",
-        ),
     ],
 )
 def test_bad_input_of_a_search_is_refused_before_weights_are_read(world, tmp_path, monkeypatch, more, words):

@@ -9,8 +9,6 @@ before a verb starts.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any
@@ -598,9 +596,6 @@ class SearchConfig:
     # Depths of the needles that are asked for, question after question, in turn over documents: 0 is the start of the
     # document, 1 its end. The paper has 0 alone; factors found there leave the other depths behind.
     depths: list[float] = number([0.0, 0.25, 0.5, 0.75, 1.0], least=0, most=1)
-    # Lengths of the documents, as shares of the target window, in turn over documents; each length meets every depth.
-    # The paper has the target window alone.
-    lengths: list[float] = number([1.0], above=0, most=1)
     # Texts that the needles are hidden in, in turn. 0: each document has its own. The authors have one.
     texts: int = number(0, least=0, most=_MOST)
     # Further documents, on which the last top_k compete to be the winner: the best of many on few documents is partly
@@ -614,8 +609,8 @@ class SearchConfig:
     # Upper bound of the tail, in multiples of s = L / L0.
     tail_high: float = number(2.0, above=0)
     # Factors below the critical index (rcd) in the space longrope2. ntk: lambda_rcd^(i / rcd), as in the paper. yarn:
-    # frequencies blend linearly as in YaRN, from 32 periods in L0 to the critical index.
-    head: str = one_of(Head.ntk)
+    # frequencies blend linearly as in YaRN, from 32 periods in L0 to the critical index; better on every base measured.
+    head: str = one_of(Head.yarn)
     # Fixes the critical index. null: searched between d10 and tcd.
     critical_index: int | None = number(None, least=1)
     # Whether the attention factor of the long window is searched. The paper does not search it.
@@ -634,41 +629,15 @@ class SearchConfig:
     # Seed of the search's random draws.
     seed: int = number(0, least=-(2**63), most=2**63 - 1)
 
-    def length_of(self, document: int) -> float:
-        """The length of document number ``document``, as a share of the target window."""
-        return self.lengths[document % len(self.lengths)]
-
-    @property
-    def forwards(self) -> Counter[float]:
-        """Length as a share of the target window -> forward passes over documents of this length, where the final is
-        not settled early. A forward and a backward pass count as three.
-        """
-        found, finalists = Counter[float](), min(self.top_k, self.population)
-        for place in range(self.documents):
-            found[self.length_of(place)] += self._passes(place)
-        for document in range(self.documents, self.documents + self.final_documents):
-            found[self.length_of(document)] += finalists
-        return found
-
-    def _passes(self, place: int) -> int:
-        """Forward passes over the document at this place of the order in which the generations take theirs."""
-        if self.algorithm != Algorithm.gradient:
-            first = self.population * (2 if self.operators == Operators.authors else 1)
-            return first + self.generations * (self.population - self.top_k)
-
-        def met(first: int, n: int) -> int:
-            """How often ``n`` documents in turn from place ``first`` on meet this one."""
-            return n // self.documents + ((place - first) % self.documents < n % self.documents)
-
-        steps = (
-            3 * min(self.top_k, self.population) * met(self.screen_documents, self.generations * self.step_documents)
-        )
-        return self.population * met(0, self.screen_documents) + steps
-
     @property
     def most_forwards(self) -> int:
-        """``forwards`` in document-forwards of the target window: a shorter document counts by its tokens."""
-        return math.ceil(math.fsum(share * n for share, n in self.forwards.items()))
+        """Document-forwards that a search takes where the final is not settled early."""
+        final = min(self.top_k, self.population) * self.final_documents
+        if self.algorithm == Algorithm.gradient:
+            steps = 3 * min(self.top_k, self.population) * self.generations * self.step_documents
+            return self.population * self.screen_documents + steps + final
+        first = self.population * (2 if self.operators == Operators.authors else 1)
+        return (first + self.generations * (self.population - self.top_k)) * self.documents + final
 
 
 @dataclass

@@ -67,7 +67,7 @@ def descend(space: Space, scorer: CandidateScorer, seed: int) -> Iterator[Genera
     the latest half of their rounds, each at the point that the round began with.
     """
     settings, fitness = space.settings, scorer.fitness
-    order = _shuffled(settings, stream(seed, "search", "descent"))
+    order = stream(seed, "search", "descent").permutation(settings.documents).tolist()
     tracks = {_candidate(space, track): track for track in _starts(space)}
     seen = {one.key for one in tracks}
     population = ranked(scorer.on(list(tracks), _in_turn(order, 0, settings.screen_documents)))
@@ -121,13 +121,6 @@ def _chained(space: Space, track: _Track, slopes: Sequence[Slope]) -> np.ndarray
     factor_range = settings.attention_factor_high - settings.attention_factor_low
     factor = factor_range * np.mean([one.attention_factor for one in slopes])
     return np.append(math.log(high / low) * tail, factor if settings.search_attention_factor else 0.0)
-
-
-def _shuffled(settings: SearchConfig, rng: np.random.Generator) -> list[int]:
-    """The documents of the generations in a random order in which their lengths come in turn."""
-    n, order = len(settings.lengths), rng.permutation(settings.documents).tolist()
-    of_length = [[document for document in order if document % n == place] for place in range(n)]
-    return [of_length[place % n][place // n] for place in range(settings.documents)]
 
 
 def _in_turn(order: Sequence[int], first: int, n: int) -> list[int]:

@@ -128,7 +128,7 @@ class CandidateScorer:
         rivals = [self._differences(ranked[0], one, order) for one in ranked[1:]]
         closest = min(rivals, key=chance)
         missing = further_documents(closest, self._settings.settle)
-        spared = self.fitness.cost(one for n in seen for one in order[n:])
+        spared = sum(len(order) - n for n in seen)
         found = Confidence(chance(closest), len(closest), float(closest.mean()), missing, spared, n_all > n_first)
         return ranked, found
 

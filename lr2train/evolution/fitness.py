@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,13 +70,12 @@ class Fitness:
         tell: called on every rank after every round of evaluations.
 
     Attributes:
-        recovered: ``computed`` at the start.
+        recovered: number of evaluations in the journal at the start.
         damaged: number of journal lines that were no evaluations, such as one that a kill cut short; these are computed
             again.
-        computed: cost of the evaluations in the journal now, document-forwards of the target window, rounded up. A
-            shorter document counts by its tokens; as attention costs less there, it costs less than that.
-        document_forwards: the same of the evaluations that decisions have used; ``computed`` also counts those that
-            were computed in vain.
+        computed: number of evaluations in the journal now.
+        document_forwards: number of evaluations that decisions have used; ``computed`` also counts those that were
+            computed in vain.
     """
 
     def __init__(
@@ -106,15 +105,11 @@ class Fitness:
 
     @property
     def computed(self) -> int:
-        return self.cost(document for _, document in (*self._known, *_SLOPE_FORWARDS * tuple(self._slopes)))
+        return len(self._known) + _SLOPE_FORWARDS * len(self._slopes)
 
     @property
     def document_forwards(self) -> int:
-        return self.cost(document for _, document in (*self._wanted, *_SLOPE_FORWARDS * tuple(self._wanted_slopes)))
-
-    def cost(self, documents: Iterable[int]) -> int:
-        """Forward passes over these documents as document-forwards of the target window, rounded up."""
-        return -(-sum(len(self.documents[one].tokens) for one in documents) // self._space.target_tokens)
+        return len(self._wanted) + _SLOPE_FORWARDS * len(self._wanted_slopes)
 
     def settle(self, decide: Callable[[Losses], T]) -> T:
         """Return ``decide(losses)`` once every loss that it looks up is computed.

@@ -93,7 +93,6 @@ class Space:
                 "search.operators=authors needs one critical index of search.space=longrope2; set "
                 f"search.critical_index to {self.start.critical_index} (tcd) or another index"
             )
-        self._refuse_lengths()
         self._refuse_bounds("tail")
         self._refuse_bounds("attention_factor")
         if self.authors and self._highest(0) < self.bounds[0]:
@@ -113,17 +112,6 @@ class Space:
                 f"search.top_k={self.settings.top_k} is outside 1 … {self.settings.population - 1}, "
                 "which leaves no parent or no room for "
                 f"children; set search.top_k to {max(1, self.settings.population // 4)}, or raise search.population"
-            )
-
-    def _refuse_lengths(self) -> None:
-        least, lengths = self.spectrum.window_tokens / self.target_tokens, self.settings.lengths
-        if not lengths:
-            raise UserError("search.lengths=[] names no length; set search.lengths to [1.0]")
-        if min(lengths) <= least < 1:
-            raise UserError(
-                f"search.lengths={lengths} has documents of {min(lengths) * self.target_tokens:g} tokens, which the "
-                f"original window of {self.spectrum.window_tokens} tokens serves with its own table; set each share in "
-                f"search.lengths above {least:g}"
             )
 
     def _refuse_bounds(self, name: str) -> None:

@@ -30,6 +30,7 @@ def spaces(draw) -> Space:
         tail_low=low,
         tail_high=low + draw(st.floats(0.0, 1.0)),
         critical_index=draw(st.sampled_from([None, None, 1, 3])),
+        head=draw(st.sampled_from(["ntk", "yarn"])),
         search_attention_factor=draw(st.booleans()),
         attention_factor=1.0625,
         attention_factor_low=attention_low,
@@ -40,6 +41,17 @@ def spaces(draw) -> Space:
 
 def on_grid(value: float, step: float, low: float, high: float) -> bool:
     return value in (low, high) or math.isclose(value / step, round(value / step), abs_tol=1e-6)
+
+
+def head_of(space: Space, rcd: int, first: float) -> list[float]:
+    """Factors below the critical index, by the formulas of the paper and of YaRN (ramp from 32 periods to rcd)."""
+    if space.settings.head == "ntk":
+        return [first ** (i / rcd) for i in range(rcd)]
+    spectrum = space.spectrum
+    periods = math.log(spectrum.window_tokens / (2 * math.pi * 32)) / math.log(spectrum.base)
+    low = min(max(math.floor(spectrum.n_dims * periods), 0), rcd - 1)
+    shares = [min(max((i - low) / (rcd - low), 0.0), 1.0) for i in range(rcd)]
+    return [1.0 / ((1.0 - share) + share / first) for share in shares]
 
 
 def check(space: Space, candidate: Candidate) -> None:
@@ -60,9 +72,9 @@ def check(space: Space, candidate: Candidate) -> None:
     else:
         assert candidate.attention_factor == 1.0625
     factors = space.factors(candidate)
-    head = [candidate.tail[0] ** (i / candidate.critical_index) for i in range(candidate.critical_index)]
+    head = head_of(space, candidate.critical_index, candidate.tail[0])
     assert factors.rescale[candidate.critical_index :] == candidate.tail
-    # two ways to the same power in float64
+    # two ways to the same number in float64
     np.testing.assert_allclose(factors.rescale[: candidate.critical_index], head, rtol=1e-12)
     assert factors.attention_factor == candidate.attention_factor
     assert factors.target_window_tokens == space.target_tokens
