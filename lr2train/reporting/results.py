@@ -121,9 +121,10 @@ def comparison(evaluation: Json | None) -> list[Sheet]:
     models = (evaluation or {}).get("rows") or []
     lengths = sorted({one["length_tokens"] for row in models for one in row["by_length"]})
     head = ["model", *(f"{length:,}" for length in lengths)]
-    labels: dict[str, list[str]] = {}
+    labels: dict[str, dict[str, None]] = {}
     for row in models:
-        labels.setdefault(f"{row['attention_factor']:.4g}", []).append(row["label"])
+        method = row["label"].removesuffix(" untrained").removesuffix(" trained")
+        labels.setdefault(f"{row['attention_factor']:.4g}", {})[method] = None
     note = "Attention factor: " + "; ".join(f"{factor} for {', '.join(of)}" for factor, of in labels.items()) + "."
     sheets = []
     for key, title, better, show in MEASURES:
