@@ -550,7 +550,8 @@ def test_the_held_out_loss_stands_beside_the_training_loss(tmp_path):
     assert [row["heldout_loss_needles"] for row in rows if row["heldout_loss_needles"]] == ["1.5", "1.0", "0.5"]
     write_jsonl(tmp_path / "again" / "metrics.jsonl", lines)
     both = shown([folder, tmp_path / "again"])
-    assert "again, needles, held out" in both and "again, short, held out" not in both  # fewer curves of several runs
+    assert "again, needles" in both and "again, short, held out" not in both  # fewer curves of several runs
+    assert "Points: held-out needle documents." in both
     assert [float(row["loss_short"]) for row in rows[1:]] == [line["loss_short"] for line in lines]
 
 

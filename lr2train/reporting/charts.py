@@ -139,8 +139,9 @@ def loss_by_window(
             _smoothed(axes, steps, values, alone, color=color, label=label, linestyle="-" if alone else line)
             if alone:
                 _points(axes, held_out, f"heldout_loss_{window}", "o--", color=color, label=f"{label}, held out")
-        color, label = (look.series[2], "needles") if alone else (look.series[number % N_SERIES], f"{name}, needles")
-        _points(axes, held_out, "heldout_loss_needles", "o:", color=color, label=f"{label}, held out")
+        style = {"color": look.series[2 if alone else number % N_SERIES]}
+        style["label"] = "needles, held out" if alone else f"{name}, needles"
+        _points(axes, held_out, "heldout_loss_needles", "o:", **style)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)")
     legend(figure, axes)
     keys = ("loss_short", "loss_long", *HELD_OUT)
