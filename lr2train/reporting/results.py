@@ -19,7 +19,7 @@ from lr2train.reporting.inputs import Json, ReportInputs
 from lr2train.reporting.numbers import amount, duration, percent, perplexity
 
 MEASURES = (  # key, title, which is better, how a figure is shown
-    ("accuracy", "Needle accuracy: share of documents answered exactly; higher is better", max, percent),
+    ("accuracy", "Needle accuracy: share of exact answers; higher is better", max, percent),
     ("answer_perplexity", "Answer perplexity: over the answer's tokens; 1 is certainty", min, perplexity),
     ("text_perplexity", "Text perplexity: over every token of held-out documents; lower is better", min, perplexity),
 )
