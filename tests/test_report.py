@@ -361,15 +361,17 @@ def test_the_comparison_shows_the_numbers_of_the_evaluation(page, parsed):
         ("text_perplexity", "Text perplexity", perplexity, min),
     ):
         table = parsed.table(title)
-        assert table["head"] == [*(f"{length:,}" for length in LENGTHS), "attention factor"]
+        assert table["head"] == [f"{length:,}" for length in LENGTHS]
         assert [*table][1:] == [row["label"] for row in evaluation["rows"]], "the trained row comes last"
         best = [better(row["by_length"][i][key] for row in evaluation["rows"]) for i in range(len(LENGTHS))]
         for row in evaluation["rows"]:
             values = [one[key] for one in row["by_length"]]
             expected = [show(value) + "*" * (value == top) for value, top in zip(values, best, strict=True)]
-            assert table[row["label"]] == [*expected, f"{row['attention_factor']:.3f}"]
+            assert table[row["label"]] == expected
         written = [*csv.reader((pictures_of(page) / f"{key}.csv").read_text().splitlines())]
-        assert [float(x) for x in written[1][1:-1]] == [one[key] for one in evaluation["rows"][0]["by_length"]]
+        assert [float(x) for x in written[1][1:]] == [one[key] for one in evaluation["rows"][0]["by_length"]]
+    trained = evaluation["rows"][-1]
+    assert f"; {trained['attention_factor']:.4g} for longrope2." in page.read_text()
 
 
 def test_the_needle_maps_hold_every_cell(page):
@@ -526,7 +528,8 @@ def test_a_running_training_with_a_half_written_line_has_a_page(tmp_path):
 
 def test_the_held_out_loss_stands_beside_the_training_loss(tmp_path):
     def held_out(step: int) -> dict:
-        return {"heldout_loss_short": 2.5 - step / 40, "heldout_loss_long": None if step else 7.25}
+        text = {"heldout_loss_short": 2.5 - step / 40, "heldout_loss_long": None if step else 7.25}
+        return text | {"heldout_loss_needles": 1.5 - step / 20}
 
     lines = [
         line | (held_out(line["step"]) if not line["step"] % 10 else {}) for line in metrics(20, ("short", "long"))
@@ -537,12 +540,18 @@ def test_the_held_out_loss_stands_beside_the_training_loss(tmp_path):
     assert "step 1 → 20" in page  # of the training loss
     assert (
         "Held-out loss: short window 2.500 (step 0) to 2.000 (step 20), long window 7.250 (step 0) to not finite "
-        "(step 20)." in page
+        "(step 20), needles 1.500 (step 0) to 0.500 (step 20)." in page
     )
+    assert "needles, held out" in page
     assert "Points: held-out documents" in page
     rows = [*csv.DictReader((folder / "report_files" / "loss.csv").read_text().splitlines())]
     assert [row["step"] for row in rows] == [str(step) for step in range(21)]
     assert [row["heldout_loss_short"] for row in rows if row["heldout_loss_short"]] == ["2.5", "2.25", "2.0"]
+    assert [row["heldout_loss_needles"] for row in rows if row["heldout_loss_needles"]] == ["1.5", "1.0", "0.5"]
+    write_jsonl(tmp_path / "again" / "metrics.jsonl", lines)
+    both = shown([folder, tmp_path / "again"])
+    assert "again, needles" in both and "again, short, held out" not in both  # fewer curves of several runs
+    assert "Points: held-out needle documents." in both
     assert [float(row["loss_short"]) for row in rows[1:]] == [line["loss_short"] for line in lines]
 
 
@@ -625,6 +634,7 @@ def compared(pair) -> Path:
 
 def test_a_comparison_shows_both_runs_in_the_same_tables(pair, compared):
     page = Page(compared.read_text())
+    assert re.search(r"<p class=.lead.>At 4096 tokens first: longrope2 trained finds", compared.read_text())
     assert compared == pair[0] / "comparison.html" and not (pair[0] / "report.html").exists()
     trained = [f"{folder.name}: longrope2 trained" for folder in pair]
     labels = [f"{method} untrained" for method in ("none", "pi", "ntk", "yarn", "longrope2")]
@@ -633,7 +643,7 @@ def test_a_comparison_shows_both_runs_in_the_same_tables(pair, compared):
     assert ruler[trained[0]][:2] == ["89.49*", "85.90*"]
     assert ruler[trained[1]][:2] == ["79.49", "75.90"]
     assert page.table("RULER by task, first: longrope2 trained")["512"][0] == "89.49"
-    assert [*page.table("Runs")][1:] == ["first", "second"]
+    assert [*page.table("Training")][1:] == ["first", "second"]
     assert page.table("Settings that differ") == {
         "head": ["first", "second"], "optim.lr": ["0.0001", "0.0002"],
     }  # fmt: skip
@@ -677,7 +687,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     for folder in folders:
         write_jsonl(folder / "metrics.jsonl", metrics(5, ("short", "long")))
     page = Page(compose(folders).page)
-    assert [*page.table("Runs")][1:] == [str(folder) for folder in folders]
+    assert [*page.table("Training")][1:] == [str(folder) for folder in folders]
 
 
 def test_a_folder_named_twice_is_refused(run):

@@ -126,7 +126,7 @@ def main() -> None:
         return
     shutil.copytree(given.runs, given.folder / "runs", dirs_exist_ok=True)
     shutil.copytree(given.folder / "runs" / "tiny_4k", given.folder / "runs" / "first", dirs_exist_ok=True)
-    for name in ("launch", "tools", "lr2train", "requirements.txt"):
+    for name in (".venv", "launch", "tools", "lr2train", "requirements.txt"):  # launch/setup.sh looks for .venv there
         (given.folder / name).is_symlink() or (given.folder / name).symlink_to(ROOT / name)
     run = [one for one in every if not one.needs and (given.slow or not SLOW.search(one.text))]
     failed = [one for one in run if not _run(one, given.folder)]

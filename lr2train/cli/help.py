@@ -43,7 +43,7 @@ def overview() -> str:
         [
             "lr2train extends the context window of a pretrained causal language model with LongRoPE2.",
             "",
-            "  lr2train VERB key=value …      lr2train VERB --help      (VERB is a subcommand:)",
+            "  lr2train VERB key=value …      lr2train VERB --help",
             "",
             *lines,
             "",

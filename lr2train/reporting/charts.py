@@ -13,10 +13,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from lr2train.reporting.axes import legend, mark_indices, tick_labels
 from lr2train.reporting.canvas import N_SERIES, Drawn, Look, chart, stacked
+from lr2train.reporting.inputs import HELD_OUT, Json
 from lr2train.rope.factors import Factors
 from lr2train.rope.methods import METHODS
 
-Json = dict[str, Any]
 FIXED_METHODS = (  # legend, method, line style, number of the series colour
     ("PI", "pi", "--", 5),
     ("NTK", "ntk", "-.", 1),
@@ -37,7 +37,8 @@ def _curves(axes: Axes, look: Look, of_run: Mapping[str, Factors], key: str, sho
     first, parts = next(iter(of_run.values())), {}
     for label, method, line, color in FIXED_METHODS:
         made = METHODS[method](first.spectrum, first.target_window_tokens)
-        parts[label] = made, {"linestyle": line, "color": look.series[color], "linewidth": 1.3}
+        if all(made.rescale != run.rescale for run in of_run.values()):  # a run's own curve would cover it
+            parts[label] = made, {"linestyle": line, "color": look.series[color], "linewidth": 1.3}
     for (name, made), color in zip(of_run.items(), cycle(OF_RUNS)):  # colours repeat
         style = {"marker": "o", "markersize": 3, "linewidth": 2.0, "zorder": 5}
         parts[name] = made, {**style, "color": look.series[color]}
@@ -126,8 +127,8 @@ def loss_by_window(
     """Loss of short and long segments: every step (faint), the moving average (strong), held-out documents (points).
 
     Args:
-        of_run: (lines of every step, lines with held-out loss). Of several runs the moving average alone is drawn: a
-            colour for each run, the short window dashed.
+        of_run: (lines of every step, lines with held-out loss). Of several runs the moving averages and the held-out
+            loss of needles are drawn: a colour for each run, the short window dashed, needles dotted.
     """
     axes, alone = figure.add_subplot(), len(of_run) == 1
     for number, (name, (metrics, held_out)) in enumerate(of_run.items()):
@@ -136,13 +137,14 @@ def loss_by_window(
             label = f"{window} window" if alone else f"{name}, {window}"
             steps, values = _series(metrics, f"loss_{window}")
             _smoothed(axes, steps, values, alone, color=color, label=label, linestyle="-" if alone else line)
-            steps, values = _series(held_out, f"heldout_loss_{window}")
-            if len(values) and alone:
-                style = {"color": color, "markersize": 3.5, "linewidth": 1.2}
-                axes.plot(steps, values, "o--", label=f"{label}, held out", **style)
+            if alone:
+                _points(axes, held_out, f"heldout_loss_{window}", "o--", color=color, label=f"{label}, held out")
+        style = {"color": look.series[2 if alone else number % N_SERIES]}
+        style["label"] = "needles, held out" if alone else f"{name}, needles"
+        _points(axes, held_out, "heldout_loss_needles", "o:", **style)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)")
     legend(figure, axes)
-    keys = ("loss_short", "loss_long", "heldout_loss_short", "heldout_loss_long")
+    keys = ("loss_short", "loss_long", *HELD_OUT)
     lines = {name: _merged(metrics, held_out) for name, (metrics, held_out) in of_run.items()}
     ends = "; ".join(f"{name}: {_ends(every, keys[:2])}" for name, every in lines.items())
     return f"Loss by window. {ends}.", _columns(lines, keys)
@@ -173,6 +175,13 @@ def _smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, raw: bool, **st
     if raw:
         axes.plot(steps[::every], values[::every], color=style["color"], alpha=0.25, linewidth=0.8)
     axes.plot(steps[::every], smooth(values, len(values) // 25)[::every], linewidth=2, **style)
+
+
+def _points(axes: Axes, lines: Sequence[Json], key: str, line: str, **style: Any) -> None:
+    """The measured values of a key, joined; nothing where none was measured."""
+    steps, values = _series(lines, key)
+    if len(values):
+        axes.plot(steps, values, line, markersize=3.5, linewidth=1.2, **style)
 
 
 def _merged(metrics: Sequence[Json], held_out: Sequence[Json]) -> list[Json]:

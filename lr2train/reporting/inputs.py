@@ -18,7 +18,11 @@ from lr2train.rope.factors import Factors
 from lr2train.training.metrics import read_jsonl
 
 Json = dict[str, Any]
-HELD_OUT = ("heldout_loss_short", "heldout_loss_long")  # keys of metrics.jsonl
+HELD_OUT = {  # key of metrics.jsonl -> the documents that it is measured on
+    "heldout_loss_short": "short window",
+    "heldout_loss_long": "long window",
+    "heldout_loss_needles": "needles",  # only with engine.validate_needles
+}
 RECORDING_VERBS = ("train", "search", "prepare")  # they write <verb>.config.json and <verb>.provenance.jsonl
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lr2train.evaluation.tables import trained_difference
 from lr2train.reporting import numbers, results
 from lr2train.reporting.canvas import Chart, style_sheet
 from lr2train.reporting.inputs import HELD_OUT, Json, ReportInputs
@@ -64,6 +65,7 @@ def render(
             title=" · ".join(one.name for one in runs),
             windows=_windows(run, evaluation),
             model=_model(run),
+            difference=trained_difference(evaluation["rows"]) if evaluation and len(runs) > 1 else "",
             headline=_headline(evaluation) if len(runs) == 1 else None,
             search=_search(run) if run.generations else None,
             training=[_training(one) for one in runs if one.metrics],
@@ -135,15 +137,12 @@ def _search(run: ReportInputs) -> Json:
 
 def _training(run: ReportInputs) -> Json:
     lines, total = run.metrics, sum(line["step_s"] for line in run.metrics)
-    held_out = {
-        window: [line for line in run.held_out if key in line]
-        for window, key in zip(results.WINDOWS, HELD_OUT, strict=True)
-    }
+    held_out = {key: [line for line in run.held_out if key in line] for key in HELD_OUT}
     return {
         "run": run,
         "last": lines[-1],
         "losses": [line["loss"] for line in lines],
         "long": sum(line["window_mix"] for line in lines) / len(lines),
         "waited": sum(line.get("data_wait_s") or 0.0 for line in lines) / total if total else None,
-        "held_out": {window: (every[0], every[-1]) for window, every in held_out.items() if every},
+        "held_out": [(key, name, every[0], every[-1]) for key, name in HELD_OUT.items() if (every := held_out[key])],
     }

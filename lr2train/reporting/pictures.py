@@ -82,6 +82,8 @@ def _training(runs: Sequence[ReportInputs]) -> dict[str, Chart]:
         return {}
     made = {"loss": charts.loss_by_window({name: (run.metrics, run.held_out) for name, run in trained.items()})}
     for key, label in METRICS.items():
+        if key == "lr" and len(trained) > 1:  # a setting, which the page lists where runs differ
+            continue
         lines = {name: run.metrics for name, run in trained.items()}
         if any(line.get(key) is not None for every in lines.values() for line in every):
             made[key] = charts.metric(lines, key, label)

@@ -19,7 +19,7 @@ from lr2train.reporting.inputs import Json, ReportInputs
 from lr2train.reporting.numbers import amount, duration, percent, perplexity
 
 MEASURES = (  # key, title, which is better, how a figure is shown
-    ("accuracy", "Needle accuracy: share of documents answered exactly; higher is better", max, percent),
+    ("accuracy", "Needle accuracy: share of exact answers; higher is better", max, percent),
     ("answer_perplexity", "Answer perplexity: over the answer's tokens; 1 is certainty", min, perplexity),
     ("text_perplexity", "Text perplexity: over every token of held-out documents; lower is better", min, perplexity),
 )
@@ -114,15 +114,22 @@ def at_length(row: Json, length: int) -> Json:
 
 
 def comparison(evaluation: Json | None) -> list[Sheet]:
-    """Needle accuracy, answer perplexity and text perplexity: a row for each model, a column for each length."""
+    """Needle accuracy, answer perplexity and text perplexity: a row for each model, a column for each length.
+
+    Attention factors stand below the first table: a column of them would not fit a phone.
+    """
     models = (evaluation or {}).get("rows") or []
     lengths = sorted({one["length_tokens"] for row in models for one in row["by_length"]})
-    head = ["model", *(f"{length:,}" for length in lengths), "attention factor"]
+    head = ["model", *(f"{length:,}" for length in lengths)]
+    labels: dict[str, dict[str, None]] = {}
+    for row in models:
+        method = row["label"].removesuffix(" untrained").removesuffix(" trained")
+        labels.setdefault(f"{row['attention_factor']:.4g}", {})[method] = None
+    note = "Attention factor: " + "; ".join(f"{factor} for {', '.join(of)}" for factor, of in labels.items()) + "."
     sheets = []
     for key, title, better, show in MEASURES:
-        figures = [[at_length(row, length).get(key) for length in lengths] for row in models]
-        rows = [[row["label"], *of, f"{row['attention_factor']:.3f}"] for row, of in zip(models, figures, strict=True)]
-        sheets.append(Sheet(key, title, head, rows, better=better, show=show))
+        rows = [[row["label"], *(at_length(row, length).get(key) for length in lengths)] for row in models]
+        sheets.append(Sheet(key, title, head, rows, note if not sheets else "", better, show))
     return sheets if models else []
 
 
@@ -143,11 +150,11 @@ def run_table(runs: Sequence[ReportInputs]) -> list[Sheet]:
     rows = []
     for run in runs:
         train, factors, last = run.train or {}, run.factors, run.metrics[-1] if run.metrics else {}
-        made = [factors.method, run.critical_index, f"{factors.attention_factor:g}"] if factors else [None] * 3
+        made = [factors.method, run.critical_index, f"{factors.attention_factor:.4g}"] if factors else [None] * 3
         ends = [amount(last["tokens_seen"], 3), perplexity(last["loss"])] if last else [None] * 2
         time = duration(train["seconds"]) if "seconds" in train else None
         rows.append([run.name, *made, last.get("step"), *ends, time, train.get("world"), last.get("peak_gib")])
-    return [Sheet("runs", "Runs", head, rows)] if len(runs) > 1 else []
+    return [Sheet("runs", "Training", head, rows)] if len(runs) > 1 else []
 
 
 def settings(runs: Sequence[ReportInputs]) -> list[Sheet]:

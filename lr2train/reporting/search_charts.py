@@ -25,7 +25,7 @@ Json = dict[str, Any]
 
 @chart()
 def search_progress(figure: FigureBase, look: Look, searches: Mapping[str, Sequence[Json]], of: str) -> Drawn:
-    """Perplexity by generation: new candidates, best so far, median and quartiles; of several searches the best alone.
+    """Perplexity by generation: new candidates, best, median and quartiles; of several searches the best alone.
 
     Quartiles include dropped candidates, at the perplexity they had then. Without them, dropping more candidates would
     improve the quartiles. ``of``: needle or text.
@@ -45,7 +45,7 @@ def search_progress(figure: FigureBase, look: Look, searches: Mapping[str, Seque
                 dots = {"marker": marker, "s": 9, "color": blue, "alpha": alpha, "linewidths": 0.7, "label": label}
                 axes.scatter(new.generation[mask], loss_of(new.perplexity[mask]), **dots)
             axes.plot(steps, loss_of(middle), "--", color=blue, linewidth=1.2, label="median")
-            name = "best so far"
+            name = "best"
         axes.plot(steps, loss_of(best), "o-", color=color, markersize=3.5, linewidth=2, label=name)
         parts[name] = {"generation": steps, "best": best, "quartile_25": low, "median": middle, "quartile_75": high}
     perplexity_axis(axes, of)
@@ -104,7 +104,7 @@ def attention_factors(
         order = np.flatnonzero(mask)[np.argsort(-every.perplexity[mask], kind="stable")]  # the best on top
         colors = colormaps["viridis"](norm(every.critical_index[order])) if high else look.series[0]
         style = {"s": 17, "alpha": 0.95, "edgecolors": look.muted} if strong else {"s": 13, "alpha": 0.35}
-        style["label"] = "all documents" if strong else label
+        style["label"] = "candidate" if strong else label
         axes.scatter(
             every.attention_factor[order], loss_of(every.perplexity[order]), c=colors, marker=marker, linewidths=0.5,
             **style,

@@ -121,7 +121,7 @@ def _transformers(windows: Windows) -> list[Line]:
         f"Texts of up to {original} tokens are exact too{_but_for_bits(windows)}."
         if factor == short_factor
         else f"Texts of up to {original} tokens get the attention factor {factor:g} in the place of "
-        f"{short_factor:g}, and are off."
+        f"{short_factor:g}, and are inexact."
     )
     return [
         Line(
@@ -132,11 +132,11 @@ def _transformers(windows: Windows) -> list[Line]:
         Line(
             "transformers", "two", f"{load})", f"batches of one length, above {original} tokens",
             f"{below} Only the Phi-3 family computes its cache anew when a text grows beyond {original} tokens. One "
-            "long text puts all texts of its batch under the long table.",
+            "long text puts all texts of its batch under the rescaled table.",
         ),
         Line(
             "transformers", "long", f"{load})", f"texts of more than {original} tokens",
-            "Shorter texts are under the long table too.",
+            "Shorter texts are under the rescaled table too.",
         ),
         Line("transformers", "short", f"{load})", f"texts of up to {original} tokens"),
     ]  # fmt: skip
@@ -153,7 +153,7 @@ def _vllm(windows: Windows) -> list[Line]:
             "vLLM", "two", f"vllm serve {{folder}} --max-model-len {windows.factors.target_window_tokens}",
             "every length, across the switch; texts of both windows at once; chunked prefill, prefix cache",
             "With the plugin of lr2train in vLLM's environment (pip install ./serving/lr2train_vllm); without it, the "
-            f"long table serves all texts. Run on CPU. Refused: {_REFUSED_BY_PLUGIN}.",
+            f"rescaled table serves all texts. Run on CPU. Refused: {_REFUSED_BY_PLUGIN}.",
         ),
         *_server(windows, "vLLM", "vllm serve {folder}", "--max-model-len", "two/ needs the plugin."),
     ]  # fmt: skip
@@ -170,7 +170,7 @@ def _tensorrt_llm(windows: Windows) -> list[Line]:
     return [
         Line(
             "TensorRT-LLM", "long", "trtllm-serve {folder}", f"texts of {original + 1} to {target} tokens",
-            f"Shorter texts are under the long table too. {_READ}",
+            f"Shorter texts are under the rescaled table too. {_READ}",
         ),
         Line("TensorRT-LLM", "short", "trtllm-serve {folder}", f"texts of up to {original} tokens", _READ),
     ]  # fmt: skip
@@ -181,11 +181,11 @@ def _server(windows: Windows, runtime: str, command: str, limit: str, more: str)
     original, target = windows.factors.spectrum.window_tokens, windows.factors.target_window_tokens
     # Servers multiply the config's window by the factor of a linear or dynamic RoPE, and would serve beyond L0.
     short = f"{command} {limit} {original}" if rope_hf.is_rescaled(windows.config) else command
-    hand_over = "A text that ends here for its length goes on at a server of long/: send prompt and text there."
+    hand_over = "When a text reaches this length, send prompt and text to a server of long/."
     return [
         Line(
             runtime, "long", command, f"texts of {original + 1} to {target} tokens",
-            f"Shorter texts are under the long table too. {more}",
+            f"Shorter texts are under the rescaled table too. {more}",
         ),
         Line(runtime, "short", short, f"texts of up to {original} tokens", f"{hand_over} {more}"),
     ]  # fmt: skip
@@ -226,7 +226,7 @@ def _with_tables(windows: Windows, original: int, target: int, convert: str) -> 
     flags = gguf_longrope.short_flags(original, windows.short_factor / windows.factors.attention_factor)
     context = gguf_longrope.short_context(original)
     warning = "The second command adds the tables; without it, plain RoPE is computed at every length."
-    below = "Shorter texts are under the long table too."
+    below = "Shorter texts are under the rescaled table too."
     long_texts = f"texts of {original + 1} to {target} tokens"
     lines = [
         Line("llama.cpp", "two", add, long_texts, f"{warning} {below}"),
