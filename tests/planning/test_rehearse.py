@@ -6,6 +6,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -182,3 +187,26 @@ def test_what_does_not_fit_names_the_layer(monkeypatch):
 def test_a_strategy_that_does_not_fit_is_refused_in_its_own_words():
     with pytest.raises(UserError, match=r"parallel\.strategy=local cannot serve"):
         run(composed("llama3_8b_128k", "hardware.gpus=8", "parallel.strategy=local"), 1, learn=False)
+
+
+def test_a_signal_ends_a_long_rehearsal_at_once(tmp_path):
+    """By CPU time, which a busy machine does not change: the interpreter's own end takes most of it."""
+    keys = ("experiment=tiny_4k", "model.architecture.num_hidden_layers=200", f"runs_folder={tmp_path}")
+    command = [sys.executable, "-m", "lr2train.rehearse", *keys]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr
+        before = next(line for line in process.stderr if "forward, backward" in line)
+        taken = cpu_seconds(process.pid)
+        process.send_signal(signal.SIGTERM)
+        told = process.stderr.read().splitlines()
+        _, status, usage = os.wait4(process.pid, 0)
+    assert before
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert told[-1] == "rehearse: interrupted; run the same command again to go on"
+    assert usage.ru_utime + usage.ru_stime - taken < 2.0
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
