@@ -17,6 +17,7 @@ import pytest
 from lr2train import rehearse as verb
 from lr2train.cli.composition import compose
 from lr2train.config import UserError
+from lr2train.io import for_user
 from lr2train.planning import cost, memory
 from lr2train.planning.counts import counts_of, hf_config_of
 from lr2train.planning.memory import GIB, MemorySetting
@@ -171,6 +172,15 @@ def assert_drawn(folder, memory):
     assert "Memory over a step" in page
     assert f"peak {memory['peak_gib']:.2f} GiB" in page
     assert memory["at"]["line"].rpartition("/")[2] in page
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_rehearsal(tmp_path, monkeypatch):
+    monkeypatch.setattr(verb, "rehearsed", None)  # not called
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file") as refused:
+        verb.rehearse(composed("tiny_4k", f"runs_folder={tmp_path / 'file'}"))
+    told = for_user(refused.value)
+    assert told is not None and "runs_folder" in str(told)
 
 
 def test_what_does_not_fit_names_the_layer(monkeypatch):
