@@ -12,7 +12,7 @@ step() { echo "== $1 ($((SECONDS - start)) s)" >&2; shift; "$@"; }
 ranks() { bash launch/run.sh 2 "$@"; }
 
 step "1/8 corpus: documents -> tokens -> tagged segments"  lr2train prepare experiment=tiny_4k name=corpus "$@"
-step "2/8 base model from scratch, window 512: the longest step, 850 steps on documents of 64, 128, 256, then 512 tokens" \
+step "2/8 base model from scratch, window 512: the longest step, 1050 steps on documents of 64, 128, 256, then 512 tokens" \
                                                            ranks train experiment=tiny_base name=base "$@"
 step "3/8 search for RoPE factors, 512 -> 4096"            ranks search experiment=tiny_4k name=factors "$@"
 step "4/8 LongRoPE2: mixed context window training at 4096, ZeRO-3, 2 ranks share a segment" \

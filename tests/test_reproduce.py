@@ -29,7 +29,7 @@ from tools.reproduce.steps import Step, steps_of
 from tools.reproduce.work import Driver, Journal
 
 BASE = Base("base", "tiny_base")
-FORM = Form("quick", "tiny_4k", 64, ((BASE, 4),), ("yarn", "longrope2"), ("needle",), 2, 1)
+FORM = Form("quick", "runs", "tiny_4k", 64, ((BASE, 4),), ("yarn", "longrope2"), ("needle",), 2, 1)
 
 
 # ---- the plan ----
@@ -47,7 +47,8 @@ def test_every_step_stands_after_those_that_it_reads_and_its_result_has_a_place_
 
 
 def test_every_row_of_a_table_differs_in_its_own_settings_alone(tmp_path):
-    form = Form("all", "tiny_4k", 64, ((BASE, 4),), tuple(ROWS), ("needle", "text", "all_dims", "longrope"), 1, 1)
+    searches = ("needle", "text", "all_dims", "longrope")
+    form = Form("all", "runs", "tiny_4k", 64, ((BASE, 4),), tuple(ROWS), searches, 1, 1)
     trained = [step for step in steps_of(form, tmp_path) if step.verb == "train" and step.search]
     own = ("name=", "rope", "data.long_attention", "optim.distill_short")
     common = [{one for one in step.overrides if not one.startswith(own)} for step in trained]
@@ -58,7 +59,7 @@ def test_every_row_of_a_table_differs_in_its_own_settings_alone(tmp_path):
 
 @pytest.mark.parametrize("row", ["yarn_rcd_shared", "document"])
 def test_the_overrides_of_a_row_compose(row, tmp_path):
-    form = Form("one", "tiny_4k", 64, ((BASE, 4),), (row,), ("needle",), 1, 1)
+    form = Form("one", "runs", "tiny_4k", 64, ((BASE, 4),), (row,), ("needle",), 1, 1)
     steps = {step.name: step for step in steps_of(form, tmp_path)}
     write_json(tmp_path / "base_4x_search_needle_s0" / "search.json", {"critical_index": 5, "attention_factor": 1.25})
     config = compose("train", steps[f"base_4x_{row}_s0"].arguments(tmp_path))

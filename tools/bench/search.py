@@ -2,7 +2,7 @@
 
     python -m tools.bench.search [--only demo window_128] [--seeds 5] [--minutes 9]
 
-Plain is the paper's loop in a scaled form: population 16, 8 iterations, 10 documents with the needle at the start.
+Plain is the paper's loop in a scaled form: population 32, 8 iterations, 10 documents with the needle at the start.
 Searches run one after another in this process, and a finished one is not run again; after ``--minutes`` it ends and the
 same command goes on. Missing base models are trained first, from the demo's corpus.
 
@@ -44,7 +44,7 @@ NEEDLES = 21  # in every document, asked for or not: every good candidate finds 
 DEPTHS = {"start": [0.0], "depths": [0.0, 0.25, 0.5, 0.75, 1.0]}
 VARIANTS = {
     "plain": [
-        "search=paper", "search.population=16", "search.top_k=4", "search.generations=8",
+        "search=paper", "search.population=32", "search.top_k=8", "search.generations=8",
         "search.search_attention_factor=true", "search.move_critical_index=0.2", "search.questions=1",
         f"search.distractors={NEEDLES - 1}",
     ],

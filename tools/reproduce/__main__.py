@@ -28,7 +28,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m tools.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("form", nargs="?", choices=[*FORMS], default="full", help="what is run (default: full)")
-    parser.add_argument("--runs", type=Path, help="folder of all runs (default: runs/reproduce_FORM)")
+    parser.add_argument("--runs", type=Path, help="folder of all runs (default: runs/reproduce; runs/reproduce_demo)")
     parser.add_argument(
         "--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="steps at a time (default: 2)"
     )
@@ -40,7 +40,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def reproduce(given: argparse.Namespace) -> int:
     """Run what is left, write the results; returns the exit code."""
     form = FORMS[given.form]
-    runs: Path = given.runs or Path("runs") / f"reproduce_{form.name}"
+    runs: Path = given.runs or Path("runs") / form.folder
     steps = steps_of(form, runs)
     if given.commands:
         print(*(step.command(runs) for step in steps), sep="\n")
