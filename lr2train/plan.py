@@ -8,6 +8,7 @@ prints the same figures as tables.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lr2train.attention import choice
 from lr2train.attention import hf as attention
 from lr2train.attention.strategy import PackedSegment
 from lr2train.cli.door import main
-from lr2train.config import Config, LongPositions
+from lr2train.config import Config, LongPositions, SearchConfig, UserError
 from lr2train.data.batch import LONG, SHORT
 from lr2train.model import tiled_mlp
 from lr2train.model.flops import TRAINING
@@ -33,8 +34,15 @@ def plan(config: Config) -> dict[str, Any]:
     """Run the verb; returns the content of ``plan.json``.
 
     Raises:
-        UserError: training would refuse this mesh or global batch, or the model's config is missing.
+        UserError: training would refuse this mesh or global batch, the model's config is missing, or the folder holds a
+            corpus.
     """
+    folder = Path(config.runs_folder) / config.name
+    if (folder / "prepare.config.json").exists():
+        raise UserError(
+            f"run folder {folder} belongs to a run of prepare, whose plan.json the estimate would overwrite; choose "
+            "another name="
+        )
     refuse_mesh(config)
     hf_config = hf_config_of(config.model)
     counts = counts_of(hf_config, config.model)
@@ -57,10 +65,9 @@ def plan(config: Config) -> dict[str, Any]:
         "search": _search(counts, config),
         "assumptions": [*workload.assumptions, *_assumptions(config)],
     }
-    path = Path(config.runs_folder) / config.name / "plan.json"
-    io.write_json(path, result)
+    io.write_json(folder / "plan.json", result)
     show(result)
-    progress.say("plan", f"written to {path}")
+    progress.say("plan", f"written to {folder / 'plan.json'}")
     return result
 
 
@@ -219,16 +226,47 @@ def _search(counts: ModelCounts, config: Config) -> dict[str, Any] | None:
     if target <= counts.window_tokens:
         return None
     flops = cost.scoring_flops(counts, target)
-    forwards = search.most_forwards
-    hours = cost.gpu_hours(flops * forwards, hardware.gpu_bf16_tflops, hardware.mfu)
+    document_hours = cost.gpu_hours(flops, hardware.gpu_bf16_tflops, hardware.mfu)
+    busy_hours = document_hours * cost.search_forwards(search)
+    on_all = _ranks(search, document_hours, hardware.gpus, hardware.gpu_hour_price)
     return {
         "flops_per_document": flops,
-        "document_forwards": forwards,
-        "gpu_hours": hours,
-        "hours": hours / hardware.gpus,
-        "price_usd": hours * hardware.gpu_hour_price,
-        "gpu_gib": memory.scoring_bytes(counts, target, memory.WEIGHT_BYTES[config.model.dtype]) / GIB,
+        "document_forwards": search.most_forwards,
+        "busy_gpu_hours": busy_hours,
+        **on_all,
+        "busy_share": busy_hours / on_all["gpu_hours"],
+        "one_node": _ranks(search, document_hours, hardware.gpus_per_node, hardware.gpu_hour_price),
+        **_search_memory(counts, config),
     }
+
+
+_LESS_MEMORY: tuple[dict[str, Any], ...] = (
+    {"chunk_tokens": 8192},
+    {"shard": True},
+    {"chunk_tokens": 8192, "shard": True},
+)
+
+
+def _search_memory(counts: ModelCounts, config: Config) -> dict[str, Any]:
+    """``remedy``: keys under which the search fits the GPU; empty where the search fits, or no key is known to help."""
+    hardware, limit = config.hardware, (1 - memory.RESERVE) * config.hardware.gpu_memory_gib
+    target, b = config.rope.target_window_tokens, memory.WEIGHT_BYTES[config.model.dtype]
+
+    def gib(**keys: Any) -> float:
+        own = memory.search_bytes(counts, target, b, replace(config.search, **keys), hardware.gpus)
+        return (own + memory.RUNTIME_BYTES) / GIB
+
+    fits = gib() <= limit
+    keys: dict[str, Any] = {} if fits else next((one for one in _LESS_MEMORY if gib(**one) <= limit), {})
+    remedy = " ".join(f"search.{key}={str(value).lower()}" for key, value in keys.items())
+    return {"gpu_gib": gib(), "fits": fits, "remedy": remedy}
+
+
+def _ranks(search: SearchConfig, document_hours: float, gpus: int, price: float) -> dict[str, Any]:
+    """What a search costs on so many GPUs, one document on each at a time."""
+    depth = cost.search_depth(search, gpus)
+    hours = depth * document_hours
+    return {"gpus": gpus, "depth": depth, "hours": hours, "gpu_hours": hours * gpus, "price_usd": hours * gpus * price}
 
 
 def _assumptions(config: Config) -> list[str]:

@@ -16,6 +16,7 @@ import copy
 import gc
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -85,6 +86,7 @@ def rehearse(config: Config) -> dict[str, Any]:
     dp_size = config.hardware.gpus // config.parallel.sp
     accumulation = accumulation_of(config, dp_size)
     workload = workload_of(config, counts.window_tokens, dp_size)
+    folder = _writable(Path(config.runs_folder) / config.name)
     progress.say("rehearse", f"{counts.layers} layers, rank 0 of {config.hardware.gpus}: forward, backward, update")
     seen = rehearsed(config, hf_config, workload)
     useful = sum(_useful(counts, part, workload) for part in workload.parts) * _tokens_per_step(config)
@@ -111,12 +113,19 @@ def rehearse(config: Config) -> dict[str, Any]:
         "assumptions": [*workload.assumptions, *ASSUMPTIONS],
         "seconds": seen.seconds,
     }
-    path = Path(config.runs_folder) / config.name / FILE
+    path = folder / FILE
     io.write_json(path, result)
-    picture, _ = write_memory_picture(path.parent)
+    picture, _ = write_memory_picture(folder)
     show(result)
     progress.say("rehearse", f"{seen.seconds:.0f} s; written to {path}; memory over the step: {picture}")
     return result
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, after a file was written there and removed: a refusal comes before the minutes of a rehearsal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
 
 
 def rehearsed(

@@ -9,19 +9,30 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from lr2train import ranks
 from lr2train.cli.composition import compose
 from lr2train.cli.door import main
 from lr2train.config import SearchConfig, UserError
+from lr2train.evolution.descent import descend
+from lr2train.evolution.final import CandidateScorer
+from lr2train.evolution.fitness import Fitness, Slope
+from lr2train.evolution.genome import Space
+from lr2train.evolution.loop import evolve
 from lr2train.io import write_json
 from lr2train.model import load
+from lr2train.model.rotary import install
+from lr2train.model.slopes import SlopeModel
 from lr2train.plan import plan
 from lr2train.planning import cost, memory, tables
 from lr2train.planning.counts import counts_of, hf_config_of
 from lr2train.planning.memory import GIB
 from lr2train.planning.workload import workload_of
+from lr2train.rope import Spectrum
+from lr2train.rope.methods import METHODS
 from lr2train.run import open_run
 from tools.bench.live_bytes import LiveBytes
 
@@ -101,6 +112,89 @@ def test_gpu_hours_of_the_papers_search(llama):
     assert authors.most_forwards == (128 + 40 * 32) * 10
     descent = SearchConfig(population=9, screen_documents=3, top_k=2, generations=11, final_documents=24)
     assert descent.most_forwards == 9 * 3 + 3 * 2 * 11 + 2 * 24
+
+
+class Counted(Fitness):
+    """Losses out of a hat, by the real scheduling over ``world`` ranks; ``depth``: document-forwards in sequence."""
+
+    def __init__(self, settings: SearchConfig):
+        n = settings.documents + settings.final_documents
+        self.documents = tuple(SimpleNamespace(spans=((1, 2),), n_scored_tokens=1) for _ in range(n))
+        self._known, self._slopes, self._wanted, self._wanted_slopes = {}, {}, set(), set()
+        self.depth, self._again = 0, settings.chunk_tokens > 0
+        self.draw = np.random.default_rng(0)
+
+    def _compute(self, pairs, evaluate_pair):
+        assert 0 < len(pairs) <= ranks.world()
+        slopes = evaluate_pair == self._evaluate_slopes
+        self.depth += 3 + self._again if slopes else 1
+        for candidate, document in pairs:
+            key, loss = (candidate.key, document), self.draw.random()
+            if slopes:
+                self._slopes[key] = Slope(loss, self.draw.normal(size=32), self.draw.normal())
+            else:
+                self._known[key] = np.array([loss])
+
+
+@pytest.mark.parametrize("world", [1, 4, 7, 64])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm": "gradient", "population": 9, "top_k": 2, "generations": 5, "final_documents": 24},
+        {
+            "algorithm": "gradient",
+            "population": 5,
+            "top_k": 2,
+            "generations": 5,
+            "step_documents": 3,
+            "chunk_tokens": 8,
+        },
+        {"algorithm": "evolution", "population": 8, "top_k": 3, "generations": 3, "final_documents": 5},
+    ],
+    ids=lambda one: "-".join(map(str, one.values())),
+)
+def test_a_search_takes_the_rounds_that_the_real_scheduling_makes(settings, world, monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: world)
+    search = SearchConfig(documents=11, settle=1.0, **settings)
+    space, fitness = Space(Spectrum(64, 10000.0, 512), 4096, search), Counted(search)
+    scorer = CandidateScorer(space, fitness)
+    gradient = search.algorithm == "gradient"
+    *_, last = descend(space, scorer, 0) if gradient else evolve(space, scorer, 0)
+    scorer.final(last.population[: search.top_k])
+    assert fitness.document_forwards == search.most_forwards
+    assert fitness.depth == cost.search_depth(search, world)
+    if world == 1:
+        assert fitness.depth == cost.search_forwards(search)
+
+
+def test_the_time_of_a_search_is_that_of_its_rounds(tmp_path, capsys):
+    """docs/SEARCH.md, "Cost on a large model": 64 A100."""
+    found = {}
+    for name in ("gradient", "small", "paper"):
+        keys = ("experiment=llama3_8b_128k", f"search={name}", f"runs_folder={tmp_path}")
+        chunk = "search.chunk_tokens=8192"
+        found[name] = plan(composed(*keys, *([chunk] if name != "paper" else [])))["search"]
+    assert [round(one["hours"], 1) for one in found.values()] == [1.2, 0.6, 4.7]
+    assert [round(one["busy_gpu_hours"], 1) for one in found.values()] == [3.4, 0.8, 279.7]
+    assert found["gradient"]["one_node"]["gpu_hours"] < 0.2 * found["gradient"]["gpu_hours"]
+    assert "1.2 h on 64 GPUs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chunk", [0, 64])
+def test_the_memory_of_slopes_agrees_with_a_real_pass(chunk):
+    config = composed("model=tiny_llama", "model.architecture.num_hidden_layers=6")
+    hf_config, tokens = hf_config_of(config.model), 512
+    counts, search = counts_of(hf_config, config.model), SearchConfig(algorithm="gradient", chunk_tokens=chunk)
+    lm = load.build_empty(hf_config, "float32", lambda: torch.device("cpu")).eval()
+    spectrum = load.spectrum_of(hf_config, config.model)
+    rotary = install(lm, METHODS["none"](spectrum, spectrum.window_tokens))
+    model = SlopeModel(lm, rotary, recompute=chunk > 0)
+    live = LiveBytes(lm.parameters())
+    with live:
+        model(np.zeros(tokens, np.int64), [(tokens - 9, tokens)])
+    formula = memory.search_bytes(counts, tokens, 4, search, 1) - 4 * counts.parameters
+    print(f"chunk {chunk}: formula {formula / 2**20:.2f}, measured {live.peak / 2**20:.2f} MiB")
+    assert formula == pytest.approx(live.peak, rel=0.05)
 
 
 def test_training_flops_agree_with_the_training_loop(llama):
@@ -395,6 +489,15 @@ def test_plan_of_llama3_8b(tmp_path, capsys):
         "fits",
     ):
         assert words in shown
+
+
+def test_the_folder_of_a_corpus_keeps_its_own_plan(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    for name in ("plan.json", "prepare.config.json"):
+        (tmp_path / "corpus" / name).write_text("{}")
+    with pytest.raises(UserError, match=r"belongs to a run of prepare.*choose another name="):
+        plan(composed("experiment=tiny_4k", "name=corpus", f"runs_folder={tmp_path}"))
+    assert (tmp_path / "corpus" / "plan.json").read_text() == "{}"
 
 
 def test_a_model_that_does_not_fit_is_reported(tmp_path, capsys):

@@ -16,8 +16,10 @@ to a process. A job that dies does not touch the next jobs. Cost: each job of a 
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import contextlib
+import gc
 import itertools
 import locale
 import logging
@@ -25,6 +27,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +41,7 @@ from lr2train.ranks import PeerGone
 
 EXIT_RANK_LOST, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 130, 141
 _PATIENCE_S = 5.0  # launchers poll their ranks about once a second
+_AGAIN_S = 0.02  # until a dropped interrupt is sent again
 _REFUSED = {
     "config_path": "--config-path would hide the configs of lr2train; name the folder with --config-dir",
     "experimental_rerun": "--experimental-rerun is not supported; type the overrides of the former run again",
@@ -96,7 +100,8 @@ def door(verb: str) -> Iterator[None]:
     _show_log()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        yield
+        with _no_interrupt_dropped():
+            yield
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
@@ -123,6 +128,8 @@ def door(verb: str) -> Iterator[None]:
         print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
         # A launcher sends SIGTERM to ranks that Ctrl-C has reached already: no traceback while Python ends.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # Python's last search for garbage among the objects of torch takes 3 s, on a busy machine 30 s.
+        atexit.register(gc.freeze)
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -147,6 +154,33 @@ def _open_streams() -> None:
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _no_interrupt_dropped() -> Iterator[None]:
+    """Send an interrupt again where Python has dropped it.
+
+    A signal may strike in a destructor or in the callback of a weak reference. Python drops what is raised there.
+    """
+    own = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            return own(dropped)
+        again = threading.Timer(_AGAIN_S, _interrupt_main_thread)  # not here: this call would drop it as well
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = own
+
+
+def _interrupt_main_thread() -> None:
+    number = signal.SIGINT if callable(signal.getsignal(signal.SIGINT)) else signal.SIGTERM
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _die(verb: str, error: UserError) -> None:

@@ -12,6 +12,7 @@ from lr2train.config.fields import Limits, UserError
 from lr2train.config.loading import load, runs_of, to_dict, typed_key
 from lr2train.config.schema import (
     NEEDLE_NAMES,
+    SLOPE_FORWARDS,
     Algorithm,
     BucketConfig,
     Config,
@@ -63,6 +64,7 @@ __all__ = [
     "CONF_FOLDER",
     "NEEDLE_NAMES",
     "READS",
+    "SLOPE_FORWARDS",
     "VERBS",
     "Algorithm",
     "BucketConfig",

@@ -20,6 +20,7 @@ from lr2train.config.fields import a_path, literal_text, number, one_of
 _MOST = 1_000_000  # of things that a verb counts out one by one: more is a slip of the keyboard
 _MOST_THREADS = 4096
 _MOST_TIMEOUT_S = 2_000_000.0  # 23 days: gloo counts milliseconds in 32 bits
+SLOPE_FORWARDS = 3  # document-forwards of a loss with its slopes: a backward pass costs two forward passes
 NEEDLE_NAMES = 1600  # needles of one document have different names (lr2train.data.needles)
 
 
@@ -632,12 +633,21 @@ class SearchConfig:
     @property
     def most_forwards(self) -> int:
         """Document-forwards that a search takes where the final is not settled early."""
-        final = min(self.top_k, self.population) * self.final_documents
+        return sum(times * evaluations * forwards for times, evaluations, forwards in self.rounds)
+
+    @property
+    def rounds(self) -> list[tuple[int, int, int]]:
+        """(times, evaluations, document-forwards of each), in order, where the final is not settled early.
+
+        Evaluations of one round can run at the same time; the next round depends on their results.
+        """
+        final = (1, min(self.top_k, self.population) * self.final_documents, 1)
         if self.algorithm == Algorithm.gradient:
-            steps = 3 * min(self.top_k, self.population) * self.generations * self.step_documents
-            return self.population * self.screen_documents + steps + final
+            steps = min(self.top_k, self.population) * self.step_documents
+            return [(1, self.population * self.screen_documents, 1), (self.generations, steps, SLOPE_FORWARDS), final]
         first = self.population * (2 if self.operators == Operators.authors else 1)
-        return (first + self.generations * (self.population - self.top_k)) * self.documents + final
+        later = (self.population - self.top_k) * self.documents
+        return [(1, first * self.documents, 1), (self.generations, later, 1), final]
 
 
 @dataclass

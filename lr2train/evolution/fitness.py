@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lr2train import journals, ranks
-from lr2train.config import UserError
+from lr2train.config import SLOPE_FORWARDS, UserError
 from lr2train.evolution.documents import SearchDocument
 from lr2train.evolution.genome import Candidate, Space
 from lr2train.model.rotary import WindowRotary
@@ -35,7 +35,6 @@ T = TypeVar("T")
 Losses = Callable[[Candidate, int], np.ndarray]
 """(candidate, document) -> negative log-likelihood of each answer of the document, nats, float64 [answers]."""
 
-_SLOPE_FORWARDS = 3  # document-forwards of a loss with its slopes: a backward pass costs two forward passes
 _HOPELESS = 8  # evaluations after which a model without any finite loss is refused: no candidate is to blame
 _ENTRY = ("candidate", "document", "answers")  # what every line of the journal holds
 WORST = 50.0  # nats a token, in the place of a loss that is not finite
@@ -105,11 +104,11 @@ class Fitness:
 
     @property
     def computed(self) -> int:
-        return len(self._known) + _SLOPE_FORWARDS * len(self._slopes)
+        return len(self._known) + SLOPE_FORWARDS * len(self._slopes)
 
     @property
     def document_forwards(self) -> int:
-        return len(self._wanted) + _SLOPE_FORWARDS * len(self._wanted_slopes)
+        return len(self._wanted) + SLOPE_FORWARDS * len(self._wanted_slopes)
 
     def settle(self, decide: Callable[[Losses], T]) -> T:
         """Return ``decide(losses)`` once every loss that it looks up is computed.

@@ -12,6 +12,7 @@ The default of ``hardware.mfu`` can be compared with the paper: 10B tokens on 64
 
 from __future__ import annotations
 
+from lr2train.config import SearchConfig
 from lr2train.model.flops import TRAINING, attention_flops, causal_pairs_per_token, linear_flops
 from lr2train.planning.counts import ModelCounts
 
@@ -53,6 +54,23 @@ def scoring_flops(counts: ModelCounts, document_tokens: int) -> float:
     """
     body = linear_flops(counts.body_parameters, 1)
     return document_tokens * (body + attention_flops_per_token(counts, document_tokens))
+
+
+def search_forwards(search: SearchConfig) -> int:
+    """Document-forwards that the ranks compute, at most: with recomputation a slope takes one more."""
+    return sum(times * n * _computed(forwards, search) for times, n, forwards in search.rounds)
+
+
+def search_depth(search: SearchConfig, ranks: int) -> int:
+    """Document-forwards that follow each other, at most, where each rank evaluates one document at a time.
+
+    A round of n evaluations takes ceil(n / ranks) of them one after another, and the next round waits for all.
+    """
+    return sum(times * -(-n // ranks) * _computed(forwards, search) for times, n, forwards in search.rounds)
+
+
+def _computed(forwards: int, search: SearchConfig) -> int:
+    return forwards + (forwards > 1 and search.chunk_tokens > 0)
 
 
 def tokens_per_s(tflops: float, mfu: float, flops_per_token: float) -> float:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lr2train.attention.choice import ring_ranks
-from lr2train.config import Config
+from lr2train.config import Algorithm, Config, SearchConfig
 from lr2train.planning.counts import ModelCounts
 
 GIB = 2**30
@@ -222,11 +222,37 @@ def reduction_bytes(counts: ModelCounts, setting: MemorySetting) -> float:
     return 0.0 if setting.sums_apart else float(bucket * weight + joined)
 
 
-def scoring_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
-    """One forward pass of the search over a document of t tokens on one GPU: b N + t * (b (2 H + 4 F) + 4 H)."""
-    return weight_bytes * counts.parameters + tokens * (
-        weight_bytes * (2 * counts.hidden + 4 * counts.intermediate) + 4 * counts.hidden
-    )
+def search_bytes(counts: ModelCounts, tokens: int, weight_bytes: int, search: SearchConfig, ranks: int) -> float:
+    """Weights and activations of the search for one document of t tokens on one GPU.
+
+    Weights: b N; with ``search.shard`` a share of them, and gathered layers as in training. Forward pass alone:
+    t * (b (2 H + 4 F) + 4 H), with ``search.chunk_tokens`` for a chunk of tokens, and keys and values of all layers.
+    With a backward pass: angles, cos and sin in fp32, what the layers keep, and the gradients inside one layer. With
+    ``search.chunk_tokens``, which has layers computed again: the inputs of all layers, and one whole layer.
+    """
+    b, weights = weight_bytes, float(weight_bytes * counts.parameters)
+    if search.shard:
+        weights = weights / ranks + gathered_bytes(counts, LIVE_PARAMETERS, b)
+    if search.algorithm != Algorithm.gradient:
+        chunk = min(search.chunk_tokens or tokens, tokens)
+        cached = 2 * counts.layers * counts.key_heads * counts.head_dim * tokens if search.chunk_tokens else 0
+        return weights + b * cached + chunk * (b * (2 * counts.hidden + 4 * counts.intermediate) + 4 * counts.hidden)
+    saved, flight = frozen_saved_bytes(counts, tokens, b), layer_flight_bytes(counts, tokens, b)
+    always = weights + flight + 12 * counts.head_dim * tokens
+    if not search.chunk_tokens:
+        return always + counts.layers * saved
+    return always + saved_inputs_bytes(counts.layers, counts.hidden, tokens, b) + saved
+
+
+def frozen_saved_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
+    """Activations that one layer of frozen weights keeps: t * (8 H + b ((4 Hq + 4 Hk) Dh + 3 F)).
+
+    A product with a frozen weight keeps nothing. A norm keeps its input in fp32. RoPE, whose table has slopes, keeps q
+    and k twice (the second time with halves exchanged). Attention keeps rotated q and k, v and its output. A gated MLP
+    keeps gate, activation and up.
+    """
+    attention = 4 * (counts.heads + counts.key_heads) * counts.head_dim
+    return tokens * (8 * counts.hidden + weight_bytes * (attention + 3 * counts.intermediate))
 
 
 def checkpoint_bytes(parameters: int, weight_bytes: int) -> float:

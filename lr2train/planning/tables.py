@@ -200,12 +200,19 @@ def _training(work: dict[str, Any], cost: dict[str, Any]) -> list[tuple[str, str
 
 
 def _search(search: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
+    facts = [
         ("one document", f"{flops(search['flops_per_document'])}, {search['gpu_gib']:.1f} GiB on one GPU"),
-        ("document-forwards", f"{search['document_forwards']:,} at most"),
-        (
-            "time",
-            f"[bold]{hours(search['hours'])}[/bold] = {hours(search['gpu_hours'])} of one GPU, "
-            f"{money(search['price_usd'])}",
-        ),
+        ("document-forwards", f"{search['document_forwards']:,} at most, {hours(search['busy_gpu_hours'])} of one GPU"),
+        ("time", f"[bold]{_on(search)}[/bold]; {search['busy_share']:.0%} of the GPUs' time is used"),
     ]
+    if search["one_node"]["gpus"] < search["gpus"]:
+        facts.append(("on one node", _on(search["one_node"])))
+    if not search["fits"]:
+        remedy = f": set {search['remedy']}" if search["remedy"] else ""
+        facts.append(("memory", f"[bold red]does not fit one GPU[/bold red]{remedy}"))
+    return facts
+
+
+def _on(cost: dict[str, Any]) -> str:
+    gpus = f"{cost['gpus']} GPU{'s' * (cost['gpus'] > 1)}"
+    return f"{hours(cost['hours'])} on {gpus}, {money(cost['price_usd'])}: {cost['depth']:,} forwards in sequence"

@@ -76,6 +76,29 @@ def test_a_launcher_may_end_a_rank_that_ctrl_c_has_reached(monkeypatch):
     signal.raise_signal(signal.SIGTERM)  # raises nothing
 
 
+WAITS = """
+import signal, weakref
+from lr2train.cli import door
+
+def job(_):
+    held = type("Held", (), {})()
+    seen = weakref.ref(held, lambda _: signal.raise_signal(signal.SIGNAL))
+    del held  # the signal strikes in the callback, whose exceptions Python drops
+    signal.pause()
+    raise AssertionError("not interrupted")
+
+door.main("plan", job)
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_strikes_where_python_drops_exceptions_still_ends_the_verb(number):
+    code = WAITS.replace("SIGNAL", number)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    told = "plan: interrupted; run the same command again to go on\n"
+    assert (ended.returncode, ended.stderr, ended.stdout) == (130, told, "")
+
+
 @pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
 def test_a_defect_keeps_its_traceback_with_every_flag(monkeypatch, flags):
     for error in (RuntimeError("ours"), OSError(errno.ENOENT, "x", "gone"), KeyError("ours")):

@@ -6,12 +6,18 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from lr2train import rehearse as verb
 from lr2train.cli.composition import compose
 from lr2train.config import UserError
+from lr2train.io import for_user
 from lr2train.planning import cost, memory
 from lr2train.planning.counts import counts_of, hf_config_of
 from lr2train.planning.memory import GIB, MemorySetting
@@ -168,6 +174,15 @@ def assert_drawn(folder, memory):
     assert memory["at"]["line"].rpartition("/")[2] in page
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_rehearsal(tmp_path, monkeypatch):
+    monkeypatch.setattr(verb, "rehearsed", None)  # not called
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file") as refused:
+        verb.rehearse(composed("tiny_4k", f"runs_folder={tmp_path / 'file'}"))
+    told = for_user(refused.value)
+    assert told is not None and "runs_folder" in str(told)
+
+
 def test_what_does_not_fit_names_the_layer(monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -182,3 +197,26 @@ def test_what_does_not_fit_names_the_layer(monkeypatch):
 def test_a_strategy_that_does_not_fit_is_refused_in_its_own_words():
     with pytest.raises(UserError, match=r"parallel\.strategy=local cannot serve"):
         run(composed("llama3_8b_128k", "hardware.gpus=8", "parallel.strategy=local"), 1, learn=False)
+
+
+def test_a_signal_ends_a_long_rehearsal_at_once(tmp_path):
+    """By CPU time, which a busy machine does not change: the interpreter's own end takes most of it."""
+    keys = ("experiment=tiny_4k", "model.architecture.num_hidden_layers=200", f"runs_folder={tmp_path}")
+    command = [sys.executable, "-m", "lr2train.rehearse", *keys]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr
+        before = next(line for line in process.stderr if "forward, backward" in line)
+        taken = cpu_seconds(process.pid)
+        process.send_signal(signal.SIGTERM)
+        told = process.stderr.read().splitlines()
+        _, status, usage = os.wait4(process.pid, 0)
+    assert before
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert told[-1] == "rehearse: interrupted; run the same command again to go on"
+    assert usage.ru_utime + usage.ru_stime - taken < 2.0
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")

@@ -103,11 +103,14 @@ class Engine:
         weight = config.optim.distill_short
         original = self._original(factors) if weight else None
         self.model = WindowLM(lm, factors, config.engine.loss_chunk_tokens, original, weight).train()
-        fused.accelerate(lm, config.engine.fused, device)
+        self._accelerate(lm, device)
         gather_whole(recompute.install(lm, config.engine))  # last: it tiles the MLPs that act
         self.hf_config = hf_config
         self._engine = self._initialize(ds_config)
         self._saver = Saver()
+
+    def _accelerate(self, lm: Any, device: torch.device) -> None:
+        fused.accelerate(lm, self.config.engine.fused, device)
 
     def _original(self, factors: Factors) -> Original:
         """The frozen original model, divided over the ranks under ZeRO-3, else whole on the device. A collective."""
