@@ -3,6 +3,7 @@
     python -m tools.bench.search [--only demo window_128] [--seeds 5] [--minutes 9]
 
 Plain is the paper's loop in a scaled form: population 32, 8 iterations, 10 documents with the needle at the start.
+``gradient_ntk`` and ``small_ntk`` have the paper's factors below the critical index, as plain has.
 Searches run one after another in this process, and a finished one is not run again; after ``--minutes`` it ends and the
 same command goes on. Missing base models are trained first, from the demo's corpus.
 
@@ -50,6 +51,8 @@ VARIANTS = {
     ],
     "gradient": ["search=gradient"],
     "small": ["search=small"],
+    "gradient_ntk": ["search=gradient", "search.head=ntk"],
+    "small_ntk": ["search=small", "search.head=ntk"],
 }  # fmt: skip
 _SHORT_STAGES = (
     "data.stages=[{steps: 200, length_tokens: 64, repeats: 1.0},"

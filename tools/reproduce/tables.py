@@ -20,7 +20,8 @@ from tools.reproduce.results import BASE, LONG, SHORT, UNTRAINED, Cell, best_ind
 from tools.reproduce.rows import ONE_TABLE, ROWS, SHARED
 
 NOT_RUN = "not run"
-_COLORS = {"pi": 5, "ntk": 1, "yarn": 2, "longrope": 3, "longrope2": 0, "yarn_head": 4}  # numbers of the series, as in reports
+# Numbers of the series, as in reports.
+_COLORS = {"pi": 5, "ntk": 1, "yarn": 2, "longrope": 3, "longrope2": 0, "yarn_head": 4}
 _METHODS = ("pi", "ntk", "yarn", "longrope", "longrope2")
 _TABLES = (  # name, title, rows, whether they have a shared attention factor
     ("table_2", "Tables 2 and 4: the methods, each with mixed windows", _METHODS, True),
