@@ -78,6 +78,7 @@ def test_a_launcher_may_end_a_rank_that_ctrl_c_has_reached(monkeypatch):
 
 WAITS = """
 import signal, weakref
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from lr2train.cli import door
 
 def job(_):

@@ -21,7 +21,7 @@ from lr2train import dashboard
 from lr2train.cli.composition import compose
 from lr2train.config import Config, UserError
 from lr2train.evolution.history import History
-from lr2train.training import loop, metrics, panels, wandb_sink, wandb_view
+from lr2train.training import loop, metrics, panels, wandb_view
 from lr2train.training.deepspeed.engine import StepStats
 from lr2train.training.validation import HeldOut
 
@@ -233,7 +233,7 @@ def test_a_server_that_does_not_answer_is_one_sentence(tmp_path, monkeypatch):
     pytest.importorskip("wandb_workspaces", reason="pip install -r requirements-dashboard.txt")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", SECRETS["key"])
-    monkeypatch.setattr(wandb_sink, "_START_S", 1.0)  # wandb asks again and again for so long
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")  # wandb asks again and again for so long
     (tmp_path / "first").mkdir()
     told = {"id": "a", "project": "p", "entity": "me", "group": "g"}
     (tmp_path / "first" / "train.wandb.json").write_text(json.dumps(told))
