@@ -82,8 +82,8 @@ def _setup(form: Form, cells: Sequence[Cell], steps: tuple[int, int], seconds: f
         *_base_sentences(cells),
         *([f"A row is trained on {' or '.join(f'{one:,}' for one in seen)} tokens."] if seen else []),
         *(["With one seed, the standard errors hold the documents alone."] if form.seeds == 1 else []),
-        "LongRoPE2 stands as the paper prints it, with the NTK rule below the critical index rcd. The row with YaRN below "
-        "rcd is the default of `search`.",
+        "LongRoPE2 stands as the paper prints it, with the NTK rule below the critical index rcd. The row with YaRN "
+        "below rcd is the default of `search`.",
         "Rows with a shared attention factor take the one that the needle search of LongRoPE2 found. They have no "
         "search of their own under it.",
         "Rows without mixed windows read the rescaled table and its attention factor in both windows, in training and "
