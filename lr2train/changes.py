@@ -58,14 +58,20 @@ def may_change(line: str) -> bool:
     )  # more steps than before; 0 stands for an epoch
 
 
+_BEFORE = {"search.head": "ntk"}  # key -> what releases without the key did, where its default is another
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield ``key: old -> new`` for every leaf that differs between two plain configs.
 
-    A field that the old config lacks was added by a later release and is passed over. In a dictionary with free keys a
-    missing key counts.
+    A field that the old config lacks was added by a later release. It is passed over, unless earlier releases did
+    something else than its present default. In a dictionary with free keys a missing key counts.
     """
     for key in sorted(old.keys() | new.keys()):
         if key not in old and not _OPEN.match(prefix):
+            before = _BEFORE.get(f"{prefix}{key}", new[key])
+            if before != new[key]:
+                yield f"{prefix}{key}: {before!r} -> {new[key]!r}"
             continue
         a, b = (
             values.get(key, {} if isinstance(other.get(key), dict) else _UNSET)

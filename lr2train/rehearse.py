@@ -122,7 +122,7 @@ def rehearse(config: Config) -> dict[str, Any]:
 
 
 def _writable(folder: Path) -> Path:
-    """The folder, after a file was written there and removed: a refusal comes before the minutes of a rehearsal."""
+    """The folder, after a file could be created there: a refusal comes before the minutes of a rehearsal."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         return folder

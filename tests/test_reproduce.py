@@ -24,7 +24,7 @@ from tools.reproduce.bed import FORMS, Base, Form
 from tools.reproduce.claims import MISSING, OPPOSITE, REPRODUCED, UNDECIDED, Claim, judge, sentence
 from tools.reproduce.figures import Estimate
 from tools.reproduce.results import best_index, read
-from tools.reproduce.rows import ROWS
+from tools.reproduce.rows import ROWS, SEARCHES
 from tools.reproduce.steps import Step, steps_of
 from tools.reproduce.work import Driver, Journal
 
@@ -47,8 +47,7 @@ def test_every_step_stands_after_those_that_it_reads_and_its_result_has_a_place_
 
 
 def test_every_row_of_a_table_differs_in_its_own_settings_alone(tmp_path):
-    searches = ("needle", "text", "all_dims", "longrope")
-    form = Form("all", "runs", "tiny_4k", 64, ((BASE, 4),), tuple(ROWS), searches, 1, 1)
+    form = Form("all", "runs", "tiny_4k", 64, ((BASE, 4),), tuple(ROWS), tuple(SEARCHES), 1, 1)
     trained = [step for step in steps_of(form, tmp_path) if step.verb == "train" and step.search]
     own = ("name=", "rope", "data.long_attention", "optim.distill_short")
     common = [{one for one in step.overrides if not one.startswith(own)} for step in trained]

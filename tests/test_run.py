@@ -214,3 +214,11 @@ def test_contents_decide_whether_an_input_is_the_same_and_all_ranks_hear_it(tmp_
     before, touched, other = first
     assert before == touched
     assert "made from another model than is there now" in other
+
+
+def test_a_key_of_a_later_release_counts_where_its_default_is_not_what_earlier_ones_did():
+    """A search of an earlier release has the paper's factors below the critical index."""
+    old = {"search": {"seed": 0}}
+    assert list(differences(old, {"search": {"seed": 0, "head": "yarn"}})) == ["search.head: 'ntk' -> 'yarn'"]
+    assert list(differences(old, {"search": {"seed": 0, "head": "ntk"}})) == []
+    assert list(differences(old, {"search": {"seed": 0, "texts": 3}})) == []

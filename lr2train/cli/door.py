@@ -122,15 +122,20 @@ def door(verb: str) -> Iterator[None]:
         run.note_interrupt()
         # Launchers send SIGTERM to the ranks that still end when another has ended: rank 0 closes its dashboards.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _end_without_garbage()
         sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         run.note_interrupt()
         print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
         # A launcher sends SIGTERM to ranks that Ctrl-C has reached already: no traceback while Python ends.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        # Python's last search for garbage among the objects of torch takes 3 s, on a busy machine 30 s.
-        atexit.register(gc.freeze)
+        _end_without_garbage()
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _end_without_garbage() -> None:
+    """Leave out Python's last search for garbage: among the objects of torch it takes 3 s, on a busy machine 30 s."""
+    atexit.register(gc.freeze)
 
 
 def _use_utf8() -> None:
@@ -162,13 +167,14 @@ def _no_interrupt_dropped() -> Iterator[None]:
 
     A signal may strike in a destructor or in the callback of a weak reference. Python drops what is raised there.
     """
-    own = sys.unraisablehook
+    own, pending = sys.unraisablehook, list[threading.Timer]()
 
     def hook(dropped: Any) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             return own(dropped)
         again = threading.Timer(_AGAIN_S, _interrupt_main_thread)  # not here: this call would drop it as well
         again.daemon = True
+        pending.append(again)
         again.start()
 
     sys.unraisablehook = hook
@@ -176,6 +182,8 @@ def _no_interrupt_dropped() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = own
+        for one in pending:  # another signal has ended the verb meanwhile
+            one.cancel()
 
 
 def _interrupt_main_thread() -> None:

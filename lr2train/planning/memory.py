@@ -228,7 +228,8 @@ def search_bytes(counts: ModelCounts, tokens: int, weight_bytes: int, search: Se
     Weights: b N; with ``search.shard`` a share of them, and gathered layers as in training. Forward pass alone:
     t * (b (2 H + 4 F) + 4 H), with ``search.chunk_tokens`` for a chunk of tokens, and keys and values of all layers.
     With a backward pass: angles, cos and sin in fp32, what the layers keep, and the gradients inside one layer. With
-    ``search.chunk_tokens``, which has layers computed again: the inputs of all layers, and one whole layer.
+    ``search.chunk_tokens``, where the backward pass computes layers again: the inputs of all layers, and one whole
+    layer.
     """
     b, weights = weight_bytes, float(weight_bytes * counts.parameters)
     if search.shard:

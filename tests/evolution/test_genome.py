@@ -109,8 +109,11 @@ def test_keys_are_equal_iff_candidates_are(tail, other, attention, index):
 
 
 @pytest.mark.parametrize("head", ["ntk", "yarn"])
-def test_slopes_of_the_factors_below_the_critical_index_are_finite_differences(head):
-    space, step = default_space(head=head), 1e-5
+@pytest.mark.parametrize("own", [None, tuple(np.linspace(1.0, 2.0, 32))])
+@pytest.mark.parametrize("start_from", ["own", "plain"])
+def test_slopes_of_the_factors_below_the_critical_index_are_finite_differences(head, own, start_from):
+    spectrum, step = Spectrum(64, 10000.0, 512, own_rescale=own), 1e-5
+    space = Space(spectrum, 4096, SearchConfig(algorithm="evolution", head=head), start_from)
     for index in space.critical_indices:
         one = Candidate(index, (9.0,) * (32 - index), 1.2)
         moved = [replace(one, tail=(9.0 * math.exp(by),) * (32 - index)) for by in (-step, step)]

@@ -205,15 +205,14 @@ def test_a_signal_ends_a_long_rehearsal_at_once(tmp_path):
     command = [sys.executable, "-m", "lr2train.rehearse", *keys]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr
-        before = next(line for line in process.stderr if "forward, backward" in line)
+        assert any("forward, backward" in line for line in process.stderr)
         taken = cpu_seconds(process.pid)
         process.send_signal(signal.SIGTERM)
         told = process.stderr.read().splitlines()
         _, status, usage = os.wait4(process.pid, 0)
-    assert before
     assert os.waitstatus_to_exitcode(status) == 130
     assert told[-1] == "rehearse: interrupted; run the same command again to go on"
-    assert usage.ru_utime + usage.ru_stime - taken < 2.0
+    assert usage.ru_utime + usage.ru_stime - taken < 1.0
     assert not list(tmp_path.rglob("*.json"))
 
 
