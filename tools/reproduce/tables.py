@@ -119,7 +119,8 @@ _NOTE = (
 def _row(row: str, lengths: Sequence[int], cells: Sequence[Cell]) -> list[str]:
     ran = [cell for cell in cells if cell.rows.get(row)]
     n_seeds = {len(cell.rows[row]) for cell in ran}
-    label = _label(row) + (f" ({min(n_seeds)} seeds)" if n_seeds and max(n_seeds) > 1 else "")
+    seeds = " to ".join(map(str, sorted({min(n_seeds), max(n_seeds)}))) if n_seeds else ""
+    label = _label(row) + (f" ({seeds} seeds)" if n_seeds and max(n_seeds) > 1 else "")
     factor = "/".join(f"{cell.factors[row]:.3f}" for cell in ran) or "–"
     scores = [_shown(pooled([cell.score(row, [length]) for cell in ran])) for length in lengths]
     against = pooled([cell.difference(row, "longrope2", cell.window(LONG)) for cell in ran])

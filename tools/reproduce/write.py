@@ -79,6 +79,7 @@ def _setup(form: Form, cells: Sequence[Cell], steps: tuple[int, int], seconds: f
         f"Cells: {names}. The original window has {form.original_window_tokens} tokens.",
         f"Each row is trained with {form.seeds} {'seed' if form.seeds == 1 else 'seeds'}; each search runs with "
         f"{form.search_seeds}. Every row of a table has the same tokens, order of data, learning rate and steps.",
+        *_left(form, cells),
         *_base_sentences(cells),
         *([f"A row is trained on {' or '.join(f'{one:,}' for one in seen)} tokens."] if seen else []),
         *(["With one seed, the standard errors hold the documents alone."] if form.seeds == 1 else []),
@@ -91,6 +92,17 @@ def _setup(form: Form, cells: Sequence[Cell], steps: tuple[int, int], seconds: f
         "The paper does not say whether its baselines had mixed windows. Their loss of short scores speaks against it. "
         "So the methods stand here in both forms.",
     ]
+
+
+def _left(form: Form, cells: Sequence[Cell]) -> list[str]:
+    """What has run so far of each cell that is not complete."""
+    said = []
+    for cell in cells:
+        seeds = [len(cell.rows.get(key, ())) for key in form.rows]
+        if min(seeds) < form.seeds:
+            met = f"{sum(map(bool, seeds))} of {len(seeds)} rows, with {max(seeds)} of {form.seeds} seeds at most"
+            said.append(f"Not complete: {cell.name} has {met if any(seeds) else 'no row yet'}.")
+    return said
 
 
 def _base_sentences(cells: Sequence[Cell]) -> list[str]:
