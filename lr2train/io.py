@@ -171,10 +171,11 @@ def read_json(path: Path) -> Any:
 
 
 _SPACE = "free some, or set runs_folder to another disk, and run the same command again to go on"
+_NO_DISK = "set runs_folder, or the key of this path, to a disk that can be written"
 _REMEDIES = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
-    errno.EROFS: "set runs_folder, or the key of this path, to a disk that can be written",
+    errno.EROFS: _NO_DISK,
     errno.EACCES: "let this user read and write there, or set runs_folder, or the key of this path, to another place",
     errno.EPERM: "let this user read and write there, or set runs_folder, or the key of this path, to another place",
     errno.EFBIG: "raise the limit of a file's size (`ulimit -f`) or take another disk, and run the same command again",
@@ -186,7 +187,8 @@ _REMEDIES = {
 }
 """errno -> remedy, for the errors that a user can repair.
 
-ENOENT is missing: the reader of a file knows better what to do.
+ENOENT is missing: the reader of a file knows better what to do. Where a folder cannot be made, as in /proc, it is as
+EROFS.
 """
 
 
@@ -194,11 +196,19 @@ def for_user(error: BaseException) -> UserError | None:
     """An error as one sentence with the file and a remedy; None where a user cannot repair the cause."""
     if isinstance(error, UserError):
         return error
-    if not isinstance(error, OSError) or error.errno not in _REMEDIES:
+    if not isinstance(error, OSError):
+        return None
+    remedy = _NO_DISK if error.errno == errno.ENOENT and _makes_folder(error) else _REMEDIES.get(error.errno or 0)
+    if remedy is None:
         return None
     file = error.filename if error.filename is not None else _file_at_work(error)
     where = f"{os.fsdecode(file)}: " if isinstance(file, str | bytes | Path) else ""
-    return UserError(f"{where}{os.strerror(error.errno)}; {_REMEDIES[error.errno]}")
+    return UserError(f"{where}{os.strerror(error.errno or 0)}; {remedy}")
+
+
+def _makes_folder(error: OSError) -> bool:
+    """Whether the error rose where a folder was made, with its parents."""
+    return [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)][-1:] == ["mkdir"]
 
 
 def _file_at_work(error: OSError) -> str | None:

@@ -1,6 +1,7 @@
-"""Hashed files: the checksum does not depend on the order of reading."""
+"""Hashed files: the checksum does not depend on the order of reading. Errors of the disk as sentences."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,3 +31,12 @@ def test_tensors_are_hashed_while_they_are_read(tmp_path):
         assert file.checksum() == io.checksum(tmp_path / "file.pt")
     assert left_bytes < 10_000, "only the directory at the file's end is read a second time"
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence_and_a_missing_file_is_its_readers_concern(tmp_path):
+    with pytest.raises(FileNotFoundError) as refused:
+        Path("/proc/no/folder").mkdir(parents=True)
+    assert str(io.for_user(refused.value)).startswith("/proc/no: No such file or directory; set runs_folder")
+    with pytest.raises(FileNotFoundError) as missing:
+        (tmp_path / "none").read_text()
+    assert io.for_user(missing.value) is None

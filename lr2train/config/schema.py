@@ -610,7 +610,7 @@ class SearchConfig:
     # Upper bound of the tail, in multiples of s = L / L0.
     tail_high: float = number(2.0, above=0)
     # Factors below the critical index (rcd) in the space longrope2. ntk: lambda_rcd^(i / rcd), as in the paper. yarn:
-    # frequencies blend linearly as in YaRN, from 32 periods in L0 to the critical index; it was better on three bases.
+    # frequencies blend linearly as in YaRN, from 32 periods in L0 to the critical index; docs/RESULTS.md compares both.
     head: str = one_of(Head.yarn)
     # Fixes the critical index. null: searched between d10 and tcd.
     critical_index: int | None = number(None, least=1)

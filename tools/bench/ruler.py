@@ -234,6 +234,7 @@ def vt_again(text: str, answers: Sequence[str]) -> str:
 
 
 def chain_again(text: str, names: Sequence[str]) -> str:
+    """Noise and question of ``text``, with the chain of ``names`` made again at its places."""
     context = between(text, "following text.\n\n", "\nQuestion: ")
     places, lines = [], 0
     for line in context.split("\n"):
