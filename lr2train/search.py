@@ -19,7 +19,7 @@ import torch
 
 from lr2train import io, progress, ranks, run
 from lr2train.cli.door import main
-from lr2train.config import Config, UserError
+from lr2train.config import Algorithm, Config, UserError
 from lr2train.data.corpus import Corpus
 from lr2train.evolution.descent import descend
 from lr2train.evolution.documents import SearchDocument, digest, draw_documents
@@ -151,6 +151,11 @@ def _announce(job: run.Run, space: Space, fitness: Fitness) -> None:
         + (f"; {fitness.recovered} evaluations found in the journal" if fitness.recovered else "")
         + (f"; damaged lines taken out of it: {fitness.damaged}" if fitness.damaged else "")
     )
+    if settings.algorithm == Algorithm.gradient:
+        job.log(
+            "each generation of the descent reads other documents, so its perplexity rises and falls with them; the "
+            "final scores the finalists on documents of their own"
+        )
 
 
 def _dashboards(config: Config, history: History) -> list[Dashboard]:

@@ -188,6 +188,21 @@ def test_a_source_without_documents_of_a_window_is_reported_with_its_share(tmp_p
     assert "a has no long document, so the other sources take its share of 2000 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.0, "nothing is held out"), (0.1, "held out: only "), (0.5, "")], ids=str
+)
+def test_few_held_out_documents_are_said(share, said, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"text": "{number} {"a few words " * 20}"}}\n' for number in range(40))
+    )
+    sources = [SourceConfig(name="a", path=str(tmp_path / "a.jsonl"), windows=[SHORT])]
+    result = prepare(small(tmp_path / "runs", holdout=share, sources=sources))
+    held, printed = sum(source["holdout_documents"] for source in result["sources"]), capsys.readouterr().err
+    assert (held == 0, 0 < held < 8, held >= 8) == (share == 0.0, share == 0.1, share == 0.5)
+    assert said in printed
+    assert ("raise data.holdout" in printed) == bool(said)
+
+
 def test_a_given_tokenizer_folder_is_copied_unchanged(tmp_path):
     prepare(windowed(tmp_path / "first"))
     theirs = tmp_path / "theirs"

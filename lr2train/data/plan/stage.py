@@ -30,6 +30,7 @@ Log = Callable[[str], None]
 PLAN_JSON, PLAN_TEXT = "plan.json", "plan.txt"
 _WORTH_SAYING = 0.005  # share of its target by which a source or a bucket may miss the target without a log line
 _MUCH_PADDING = 0.02  # share of padding in short segments that is worth a log line
+_FEW_HELD_OUT = 8  # documents; fewer are worth a log line
 
 
 def ensure_segment_tables(
@@ -143,8 +144,13 @@ def _remarks(data: DataConfig, made: Sequence[dict[str, Any]], report: dict[str,
     """Log lines about results that a person may not expect."""
     if data.holdout == 1:
         yield "segments: all documents are held out; the corpus serves searches and evaluations, but no training"
-    elif not any(one["holdout_documents"] for one in made):
+    elif not (held := sum(one["holdout_documents"] for one in made)):
         yield "nothing is held out, so search and evaluate have no text; prepare more documents, or raise data.holdout"
+    elif held < _FEW_HELD_OUT:
+        yield (
+            f"held out: only {held} {'document' if held == 1 else 'documents'}; all text of search, validation and "
+            "evaluation comes from there, so their figures say little; prepare more documents, or raise data.holdout"
+        )
     for window in WINDOWS:
         if not report["windows"][window]["segments"] and data.holdout < 1:
             yield f"no {window} segment: its documents fill none; training will see the other window alone"
