@@ -26,7 +26,7 @@ from tools.reproduce.figures import Estimate
 from tools.reproduce.results import best_index, read
 from tools.reproduce.rows import ROWS, SEARCHES
 from tools.reproduce.steps import Step, steps_of
-from tools.reproduce.work import Driver, Journal
+from tools.reproduce.work import Driver, Journal, kind_of
 
 BASE = Base("base", "tiny_base")
 FORM = Form("quick", "runs", "tiny_4k", 64, ((BASE, 4),), ("yarn", "longrope2"), ("needle",), 2, 1)
@@ -152,6 +152,29 @@ def test_a_step_with_other_arguments_is_not_finished(tmp_path):
     again.read()
     assert again.has(step, tmp_path)
     assert not again.has(Step("c0", "train", ("lr=2",)), tmp_path)
+
+
+def test_the_time_of_a_step_is_that_of_its_own_kind_and_ratio(tmp_path):
+    journal = Journal(tmp_path / "done.jsonl")
+    for name, verb, seconds in (
+        ("base_a", "train", 300.0),
+        ("base_a_8x_yarn_s0", "train", 14.0),
+        ("base_b_8x_yarn_s0", "train", 16.0),
+        ("base_a_16x_yarn_s0", "train", 40.0),
+        ("base_a_8x_yarn_s0_scores", "evaluate", 20.0),
+    ):
+        journal.add(Step(name, verb, ()), [], seconds)
+    found = {kind: journal.seconds_of(kind) for kind in (("train", ""), ("train", "8x"), ("train", "16x"))}
+    assert found == {("train", ""): 300.0, ("train", "8x"): 15.0, ("train", "16x"): 40.0}
+    assert journal.seconds_of(kind_of("base_a_8x_map", "map_rcd")) is None
+
+
+def test_beyond_the_smallest_ratio_only_the_far_rows_run(tmp_path):
+    cells = ((BASE, 4), (BASE, 8))
+    form = Form("two", "runs", "tiny_4k", 64, cells, ("yarn", "text"), ("needle", "text"), 1, 1, far_rows=("yarn",))
+    names = {step.name for step in steps_of(form, tmp_path)}
+    assert {"base_4x_text_s0", "base_8x_yarn_s0", "base_4x_map"} <= names
+    assert not {"base_8x_text_s0", "base_8x_search_text_s0", "base_8x_map"} & names
 
 
 # ---- the statistics ----

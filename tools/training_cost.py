@@ -1,19 +1,20 @@
 """How many tokens does training need? Needle scores at the target window against the long tokens of a training.
 
-    python -m tools.training_cost --runs runs --out runs/training_cost [--rope rope=pi] [--seconds 540]
+    python -m tools.training_cost --runs runs/reproduce --out runs/training_cost [--rope rope=pi] [--seconds 540]
 
 Each cell is a run of ``lr2train train`` with a learning-rate schedule of its own: a kind of long segments, a number of
-steps, a seed. ``--runs`` is a folder in which the demo (``bash launch/demo.sh``) has left ``corpus``, ``base`` and
-``factors``. A finished cell stands in ``cells.jsonl`` and is not run again. After ``--seconds`` no further cell begins,
-and the same command goes on.
+steps, a seed. ``--runs`` is the folder in which ``bash launch/reproduce.sh quick`` has left the test bed's corpus, its
+first base model and that base's factors. A finished cell stands in ``cells.jsonl`` and is not run again. After
+``--seconds`` no further cell begins, and the same command goes on.
 
     full       segments of the target window, positions 0, 1, 2 …
+    settle     the same, ended by the rule of ``optim.settle_validations`` over needles; ``--steps`` is the limit
     skip       segments of a quarter of it whose positions jump: as many segments a step, a quarter of the tokens
     still      the same segments without the jumps: what do the jumps do?
     skip_wide  ``skip`` with as many tokens a step as ``full``
 
-All cells answer the same held-out documents, whose needles lie at random depths. An answer is right where greedy
-decoding produces it after the right answers before it.
+All cells answer the same held-out documents, whose needles and chains lie at random depths. An answer is right where
+greedy decoding produces it after the right answers before it.
 
 Choice: a curve of finished runs, not of the checkpoints of one run, because the end of a schedule is part of a
 training. Cost: the steps of all runs add up. The first table has standard errors over seeds. The second one compares
@@ -39,14 +40,18 @@ from typing import Any, NamedTuple
 from lr2train.cli.door import EXIT_BAD_INPUT
 from lr2train.config import UserError
 
-TARGET_TOKENS, PART = 4096, 4  # a segment of ``skip`` is this part of the target window
+EXPERIMENT, CORPUS, MODEL = "bed", "corpus_8x", "base_a/model"  # of the reproduction
+FACTORS = "base_a_8x_search_yarn_head_s0/factors.json"
+TARGET_TOKENS, PART = 2048, 4  # a segment of ``skip`` is this part of the target window
 KINDS = {
     "full": (TARGET_TOKENS, 2),  # tokens of a segment, segments a step; half of the segments are long
+    "settle": (TARGET_TOKENS, 2),
     "skip": (TARGET_TOKENS // PART, 2),
     "still": (TARGET_TOKENS // PART, 2),
     "skip_wide": (TARGET_TOKENS // PART, 2 * PART),
 }
-DOCUMENTS, QUESTIONS, NEEDLES = 8, 25, 60
+SETTLE = ("optim.settle_validations=3", "engine.validate_every_steps=10", "engine.validate_needles=8")
+DOCUMENTS, QUESTIONS, CHAINS, NEEDLES = 40, 8, 4, 24
 PRELOAD = ["lr2train.train", "transformers.models.llama.modeling_llama", "deepspeed.runtime.zero.stage3"]
 Json = dict[str, Any]
 
@@ -91,11 +96,11 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True, help="folder with corpus, base and factors of the demo")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the reproduction's runs")
     parser.add_argument("--out", type=Path, required=True, help="folder of the cells")
     parser.add_argument("--rope", default="", help="overrides of the RoPE scaling; empty: the searched factors")
     parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--steps", default="0,5,10,20,40,80", help="0: the untrained model")
+    parser.add_argument("--steps", default="0,8,15,30,60,120,240", help="0: the untrained model")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--train", default="", help="further overrides of every training")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further cell after this time")
@@ -132,12 +137,13 @@ def _run_cell(given: argparse.Namespace, cell: Cell) -> None:
     torch.set_num_threads(1)
     seconds = _trained(given, cell) if cell.steps else 0.0
     folder = given.out / cell.name
-    found = _scored(given, cell, folder / "model" if cell.steps else given.runs / "base/model")
+    found = _scored(given, cell, folder / "model" if cell.steps else given.runs / MODEL)
     lines = _read(folder / "metrics.jsonl")
     segment_tokens, segments_per_step = KINDS[cell.kind]
     n_long = sum(line["window_mix"] * segments_per_step for line in lines if "window_mix" in line)
     line = cell._asdict() | found | {
-        "long_tokens": round(n_long * segment_tokens), "train_s": round(seconds, 1),
+        "ended": lines[-1]["step"] if lines else 0, "long_tokens": round(n_long * segment_tokens),
+        "train_s": round(seconds, 1),
         "heldout_loss_long": lines[-1]["heldout_loss_long"] if lines else None,
     }  # fmt: skip
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -154,8 +160,9 @@ def _trained(given: argparse.Namespace, cell: Cell) -> float:
 
     if cell.kind == "still":
         loader.drawn_jumps = lambda *_: ()
-    corpus = given.runs / "corpus" if cell.kind == "full" else _rows(given)
     segment_tokens, segments_per_step = KINDS[cell.kind]
+    whole = segment_tokens == TARGET_TOKENS
+    corpus = given.runs / CORPUS if whole else _rows(given)
     begun = time.monotonic()
     train(
         compose(
@@ -163,10 +170,10 @@ def _trained(given: argparse.Namespace, cell: Cell) -> float:
             [
                 *_model(given, cell), f"name={cell.name}", f"data.path={corpus}", f"seed={cell.seed}", "threads=1",
                 f"data.segment_tokens={segment_tokens}", f"optim.segments_per_step={segments_per_step}",
-                f"data.long_positions={'full' if cell.kind == 'full' else 'skip'}", f"optim.steps={cell.steps}",
+                f"data.long_positions={'full' if whole else 'skip'}", f"optim.steps={cell.steps}",
                 f"optim.warmup_steps={max(1, cell.steps // 10)}", "parallel.sp=1", "logger=jsonl",
-                "engine.checkpoint_every_steps=20", "engine.validate_segments=1", "engine.validate_every_steps=1000",
-                *given.train.split(),
+                "engine.checkpoint_every_steps=100", "engine.validate_segments=2", "engine.validate_every_steps=1000",
+                *(SETTLE if cell.kind == "settle" else ()), *given.train.split(),
             ],
         )
     )  # fmt: skip
@@ -174,9 +181,15 @@ def _trained(given: argparse.Namespace, cell: Cell) -> float:
 
 
 def _model(given: argparse.Namespace, cell: Cell) -> list[str]:
-    factors = "null" if cell.rope else f"{given.runs}/factors/factors.json"
-    model = f"model.path={given.runs}/base/model"
-    return ["experiment=tiny_4k", f"runs_folder={given.out}", model, *cell.rope.split(), f"rope.factors={factors}"]
+    factors = "null" if cell.rope else given.runs / FACTORS
+    model = f"model.path={given.runs / MODEL}"
+    return [
+        f"experiment={EXPERIMENT}",
+        f"runs_folder={given.out}",
+        model,
+        *cell.rope.split(),
+        f"rope.factors={factors}",
+    ]
 
 
 def _rows(given: argparse.Namespace) -> Path:
@@ -186,16 +199,16 @@ def _rows(given: argparse.Namespace) -> Path:
 
     folder = given.out / "corpus_rows"
     options = {
-        "lengths_tokens": [TARGET_TOKENS // PART], "count": 180 * PART, "max_pairs": 100 // PART,
-        "questions": 100 // PART,
+        "lengths_tokens": [TARGET_TOKENS // PART], "count": 140 * PART, "max_pairs": 60 // PART,
+        "questions": 40 // PART, "chains": 8 // PART,
     }  # fmt: skip
     if not (folder / "corpus.json").exists():
         prepare(
             compose(
                 "prepare",
                 [
-                    "experiment=tiny_4k", f"runs_folder={given.out}", f"name={folder.name}", "data.workers=1",
-                    f"model.path={given.runs}/base/model", f"data.tokenizer={given.runs}/corpus/tokenizer",
+                    f"experiment={EXPERIMENT}", f"runs_folder={given.out}", f"name={folder.name}", "data.workers=1",
+                    f"model.path={given.runs / MODEL}", f"data.tokenizer={given.runs / CORPUS}/tokenizer",
                     f"data.segment_tokens={TARGET_TOKENS // PART}",
                     *(f"data.sources.needles_long.options.{key}={value}" for key, value in options.items()),
                 ],
@@ -215,15 +228,15 @@ def _scored(given: argparse.Namespace, cell: Cell, model_folder: Path) -> Json:
     from lr2train.rope.methods import build
     from lr2train.run import stream
 
-    corpus = Corpus.open(given.runs / "corpus")
-    config = compose("train", [*_model(given, cell), "name=x", f"data.path={given.runs}/corpus"])
+    corpus = Corpus.open(given.runs / CORPUS)
+    config = compose("train", [*_model(given, cell), "name=x", f"data.path={given.runs / CORPUS}"])
     factors = build(config.rope, load.spectrum_of(load.config_of(config.model), config.model))
     model = load.load_whole(model_folder)
     table, needles, rng = rotary.install(model, factors), config.data.needles, stream(0, "training cost")
     maker = NeedleMaker(corpus.tokenizer.encode, needles.wording, needles.digits, corpus.tokenizer.bos, None)
     right, losses = [], []  # of each document: the share of right answers, and nats per answer token
     for filler in corpus.text(HOLDOUT).draw_apart(rng, DOCUMENTS, TARGET_TOKENS):
-        one = maker.make(rng, filler, TARGET_TOKENS, None, NEEDLES, QUESTIONS)
+        one = maker.make(rng, filler, TARGET_TOKENS, None, NEEDLES, QUESTIONS, CHAINS)
         found = score(model, table, "long", one.tokens, one.answer_spans)
         hits = zip(found.right, one.answer_spans, strict=True)
         right.append(statistics.fmean(n == stop - start for n, (start, stop) in hits))
@@ -242,13 +255,15 @@ def _read(file: Path) -> list[Json]:
 
 def table(cells: Sequence[Json]) -> str:
     """A line for each kind and number of steps: mean and standard error over the seeds."""
-    head = ("rope", "kind", "steps", "seeds", "long tokens", "accuracy", "answer loss", "held-out long loss", "seconds")
+    head = ("rope", "kind", "steps", "ended after", "seeds", "long tokens", "accuracy", "answer loss")
+    head = (*head, "held-out long loss", "seconds")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for key in dict.fromkeys((one["rope"], one["kind"], one["steps"]) for one in cells):
         group = [one for one in cells if (one["rope"], one["kind"], one["steps"]) == key]
         spreads = [_spread([one[name] for one in group]) for name in ("accuracy", "answer_nll", "heldout_loss_long")]
         tokens, seconds = (statistics.fmean(one[name] for one in group) for name in ("long_tokens", "train_s"))
-        shown = (key[0] or "searched", *key[1:], len(group), f"{tokens:,.0f}", *spreads, f"{seconds:.0f}")
+        ended = ", ".join(map(str, sorted({one["ended"] for one in group})))
+        shown = (key[0] or "searched", *key[1:], ended, len(group), f"{tokens:,.0f}", *spreads, f"{seconds:.0f}")
         lines.append("| " + " | ".join(map(str, shown)) + " |")
     return "\n".join(lines)
 

@@ -42,6 +42,7 @@ class Form:
         original_window_tokens: L0 of all bases.
         cells: (base, extension ratio), each with a set of rows.
         rows: keys of ``rows.ROWS``.
+        far_rows: those that run at other ratios than the smallest, where a row costs several times as much.
         searches: keys of ``rows.SEARCHES``.
         seeds: trainings of each row.
         search_seeds: searches of each kind; seed n of a row takes the factors of search n modulo this number.
@@ -62,6 +63,7 @@ class Form:
     training: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ()
     map_rcd: tuple[str, ...] = ()
+    far_rows: tuple[str, ...] = ()
 
     @property
     def bases(self) -> list[Base]:
@@ -72,6 +74,10 @@ class Form:
     def ratios(self) -> list[int]:
         """Every extension ratio once, ascending."""
         return sorted({ratio for _, ratio in self.cells})
+
+    def rows_at(self, ratio: int) -> tuple[str, ...]:
+        """Keys of the rows that run at a ratio."""
+        return self.rows if ratio == self.ratios[0] else self.far_rows
 
     def corpus(self, ratio: int) -> str:
         """Name of the corpus whose segments are L tokens."""
@@ -111,9 +117,9 @@ _A, _B = _base("base_a", 1), _base("base_b", 1, "model=bed_b", "seed=1")
 _QUARTER, _FOUR = _base("base_a_quarter", 0.25), _base("base_a_four", 4)
 _METHODS = ("longrope2", "yarn", "ntk", "pi", "longrope")
 _ABLATIONS = ("ntk_rcd", "yarn_rcd", "text", "all_dims")
+_TABLE_2 = (*_METHODS, *(f"{one}_shared" for one in _METHODS[1:]))
 _ROWS = (
-    *_METHODS,
-    *(f"{one}_shared" for one in _METHODS[1:]),
+    *_TABLE_2,
     "longrope2_one_table",
     *_ABLATIONS,
     *(f"{one}_shared" for one in _ABLATIONS),
@@ -153,6 +159,7 @@ FORMS = {
         cells=((_A, 8), (_B, 8), (_QUARTER, 8), (_FOUR, 8), (_A, 16), (_B, 16)),
         seeds=3,
         search_seeds=3,
+        far_rows=(*_TABLE_2, "yarn_head"),
         **_SAME,
     ),
 }

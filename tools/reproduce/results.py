@@ -123,7 +123,7 @@ def _cell(form: Form, base: Base, ratio: int, runs: Path) -> Cell:
     if (file := runs / base.name / "train.json").exists():
         trained = io.read_json(file)
         cell.base_training = trained["steps"], trained["tokens_seen"]
-    for key in form.rows:
+    for key in form.rows_at(ratio):
         for seed in range(form.seeds):
             folder = runs / f"{name}_{key}_s{seed}"
             if (folder / "evaluate.json").exists():

@@ -134,15 +134,16 @@ def _of_seed(form: Form, base: Base, ratio: int, seed: int, runs: Path) -> Itera
     yield _search(form, base, ratio, "needle", seed, runs)
     if seed == 0:
         yield _untrained(form, base, ratio, runs)
-    for row in (ROWS[key] for key in form.rows):
+    for row in (ROWS[key] for key in form.rows_at(ratio)):
         if row.factors:
             yield _search(form, base, ratio, row.factors, seed, runs)
         yield from _of_row(form, base, ratio, row, seed, runs)
 
 
 def _of_hypothesis(form: Form, base: Base, ratio: int, runs: Path) -> Iterator[Step]:
-    """Searches of the critical index, and its map."""
-    yield _map(form, base, ratio, runs)
+    """Searches of the critical index, and its map at the smallest ratio."""
+    if ratio == form.ratios[0]:
+        yield _map(form, base, ratio, runs)
     yield from (_search(form, base, ratio, "needle", seed, runs) for seed in range(form.search_seeds))
 
 

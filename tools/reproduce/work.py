@@ -15,6 +15,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import signal
 import statistics
 import sys
@@ -66,6 +67,12 @@ def forked(verb: str, arguments: Sequence[str], log: Path) -> BaseProcess:
     return context.Process(target=run_step, args=(verb, list(arguments), log))
 
 
+def kind_of(name: str, verb: object) -> tuple[str, str]:
+    """What decides how long a step takes: its verb and its extension ratio; the training of a base has none."""
+    ratio = re.search(r"_(\d+x)(_|$)", name)
+    return str(verb), ratio[1] if ratio else ""
+
+
 @dataclass
 class Journal:
     """Finished steps with their arguments and seconds; lines survive a kill."""
@@ -96,9 +103,11 @@ class Journal:
         """Seconds of a finished step."""
         return float(str(self.known[step.name]["seconds"]))
 
-    def seconds_of(self, verb: str) -> float | None:
-        """Median seconds of the finished steps of a verb."""
-        found = [float(str(line["seconds"])) for line in self.known.values() if line["verb"] == verb]
+    def seconds_of(self, kind: tuple[str, str]) -> float | None:
+        """Median seconds of the finished steps of a kind."""
+        found = [
+            float(str(line["seconds"])) for name, line in self.known.items() if kind_of(name, line["verb"]) == kind
+        ]
         return statistics.median(found) if found else None
 
 
@@ -146,12 +155,11 @@ class Driver:
         before = {one: signal.signal(one, _interrupt) for one in (signal.SIGTERM, signal.SIGHUP)}
         try:
             waits = self._start_ready()
-            total = sum(map(self._expected, self._steps))
             with progress.meter("reproduce", self._done_s()) as tick:
                 while waits or self._running:
                     self._collect()
                     waits = self._start_ready()
-                    tick(self._done_s(), total, self._note())
+                    tick(self._done_s(), sum(map(self._expected, self._steps)), self._note())
         except KeyboardInterrupt:
             self.outcome.interrupted = True
             self._stop()
@@ -260,8 +268,13 @@ class Driver:
         return done + sum(min(seconds, expected) for seconds, expected in spent)
 
     def _expected(self, step: Step) -> float:
-        """Seconds that a step takes: as the finished ones of its verb, else a guess."""
-        return self.journal.seconds_of(step.verb) or {"train": 120.0, "evaluate": 40.0}.get(step.verb, 90.0)
+        """Seconds that a step takes: as the finished ones of its kind, else a guess."""
+        verb, ratio = kind = kind_of(step.name, step.verb)
+        guess = {"train": 15.0 if ratio else 300.0, MAP: 90.0}.get(verb, 20.0)
+        longer = int(ratio.removesuffix("x")) / 8 if ratio else 1.0
+        return (
+            self.journal.seconds_of(kind) or guess * longer**1.5
+        )  # products grow by the length, attention by its square
 
 
 def _interrupt(*_: object) -> None:

@@ -77,6 +77,7 @@ def _setup(form: Form, cells: Sequence[Cell], steps: tuple[int, int], seconds: f
         f"The {form.name} form, made by `{command_of(form)}`: {steps[0]} of {steps[1]} steps are finished, which took "
         f"{seconds / 3600:.1f} hours in one process.",
         f"Cells: {names}. The original window has {form.original_window_tokens} tokens.",
+        *([f"Beyond {form.ratios[0]}x the methods of Table 2 run, and no ablation."] if len(form.ratios) > 1 else []),
         f"Each row is trained with {form.seeds} {'seed' if form.seeds == 1 else 'seeds'}; each search runs with "
         f"{form.search_seeds}. Every row of a table has the same tokens, order of data, learning rate and steps.",
         *_left(form, cells),
@@ -98,7 +99,7 @@ def _left(form: Form, cells: Sequence[Cell]) -> list[str]:
     """What has run so far of each cell that is not complete."""
     said = []
     for cell in cells:
-        seeds = [len(cell.rows.get(key, ())) for key in form.rows]
+        seeds = [len(cell.rows.get(key, ())) for key in form.rows_at(cell.ratio)]
         if min(seeds) < form.seeds:
             met = f"{sum(map(bool, seeds))} of {len(seeds)} rows, with {max(seeds)} of {form.seeds} seeds at most"
             said.append(f"Not complete: {cell.name} has {met if any(seeds) else 'no row yet'}.")
