@@ -266,10 +266,10 @@ def test_activations_by_hand(llama):
     assert memory.loss_bytes(4096, 128256, 4096, t, 2) == chunk
     assert memory.loss_bytes(4096, 128256, 10**9, 7, 2) == memory.loss_bytes(4096, 128256, 7, 7, 2)
     norms, attention, mlp = 2 * 8 * 4096, 2 * (2 * 32 + 2 * 8) * 128, 8 * 14336
-    assert memory.layer_saved_bytes(llama, 1, 2, 1) == norms + 2 * 4096 + attention + mlp
-    assert memory.layer_saved_bytes(llama, 1, 2, 8) == norms + 2 * 4096 + attention + 2 * 32 * 128 + mlp
+    assert memory.layer_saved_bytes(llama, 1, 2, 1) == norms + attention + mlp
+    assert memory.layer_saved_bytes(llama, 1, 2, 8) == norms + attention + 2 * 32 * 128 + mlp
     repeated = 2 * (3 * 32 + 2 * 16) * 128  # 8 key heads repeated to 16 for 16 ranks
-    assert memory.layer_saved_bytes(llama, 1, 2, 16) == norms + 2 * 4096 + repeated + mlp
+    assert memory.layer_saved_bytes(llama, 1, 2, 16) == norms + repeated + mlp
     assert memory.checkpoint_bytes(llama.parameters, 2) == 14 * llama.parameters
 
 
@@ -409,7 +409,7 @@ def test_a_layer_peaks_where_the_formula_says(recompute, tile):
     formula = memory.layer_saved_bytes(counts, tokens, 2, 1, tile or None)
     formula += memory.layer_flight_bytes(counts, tokens, 2, tile or None)
     formula += sum(weight.nbytes for weight in lm.base_model.layers[0].parameters())  # their gradients
-    measured = live.peak + x.nbytes + grad.nbytes
+    measured = live.peak + grad.nbytes - out.nbytes  # inputs and outputs of layers are counted elsewhere
     assert measured <= formula <= 1.2 * measured
 
 
