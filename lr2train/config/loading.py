@@ -182,7 +182,7 @@ def _check(key: str, one: Field[Any], value: Any) -> None:
         )
     for name, item, usual in _numbers(key, value, default):
         if (why := limits.why_not(item)) is not None:
-            raise UserError(f"{name}={item} {why}; set {name} to {limits.nearest(item, usual)}")
+            raise UserError(f"{name}={as_typed(item)} {why}; set {name} to {limits.nearest(item, usual)}")
 
 
 def _numbers(key: str, value: Any, default: Any) -> Iterator[tuple[str, float, Any]]:
@@ -305,7 +305,7 @@ def _check_zero(config: Config) -> None:
         value = _value_at(config.engine.deepspeed, path)
         if stage < least and value is not None and used(value):
             raise UserError(
-                f"engine.deepspeed.{path}={value} has no effect with engine.zero_stage={stage}; set "
+                f"engine.deepspeed.{path}={as_typed(value)} has no effect with engine.zero_stage={stage}; set "
                 f"engine.zero_stage to {least}"
             )
 
