@@ -8,7 +8,7 @@ prints the same figures as tables.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lr2train.model.flops import TRAINING
 from lr2train.planning import cost, memory
 from lr2train.planning.counts import ModelCounts, counts_of, hf_config_of
 from lr2train.planning.memory import GIB, MemoryItem, MemorySetting
+from lr2train.planning.remedies import remedies
 from lr2train.planning.tables import show
 from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, workload_of
 from lr2train.rope.factors import refuse_target
@@ -48,6 +49,7 @@ def plan(config: Config) -> dict[str, Any]:
     counts = counts_of(hf_config, config.model)
     refuse_target(config.rope.target_window_tokens, counts.window_tokens)
     tiled_mlp.refuse_config(hf_config, config.engine.tile_mlp)
+    given = config
     config, recompute = memory.with_recompute(config, counts)
     dp_size = config.hardware.gpus // config.parallel.sp
     accumulation = accumulation_of(config, dp_size)
@@ -59,7 +61,7 @@ def plan(config: Config) -> dict[str, Any]:
     result = {
         "model": _model(counts, config),
         "parallel": _parallel(config, dp_size, accumulation) | _attention(hf_config, workload, config),
-        "memory": _memory(counts, config) | {"recompute": recompute},
+        "memory": _with_remedies(_memory(counts, config) | {"recompute": recompute}, given, counts, hf_config),
         "work": _work(workload, config),
         "cost": _cost(counts, workload, config),
         "search": _search(counts, config),
@@ -138,6 +140,12 @@ def _memory(counts: ModelCounts, config: Config) -> dict[str, Any]:
         "checkpoint_gib": memory.checkpoint_bytes(counts.parameters, memory.WEIGHT_BYTES[config.model.dtype]) / GIB,
         "checkpoints_kept": config.engine.keep_checkpoints,
     }
+
+
+def _with_remedies(found: dict[str, Any], given: Config, counts: ModelCounts, hf_config: Any) -> dict[str, Any]:
+    """Adds ``remedies``, the settings that would fit, and ``closest``, where none of them does."""
+    fitting, closest = ([], None) if found["fits"] else remedies(given, counts, hf_config)
+    return found | {"remedies": [asdict(one) for one in fitting], "closest": asdict(closest) if closest else None}
 
 
 def _host_gib(items: list[MemoryItem], config: Config) -> float:

@@ -19,7 +19,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from lr2train.planning.counts import counts_of, hf_config_of
 from lr2train.planning.memory import GIB, MemorySetting, training_items, with_recompute
 from lr2train.planning.rehearsal import StepShape, gpu_like
 from lr2train.planning.rehearsal_tables import show
+from lr2train.planning.remedies import settings
 from lr2train.planning.roofline import ASSUMPTIONS, GPUS
 from lr2train.planning.timeline import GATHERED, Timeline
 from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, workload_of
@@ -279,7 +280,8 @@ def _without_log() -> Iterator[None]:
 def _compared(config: Config, hf_config: Any) -> list[dict[str, Any]]:
     peak, seconds = _estimate(config, hf_config)
     found = []
-    for text, other in _candidates(config):
+    for change in settings(config):
+        text, other = change.text, change.of(config)
         try:
             other_peak, other_seconds = _estimate(other, hf_config)
         except UserError as refused:
@@ -296,26 +298,6 @@ def _compared(config: Config, hf_config: Any) -> list[dict[str, Any]]:
             }
         )
     return sorted(found, key=lambda one: one.get("peak_gib", math.inf))
-
-
-def _candidates(config: Config) -> list[tuple[str, Config]]:
-    engine, sp = config.engine, config.parallel.sp
-    sizes = [size for size in (sp // 2, 2 * sp) if size and config.hardware.gpus % size == 0]
-    found = [(f"parallel.sp={size}", replace(config, parallel=replace(config.parallel, sp=size))) for size in sizes]
-    ways = ("keep_attention", "layer") if engine.offload_inputs else ("none", "keep_attention", "layer")
-    changed: list[dict[str, Any]] = [
-        *({"recompute": value} for value in ways if value != engine.recompute),
-        {"loss_chunk_tokens": max(1, engine.loss_chunk_tokens // 4)},
-        {"tile_mlp": engine.loss_chunk_tokens} if not engine.tile_mlp else {"tile_mlp": 0},
-        *([{"reduce_dtype": "bfloat16"}] if engine.reduce_dtype != "bfloat16" else []),
-    ]
-    for keys in changed:
-        text = " ".join(f"engine.{key}={value}" for key, value in keys.items())
-        found.append((text, replace(config, engine=replace(engine, **keys))))
-    key = "zero_optimization.reduce_bucket_size"
-    zero = {"zero_optimization": {**engine.deepspeed.get("zero_optimization", {}), "reduce_bucket_size": 50_000_000}}
-    smaller = replace(engine, deepspeed={**engine.deepspeed, **zero})
-    return [*found, (f"engine.deepspeed.{key}=5e7", replace(config, engine=smaller))]
 
 
 def _estimate(config: Config, hf_config: Any) -> tuple[float, float]:

@@ -267,7 +267,8 @@ def _announce(job: run.Run, training: Training, factors: Factors, done: int) -> 
     job.log(
         f"{parameters / 1e6:.2f}M parameters, window {factors.spectrum.window_tokens} -> "
         f"{factors.target_window_tokens} by {factors.method}, "
-        f"{mesh.world} ranks (dp {mesh.dp_size} x sp {mesh.sp_size}), ZeRO-{config.engine.zero_stage}, "
+        f"{mesh.world} rank{'s' * (mesh.world > 1)} (dp {mesh.dp_size} x sp {mesh.sp_size}), "
+        f"ZeRO-{config.engine.zero_stage}, "
         f"{training.total_steps} steps of {config.optim.segments_per_step} segments"
         + (f", resuming after step {done}" if done else "")
     )

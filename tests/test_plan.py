@@ -266,10 +266,10 @@ def test_activations_by_hand(llama):
     assert memory.loss_bytes(4096, 128256, 4096, t, 2) == chunk
     assert memory.loss_bytes(4096, 128256, 10**9, 7, 2) == memory.loss_bytes(4096, 128256, 7, 7, 2)
     norms, attention, mlp = 2 * 8 * 4096, 2 * (2 * 32 + 2 * 8) * 128, 8 * 14336
-    assert memory.layer_saved_bytes(llama, 1, 2, 1) == norms + 2 * 4096 + attention + mlp
-    assert memory.layer_saved_bytes(llama, 1, 2, 8) == norms + 2 * 4096 + attention + 2 * 32 * 128 + mlp
+    assert memory.layer_saved_bytes(llama, 1, 2, 1) == norms + attention + mlp
+    assert memory.layer_saved_bytes(llama, 1, 2, 8) == norms + attention + 2 * 32 * 128 + mlp
     repeated = 2 * (3 * 32 + 2 * 16) * 128  # 8 key heads repeated to 16 for 16 ranks
-    assert memory.layer_saved_bytes(llama, 1, 2, 16) == norms + 2 * 4096 + repeated + mlp
+    assert memory.layer_saved_bytes(llama, 1, 2, 16) == norms + repeated + mlp
     assert memory.checkpoint_bytes(llama.parameters, 2) == 14 * llama.parameters
 
 
@@ -409,7 +409,7 @@ def test_a_layer_peaks_where_the_formula_says(recompute, tile):
     formula = memory.layer_saved_bytes(counts, tokens, 2, 1, tile or None)
     formula += memory.layer_flight_bytes(counts, tokens, 2, tile or None)
     formula += sum(weight.nbytes for weight in lm.base_model.layers[0].parameters())  # their gradients
-    measured = live.peak + x.nbytes + grad.nbytes
+    measured = live.peak + grad.nbytes - out.nbytes  # inputs and outputs of layers are counted elsewhere
     assert measured <= formula <= 1.2 * measured
 
 
@@ -504,7 +504,31 @@ def test_a_model_that_does_not_fit_is_reported(tmp_path, capsys):
     few = ("hardware.gpus=1", "parallel.sp=1", "optim.segments_per_step=1")
     result = plan(composed("experiment=llama3_8b_128k", *few, f"runs_folder={tmp_path}"))
     assert not result["memory"]["fits"]
-    assert "does not fit" in capsys.readouterr().out
+    assert "does not fit by" in capsys.readouterr().out
+    for one in result["memory"]["remedies"]:
+        changed = plan(composed("experiment=llama3_8b_128k", *few, *one["settings"].split(), f"runs_folder={tmp_path}"))
+        assert changed["memory"]["fits"], one
+        assert changed["memory"]["total_gib"] == pytest.approx(one["total_gib"]), one
+
+
+def test_the_remedies_of_a_small_shortage_are_single_settings_that_fit(tmp_path, capsys):
+    """LLaMA3-8B on 64 GPUs takes 19.8 GiB with recompute=layer, and a GPU of 21 GiB leaves 18.9."""
+    small = ("experiment=llama3_8b_128k", "hardware.gpu_memory_gib=21", f"runs_folder={tmp_path}")
+    found = plan(composed(*small))["memory"]
+    assert found["remedies"] and found["closest"] is None
+    assert "GiB)" in capsys.readouterr().out
+    for one in found["remedies"]:
+        assert " " not in one["settings"]
+        changed = plan(composed(*small, one["settings"]))["memory"]
+        assert changed["fits"] and changed["total_gib"] == pytest.approx(one["total_gib"]), one
+
+
+def test_what_nothing_remedies_says_by_how_much_the_best_misses(tmp_path, capsys):
+    tiny = ("hardware.gpu_memory_gib=2", f"runs_folder={tmp_path}")
+    found = plan(composed("experiment=llama3_8b_128k", *tiny))["memory"]
+    assert found["remedies"] == []
+    assert found["closest"]["total_gib"] < found["total_gib"]
+    assert "misses by" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_model_that_is_not_extended_has_no_search(tmp_path):

@@ -70,7 +70,7 @@ def configured(verb: str) -> Config | None:
         UserError: the command line is refused.
         SystemExit: a job of a sweep failed.
     """
-    flags = _flags([one for one in sys.argv[1:] if not one.startswith("--local_rank")])
+    flags = _flags(verb, [one for one in sys.argv[1:] if not one.startswith("--local_rank")])
     shows = not flags.help and (flags.hydra_help or flags.cfg or flags.info or flags.shell_completion)
     if flags.multirun and not flags.help and not shows:
         _run_all(verb, flags)
@@ -216,7 +216,7 @@ def _show_log() -> None:
         logging.getLogger("lr2train").setLevel(logging.INFO)
 
 
-def _flags(arguments: Sequence[str]) -> Namespace:
+def _flags(verb: str, arguments: Sequence[str]) -> Namespace:
     """Parse Hydra's flags; flags may stand anywhere among the overrides.
 
     Raises:
@@ -224,7 +224,9 @@ def _flags(arguments: Sequence[str]) -> Namespace:
     """
     from hydra._internal.utils import get_args_parser
 
-    flags = get_args_parser().parse_intermixed_args(arguments)
+    parser = get_args_parser()
+    parser.prog = f"lr2train {verb}"  # else the name of a file
+    flags = parser.parse_intermixed_args(arguments)
     for name, sentence in _REFUSED.items():
         if getattr(flags, name) is not None:
             raise UserError(sentence)

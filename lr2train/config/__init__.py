@@ -8,8 +8,8 @@ once, at the top of a verb. Nothing here imports another part of lr2train, and e
 
 from pathlib import Path
 
-from lr2train.config.fields import Limits, UserError
-from lr2train.config.loading import load, runs_of, to_dict, typed_key
+from lr2train.config.fields import Limits, UserError, as_typed
+from lr2train.config.loading import load, refuse_together, runs_of, to_dict, typed_key
 from lr2train.config.schema import (
     NEEDLE_NAMES,
     SLOPE_FORWARDS,
@@ -108,8 +108,10 @@ __all__ = [
     "WandbMode",
     "WeightsOf",
     "Window",
+    "as_typed",
     "load",
     "reads",
+    "refuse_together",
     "runs_of",
     "to_dict",
     "typed_key",

@@ -17,6 +17,17 @@ class UserError(ValueError):
     """
 
 
+def as_typed(value: Any) -> str:
+    """A value as a user types it on the command line, for messages: null, true, ``[1,2]``, an Enum's member by name."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(as_typed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{as_typed(one)}' for key, one in value.items())}}}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return value.name if isinstance(value, Enum) else str(value)
+
+
 @dataclass(frozen=True)
 class Limits:
     """The numbers that a field takes. In a list or a dictionary every number has to keep the limits."""

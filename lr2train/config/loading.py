@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from lr2train.config.fields import UserError
+from lr2train.config.fields import UserError, as_typed
 from lr2train.config.gpus import PEAKS_TFLOPS, peak_tflops
 from lr2train.config.plugins import is_plugin
 from lr2train.config.schema import Config
@@ -42,10 +42,19 @@ def load(composed: DictConfig, verb: str) -> Config:
         if reads(verb, key):
             _check(key, one, value)
     _with_members(config)
+    refuse_together(config, verb)
+    return config
+
+
+def refuse_together(config: Config, verb: str) -> None:
+    """Refuse values that do not go together, and fill in a key that others decide.
+
+    Raises:
+        UserError: two keys that the verb reads contradict each other.
+    """
     for verbs, check in _TOGETHER:
         if verb in verbs:
             check(config)
-    return config
 
 
 def runs_of(run: str | None) -> list[str]:
@@ -163,17 +172,17 @@ def _check(key: str, one: Field[Any], value: Any) -> None:
         names = list(choices.__members__)
         close = difflib.get_close_matches(str(value), names, n=1) or names
         shown = ", ".join((["null"] if one.default is None else []) + names)
-        raise UserError(f"{key}={value} is not one of {shown}; set {key} to {close[0]}")
+        raise UserError(f"{key}={as_typed(value)} is not one of {shown}; set {key} to {close[0]}")
     if limits is None or value is None:
         return
     default = one.default_factory() if callable(one.default_factory) else one.default
     if limits.count is not None and len(value) != limits.count:
         raise UserError(
-            f"{key}={_typed(value)} holds {len(value)} of {limits.count} numbers; set {key} to {_typed(default)}"
+            f"{key}={as_typed(value)} holds {len(value)} of {limits.count} numbers; set {key} to {as_typed(default)}"
         )
     for name, item, usual in _numbers(key, value, default):
         if (why := limits.why_not(item)) is not None:
-            raise UserError(f"{name}={item} {why}; set {name} to {limits.nearest(item, usual)}")
+            raise UserError(f"{name}={as_typed(item)} {why}; set {name} to {limits.nearest(item, usual)}")
 
 
 def _numbers(key: str, value: Any, default: Any) -> Iterator[tuple[str, float, Any]]:
@@ -185,11 +194,6 @@ def _numbers(key: str, value: Any, default: Any) -> Iterator[tuple[str, float, A
         yield from ((f"{key}.{name}", item, None) for name, item in value.items())
     else:
         yield key, value, default
-
-
-def _typed(numbers: Any) -> str:
-    """A list as the command line takes it without quotes."""
-    return f"[{','.join(map(str, numbers))}]"
 
 
 _NAME = re.compile(r"\w[\w.+=-]*")  # one folder, inside runs_folder, that no shell or pattern trips over
@@ -301,7 +305,7 @@ def _check_zero(config: Config) -> None:
         value = _value_at(config.engine.deepspeed, path)
         if stage < least and value is not None and used(value):
             raise UserError(
-                f"engine.deepspeed.{path}={value} has no effect with engine.zero_stage={stage}; set "
+                f"engine.deepspeed.{path}={as_typed(value)} has no effect with engine.zero_stage={stage}; set "
                 f"engine.zero_stage to {least}"
             )
 

@@ -622,8 +622,9 @@ class SearchConfig:
     attention_factor_low: float = number(1.0, above=0)
     # Upper bound of the searched attention factor.
     attention_factor_high: float = number(1.4, above=0)
-    # Tokens of a forward chunk with a key-value cache, where activations of a whole window do not fit. gradient: above
-    # 0, the backward pass computes each layer again. 0: whole.
+    # Saves memory where the activations of a whole window do not fit. Two effects: forward passes alone run in chunks
+    # of so many tokens, with a key-value cache; a pass with a backward pass (gradient) runs whole, whatever the number,
+    # and computes each layer again. 0: neither.
     chunk_tokens: int = number(0, least=0)
     # Whether the model is divided over all ranks (ZeRO-3), for a model that does not fit one device.
     shard: bool = False

@@ -27,6 +27,7 @@ MASTER_BYTES, MOMENT_BYTES = 4, 8  # fp32 copy of the weights; two fp32 moments 
 RUNTIME_BYTES = int(1.5 * GIB)  # CUDA context, NCCL channels, cuBLAS workspace: assumed, typical of an 8-GPU A100 node
 RESERVE = 0.1  # share of the GPU kept free: fragmentation, buffers that no formula knows
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
+REUSE_DISTANCE = 10**9  # DeepSpeed's stage3_max_reuse_distance, parameters
 NEAR_LAYERS = 2  # layers on the GPU at one time where what they keep lies in host memory (model.host_copies)
 BUCKET_PARAMETERS = 5 * 10**8  # DeepSpeed's reduce_bucket_size
 
@@ -65,6 +66,7 @@ class MemorySetting:
     segment_tokens: int
     dtype: str
     live_parameters: int
+    reuse_distance: int
     bucket_parameters: int
     offload_optimizer: bool
     sent_bytes: int  # of a gradient on its way between ranks
@@ -88,6 +90,7 @@ class MemorySetting:
             segment_tokens=config.data.segment_tokens,
             dtype=config.model.dtype,
             live_parameters=int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)),
+            reuse_distance=int(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)),
             bucket_parameters=int(zero.get("reduce_bucket_size", BUCKET_PARAMETERS)),
             sent_bytes={"float32": 4, "bfloat16": 2}[config.engine.reduce_dtype],
             distills=config.optim.distill_short > 0,
@@ -123,14 +126,26 @@ def shard_bytes(parameters: int, bytes_per_parameter: int, ranks: int) -> float:
     return parameters * bytes_per_parameter / ranks
 
 
-def gathered_bytes(counts: ModelCounts, live_parameters: int, weight_bytes: int) -> float:
-    """Weights gathered at one time under ZeRO-3: b * min(N, max(live limit + p, P)).
+def gathered_bytes(counts: ModelCounts, live_parameters: int, weight_bytes: int, reused: int = 0) -> float:
+    """Weights gathered at one time under ZeRO-3: b * min(N, max(live limit + p, P, reused)).
 
     DeepSpeed keeps and prefetches layers up to ``stage3_max_live_parameters``, and goes beyond by one parameter of at
-    most p elements.
+    most p elements. No limit holds for the ``reused`` ones (``reused_parameters``).
     """
     one = max(counts.embedding_parameters, counts.head_parameters, counts.hidden * counts.intermediate)
-    return weight_bytes * min(counts.parameters, max(live_parameters + one, counts.largest_gathered_parameters))
+    return weight_bytes * min(counts.parameters, max(live_parameters + one, counts.largest_gathered_parameters, reused))
+
+
+def reused_parameters(counts: ModelCounts, distance: int, recomputed: bool) -> int:
+    """Parameters of the last layers, which DeepSpeed keeps from the forward to the backward pass.
+
+    It keeps a layer where fewer than ``distance`` parameters (``stage3_max_reuse_distance``) are used until the layer
+    comes again. Those are the head's, forward and backward, and those of each later layer: forward, forward again where
+    layers are recomputed, and backward.
+    """
+    later = (3 if recomputed else 2) * counts.layer_parameters
+    layers = max(0, math.ceil((distance - 2 * counts.vocabulary * counts.hidden) / later))
+    return counts.parameters if layers >= counts.layers else layers * counts.layer_parameters
 
 
 def saved_inputs_bytes(layers: int, hidden: int, tokens: int, weight_bytes: int) -> float:
@@ -141,31 +156,46 @@ def saved_inputs_bytes(layers: int, hidden: int, tokens: int, weight_bytes: int)
 def layer_saved_bytes(
     counts: ModelCounts, tokens: int, weight_bytes: int, ulysses: int, mlp_tokens: int | None = None
 ) -> float:
-    """Activations that one layer keeps for its backward pass: t * (2 norms * (4 + 2b) H + b H + b A) + 4 b F m.
+    """Activations that one layer keeps for its backward pass: t * (2 norms * (4 + 2b) H + b A) + 4 b F m.
 
-    A norm keeps its input in fp32, the normalised input and its output; the residual sum adds one H. Attention keeps
-    q, k, v and its output: A = (2 Hq + 2 Hk) Dh. Under Ulysses, U ranks exchange heads: the output counts twice (before
-    and after the exchange), and Hk is repeated up to lcm(Hk, U). A gated MLP keeps gate, activation, up and product:
+    A norm keeps its input in fp32, the normalised input and its output. Attention keeps q, k, v and its output:
+    A = (2 Hq + 2 Hk) Dh. Under Ulysses, U ranks exchange heads: the output counts twice (before and after the
+    exchange), and Hk is repeated up to lcm(Hk, U). A gated MLP keeps gate, activation, up and product:
     4 F for each of ``mlp_tokens`` m tokens (None: of all).
     """
     key_heads = math.lcm(counts.key_heads, ulysses)
     attention = ((3 if ulysses > 1 else 2) * counts.heads + 2 * key_heads) * counts.head_dim
     norms = 2 * (4 + 2 * weight_bytes) * counts.hidden
     mlp = 4 * counts.intermediate * (tokens if mlp_tokens is None else min(tokens, mlp_tokens))
-    return tokens * (norms + weight_bytes * (counts.hidden + attention)) + weight_bytes * mlp
+    return tokens * (norms + weight_bytes * attention) + weight_bytes * mlp
+
+
+def recomputed_layer_bytes(counts: ModelCounts, setting: MemorySetting) -> float:
+    """What computing a layer again adds: ``layer_saved_bytes`` without what is kept anyway.
+
+    That is attention's output b Hq Dh t under ``keep_attention``; and in an fp32 model the layer's input b H t, which
+    is the first norm's input itself and no copy.
+    """
+    b, t = WEIGHT_BYTES[setting.dtype], setting.tokens
+    output = counts.heads * counts.head_dim if setting.keeps_attention else 0
+    own_input = counts.hidden if setting.dtype == "float32" else 0
+    saved = layer_saved_bytes(counts, t, b, setting.ulysses(counts.heads), setting.tile_tokens)
+    return saved - b * t * (output + own_input)
 
 
 def layer_flight_bytes(counts: ModelCounts, tokens: int, weight_bytes: int, mlp_tokens: int | None = None) -> float:
-    """Gradients alive inside one layer's backward pass: the larger of b * (3 F m + 2 H t) and t * H * (2 b + 16).
+    """What a layer's backward pass adds to what the layer keeps: the larger of two moments.
 
-    In the MLP 3 F are product, gate and up, for each of ``mlp_tokens`` m tokens (None: of all t); 2 H are the gradients
-    of the output and of the residual. In a norm four fp32 gradients take 16 H.
+    In the MLP b (2 F m + H t): the gradients of product, gate and up for each of ``mlp_tokens`` m tokens (None: of all
+    t), less the product itself, which is free by then; and the gradient of the layer's output. With tiles, the gradient
+    of the MLP's input b H t and ``tile_gradient_bytes`` on top. In a norm (2 b + 16) H t, four of them fp32 gradients;
+    the MLP's 4 b F m are free.
     """
-    mlp = 3 * counts.intermediate * (tokens if mlp_tokens is None else min(tokens, mlp_tokens))
-    return max(
-        weight_bytes * (mlp + 2 * counts.hidden * tokens),
-        tokens * counts.hidden * (2 * weight_bytes + 16),
-    )
+    b, hidden, width = weight_bytes, counts.hidden * tokens, counts.intermediate * min(tokens, mlp_tokens or tokens)
+    mlp = b * (2 * width + hidden)
+    if mlp_tokens is not None:
+        mlp += b * hidden + tile_gradient_bytes(counts, b)
+    return max(mlp, (2 * b + 16) * hidden - 4 * b * width)
 
 
 def kept_attention_bytes(counts: ModelCounts, tokens: int, weight_bytes: int) -> float:
@@ -208,18 +238,19 @@ def bucket_bytes(bucket_parameters: int, sent_bytes: int) -> float:
     return float(bucket_parameters * sent_bytes)
 
 
-def reduction_bytes(counts: ModelCounts, setting: MemorySetting) -> float:
-    """What ZeRO-1 and ZeRO-2 add in the backward pass, or at its end, to reduce gradients over the ranks.
+def reduction_bytes(counts: ModelCounts, setting: MemorySetting) -> tuple[float, float]:
+    """What ZeRO-1 and ZeRO-2 need to reduce gradients over the ranks: (the bucket, which stays, and its gradients
+    joined, for the time of a reduction).
 
-    A bucket of B parameters in the model's dtype; a bucket's gradients joined, min(N, B), and joined in the dtype in
-    which they are sent, where that is another. ZeRO-1 in bfloat16 has no bucket: it reduces its sums of gradients where
-    they lie. Without ZeRO the joined gradients alone.
+    The bucket has B parameters in the model's dtype. Joined, min(N, B) gradients exist in that dtype, and in the dtype
+    in which they are sent, where that is another. ZeRO-1 in bfloat16 has no bucket: it reduces its sums of gradients
+    where they lie. Without ZeRO the joined gradients alone. ZeRO-3 has ``bucket_bytes``.
     """
     weight, bucket = WEIGHT_BYTES[setting.dtype], setting.bucket_parameters
+    if setting.zero_stage == 3 or setting.sums_apart:
+        return 0.0, 0.0
     joined = min(counts.parameters, bucket) * (weight + (setting.sent_bytes if setting.sent_bytes != weight else 0))
-    if setting.zero_stage == 0:
-        return float(joined)
-    return 0.0 if setting.sums_apart else float(bucket * weight + joined)
+    return float(bucket * weight if setting.zero_stage else 0), float(joined)
 
 
 def search_bytes(counts: ModelCounts, tokens: int, weight_bytes: int, search: SearchConfig, ranks: int) -> float:
@@ -238,7 +269,8 @@ def search_bytes(counts: ModelCounts, tokens: int, weight_bytes: int, search: Se
         chunk = min(search.chunk_tokens or tokens, tokens)
         cached = 2 * counts.layers * counts.key_heads * counts.head_dim * tokens if search.chunk_tokens else 0
         return weights + b * cached + chunk * (b * (2 * counts.hidden + 4 * counts.intermediate) + 4 * counts.hidden)
-    saved, flight = frozen_saved_bytes(counts, tokens, b), layer_flight_bytes(counts, tokens, b)
+    saved = frozen_saved_bytes(counts, tokens, b)
+    flight = layer_flight_bytes(counts, tokens, b) + b * counts.intermediate * tokens  # no product was kept
     always = weights + flight + 12 * counts.head_dim * tokens
     if not search.chunk_tokens:
         return always + counts.layers * saved
@@ -360,10 +392,12 @@ def _gathered(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     if s.zero_stage < 3:
         return []
     weight = WEIGHT_BYTES[s.dtype]
-    size = gathered_bytes(counts, s.live_parameters, weight)
-    return [
-        MemoryItem("gathered weights", size, f"{weight} B · min(N, {s.live_parameters / 1e6:.4g}M + one parameter)")
-    ]
+    reused = reused_parameters(counts, s.reuse_distance, s.recomputed(counts.layers) > 0)
+    size = gathered_bytes(counts, s.live_parameters, weight, reused)
+    limit = f"{s.live_parameters / 1e6:.4g}M + one parameter"
+    if size > gathered_bytes(counts, s.live_parameters, weight):
+        limit = f"{reused / 1e6:.4g}M that are used again soon"
+    return [MemoryItem("gathered weights", size, f"{weight} B · min(N, {limit})")]
 
 
 def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
@@ -378,27 +412,26 @@ def _activations(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     if whole:
         how = f"{whole} layers · {t:,} tokens · {saved / t / 1e3:.0f} kB"
         items.append(MemoryItem(f"saved activations of {whole} layers", whole * saved, how))
-    peak, name, how = flight, "gradients inside one layer", "b · t · (3 F + 2 H)"
+    peak, name, how = flight, "gradients inside one layer", "b · t · (2 F + H)"
     if not whole:  # else the layers that are kept whole are done, and free, before a layer is recomputed
-        product = weight * counts.intermediate * min(t, s.tile_tokens or t)  # its backward is over by then
-        peak, name = saved + flight - product, "one recomputed layer"
+        peak, name = recomputed_layer_bytes(counts, s) + flight, "one recomputed layer"
         how = "t · (norms, attention, MLP, and their gradients)"
     if s.tile_tokens:
-        how += f", the MLP for {min(s.tile_tokens, t):,} tokens"
-        summed = tile_gradient_bytes(counts, weight)
-        items.append(MemoryItem("gradients of one MLP, summed over tiles", summed, f"(4 + {weight}) B · 3 H F"))
-    # In fp32 the loss is computed again in the backward pass (on a CPU), where gradients are reduced.
-    reduced = 0.0 if s.zero_stage == 3 else reduction_bytes(counts, s)
-    at_loss = loss + (reduced if s.dtype == "float32" else 0)
-    if s.zero_stage:
-        peak += reduced
-        how += f", and {reduced / GIB:.2f} GiB of gradients on their way" if reduced else ""
+        how += f", the MLP for {min(s.tile_tokens, t):,} tokens, (4 + {weight}) B · 3 H F summed over tiles"
+    bucket, joined = reduction_bytes(counts, s)
+    if s.zero_stage:  # without ZeRO all gradients are joined at the end
+        # joined when a weight of the MLP has its gradient: those of gate and up are not made yet, or the rest is free
+        after = 2 * weight * counts.intermediate * min(t, s.tile_tokens or t)
+        peak += bucket + max(0.0, joined - after)
+        how += f", and {(bucket + joined) / GIB:.2f} GiB of gradients on their way" if bucket else ""
+    # In fp32 the loss is computed again in the backward pass (on a CPU), where the bucket exists.
+    at_loss = loss + (bucket if s.dtype == "float32" else 0)
     if at_loss > peak:
         name, how = "the loss chunk", f"{min(s.chunk_tokens, t):,} · V logits in three forms, the head's fp32 gradient"
-    if max(peak, at_loss) < reduced:
+    if max(peak, at_loss) < bucket + joined:
         name, how = "the reduction of gradients", "4 B · min(N, bucket)"
     figures = f"max(layer {peak / GIB:.2f}, loss {at_loss / GIB:.2f}) GiB: {how}"
-    return [*items, MemoryItem(f"peak: {name}", max(peak, at_loss, reduced), figures)]
+    return [*items, MemoryItem(f"peak: {name}", max(peak, at_loss, bucket + joined), figures)]
 
 
 def _kept_for_recomputation(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:

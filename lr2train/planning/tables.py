@@ -122,12 +122,18 @@ def _verdict(memory: dict[str, Any]) -> str:
             "GiB to "
             f"spare.{host}{disk}\n"
         )
-    return (
-        "[bold red]does not fit[/bold red]: raise hardware.gpus (divides states) or parallel.sp (divides "
-        "activations), set "
-        "engine.recompute=layer, engine.tile_mlp=4096 or engine.offload_inputs=true, "
-        f"lower engine.loss_chunk_tokens, or take engine=zero3_offload.{host}{disk}\n"
-    )
+    limit = memory["gpu_gib"] - memory["reserve_gib"]
+    short = f"[bold red]does not fit[/bold red] by {memory['total_gib'] - limit:.1f} GiB"
+    return f"{short}: {_remedies(memory, limit)}.{host}{disk}\n"
+
+
+def _remedies(memory: dict[str, Any], limit: float) -> str:
+    fitting, closest = memory["remedies"], memory["closest"]
+    if fitting:
+        return "; ".join(f"{one['settings']} fits ({one['total_gib']:.1f} of {limit:.1f} GiB)" for one in fitting)
+    if not closest:
+        return "no setting is known to lower it"
+    return f"no tried setting is enough, and {closest['settings']} misses by {closest['total_gib'] - limit:.1f} GiB"
 
 
 def _windows(cost: dict[str, Any]) -> Table:

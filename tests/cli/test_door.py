@@ -20,7 +20,7 @@ from lr2train import plan, prepare, search, train
 from lr2train.cli import door as cli
 from lr2train.cli import help
 from lr2train.cli.composition import compose
-from lr2train.config import CONF_FOLDER, READS, VERBS, Config, UserError, reads
+from lr2train.config import CONF_FOLDER, READS, VERBS, Algorithm, Config, UserError, as_typed, reads
 from lr2train.data.feed.loader import make_loader
 from lr2train.data.plan import packing
 
@@ -180,6 +180,19 @@ def test_without_a_verb_all_verbs_are_listed_a_line_each():
     done = lr2train()
     assert done.returncode == 0
     assert [verb for verb in VERBS if not re.search(rf"^  {verb} +\S", done.stdout, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("verb", sorted(READS))
+def test_a_wrong_flag_names_the_verb_and_no_file(verb, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"/somewhere/{verb}.py", "--wrong"])
+    with pytest.raises(SystemExit):
+        cli.configured(verb)
+    assert f"lr2train {verb}: error: unrecognized arguments: --wrong" in capsys.readouterr().err
+
+
+def test_a_value_in_a_message_is_as_the_user_types_it():
+    typed = [as_typed(one) for one in (None, True, False, 1, 0.5, [1, None], {"a": True}, Algorithm.gradient, "x")]
+    assert typed == ["null", "true", "false", "1", "0.5", "[1,null]", "{a:true}", "gradient", "x"]
 
 
 def test_a_wrong_verb_is_refused_with_the_one_that_was_probably_meant():

@@ -150,8 +150,8 @@ def test_the_verb_writes_what_it_shows(n_settings, tmp_path, capsys, monkeypatch
     config = composed(
         "tiny_4k", "model.architecture.num_hidden_layers=1", "engine.recompute=layer", f"runs_folder={tmp_path}"
     )
-    candidates = verb._candidates
-    monkeypatch.setattr(verb, "_candidates", lambda config: candidates(config)[2 : 2 + n_settings])  # not all ten
+    settings = verb.settings
+    monkeypatch.setattr(verb, "settings", lambda config: settings(config)[2 : 2 + n_settings])  # not all ten
     result = verb.rehearse(config)
     assert json.loads((tmp_path / "rehearse" / verb.FILE).read_text()) == json.loads(json.dumps(result))
     shown = capsys.readouterr().out

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterator, KeysView, Mapping
 from typing import Any
 
-from lr2train.config import UserError
+from lr2train.config import UserError, as_typed
 from lr2train.training.deepspeed.start import quiet
 
 _BATCH, _TYPE = "optim.segments_per_step", "model.dtype"
@@ -47,7 +47,8 @@ def refuse_keys(given: Mapping[str, Any]) -> None:
     for key, value in _paths(given):
         if key in OURS:
             raise UserError(
-                f"engine.deepspeed.{key}={value} is decided by {OURS[key]}; remove it from engine.deepspeed and set "
+                f"engine.deepspeed.{key}={as_typed(value)} is decided "
+                f"by {OURS[key]}; remove it from engine.deepspeed and set "
                 f"{OURS[key]}"
             )
     for key, value in _paths(given):
