@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -240,8 +240,16 @@ _RENAMED = {
 def _probably_meant(key: str, type_name: str) -> str:
     if key in _RENAMED:
         return f"; {_RENAMED[key]}"
+    if elsewhere := _with_leaf(key):
+        return f"; did you mean {' or '.join(elsewhere)}?"
     known = [one.name for one in fields(getattr(schema, type_name))] if hasattr(schema, type_name) else []
     return _near(key, known) or (f"; its keys are {', '.join(known)}" if known else "")
+
+
+def _with_leaf(name: str) -> list[str]:
+    """The keys of the groups that end in a name: hardware.gpus for gpus."""
+    groups = ((one.name, one.default_factory) for one in fields(Config) if is_dataclass(one.default_factory))
+    return [f"{group}.{name}" for group, made in groups if name in {one.name for one in fields(made)}]  # type: ignore[arg-type]
 
 
 def _near(name: str, known: Sequence[str]) -> str:

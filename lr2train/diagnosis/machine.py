@@ -170,15 +170,10 @@ def _clock(found: Findings) -> None:
 
 
 def _variables(found: Findings) -> None:
-    """Note the variables that change a run, without their secrets and without the user's name in paths."""
-    home = str(Path.home())
+    """Note the variables that change a run, without their secrets."""
     for name in sorted(os.environ):
         if (name.startswith(_PREFIXES) or name in _NAMES) and name not in _OF_EACH_RANK:
-            found.note(VARIABLES, name, _value(shown(name, os.environ[name]), home))
+            found.note(VARIABLES, name, shown(name, os.environ[name]) or "(empty)")
     found.facts.setdefault(VARIABLES, {"none": ""})
     if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
         found.problem("CUDA_LAUNCH_BLOCKING=1 makes every kernel wait", "unset it, unless you look for a fault")
-
-
-def _value(text: str, home: str) -> str:
-    return "(empty)" if not text else text if home == "/" else text.replace(home, "~")
