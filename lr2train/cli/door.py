@@ -98,10 +98,11 @@ def door(verb: str) -> Iterator[None]:
     """Turn errors into one sentence and an exit code. A defect keeps its traceback. SIGTERM acts as Ctrl-C."""
     _use_utf8()
     _open_streams()
-    _show_log()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with _no_interrupt_dropped():
+            ranks.refuse_environment()
+            _show_log()
             yield
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
         os.dup2(
@@ -201,7 +202,8 @@ def _die(verb: str, error: UserError) -> None:
     ends this rank meanwhile if the first rank failed too. If the first rank did not fail, this rank prints.
     """
     where = ""
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+    local = os.environ.get("LOCAL_RANK", "")
+    if local.isdecimal() and int(local) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher's: no traceback
         time.sleep(_PATIENCE_S)
         where = f" (rank {os.environ.get('RANK')})"

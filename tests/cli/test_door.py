@@ -139,6 +139,15 @@ def test_a_key_without_its_group_is_answered_with_the_group(monkeypatch, capfd, 
     assert capfd.readouterr().err.endswith(f"; did you mean {meant}?\n")
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["", "two"])
+def test_a_variable_of_a_launcher_that_is_no_number_is_one_sentence(monkeypatch, capfd, name, value):
+    monkeypatch.setenv(name, value)
+    assert start(monkeypatch, raising(AssertionError("must not run")), "name=x") == 2
+    told = f"train: {name}={value} in the environment is no whole number; unset {name}, or set it to one\n"
+    assert capfd.readouterr().err == told
+
+
 def test_flags_may_stand_anywhere_among_the_keys(monkeypatch):
     seen = []
     assert (

@@ -86,6 +86,25 @@ def test_a_folder_without_permission_stops_a_run(tmp_path, monkeypatch):
     assert [problem.stops for problem in found.problems] == [True]
 
 
+@pytest.mark.parametrize("below", ["", "/runs"])
+def test_a_file_in_the_place_of_runs_folder_stops_a_run(tmp_path, below):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        found = Findings()
+        machine.look(found, Path(f"{tmp_path / name}{below}"))
+        told = [one.what for one in found.problems if one.stops]
+        assert told == [f"runs_folder={tmp_path / name}{below} cannot be made, because {tmp_path / name} is no folder"]
+
+
+def test_a_folder_above_that_may_not_be_entered_is_a_finding(tmp_path, monkeypatch):
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)  # root may enter every folder
+    assert machine.existing(tmp_path / "a" / "b") == tmp_path
+
+
 def test_the_pins_are_compared(monkeypatch):
     monkeypatch.setattr(
         packages, "_pins", lambda: {"torch": Requirement("torch==1.0"), "nonesuch": Requirement("nonesuch==1")}
