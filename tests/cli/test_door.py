@@ -139,6 +139,18 @@ def test_a_key_without_its_group_is_answered_with_the_group(monkeypatch, capfd, 
     assert capfd.readouterr().err.endswith(f"; did you mean {meant}?\n")
 
 
+@pytest.mark.parametrize(
+    ("typed", "tells"),
+    [
+        ("experiment=llama3_8b_64k", r"is not one of bed, .*, tiny_base; did you mean llama3_8b_128k\?"),
+        ("engine=offload", r"is not one of zero3, zero3_hpz, zero3_offload(; did you mean \w+\?)?"),
+    ],
+)
+def test_an_unknown_preset_is_answered_with_those_that_are_there(monkeypatch, capfd, typed, tells):
+    assert start(monkeypatch, raising(AssertionError("must not run")), "name=x", typed) == 2
+    assert re.fullmatch(rf"train: {typed} {tells}\n", capfd.readouterr().err)
+
+
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
 @pytest.mark.parametrize("value", ["", "two"])
 def test_a_variable_of_a_launcher_that_is_no_number_is_one_sentence(monkeypatch, capfd, name, value):
