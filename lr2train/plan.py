@@ -19,14 +19,13 @@ from lr2train.attention.strategy import PackedSegment
 from lr2train.cli.door import main
 from lr2train.config import Config, LongPositions, SearchConfig, UserError
 from lr2train.data.batch import LONG, SHORT
-from lr2train.model import tiled_mlp
 from lr2train.model.flops import TRAINING
 from lr2train.planning import cost, memory
 from lr2train.planning.counts import ModelCounts, counts_of, hf_config_of
 from lr2train.planning.memory import GIB, MemoryItem, MemorySetting
 from lr2train.planning.remedies import remedies
 from lr2train.planning.tables import show
-from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, workload_of
+from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, refuse_training, workload_of
 from lr2train.rope.factors import refuse_target
 from lr2train.training.deepspeed.start import accumulation_of
 
@@ -48,16 +47,12 @@ def plan(config: Config) -> dict[str, Any]:
     hf_config = hf_config_of(config.model)
     counts = counts_of(hf_config, config.model)
     refuse_target(config.rope.target_window_tokens, counts.window_tokens)
-    tiled_mlp.refuse_config(hf_config, config.engine.tile_mlp)
     given = config
     config, recompute = memory.with_recompute(config, counts)
     dp_size = config.hardware.gpus // config.parallel.sp
     accumulation = accumulation_of(config, dp_size)
     workload = workload_of(config, counts.window_tokens, dp_size)
-    longest = max(part.span_tokens for part in workload.parts)
-    attention.refuse_config(
-        hf_config, config.parallel, config.data.segment_tokens, longest, config.hardware.gpus_per_node
-    )
+    refuse_training(config, hf_config, workload)
     result = {
         "model": _model(counts, config),
         "parallel": _parallel(config, dp_size, accumulation) | _attention(hf_config, workload, config),

@@ -42,6 +42,17 @@ def _group() -> Any:
     return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
 
+def refuse_environment() -> None:
+    """Refuse a launcher's variable that is no number, such as one that a script has left empty.
+
+    Raises:
+        UserError: one of them is no whole number of at least 0.
+    """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        if not (value := os.environ.get(name, "0")).isdecimal():
+            raise UserError(f"{name}={value} in the environment is no whole number; unset {name}, or set it to one")
+
+
 def refuse_ranks(verb: str) -> None:
     """Refuse several ranks for a verb that works in one process: each rank would do the whole work and write the same
     files.

@@ -18,6 +18,7 @@ import logging
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ from lr2train.planning.rehearsal_tables import show
 from lr2train.planning.remedies import settings
 from lr2train.planning.roofline import ASSUMPTIONS, GPUS
 from lr2train.planning.timeline import GATHERED, Timeline
-from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, workload_of
+from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, refuse_training, workload_of
 from lr2train.reporting.memory import FILE
 from lr2train.reporting.pictures import write_memory_picture
 from lr2train.rope.factors import refuse_target
@@ -51,6 +52,7 @@ from lr2train.training.deepspeed.rehearsed import RehearsedEngine, fake_tensors,
 from lr2train.training.deepspeed.start import accumulation_of
 
 log = logging.getLogger(__name__)
+_RESULT_BYTES = 2**20  # more than the numbers and the picture take
 FIRST = "first"  # the micro-batch in which DeepSpeed learns the order of modules: it fetches nothing ahead
 
 
@@ -87,6 +89,7 @@ def rehearse(config: Config) -> dict[str, Any]:
     dp_size = config.hardware.gpus // config.parallel.sp
     accumulation = accumulation_of(config, dp_size)
     workload = workload_of(config, counts.window_tokens, dp_size)
+    refuse_training(config, hf_config, workload)
     folder = _writable(Path(config.runs_folder) / config.name)
     progress.say("rehearse", f"{counts.layers} layers, rank 0 of {config.hardware.gpus}: forward, backward, update")
     seen = rehearsed(config, hf_config, workload)
@@ -111,7 +114,7 @@ def rehearse(config: Config) -> dict[str, Any]:
         "time": [rehearsal.time_of(seen.accounting, shape, one) for one in GPUS],
         "gpu": gpu_like(config.hardware).name,
         "settings": _settings(config, hf_config),
-        "assumptions": [*workload.assumptions, *ASSUMPTIONS],
+        "assumptions": [*workload.assumptions, *rehearsal.assumptions_of(config.hardware), *ASSUMPTIONS],
         "seconds": seen.seconds,
     }
     path = folder / FILE
@@ -123,10 +126,12 @@ def rehearse(config: Config) -> dict[str, Any]:
 
 
 def _writable(folder: Path) -> Path:
-    """The folder, after a file could be created there: a refusal comes before the minutes of a rehearsal."""
+    """The folder, after a file could be written there: a refusal comes before the minutes of a rehearsal."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        return folder
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(_RESULT_BYTES))
+        file.flush()
+    return folder
 
 
 def rehearsed(
@@ -160,7 +165,9 @@ def rehearsed(
 
     @contextlib.contextmanager
     def modes() -> Iterator[None]:
-        with fake, accounting, kernel.using(counted):
+        with fake, accounting, kernel.using(counted), warnings.catch_warnings():
+            # DeepSpeed below stage 3 looks at the alignment of its buffers; a fake tensor's is as good as any
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield
 
     parts = _parts(workload)
@@ -212,7 +219,9 @@ def _naming_the_layer(accounting: Accounting) -> Iterator[None]:
             raise
         log.debug("the rehearsal failed", exc_info=True)
         what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {config_json.brief(error)}"
-        when = f"{accounting.phase} of a {accounting.micro_batch} micro-batch" if accounting.micro_batch else "update"
+        article = "the" if accounting.micro_batch == FIRST else "a"
+        of = f" of {article} {accounting.micro_batch} micro-batch" if accounting.micro_batch else ""
+        when = f"{accounting.phase}{of}"
         raise UserError(f"{where} does not fit ({when}): {what}") from error
 
 

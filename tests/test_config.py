@@ -15,7 +15,7 @@ from lr2train import io, run
 from lr2train.cli.composition import compose
 from lr2train.cli.overrides import core_of, place_of
 from lr2train.config import CONF_FOLDER, READS, Config, UserError, load, loading, reads
-from lr2train.config.gpus import PEAKS_TFLOPS, peak_tflops
+from lr2train.config.gpus import GPUS, memory_gib, peak_tflops
 from lr2train.data.needles import N_KEYS
 from lr2train.data.tokenizer import SMALLEST_VOCABULARY
 
@@ -83,7 +83,7 @@ def test_the_papers_settings():
         ("data.long_attention=all", ["long_attention", "all", "segment, document"]),
         ("data.long_positions=random", ["long_positions", "random", "full, skip"]),
         ("model.dtype=int8", ["model.dtype=int8", "float32, bfloat16"]),
-        ("experiment=nope", ["experiment/nope", "tiny_4k"]),
+        ("experiment=nope", ["experiment=nope", "tiny_4k"]),
         ("parallel.sp=3", ["data.segment_tokens=4096", "parallel.sp=3", "set parallel.sp to 1"]),
         ("parallel.sp=0", ["parallel.sp=0", "below 1"]),
         (
@@ -295,7 +295,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         io.read_json(path)
 
 
-# ---- peaks of GPUs ----
+# ---- peaks and memory of GPUs ----
 
 
 @pytest.mark.parametrize(
@@ -328,8 +328,8 @@ def test_peaks_by_device_name(name, peak):
     assert peak_tflops(name) == peak
 
 
-def test_every_peak_of_the_table_is_found_by_its_own_name():
-    assert [name for name, peak in PEAKS_TFLOPS if peak_tflops(name) != peak] == []
+def test_every_line_of_the_table_is_found_by_its_own_name():
+    assert [one for one in GPUS if (peak_tflops(one[0]), memory_gib(one[0])) != one[1:]] == []
 
 
 def test_plan_takes_the_peak_of_the_named_gpu():
@@ -338,3 +338,27 @@ def test_plan_takes_the_peak_of_the_named_gpu():
     assert compose("plan", ["name=x", "hardware.gpu=H200", "hardware.gpu_bf16_tflops=5"]).hardware.gpu_bf16_tflops == 5
     with pytest.raises(UserError, match=r"hardware.gpu=Abacus .*; set hardware.gpu_bf16_tflops to its dense bf16 peak"):
         compose("plan", ["name=x", "hardware.gpu=Abacus"])
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 80),
+        ("NVIDIA A100-SXM4-40GB", 40),
+        ("H200", 141),
+        ("NVIDIA GH200 480GB", None),  # the memory of its CPU
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("Some GPU 8GB", None),
+    ],
+)
+def test_memory_by_device_name(name, gib):
+    assert memory_gib(name) == gib
+
+
+@pytest.mark.parametrize("verb", ["plan", "rehearse"])
+def test_the_memory_is_that_of_the_named_gpu(verb):
+    assert compose(verb, ["name=x"]).hardware.gpu_memory_gib == 80
+    assert compose(verb, ["name=x", "hardware.gpu=H200"]).hardware.gpu_memory_gib == 141
+    assert compose(verb, ["name=x", "hardware.gpu=H200", "hardware.gpu_memory_gib=70"]).hardware.gpu_memory_gib == 70
+    with pytest.raises(UserError, match=r"hardware.gpu=GH200 .*; set hardware.gpu_memory_gib to its memory in GiB"):
+        compose(verb, ["name=x", "hardware.gpu=GH200"])

@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,11 @@ def one_sentence(error: Exception) -> str:
         if text and not any(text in seen or seen in text for seen in texts):
             texts.append(text)
         cause = cause.__cause__
-    sentence = _REWORDED[0].sub(_REWORDED[1], "; ".join(texts)).removeprefix("Error merging override ")
+    sentence = "; ".join(texts).removeprefix("Error merging override ")
+    if preset := _UNKNOWN_PRESET.search(sentence):
+        group, name, others = preset.groups()
+        return f"{group}={name} is not one of {', '.join(others.split())}{_near(name, others.split())}"
+    sentence = _REWORDED[0].sub(_REWORDED[1], sentence)
     if "${" in sentence or "Interpolation" in sentence:
         sentence += "; write \\${ where a text has ${ and names no key"
     unknown = re.search(r"Key '([^']+)' (?:not in|is not in) '(\w+)'", sentence)
@@ -221,6 +225,7 @@ _REWORDED = (
     re.compile(r"Ambiguous value for argument '(.*)' 1\..*"),
     r"\1 has commas; write [a,b] for a list, or add --multirun to run a job for each",
 )
+_UNKNOWN_PRESET = re.compile(r"Could not find '([^']+)/([^/']+)' Available options in '\1': (.*)")
 _CHATTER = re.compile(
     r"(full_key: |object_type=|reference_type=)\S*|To append to your config use \S+|"
     r"Set the environment variable HYDRA_FULL_ERROR.*|Config search path:[\s\S]*|(?<=Could not load)\s*$"
@@ -240,8 +245,16 @@ _RENAMED = {
 def _probably_meant(key: str, type_name: str) -> str:
     if key in _RENAMED:
         return f"; {_RENAMED[key]}"
+    if elsewhere := _with_leaf(key):
+        return f"; did you mean {' or '.join(elsewhere)}?"
     known = [one.name for one in fields(getattr(schema, type_name))] if hasattr(schema, type_name) else []
     return _near(key, known) or (f"; its keys are {', '.join(known)}" if known else "")
+
+
+def _with_leaf(name: str) -> list[str]:
+    """The keys of the groups that end in a name: hardware.gpus for gpus."""
+    groups = ((one.name, one.default_factory) for one in fields(Config) if is_dataclass(one.default_factory))
+    return [f"{group}.{name}" for group, made in groups if name in {one.name for one in fields(made)}]  # type: ignore[arg-type]
 
 
 def _near(name: str, known: Sequence[str]) -> str:

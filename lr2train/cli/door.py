@@ -41,6 +41,7 @@ from lr2train.ranks import PeerGone
 
 EXIT_RANK_LOST, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 130, 141
 _PATIENCE_S = 5.0  # launchers poll their ranks about once a second
+_KEEPS_NOTHING = ("plan", "rehearse", "inspect", "report", "doctor")  # before the end: the verb begins anew
 _AGAIN_S = 0.02  # until a dropped interrupt is sent again
 _REFUSED = {
     "config_path": "--config-path would hide the configs of lr2train; name the folder with --config-dir",
@@ -97,10 +98,11 @@ def door(verb: str) -> Iterator[None]:
     """Turn errors into one sentence and an exit code. A defect keeps its traceback. SIGTERM acts as Ctrl-C."""
     _use_utf8()
     _open_streams()
-    _show_log()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with _no_interrupt_dropped():
+            ranks.refuse_environment()
+            _show_log()
             yield
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
         os.dup2(
@@ -126,7 +128,8 @@ def door(verb: str) -> Iterator[None]:
         sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         run.note_interrupt()
-        print(f"{verb}: interrupted; run the same command again to go on", file=sys.stderr)
+        again = "run the same command again" + ("" if verb in _KEEPS_NOTHING else " to go on")
+        print(f"{verb}: interrupted; {again}", file=sys.stderr)
         # A launcher sends SIGTERM to ranks that Ctrl-C has reached already: no traceback while Python ends.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _end_without_garbage()
@@ -199,7 +202,8 @@ def _die(verb: str, error: UserError) -> None:
     ends this rank meanwhile if the first rank failed too. If the first rank did not fail, this rank prints.
     """
     where = ""
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+    local = os.environ.get("LOCAL_RANK", "")
+    if local.isdecimal() and int(local) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher's: no traceback
         time.sleep(_PATIENCE_S)
         where = f" (rank {os.environ.get('RANK')})"

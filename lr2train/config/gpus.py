@@ -1,4 +1,5 @@
-"""Dense bf16 peaks of GPUs in TFLOP/s, by the device name that torch reports or a part of it, such as H200.
+"""Dense bf16 peaks of GPUs in TFLOP/s and their memory in GiB, by the device name that torch reports or a part of it,
+such as H200.
 
 One table for three readers: `hardware.gpu` of an estimate, `mfu` of a training run, and the targets of
 ``tools.gpu.check``. The figures are those of the makers' data sheets, without sparsity and with fp32 accumulation:
@@ -7,47 +8,50 @@ One table for three readers: `hardware.gpu` of an estimate, `mfu` of a training 
   (per GPU). GeForce and RTX: appendices of the Ampere GA102, Ada and RTX Blackwell architecture white papers.
   A10G: the table of AWS's g5 instances. H20 and H800: resellers' sheets, as NVIDIA publishes none.
 - AMD: data sheets of Instinct MI250X, MI300X, MI325X, MI350X and MI355X. torch shows each of the two dies of an MI250X
-  as a device, so a device has half of the card's 383.
+  as a device, so a device has half of the card's 383, and half of its memory.
+- Memory: the size that the maker gives the product. A size in the name wins: A100-SXM4-40GB. Where the maker sells
+  several sizes under one name, there is none, but for A100 and A800: theirs is 80.
 
-Choice: an unknown name has no peak, and no reader assumes another GPU's. Cost: a new GPU needs a line here.
+Choice: an unknown name has no figures, and no reader assumes another GPU's. Cost: a new GPU needs a line here.
 """
 
 from __future__ import annotations
 
 import re
 
-PEAKS_TFLOPS = (  # the first name that occurs as a word wins: variants come before the plain model
-    ("GB300", 2500.0),
-    ("GB200", 2500.0),
-    ("B300", 2250.0),
-    ("B200", 2250.0),
-    ("GH200", 989.4),
-    ("H200 NVL", 835.5),
-    ("H200", 989.4),
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.5),
-    ("H100", 989.4),
-    ("H800", 989.4),
-    ("H20", 148.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("A30", 165.0),
-    ("A40", 149.7),
-    ("A10G", 70.0),
-    ("A10", 125.0),
-    ("L40S", 362.0),
-    ("L40", 181.0),
-    ("L4", 121.0),
-    ("RTX 6000 Ada", 364.2),
-    ("RTX A6000", 154.8),
-    ("RTX 5090", 209.5),
-    ("RTX 4090", 165.2),
-    ("RTX 3090", 71.0),
-    ("MI355X", 2516.6),
-    ("MI350X", 2306.9),
-    ("MI325X", 1307.4),
-    ("MI300X", 1307.4),
-    ("MI250X", 191.5),
+# Name, peak, memory. The first name that occurs as a word wins: variants come before the plain model.
+GPUS: tuple[tuple[str, float, float | None], ...] = (
+    ("GB300", 2500.0, None),
+    ("GB200", 2500.0, 186),
+    ("B300", 2250.0, None),
+    ("B200", 2250.0, 180),
+    ("GH200", 989.4, None),
+    ("H200 NVL", 835.5, 141),
+    ("H200", 989.4, 141),
+    ("H100 PCIe", 756.0, 80),
+    ("H100 NVL", 835.5, 94),
+    ("H100", 989.4, 80),
+    ("H800", 989.4, 80),
+    ("H20", 148.0, None),
+    ("A100", 312.0, 80),
+    ("A800", 312.0, 80),
+    ("A30", 165.0, 24),
+    ("A40", 149.7, 48),
+    ("A10G", 70.0, 24),
+    ("A10", 125.0, 24),
+    ("L40S", 362.0, 48),
+    ("L40", 181.0, 48),
+    ("L4", 121.0, 24),
+    ("RTX 6000 Ada", 364.2, 48),
+    ("RTX A6000", 154.8, 48),
+    ("RTX 5090", 209.5, 32),
+    ("RTX 4090", 165.2, 24),
+    ("RTX 3090", 71.0, 24),
+    ("MI355X", 2516.6, 288),
+    ("MI350X", 2306.9, 288),
+    ("MI325X", 1307.4, 256),
+    ("MI300X", 1307.4, 192),
+    ("MI250X", 191.5, 64),
 )
 
 
@@ -56,6 +60,19 @@ _NOT_THE_WHOLE_GPU = r"\bMIG\b|\bLaptop\b|\b4090 D\b"  # a slice of a GPU, or a 
 
 def peak_tflops(device_name: str) -> float | None:
     """The dense bf16 peak of a GPU, TFLOP/s; None where it is unknown."""
+    return _figures(device_name)[0]
+
+
+def memory_gib(device_name: str) -> float | None:
+    """The memory of a GPU, GiB; None where it is unknown."""
+    known = _figures(device_name)[1]
+    told = re.search(r"(?<!\w)(\d+) ?Gi?B\b", device_name, re.IGNORECASE)
+    return float(told[1]) if known and told else known  # GH200 480GB: the memory of its CPU
+
+
+def _figures(device_name: str) -> tuple[float | None, float | None]:
     if re.search(_NOT_THE_WHOLE_GPU, device_name, re.IGNORECASE):
-        return None
-    return next((peak for name, peak in PEAKS_TFLOPS if re.search(rf"\b{name}\b", device_name, re.IGNORECASE)), None)
+        return None, None
+    alike = (figures for name, *figures in GPUS if re.search(rf"\b{name}\b", device_name, re.IGNORECASE))
+    peak, memory = next(alike, (None, None))
+    return peak, memory

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from lr2train.config.fields import UserError, as_typed
-from lr2train.config.gpus import PEAKS_TFLOPS, peak_tflops
+from lr2train.config.gpus import GPUS, memory_gib, peak_tflops
 from lr2train.config.plugins import is_plugin
 from lr2train.config.schema import Config
 from lr2train.config.verbs import reads
@@ -243,15 +243,21 @@ def _check_shards(config: Config) -> None:
         )
 
 
-def _with_peak(config: Config) -> None:
-    """Put the peak of ``hardware.gpu`` in the place of 0."""
+def _with_the_gpu(config: Config) -> None:
+    """Put peak and memory of ``hardware.gpu`` in the place of 0."""
     hardware = config.hardware
     hardware.gpu_bf16_tflops = hardware.gpu_bf16_tflops or peak_tflops(hardware.gpu) or 0.0
+    hardware.gpu_memory_gib = hardware.gpu_memory_gib or memory_gib(hardware.gpu) or 0.0
     if not hardware.gpu_bf16_tflops:
-        known = ", ".join(name for name, _ in PEAKS_TFLOPS)
+        known = ", ".join(name for name, *_ in GPUS)
         raise UserError(
             f"hardware.gpu={hardware.gpu} is none of the GPUs whose peak is known ({known}); set "
             "hardware.gpu_bf16_tflops to its dense bf16 peak in TFLOP/s"
+        )
+    if not hardware.gpu_memory_gib:
+        raise UserError(
+            f"hardware.gpu={hardware.gpu} is no GPU of one known memory size; set hardware.gpu_memory_gib to its "
+            "memory in GiB"
         )
 
 
@@ -322,7 +328,7 @@ _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[Config], None]], ...] = (
     (("search", "plan"), _check_parents),
     (("train", "inspect", "plan", "rehearse"), _check_group),
     (("train", "plan", "rehearse"), _check_shards),
-    (("plan", "rehearse"), _with_peak),
+    (("plan", "rehearse"), _with_the_gpu),
     (("train", "plan", "rehearse"), _check_offload),
     (("train", "plan", "rehearse"), _check_zero),
     (("train", "plan", "rehearse"), _check_distillation),

@@ -801,15 +801,15 @@ class InspectConfig:
 
 @dataclass
 class HardwareConfig:
-    """The cluster that `plan` assumes."""
+    """The cluster that `plan` and `rehearse` assume."""
 
     # GPUs of the cluster.
     gpus: int = number(64, least=1)
     # GPUs of a node.
     gpus_per_node: int = number(8, least=1)
-    # Memory of a GPU, GiB.
-    gpu_memory_gib: float = number(80.0, above=0)
-    # Kind of the GPUs, as in lr2train/config/gpus.py: A100, H100, H200, B200 … It decides the peak.
+    # Memory of a GPU, GiB. 0: the memory of hardware.gpu. A training run asks its own GPU.
+    gpu_memory_gib: float = number(0.0, least=0)
+    # Kind of the GPUs, as in lr2train/config/gpus.py: A100, H100, H200, B200 … It decides peak and memory.
     gpu: str = "A100"
     # Dense bf16 peak of a GPU, TFLOP/s. 0: the peak of hardware.gpu. A training run looks up its own GPU.
     gpu_bf16_tflops: float = number(0.0, least=0)

@@ -173,7 +173,7 @@ def _installed_ops() -> list[str]:
 
 def _extensions_folder() -> Path:
     """Where torch keeps compiled extensions: a folder for each Python and CUDA, in it one for each extension."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
 
 
 def _stale(found: Findings, lock: Path) -> None:
@@ -183,13 +183,9 @@ def _stale(found: Findings, lock: Path) -> None:
         op = lock.parent.name
         found.problem(
             f"a compilation of {op} was killed {age_s / 3600:.1f} h ago, and its lock makes later runs hang",
-            f"remove the file `lock` in the folder {op} of {_home_as_tilde(lock.parent.parent)}",
+            f"remove the file `lock` in the folder {op} of {lock.parent.parent}",
             stops=True,
         )
-
-
-def _home_as_tilde(path: Path) -> str:
-    return str(path).replace(str(Path.home()), "~", 1)
 
 
 def _cuda_home() -> str:

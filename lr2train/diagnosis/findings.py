@@ -6,6 +6,8 @@ a line for each text, with its ranks. So 64 ranks on 8 equal machines read as on
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -37,11 +39,17 @@ class Findings:
 
     def note(self, section: str, name: str, text: str) -> None:
         """Add a fact."""
-        self.facts.setdefault(section, {})[name] = text
+        self.facts.setdefault(section, {})[name] = without_home(text)
 
     def problem(self, what: str, remedy: str, stops: bool = False) -> None:
         """Add a problem."""
-        self.problems.append(Problem(what, remedy, stops))
+        self.problems.append(Problem(without_home(what), without_home(remedy), stops))
+
+
+def without_home(text: str) -> str:
+    """A text with ~ in the place of the home folder, whose name is the user's: the output is made to be pasted."""
+    home = os.path.expanduser("~")  # "~" where this user has none, as an unknown user of a container
+    return text if home == "/" else re.sub(rf"{re.escape(home)}(?![\w-])", "~", text)
 
 
 def in_words(found: Sequence[Findings]) -> str:

@@ -87,6 +87,7 @@ def _disk(found: Findings, runs_folder: Path) -> None:
             stops=free < _LEAST_GIB * _GIB,
         )
     _writable(found, runs_folder, folder)
+    _in_the_way(found, runs_folder)
     shm = shutil.disk_usage("/dev/shm").total / _GIB if Path("/dev/shm").is_dir() else 0.0
     found.note(DISK, "/dev/shm", f"{shm:.2f} GiB")
     if shm < _SHM_GIB and torch.cuda.device_count() > 1:
@@ -99,7 +100,19 @@ def _disk(found: Findings, runs_folder: Path) -> None:
 
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
-    return next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
+    # not Path.is_dir, which raises where a folder above may not be entered
+    return next(one for one in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(one))
+
+
+def _in_the_way(found: Findings, runs_folder: Path) -> None:
+    """Name a file where runs_folder, or a folder above it, should be."""
+    for one in (runs_folder.absolute(), *runs_folder.absolute().parents):
+        if os.path.lexists(one) and not os.path.isdir(one):
+            found.problem(
+                f"runs_folder={runs_folder} cannot be made, because {one} is no folder",
+                "set runs_folder to a folder",
+                stops=True,
+            )
 
 
 def _file_system(folder: Path) -> str:
@@ -170,15 +183,10 @@ def _clock(found: Findings) -> None:
 
 
 def _variables(found: Findings) -> None:
-    """Note the variables that change a run, without their secrets and without the user's name in paths."""
-    home = str(Path.home())
+    """Note the variables that change a run, without their secrets."""
     for name in sorted(os.environ):
         if (name.startswith(_PREFIXES) or name in _NAMES) and name not in _OF_EACH_RANK:
-            found.note(VARIABLES, name, _value(shown(name, os.environ[name]), home))
+            found.note(VARIABLES, name, shown(name, os.environ[name]) or "(empty)")
     found.facts.setdefault(VARIABLES, {"none": ""})
     if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
         found.problem("CUDA_LAUNCH_BLOCKING=1 makes every kernel wait", "unset it, unless you look for a fault")
-
-
-def _value(text: str, home: str) -> str:
-    return "(empty)" if not text else text if home == "/" else text.replace(home, "~")

@@ -137,7 +137,7 @@ def guarded(where: str, make: Any) -> Any:
 
 
 def _overridden(hf_config: Any, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
-    """The config, built anew from the folder's values and the overrides: derived values (layer types) follow the
+    """The config, built anew from its values and the overrides: derived values (layer types) follow the
     overrides.
     """
     unknown = [key for key in overrides if not hasattr(hf_config, key)]
@@ -161,11 +161,11 @@ def _refuse_other_tasks(hf_config: Any, where: str) -> None:
         )
 
 
-def from_architecture(architecture: Mapping[str, Any]) -> Any:
-    """The transformers config of ``model.architecture``.
+def from_architecture(architecture: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Any:
+    """The transformers config of ``model.architecture``, with ``overrides`` laid over it.
 
     Raises:
-        UserError: it names no model type, an unknown one, or wrong values.
+        UserError: it names no model type, an unknown one, or wrong values; or an override is no key of the config.
     """
     from transformers import AutoConfig
 
@@ -178,6 +178,8 @@ def from_architecture(architecture: Mapping[str, Any]) -> Any:
         )
     refuse_wrong_values(values, "model.architecture")
     hf_config = guarded("model.architecture", lambda: AutoConfig.for_model(values.pop("model_type"), **values))
+    if overrides:
+        hf_config = _overridden(hf_config, architecture, overrides)
     _refuse_other_tasks(hf_config, "model.architecture")
     return hf_config
 

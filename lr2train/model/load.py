@@ -46,7 +46,7 @@ InitContext = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def config_of(model: ModelConfig) -> Any:
-    """The transformers config of ``model.path`` under ``model.overrides``, or of ``model.architecture``.
+    """The transformers config of ``model.path`` or of ``model.architecture``, under ``model.overrides``.
 
     Raises:
         UserError: neither is set; the folder is missing; a hub id is given without ``model.allow_download``;
@@ -55,7 +55,7 @@ def config_of(model: ModelConfig) -> Any:
     """
     silence_transformers()
     if model.path is None:
-        return config_json.from_architecture(model.architecture)
+        return config_json.from_architecture(model.architecture, model.overrides)
     return config_json.parsed(folder_of(model), model.overrides)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -173,9 +174,27 @@ def _part(name: str, n: float, times: Times) -> dict[str, Any]:
 
 
 def gpu_like(hardware: HardwareConfig) -> Gpu:
-    """The kind of GPU whose peak is nearest to ``hardware.gpu_bf16_tflops``; the smallest memory that holds the
-    config's.
+    """The kind of GPU that stands for the config's.
+
+    Of the kinds whose peak is nearest to ``hardware.gpu_bf16_tflops``: the one that ``hardware.gpu`` names, else the
+    smallest that holds ``hardware.gpu_memory_gib``.
     """
     near = min(abs(one.tflops - hardware.gpu_bf16_tflops) for one in GPUS)
     alike = [one for one in GPUS if abs(one.tflops - hardware.gpu_bf16_tflops) == near]
-    return next((one for one in alike if one.memory_gib >= hardware.gpu_memory_gib), alike[-1])
+    fitting = [one for one in alike if one.memory_gib >= hardware.gpu_memory_gib] or alike[-1:]
+    return next((one for one in alike if _is_named(one, hardware)), fitting[0])
+
+
+def assumptions_of(hardware: HardwareConfig) -> list[str]:
+    """That another kind of GPU stands for the config's; nothing where the config's own does."""
+    gpu = gpu_like(hardware)
+    if _is_named(gpu, hardware) and gpu.tflops == hardware.gpu_bf16_tflops:
+        return []
+    return [
+        f"{gpu.name} stands for a GPU of {hardware.gpu_bf16_tflops:g} TFLOP/s (hardware.gpu={hardware.gpu}): of the "
+        "kinds above its peak is the nearest"
+    ]
+
+
+def _is_named(gpu: Gpu, hardware: HardwareConfig) -> bool:
+    return re.search(rf"\b{gpu.name.partition(' ')[0]}\b", hardware.gpu, re.IGNORECASE) is not None

@@ -17,7 +17,7 @@ _SHOWN = 8  # lines that hold the peak
 
 def show(result: dict[str, Any]) -> None:
     """Print the result of ``rehearse`` to stdout."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    console = Console(width=max(WIDTH, Console().width) if sys.stdout.isatty() else WIDTH, highlight=False)
     console.print(_head(result))
     console.print(_phases(result["memory"]))
     console.print(_verdict(result["memory"]))
@@ -29,9 +29,12 @@ def show(result: dict[str, Any]) -> None:
     console.print(_bound(result))
     if result["settings"]:
         console.print(_settings(result))
+        for one in result["settings"]:
+            if one["refused"]:
+                console.print(f"  - {one['setting']} is refused: {one['refused']}", markup=False)
     console.print("[bold]assumptions[/bold]")
     for line in result["assumptions"]:
-        console.print(f"  - {line}")
+        console.print(f"  - {line}", markup=False)
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
@@ -70,9 +73,12 @@ def _verdict(memory: dict[str, Any]) -> str:
         else ""
     )
     fits = "[bold green]fits[/bold green]" if memory["fits"] else "[bold red]does not fit[/bold red]"
+    article = "the" if at["micro_batch"] == "first" else "a"
+    when = (
+        f"the {at['phase']} of {article} {at['micro_batch']} micro-batch" if at["micro_batch"] else f"the {at['phase']}"
+    )
     return (
-        f"peak [bold]{memory['peak_gib']:.2f} GiB[/bold] in the {at['phase']} of a {at['micro_batch'] or 'whole'} "
-        f"micro-batch: {where}, where {at['gib']:.2f} GiB are allocated\n"
+        f"peak [bold]{memory['peak_gib']:.2f} GiB[/bold] in {when}: {where}, where {at['gib']:.2f} GiB are allocated\n"
         f"{memory['total_gib']:.2f} GiB with {memory['runtime_gib']:g} of CUDA, NCCL and cuBLAS: {fits} in "
         f"{memory['gpu_gib']:g} GiB, of which a tenth stays free.{host}\n"
     )
@@ -150,7 +156,7 @@ def _settings(result: dict[str, Any]) -> Table:
     table = _table(title, ("setting",), ("peak GiB", "change", "s a step", "change"))
     for one in result["settings"]:
         if one["refused"]:
-            table.add_row(one["setting"], f"[dim]{one['refused']}[/dim]")
+            table.add_row(one["setting"], *["-"] * 4)
             continue
         table.add_row(
             one["setting"],

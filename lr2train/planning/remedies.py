@@ -12,14 +12,11 @@ from functools import reduce
 from itertools import combinations, permutations
 from typing import Any
 
-from lr2train.attention import choice
-from lr2train.attention import hf as attention
 from lr2train.config import Config, UserError, as_typed, refuse_together
-from lr2train.model import tiled_mlp
 from lr2train.planning import memory
 from lr2train.planning.counts import ModelCounts
 from lr2train.planning.memory import GIB, MemorySetting
-from lr2train.planning.workload import refuse_mesh, workload_of
+from lr2train.planning.workload import refuse_mesh, refuse_training, workload_of
 from lr2train.training.deepspeed.start import accumulation_of
 
 _TILE_TOKENS = 4096
@@ -62,7 +59,8 @@ class Remedy:
 def settings(config: Config) -> list[Change]:
     """Single settings that trade memory for time, or time for memory: what ``rehearse`` compares."""
     engine, sp = config.engine, config.parallel.sp
-    sizes = [size for size in (sp // 2, 2 * sp) if size and config.hardware.gpus % size == 0]
+    gpus, length = config.hardware.gpus, config.data.segment_tokens
+    sizes = [size for size in (sp // 2, 2 * sp) if size and gpus % size == 0 and length % size == 0]
     ways = ("keep_attention", "layer") if engine.offload_inputs else ("none", "keep_attention", "layer")
     return [
         *(_change("parallel.sp", size) for size in sizes),
@@ -87,8 +85,6 @@ def remedies(config: Config, counts: ModelCounts, hf_config: Any) -> tuple[list[
         where nothing fits, the set that comes closest; else None.
     """
     changes = [one for one in _lowering(config) if _accepted(one.of(config), counts, hf_config)]
-    if not _tiles(hf_config):
-        changes = [one for one in changes if "engine.tile_mlp" not in one.keys]
     limit, closest = (1 - memory.RESERVE) * config.hardware.gpu_memory_gib, None
     for size in range(1, len(changes) + 1):
         fitting: dict[frozenset[str], Remedy] = {}  # by key: the first value that fits is the smallest
@@ -136,25 +132,12 @@ def _apart(changes: Sequence[Change]) -> bool:
 
 def _accepted(config: Config, counts: ModelCounts, hf_config: Any) -> bool:
     """Whether training takes these values together."""
-    parallel, segment_tokens = config.parallel, config.data.segment_tokens
     try:
         refuse_together(config, "plan")
         refuse_mesh(config)
-        dp_size = config.hardware.gpus // parallel.sp
+        dp_size = config.hardware.gpus // config.parallel.sp
         accumulation_of(config, dp_size)
-        longest = max(part.span_tokens for part in workload_of(config, counts.window_tokens, dp_size).parts)
-        ring = attention.ring_ranks(hf_config, parallel, config.hardware.gpus_per_node)
-        layers = attention.layers_of(hf_config)
-        choice.refuse_settings(parallel.strategy, layers, longest, segment_tokens, parallel.sp, ring)
-    except UserError:
-        return False
-    return True
-
-
-def _tiles(hf_config: Any) -> bool:
-    """Whether the MLPs of the model can be tiled."""
-    try:
-        tiled_mlp.refuse_config(hf_config, _TILE_TOKENS)
+        refuse_training(config, hf_config, workload_of(config, counts.window_tokens, dp_size))
     except UserError:
         return False
     return True

@@ -6,13 +6,18 @@ of the three, the estimate covers one step, and says so.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lr2train.config import Config, LongAttention, UserError
+from lr2train.attention import hf as attention
+from lr2train.config import Config, LongAttention, LongPositions, UserError
 from lr2train.data.batch import LONG, SHORT
 from lr2train.data.corpus import MANIFEST
 from lr2train.io import read_json
+from lr2train.model import tiled_mlp
+from lr2train.training.deepspeed.keys import refuse_keys
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,32 @@ def refuse_mesh(config: Config) -> None:
     """Refuse a world size that ``parallel.sp`` does not divide.
 
     Raises:
-        UserError: ``parallel.sp`` does not divide ``hardware.gpus``.
+        UserError: ``parallel.sp`` exceeds ``hardware.gpus``, or does not divide it.
     """
     gpus, sp = config.hardware.gpus, config.parallel.sp
+    if sp > gpus:
+        shared = math.gcd(gpus, config.data.segment_tokens)  # divides the segment too
+        raise UserError(f"parallel.sp={sp} exceeds hardware.gpus={gpus}; set parallel.sp to {shared}")
     if gpus % sp:
         raise UserError(
             f"hardware.gpus={gpus} is not divisible by parallel.sp={sp}; set hardware.gpus to {-(-gpus // sp) * sp}"
         )
+
+
+def refuse_training(config: Config, hf_config: Any, workload: Workload) -> None:
+    """Refuse what training would refuse before it starts, as far as no weights, corpus or ranks are needed.
+
+    Raises:
+        UserError: a key of ``engine.deepspeed``, the tiles of the MLP, the attention strategy or jumping positions.
+    """
+    refuse_keys(config.engine.deepspeed)
+    tiled_mlp.refuse_config(hf_config, config.engine.tile_mlp)
+    longest = max(part.span_tokens for part in workload.parts)
+    attention.refuse_config(
+        hf_config, config.parallel, config.data.segment_tokens, longest, config.hardware.gpus_per_node
+    )
+    if config.data.long_positions == LongPositions.skip:
+        attention.refuse_jumps(hf_config, config.rope.target_window_tokens)
 
 
 def segments_of(tokens: int, segment_tokens: int) -> int:

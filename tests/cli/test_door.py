@@ -96,8 +96,18 @@ door.main("plan", job)
 def test_a_signal_that_strikes_where_python_drops_exceptions_still_ends_the_verb(number):
     code = WAITS.replace("SIGNAL", number)
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=ROOT)
-    told = "plan: interrupted; run the same command again to go on\n"
+    told = "plan: interrupted; run the same command again\n"  # plan keeps nothing to go on from
     assert (ended.returncode, ended.stderr, ended.stdout) == (130, told, "")
+
+
+@pytest.mark.parametrize(("verb", "again"), [("search", "again to go on"), ("doctor", "again")])
+def test_only_a_verb_that_keeps_its_work_says_that_it_goes_on(verb, again, capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test's process keeps its own
+    monkeypatch.setattr("atexit.register", lambda _: None)
+    with pytest.raises(SystemExit) as ended, cli.door(verb):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == f"{verb}: interrupted; run the same command {again}\n"
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
@@ -113,6 +123,41 @@ def test_a_typo_is_one_sentence_with_what_was_probably_meant(monkeypatch, capfd,
     out = capfd.readouterr()
     assert re.search(r"train: Could not override 'optim.lrr'; Key.*; did you mean lr\?\n", out.err)
     assert out.out == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("gpus=8", "hardware.gpus"),
+        ("engine.sp=8", "parallel.sp"),
+        ("steps=10", "optim.steps"),
+        ("path=/models/x", "model.path or data.path"),
+    ],
+)
+def test_a_key_without_its_group_is_answered_with_the_group(monkeypatch, capfd, typed, meant):
+    assert start(monkeypatch, raising(AssertionError("must not run")), "name=x", typed) == 2
+    assert capfd.readouterr().err.endswith(f"; did you mean {meant}?\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "tells"),
+    [
+        ("experiment=llama3_8b_64k", r"is not one of bed, .*, tiny_base; did you mean llama3_8b_128k\?"),
+        ("engine=offload", r"is not one of zero3, zero3_hpz, zero3_offload(; did you mean \w+\?)?"),
+    ],
+)
+def test_an_unknown_preset_is_answered_with_those_that_are_there(monkeypatch, capfd, typed, tells):
+    assert start(monkeypatch, raising(AssertionError("must not run")), "name=x", typed) == 2
+    assert re.fullmatch(rf"train: {typed} {tells}\n", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["", "two"])
+def test_a_variable_of_a_launcher_that_is_no_number_is_one_sentence(monkeypatch, capfd, name, value):
+    monkeypatch.setenv(name, value)
+    assert start(monkeypatch, raising(AssertionError("must not run")), "name=x") == 2
+    told = f"train: {name}={value} in the environment is no whole number; unset {name}, or set it to one\n"
+    assert capfd.readouterr().err == told
 
 
 def test_flags_may_stand_anywhere_among_the_keys(monkeypatch):

@@ -234,7 +234,7 @@ def test_open_dictionaries_and_entries_of_lists_can_be_typed(argument, key, valu
         ("data.skip_steps.x=1", ["data.skip_steps.x=1"]),
         ("data.keep_below.数据=1", ["数据", "cannot be typed", "--config-dir", "--config-dir"]),
         ("~/x", ["~/x", "key=value"]),
-        ("optim=1e5", ["optim/1e5", "default"]),
+        ("optim=1e5", ["optim=1e5", "default"]),
         ("data.keep_below={'a b': 1}", ["'a b'", "cannot be typed", "--config-dir"]),
     ],
 )

@@ -1,6 +1,7 @@
 """doctor: facts of one machine and of several ranks, problems with remedies, exit codes, and no secret."""
 
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -85,6 +86,25 @@ def test_a_folder_without_permission_stops_a_run(tmp_path, monkeypatch):
     assert [problem.stops for problem in found.problems] == [True]
 
 
+@pytest.mark.parametrize("below", ["", "/runs"])
+def test_a_file_in_the_place_of_runs_folder_stops_a_run(tmp_path, below):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        found = Findings()
+        machine.look(found, Path(f"{tmp_path / name}{below}"))
+        told = [one.what for one in found.problems if one.stops]
+        assert told == [f"runs_folder={tmp_path / name}{below} cannot be made, because {tmp_path / name} is no folder"]
+
+
+def test_a_folder_above_that_may_not_be_entered_is_a_finding(tmp_path, monkeypatch):
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)  # root may enter every folder
+    assert machine.existing(tmp_path / "a" / "b") == tmp_path
+
+
 def test_the_pins_are_compared(monkeypatch):
     monkeypatch.setattr(
         packages, "_pins", lambda: {"torch": Requirement("torch==1.0"), "nonesuch": Requirement("nonesuch==1")}
@@ -103,6 +123,43 @@ def test_the_installed_packages_are_those_of_requirements_txt():
     found = Findings()
     packages.look(found)
     assert found.problems == []
+
+
+def test_the_name_of_the_home_folder_is_in_no_line(monkeypatch, tmp_path):
+    """In variables, paths of programs and folders, and the words of a problem; another folder's name stays."""
+    home = tmp_path / "alice"
+    (home / "runs").mkdir(parents=True)
+    values = {"HOME": f"{home}", "CUDA_HOME": f"{home}/cuda", "CXX": f"g++ -I{home}/include", "TMPDIR": f"{home}x/tmp"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine, "_LITTLE_GIB", 1e9)
+    found = Findings()
+    machine.look(found, home / "runs")
+    devices.look(found)
+    text = in_words([found])
+    assert f"{home}/" not in text
+    for words in (
+        "runs_folder                     ~/runs\n",
+        "~/cuda (nvcc",
+        "g++ -I~/include",
+        "in runs_folder=~/runs;",
+    ):
+        assert words in text
+    assert f"{home}x/tmp" in text
+
+
+def test_a_user_without_a_home_is_no_fault(monkeypatch, tmp_path):
+    """A container's user id that no list of users knows."""
+
+    def unknown(_: int) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    found = Findings()
+    machine.look(found, tmp_path)
+    devices.look(found)
+    assert str(tmp_path) in in_words([found])
 
 
 def test_public_addresses_are_not_shown():

@@ -195,6 +195,16 @@ def test_overrides_are_laid_over_the_config_of_a_folder(tmp_path):
         load.config_of(ModelConfig(path=path, overrides={"hidden_act": 3}))
 
 
+def test_overrides_are_laid_over_an_architecture():
+    architecture = {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 64}
+    hf_config = load.config_of(ModelConfig(architecture=architecture, overrides={"sliding_window": None}))
+    assert (hf_config.sliding_window, hf_config.num_hidden_layers) == (None, 2)
+    with pytest.raises(UserError, match=r"model\.overrides names slide, which MistralConfig does not have"):
+        load.config_of(ModelConfig(architecture=architecture, overrides={"slide": 1}))
+    with pytest.raises(UserError, match=r"model\.overrides: num_hidden_layers=-2 is not a whole number"):
+        load.config_of(ModelConfig(architecture=architecture, overrides={"num_hidden_layers": -2}))
+
+
 def test_a_folder_without_weights_is_refused(tmp_path):
     written(tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,15 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from lr2train import plan
 from lr2train import rehearse as verb
 from lr2train.cli.composition import compose
 from lr2train.config import UserError
 from lr2train.io import for_user
-from lr2train.planning import cost, memory
+from lr2train.planning import cost, memory, rehearsal, rehearsal_tables
 from lr2train.planning.counts import counts_of, hf_config_of
 from lr2train.planning.memory import GIB, MemorySetting
+from lr2train.planning.remedies import settings
 from lr2train.planning.timeline import BUCKETS, GATHERED, KINDS, SAVED, STATES
-from lr2train.planning.workload import workload_of
+from lr2train.planning.workload import refuse_mesh, workload_of
 from lr2train.rehearse import Rehearsed, rehearsed
 from lr2train.report import compose as compose_page
 
@@ -162,6 +165,77 @@ def test_the_verb_writes_what_it_shows(n_settings, tmp_path, capsys, monkeypatch
     assert_drawn(tmp_path / "rehearse", result["memory"])
 
 
+SHOWN = {
+    "model": {"name": "LlamaForCausalLM", "parameters": 8.03e9, "layers": 32},
+    "parallel": {
+        "gpus": 64,
+        "dp": 8,
+        "sp": 8,
+        "zero_stage": 3,
+        "kernel": "torch_varlen",
+        "recompute": "as told",
+        "strategies": {"short": "local"},
+    },
+    "memory": {
+        "peak_gib": 75.4,
+        "runtime_gib": 1.5,
+        "total_gib": 76.9,
+        "gpu_gib": 80,
+        "fits": False,
+        "host_gib_per_node": 0,
+        "at": {"phase": "update", "micro_batch": "", "module": "", "line": "deepspeed/stage3.py:7", "gib": 0.25},
+        "phases": [{"phase": "update", "micro_batch": "", "gib": 75.4, **dict.fromkeys(KINDS, 12.57)}],
+        "holders": [{"kind": STATES, "line": "a.py:1", "module": "lm.*", "tensors": 291, "gib": 12.34}],
+    },
+    "traffic": [],
+    "work": [],
+    "looks": [],
+    "time": [
+        {
+            "gpu": "A100 80GB",
+            "step_s": 68.1,
+            "step_without_overlap_s": 70.2,
+            "tokens_per_s_per_gpu": 1930,
+            "mfu_at_most": 0.61,
+            "parts": [],
+        }
+    ],
+    "gpu": "A100 80GB",
+    "settings": [{"setting": "parallel.sp=16", "refused": "a long sentence, with a remedy: " + "[ring] " * 30 + "end"}],
+    "assumptions": ["hardware.gpu=[mine]"],
+}
+
+
+def test_no_figure_and_no_sentence_is_cut_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    rehearsal_tables.show(SHOWN)
+    text = capsys.readouterr().out
+    assert "…" not in text
+    for figure in ("12.57", "75.40", "12.34", "1,930", "61%", "[mine]"):
+        assert figure in text, figure
+    told = " ".join(text.split())
+    assert "in the update: outside the model, deepspeed/stage3.py:7, where 0.25 GiB are allocated" in told
+    assert told.partition("parallel.sp=16 is refused: ")[2].startswith(SHOWN["settings"][0]["refused"])
+
+
+def test_a_setting_that_cannot_be_cut_into_shards_is_not_among_the_candidates():
+    config = composed("llama3_8b_128k", "data.segment_tokens=131000")
+    assert [one.text for one in settings(config) if "parallel.sp" in one.keys] == ["parallel.sp=4"]
+
+
+def test_a_full_disk_is_refused_before_the_rehearsal(tmp_path, monkeypatch):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limit[1]))  # a disk that takes 64 KiB
+    monkeypatch.setattr(verb, "rehearsed", None)  # not called
+    try:
+        with pytest.raises(OSError, match="too large") as refused:
+            verb.rehearse(composed("tiny_4k", f"runs_folder={tmp_path}"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert for_user(refused.value) is not None
+
+
 def assert_drawn(folder, memory):
     """The picture, its numbers and the section of the page."""
     rows = list(csv.DictReader((folder / "pictures" / "memory.csv").open()))
@@ -172,6 +246,46 @@ def assert_drawn(folder, memory):
     assert "Memory over a step" in page
     assert f"peak {memory['peak_gib']:.2f} GiB" in page
     assert memory["at"]["line"].rpartition("/")[2] in page
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind", "told"),
+    [
+        ((), "A100 80GB", None),
+        (("hardware.gpu=H100",), "H100 SXM", None),
+        (("hardware.gpu=H200", "hardware.gpu_memory_gib=70"), "H200", None),
+        (("hardware.gpu_bf16_tflops=989.4", "hardware.gpu_memory_gib=141"), "H200", "hardware.gpu=A100"),
+        (("hardware.gpu=L40S",), "A100 80GB", "a GPU of 362 TFLOP/s (hardware.gpu=L40S)"),
+        (("hardware.gpu=MI300X",), "H200", "hardware.gpu=MI300X"),  # the largest of the nearest
+    ],
+)
+def test_the_kind_of_gpu_is_the_named_one_else_the_page_says_which_stands_for_it(keys, kind, told):
+    hardware = composed("llama3_8b_128k", *keys).hardware
+    assert rehearsal.gpu_like(hardware).name == kind
+    lines = rehearsal.assumptions_of(hardware)
+    assert [told in line and line.startswith(kind) for line in lines] == ([True] if told else [])
+
+
+def test_more_ranks_for_a_segment_than_gpus_is_refused_with_a_size_that_serves():
+    with pytest.raises(UserError, match=r"parallel\.sp=128 exceeds hardware\.gpus=48; set parallel\.sp to 16"):
+        refuse_mesh(composed("llama3_8b_128k", "hardware.gpus=48", "parallel.sp=128"))
+
+
+@pytest.mark.parametrize("estimate", [plan.plan, verb.rehearse])
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ("engine.deepspeed.zero_optimization.stage=2", "is decided by engine.zero_stage"),
+        ("engine.deepspeed.zero_optimisation.x=1", "engine.deepspeed.zero_optimisation"),
+        ("parallel.strategy=ulysses parallel.sp=64", "num_attention_heads=32 cannot be shared by parallel.sp=64 ranks"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_the_first_tensor(estimate, keys, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(verb, "rehearsed", None)  # not called
+    shallow = "model.overrides.num_hidden_layers=1"
+    with pytest.raises(UserError, match=told):
+        estimate(composed("llama3_8b_128k", shallow, *keys.split(), f"runs_folder={tmp_path}"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_rehearsal(tmp_path, monkeypatch):
@@ -211,7 +325,7 @@ def test_a_signal_ends_a_long_rehearsal_at_once(tmp_path):
         told = process.stderr.read().splitlines()
         _, status, usage = os.wait4(process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 130
-    assert told[-1] == "rehearse: interrupted; run the same command again to go on"
+    assert told[-1] == "rehearse: interrupted; run the same command again"
     assert usage.ru_utime + usage.ru_stime - taken < 1.0
     assert not list(tmp_path.rglob("*.json"))
 
