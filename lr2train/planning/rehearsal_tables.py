@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from lr2train.planning.tables import WIDTH, amount, flops
+from lr2train.planning.tables import amount, console, flops
 from lr2train.planning.timeline import KINDS
 
 _SHOWN = 8  # lines that hold the peak
@@ -17,24 +15,24 @@ _SHOWN = 8  # lines that hold the peak
 
 def show(result: dict[str, Any]) -> None:
     """Print the result of ``rehearse`` to stdout."""
-    console = Console(width=max(WIDTH, Console().width) if sys.stdout.isatty() else WIDTH, highlight=False)
-    console.print(_head(result))
-    console.print(_phases(result["memory"]))
-    console.print(_verdict(result["memory"]))
-    console.print(_holders(result["memory"]))
-    console.print(_traffic(result["traffic"]))
-    console.print(_work(result["work"]))
-    console.print(_looks(result["looks"]))
-    console.print(_times(result["time"]))
-    console.print(_bound(result))
+    out = console()
+    out.print(_head(result))
+    out.print(_phases(result["memory"]))
+    out.print(_verdict(result["memory"]))
+    out.print(_holders(result["memory"]))
+    out.print(_traffic(result["traffic"]))
+    out.print(_work(result["work"]))
+    out.print(_looks(result["looks"]))
+    out.print(_times(result["time"]))
+    out.print(_bound(result))
     if result["settings"]:
-        console.print(_settings(result))
+        out.print(_settings(result))
         for one in result["settings"]:
             if one["refused"]:
-                console.print(f"  - {one['setting']} is refused: {one['refused']}", markup=False)
-    console.print("[bold]assumptions[/bold]")
+                out.print(f"  - {one['setting']} is refused: {one['refused']}", markup=False)
+    out.print("[bold]assumptions[/bold]")
     for line in result["assumptions"]:
-        console.print(f"  - {line}", markup=False)
+        out.print(f"  - {line}", markup=False)
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:

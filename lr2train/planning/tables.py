@@ -8,22 +8,27 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 110  # columns, where the output is no terminal
+_WIDTH = 110  # columns, where the output is no terminal or a narrower one: a figure that is cut is worse than a wrap
+
+
+def console() -> Console:
+    """Where tables are printed: stdout."""
+    return Console(width=max(_WIDTH, Console().width) if sys.stdout.isatty() else _WIDTH, highlight=False)
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the result of ``plan`` to stdout."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    console.print(_facts("model and mesh", _model(result["model"]) + _mesh(result["parallel"])))
-    console.print(_memory(result["memory"]))
-    console.print(_verdict(result["memory"]))
-    console.print(_windows(result["cost"]))
-    console.print(_facts("training", _training(result["work"], result["cost"])))
+    out = console()
+    out.print(_facts("model and mesh", _model(result["model"]) + _mesh(result["parallel"])))
+    out.print(_memory(result["memory"]))
+    out.print(_verdict(result["memory"]))
+    out.print(_windows(result["cost"]))
+    out.print(_facts("training", _training(result["work"], result["cost"])))
     if result["search"]:
-        console.print(_facts("search", _search(result["search"])))
-    console.print("[bold]assumptions[/bold]")
+        out.print(_facts("search", _search(result["search"])))
+    out.print("[bold]assumptions[/bold]")
     for line in result["assumptions"]:
-        console.print(f"  - {line}")
+        out.print(f"  - {line}", markup=False)
 
 
 def amount(value: float) -> str:
