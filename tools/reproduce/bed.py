@@ -42,7 +42,7 @@ class Form:
         original_window_tokens: L0 of all bases.
         cells: (base, extension ratio), each with a set of rows.
         rows: keys of ``rows.ROWS``.
-        far_rows: those that run at other ratios than the smallest, where a row costs several times as much.
+        far_rows: those that run at other ratios than the smallest, where a row costs several times as much; empty: all.
         searches: keys of ``rows.SEARCHES``.
         seeds: trainings of each row.
         search_seeds: searches of each kind; seed n of a row takes the factors of search n modulo this number.
@@ -77,7 +77,7 @@ class Form:
 
     def rows_at(self, ratio: int) -> tuple[str, ...]:
         """Keys of the rows that run at a ratio."""
-        return self.rows if ratio == self.ratios[0] else self.far_rows
+        return self.rows if ratio == self.ratios[0] else self.far_rows or self.rows
 
     def corpus(self, ratio: int) -> str:
         """Name of the corpus whose segments are L tokens."""

@@ -79,10 +79,17 @@ class Journal:
 
     file: Path
     known: dict[str, dict[str, object]] = field(default_factory=dict)
+    _size: int = 0
+    _medians: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def read(self) -> None:
         """Read the lines again: another driver may have added some. A line that a kill cut short is left out."""
-        for text in self.file.read_text().splitlines() if self.file.exists() else []:
+        size = self.file.stat().st_size if self.file.exists() else 0
+        if size == self._size:
+            return
+        self._size = size
+        self._medians.clear()
+        for text in self.file.read_text().splitlines():
             with contextlib.suppress(ValueError):
                 line = json.loads(text)
                 self.known[line["step"]] = line
@@ -93,6 +100,7 @@ class Journal:
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.known[step.name] = line
+        self._medians.clear()
 
     def has(self, step: Step, runs: Path) -> bool:
         """Whether the step is finished, with the arguments that it has now."""
@@ -104,11 +112,13 @@ class Journal:
         return float(str(self.known[step.name]["seconds"]))
 
     def seconds_of(self, kind: tuple[str, str]) -> float | None:
-        """Median seconds of the finished steps of a kind."""
-        found = [
-            float(str(line["seconds"])) for name, line in self.known.items() if kind_of(name, line["verb"]) == kind
-        ]
-        return statistics.median(found) if found else None
+        """Median seconds of the finished steps of a kind; None where there is none."""
+        if not self._medians:  # once for every new line: the driver asks for each step, every second
+            seconds: dict[tuple[str, str], list[float]] = {}
+            for name, line in self.known.items():
+                seconds.setdefault(kind_of(name, line["verb"]), []).append(float(str(line["seconds"])))
+            self._medians = {one: statistics.median(found) for one, found in seconds.items()}
+        return self._medians.get(kind)
 
 
 @dataclass
@@ -272,9 +282,8 @@ class Driver:
         verb, ratio = kind = kind_of(step.name, step.verb)
         guess = {"train": 15.0 if ratio else 300.0, MAP: 90.0}.get(verb, 20.0)
         longer = int(ratio.removesuffix("x")) / 8 if ratio else 1.0
-        return (
-            self.journal.seconds_of(kind) or guess * longer**1.5
-        )  # products grow by the length, attention by its square
+        guess *= longer**1.5  # products grow by the length, attention by its square
+        return self.journal.seconds_of(kind) or guess
 
 
 def _interrupt(*_: object) -> None:
