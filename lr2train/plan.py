@@ -22,11 +22,12 @@ from lr2train.data.batch import LONG, SHORT
 from lr2train.model.flops import TRAINING
 from lr2train.planning import cost, memory
 from lr2train.planning.counts import ModelCounts, counts_of, hf_config_of
-from lr2train.planning.memory import GIB, MemoryItem, MemorySetting
+from lr2train.planning.memory import GIB, MemorySetting
 from lr2train.planning.remedies import remedies
 from lr2train.planning.tables import show
 from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, refuse_training, workload_of
 from lr2train.rope.factors import refuse_target
+from lr2train.training.deepspeed.keys import refuse_keys
 from lr2train.training.deepspeed.start import accumulation_of
 
 
@@ -44,6 +45,7 @@ def plan(config: Config) -> dict[str, Any]:
             "another name="
         )
     refuse_mesh(config)
+    refuse_keys(config.engine.deepspeed)
     hf_config = hf_config_of(config.model)
     counts = counts_of(hf_config, config.model)
     refuse_target(config.rope.target_window_tokens, counts.window_tokens)
@@ -53,6 +55,7 @@ def plan(config: Config) -> dict[str, Any]:
     accumulation = accumulation_of(config, dp_size)
     workload = workload_of(config, counts.window_tokens, dp_size)
     refuse_training(config, hf_config, workload)
+    attention.tell_windows(hf_config, workload.longest_span_tokens)
     result = {
         "model": _model(counts, config),
         "parallel": _parallel(config, dp_size, accumulation) | _attention(hf_config, workload, config),
@@ -131,7 +134,7 @@ def _memory(counts: ModelCounts, config: Config) -> dict[str, Any]:
         "gpu_gib": limit,
         "reserve_gib": memory.RESERVE * limit,
         "fits": total <= (1 - memory.RESERVE) * limit,
-        "host_gib_per_node": _host_gib(items, config),
+        "host_gib_per_node": memory.host_gib_per_node(items, config.hardware),
         "checkpoint_gib": memory.checkpoint_bytes(counts.parameters, memory.WEIGHT_BYTES[config.model.dtype]) / GIB,
         "checkpoints_kept": config.engine.keep_checkpoints,
     }
@@ -141,14 +144,6 @@ def _with_remedies(found: dict[str, Any], given: Config, counts: ModelCounts, hf
     """Adds ``remedies``, the settings that would fit, and ``closest``, where none of them does."""
     fitting, closest = ([], None) if found["fits"] else remedies(given, counts, hf_config)
     return found | {"remedies": [asdict(one) for one in fitting], "closest": asdict(closest) if closest else None}
-
-
-def _host_gib(items: list[MemoryItem], config: Config) -> float:
-    return (
-        sum(item.bytes for item in items if not item.on_gpu)
-        * min(config.hardware.gpus, config.hardware.gpus_per_node)
-        / GIB
-    )
 
 
 def _work(workload: Workload, config: Config) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def _check_names(data: DataConfig) -> None:
 
 
 def original_window(model: ModelConfig) -> int:
-    """The original window L0: ``model.original_window_tokens``, else the window of the model's own config.
+    """The original window L0: ``model.original_window_tokens``, else the window of the model's own config under
+    ``model.overrides``.
 
     Raises:
         UserError: the model's config is missing or broken.
@@ -150,9 +151,9 @@ def original_window(model: ModelConfig) -> int:
         return model.original_window_tokens
     file = Path(model.path or "") / "config.json"
     if model.path is not None and file.is_file():
-        return rope_hf.spectrum_of(io.read_json(file)).window_tokens
+        return rope_hf.spectrum_of({**io.read_json(file), **model.overrides}).window_tokens
     if model.path is None and model.architecture:
-        return rope_hf.spectrum_of(dict(model.architecture)).window_tokens
+        return rope_hf.spectrum_of({**model.architecture, **model.overrides}).window_tokens
     raise UserError(
         f"model.path={model.path} has no config.json to read the original window from; set "
         "model.original_window_tokens to the window that the model was pretrained with"

@@ -50,7 +50,7 @@ def refuse_environment() -> None:
     """
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         if not (value := os.environ.get(name, "0")).isdecimal():
-            raise UserError(f"{name}={value} in the environment is no whole number; unset {name}, or set it to one")
+            raise UserError(f"{name}={value} in the environment is no whole number of at least 0; unset or correct it")
 
 
 def refuse_ranks(verb: str) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 
 from lr2train import io, progress
 from lr2train.attention import kernel
-from lr2train.attention.hf import ring_ranks
+from lr2train.attention.hf import ring_ranks, tell_windows
 from lr2train.cli.door import main
 from lr2train.config import Config, UserError
 from lr2train.data.batch import IGNORE, Batch
@@ -48,6 +48,7 @@ from lr2train.reporting.memory import FILE
 from lr2train.reporting.pictures import write_memory_picture
 from lr2train.rope.factors import refuse_target
 from lr2train.rope.methods import METHODS
+from lr2train.training.deepspeed.keys import refuse_keys
 from lr2train.training.deepspeed.rehearsed import RehearsedEngine, fake_tensors, one_rank_of
 from lr2train.training.deepspeed.start import accumulation_of
 
@@ -82,6 +83,7 @@ def rehearse(config: Config) -> dict[str, Any]:
         UserError: training would refuse this config, or a layer does not fit; the text names the layer.
     """
     refuse_mesh(config)
+    refuse_keys(config.engine.deepspeed)
     hf_config = hf_config_of(config.model)
     counts = counts_of(hf_config, config.model)
     refuse_target(config.rope.target_window_tokens, counts.window_tokens)
@@ -90,6 +92,7 @@ def rehearse(config: Config) -> dict[str, Any]:
     accumulation = accumulation_of(config, dp_size)
     workload = workload_of(config, counts.window_tokens, dp_size)
     refuse_training(config, hf_config, workload)
+    tell_windows(hf_config, workload.longest_span_tokens)
     folder = _writable(Path(config.runs_folder) / config.name)
     progress.say("rehearse", f"{counts.layers} layers, rank 0 of {config.hardware.gpus}: forward, backward, update")
     seen = rehearsed(config, hf_config, workload)

@@ -104,9 +104,9 @@ def checked_inputs(config: Config) -> TrainInputs:
         )
     corpus = Corpus.open(Path(config.data.path))
     corpus.refuse_other_tokenizer(hf_config.vocab_size, load.folder_of(config.model) if config.model.path else None)
-    attention.refuse_config(
-        hf_config, config.parallel, config.data.segment_tokens, _longest_span_tokens(config), processes.ranks_per_node()
-    )
+    length, longest = config.data.segment_tokens, _longest_span_tokens(config)
+    attention.refuse_config(hf_config, config.parallel, length, longest, processes.ranks_per_node())
+    attention.tell_windows(hf_config, longest)
     tiled_mlp.refuse_config(hf_config, config.engine.tile_mlp)
     factors = build(config.rope, load.spectrum_of(hf_config, config.model))
     if config.data.long_positions == LongPositions.skip:

@@ -345,7 +345,7 @@ def test_plan_takes_the_peak_of_the_named_gpu():
     [
         ("NVIDIA A100-SXM4-80GB", 80),
         ("NVIDIA A100-SXM4-40GB", 40),
-        ("H200", 141),
+        ("H200", 140),
         ("NVIDIA GH200 480GB", None),  # the memory of its CPU
         ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
         ("Some GPU 8GB", None),
@@ -358,7 +358,7 @@ def test_memory_by_device_name(name, gib):
 @pytest.mark.parametrize("verb", ["plan", "rehearse"])
 def test_the_memory_is_that_of_the_named_gpu(verb):
     assert compose(verb, ["name=x"]).hardware.gpu_memory_gib == 80
-    assert compose(verb, ["name=x", "hardware.gpu=H200"]).hardware.gpu_memory_gib == 141
+    assert compose(verb, ["name=x", "hardware.gpu=H200"]).hardware.gpu_memory_gib == 140
     assert compose(verb, ["name=x", "hardware.gpu=H200", "hardware.gpu_memory_gib=70"]).hardware.gpu_memory_gib == 70
     with pytest.raises(UserError, match=r"hardware.gpu=GH200 .*; set hardware.gpu_memory_gib to its memory in GiB"):
         compose(verb, ["name=x", "hardware.gpu=GH200"])

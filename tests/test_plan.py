@@ -505,6 +505,7 @@ def test_a_model_that_does_not_fit_is_reported(tmp_path, capsys):
     result = plan(composed("experiment=llama3_8b_128k", *few, f"runs_folder={tmp_path}"))
     assert not result["memory"]["fits"]
     assert "does not fit by" in capsys.readouterr().out
+    assert any("parallel.sp=4 hardware.gpus=4" in one["settings"] for one in result["memory"]["remedies"])  # together
     for one in result["memory"]["remedies"]:
         changed = plan(composed("experiment=llama3_8b_128k", *few, *one["settings"].split(), f"runs_folder={tmp_path}"))
         assert changed["memory"]["fits"], one

@@ -229,7 +229,11 @@ def refuse_config(
     layers = layers_of(config)
     ring = choice.ring_ranks(parallel.ring, parallel.sp, layers.n_heads, ranks_per_node)
     choice.refuse_settings(parallel.strategy, layers, longest_span, segment_tokens, parallel.sp, ring)
-    for sliding_window, n_layers in layers.sliding_windows:
+
+
+def tell_windows(config: Any, longest_span: int) -> None:
+    """Log the sliding windows below the longest span: a person may have meant another model."""
+    for sliding_window, n_layers in layers_of(config).sliding_windows:
         if sliding_window is not None and sliding_window < longest_span:
             log.info(
                 "%d layers of %s attend to %d tokens back and no further, in spans of up to %d; "

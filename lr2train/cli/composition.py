@@ -225,7 +225,7 @@ _REWORDED = (
     re.compile(r"Ambiguous value for argument '(.*)' 1\..*"),
     r"\1 has commas; write [a,b] for a list, or add --multirun to run a job for each",
 )
-_UNKNOWN_PRESET = re.compile(r"Could not find '([^']+)/([^/']+)' Available options in '\1': (.*)")
+_UNKNOWN_PRESET = re.compile(r"Could not find '([^'/]+)/([^']*)' Available options in '\1': (.*)")
 _CHATTER = re.compile(
     r"(full_key: |object_type=|reference_type=)\S*|To append to your config use \S+|"
     r"Set the environment variable HYDRA_FULL_ERROR.*|Config search path:[\s\S]*|(?<=Could not load)\s*$"

@@ -41,7 +41,7 @@ from lr2train.ranks import PeerGone
 
 EXIT_RANK_LOST, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 130, 141
 _PATIENCE_S = 5.0  # launchers poll their ranks about once a second
-_KEEPS_NOTHING = ("plan", "rehearse", "inspect", "report", "doctor")  # before the end: the verb begins anew
+_GOES_ON = ("prepare", "search", "train", "evaluate", "reproduce")  # from what it has finished; others begin anew
 _AGAIN_S = 0.02  # until a dropped interrupt is sent again
 _REFUSED = {
     "config_path": "--config-path would hide the configs of lr2train; name the folder with --config-dir",
@@ -128,7 +128,7 @@ def door(verb: str) -> Iterator[None]:
         sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         run.note_interrupt()
-        again = "run the same command again" + ("" if verb in _KEEPS_NOTHING else " to go on")
+        again = "run the same command again" + (" to go on" if verb in _GOES_ON else "")
         print(f"{verb}: interrupted; {again}", file=sys.stderr)
         # A launcher sends SIGTERM to ranks that Ctrl-C has reached already: no traceback while Python ends.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -9,8 +9,9 @@ One table for three readers: `hardware.gpu` of an estimate, `mfu` of a training 
   A10G: the table of AWS's g5 instances. H20 and H800: resellers' sheets, as NVIDIA publishes none.
 - AMD: data sheets of Instinct MI250X, MI300X, MI325X, MI350X and MI355X. torch shows each of the two dies of an MI250X
   as a device, so a device has half of the card's 383, and half of its memory.
-- Memory: the size that the maker gives the product. A size in the name wins: A100-SXM4-40GB. Where the maker sells
-  several sizes under one name, there is none, but for A100 and A800: theirs is 80.
+- Memory: what the driver shows, rounded: GDDR with error correction on has a sixteenth less than the product's name.
+  A size in the name wins: A100-SXM4-40GB. Where one name stands for several sizes, there is none, but for A100 and
+  A800: theirs is 80.
 
 Choice: an unknown name has no figures, and no reader assumes another GPU's. Cost: a new GPU needs a line here.
 """
@@ -22,36 +23,36 @@ import re
 # Name, peak, memory. The first name that occurs as a word wins: variants come before the plain model.
 GPUS: tuple[tuple[str, float, float | None], ...] = (
     ("GB300", 2500.0, None),
-    ("GB200", 2500.0, 186),
+    ("GB200", 2500.0, 185.0),
     ("B300", 2250.0, None),
-    ("B200", 2250.0, 180),
+    ("B200", 2250.0, 179.0),
     ("GH200", 989.4, None),
-    ("H200 NVL", 835.5, 141),
-    ("H200", 989.4, 141),
-    ("H100 PCIe", 756.0, 80),
-    ("H100 NVL", 835.5, 94),
-    ("H100", 989.4, 80),
-    ("H800", 989.4, 80),
+    ("H200 NVL", 835.5, 140.0),
+    ("H200", 989.4, 140.0),
+    ("H100 PCIe", 756.0, 80.0),
+    ("H100 NVL", 835.5, 93.0),
+    ("H100", 989.4, 80.0),
+    ("H800", 989.4, 80.0),
     ("H20", 148.0, None),
-    ("A100", 312.0, 80),
-    ("A800", 312.0, 80),
-    ("A30", 165.0, 24),
-    ("A40", 149.7, 48),
-    ("A10G", 70.0, 24),
-    ("A10", 125.0, 24),
-    ("L40S", 362.0, 48),
-    ("L40", 181.0, 48),
-    ("L4", 121.0, 24),
-    ("RTX 6000 Ada", 364.2, 48),
-    ("RTX A6000", 154.8, 48),
-    ("RTX 5090", 209.5, 32),
-    ("RTX 4090", 165.2, 24),
-    ("RTX 3090", 71.0, 24),
-    ("MI355X", 2516.6, 288),
-    ("MI350X", 2306.9, 288),
-    ("MI325X", 1307.4, 256),
-    ("MI300X", 1307.4, 192),
-    ("MI250X", 191.5, 64),
+    ("A100", 312.0, 80.0),
+    ("A800", 312.0, 80.0),
+    ("A30", 165.0, 24.0),
+    ("A40", 149.7, 45.0),
+    ("A10G", 70.0, 22.5),
+    ("A10", 125.0, 22.5),
+    ("L40S", 362.0, 45.0),
+    ("L40", 181.0, 45.0),
+    ("L4", 121.0, 22.5),
+    ("RTX 6000 Ada", 364.2, 48.0),
+    ("RTX A6000", 154.8, 48.0),
+    ("RTX 5090", 209.5, 32.0),
+    ("RTX 4090", 165.2, 24.0),
+    ("RTX 3090", 71.0, 24.0),
+    ("MI355X", 2516.6, 288.0),
+    ("MI350X", 2306.9, 288.0),
+    ("MI325X", 1307.4, 256.0),
+    ("MI300X", 1307.4, 192.0),
+    ("MI250X", 191.5, 64.0),
 )
 
 

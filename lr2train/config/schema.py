@@ -234,7 +234,7 @@ class ModelConfig:
     allow_download: bool = False
     # Model config in transformers' keys, `model_type` first. Used if model.path is null.
     architecture: dict[str, Any] = field(default_factory=dict)
-    # Keys of the model's config.json to override, such as sliding_window: null.
+    # Keys of the model's config.json, or of model.architecture, to override, such as sliding_window: null.
     overrides: dict[str, Any] = field(default_factory=dict)
     # The original window L0, tokens. null: read from the model's own config.
     original_window_tokens: int | None = number(None, least=1)

@@ -7,7 +7,7 @@ _STEP = (
     "data.path data.kind data.stages data.segment_tokens data.long_attention data.long_positions "
     "data.group_segments"  # what a step holds
 )
-_PREPARED = """model.path model.architecture model.original_window_tokens rope.target_window_tokens data.sources
+_PREPARED = """model.path model.architecture model.overrides model.original_window_tokens rope.target_window_tokens data.sources
 data.tokenizer data.vocab_size
 data.tokenizer_train_bytes data.tokenizer_backend data.workers data.shard_bytes data.deduplicate data.decontaminate
 data.segment_tokens

@@ -49,7 +49,7 @@ class Findings:
 def without_home(text: str) -> str:
     """A text with ~ in the place of the home folder, whose name is the user's: the output is made to be pasted."""
     home = os.path.expanduser("~")  # "~" where this user has none, as an unknown user of a container
-    return text if home == "/" else re.sub(rf"{re.escape(home)}(?![\w-])", "~", text)
+    return text if home == "/" else re.sub(rf"(?:(?<=-[IL])|(?<![\w.])){re.escape(home)}(?![\w.-])", "~", text)
 
 
 def in_words(found: Sequence[Findings]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lr2train.attention.choice import ring_ranks
-from lr2train.config import Algorithm, Config, SearchConfig
+from lr2train.config import Algorithm, Config, HardwareConfig, SearchConfig
 from lr2train.planning.counts import ModelCounts
 
 GIB = 2**30
@@ -75,7 +75,7 @@ class MemorySetting:
     @classmethod
     def of(cls, config: Config) -> MemorySetting:
         """Settings of a config; ``engine.deepspeed`` overrides DeepSpeed's defaults."""
-        zero: dict[str, Any] = config.engine.deepspeed.get("zero_optimization", {})
+        zero: dict[str, Any] = config.engine.deepspeed.get("zero_optimization") or {}
         return cls(
             world=config.hardware.gpus,
             sp=config.parallel.sp,
@@ -94,7 +94,7 @@ class MemorySetting:
             bucket_parameters=int(zero.get("reduce_bucket_size", BUCKET_PARAMETERS)),
             sent_bytes={"float32": 4, "bfloat16": 2}[config.engine.reduce_dtype],
             distills=config.optim.distill_short > 0,
-            offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+            offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
         )
 
     @property
@@ -348,6 +348,12 @@ def with_recompute(config: Config, counts: ModelCounts) -> tuple[Config, str]:
 def gpu_bytes(items: Iterable[MemoryItem]) -> float:
     """The sum of the items that lie on the GPU."""
     return sum(item.bytes for item in items if item.on_gpu)
+
+
+def host_gib_per_node(items: Iterable[MemoryItem], hardware: HardwareConfig) -> float:
+    """Host memory of one node for the items that do not lie on the GPU, GiB."""
+    of_a_rank = sum(item.bytes for item in items if not item.on_gpu) / GIB
+    return of_a_rank * min(hardware.gpus, hardware.gpus_per_node)
 
 
 def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:

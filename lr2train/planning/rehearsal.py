@@ -191,8 +191,8 @@ def assumptions_of(hardware: HardwareConfig) -> list[str]:
     if _is_named(gpu, hardware) and gpu.tflops == hardware.gpu_bf16_tflops:
         return []
     return [
-        f"{gpu.name} stands for a GPU of {hardware.gpu_bf16_tflops:g} TFLOP/s (hardware.gpu={hardware.gpu}): of the "
-        "kinds above its peak is the nearest"
+        f"{gpu.name} stands for a GPU of {hardware.gpu_bf16_tflops:g} TFLOP/s (hardware.gpu={hardware.gpu}): no kind "
+        "above has a nearer peak"
     ]
 
 

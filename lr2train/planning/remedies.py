@@ -20,7 +20,7 @@ from lr2train.planning.workload import refuse_mesh, refuse_training, workload_of
 from lr2train.training.deepspeed.start import accumulation_of
 
 _TILE_TOKENS = 4096
-_SMALL_BUCKET = 50_000_000  # parameters
+_BUCKET, _SMALL_BUCKET = "engine.deepspeed.zero_optimization.reduce_bucket_size", 50_000_000  # parameters
 _MOST_DOUBLINGS = 3  # of sp and of GPUs
 
 
@@ -50,10 +50,12 @@ class Remedy:
     Attributes:
         settings: as the command line takes them.
         total_gib: of one GPU, without the reserve.
+        host_gib_per_node: host memory for what is offloaded.
     """
 
     settings: str
     total_gib: float
+    host_gib_per_node: float
 
 
 def settings(config: Config) -> list[Change]:
@@ -61,14 +63,15 @@ def settings(config: Config) -> list[Change]:
     engine, sp = config.engine, config.parallel.sp
     gpus, length = config.hardware.gpus, config.data.segment_tokens
     sizes = [size for size in (sp // 2, 2 * sp) if size and gpus % size == 0 and length % size == 0]
+    tile = min(_TILE_TOKENS, length // sp // 4)
     ways = ("keep_attention", "layer") if engine.offload_inputs else ("none", "keep_attention", "layer")
     return [
         *(_change("parallel.sp", size) for size in sizes),
         *(_change("engine.recompute", way) for way in ways if way != engine.recompute),
         _change("engine.loss_chunk_tokens", max(1, engine.loss_chunk_tokens // 4)),
-        _change("engine.tile_mlp", 0 if engine.tile_mlp else _TILE_TOKENS),
+        *([_change("engine.tile_mlp", 0 if engine.tile_mlp else tile)] if engine.tile_mlp or tile else []),
         *([_change("engine.reduce_dtype", "bfloat16")] if engine.reduce_dtype != "bfloat16" else []),
-        _change("engine.deepspeed.zero_optimization.reduce_bucket_size", _SMALL_BUCKET),
+        *([_change(_BUCKET, _SMALL_BUCKET)] if MemorySetting.of(config).bucket_parameters > _SMALL_BUCKET else []),
     ]
 
 
@@ -84,7 +87,7 @@ def remedies(config: Config, counts: ModelCounts, hf_config: Any) -> tuple[list[
         The smallest sets of changes that fit: single ones, else pairs, and so on, in the order of the changes. And,
         where nothing fits, the set that comes closest; else None.
     """
-    changes = [one for one in _lowering(config) if _accepted(one.of(config), counts, hf_config)]
+    changes = _lowering(config)
     limit, closest = (1 - memory.RESERVE) * config.hardware.gpu_memory_gib, None
     for size in range(1, len(changes) + 1):
         fitting: dict[frozenset[str], Remedy] = {}  # by key: the first value that fits is the smallest
@@ -93,10 +96,10 @@ def remedies(config: Config, counts: ModelCounts, hf_config: Any) -> tuple[list[
             if keys in fitting:
                 continue
             changed = reduce(lambda so_far, change: change.of(so_far), one, config)
-            found = Remedy(" ".join(change.text for change in one), _total_gib(changed, counts))
+            found = Remedy(" ".join(change.text for change in one), *_sizes_gib(changed, counts))
             if found.total_gib > limit and closest is not None and found.total_gib >= closest.total_gib:
                 continue
-            if size > 1 and not _accepted(changed, counts, hf_config):
+            if not _accepted(changed, counts, hf_config):
                 continue
             if found.total_gib <= limit:
                 fitting[keys] = found
@@ -112,13 +115,11 @@ def _lowering(config: Config) -> list[Change]:
     engine, sp, gpus = config.engine, config.parallel.sp, config.hardware.gpus
     doubled = [2**n for n in range(1, _MOST_DOUBLINGS + 1)]
     offloads = MemorySetting.of(config).offload_optimizer
-    zero = {**engine.deepspeed.get("zero_optimization", {}), "offload_optimizer": {"device": "cpu", "pin_memory": True}}
-    host = {"engine.zero_stage": 3, "engine.deepspeed": {**engine.deepspeed, "zero_optimization": zero}}
     return [
         *(one for one in settings(config) if "parallel.sp" not in one.keys and one.text != "engine.tile_mlp=0"),
         *([] if engine.offload_inputs else [_change("engine.offload_inputs", True)]),
         *(_change("engine.zero_stage", stage) for stage in range(engine.zero_stage + 1, 4)),
-        *([] if offloads else [Change(host, "engine=zero3_offload")]),
+        *([] if offloads else [_change("engine.deepspeed.zero_optimization.offload_optimizer.device", "cpu")]),
         *(_change("parallel.sp", sp * times) for times in doubled),
         *(_change("hardware.gpus", gpus * times) for times in doubled),
     ]
@@ -143,12 +144,14 @@ def _accepted(config: Config, counts: ModelCounts, hf_config: Any) -> bool:
     return True
 
 
-def _total_gib(config: Config, counts: ModelCounts) -> float:
+def _sizes_gib(config: Config, counts: ModelCounts) -> tuple[float, float]:
+    """(of one GPU, of the host memory of a node)."""
     setting = MemorySetting.of(config)
     if setting.recompute == "auto":
         chosen, _ = memory.choose_recompute(counts, setting, config.hardware.gpu_memory_gib)
         setting = replace(setting, recompute=chosen)
-    return memory.gpu_bytes(memory.training_items(counts, setting)) / GIB
+    items = memory.training_items(counts, setting)
+    return memory.gpu_bytes(items) / GIB, memory.host_gib_per_node(items, config.hardware)
 
 
 def _change(key: str, value: Any) -> Change:

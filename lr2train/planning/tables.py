@@ -10,6 +10,8 @@ from rich.table import Table
 
 _WIDTH = 110  # columns, where the output is no terminal or a narrower one: a figure that is cut is worse than a wrap
 
+_REMEDIES = 4  # that are shown
+
 
 def console() -> Console:
     """Where tables are printed: stdout."""
@@ -135,10 +137,16 @@ def _verdict(memory: dict[str, Any]) -> str:
 def _remedies(memory: dict[str, Any], limit: float) -> str:
     fitting, closest = memory["remedies"], memory["closest"]
     if fitting:
-        return "; ".join(f"{one['settings']} fits ({one['total_gib']:.1f} of {limit:.1f} GiB)" for one in fitting)
+        more = f"; {len(fitting) - _REMEDIES} more in plan.json" if len(fitting) > _REMEDIES else ""
+        return "; ".join(_fitting(one, limit) for one in fitting[:_REMEDIES]) + more
     if not closest:
         return "no setting is known to lower it"
     return f"no tried setting is enough, and {closest['settings']} misses by {closest['total_gib'] - limit:.1f} GiB"
+
+
+def _fitting(one: dict[str, Any], limit: float) -> str:
+    host = f", with {one['host_gib_per_node']:.0f} GiB of host memory a node" if one["host_gib_per_node"] else ""
+    return f"{one['settings']} fits ({one['total_gib']:.1f} of {limit:.1f} GiB{host})"
 
 
 def _windows(cost: dict[str, Any]) -> Table:

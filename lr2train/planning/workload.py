@@ -17,7 +17,6 @@ from lr2train.data.batch import LONG, SHORT
 from lr2train.data.corpus import MANIFEST
 from lr2train.io import read_json
 from lr2train.model import tiled_mlp
-from lr2train.training.deepspeed.keys import refuse_keys
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,11 @@ class Workload:
     steps: int | None
     origin: str
     assumptions: tuple[str, ...]
+
+    @property
+    def longest_span_tokens(self) -> int:
+        """Of the longest document that attends to itself as a whole."""
+        return max(part.span_tokens for part in self.parts)
 
     def share(self, part: WorkloadPart) -> float:
         """Share of all segments, 0 … 1."""
@@ -86,14 +90,11 @@ def refuse_training(config: Config, hf_config: Any, workload: Workload) -> None:
     """Refuse what training would refuse before it starts, as far as no weights, corpus or ranks are needed.
 
     Raises:
-        UserError: a key of ``engine.deepspeed``, the tiles of the MLP, the attention strategy or jumping positions.
+        UserError: the tiles of the MLP, the attention strategy or jumping positions.
     """
-    refuse_keys(config.engine.deepspeed)
     tiled_mlp.refuse_config(hf_config, config.engine.tile_mlp)
-    longest = max(part.span_tokens for part in workload.parts)
-    attention.refuse_config(
-        hf_config, config.parallel, config.data.segment_tokens, longest, config.hardware.gpus_per_node
-    )
+    length, longest = config.data.segment_tokens, workload.longest_span_tokens
+    attention.refuse_config(hf_config, config.parallel, length, longest, config.hardware.gpus_per_node)
     if config.data.long_positions == LongPositions.skip:
         attention.refuse_jumps(hf_config, config.rope.target_window_tokens)
 

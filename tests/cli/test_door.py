@@ -156,7 +156,7 @@ def test_an_unknown_preset_is_answered_with_those_that_are_there(monkeypatch, ca
 def test_a_variable_of_a_launcher_that_is_no_number_is_one_sentence(monkeypatch, capfd, name, value):
     monkeypatch.setenv(name, value)
     assert start(monkeypatch, raising(AssertionError("must not run")), "name=x") == 2
-    told = f"train: {name}={value} in the environment is no whole number; unset {name}, or set it to one\n"
+    told = f"train: {name}={value} in the environment is no whole number of at least 0; unset or correct it\n"
     assert capfd.readouterr().err == told
 
 
