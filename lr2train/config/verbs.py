@@ -7,8 +7,8 @@ _STEP = (
     "data.path data.kind data.stages data.segment_tokens data.long_attention data.long_positions "
     "data.group_segments"  # what a step holds
 )
-_PREPARED = """model.path model.architecture model.overrides model.original_window_tokens rope.target_window_tokens data.sources
-data.tokenizer data.vocab_size
+_PREPARED = """model.path model.architecture model.overrides model.original_window_tokens rope.target_window_tokens
+data.sources data.tokenizer data.vocab_size
 data.tokenizer_train_bytes data.tokenizer_backend data.workers data.shard_bytes data.deduplicate data.decontaminate
 data.segment_tokens
 data.short_tokens data.long_tokens data.buckets data.weights_of data.max_repeats data.keep_below data.keep_below_tokens
