@@ -11,7 +11,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lr2train.attention.hf import NAME, install, layers_of, refuse_config, refuse_device, refuse_jumps, ring_ranks
+from lr2train.attention.hf import (
+    NAME,
+    install,
+    layers_of,
+    refuse_config,
+    refuse_device,
+    refuse_jumps,
+    ring_ranks,
+    tell_windows,
+)
 from lr2train.config import ParallelConfig, UserError
 from lr2train.parallel.layout import Layout
 from lr2train.parallel.mesh import Mesh
@@ -94,9 +103,9 @@ def test_sliding_windows_are_read_by_layer(family, changes, windows):
 def test_a_sliding_window_below_the_longest_document_is_logged(caplog):
     config = tiny_model("mistral", sliding_window=7).config
     with caplog.at_level(logging.INFO, logger="lr2train.attention.hf"):
-        refuse_config(config, ParallelConfig(), 32, 7, 1)
+        tell_windows(config, 7)
         assert not caplog.records
-        refuse_config(config, ParallelConfig(), 32, 8, 1)
+        tell_windows(config, 8)
     assert "2 layers of mistral attend to 7 tokens back and no further, in spans of up to 8" in caplog.text
 
 
