@@ -15,12 +15,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 _NEAR = 2  # layers that are on the device at one time: one is computed with, one is on its way
+
+
+in_host_memory: ContextVar[bool] = ContextVar("in_host_memory", default=False)
+"""Whether the tensor that is being made would lie in host memory beside a GPU: a rehearsal, all on the CPU, asks."""
 
 
 class Side(Protocol):
@@ -153,7 +158,11 @@ class _Plain:
     """A CPU: copies are made at once."""
 
     def host(self, x: Tensor) -> Tensor:
-        return torch.empty_like(x)
+        token = in_host_memory.set(True)
+        try:
+            return torch.empty_like(x)
+        finally:
+            in_host_memory.reset(token)
 
     def copy(self, to: Tensor, x: Tensor) -> None:
         to.copy_(x)

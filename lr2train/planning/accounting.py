@@ -30,6 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from lr2train.attention.blocks import Block, Queries, Round
 from lr2train.attention.cuda import CudaKernel
 from lr2train.attention.kernel import Kernel
+from lr2train.model.host_copies import in_host_memory
 
 BEFORE, FORWARD, BACKWARD, UPDATE = "before", "forward", "backward", "update"  # phases of a step
 MODEL, OURS, ZERO, OTHER = "model", "ours", "zero", "other"  # whose line
@@ -59,6 +60,7 @@ class Allocation:
     place: Place
     died: int | None = None
     kind: str = ""
+    on_host: bool = False
 
 
 class Work(NamedTuple):
@@ -185,6 +187,7 @@ class Accounting(TorchDispatchMode):
                 continue
             self.now += 1
             allocation = Allocation(size, self.now, self.phase, self.micro_batch, str(function), here())
+            allocation.on_host = in_host_memory.get()
             self.allocations.append(allocation)
             self._alive[key] = weakref.ref(storage, self._freed(key, allocation)), allocation
 

@@ -358,6 +358,8 @@ def host_gib_per_node(items: Iterable[MemoryItem], hardware: HardwareConfig) -> 
 
 def _states(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
     n, world, weight, gradient = counts.parameters, s.world, WEIGHT_BYTES[s.dtype], GRADIENT_BYTES[s.dtype]
+    if s.offload_optimizer and s.zero_stage == 3:
+        gradient *= 2  # the sums of a step, and what the optimizer on the host reads
     # ZeRO-1 divides optimizer states, ZeRO-2 gradients too, ZeRO-3 weights too
     per_weights, per_gradients, per_optimizer = (world if s.zero_stage >= stage else 1 for stage in (3, 2, 1))
 
@@ -395,7 +397,7 @@ def _original(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
 
 
 def _gathered(counts: ModelCounts, s: MemorySetting) -> list[MemoryItem]:
-    if s.zero_stage < 3:
+    if s.zero_stage < 3 or s.world == 1:  # one rank holds all weights already
         return []
     weight = WEIGHT_BYTES[s.dtype]
     reused = reused_parameters(counts, s.reuse_distance, s.recomputed(counts.layers) > 0)

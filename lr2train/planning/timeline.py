@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from lr2train.planning.accounting import BACKWARD, BEFORE, FORWARD, UPDATE, ZERO, Accounting, Allocation
 
@@ -67,6 +67,7 @@ class Timeline:
         self._phases = accounting.phases
         self._starts = [at for at, _, _ in self._phases]
         named: dict[int, str] = {id(one): BUCKETS for one in buckets} | {id(one): HOST for one in host}
+        named |= {id(one): HOST for one in accounting.allocations if one.on_host}
         begin = next(at for at, phase, _ in self._phases if phase != BEFORE)
         self.allocations = [one for one in accounting.allocations if one.died is None or one.died > begin]
         for one in self.allocations:
@@ -145,8 +146,11 @@ class Timeline:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes that lie in host memory."""
-        return sum(one.bytes for one in self.allocations if one.kind == HOST)
+        """Bytes that lie in host memory, at most."""
+        far = [one for one in self.allocations if one.kind == HOST]
+        changes = [(one.born, one.bytes) for one in far]
+        changes += [(one.died, -one.bytes) for one in far if one.died is not None]
+        return max(accumulate((size for _, size in sorted(changes)), initial=0))
 
     def spans(self) -> list[tuple[int, int, str, str]]:
         """(begin, end, phase, micro-batch) of each phase."""

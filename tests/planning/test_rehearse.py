@@ -114,9 +114,16 @@ def test_states_and_buckets_are_those_of_zeros_formulas(llama):
     assert found[SAVED] >= 2 * 131072 / 8 * counts.hidden * 2
 
 
+ON_ONE_GPU = (
+    *("hardware.gpus=1", "parallel.sp=1", "optim.segments_per_step=8"),
+    *("engine=zero3_offload", "engine.tile_mlp=4096", "engine.offload_inputs=true"),
+)
+
+
 @pytest.mark.parametrize(
     ("experiment", "overrides"),
     [
+        ("llama3_8b_128k", ON_ONE_GPU),
         ("phi3_mini_128k", ("hardware.gpus=16", "parallel.sp=16", "engine.recompute=none")),
         ("tiny_4k", ()),
         ("llama3_8b_128k", ("engine.zero_stage=2", "optim.distill_short=0.5")),
@@ -129,7 +136,12 @@ def test_the_estimate_of_an_experiment_agrees_within_five_percent(experiment, ov
     config = composed(experiment, *overrides, f"model.architecture.num_hidden_layers={layers}")
     seen = run(config, layers)
     counts = counts_of(hf_config_of(config.model), config.model)
-    estimate = memory.gpu_bytes(memory.training_items(counts, MemorySetting.of(config))) - memory.RUNTIME_BYTES
+    items = memory.training_items(counts, MemorySetting.of(config))
+    estimate, on_host = (
+        memory.gpu_bytes(items) - memory.RUNTIME_BYTES,
+        sum(one.bytes for one in items if not one.on_gpu),
+    )
+    assert on_host == pytest.approx(seen.timeline.host_bytes, rel=0.05)
     print(f"{experiment} {overrides}: plan {estimate / GIB:.2f}, rehearsed {seen.timeline.peak.total / GIB:.2f} GiB")
     assert estimate == pytest.approx(seen.timeline.peak.total, rel=0.05)
 

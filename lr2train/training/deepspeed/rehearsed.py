@@ -159,6 +159,7 @@ class RehearsedEngine(Engine):
             return []
         inner = optimizer.optimizer
         masters = [one for group in inner.param_groups for one in group["params"]]
+        masters += _tensors(getattr(optimizer, "fp32_partitioned_groups_flat", []))  # ZeRO-3's, between two updates
         moments = [one for state in inner.state.values() for one in _tensors(list(state.values()))]
         gradients = [one.grad for one in masters if one.grad is not None]
         return [*masters, *moments, *gradients, *_tensors(getattr(optimizer, "grad_partitions_flat_buffer", None))]
