@@ -370,11 +370,11 @@ def test_tiles_and_host_memory_make_room_for_long_shards(tmp_path):
     one = ("hardware.gpus=1", "parallel.sp=1", "optim.segments_per_step=1")
     million = "rope.target_window_tokens=1048576", "data.segment_tokens=1048576", "hardware.gpus=8"
     room = ("engine.tile_mlp=4096", "engine.offload_inputs=true")
-    for size, tiles_alone in ((one, False), (million, True)):  # of eight GPUs each has an eighth of the weights
+    for size in (one, million):
         given = ("experiment=llama3_8b_128k", "engine=zero3_offload", f"runs_folder={tmp_path}", *size)
         assert not plan(composed(*given))["memory"]["fits"]
         tiled = plan(composed(*given, *room[:1]))["memory"]
-        assert tiled["fits"] is tiles_alone
+        assert tiled["fits"]  # with few GiB to spare
         assert "engine.recompute=auto takes layer" in tiled["recompute"]
         found = plan(composed(*given, *room))["memory"]
         assert found["fits"]
@@ -418,7 +418,8 @@ def test_offloading_moves_states_to_the_host(llama):
     setting = memory.MemorySetting.of(config)
     items = memory.training_items(llama, setting)
     assert [item.name for item in items if not item.on_gpu] == ["gradients", "fp32 weights and Adam's moments"]
-    assert sum(item.bytes for item in items if not item.on_gpu) == 16 * llama.parameters / 64
+    # 8 of gradients: their sums, and what the optimizer on the host reads
+    assert sum(item.bytes for item in items if not item.on_gpu) == 20 * llama.parameters / 64
 
 
 def test_deepspeeds_own_keys_change_the_estimate(llama):
