@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on a laptop CPU, about eight minutes on two cores: a corpus, a tiny base model with a window of
+# The whole method on a laptop CPU, eight to ten minutes on two cores: a corpus, a tiny base model with a window of
 # 512 tokens, a search for RoPE factors, mixed context window training to 4096 tokens on two ranks that share each segment,
 # the same training with YaRN, evaluation, export, generation across the window switch, an HTML page that compares both.
 # After an interrupt, the same command goes on where it was. Arguments are overrides for every step, such as seed=1.
