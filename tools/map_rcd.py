@@ -1,6 +1,6 @@
 """Map needle perplexity over the critical index rcd and the tail's scale, before any training: the paper's hypothesis.
 
-    python -m tools.map_rcd --model runs/base/model --corpus runs/corpus --target 4096 --window 512 \\
+    python -m tools.map_rcd --model launch/base --corpus runs/corpus --target 4096 --window 512 \\
         --attention-factor 1.0 1.15 1.3
 
 A cell is a set of factors in the shape of LongRoPE2, with a constant tail of ``scale * L / L0`` from rcd on. The
@@ -261,7 +261,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m tools.map_rcd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", type=Path, required=True, help="folder of the pretrained model, such as runs/base/model"
+        "--model", type=Path, required=True, help="folder of the pretrained model, such as launch/base"
     )
     parser.add_argument(
         "--corpus", type=Path, required=True, help="folder that prepare wrote; needles are hidden in its held-out text"

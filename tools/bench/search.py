@@ -99,13 +99,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--held-out", type=int, default=60, help="documents of each set")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after this time")
-    parser.add_argument("--runs", default="runs", help="folder of the corpus and the base models, made where missing")
+    parser.add_argument("--runs", default="runs", help="folder of the corpus and the other base models, made where missing")
     parser.add_argument("--out", default="runs/bench_search", help="folder of the searches")
     return parser.parse_args()
 
 
 def _model(asked: argparse.Namespace, base: str) -> Path:
-    return Path(asked.runs) / ("base" if base == "demo" else base) / "model"
+    return Path("launch/base") if base == "demo" else Path(asked.runs) / base / "model"
 
 
 def _all_work(asked: argparse.Namespace) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
     python -m tools.crash.search [--kills 6] [--seed 0] [search=paper …]
 
-Needs runs/corpus and runs/base, which ``bash launch/demo.sh`` makes. Every second kill hits one rank alone; then the
+Needs runs/corpus, which ``bash launch/demo.sh`` makes. Every second kill hits one rank alone; then the
 job must end by itself within a minute, with its journal intact. The other kills hit all processes at once. After each
 kill the same search is started on another number of ranks. The last lines read ``name: value``. Exits with 1 where a
 bound is missed.

@@ -2,7 +2,7 @@
 
     python -m tools.crash.train [--kills 6] [--seed 0] [data.path=… model.path=…]
 
-Needs runs/corpus and runs/base, which ``bash launch/demo.sh`` makes. Kills hit during a step, while a checkpoint is
+Needs runs/corpus, which ``bash launch/demo.sh`` makes. Kills hit during a step, while a checkpoint is
 written, and right after a checkpoint was read on other ranks. Every second kill hits one rank alone; then the job must
 end by itself. After each kill the same training is started with other ranks and another ``parallel.sp``. The last lines
 read ``name: value``. Exits with 1 where a bound is missed.
