@@ -213,6 +213,7 @@ def row(label: str, attention_factor: float, reach: float, sharp: float) -> dict
                 "accuracy": mean,
                 "answer_perplexity": 1.05 + 90 * (1 - mean) ** 3,
                 "text_perplexity": 6.1 + 40 * (1 - mean) ** 2,
+                "shares": {f"document {i}": round(4 * mean) / 4 for i in range(4)},
             }
         )
     return {"label": label, "attention_factor": attention_factor, "cells": cells, "by_length": by_length}
@@ -654,19 +655,23 @@ def test_a_comparison_prints_a_figure_a_cell(pair):
     trained = [f"{folder.name}: longrope2 trained" for folder in pair]
     assert [line.split("  ")[0] for line in accuracy.splitlines()[-3:-1]] == trained
     assert all(table.splitlines()[1].split()[-2:] == ["2048", "4096"] for table in (accuracy, answers, texts))
-    assert re.match(rf"At 4096 tokens {trained[0]} finds \d+% and {trained[1]} \d+%: \+0 points", difference)
+    assert re.match(rf"At 4096 tokens {trained[0]} finds \d+% and {trained[1]} \d+%: \+0\.0 points", difference)
 
 
-def test_the_difference_of_two_trained_models_has_its_standard_error():
-    def row(label: str, accuracy: float, documents: int) -> dict:
-        at = {"length_tokens": 64, "accuracy": accuracy}
-        return {"label": label, "by_length": [at], "cells": [{**at, "depth": 0.0, "documents": documents}]}
+def test_the_difference_of_two_trained_models_is_over_the_documents_that_both_answered():
+    def row(label: str, shares: dict[str, float]) -> dict:
+        return {"label": label, "by_length": [{"length_tokens": 64, "shares": shares}]}
 
-    ours, theirs = row("longrope2 trained", 0.9, 40), row("yarn trained", 0.75, 40)
-    words = "At 64 tokens longrope2 trained finds 90% and yarn trained 75%: +15 points, with a standard error of 8"
-    # 100 sqrt(0.9 * 0.1 / 40 + 0.75 * 0.25 / 40) = 8.33
-    assert trained_difference([row("yarn untrained", 0.1, 40), ours, theirs]) == words
+    ours = row("longrope2 trained", {"a": 1.0, "b": 0.75, "c": 0.5, "d": 1.0})
+    theirs = row("yarn trained", {"d": 1.0, "c": 0.25, "b": 0.25, "a": 0.75, "e": 0.0})
+    words = (
+        "At 64 tokens longrope2 trained finds 81% and yarn trained 56%: +25.0 points, with a standard error of 10.2 over "
+        "the same 4 documents"
+    )
+    # of the differences 0.25, 0.5, 0.25, 0: deviation 0.2041, divided by sqrt(4)
+    assert trained_difference([row("yarn untrained", {"a": 0.0}), ours, theirs]) == words
     assert trained_difference([ours]) == trained_difference([]) == ""
+    assert trained_difference([ours, row("yarn trained", {"x": 1.0, "y": 1.0})]) == ""
 
 
 def test_a_comparison_draws_a_curve_for_each_run(pair, compared):

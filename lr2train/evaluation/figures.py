@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -32,7 +33,11 @@ def cells(needles: Sequence[Answered]) -> list[dict[str, Any]]:
 
 
 def by_length(needles: Sequence[Answered], texts: Sequence[Answered]) -> list[dict[str, Any]]:
-    """One row for each length, over all depths."""
+    """One row for each length, over all depths.
+
+    ``shares`` has the share of exact answers of each document, by a hash of its tokens: two models are compared over the
+    documents that both have answered.
+    """
     rows = []
     for length in sorted({sample.length_tokens for sample, _ in needles}):
         answers = [one for one in needles if one[0].length_tokens == length]
@@ -43,6 +48,7 @@ def by_length(needles: Sequence[Answered], texts: Sequence[Answered]) -> list[di
                 "accuracy": accuracy(answers),
                 "answer_perplexity": perplexity(answers),
                 "text_perplexity": perplexity(text),
+                "shares": {_name(sample): accuracy([(sample, answer)]) for sample, answer in answers},
             }
         )
     return rows
@@ -80,6 +86,11 @@ def perplexity(answered: Sequence[Answered]) -> float:
         return math.nan
     nats = math.fsum(math.fsum(answer.nlls) for _, answer in answered)
     return _exp(nats / sum(n_scored(sample) for sample, _ in answered))
+
+
+def _name(sample: Sample) -> str:
+    assert isinstance(sample.request, Likelihood)
+    return hashlib.sha256(sample.request.tokens.tobytes()).hexdigest()[:12]
 
 
 def _exp(nats: float) -> float:

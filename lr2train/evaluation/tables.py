@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from lr2train.evaluation import infinitebench, loft, longbench, needles, retention
 from lr2train.evaluation.results import TaskScore
 from lr2train.evaluation.ruler import NAMES as RULER
@@ -234,24 +236,27 @@ def _lengths(row: Mapping[str, Any]) -> set[int]:
 def trained_difference(rows: Sequence[Mapping[str, Any]]) -> str:
     """How two trained models differ at the longest length, and how much of the difference may be chance.
 
-    The standard error is sqrt(p (1 - p) / n + q (1 - q) / m), for accuracies p and q over n and m documents. It is too
-    large for models that answer the same documents.
+    Both have answered the same documents, and some documents are hard for both. So the standard error is that of the
+    mean of their differences, document by document.
 
     Args:
         rows: of ``evaluate.json``.
 
     Returns:
-        A sentence; empty where the rows do not hold two trained models, or no common length.
+        A sentence; empty where the rows do not hold two trained models, or no length at which both have answered two
+        documents or more.
     """
     trained = [row for row in rows if row["label"].endswith(" trained")]
-    common = set.intersection(*(_lengths(row) for row in trained)) if trained else set()
-    if len(trained) != 2 or not common:
+    if len(trained) != 2:
         return ""
-    length = max(common)
-    shares = [one["accuracy"] for row in trained for one in row["by_length"] if one["length_tokens"] == length]
-    error = math.sqrt(sum(p * (1 - p) / _documents(row, length) for p, row in zip(shares, trained, strict=True)))
-    (first, p), (second, q) = zip((row["label"] for row in trained), shares, strict=True)
+    first, second = ({one["length_tokens"]: one.get("shares", {}) for one in row["by_length"]} for row in trained)
+    both = {length: first[length].keys() & second.get(length, {}).keys() for length in first}
+    length = max((length for length, documents in both.items() if len(documents) > 1), default=None)
+    if length is None:
+        return ""
+    p, q = (np.array([shares[length][one] for one in sorted(both[length])]) for shares in (first, second))
+    error = (p - q).std(ddof=1) / math.sqrt(len(p))
     return (
-        f"At {length} tokens {first} finds {p:.0%} and {second} {q:.0%}: {100 * (p - q):+.0f} points, with a standard "
-        f"error of {100 * error:.0f}"
+        f"At {length} tokens {trained[0]['label']} finds {p.mean():.0%} and {trained[1]['label']} {q.mean():.0%}: "
+        f"{100 * (p - q).mean():+.1f} points, with a standard error of {100 * error:.1f} over the same {len(p)} documents"
     )
