@@ -665,8 +665,8 @@ def test_the_difference_of_two_trained_models_is_over_the_documents_that_both_an
     ours = row("longrope2 trained", {"a": 1.0, "b": 0.75, "c": 0.5, "d": 1.0})
     theirs = row("yarn trained", {"d": 1.0, "c": 0.25, "b": 0.25, "a": 0.75, "e": 0.0})
     words = (
-        "At 64 tokens longrope2 trained finds 81% and yarn trained 56%: +25.0 points, with a standard error of 10.2 over "
-        "the same 4 documents"
+        "At 64 tokens longrope2 trained finds 81% and yarn trained 56%: +25.0 points, with a standard error of 10.2 "
+        "over the same 4 documents"
     )
     # of the differences 0.25, 0.5, 0.25, 0: deviation 0.2041, divided by sqrt(4)
     assert trained_difference([row("yarn untrained", {"a": 0.0}), ours, theirs]) == words

@@ -35,8 +35,8 @@ def cells(needles: Sequence[Answered]) -> list[dict[str, Any]]:
 def by_length(needles: Sequence[Answered], texts: Sequence[Answered]) -> list[dict[str, Any]]:
     """One row for each length, over all depths.
 
-    ``shares`` has the share of exact answers of each document, by a hash of its tokens: two models are compared over the
-    documents that both have answered.
+    ``shares`` has the share of exact answers of each document, by a hash of its tokens: two models are compared over
+    the documents that both have answered.
     """
     rows = []
     for length in sorted({sample.length_tokens for sample, _ in needles}):

@@ -258,5 +258,6 @@ def trained_difference(rows: Sequence[Mapping[str, Any]]) -> str:
     error = (p - q).std(ddof=1) / math.sqrt(len(p))
     return (
         f"At {length} tokens {trained[0]['label']} finds {p.mean():.0%} and {trained[1]['label']} {q.mean():.0%}: "
-        f"{100 * (p - q).mean():+.1f} points, with a standard error of {100 * error:.1f} over the same {len(p)} documents"
+        f"{100 * (p - q).mean():+.1f} points, with a standard error of {100 * error:.1f} over the same "
+        f"{len(p)} documents"
     )

@@ -99,7 +99,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--held-out", type=int, default=60, help="documents of each set")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after this time")
-    parser.add_argument("--runs", default="runs", help="folder of the corpus and the other base models, made where missing")
+    parser.add_argument("--runs", default="runs", help="folder of corpus and base models, made where missing")
     parser.add_argument("--out", default="runs/bench_search", help="folder of the searches")
     return parser.parse_args()
 
