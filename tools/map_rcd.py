@@ -260,9 +260,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.map_rcd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", type=Path, required=True, help="folder of the pretrained model, such as launch/base"
-    )
+    parser.add_argument("--model", type=Path, required=True, help="folder of the pretrained model, such as launch/base")
     parser.add_argument(
         "--corpus", type=Path, required=True, help="folder that prepare wrote; needles are hidden in its held-out text"
     )
