@@ -18,7 +18,7 @@ step "3/7 LongRoPE2: mixed context window training at 4096, ZeRO-3, 2 ranks shar
                                                            ranks train experiment=tiny_4k name=tiny_4k "$@"
 step "4/7 YaRN, trained alike: same segments, steps and learning rate" \
                                                            ranks train experiment=tiny_4k name=tiny_4k_yarn rope=yarn rope.factors=null "$@"
-step "5/7 evaluation: needles and perplexity by length; the longest step, two to three minutes" \
+step "5/7 evaluation: needles and perplexity by length; the longest step, about three minutes" \
                                                            ranks evaluate experiment=tiny_4k run=tiny_4k "$@" >/dev/null
 ranks evaluate experiment=tiny_4k run=tiny_4k_yarn eval.methods=[] eval.untrained=false "$@" >/dev/null
 step "6/7 export, and generation across the window switch" lr2train export experiment=tiny_4k run=tiny_4k "$@"

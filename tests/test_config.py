@@ -91,7 +91,7 @@ def test_the_papers_settings():
             ["engine.activation_checkpointing", "engine.recompute=none for false"],
         ),
         ("engine.recompute=attention", ["engine.recompute=attention", "none, keep_attention, layer, auto"]),
-        ("search.top_k=99", ["search.top_k=99", "search.population=5"]),
+        ("search.top_k=99", ["search.top_k=99", "search.population=12"]),
         ("data.holdout=2", ["data.holdout=2", "between 0 and 1"]),
         ("search.settle=0.5", ["search.settle=0.5", "not between 0.5 and 1"]),
         ("search.settle=nan", ["search.settle=nan", "finite"]),

@@ -1,5 +1,6 @@
 """launch/slurm.sbatch with commands of SLURM that only write down how they were called; launch/demo.sh's commands."""
 
+import json
 import os
 import re
 import shlex
@@ -11,9 +12,11 @@ import pytest
 
 from lr2train.cli.composition import compose
 from lr2train.config import Config, to_dict
+from lr2train.model import load
 
-DEMO = (Path(__file__).resolve().parents[1] / "launch" / "demo.sh").read_text().replace("\\\n", " ")
-SCRIPT = Path(__file__).resolve().parents[1] / "launch" / "slurm.sbatch"
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = (ROOT / "launch" / "demo.sh").read_text().replace("\\\n", " ")
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >> calls
 bash -c 'echo "asked: $MASTER_ADDR $LR2TRAIN_INTERRUPTED"' >> calls
@@ -90,15 +93,17 @@ def test_the_demo_asks_both_the_same_questions():
     assert ours.eval == replace(yarn.eval, methods=ours.eval.methods, untrained=True)
 
 
-def test_the_demo_says_how_long_its_longest_step_is():
-    stages = demo_command("train", "name=base").data.stages
-    *first, last = (stage.length_tokens for stage in stages)
-    lengths = f"{', '.join(map(str, first))}, then {last} tokens"
-    assert f"the longest step, {sum(stage.steps for stage in stages)} steps on documents of {lengths}" in DEMO
+def test_the_demos_base_is_the_model_that_tiny_base_makes():
+    tiny, base = compose("train", ["experiment=tiny_base", "name=base"]), ROOT / "launch" / "base"
+    made = load.config_of(tiny.model).to_dict()
+    shipped = json.loads((base / "config.json").read_text())
+    assert {key: made[key] for key in tiny.model.architecture} == {key: shipped[key] for key in tiny.model.architecture}
+    assert demo_command("search", "name=factors").model.path == "launch/base"
+    assert (base / "model.safetensors").stat().st_size < 4e6
 
 
 def test_every_command_of_the_demo_can_be_composed():
     commands = re.findall(r"(?:ranks|lr2train) (\w+) ([^\"\n]*) \"\$@\"", DEMO)
-    assert len(commands) == 9
+    assert len(commands) == 8
     for verb, arguments in commands:
         compose(verb, shlex.split(arguments))
