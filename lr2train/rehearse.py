@@ -41,7 +41,7 @@ from lr2train.planning.memory import GIB, MemorySetting, training_items, with_re
 from lr2train.planning.rehearsal import StepShape, gpu_like
 from lr2train.planning.rehearsal_tables import show
 from lr2train.planning.remedies import settings
-from lr2train.planning.roofline import ASSUMPTIONS, GPUS
+from lr2train.planning.roofline import ASSUMPTIONS, ROOFLINES
 from lr2train.planning.timeline import GATHERED, Timeline
 from lr2train.planning.workload import Workload, WorkloadPart, refuse_mesh, refuse_training, workload_of
 from lr2train.reporting.memory import FILE
@@ -114,7 +114,7 @@ def rehearse(config: Config) -> dict[str, Any]:
         "traffic": rehearsal.traffic_of(seen.accounting),
         "work": rehearsal.work_of(seen.accounting, [name for name in seen.windows if name != FIRST]),
         "looks": rehearsal.looks_of(seen.accounting),
-        "time": [rehearsal.time_of(seen.accounting, shape, one) for one in GPUS],
+        "time": [rehearsal.time_of(seen.accounting, shape, one) for one in ROOFLINES],
         "gpu": gpu_like(config.hardware).name,
         "settings": _settings(config, hf_config),
         "assumptions": [*workload.assumptions, *rehearsal.assumptions_of(config.hardware), *ASSUMPTIONS],

@@ -11,7 +11,7 @@ from lr2train.config import HardwareConfig
 from lr2train.planning import roofline
 from lr2train.planning.accounting import BACKWARD, BEFORE, FORWARD, Accounting, Exchange
 from lr2train.planning.memory import GIB, RESERVE, RUNTIME_BYTES
-from lr2train.planning.roofline import GPUS, Gpu, Times
+from lr2train.planning.roofline import ROOFLINES, Gpu, Times
 from lr2train.planning.timeline import KINDS, Holder, Moment, Timeline, any_layer, phases_of
 
 
@@ -179,8 +179,8 @@ def gpu_like(hardware: HardwareConfig) -> Gpu:
     Of the kinds whose peak is nearest to ``hardware.gpu_bf16_tflops``: the one that ``hardware.gpu`` names, else the
     smallest that holds ``hardware.gpu_memory_gib``.
     """
-    near = min(abs(one.tflops - hardware.gpu_bf16_tflops) for one in GPUS)
-    alike = [one for one in GPUS if abs(one.tflops - hardware.gpu_bf16_tflops) == near]
+    near = min(abs(one.tflops - hardware.gpu_bf16_tflops) for one in ROOFLINES)
+    alike = [one for one in ROOFLINES if abs(one.tflops - hardware.gpu_bf16_tflops) == near]
     fitting = [one for one in alike if one.memory_gib >= hardware.gpu_memory_gib] or alike[-1:]
     return next((one for one in alike if _is_named(one, hardware)), fitting[0])
 

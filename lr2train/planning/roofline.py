@@ -43,7 +43,7 @@ def _peak(name: str) -> float:
     return peak
 
 
-GPUS = (
+ROOFLINES = (
     Gpu("A100 80GB", _peak("A100"), 80, 2039, 300, 25),
     Gpu("H100 SXM", _peak("H100"), 80, 3350, 450, 50),
     Gpu("H200", _peak("H200"), 141, 4800, 450, 50),
