@@ -8,11 +8,16 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lr2train.cli.composition import compose
 from lr2train.config import Config, to_dict
-from lr2train.model import load
+from lr2train.data import tokenizer
+from lr2train.data.needles import NeedleMaker
+from lr2train.model import load, rotary
+from lr2train.model.score import score
+from lr2train.rope.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = (ROOT / "launch" / "demo.sh").read_text().replace("\\\n", " ")
@@ -93,13 +98,31 @@ def test_the_demo_asks_both_the_same_questions():
     assert ours.eval == replace(yarn.eval, methods=ours.eval.methods, untrained=True)
 
 
-def test_the_demos_base_is_the_model_that_tiny_base_makes():
+def test_the_demos_base_has_the_architecture_that_tiny_base_trains():
     tiny, base = compose("train", ["experiment=tiny_base", "name=base"]), ROOT / "launch" / "base"
     made = load.config_of(tiny.model).to_dict()
     shipped = json.loads((base / "config.json").read_text())
     assert {key: made[key] for key in tiny.model.architecture} == {key: shipped[key] for key in tiny.model.architecture}
     assert demo_command("search", "name=factors").model.path == "launch/base"
     assert (base / "model.safetensors").stat().st_size < 4e6
+
+
+def test_the_demos_base_answers_inside_its_window():
+    """It was trained on such documents; a model without training finds none of a million numbers."""
+    base = ROOT / "launch" / "base"
+    settings, model = compose("evaluate", ["experiment=tiny_4k", "run=x"]), load.load_whole(base)
+    encode = tokenizer.load(str(base)).encode
+    maker = NeedleMaker(encode, settings.data.needles.wording, settings.data.needles.digits, 0, None)
+    table = rotary.install(
+        model, METHODS["none"](load.spectrum_of(load.config_of(settings.model), settings.model), 512)
+    )
+    filler, rng = encode(Path(shlex.__file__).read_text()), np.random.default_rng(0)
+    found = []
+    for number in range(4):
+        one = maker.make(rng, filler[600 * number :], 512, 0.5, 20, 4)
+        right = score(model, table, "short", one.tokens, one.answer_spans).right
+        found += [n == stop - start for n, (start, stop) in zip(right, one.answer_spans, strict=True)]
+    assert np.mean(found) > 0.7, found
 
 
 def test_every_command_of_the_demo_can_be_composed():

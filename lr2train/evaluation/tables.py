@@ -243,8 +243,7 @@ def trained_difference(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: of ``evaluate.json``.
 
     Returns:
-        A sentence; empty where the rows do not hold two trained models, or no length at which both have answered two
-        documents or more.
+        A sentence; empty where the rows do not hold two trained models.
     """
     trained = [row for row in rows if row["label"].endswith(" trained")]
     if len(trained) != 2:
@@ -253,7 +252,10 @@ def trained_difference(rows: Sequence[Mapping[str, Any]]) -> str:
     both = {length: first[length].keys() & second.get(length, {}).keys() for length in first}
     length = max((length for length, documents in both.items() if len(documents) > 1), default=None)
     if length is None:
-        return ""
+        return (
+            f"{trained[0]['label']} and {trained[1]['label']} have not answered the same documents; evaluate both with "
+            "the same keys of eval to compare them"
+        )
     p, q = (np.array([shares[length][one] for one in sorted(both[length])]) for shares in (first, second))
     error = (p - q).std(ddof=1) / math.sqrt(len(p))
     return (

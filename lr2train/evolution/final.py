@@ -23,7 +23,7 @@ from lr2train.evolution.fitness import Fitness, Losses
 from lr2train.evolution.genome import Candidate, Space
 
 # Documents that the prior is worth: the true difference of two finalists is expected within a quarter of the standard
-# deviation of a document's difference. The two tracks of a descent on the demo's base differed by 0.18 of it.
+# deviation of a document's difference. The two tracks of a descent on a tiny base model differed by 0.18 of it.
 PRIOR = 16
 _LEAST = 4  # documents before a rival may leave
 

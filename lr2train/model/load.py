@@ -69,7 +69,8 @@ def folder_of(model: ModelConfig) -> Path:
     if path.is_dir():
         return path
     if not is_hub_id(str(model.path)):
-        raise UserError(f"model.path={model.path} is no folder; set model.path to a Hugging Face model folder")
+        first = "run this in lr2train's checkout, which has it, or " if str(model.path).startswith("launch/") else ""
+        raise UserError(f"model.path={model.path} is no folder; {first}set model.path to a Hugging Face model folder")
     if not model.allow_download:
         raise UserError(
             f"model.path={model.path} is no local folder and downloads are off; set model.path to a folder, or "
@@ -81,7 +82,7 @@ def folder_of(model: ModelConfig) -> Path:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name may be a repository of the Hugging Face hub, and is no path."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~", "runs/"))
+    return name.count("/") == 1 and not name.startswith((".", "/", "~", "runs/", "launch/"))
 
 
 def generation_files_of(model: ModelConfig) -> list[Path]:

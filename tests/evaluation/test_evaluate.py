@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import published
 import pytest
 import tiny
@@ -79,6 +80,11 @@ def test_several_runs_and_folders_stand_side_by_side(world, tmp_path):
     assert (world / "pair" / "evaluate.json").exists()
     assert first["by_length"] == as_published["by_length"], "the folder that train wrote holds the same two tables"
     assert base["by_length"] != first["by_length"]
+    shares = [row["by_length"][0]["shares"] for row in result["rows"]]
+    assert shares[0].keys() == shares[1].keys() and len(shares[0]) == 4, "the same documents have the same names"
+    assert [np.mean(list(one.values())) for one in shares] == [
+        row["by_length"][0]["accuracy"] for row in result["rows"]
+    ]
 
 
 def test_a_model_is_asked_up_to_its_own_window(world):

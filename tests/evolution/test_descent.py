@@ -73,6 +73,9 @@ def test_under_yarns_blend_the_start_at_tcd_is_yarn():
     yarn = METHODS["yarn"](space.spectrum, space.target_tokens)
     assert space.start.critical_index == 16
     np.testing.assert_allclose(space.factors(start).rescale, yarn.rescale, rtol=1e-12)
+    for low, high, begin in ((0.8, 2.0, 8.0), (1.5, 2.0, 12.0), (0.5, 0.5, 4.0)):  # s = 8, where the bounds hold it
+        (first, *_), _ = run(tail_low=low, tail_high=high, generations=1)
+        assert {one.candidate.tail[0] for one in first.population} == {begin}
 
 
 def test_where_every_factor_is_free_it_descends_from_the_curves_of_longrope():

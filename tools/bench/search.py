@@ -5,7 +5,8 @@
 Plain is the paper's loop in a scaled form: population 32, 8 iterations, 10 documents with the needle at the start.
 ``gradient_ntk`` and ``small_ntk`` have the paper's factors below the critical index, as plain has.
 Searches run one after another in this process, and a finished one is not run again; after ``--minutes`` it ends and the
-same command goes on. Missing base models are trained first, from the demo's corpus.
+same command goes on. The base of ``demo`` is launch/base; the other two are trained first where they are
+missing, from the demo's corpus.
 
 All winners are scored on the same held-out documents, which no corpus holds: each is a source file of an installed
 package, with one question. A first set has the needle at the start, a second one at five depths. A difference to plain
@@ -40,6 +41,7 @@ from lr2train.model.score import score
 from lr2train.rope import METHODS, Factors
 from lr2train.search import search
 
+ROOT = Path(__file__).resolve().parents[2]
 LICENSE_CHARACTERS = 2000  # the license at the top of every file is skipped
 NEEDLES = 21  # in every document, asked for or not: every good candidate finds a single needle
 DEPTHS = {"start": [0.0], "depths": [0.0, 0.25, 0.5, 0.75, 1.0]}
@@ -105,7 +107,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _model(asked: argparse.Namespace, base: str) -> Path:
-    return Path("launch/base") if base == "demo" else Path(asked.runs) / base / "model"
+    return ROOT / "launch" / "base" if base == "demo" else Path(asked.runs) / base / "model"
 
 
 def _all_work(asked: argparse.Namespace) -> Iterator[Any]:
