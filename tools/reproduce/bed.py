@@ -139,7 +139,7 @@ _SAME = {  # of quick and full
     "map_rcd": (*_MAP, "12", "--scales", "1.0", "1.3", "1.6"),
 }
 FORMS = {
-    "demo": Form(  # the demo's base alone, one seed, more steps: the shortest form that fills tables
+    "demo": Form(  # a base made like the demo's, one seed, more steps: the shortest form that fills tables
         name="demo",
         folder="reproduce_demo",
         experiment="tiny_4k",
