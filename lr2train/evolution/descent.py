@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lr2train.config import Head, SearchConfig
+from lr2train.config import SearchConfig
 from lr2train.evolution.final import CandidateScorer, Scored
 from lr2train.evolution.fitness import Slope
 from lr2train.evolution.genome import ALL, Candidate, Space
@@ -90,22 +90,16 @@ def descend(space: Space, scorer: CandidateScorer, seed: int) -> Iterator[Genera
 
 
 def _starts(space: Space) -> list[_Track]:
-    """A constant tail, and an attention factor in the middle of its range, for each critical index.
+    """A constant tail and an attention factor in the middle of their ranges, for each critical index.
 
-    The tail begins at s: with YaRN's blend below tcd these are YaRN's rescale factors. From there the descent found
-    factors that are better or as good as from the middle (docs/LOG.md). Under the NTK rule the tail scales the fast
-    dimensions too, and neither start was better on all base models; there it begins in the middle. Where every factor
-    is free: the curves from which LongRoPE v1 starts.
+    Where every factor is free: the curves from which LongRoPE v1 starts.
     """
     if space.all_dims:
         low, high = (math.log(bound) for bound in space.bounds)
         shares = [np.clip((np.log(curve) - low) / (high - low), 0.0, 1.0) for curve in space.curves()]
         return [_Track(ALL, np.append(one, 0.5)) for one in shares]
-    low, high = space.bounds
-    begin = min(max(space.scale, low), high) if space.settings.head == Head.yarn else math.sqrt(low * high)
-    tail = math.log(begin / low) / math.log(high / low) if high > low else 0.0
-    lengths = {index: space.spectrum.n_dims - index for index in space.spread_indices}
-    return [_Track(index, np.append(np.full(n, tail), 0.5)) for index, n in lengths.items()]
+    indices = space.spread_indices
+    return [_Track(index, np.full(space.spectrum.n_dims - index + 1, 0.5)) for index in indices]
 
 
 def _candidate(space: Space, track: _Track) -> Candidate:
