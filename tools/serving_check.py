@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=sorted(load.DTYPES), help="of all computation")
     parser.add_argument(
         "--tolerance", type=float,
-        help="largest allowed difference of log-probabilities; default: 1e-3 where computation and weights are float32, else 0.2",
+        help="largest allowed difference of log-probabilities; default: 1e-3 where all is float32, else 0.2",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the lines there too")
     return parser
