@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on a laptop CPU, six to eight minutes on two cores: a corpus, a search for RoPE factors of the tiny
+# The whole method on a laptop CPU, about six minutes on two cores: a corpus, a search for RoPE factors of the tiny
 # pretrained model in launch/base, whose window is 512 tokens, mixed context window training to 4096 tokens on two ranks
 # that share each segment, the same training with YaRN, evaluation, export, generation across the window switch, an HTML
 # page that compares both.

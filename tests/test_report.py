@@ -671,6 +671,8 @@ def test_the_difference_of_two_trained_models_is_over_the_documents_that_both_an
     # of the differences 0.25, 0.5, 0.25, 0: deviation 0.2041, divided by sqrt(4)
     assert trained_difference([row("yarn untrained", {"a": 0.0}), ours, theirs]) == words
     assert trained_difference([ours]) == trained_difference([]) == ""
+    for without_common_length in ([], [{"length_tokens": 128, "shares": {"a": 1.0, "b": 1.0}}]):
+        assert trained_difference([ours, {"label": "yarn trained", "by_length": without_common_length}]) == ""
     earlier = {"label": "yarn trained", "by_length": [{"length_tokens": 64, "accuracy": 0.5}]}
     for other in (row("yarn trained", {"x": 1.0, "y": 1.0}), earlier):
         assert trained_difference([ours, other]).startswith(

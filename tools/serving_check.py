@@ -69,6 +69,17 @@ def _absolute(text: str) -> Path:
     return Path(text).expanduser().absolute()
 
 
+def default_tolerance(export: Path, dtype: str) -> float:
+    """The largest difference of log-probabilities that rounding explains, in nats; ``dtype`` is that of computation.
+
+    In long/ and short/ the attention factor is in the weights of queries and keys. Weights in bfloat16 are rounded once
+    more by that, whatever they are computed in.
+    """
+    config = io.read_json(export / "two" / "config.json")
+    weights = config.get("dtype") or config.get("torch_dtype")  # the second: transformers before version 5
+    return 1e-3 if dtype == weights == "float32" else 0.2
+
+
 def _main(asked: argparse.Namespace) -> int:
     reference = Reference(asked.export / "two", asked.dtype)
     windows = {"original": reference.original, "target": reference.target}
@@ -79,9 +90,7 @@ def _main(asked: argparse.Namespace) -> int:
         for setup in _chosen(RUNTIMES[name](asked.export), every, asked)
     ]
     text = _text(asked.export / "two", max(case.prompt_tokens for case in every.values()), reference.vocabulary)
-    # In long/ and short/ the attention factor is in the weights of queries and keys, which bfloat16 rounds once more.
-    weights = io.read_json(asked.export / "two" / "config.json")["dtype"]
-    tolerance = asked.tolerance or (1e-3 if asked.dtype == weights == "float32" else 0.2)
+    tolerance = asked.tolerance or default_tolerance(asked.export, asked.dtype)
     answers: dict[str, Answer] = {}
     lines: list[Line] = []
     for name, python, setup in setups:

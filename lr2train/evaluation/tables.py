@@ -243,13 +243,15 @@ def trained_difference(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: of ``evaluate.json``.
 
     Returns:
-        A sentence; empty where the rows do not hold two trained models.
+        A sentence; empty where the rows do not hold two trained models that met needles of a common length.
     """
     trained = [row for row in rows if row["label"].endswith(" trained")]
     if len(trained) != 2:
         return ""
     first, second = ({one["length_tokens"]: one.get("shares", {}) for one in row["by_length"]} for row in trained)
-    both = {length: first[length].keys() & second.get(length, {}).keys() for length in first}
+    both = {length: first[length].keys() & second[length].keys() for length in first.keys() & second.keys()}
+    if not both:
+        return ""
     length = max((length for length, documents in both.items() if len(documents) > 1), default=None)
     if length is None:
         return (

@@ -47,6 +47,21 @@ def check(export, *arguments):
     return serving_check.main([os.path.relpath(export), *map(str, arguments)])
 
 
+@pytest.mark.parametrize(
+    ("config", "dtype", "tolerance"),
+    [
+        ({"dtype": "float32"}, "float32", 1e-3),
+        ({"torch_dtype": "float32"}, "float32", 1e-3),
+        ({"dtype": "bfloat16"}, "float32", 0.2),  # the attention factor in long/ is rounded with its weights
+        ({"dtype": "float32"}, "bfloat16", 0.2),
+    ],
+)
+def test_the_tolerance_follows_weights_and_computation(config, dtype, tolerance, tmp_path):
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config))
+    assert serving_check.default_tolerance(tmp_path, dtype) == tolerance
+
+
 def test_transformers_is_exact_where_promised(export, tmp_path, capsys):
     assert check(export, "--only", "trust_remote_code", "--json", tmp_path / "lines.json") == 0
     said = json.loads((tmp_path / "lines.json").read_text())

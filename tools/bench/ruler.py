@@ -342,6 +342,7 @@ def sentence_figures(bench: Bench) -> None:
 
 
 def main() -> int:
+    """The command line; 1 where a bound is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nvidia", type=Path, required=True, help="work tree of NVIDIA's RULER")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json")

@@ -93,6 +93,7 @@ class Findings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; the exit status."""
     arguments = _parser().parse_args(argv)
     try:
         if RANKS in arguments.only:
