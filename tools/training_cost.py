@@ -18,8 +18,8 @@ greedy decoding produces it after the right answers before it.
 
 Choice: a curve of finished runs, not of the checkpoints of one run, because the end of a schedule is part of a
 training. Cost: the steps of all runs add up. The first table has standard errors over seeds. The second one compares
-kinds at equal steps, or at equal long tokens within 1 %, document by document; its standard errors are over documents,
-after the mean over the seeds that both have.
+kinds at equal steps, at equal long tokens within 1 %, and ``settle`` with every row of ``full``, document by document;
+its standard errors are over documents, after the mean over the seeds that both have.
 """
 
 from __future__ import annotations
@@ -269,25 +269,36 @@ def table(cells: Sequence[Json]) -> str:
 
 
 def comparisons(cells: Sequence[Json]) -> str:
-    """A line for each two kinds at equal steps, or at equal long tokens within 1 %, over the same documents."""
+    """A line for each two kinds that ``_comparable`` names, over the same documents."""
     rows: dict[tuple[str, str, int], dict[int, Json]] = {}
     for one in cells:
         rows.setdefault((one["rope"], one["kind"], one["steps"]), {})[one["seed"]] = one
     lines = [
-        "| rope | first | second | seeds | accuracy: first - second | answer loss: first - second |",
-        "|---" * 6 + "|",
+        "| rope | first | second | seeds | long tokens: first / second | accuracy: first - second | "
+        "answer loss: first - second |",
+        "|---" * 7 + "|",
     ]
     for (first, a), (second, b) in itertools.combinations(rows.items(), 2):
         seeds = sorted(a.keys() & b.keys())
-        if first[0] != second[0] or first[1] == second[1] or not seeds:
-            continue
-        tokens = [statistics.fmean(x[seed]["long_tokens"] for seed in seeds) for x in (a, b)]
-        if first[2] != second[2] and not math.isclose(*tokens, rel_tol=0.01):
+        tokens = [statistics.fmean(x[seed]["long_tokens"] for seed in seeds) for x in (a, b) if seeds]
+        if first[0] != second[0] or not seeds or not _comparable(first[1:], second[1:], tokens):
             continue
         differences = [_over_documents(a, b, seeds, key) for key in ("right", "losses")]
         names = (f"{kind}, {steps} steps" for _, kind, steps in (first, second))
-        lines.append("| " + " | ".join([first[0] or "searched", *names, str(len(seeds)), *differences]) + " |")
+        share = f"{tokens[0] / tokens[1]:.2f}" if tokens[1] else "-"
+        lines.append("| " + " | ".join([first[0] or "searched", *names, str(len(seeds)), share, *differences]) + " |")
     return "\n".join(lines)
+
+
+def _comparable(first: tuple[str, int], second: tuple[str, int], tokens: Sequence[float]) -> bool:
+    """Whether a difference of two rows (kind, steps) with these long tokens says something.
+
+    A run that ends itself has no equal in steps or tokens; it is measured against every fixed schedule.
+    """
+    kinds = {first[0], second[0]}
+    if kinds == {"settle", "full"}:
+        return min(tokens) > 0
+    return len(kinds) == 2 and (first[1] == second[1] or math.isclose(*tokens, rel_tol=0.01))
 
 
 def _over_documents(a: dict[int, Json], b: dict[int, Json], seeds: Sequence[int], key: str) -> str:
