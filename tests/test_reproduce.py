@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from tools.reproduce import figures, paper, tables, write
 from tools.reproduce.bed import FORMS, Base, Form
 from tools.reproduce.claims import MISSING, OPPOSITE, REPRODUCED, UNDECIDED, Claim, judge, sentence
 from tools.reproduce.figures import Estimate
-from tools.reproduce.results import best_index, read
+from tools.reproduce.results import Cell, best_index, read
 from tools.reproduce.rows import ROWS, SEARCHES
 from tools.reproduce.steps import Step, steps_of
 from tools.reproduce.work import Driver, Journal, kind_of
@@ -218,6 +220,21 @@ def test_the_error_is_that_of_two_crossed_samples():
     assert np.mean([one.se**2 for one in found]) == pytest.approx(true, rel=0.08)
 
 
+def test_few_degrees_of_freedom_widen_the_bound_as_students_t_does():
+    """Of many draws without a difference, 4.6 % are called one: as many as lie outside two errors of a normal."""
+    two_sided = 2 * scipy.stats.norm.sf(2.0)
+    for degrees in (2, 5, 40):
+        bound = float(scipy.stats.t.isf(two_sided / 2, degrees))
+        assert [Estimate(k * bound, 1.0, degrees=degrees).sign for k in (0.99, 1.01, -1.01)] == ["~", ">", "<"]
+    rng, draws = np.random.default_rng(3), 4000
+    shifts = rng.normal(0, 5, (draws, 3, 1)) + np.zeros((draws, 3, 4))  # seeds differ, documents do not
+    found = [figures.estimate([one]) for one in shifts]
+    assert [one.degrees for one in found] == pytest.approx([2.0] * draws)
+    assert np.mean([one.sign != "~" for one in found]) == pytest.approx(two_sided, abs=0.012)
+    assert figures.pooled(found[:1] * 4).degrees == pytest.approx(8.0)
+    assert figures.estimate([rng.uniform(0, 100, (1, 17))]).degrees == pytest.approx(16)
+
+
 def test_a_difference_is_called_one_only_outside_two_standard_errors():
     assert [Estimate(mean, 1.0).sign for mean in (2.1, -2.1, 1.9, float("nan"))] == [">", "<", "~", "~"]
     found = figures.pooled([Estimate(10, 3), Estimate(20, 4)])
@@ -245,6 +262,10 @@ def test_the_paper_s_figures_agree_with_its_text():
     middle = Claim("2", "longrope2", "yarn", "middle")
     assert middle.printed(0) == pytest.approx((92.31 + 90.49 + 85.62 - 84.67 - 68.80 - 62.51) / 3)
     assert Claim("4", "longrope2", "yarn_one_table", "short").printed(1) == pytest.approx(12.53, abs=0.01)
+    # Table 7 has three benchmarks, and a mean over Table 4's five does not stand beside it.
+    three = Claim("7", "longrope2", "longrope2_one_table", "short").printed(0)
+    assert three == pytest.approx(100 * (65.01 + 34.61 + 50.80 - 64.57 - 33.83 - 48.37) / (66.62 + 35.87 + 54.05))
+    assert paper.kept("longrope2_one_table", 0) is None
 
 
 # ---- recorded results ----
@@ -271,6 +292,12 @@ def _record(folder: Path, label: str, scores: dict[int, list[float]]) -> None:
     place.mkdir(parents=True)
     for name, every in (("needles", lines), ("text", texts)):
         (place / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in every))
+
+
+def _copy_row(runs: Path, row: str, new: str) -> None:
+    """Record a further row with the scores of a known one."""
+    for seed in (0, 1):
+        shutil.copytree(runs / f"base_4x_{row}_s{seed}", runs / f"base_4x_{new}_s{seed}")
 
 
 @pytest.fixture
@@ -304,6 +331,31 @@ def test_verdicts_come_from_the_figures(recorded):
     assert cell.kept("longrope2").mean == pytest.approx(90.0)
     assert cell.text_ratio("yarn").mean == pytest.approx(100.0)
     assert "+30.0 ± 15.3 points (paper: +32.6 on LLaMA3-8B, +19.4 on Phi3-mini)" in sentence(found)
+
+
+def test_rows_that_answer_alike_are_told_as_such_and_short_scores_of_a_table_have_the_same_benchmarks(recorded):
+    _copy_row(recorded, "yarn", "yarn_rcd")
+    form = replace(FORM, rows=("yarn", "yarn_rcd", "longrope2"))
+    (cell,) = read(form, recorded)
+    found = judge(Claim("5", "yarn_rcd", "yarn"), [cell])
+    assert (found.word, found.alike) == (UNDECIDED, True)
+    assert sentence(found).endswith("no difference outside the error, as both rows answer alike.")
+    assert not judge(Claim("2", "longrope2", "yarn"), [cell]).alike
+    sheets = {sheet.name: sheet for sheet in tables.row_sheets([cell])}
+    kept = {name: sheets[name].rows[-1][-2:] for name in ("table_2_4x", "table_5_4x")}  # LongRoPE2 stands last
+    assert kept == {"table_2_4x": ["98.45", "97.59"], "table_5_4x": ["96.09", "96.57"]}
+
+
+def test_of_two_bases_with_equal_tokens_the_first_one_is_compared_with_the_undertrained():
+    lines = [{"critical_index": index, "nll": [float(index != 8)] * 4} for index in (6, 7, 8)]
+    few = [{**line, "nll": [float(line["critical_index"] != 6)] * 4} for line in lines]
+    other = [{**line, "nll": [float(line["critical_index"] != 7)] * 4} for line in lines]
+    bases = (BASE, lines), (Base("other", "tiny_base"), other), (Base("quarter", "tiny_base", (), 0.25), few)
+    cells = [Cell(base, 4, 64, LENGTHS, map=found) for base, found in bases]
+    factors = {cell.base.name: METHODS["none"](tiny.SPECTRUM, tiny.L) for cell in cells}
+    said = write._order_of_indices(cells, factors)
+    assert "From 0.25 to 1 times the tokens, at 4x, the best index grows (+2.0 ± 0.0)." in said
+    assert [one.endswith("It is the last one of the map.") for one in said[:3]] == [True, False, False]
 
 
 def test_the_opposite_is_told(recorded):

@@ -108,6 +108,7 @@ class Verdict:
         pooled: their mean.
         word: REPRODUCED, OPPOSITE, UNDECIDED or MISSING; of a question without a table of the paper, whether a > b.
         saturated: both rows lie above FULL or below EMPTY in every cell, so the bed cannot tell them apart.
+        alike: both rows score the same on every document, as where a search has found the theoretical index.
     """
 
     claim: Claim
@@ -115,6 +116,7 @@ class Verdict:
     pooled: Estimate
     word: str
     saturated: bool
+    alike: bool
 
 
 def judge(claim: Claim, cells: Sequence[Cell]) -> Verdict:
@@ -129,7 +131,8 @@ def judge(claim: Claim, cells: Sequence[Cell]) -> Verdict:
             full.append(min(scores) > FULL or max(scores) < EMPTY)
     pooled = figures.pooled(list(each.values()))
     word = {">": REPRODUCED, "<": OPPOSITE, "~": UNDECIDED}[pooled.sign] if each else MISSING
-    return Verdict(claim, each, pooled, word, bool(full) and all(full))
+    alike = bool(each) and all(one.mean == one.se == 0.0 for one in each.values())
+    return Verdict(claim, each, pooled, word, bool(full) and all(full), alike)
 
 
 def sentence(verdict: Verdict) -> str:
@@ -147,5 +150,6 @@ def sentence(verdict: Verdict) -> str:
     return (
         f"{words}: {BESIDE_THE_PAPER[verdict.word]}"
         + (", but both rows are at an end of the scale" if verdict.saturated else "")
+        + (", as both rows answer alike" if verdict.alike else "")
         + "."
     )

@@ -8,6 +8,10 @@ documents, so differences are paired. The seeds and the documents are two crosse
 with T tasks, n_t documents of task t, S seeds; v_t the variance of document means, v_seed of seed means, r_t the
 residual mean square of the two-way layout, which the first two parts both contain (Searle, Casella and McCulloch,
 Variance Components, 1992, section 4.4: expected mean squares). The standard error is at least that of each part alone.
+
+Two standard errors say less where they come from three seeds. So a difference is called one where Student's t is as
+sure as two standard errors with many degrees of freedom are (97.7 % on one side). Degrees of freedom: Satterthwaite
+(1946), over the three parts, rounded down.
 """
 
 from __future__ import annotations
@@ -17,14 +21,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
 from lr2train import io
 from lr2train.evaluation.needles import TEXT
 from lr2train.evaluation.results import folder_name
+from lr2train.evolution.final import student_t
 
-SURE = 2.0  # standard errors outside which a difference is called one
+SURE = NormalDist().cdf(2.0)  # the chance at which a difference is called one
+_MANY = 1000  # degrees of freedom at which Student's t is the normal distribution
 Scores = dict[str, dict[int, np.ndarray]]
 """Task -> length -> float64 [documents], in the order of their numbers."""
 
@@ -37,17 +44,23 @@ class Estimate:
         mean: in points.
         se: standard error over seeds and documents.
         spread: standard deviation of the seeds' means; nan with one seed.
+        degrees: of freedom of the standard error.
     """
 
     mean: float
     se: float
     spread: float = math.nan
+    degrees: float = math.inf
 
     @property
     def sign(self) -> str:
-        """ ">", "<", or "~" where the mean lies within ``SURE`` standard errors of 0."""
-        if not math.isfinite(self.mean) or abs(self.mean) <= SURE * self.se:
+        """ ">", "<", or "~" where the error leaves the sign open."""
+        if not math.isfinite(self.mean) or self.mean == 0.0:
             return "~"
+        if self.se > 0.0:
+            degrees = max(1, int(min(self.degrees, _MANY) + 1e-9))  # 2 less a rounding error is 2
+            if student_t(abs(self.mean) / self.se, degrees) <= SURE:
+                return "~"
         return ">" if self.mean > 0 else "<"
 
 
@@ -97,13 +110,26 @@ def estimate(strata: Sequence[np.ndarray]) -> Estimate:
         return Estimate(math.nan, math.nan)
     n, seeds = len(strata), strata[0].shape[0]
     of_seed = np.mean([one.mean(axis=1) for one in strata], axis=0)
-    documents = sum(_variance(one.mean(axis=0)) / one.shape[1] for one in strata) / n**2
+    # parts of the squared error, each with its degrees of freedom
+    documents = [(_variance(one.mean(axis=0)) / one.shape[1] / n**2, one.shape[1] - 1) for one in strata]
+    by_document = sum(part for part, _ in documents)
     if seeds == 1:
-        return Estimate(float(of_seed.mean()), math.sqrt(documents))
+        return Estimate(float(of_seed.mean()), math.sqrt(by_document), degrees=satterthwaite(by_document, documents))
     by_seed = _variance(of_seed) / seeds
-    residual = sum(_residual(one) / one.size for one in strata) / n**2
-    square = max(documents + by_seed - residual, documents, by_seed)
-    return Estimate(float(of_seed.mean()), math.sqrt(square), math.sqrt(_variance(of_seed)))
+    residuals = [(_residual(one) / one.size / n**2, (seeds - 1) * (one.shape[1] - 1)) for one in strata]
+    square = max(by_document + by_seed - sum(part for part, _ in residuals), by_document, by_seed)
+    return Estimate(
+        float(of_seed.mean()),
+        math.sqrt(square),
+        math.sqrt(_variance(of_seed)),
+        satterthwaite(square, [*documents, (by_seed, seeds - 1), *residuals]),
+    )
+
+
+def satterthwaite(square: float, parts: Sequence[tuple[float, float]]) -> float:
+    """Degrees of freedom of a squared error that is a sum or difference of (part, its degrees of freedom)."""
+    below = sum(part**2 / degrees for part, degrees in parts if degrees)
+    return square**2 / below if below else math.inf
 
 
 def _variance(values: np.ndarray) -> float:
@@ -123,13 +149,19 @@ def difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Estimate:
 
 
 def pooled(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean over cells, which are taken as independent."""
+    """The mean over cells, which are taken as independent.
+
+    Cost: bases answer the same documents. Their document differences correlate by up to 0.5 in the full form, so the
+    error of two bases is up to a fifth too small.
+    """
     known = [one for one in estimates if math.isfinite(one.mean)]
     if not known:
         return Estimate(math.nan, math.nan)
     n = len(known)
-    mean, se = sum(one.mean for one in known) / n, math.sqrt(sum(one.se**2 for one in known)) / n
-    return Estimate(mean, se, sum(one.spread for one in known) / n)
+    parts = [((one.se / n) ** 2, one.degrees) for one in known]
+    square = sum(part for part, _ in parts)
+    spread = sum(one.spread for one in known) / n
+    return Estimate(sum(one.mean for one in known) / n, math.sqrt(square), spread, satterthwaite(square, parts))
 
 
 def text_loss(seeds: Sequence[Mapping[str, Mapping[int, np.ndarray]]], length: int) -> list[np.ndarray]:

@@ -36,18 +36,18 @@ _THREE = {  # MMLU, MMLU-Pro, GSM8K (Tables 5, 7 and 10)
 
 
 def kept(row: str, model: int, three: bool = False) -> float | None:
-    """Percent of the base's short scores that a row keeps; None where the paper has no figure.
+    """Percent of the base's short scores that a row keeps; None where the paper has no such figure.
 
     Args:
         row: a key of the tables.
         model: number in ``MODELS``.
         three: the mean over MMLU, MMLU-Pro and GSM8K, which Tables 5, 7 and 10 have, for every row. Otherwise the mean
-            over Table 4's five benchmarks where they are printed.
+            over Table 4's five benchmarks. The two do not compare.
     """
-    places = (0, 1, 4) if three or row in _THREE else (0, 1, 2, 3, 4)
+    places = (0, 1, 4) if three else (0, 1, 2, 3, 4)
     base = [_SHORT["base"][model][place] for place in places]
     if row in _THREE:
-        return 100 * sum(_THREE[row][model]) / sum(base)
+        return 100 * sum(_THREE[row][model]) / sum(base) if three else None
     return 100 * sum(_SHORT[row][model][place] for place in places) / sum(base) if row in _SHORT else None
 
 

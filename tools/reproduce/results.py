@@ -82,13 +82,14 @@ class Cell:
         length = self.window(SHORT)[-1]
         loss = figures.difference(figures.text_loss(one, length), figures.text_loss(two, length))
         ratio = 100 * float(np.exp(loss.mean))
-        return Estimate(ratio, ratio * loss.se, ratio * loss.spread)
+        return Estimate(ratio, ratio * loss.se, ratio * loss.spread, loss.degrees)
 
     def kept(self, row: str) -> Estimate:
         """Short score as percent of the base's."""
         base = self.score(BASE, self.window(SHORT)).mean
         lost = self.difference(row, BASE, self.window(SHORT))
-        return Estimate(100 * (1 + lost.mean / base), 100 * lost.se / base, 100 * lost.spread / base)
+        share = 100 / base
+        return Estimate(100 + share * lost.mean, share * lost.se, share * lost.spread, lost.degrees)
 
     def _seeds(self, row: str) -> list[Scores]:
         if row in self.untrained:
@@ -143,16 +144,16 @@ def _cell(form: Form, base: Base, ratio: int, runs: Path) -> Cell:
 
 
 def best_index(lines: Sequence[Mapping[str, Any]], resamples: int = 1000, seed: int = 0) -> Estimate:
-    """Critical index of the map's best cell: mean and standard deviation over resamples of the documents.
+    """Critical index of the map's best cell: mean and standard deviation over resamples of the answers.
 
     In each resample the best cell over all scales and attention factors counts.
     """
     grid = [line for line in lines if line["critical_index"] is not None]
     if not grid:
         return Estimate(float("nan"), float("nan"))
-    nll = np.array([line["nll"] for line in grid])  # [cells, documents]
+    nll = np.array([line["nll"] for line in grid])  # [cells, answers]
     index = np.array([line["critical_index"] for line in grid])
     n = nll.shape[1]
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, documents]
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, answers]
     best = index[(counts @ nll.T).argmin(axis=1)]
     return Estimate(float(best.mean()), float(best.std()))

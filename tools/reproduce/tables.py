@@ -37,6 +37,7 @@ _TABLES = (  # name, title, rows, whether they have a shared attention factor
     ("table_10", "Table 10: search over all dimensions", ("all_dims",), True),
     ("further", "Not in the paper", ("yarn_head", "document", "distill", "one_factor"), False),
 )
+_OF_THREE = ("table_5", "table_7", "table_10")  # their short scores are of three benchmarks, in the paper
 
 
 @dataclass
@@ -60,7 +61,7 @@ def row_sheets(cells: Sequence[Cell]) -> list[Sheet]:
                 if any(cell.rows.get(row) for cell in here for row in rows if row != "longrope2" or name == "table_2"):
                     kind = ("; one attention factor for all" if shared else "; each with its own") if has_shared else ""
                     sheet = f"{name}_{ratio}x" + (SHARED if shared else "")
-                    found.append(_rows(sheet, f"{title}, {ratio}x{kind}", rows, here))
+                    found.append(_rows(sheet, f"{title}, {ratio}x{kind}", rows, here, three=name in _OF_THREE))
     return found
 
 
@@ -102,21 +103,24 @@ def _label(row: str) -> str:
     return ROWS[key].label if key in ROWS else key
 
 
-def _rows(name: str, title: str, rows: Sequence[str], cells: Sequence[Cell]) -> Sheet:
+def _rows(name: str, title: str, rows: Sequence[str], cells: Sequence[Cell], three: bool) -> Sheet:
     lengths = cells[0].lengths
     head = ["method", "attention factor", *map(str, lengths), f"at {lengths[-1]}, against LongRoPE2", "short kept, %"]
     head += ["short text perplexity, base = 100", *(f"paper: {one}, 128k" for one in paper.MODELS)]
     head += [f"paper: {one}, short kept, %" for one in paper.MODELS]
-    return Sheet(name, title, head, [_row(row, lengths, cells) for row in rows], _NOTE)
+    benchmarks = "MMLU, MMLU-Pro and GSM8K" if three else "the five benchmarks of its Table 4"
+    note = f"{_NOTE} The paper's short scores are the mean over {benchmarks}."
+    return Sheet(name, title, head, [_row(row, lengths, cells, three) for row in rows], note)
 
 
 _NOTE = (
     "Scores are the mean over tasks, 0 … 100, ± standard deviation over seeds. Against LongRoPE2: difference ± "
-    "standard error over seeds and documents, with > or < outside two standard errors."
+    "standard error over seeds and documents, with > or < where the error leaves no doubt of the sign. The attention "
+    "factor is that of the first seed, for each base."
 )
 
 
-def _row(row: str, lengths: Sequence[int], cells: Sequence[Cell]) -> list[str]:
+def _row(row: str, lengths: Sequence[int], cells: Sequence[Cell], three: bool) -> list[str]:
     ran = [cell for cell in cells if cell.rows.get(row)]
     n_seeds = {len(cell.rows[row]) for cell in ran}
     seeds = " to ".join(map(str, sorted({min(n_seeds), max(n_seeds)}))) if n_seeds else ""
@@ -130,7 +134,8 @@ def _row(row: str, lengths: Sequence[int], cells: Sequence[Cell]) -> list[str]:
     text = _shown(pooled([cell.text_ratio(row) for cell in known]))
     of_paper = row.removesuffix(SHARED)
     of_paper = of_paper if of_paper in paper.RULER else of_paper.removesuffix(ONE_TABLE)
-    printed = [paper.longest(of_paper, model) for model in (0, 1)] + [paper.kept(of_paper, model) for model in (0, 1)]
+    printed = [paper.longest(of_paper, model) for model in (0, 1)]
+    printed += [paper.kept(of_paper, model, three) for model in (0, 1)]
     return [label, factor, *scores, beside, kept, text, *("–" if one is None else f"{one:.2f}" for one in printed)]
 
 
@@ -160,9 +165,13 @@ def claim_sheet(found: Sequence[Verdict], cells: Sequence[Cell]) -> Sheet:
         each = [_difference(one.each[name]) if name in one.each else NOT_RUN for name in names]
         word = one.word if one.claim.table else BESIDE_THE_PAPER[one.word]
         word += ", both rows at an end of the scale" if one.saturated else ""
+        word += ", both rows answer alike" if one.alike else ""
         kind = "shared" if one.claim.shared else "own"
         rows.append([one.claim.words, one.claim.table or "–", kind, *of_paper, *each, _difference(one.pooled), word])
-    note = "Differences in points ± standard error over seeds and documents."
+    note = (
+        "Differences in points ± standard error over seeds and documents. The paper's for the short window are of the "
+        "share kept, in percent."
+    )
     return Sheet("claims", "The paper's claims, one by one", head, rows, note)
 
 
@@ -178,7 +187,11 @@ def part_sheet(cells: Sequence[Cell]) -> Sheet:
 
 
 def best_rows(cells: Sequence[Cell]) -> list[str]:
-    """A sentence for each cell: its best row at the target window, and how LongRoPE2 stands to it."""
+    """A sentence for each cell: its best row at the target window, and how LongRoPE2 stands to it.
+
+    The best of many rows is partly luck, which the standard error of the difference does not know; one more sentence
+    says so.
+    """
     said = []
     for cell in (cell for cell in cells if "longrope2" in cell.rows and len(cell.rows) > 1):
         scores = {row: cell.score(row, cell.window(LONG)).mean for row in cell.rows}
@@ -189,7 +202,7 @@ def best_rows(cells: Sequence[Cell]) -> list[str]:
             less = cell.difference("longrope2", best, cell.window(LONG))
             words += f" with {scores[best]:.1f}; LongRoPE2 has {scores['longrope2']:.1f} ({_difference(less)})"
         said.append(f"{words}.")
-    return said
+    return [*said, "The best of so many rows is partly luck, which these errors do not count."] if said else []
 
 
 def hypothesis_sheet(cells: Sequence[Cell], factors: dict[str, Factors]) -> Sheet:
@@ -205,7 +218,10 @@ def hypothesis_sheet(cells: Sequence[Cell], factors: dict[str, Factors]) -> Shee
         moved = _difference(Estimate(best.mean - spectrum.critical_index, best.se))
         tcd, d10 = spectrum.critical_index, spectrum.lowest_critical_index
         rows.append([cell.name, f"{cell.base.tokens:g}", str(d10), str(tcd), searched, shown, moved])
-    note = "± is the standard deviation over resamples of the map's documents."
+    note = (
+        "± is the standard deviation over resamples of the map's answers. The map ends at tcd + 2, so a larger best "
+        "index cannot show."
+    )
     return Sheet("hypothesis", "Real against theoretical critical index", head, rows, note)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from markupsafe import Markup
@@ -19,6 +20,7 @@ from lr2train.rope.factors import Factors
 from tools.reproduce import claims, tables
 from tools.reproduce.bed import Form
 from tools.reproduce.claims import MISSING, OPPOSITE, REPRODUCED, UNDECIDED, Verdict
+from tools.reproduce.figures import SURE
 from tools.reproduce.results import Cell, best_index, read
 from tools.reproduce.tables import Section
 
@@ -31,7 +33,7 @@ BAND = (
 _HEADINGS = (
     (REPRODUCED, "Reproduced"),
     (OPPOSITE, "The opposite was found"),
-    (UNDECIDED, "Undecided: no difference outside two standard errors"),
+    (UNDECIDED, "Undecided: no difference outside the error"),
     (MISSING, "Not run"),
 )
 
@@ -131,6 +133,14 @@ def _verdict_section(found: Sequence[Verdict], cells: Sequence[Cell]) -> Section
     further = [one for one in found if not one.claim.table and one.word != MISSING]
     if further:
         sentences += ["Beyond the paper:", *(f"- {claims.sentence(one)}" for one in further)]
+    if n := sum(one.word != MISSING for one in found):
+        sentences += [
+            "A difference counts where Student's t is as sure as two standard errors of a large sample. Few seeds have "
+            f"few degrees of freedom. Where nothing differed, about {n * 2 * (1 - SURE):.0f} of {n} comparisons would "
+            "count by chance.",
+            "The errors of means over cells take bases as independent. All bases answer the same documents, so these "
+            "errors are somewhat too small.",
+        ]
     sheets = [tables.part_sheet(cells), tables.claim_sheet(found, cells)]
     return Section("What reproduces and what does not", [*sentences, *_kept(cells), *tables.best_rows(cells)], sheets)
 
@@ -142,7 +152,8 @@ def _kept(cells: Sequence[Cell]) -> list[str]:
         one = tables.pooled([cell.kept(key) for cell in cells if cell.rows.get(key) and cell.untrained])
         if math.isfinite(one.mean):
             at = "reaches" if one.mean >= goal else "does not reach"
-            sure = "" if abs(one.mean - goal) > 2 * one.se else ", though the error does not exclude the contrary"
+            open_ = replace(one, mean=one.mean - goal).sign == "~"
+            sure = ", though the error does not exclude the contrary" if open_ else ""
             label = tables.ROWS[key].label
             said.append(f"{label} keeps {one.mean:.1f} ± {one.se:.1f} % of the short score: it {at} {name}{sure}.")
     return said
@@ -173,14 +184,21 @@ def _hypothesis(cells: Sequence[Cell], runs: Path) -> Section:
 
 
 def _order_of_indices(cells: Sequence[Cell], factors: dict[str, Factors]) -> list[str]:
-    known = {(cell.base.tokens, cell.ratio): best_index(cell.map) for cell in cells if cell.map}
+    known: dict[tuple[float, int], tables.Estimate] = {}
+    for cell in cells:  # of bases with equal tokens the first one: the bases with other tokens are made like it
+        if cell.map:
+            known.setdefault((cell.base.tokens, cell.ratio), best_index(cell.map))
     said = []
     for cell in (cell for cell in cells if cell.map and cell.base.name in factors):
         best, tcd = best_index(cell.map), factors[cell.base.name].spectrum.critical_index
         moved = tables.Estimate(best.mean - tcd, best.se)
         where = {">": "above", "<": "below", "~": "not distinguishable from"}[moved.sign]
         times = f"{cell.base.tokens:g} times the tokens"
-        said.append(f"{cell.name} ({times}): the best index {best.mean:.1f} is {where} {tcd}, the theoretical one.")
+        last = max(line["critical_index"] or 0 for line in cell.map)
+        end = " It is the last one of the map." if round(best.mean) == last else ""
+        said.append(
+            f"{cell.name} ({times}): the best index {best.mean:.1f} is {where} {tcd}, the theoretical one.{end}"
+        )
         said += [f"- {words.strip()}." for words in cell.map_verdicts]
     for ratio in sorted({ratio for _, ratio in known}):
         by_tokens = sorted((tokens, one) for (tokens, of), one in known.items() if of == ratio)
@@ -247,7 +265,7 @@ def html(form: Form, sections: Sequence[Section]) -> str:
     """The page, in one file."""
     lead = (
         f"Trained rows beside the figures of Shang et al. (ICML 2025); {time.strftime('%Y-%m-%d %H:%M')}. "
-        "> and < are differences outside two standard errors."
+        "> and < are differences outside the error."
     )
     template = (Path(__file__).parent / "page.html.j2").read_text("utf-8")
     values = {"style": Markup(style_sheet()), "form": form.name, "lead": lead, "command": command_of(form)}
