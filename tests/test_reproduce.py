@@ -324,7 +324,7 @@ def test_verdicts_come_from_the_figures(recorded):
     # three of ten documents differ by 100
     assert found.pooled.mean == pytest.approx(30.0)
     assert found.pooled.se == pytest.approx(scipy.stats.sem([100.0] * 3 + [0.0] * 7))
-    assert found.word == UNDECIDED if found.pooled.mean <= 2 * found.pooled.se else REPRODUCED
+    assert (found.word, found.pooled.degrees) == (UNDECIDED, pytest.approx(9))
     assert judge(Claim("2", "longrope2", "ntk"), [cell]).word == MISSING
     assert judge(Claim("2", "longrope2", "yarn", "middle"), [cell]).pooled.mean == pytest.approx(30.0)
     assert [cell.window(one) for one in ("short", "middle", "long")] == [[64], [128], [256]]
@@ -359,16 +359,15 @@ def test_of_two_bases_with_equal_tokens_the_first_one_is_compared_with_the_under
 
 
 def test_the_opposite_is_told(recorded):
-    place = recorded / "base_4x_yarn_s0"
-    for seed in (0, 1):
-        file = recorded / f"base_4x_yarn_s{seed}" / "evaluation" / "yarn_trained" / "needles.jsonl"
-        file.write_text(file.read_text().replace('"exact": 0.0', '"exact": 100.0'))
-    assert place.exists()
-    found = judge(Claim("2", "longrope2", "yarn"), read(FORM, recorded))
-    (cell,) = read(FORM, recorded)
-    assert found.pooled.mean == pytest.approx(-30.0)
-    assert judge(Claim("2", "yarn", "longrope2"), [cell]).pooled.mean == pytest.approx(30.0)
-    assert found.word in (OPPOSITE, UNDECIDED)
+    for row, wrong, right in (("yarn", "0.0", "100.0"), ("longrope2", "100.0", "0.0")):
+        for seed in (0, 1):
+            file = recorded / f"base_4x_{row}_s{seed}" / "evaluation" / f"{row}_trained" / "needles.jsonl"
+            file.write_text(file.read_text().replace(f'"exact": {wrong}', f'"exact": {right}'))
+    cells = read(FORM, recorded)
+    found = judge(Claim("2", "longrope2", "yarn"), cells)
+    assert (found.word, found.pooled.mean) == (OPPOSITE, pytest.approx(-100.0))
+    assert judge(Claim("2", "yarn", "longrope2"), cells).word == REPRODUCED
+    assert not found.saturated, "one row at each end of the scale"
 
 
 def test_the_document_and_the_page_show_the_same_tables(recorded):

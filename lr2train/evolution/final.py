@@ -68,9 +68,10 @@ class Confidence:
     unseen: bool
 
     def __str__(self) -> str:
-        if self.chance == 0.5 and self.missing is None:
-            return "winner and runner-up are equal on all documents"
-        text = f"better than the runner-up with a chance of {self.chance:.0%} ({self.documents} documents"
+        if self.nats == 0.0:
+            return "winner and runner-up are equal on these documents"
+        text = f"better than the runner-up with a chance of {self.chance:.0%} ({self.documents} document"
+        text += "s" if self.documents > 1 else ""
         text += "" if self.unseen else ", those they were chosen on"
         if self.missing:
             text += f"; about {self.missing} more would settle it"
@@ -122,7 +123,8 @@ class CandidateScorer:
 
         seen = self.fitness.settle(decide)
         scored = [Scored(one, self.fitness.loss(one, order[:n]), n) for one, n in zip(finalists, seen, strict=True)]
-        ranked = sorted(scored, key=lambda one: (-one.documents, one.loss, one.candidate.key))
+        # By the mean over documents, as everything that is said of the winner: documents may differ in scored tokens.
+        ranked = sorted(scored, key=lambda one: (-one.documents, self._mean(one, order), one.candidate.key))
         if len(ranked) < 2:
             return ranked, None
         rivals = [self._differences(ranked[0], one, order) for one in ranked[1:]]
@@ -131,6 +133,11 @@ class CandidateScorer:
         spared = sum(len(order) - n for n in seen)
         found = Confidence(chance(closest), len(closest), float(closest.mean()), missing, spared, n_all > n_first)
         return ranked, found
+
+    def _mean(self, finalist: Scored, order: Sequence[int]) -> float:
+        """Mean loss over the documents that ``finalist`` met, nats a token."""
+        met = order[: finalist.documents]
+        return math.fsum(self.fitness.loss(finalist.candidate, [one]) for one in met) / len(met)
 
     def _differences(self, winner: Scored, rival: Scored, order: Sequence[int]) -> np.ndarray:
         """Loss of ``rival`` minus loss of ``winner`` on each document that both met, nats a token."""

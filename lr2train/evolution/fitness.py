@@ -221,7 +221,7 @@ class Fitness:
             slopes, n = entry["slopes"], wanted.n_scored_tokens
             by_factor = np.asarray(slopes["log_rescale"], dtype=np.float64) / n
             factor = float(np.asarray(slopes["attention_factor"], dtype=np.float64)) / n
-            # A candidate without a finite loss has no slope: it stays where it is, and its loss drops it.
+            # A candidate without a finite loss has no slope: nothing moves it but earlier steps, and its loss drops it.
             self._slopes[key] = Slope(
                 math.fsum(losses.tolist()) / n,
                 np.nan_to_num(by_factor, posinf=0, neginf=0),

@@ -1,6 +1,8 @@
 """The final: how many documents finalists meet, and whether the chance that is told comes true."""
 
 import math
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -8,8 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lr2train.evolution.final import PRIOR, Confidence, chance, further_documents, settled, student_t
-from lr2train.evolution.genome import Candidate
+from lr2train.config import SearchConfig
+from lr2train.evolution.documents import SearchDocument
+from lr2train.evolution.final import (
+    PRIOR,
+    CandidateScorer,
+    Confidence,
+    Scored,
+    chance,
+    further_documents,
+    settled,
+    student_t,
+)
+from lr2train.evolution.fitness import Fitness
+from lr2train.evolution.genome import Candidate, Space
 
 
 def candidates(n: int) -> list[Candidate]:
@@ -102,9 +116,38 @@ def test_the_documents_that_are_missing_would_settle_it(values, settle):
 
 def test_equal_finalists_are_told_as_equal():
     assert chance(np.zeros(8)) == 0.5 and further_documents(np.zeros(8), 0.95) is None
-    assert "equal on all documents" in str(Confidence(0.5, 8, 0.0, None, 0, True))
+    assert "equal on these documents" in str(Confidence(0.5, 8, 0.0, None, 0, True))
+    # One document says nothing: the chance is a half, though the losses differ.
+    assert str(Confidence(0.5, 1, 0.2, None, 0, True)) == "better than the runner-up with a chance of 50% (1 document)"
     assert str(Confidence(0.871, 12, 0.01, 30, 0, True)) == (
         "better than the runner-up with a chance of 87% (12 documents; about 30 more would settle it)"
     )
     assert str(Confidence(0.97, 6, 0.1, 0, 18, True)).endswith("(6 documents; 18 document-forwards spared)")
     assert "those they were chosen on" in str(Confidence(0.97, 6, 0.1, 0, 0, False))
+
+
+def test_the_winner_is_the_leader_by_documents_where_these_differ_in_scored_tokens():
+    """The second candidate has the lower loss a token, and the higher one on two of three documents."""
+    documents = [SearchDocument(np.zeros(9, dtype=np.int64), ((0, n),)) for n in (1, 1, 8)]
+    nats = {0: [1.0, 1.0, 8.0], 1: [1.9, 1.9, 4.0]}  # of a document, summed over its scored tokens
+
+    class Known:
+        """Losses that are all known."""
+
+        def __init__(self) -> None:
+            self.documents = documents
+
+        def settle(self, decide):
+            return decide(lambda candidate, document: np.array([nats[int(candidate.tail[0])][document]]))
+
+        def loss(self, candidate, which) -> float:
+            total = sum(nats[int(candidate.tail[0])][one] for one in which)
+            return total / sum(documents[one].n_scored_tokens for one in which)
+
+    space = SimpleNamespace(settings=SearchConfig(documents=3, algorithm="evolution"))
+    scorer = CandidateScorer(cast("Space", space), cast("Fitness", Known()))
+    ranked, confidence = scorer.final([Scored(one, 0.0, 3) for one in candidates(2)])
+    assert [int(one.candidate.tail[0]) for one in ranked] == [0, 1]
+    assert ranked[0].loss > ranked[1].loss
+    assert confidence is not None and confidence.nats == pytest.approx((0.9 + 0.9 - 0.5) / 3)
+    assert confidence.chance > 0.5
