@@ -235,6 +235,20 @@ def test_few_degrees_of_freedom_widen_the_bound_as_students_t_does():
     assert figures.estimate([rng.uniform(0, 100, (1, 17))]).degrees == pytest.approx(16)
 
 
+def test_cells_with_the_same_documents_err_together():
+    rng = np.random.default_rng(3)
+    common = rng.normal(size=200)
+    one, two = ([(common + rng.normal(size=200))[None], (2 * common + rng.normal(size=200))[None]] for _ in range(2))
+    mean = figures.estimate([(a + b) / 2 for a, b in zip(one, two, strict=True)])  # document by document
+    together = figures.pooled([figures.estimate(one, "8x"), figures.estimate(two, "8x")])
+    apart = figures.pooled([figures.estimate(one, "8x"), figures.estimate(two, "16x")])
+    assert together.mean == pytest.approx(mean.mean)
+    assert together.se == pytest.approx(mean.se)
+    assert apart.se < 0.85 * together.se
+    opposed = figures.pooled([figures.estimate(one, "8x"), figures.estimate([-x for x in two], "8x")])
+    assert opposed.se == pytest.approx(apart.se)  # a negative covariance does not shrink the error
+
+
 def test_a_difference_is_called_one_only_outside_two_standard_errors():
     assert [Estimate(mean, 1.0).sign for mean in (2.1, -2.1, 1.9, float("nan"))] == [">", "<", "~", "~"]
     found = figures.pooled([Estimate(10, 3), Estimate(20, 4)])

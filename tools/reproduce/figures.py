@@ -19,7 +19,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from statistics import NormalDist
 
@@ -45,12 +46,16 @@ class Estimate:
         se: standard error over seeds and documents.
         spread: standard deviation of the seeds' means; nan with one seed.
         degrees: of freedom of the standard error.
+        documents: name of the documents; cells with the same name answer the same ones.
+        by_document: mean over the seeds of each document, float64 [document] for each stratum.
     """
 
     mean: float
     se: float
     spread: float = math.nan
     degrees: float = math.inf
+    documents: str = ""
+    by_document: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def sign(self) -> str:
@@ -104,26 +109,29 @@ def at(seeds: Sequence[Scores], lengths: Sequence[int]) -> list[np.ndarray]:
     return stacked
 
 
-def estimate(strata: Sequence[np.ndarray]) -> Estimate:
+def estimate(strata: Sequence[np.ndarray], documents: str = "") -> Estimate:
     """Mean over strata, each float64 [seed, document]; the strata (tasks, lengths) count alike."""
     if not strata:
         return Estimate(math.nan, math.nan)
     n, seeds = len(strata), strata[0].shape[0]
     of_seed = np.mean([one.mean(axis=1) for one in strata], axis=0)
+    by_document = tuple(one.mean(axis=0) for one in strata)
     # parts of the squared error, each with its degrees of freedom
-    documents = [(_variance(one.mean(axis=0)) / one.shape[1] / n**2, one.shape[1] - 1) for one in strata]
-    by_document = sum(part for part, _ in documents)
-    if seeds == 1:
-        return Estimate(float(of_seed.mean()), math.sqrt(by_document), degrees=satterthwaite(by_document, documents))
-    by_seed = _variance(of_seed) / seeds
-    residuals = [(_residual(one) / one.size / n**2, (seeds - 1) * (one.shape[1] - 1)) for one in strata]
-    square = max(by_document + by_seed - sum(part for part, _ in residuals), by_document, by_seed)
-    return Estimate(
-        float(of_seed.mean()),
-        math.sqrt(square),
-        math.sqrt(_variance(of_seed)),
-        satterthwaite(square, [*documents, (by_seed, seeds - 1), *residuals]),
-    )
+    of_documents = [(_variance(one) / len(one) / n**2, len(one) - 1) for one in by_document]
+    square, parts, spread = sum(part for part, _ in of_documents), of_documents, math.nan
+    if seeds > 1:
+        by_seed, spread = _variance(of_seed) / seeds, math.sqrt(_variance(of_seed))
+        residuals = [(_residual(one) / one.size / n**2, (seeds - 1) * (one.shape[1] - 1)) for one in strata]
+        square = max(square + by_seed - sum(part for part, _ in residuals), square, by_seed)
+        parts = [*of_documents, (by_seed, seeds - 1), *residuals]
+    degrees = satterthwaite(square, parts)
+    return Estimate(float(of_seed.mean()), math.sqrt(square), spread, degrees, documents, by_document)
+
+
+def scaled(one: Estimate, scale: float, mean: float) -> Estimate:
+    """``mean`` with the errors of an estimate times ``scale``."""
+    by_document = tuple(scale * values for values in one.by_document)
+    return Estimate(mean, scale * one.se, scale * one.spread, one.degrees, one.documents, by_document)
 
 
 def satterthwaite(square: float, parts: Sequence[tuple[float, float]]) -> float:
@@ -143,16 +151,16 @@ def _residual(scores: np.ndarray) -> float:
     return float((left**2).sum() / degrees) if degrees else 0.0
 
 
-def difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Estimate:
+def difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray], documents: str = "") -> Estimate:
     """a minus b, document by document and seed by seed."""
-    return estimate([one - two for one, two in zip(a, b, strict=True)])
+    return estimate([one - two for one, two in zip(a, b, strict=True)], documents)
 
 
 def pooled(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean over cells, which are taken as independent.
+    """The mean over cells.
 
-    Cost: bases answer the same documents. Their document differences correlate by up to 0.5 in the full form, so the
-    error of two bases is up to a fifth too small.
+    Cells that answer the same documents err alike: twice their covariance over documents enters the squared error. A
+    negative one is left out, so that chance cannot shrink an error. Seeds count as independent between cells.
     """
     known = [one for one in estimates if math.isfinite(one.mean)]
     if not known:
@@ -160,8 +168,19 @@ def pooled(estimates: Sequence[Estimate]) -> Estimate:
     n = len(known)
     parts = [((one.se / n) ** 2, one.degrees) for one in known]
     square = sum(part for part, _ in parts)
-    spread = sum(one.spread for one in known) / n
-    return Estimate(sum(one.mean for one in known) / n, math.sqrt(square), spread, satterthwaite(square, parts))
+    degrees = satterthwaite(square, parts)
+    square += sum(2 * max(0.0, _covariance(a, b)) / n**2 for a, b in combinations(known, 2))
+    return Estimate(
+        sum(one.mean for one in known) / n, math.sqrt(square), sum(one.spread for one in known) / n, degrees
+    )
+
+
+def _covariance(a: Estimate, b: Estimate) -> float:
+    """Of two means over the same documents; 0 where the documents differ."""
+    if not a.documents or a.documents != b.documents:
+        return 0.0
+    pairs = list(zip(a.by_document, b.by_document, strict=True))
+    return sum(float(np.cov(x, y)[0, 1]) / len(x) for x, y in pairs if len(x) > 1) / len(pairs) ** 2
 
 
 def text_loss(seeds: Sequence[Mapping[str, Mapping[int, np.ndarray]]], length: int) -> list[np.ndarray]:

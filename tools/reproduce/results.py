@@ -66,12 +66,12 @@ class Cell:
 
     def score(self, row: str, lengths: Sequence[int]) -> Estimate:
         """Mean score of a row over lengths; an untrained row has one seed."""
-        return figures.estimate(figures.at(self._seeds(row), lengths))
+        return figures.estimate(figures.at(self._seeds(row), lengths), self._documents)
 
     def difference(self, a: str, b: str, lengths: Sequence[int]) -> Estimate:
         """Score of row a minus row b, over the seeds that both have."""
         one, two = self._paired(a, b)
-        return figures.difference(figures.at(one, lengths), figures.at(two, lengths))
+        return figures.difference(figures.at(one, lengths), figures.at(two, lengths), self._documents)
 
     def text_ratio(self, row: str) -> Estimate:
         """Perplexity of plain text in the original window as percent of the base's: 100 is as good, more is worse.
@@ -80,16 +80,22 @@ class Cell:
         """
         one, two = self._paired(row, BASE)
         length = self.window(SHORT)[-1]
-        loss = figures.difference(figures.text_loss(one, length), figures.text_loss(two, length))
+        texts = figures.text_loss(one, length), figures.text_loss(two, length)
+        loss = figures.difference(*texts, self._documents)
         ratio = 100 * float(np.exp(loss.mean))
-        return Estimate(ratio, ratio * loss.se, ratio * loss.spread, loss.degrees)
+        return figures.scaled(loss, ratio, ratio)
 
     def kept(self, row: str) -> Estimate:
         """Short score as percent of the base's."""
         base = self.score(BASE, self.window(SHORT)).mean
         lost = self.difference(row, BASE, self.window(SHORT))
         share = 100 / base
-        return Estimate(100 + share * lost.mean, share * lost.se, share * lost.spread, lost.degrees)
+        return figures.scaled(lost, share, 100 + share * lost.mean)
+
+    @property
+    def _documents(self) -> str:
+        """All bases answer the documents of their ratio's corpus."""
+        return f"{self.ratio}x"
 
     def _seeds(self, row: str) -> list[Scores]:
         if row in self.untrained:

@@ -138,8 +138,7 @@ def _verdict_section(found: Sequence[Verdict], cells: Sequence[Cell]) -> Section
             "A difference counts where Student's t is as sure as two standard errors of a large sample. Few seeds have "
             f"few degrees of freedom. Where nothing differed, about {n * 2 * (1 - SURE):.0f} of {n} comparisons would "
             "count by chance.",
-            "The errors of means over cells take bases as independent. All bases answer the same documents, so these "
-            "errors are somewhat too small.",
+            "All bases answer the same documents of a ratio. The errors of means over cells allow for it.",
         ]
     sheets = [tables.part_sheet(cells), tables.claim_sheet(found, cells)]
     return Section("What reproduces and what does not", [*sentences, *_kept(cells), *tables.best_rows(cells)], sheets)
