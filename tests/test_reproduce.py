@@ -22,6 +22,7 @@ from lr2train.io import write_json
 from lr2train.model import load
 from lr2train.rope.methods import METHODS, build
 from tools.reproduce import figures, paper, tables, write
+from tools.reproduce.__main__ import arguments, reproduce
 from tools.reproduce.bed import FORMS, Base, Form
 from tools.reproduce.claims import MISSING, OPPOSITE, REPRODUCED, UNDECIDED, Claim, judge, sentence
 from tools.reproduce.figures import Estimate
@@ -399,6 +400,29 @@ def test_the_document_and_the_page_show_the_same_tables(recorded):
         assert "rows lie between 40.0 and 70.0 at the target window" in made
     assert page.count("<table") == sum(len(section.sheets) for section in sections)
     assert "<svg" in page
+
+
+def test_an_unfinished_run_writes_beside_its_page_and_leaves_the_document_alone(tmp_path, capsys):
+    document = tmp_path / "document.md"
+    document.write_text("whole")
+    given = ["quick", "--runs", str(tmp_path), "--jobs", "0", "--document", str(document)]
+    assert reproduce(arguments(given)) == 0
+    assert "0 of 122 steps" in capsys.readouterr().out
+    assert document.read_text() == "whole"
+    assert (tmp_path / "REPRODUCTION.md").read_text().startswith(write.MARK)
+
+
+def test_a_ratio_shows_its_planned_rows_and_no_table_twice():
+    scores = {0: {"needle": {64: np.array([50.0, 60.0])}}}
+    planned = ("ntk", "yarn", "longrope2", "yarn_head", "distill")
+    ran = (*planned[:-1], "text")
+    cell = Cell(BASE, 4, 64, [64], planned, dict.fromkeys(ran, scores), factors=dict.fromkeys(ran, 1.0))
+    sheets = {sheet.title: [row[0] for row in sheet.rows] for sheet in tables.row_sheets([cell])}
+    assert len(sheets) == 2  # Tables 5 to 10 would repeat rows of Table 2
+    assert list(sheets.values()) == [
+        [ROWS[key].label for key in planned[:3]],
+        [ROWS[key].label for key in ("yarn_head", "distill", "longrope2")],
+    ]
 
 
 def test_a_search_that_has_not_finished_is_named(tmp_path):

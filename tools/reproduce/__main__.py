@@ -3,9 +3,9 @@
     python -m tools.reproduce [quick | full] [--runs FOLDER] [--jobs N] [--document FILE]
 
 It trains base models, searches factors, trains every row of the paper's tables, evaluates, and writes
-FOLDER/reproduction.html and the document. The same command goes on after an interrupt or a kill. Each step is a command
-that you could type: ``--commands`` prints all of them and runs nothing. ``--jobs 0`` writes the results of what has
-run.
+FOLDER/reproduction.html and FOLDER/REPRODUCTION.md. The same command goes on after an interrupt or a kill. Each step is
+a command that you could type: ``--commands`` prints all of them and runs nothing. ``--jobs 0`` writes the results of
+what has run.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="steps at a time (default: 2)"
     )
     parser.add_argument("--commands", action="store_true", help="print the commands of all steps and run nothing")
-    parser.add_argument("--document", type=Path, help="also write the results as Markdown to this file")
+    parser.add_argument("--document", type=Path, help="write REPRODUCTION.md here too once every step is done")
     return parser.parse_args(words)
 
 
@@ -51,7 +51,8 @@ def reproduce(given: argparse.Namespace) -> int:
     seconds = sum(driver.journal.seconds(step) for step in steps if step.name in outcome.done)
     sections = write.sections_of(form, runs, outcome.failed, finished, seconds)
     print(write.text(sections))
-    write.write(form, sections, runs / "reproduction.html", given.document)
+    document = given.document if finished[0] == finished[1] else None  # a part does not replace the whole
+    write.write(form, sections, runs / "reproduction.html", document)
     progress.say("reproduce", f"{finished[0]} of {finished[1]} steps finished; page: {runs / 'reproduction.html'}")
     for name, reason in outcome.failed.items():
         progress.say("reproduce", f"{name}: {reason}")

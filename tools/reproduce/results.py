@@ -28,6 +28,7 @@ class Cell:
     """One base at one extension ratio.
 
     Attributes:
+        planned: keys of the rows that the form runs here.
         rows: row -> seed -> scores; a seed that has not run is missing.
         untrained: row -> scores of the untrained base; its keys begin with ``UNTRAINED``.
         factors: row -> attention factor of the first seed that has run.
@@ -42,6 +43,7 @@ class Cell:
     ratio: int
     original_window_tokens: int
     lengths: list[int]
+    planned: tuple[str, ...] = tuple(ROWS)
     rows: dict[str, dict[int, Scores]] = field(default_factory=dict)
     untrained: dict[str, Scores] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
@@ -123,14 +125,15 @@ def read(form: Form, runs: Path) -> list[Cell]:
 
 
 def _cell(form: Form, base: Base, ratio: int, runs: Path) -> Cell:
-    cell, name = Cell(base, ratio, form.original_window_tokens, form.lengths(ratio)), f"{base.name}_{ratio}x"
+    name, planned = f"{base.name}_{ratio}x", form.rows_at(ratio)
+    cell = Cell(base, ratio, form.original_window_tokens, form.lengths(ratio), planned)
     if (folder := runs / f"{name}_untrained" / "evaluate.json").exists():
         found = figures.scores_in(folder.parent)
         cell.untrained = {UNTRAINED + label.removesuffix(" untrained"): scores for label, scores in found.items()}
     if (file := runs / base.name / "train.json").exists():
         trained = io.read_json(file)
         cell.base_training = trained["steps"], trained["tokens_seen"]
-    for key in form.rows_at(ratio):
+    for key in planned:
         for seed in range(form.seeds):
             folder = runs / f"{name}_{key}_s{seed}"
             if (folder / "evaluate.json").exists():

@@ -51,14 +51,21 @@ class Section:
 
 
 def row_sheets(cells: Sequence[Cell]) -> list[Sheet]:
-    """The tables of rows: one for each table of the paper, attention factor (own, shared) and extension ratio."""
+    """The tables of rows: one for each table of the paper, attention factor (own, shared) and extension ratio.
+
+    A ratio shows the rows that the form plans there, and leaves a table out that would only repeat rows of others.
+    """
     found = []
     for ratio in sorted({cell.ratio for cell in cells}):
         here = [cell for cell in cells if cell.ratio == ratio]
+        before: set[str] = set()
         for name, title, keys, has_shared in _TABLES:
             for shared in (False, True)[: 1 + has_shared]:
                 rows = [row_for(key, shared) for key in dict.fromkeys((*keys, "longrope2"))]
-                if any(cell.rows.get(row) for cell in here for row in rows if row != "longrope2" or name == "table_2"):
+                rows = [row for row in rows if row in here[0].planned]
+                new = set(rows) - before
+                before |= new
+                if any(cell.rows.get(row) for cell in here for row in new):
                     kind = ("; one attention factor for all" if shared else "; each with its own") if has_shared else ""
                     sheet = f"{name}_{ratio}x" + (SHARED if shared else "")
                     found.append(_rows(sheet, f"{title}, {ratio}x{kind}", rows, here, three=name in _OF_THREE))

@@ -288,7 +288,8 @@ def text(sections: Sequence[Section]) -> str:
 
 
 def write(form: Form, sections: Sequence[Section], page: Path, document: Path | None) -> None:
-    """Write the page, and the document where one is asked for."""
+    """Write the page, beside it the same as Markdown, and the Markdown to ``document`` too where one is given."""
     io.write_text(page, html(form, sections))
-    if document is not None:
-        io.write_text(document, markdown(form, sections))
+    for file in (page.with_name("REPRODUCTION.md"), document):
+        if file is not None:
+            io.write_text(file, markdown(form, sections))
