@@ -30,7 +30,7 @@ from lr2train.cli.composition import compose
 from lr2train.cli.door import EXIT_BAD_INPUT
 from lr2train.config import Config, UserError, to_dict
 from lr2train.data.corpus import Corpus
-from lr2train.evolution.documents import SearchDocument, draw_documents
+from lr2train.evolution.documents import SearchDocument, digest, draw_documents
 from lr2train.model import load, rotary
 from lr2train.model.score import score
 from lr2train.rope.methods import METHODS
@@ -146,6 +146,7 @@ def settings_of(config: Config, documents: Sequence[SearchDocument], spectrum: S
         "spectrum": asdict(spectrum),
         "target_window_tokens": config.rope.target_window_tokens,
         "documents": len(documents),
+        "content": digest(documents),
         "questions": config.search.questions,
         "distractors": config.search.distractors,
         "depths": list(config.search.depths),

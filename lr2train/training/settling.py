@@ -2,9 +2,10 @@
 measured (``engine.validate_needles``), else of the long window's text.
 
 Rule: the run has settled where the best of its last n measurements is less than ``optim.settle_nats`` below the best
-of all earlier ones. Then the learning rate falls linearly from its present value to ``optim.min_lr_ratio`` of the peak,
-over a quarter of the steps done, and the run ends there: a fifth of the run is decay, as in Hägele et al. (2024),
-"Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations".
+of all earlier ones. The first one that counts is the last of the warm-up (``optim.warmup_steps``): a loss that rises in
+the warm-up would seem settled until it is back. Then the learning rate falls linearly from its present value to
+``optim.min_lr_ratio`` of the peak, over a quarter of the steps done, and the run ends there: a fifth of the run is
+decay, as in Hägele et al. (2024), "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations".
 
 Choice: a bound in nats, not in standard errors. All measurements read the same segments, so their difference has a
 small error, and a bound in errors would never see the slow gain of a schedule as settled. Cost: the bound is one's own
@@ -14,7 +15,7 @@ choice. The measured losses stand in ``train.settling.json``, so a resumed run s
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class Settling:
 
     def _found(self) -> int | None:
         """The first step after which the rule holds."""
-        n, steps, losses = self._optim.settle_validations, list(self._losses), list(self._losses.values())
+        n, first = self._optim.settle_validations, bisect_right(list(self._losses), self._optim.warmup_steps) - 1
+        steps, losses = (list(one)[max(0, first) :] for one in (self._losses, self._losses.values()))
         for last in range(n + 1, len(losses) + 1) if n else ():
             if not min(losses[: last - n]) - min(losses[last - n : last]) >= self._optim.settle_nats:
                 return steps[last - 1]
@@ -89,10 +91,10 @@ class Settling:
         """Why the run has settled; empty where it has not."""
         if self.step is None:
             return ""
-        return (
-            f"the held-out loss of {'needles' if self.measured == NEEDLES else 'the long window'} fell by less than "
-            f"{self._optim.settle_nats} nats in {self._optim.settle_validations} measurements"
-        )
+        n, of = self._optim.settle_validations, "needles" if self.measured == NEEDLES else "the long window"
+        if not any(math.isfinite(loss) for loss in list(self._losses.values())[-n:]):
+            return f"the held-out loss of {of} was not finite in {n} measurements"
+        return f"the held-out loss of {of} fell by less than {self._optim.settle_nats} nats in {n} measurements"
 
     @property
     def end(self) -> int:

@@ -47,9 +47,21 @@ def test_the_rule(losses, step):
     assert noted(losses).step == step
 
 
+@pytest.mark.parametrize(("warmup", "step"), [(0, 20), (9, 20), (10, 30), (20, None), (21, None)])
+def test_a_loss_that_rises_in_the_warm_up_does_not_settle(warmup, step):
+    """What counts begins with the last measurement of the warm-up: of losses after 0, 10, 20, … steps."""
+    optim = OptimConfig(warmup_steps=warmup, settle_validations=2, settle_nats=0.1)
+    assert noted([4.0, 5.0, 6.0, 5.5, 5.0, 4.5, 4.2], optim).step == step
+
+
+def test_the_reason_says_that_a_loss_is_not_finite():
+    assert noted([5.0, None, None]).reason == "the held-out loss of the long window was not finite in 2 measurements"
+    assert "fell by less than 0.1 nats" in noted([5.0, None, 5.0]).reason
+
+
 @given(st.lists(st.floats(0, 3), max_size=12), st.integers(1, 4), st.floats(0, 1), st.integers(0, 12))
 def test_the_step_is_the_first_that_the_rule_names_and_a_resumed_run_finds_it_too(losses, n, nats, kept):
-    optim = OptimConfig(settle_validations=n, settle_nats=nats)
+    optim = OptimConfig(warmup_steps=0, settle_validations=n, settle_nats=nats)
     holds = [
         number * 10
         for number in range(n, len(losses))
