@@ -79,8 +79,9 @@ class Settling:
 
     def _found(self) -> int | None:
         """The first step after which the rule holds."""
-        n, first = self._optim.settle_validations, bisect_right(list(self._losses), self._optim.warmup_steps) - 1
-        steps, losses = (list(one)[max(0, first) :] for one in (self._losses, self._losses.values()))
+        n, steps = self._optim.settle_validations, list(self._losses)
+        steps = steps[max(0, bisect_right(steps, self._optim.warmup_steps) - 1) :]
+        losses = [self._losses[step] for step in steps]
         for last in range(n + 1, len(losses) + 1) if n else ():
             if not min(losses[: last - n]) - min(losses[last - n : last]) >= self._optim.settle_nats:
                 return steps[last - 1]
