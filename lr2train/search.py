@@ -208,7 +208,7 @@ def _write(
         write_search_pictures(job.folder)
     job.log(
         f"done: {space.settings.objective} perplexity {best.perplexity:.4f} on {best.documents} documents, "
-        f"{described(best.candidate)}, {confidence or 'no runner-up'}, "
+        f"{described(best.candidate)}, {confidence or 'no comparison with a runner-up'}, "
         f"{result['document_forwards']} document-forwards; factors in {job.folder / 'factors.json'}, pictures beside"
     )
 

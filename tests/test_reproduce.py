@@ -185,7 +185,7 @@ def test_beyond_the_smallest_ratio_only_the_far_rows_run(tmp_path):
 
 def test_with_one_seed_the_error_is_that_of_the_documents():
     scores = np.random.default_rng(0).uniform(0, 100, (1, 17))
-    found = figures.estimate([scores])
+    found = figures.estimate({("needle", 64): scores})
     assert found.mean == pytest.approx(scores.mean())
     assert found.se == pytest.approx(scipy.stats.sem(scores[0]))
     assert np.isnan(found.spread)
@@ -194,14 +194,14 @@ def test_with_one_seed_the_error_is_that_of_the_documents():
 def test_tasks_count_alike_however_many_documents_they_have():
     rng = np.random.default_rng(1)
     one, two = rng.uniform(0, 100, (1, 5)), rng.uniform(0, 100, (1, 50))
-    found = figures.estimate([one, two])
+    found = figures.estimate({("needle", 64): one, ("mk", 64): two})
     assert found.mean == pytest.approx((one.mean() + two.mean()) / 2)
     assert found.se == pytest.approx(np.hypot(scipy.stats.sem(one[0]), scipy.stats.sem(two[0])) / 2)
 
 
 def test_seeds_that_differ_by_a_shift_alone():
     scores = np.array([[50.0] * 8, [60.0] * 8, [40.0] * 8])
-    found = figures.estimate([scores])
+    found = figures.estimate({("needle", 64): scores})
     assert found.se == pytest.approx(scipy.stats.sem([50, 60, 40]))
     assert found.spread == pytest.approx(10.0)
 
@@ -215,7 +215,7 @@ def test_the_error_is_that_of_two_crossed_samples():
         + rng.normal(0, of_document, (draws, 1, documents))
         + rng.normal(0, of_both, (draws, seeds, documents))
     )
-    found = [figures.estimate([scores]) for scores in all_scores]
+    found = [figures.estimate({("needle", 64): scores}) for scores in all_scores]
     true = of_seed**2 / seeds + of_document**2 / documents + of_both**2 / (seeds * documents)
     assert np.var([one.mean for one in found]) == pytest.approx(true, rel=0.08)
     assert np.mean([one.se**2 for one in found]) == pytest.approx(true, rel=0.08)
@@ -229,25 +229,38 @@ def test_few_degrees_of_freedom_widen_the_bound_as_students_t_does():
         assert [Estimate(k * bound, 1.0, degrees=degrees).sign for k in (0.99, 1.01, -1.01)] == ["~", ">", "<"]
     rng, draws = np.random.default_rng(3), 4000
     shifts = rng.normal(0, 5, (draws, 3, 1)) + np.zeros((draws, 3, 4))  # seeds differ, documents do not
-    found = [figures.estimate([one]) for one in shifts]
+    found = [figures.estimate({("needle", 64): one}) for one in shifts]
     assert [one.degrees for one in found] == pytest.approx([2.0] * draws)
     assert np.mean([one.sign != "~" for one in found]) == pytest.approx(two_sided, abs=0.012)
     assert figures.pooled(found[:1] * 4).degrees == pytest.approx(8.0)
-    assert figures.estimate([rng.uniform(0, 100, (1, 17))]).degrees == pytest.approx(16)
+    assert figures.estimate({("needle", 64): rng.uniform(0, 100, (1, 17))}).degrees == pytest.approx(16)
+
+
+def test_seeds_alone_have_one_degree_of_freedom_less_than_there_are():
+    """The residual, which the seeds' part contains, does not take more of them away."""
+    rng = np.random.default_rng(4)
+    of_seeds = 5 * rng.normal(size=(3, 1)) + 10 * rng.normal(size=(3, 60))
+    assert figures.estimate({("needle", 64): of_seeds}).degrees >= 2
 
 
 def test_cells_with_the_same_documents_err_together():
     rng = np.random.default_rng(3)
     common = rng.normal(size=200)
-    one, two = ([(common + rng.normal(size=200))[None], (2 * common + rng.normal(size=200))[None]] for _ in range(2))
-    mean = figures.estimate([(a + b) / 2 for a, b in zip(one, two, strict=True)])  # document by document
-    together = figures.pooled([figures.estimate(one, "8x"), figures.estimate(two, "8x")])
-    apart = figures.pooled([figures.estimate(one, "8x"), figures.estimate(two, "16x")])
+    one, two = (
+        {("needle", length): (length * common + 64 * rng.normal(size=200))[None] for length in (64, 128)}
+        for _ in range(2)
+    )
+    mean = figures.estimate({key: (one[key] + two[key]) / 2 for key in one})  # document by document
+    together = figures.pooled([figures.estimate(one), figures.estimate(two)])
     assert together.mean == pytest.approx(mean.mean)
     assert together.se == pytest.approx(mean.se)
+    other = {(task, 10 * length): scores for (task, length), scores in two.items()}  # documents of other lengths
+    apart = figures.pooled([figures.estimate(one), figures.estimate(other)])
     assert apart.se < 0.85 * together.se
-    opposed = figures.pooled([figures.estimate(one, "8x"), figures.estimate([-x for x in two], "8x")])
+    opposed = figures.pooled([figures.estimate(one), figures.estimate({key: -x for key, x in two.items()})])
     assert opposed.se == pytest.approx(apart.se)  # a negative covariance does not shrink the error
+    longer = figures.pooled([figures.estimate(one), figures.estimate({**two, ("needle", 256): two["needle", 64]})])
+    assert together.se > longer.se > apart.se  # two strata of three are common
 
 
 def test_a_difference_is_called_one_only_outside_two_standard_errors():
@@ -354,7 +367,7 @@ def test_rows_that_answer_alike_are_told_as_such_and_short_scores_of_a_table_hav
     (cell,) = read(form, recorded)
     found = judge(Claim("5", "yarn_rcd", "yarn"), [cell])
     assert (found.word, found.alike) == (UNDECIDED, True)
-    assert sentence(found).endswith("no difference outside the error, as both rows answer alike.")
+    assert sentence(found).endswith("undecided, as both rows answer alike.")
     assert not judge(Claim("2", "longrope2", "yarn"), [cell]).alike
     sheets = {sheet.name: sheet for sheet in tables.row_sheets([cell])}
     kept = {name: sheets[name].rows[-1][-2:] for name in ("table_2_4x", "table_5_4x")}  # LongRoPE2 stands last
@@ -409,7 +422,14 @@ def test_an_unfinished_run_writes_beside_its_page_and_leaves_the_document_alone(
     assert reproduce(arguments(given)) == 0
     assert "0 of 122 steps" in capsys.readouterr().out
     assert document.read_text() == "whole"
-    assert (tmp_path / "REPRODUCTION.md").read_text().startswith(write.MARK)
+    assert "`bash launch/reproduce.sh quick` writes it anew" in (tmp_path / "REPRODUCTION.md").read_text()
+
+
+def test_a_finished_run_writes_the_document(tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.reproduce.__main__.steps_of", lambda *_: [])  # all of no steps are done
+    document = tmp_path / "document.md"
+    assert reproduce(arguments(["quick", "--runs", str(tmp_path), "--jobs", "0", "--document", str(document)])) == 0
+    assert document.read_text() == (tmp_path / "REPRODUCTION.md").read_text()
 
 
 def test_a_ratio_shows_its_planned_rows_and_no_table_twice():

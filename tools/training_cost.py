@@ -296,8 +296,8 @@ def _comparable(first: tuple[str, int], second: tuple[str, int], tokens: Sequenc
     A run that ends itself has no equal in steps or tokens; it is measured against every fixed schedule.
     """
     kinds = {first[0], second[0]}
-    if kinds == {"settle", "full"}:
-        return min(tokens) > 0
+    if "settle" in kinds:
+        return kinds == {"settle", "full"} and min(tokens) > 0
     return len(kinds) == 2 and (first[1] == second[1] or math.isclose(*tokens, rel_tol=0.01))
 
 

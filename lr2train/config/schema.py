@@ -493,7 +493,8 @@ class OptimConfig:
     # Optimizer steps of the run. 0: one epoch of the planned segments.
     steps: int = number(0, least=0)
     # End the run when its held-out loss has settled (of needles with engine.validate_needles, else of the long window):
-    # the best of this many measurements in a row is less than optim.settle_nats below the best before. 0: never.
+    # the best of this many measurements in a row is less than optim.settle_nats below the best before, from the end of
+    # optim.warmup_steps on. 0: never.
     settle_validations: int = number(0, least=0, most=_MOST)
     # The least gain that counts for optim.settle_validations, nats per target token. 0.01: one percent of perplexity.
     settle_nats: float = number(0.01, least=0)

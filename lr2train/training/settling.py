@@ -2,10 +2,11 @@
 measured (``engine.validate_needles``), else of the long window's text.
 
 Rule: the run has settled where the best of its last n measurements is less than ``optim.settle_nats`` below the best
-of all earlier ones. The first one that counts is the last of the warm-up (``optim.warmup_steps``): a loss that rises in
-the warm-up would seem settled until it is back. Then the learning rate falls linearly from its present value to
-``optim.min_lr_ratio`` of the peak, over a quarter of the steps done, and the run ends there: a fifth of the run is
-decay, as in Hägele et al. (2024), "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations".
+of all earlier ones. The first one that counts stands at or after the end of the warm-up (``optim.warmup_steps``): a
+loss that rises in the warm-up would seem settled until it is back. Then the learning rate falls linearly from its
+present value to ``optim.min_lr_ratio`` of the peak, over a quarter of the steps done, and the run ends there. So a
+fifth of the run is decay, as in Hägele et al. (2024), "Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+Durations".
 
 Choice: a bound in nats, not in standard errors. All measurements read the same segments, so their difference has a
 small error, and a bound in errors would never see the slow gain of a schedule as settled. Cost: the bound is one's own
@@ -15,7 +16,7 @@ choice. The measured losses stand in ``train.settling.json``, so a resumed run s
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Settling:
     def _found(self) -> int | None:
         """The first step after which the rule holds."""
         n, steps = self._optim.settle_validations, list(self._losses)
-        steps = steps[max(0, bisect_right(steps, self._optim.warmup_steps) - 1) :]
+        steps = steps[bisect_left(steps, self._optim.warmup_steps) :]
         losses = [self._losses[step] for step in steps]
         for last in range(n + 1, len(losses) + 1) if n else ():
             if not min(losses[: last - n]) - min(losses[last - n : last]) >= self._optim.settle_nats:

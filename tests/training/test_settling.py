@@ -22,7 +22,7 @@ from lr2train.training.settling import FILE, Settling
 from tests.training.test_validation import lines_of, train, without_times
 
 LOSS = "heldout_loss_long"
-OPTIM = OptimConfig(lr=1.0, warmup_steps=2, settle_validations=2, settle_nats=0.1, schedule="constant")
+OPTIM = OptimConfig(lr=1.0, warmup_steps=0, settle_validations=2, settle_nats=0.1, schedule="constant")
 
 
 def noted(losses: list[float], optim: OptimConfig = OPTIM, every: int = 10, total: int = 1000) -> Settling:
@@ -47,9 +47,9 @@ def test_the_rule(losses, step):
     assert noted(losses).step == step
 
 
-@pytest.mark.parametrize(("warmup", "step"), [(0, 20), (9, 20), (10, 30), (20, None), (21, None)])
+@pytest.mark.parametrize(("warmup", "step"), [(0, 20), (1, 30), (10, 30), (11, None), (20, None)])
 def test_a_loss_that_rises_in_the_warm_up_does_not_settle(warmup, step):
-    """What counts begins with the last measurement of the warm-up: of losses after 0, 10, 20, … steps."""
+    """What counts begins with the end of the warm-up; losses after 0, 10, 20, … steps."""
     optim = OptimConfig(warmup_steps=warmup, settle_validations=2, settle_nats=0.1)
     assert noted([4.0, 5.0, 6.0, 5.5, 5.0, 4.5, 4.2], optim).step == step
 
@@ -99,8 +99,9 @@ def test_the_end_is_never_after_the_planned_one_and_skipped_steps_do_not_move_it
 # ---- whole runs ----
 
 SETTLE = [
-    "optim.steps=40", "optim.settle_validations=2", "optim.settle_nats=9", "engine.validate_every_steps=2",
-    "engine.validate_needles=3", "data.needles.max_pairs=3", "data.needles.max_questions=2",
+    "optim.steps=40", "optim.warmup_steps=0", "optim.settle_validations=2", "optim.settle_nats=9",
+    "engine.validate_every_steps=2", "engine.validate_needles=3", "data.needles.max_pairs=3",
+    "data.needles.max_questions=2",
 ]  # fmt: skip
 MEASURED = "heldout_loss_needles"
 

@@ -5,7 +5,7 @@
 Plain is the paper's loop in a scaled form: population 32, 8 iterations, 10 documents with the needle at the start. It
 also searches the attention factor, and its critical index mutates: else it would compare attention factors.
 ``gradient_ntk`` and ``small_ntk`` have the paper's factors below the critical index, as plain has;
-``gradient_start`` has its needle at the start too, so only the algorithm differs.
+``gradient_start`` has its needle at the start too. Still, the presets ask for four needles a document, plain for one.
 Searches run one after another in this process, and a finished one is not run again; after ``--minutes`` it ends and the
 same command goes on. The base of ``demo`` is launch/base; the other two are trained first where they are
 missing, from the demo's corpus.
@@ -264,7 +264,7 @@ def _report(asked: argparse.Namespace) -> int:
     for name, value in figures:
         print(f"{name}: {value:.4f}")
     if not figures:
-        print("no seed of a base has both plain and another search; nothing is compared")
+        print("no seed of a base has finished plain and all the other searches; nothing is compared")
         return 1
     print(f"worse_than_plain_by_more_than_one_standard_error: {', '.join(map('_'.join, worse)) or 'none'}")
     return 1 if any(one in PRESETS for _, one, _ in worse) else 0

@@ -1,6 +1,6 @@
-"""Reproduce the paper's tables in miniature: `bash launch/reproduce.sh [quick]`, or
+"""Reproduce the paper's tables in miniature: `bash launch/reproduce.sh [quick | demo]`, or
 
-    python -m tools.reproduce [quick | full] [--runs FOLDER] [--jobs N] [--document FILE]
+    python -m tools.reproduce [full | quick | demo] [--runs FOLDER] [--jobs N] [--document FILE]
 
 It trains base models, searches factors, trains every row of the paper's tables, evaluates, and writes
 FOLDER/reproduction.html and FOLDER/REPRODUCTION.md. The same command goes on after an interrupt or a kill. Each step is
@@ -33,7 +33,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="steps at a time (default: 2)"
     )
     parser.add_argument("--commands", action="store_true", help="print the commands of all steps and run nothing")
-    parser.add_argument("--document", type=Path, help="write REPRODUCTION.md here too once every step is done")
+    parser.add_argument("--document", type=Path, help="write REPRODUCTION.md to this file too, once every step is done")
     return parser.parse_args(words)
 
 

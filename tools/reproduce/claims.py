@@ -15,7 +15,7 @@ REPRODUCED, OPPOSITE, UNDECIDED, MISSING = "reproduced", "the opposite", "undeci
 BESIDE_THE_PAPER = {
     REPRODUCED: "better",
     OPPOSITE: "worse",
-    UNDECIDED: "no difference outside the error",
+    UNDECIDED: "undecided",
     MISSING: MISSING,
 }
 FULL, EMPTY = 95.0, 5.0  # scores between which a difference can show
@@ -149,7 +149,7 @@ def sentence(verdict: Verdict) -> str:
     words += f" (paper: {said})" if said else " (not in the paper)"
     return (
         f"{words}: {BESIDE_THE_PAPER[verdict.word]}"
-        + (", but both rows are at an end of the scale" if verdict.saturated else "")
         + (", as both rows answer alike" if verdict.alike else "")
+        + (", but both rows are at an end of the scale" if verdict.saturated and not verdict.alike else "")
         + "."
     )

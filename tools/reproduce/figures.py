@@ -35,6 +35,8 @@ SURE = NormalDist().cdf(2.0)  # the chance at which a difference is called one
 _MANY = 1000  # degrees of freedom at which Student's t is the normal distribution
 Scores = dict[str, dict[int, np.ndarray]]
 """Task -> length -> float64 [documents], in the order of their numbers."""
+Stratum = tuple[str, int]
+"""Task and length."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,15 @@ class Estimate:
         se: standard error over seeds and documents.
         spread: standard deviation of the seeds' means; nan with one seed.
         degrees: of freedom of the standard error.
-        documents: name of the documents; cells with the same name answer the same ones.
-        by_document: mean over the seeds of each document, float64 [document] for each stratum.
+        by_document: (task, length) -> mean over the seeds of each document, float64 [document]; cells answer the same
+            documents of a task at a length.
     """
 
     mean: float
     se: float
     spread: float = math.nan
     degrees: float = math.inf
-    documents: str = ""
-    by_document: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
+    by_document: Mapping[Stratum, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def sign(self) -> str:
@@ -97,41 +98,42 @@ def _samples(file: Path, measure: str) -> dict[int, np.ndarray]:
     return {length: np.array([values[number] for number in sorted(values)]) for length, values in by_length.items()}
 
 
-def at(seeds: Sequence[Scores], lengths: Sequence[int]) -> list[np.ndarray]:
+def at(seeds: Sequence[Scores], lengths: Sequence[int]) -> dict[Stratum, np.ndarray]:
     """The scores of a row over some lengths: for each task (but plain text) and length, float64 [seed, document]."""
     tasks = sorted({task for scores in seeds for task in scores} - {TEXT})
-    stacked = []
+    stacked: dict[Stratum, np.ndarray] = {}
     for task in tasks:
         for length in lengths:
             each = [scores.get(task, {}).get(length) for scores in seeds]
             if all(one is not None for one in each) and each:
-                stacked.append(np.stack([one for one in each if one is not None]))
+                stacked[task, length] = np.stack([one for one in each if one is not None])
     return stacked
 
 
-def estimate(strata: Sequence[np.ndarray], documents: str = "") -> Estimate:
-    """Mean over strata, each float64 [seed, document]; the strata (tasks, lengths) count alike."""
-    if not strata:
+def estimate(scores: Mapping[Stratum, np.ndarray]) -> Estimate:
+    """Mean over strata, each float64 [seed, document]; the strata count alike."""
+    if not scores:
         return Estimate(math.nan, math.nan)
+    strata = list(scores.values())
     n, seeds = len(strata), strata[0].shape[0]
     of_seed = np.mean([one.mean(axis=1) for one in strata], axis=0)
-    by_document = tuple(one.mean(axis=0) for one in strata)
+    by_document = {stratum: one.mean(axis=0) for stratum, one in scores.items()}
     # parts of the squared error, each with its degrees of freedom
-    of_documents = [(_variance(one) / len(one) / n**2, len(one) - 1) for one in by_document]
+    of_documents = [(_variance(one) / len(one) / n**2, len(one) - 1) for one in by_document.values()]
     square, parts, spread = sum(part for part, _ in of_documents), of_documents, math.nan
     if seeds > 1:
         by_seed, spread = _variance(of_seed) / seeds, math.sqrt(_variance(of_seed))
         residuals = [(_residual(one) / one.size / n**2, (seeds - 1) * (one.shape[1] - 1)) for one in strata]
         square = max(square + by_seed - sum(part for part, _ in residuals), square, by_seed)
         parts = [*of_documents, (by_seed, seeds - 1), *residuals]
-    degrees = satterthwaite(square, parts)
-    return Estimate(float(of_seed.mean()), math.sqrt(square), spread, degrees, documents, by_document)
+    degrees = max(satterthwaite(square, parts), float(seeds > 1) * (seeds - 1))  # the seeds' part alone has so many
+    return Estimate(float(of_seed.mean()), math.sqrt(square), spread, degrees, by_document)
 
 
 def scaled(one: Estimate, scale: float, mean: float) -> Estimate:
     """``mean`` with the errors of an estimate times ``scale``."""
-    by_document = tuple(scale * values for values in one.by_document)
-    return Estimate(mean, scale * one.se, scale * one.spread, one.degrees, one.documents, by_document)
+    by_document = {stratum: scale * values for stratum, values in one.by_document.items()}
+    return Estimate(mean, scale * one.se, scale * one.spread, one.degrees, by_document)
 
 
 def satterthwaite(square: float, parts: Sequence[tuple[float, float]]) -> float:
@@ -151,15 +153,16 @@ def _residual(scores: np.ndarray) -> float:
     return float((left**2).sum() / degrees) if degrees else 0.0
 
 
-def difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray], documents: str = "") -> Estimate:
-    """a minus b, document by document and seed by seed."""
-    return estimate([one - two for one, two in zip(a, b, strict=True)], documents)
+def difference(a: Mapping[Stratum, np.ndarray], b: Mapping[Stratum, np.ndarray]) -> Estimate:
+    """a minus b, document by document and seed by seed; both have the same strata."""
+    assert a.keys() == b.keys()
+    return estimate({stratum: one - b[stratum] for stratum, one in a.items()})
 
 
 def pooled(estimates: Sequence[Estimate]) -> Estimate:
     """The mean over cells.
 
-    Cells that answer the same documents err alike: twice their covariance over documents enters the squared error. A
+    Cells answer the same documents and so err alike: twice their covariance over documents enters the squared error. A
     negative one is left out, so that chance cannot shrink an error. Seeds count as independent between cells.
     """
     known = [one for one in estimates if math.isfinite(one.mean)]
@@ -176,14 +179,15 @@ def pooled(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def _covariance(a: Estimate, b: Estimate) -> float:
-    """Of two means over the same documents; 0 where the documents differ."""
-    if not a.documents or a.documents != b.documents:
-        return 0.0
-    pairs = list(zip(a.by_document, b.by_document, strict=True))
-    return sum(float(np.cov(x, y)[0, 1]) / len(x) for x, y in pairs if len(x) > 1) / len(pairs) ** 2
+    """Of two means, over the documents that both have."""
+    pairs = [(a.by_document[stratum], b.by_document[stratum]) for stratum in a.by_document.keys() & b.by_document]
+    common = sum(float(np.cov(x, y)[0, 1]) / len(x) for x, y in pairs if len(x) > 1)
+    return common / max(1, len(a.by_document) * len(b.by_document))
 
 
-def text_loss(seeds: Sequence[Mapping[str, Mapping[int, np.ndarray]]], length: int) -> list[np.ndarray]:
+def text_loss(seeds: Sequence[Mapping[str, Mapping[int, np.ndarray]]], length: int) -> dict[Stratum, np.ndarray]:
     """Mean loss of plain text (nats a token) of each document at a length, float64 [seed, document]."""
     each = [scores.get(TEXT, {}).get(length) for scores in seeds]
-    return [np.stack([one for one in each if one is not None])] if each and all(x is not None for x in each) else []
+    if not each or any(one is None for one in each):
+        return {}
+    return {(TEXT, length): np.stack([one for one in each if one is not None])}

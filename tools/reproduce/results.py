@@ -68,12 +68,12 @@ class Cell:
 
     def score(self, row: str, lengths: Sequence[int]) -> Estimate:
         """Mean score of a row over lengths; an untrained row has one seed."""
-        return figures.estimate(figures.at(self._seeds(row), lengths), self._documents)
+        return figures.estimate(figures.at(self._seeds(row), lengths))
 
     def difference(self, a: str, b: str, lengths: Sequence[int]) -> Estimate:
         """Score of row a minus row b, over the seeds that both have."""
         one, two = self._paired(a, b)
-        return figures.difference(figures.at(one, lengths), figures.at(two, lengths), self._documents)
+        return figures.difference(figures.at(one, lengths), figures.at(two, lengths))
 
     def text_ratio(self, row: str) -> Estimate:
         """Perplexity of plain text in the original window as percent of the base's: 100 is as good, more is worse.
@@ -82,8 +82,7 @@ class Cell:
         """
         one, two = self._paired(row, BASE)
         length = self.window(SHORT)[-1]
-        texts = figures.text_loss(one, length), figures.text_loss(two, length)
-        loss = figures.difference(*texts, self._documents)
+        loss = figures.difference(figures.text_loss(one, length), figures.text_loss(two, length))
         ratio = 100 * float(np.exp(loss.mean))
         return figures.scaled(loss, ratio, ratio)
 
@@ -93,11 +92,6 @@ class Cell:
         lost = self.difference(row, BASE, self.window(SHORT))
         share = 100 / base
         return figures.scaled(lost, share, 100 + share * lost.mean)
-
-    @property
-    def _documents(self) -> str:
-        """All bases answer the documents of their ratio's corpus."""
-        return f"{self.ratio}x"
 
     def _seeds(self, row: str) -> list[Scores]:
         if row in self.untrained:

@@ -1,4 +1,4 @@
-"""Our figures beside the paper's, as sheets that the terminal, docs/REPRODUCTION.md and the page all show."""
+"""Our figures beside the paper's, as sheets that the terminal, REPRODUCTION.md and the page all show."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _rows(name: str, title: str, rows: Sequence[str], cells: Sequence[Cell], thr
 
 _NOTE = (
     "Scores are the mean over tasks, 0 … 100, ± standard deviation over seeds. Against LongRoPE2: difference ± "
-    "standard error over seeds and documents, with > or < where the error leaves no doubt of the sign. The attention "
+    "standard error over seeds and documents, with > or < where Student's t decides the sign. The attention "
     "factor is that of the first seed, for each base."
 )
 
@@ -171,8 +171,8 @@ def claim_sheet(found: Sequence[Verdict], cells: Sequence[Cell]) -> Sheet:
         of_paper = ["–" if value is None else f"{value:+.1f}" for value in printed]
         each = [_difference(one.each[name]) if name in one.each else NOT_RUN for name in names]
         word = one.word if one.claim.table else BESIDE_THE_PAPER[one.word]
-        word += ", both rows at an end of the scale" if one.saturated else ""
-        word += ", both rows answer alike" if one.alike else ""
+        alike = ", both rows answer alike" if one.alike else ""
+        word += alike or (", both rows at an end of the scale" if one.saturated else "")
         kind = "shared" if one.claim.shared else "own"
         rows.append([one.claim.words, one.claim.table or "–", kind, *of_paper, *each, _difference(one.pooled), word])
     note = (
@@ -226,8 +226,8 @@ def hypothesis_sheet(cells: Sequence[Cell], factors: dict[str, Factors]) -> Shee
         tcd, d10 = spectrum.critical_index, spectrum.lowest_critical_index
         rows.append([cell.name, f"{cell.base.tokens:g}", str(d10), str(tcd), searched, shown, moved])
     note = (
-        "± is the standard deviation over resamples of the map's answers. The map ends at tcd + 2, so a larger best "
-        "index cannot show."
+        "± is the standard deviation over resamples of the map's answers. A best index beyond the last one of the map "
+        "cannot show."
     )
     return Sheet("hypothesis", "Real against theoretical critical index", head, rows, note)
 
