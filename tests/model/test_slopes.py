@@ -52,7 +52,7 @@ def reference(model) -> tuple[list[float], np.ndarray, float]:
     losses = -model(tokens).logits[0, :-1].log_softmax(-1)[torch.arange(len(TOKENS) - 1), tokens[0, 1:]]
     answers = [losses[start - 1 : stop - 1].sum() for start, stop in SPANS]
     by_logs, by_factor = torch.autograd.grad(sum(answers), (logs, factor))
-    return [float(one) for one in answers], by_logs.numpy(), float(by_factor)
+    return [float(one.detach()) for one in answers], by_logs.numpy(), float(by_factor)
 
 
 @pytest.mark.parametrize("family", ["llama", "sliding"])
