@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +26,7 @@ LOSS = "heldout_loss_long"
 OPTIM = OptimConfig(lr=1.0, warmup_steps=0, settle_validations=2, settle_nats=0.1, schedule="constant")
 
 
-def noted(losses: list[float], optim: OptimConfig = OPTIM, every: int = 10, total: int = 1000) -> Settling:
+def noted(losses: Sequence[float | None], optim: OptimConfig = OPTIM, every: int = 10, total: int = 1000) -> Settling:
     settling = Settling(Config(name="x", optim=optim), total)
     for number, loss in enumerate(losses):
         settling.note(number * every, {LOSS: loss})
@@ -77,14 +78,15 @@ def test_the_step_is_the_first_that_the_rule_names_and_a_resumed_run_finds_it_to
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_the_learning_rate_falls_from_its_present_value_over_a_quarter_of_the_steps(schedule):
-    optim = OptimConfig(**{**vars(OPTIM), "schedule": schedule, "min_lr_ratio": 0.1})
-    plain, settling = Settling(Config(name="x", optim=optim), 1000), noted([5.0, 5.0, 5.0, 5.0], optim, every=100)
-    assert (settling.step, settling.end) == (200, 250)
+    optim = OptimConfig(**{**vars(OPTIM), "warmup_steps": 2, "schedule": schedule, "min_lr_ratio": 0.1})
+    plain, settling = Settling(Config(name="x", optim=optim), 1000), noted([5.0] * 4, optim, every=100)
+    assert (settling.step, settling.end) == (300, 375)
     rates = [settling.learning_rate(step) for step in range(settling.end)]
-    assert rates[:201] == [plain.learning_rate(step) for step in range(201)]
-    falls = {round(before - after, 12) for before, after in pairwise(rates[200:])}
-    assert falls == {round((rates[200] - 0.1) / 50, 12)}
-    assert rates[-1] == pytest.approx(0.1 + (rates[200] - 0.1) / 50)
+    assert rates[:301] == [plain.learning_rate(step) for step in range(301)]
+    assert rates[0] < rates[1]  # the warm-up
+    falls = {round(before - after, 12) for before, after in pairwise(rates[300:])}
+    assert falls == {round((rates[300] - 0.1) / 75, 12)}
+    assert rates[-1] == pytest.approx(0.1 + (rates[300] - 0.1) / 75)
 
 
 def test_the_end_is_never_after_the_planned_one_and_skipped_steps_do_not_move_it():
